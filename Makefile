@@ -1,0 +1,33 @@
+# Each target makes its own virtual environment when there is none.
+PYTHON ?= python3
+BIN := .venv/bin
+READY := .venv/ready
+
+.PHONY: demo test test-all check bench clean
+
+demo: $(READY)  ## train a small network on handwritten digits with four optimizers
+	$(BIN)/descend compare digits --out runs/digits
+
+test: $(READY)  ## tests and doctests
+	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --doctest-modules --pyargs descend
+	$(BIN)/python -m pytest --doctest-glob='*.md' README.md docs
+
+test-all: $(READY)  ## also every combination of dtypes
+	$(BIN)/python -m pytest -m ''
+
+check: $(READY)  ## format, lint, types
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+bench: $(READY)  ## speed against torch.optim, about ten minutes
+	$(BIN)/python benchmarks/step.py
+
+$(READY): pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	touch $@
+
+clean:
+	rm -rf .venv build dist runs

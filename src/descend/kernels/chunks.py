@@ -1,0 +1,130 @@
+"""Tables for one kernel call: which memory, cut into which chunks, with which numbers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from descend.kernels import library, native, threads
+
+# Elements in a chunk: small enough to share the work evenly, large enough that taking one costs nothing. Norms are
+# summed chunk by chunk, so this number, not the number of threads, decides their last bits.
+CHUNK = 16_384
+
+_NUMPY = {torch.float32: np.float32, torch.float64: np.float64}
+
+
+class Table:
+    """Tensors of equal dtypes, a row each: where they are, and the chunks they are cut into.
+
+    Args:
+        columns: the tensors, column by column; at least one column, each of one dtype, all of equal shapes per row.
+        width: number of columns, later ones being filled in by the caller.
+        rows: for each row of tensors, its row in the scalars table.
+        scalars: the scalars table.
+    """
+
+    def __init__(
+        self, columns: Sequence[Sequence[Tensor]], width: int, rows: Sequence[int], scalars: np.ndarray
+    ) -> None:
+        self.addresses = np.zeros((len(rows), width), np.int64)
+        for column, tensors in enumerate(columns):
+            self.addresses[:, column] = [tensor.data_ptr() for tensor in tensors]
+        sizes = np.array([tensor.numel() for tensor in columns[0]], np.int64)
+        self._elements = int(sizes.sum())
+        self._chunks = _chunk_table(sizes, np.asarray(rows, np.int64))
+        self.scalars = scalars
+        self._sums = np.zeros(len(self._chunks))
+        self._call = np.array(
+            [
+                self._chunks.ctypes.data,
+                len(self._chunks),
+                self.addresses.ctypes.data,
+                self.scalars.ctypes.data,
+                max(1, len(self._chunks) // 64),
+                0,
+                self._sums.ctypes.data,
+            ],
+            np.int64,
+        )
+        self._address = self._call.ctypes.data
+
+    def sum_of_squares(self, column: int, dtype: torch.dtype) -> float:
+        """Of one column, in float64, over fixed chunks in a fixed order."""
+        self.run(library.sums_of_squares(dtype, column, self.addresses.shape[1]))
+        return float(self._sums.sum())
+
+    def run(self, kernel: int) -> None:
+        """Call a compiled loop with this table."""
+        self._call[5] = 0
+        threads.run(kernel, self._address, self._elements)
+
+
+class Launch(Table):
+    """One kernel call for all parameters that share a rule and dtypes.
+
+    Args:
+        rule: the function to apply.
+        numbers: how many numbers it takes.
+        dtypes: of the parameter, the gradient and the state tensors.
+        params: the parameters.
+        grads: their gradients, in the parameters' layout.
+        rows: for each parameter, its row in the scalars table.
+    """
+
+    def __init__(
+        self,
+        rule: Any,
+        numbers: int,
+        dtypes: tuple[torch.dtype, ...],
+        params: Sequence[Tensor],
+        grads: Sequence[Tensor],
+        rows: Sequence[int],
+    ) -> None:
+        compute = torch.float64 if torch.float64 in dtypes else torch.float32
+        scalars = np.zeros((max(rows) + 1, numbers + 1), _NUMPY[compute])
+        super().__init__([params, grads], len(dtypes), rows, scalars)
+        self._update = library.update(rule, numbers, dtypes, compute)
+        self._grad_dtype = dtypes[1]
+
+    def set_state(self, tensors: Sequence[Sequence[Tensor]]) -> None:
+        """Take the addresses of the state tensors, one sequence a parameter."""
+        for row, state in zip(self.addresses, tensors, strict=True):
+            row[2:] = [tensor.data_ptr() for tensor in state]
+
+    def update(self) -> None:
+        """Apply the rule to everything."""
+        self.run(self._update)
+
+    def grad_sum_of_squares(self) -> float:
+        """Of all gradients."""
+        return self.sum_of_squares(1, self._grad_dtype)
+
+
+class StepCounts:
+    """Adds one to the step count of many parameters at once."""
+
+    def __init__(self, steps: Sequence[Tensor]) -> None:
+        self._calls = []
+        for dtype in {step.dtype for step in steps}:
+            table = np.array([step.data_ptr() for step in steps if step.dtype == dtype], np.int64)
+            call = np.array([table.ctypes.data, len(table)], np.int64)
+            self._calls.append((library.advance(dtype), call.ctypes.data, call, table))
+
+    def advance(self) -> None:
+        """One more step for each."""
+        for kernel, address, _, _ in self._calls:
+            native.call(kernel, address)
+
+
+def _chunk_table(sizes: np.ndarray, rows: np.ndarray) -> np.ndarray:
+    counts = -(-sizes // CHUNK)
+    tensor = np.repeat(np.arange(len(sizes)), counts)
+    first = np.cumsum(counts) - counts
+    offset = (np.arange(counts.sum()) - first[tensor]) * CHUNK
+    length = np.minimum(sizes[tensor] - offset, CHUNK)
+    return np.ascontiguousarray(np.stack([tensor, offset, offset, length, rows[tensor]], axis=1))

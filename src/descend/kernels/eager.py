@@ -1,0 +1,42 @@
+"""Runs a rule with torch's own operations: any device, any dtype, any layout, differentiable if wanted."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def run(
+    rule: Callable[..., Any],
+    param: Tensor,
+    grad: Tensor,
+    state: Sequence[Tensor],
+    numbers: Sequence[Any],
+    scale: float,
+    differentiable: bool = False,
+) -> None:
+    """Apply ``rule`` to one parameter and write the results in place.
+
+    Arithmetic is in float32, or wider where a tensor is; complex numbers are pairs of real ones, as in torch.
+    ``differentiable`` keeps the graph: what the rule saw is cloned first, so that writing does not invalidate it.
+    """
+    if grad.layout != torch.strided:
+        grad = grad.to_dense()
+    written = [_real(tensor) for tensor in (param, *state)]
+    seen = [tensor.clone() for tensor in written] if differentiable else written
+    grad = _real(grad)
+    compute = torch.float32
+    for tensor in (grad, *seen):
+        compute = torch.promote_types(compute, tensor.dtype)
+    first, *rest = [tensor.to(compute) for tensor in seen]
+    grad = grad.to(compute)
+    results = rule(first, grad if scale == 1 else grad * scale, *rest, *numbers)
+    for tensor, result in zip(written, results if state else (results,), strict=True):
+        tensor.copy_(result)
+
+
+def _real(tensor: Tensor) -> Tensor:
+    return torch.view_as_real(tensor) if tensor.is_complex() else tensor

@@ -1,0 +1,92 @@
+"""Addresses of compiled functions, each compiled at most once per machine; Numba is imported only to compile."""
+
+from __future__ import annotations
+
+import hashlib
+from functools import cache
+from importlib.resources import files
+from types import FunctionType
+from typing import Any
+
+import torch
+
+from descend import ops
+from descend.kernels import native
+from descend.kernels.retarget import fingerprint
+
+_OPS = [getattr(ops, name) for name in ops.__all__]
+
+
+class RuleError(TypeError):
+    """A rule that a backend cannot compile; the message says why and where."""
+
+
+@cache
+def update(rule: FunctionType, numbers: int, dtypes: tuple[torch.dtype, ...], compute: torch.dtype) -> int:
+    """The loop that applies ``rule`` to the chunks of tensors of ``dtypes`` (parameter, gradient, state)."""
+    key = f"update|{_sources()}|{fingerprint(rule, _OPS)}|{numbers}|{dtypes}|{compute}"
+
+    def compile_update() -> str:
+        from descend.kernels import cpu
+
+        try:
+            return cpu.update_kernel(rule, numbers, dtypes, compute)
+        except Exception as error:  # Numba raises many kinds, all of them about the rule
+            raise RuleError(_explain(rule, error)) from error
+
+    return native.load(rule.__name__.strip("<>"), key, compile_update)
+
+
+@cache
+def sums_of_squares(dtype: torch.dtype, column: int, columns: int) -> int:
+    """The loop that sums the squares of each chunk of the tensors in one column of the address table."""
+
+    def compile_norm() -> str:
+        from descend.kernels import cpu
+
+        return cpu.norm_kernel(dtype, column, columns)
+
+    return native.load("norm", f"norm|{_sources()}|{dtype}|{column}|{columns}", compile_norm)
+
+
+@cache
+def advance(dtype: torch.dtype) -> int:
+    """The loop that adds one to the step counts of ``dtype``."""
+
+    def compile_advance() -> str:
+        from descend.kernels import cpu
+
+        return cpu.advance_kernel(dtype)
+
+    return native.load("advance", f"advance|{_sources()}|{dtype}", compile_advance)
+
+
+@cache
+def probe() -> int:
+    """The loop behind ``probe.NativeProbe``."""
+
+    def compile_probe() -> str:
+        from descend.kernels import cpu
+
+        return cpu.probe_kernel()
+
+    return native.load("probe", f"probe|{_sources()}", compile_probe)
+
+
+@cache
+def _sources() -> str:
+    """A digest of the code that writes kernels: editing it makes every kernel new."""
+    folder = files("descend.kernels")
+    texts = [folder.joinpath(name).read_bytes() for name in ("cpu.py", "retarget.py")]
+    return hashlib.sha256(b"".join(texts)).hexdigest()
+
+
+def _explain(rule: FunctionType, error: Exception) -> str:
+    location: Any = getattr(error, "loc", None)
+    line = getattr(location, "line", rule.__code__.co_firstlineno)
+    reason = str(error).strip()
+    return (
+        f"the rule {rule.__name__} ({rule.__code__.co_filename}:{line}) cannot be compiled for the CPU: {reason}\n"
+        "A rule may use arithmetic, comparisons, the functions of descend.ops imported by name, and helpers made of "
+        "these. To run it as it is on tensors, pass backend='eager'."
+    )

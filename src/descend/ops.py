@@ -1,0 +1,44 @@
+"""The only functions a rule may call.
+
+Here they act on tensors (and on plain numbers); a compiled backend rebinds them by name, see
+``kernels/retarget.py``. Arithmetic and comparison operators need no entry: they are the same everywhere.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+__all__ = ["abs", "exp", "log", "maximum", "minimum", "sign", "sqrt", "where"]
+
+
+def _unary(on_tensor: Callable[[Tensor], Tensor], on_number: Callable[[float], float]) -> Any:
+    def op(x: Any) -> Any:
+        return on_tensor(x) if isinstance(x, Tensor) else on_number(x)
+
+    return op
+
+
+def _binary(on_tensors: Callable[[Tensor, Tensor], Tensor]) -> Any:
+    def op(a: Any, b: Any) -> Any:
+        return on_tensors(torch.as_tensor(a), torch.as_tensor(b))
+
+    return op
+
+
+abs = _unary(torch.abs, math.fabs)
+exp = _unary(torch.exp, math.exp)
+log = _unary(torch.log, math.log)
+sqrt = _unary(torch.sqrt, math.sqrt)
+sign = _unary(torch.sign, lambda x: math.copysign(1.0, x) if x else 0.0)
+maximum = _binary(torch.maximum)  # NaN in either argument gives NaN
+minimum = _binary(torch.minimum)
+
+
+def where(condition: Any, a: Any, b: Any) -> Any:
+    """``a`` where ``condition`` holds, ``b`` elsewhere."""
+    return torch.where(torch.as_tensor(condition), a, b)

@@ -1,0 +1,433 @@
+"""The optimizer around a rule: groups, state, step, checkpoints. Knows no mathematics and no backend."""
+
+from __future__ import annotations
+
+import inspect
+import math
+import os
+from collections.abc import Callable, Mapping
+from functools import cache
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, TypedDict
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+from torch.optim import optimizer as torch_optimizer
+
+from descend import checkpoint
+from descend.kernels import BACKENDS
+from descend.plan import Placement, Plan
+from descend.state import State
+
+if TYPE_CHECKING:
+    from torch.optim.optimizer import ParamsT
+
+_NONFINITE = ("step", "skip", "raise")
+
+
+class Options(TypedDict, total=False):
+    """What every optimizer of this library takes beyond torch's arguments; keyword-only, never in a group."""
+
+    max_norm: float | None
+    nonfinite: str
+    backend: str
+    state_dtype: torch.dtype | None
+
+
+class Signature(NamedTuple):
+    """What a rule takes after the parameter and its gradient."""
+
+    state: tuple[str, ...]
+    numbers: tuple[str, ...]
+    defaults: Mapping[str, float]
+
+
+class FirstOrder(Optimizer):
+    """Base of all element-wise optimizers: a subclass names a rule and says which numbers it gets.
+
+    Args:
+        params: parameters, ``(name, parameter)`` pairs, or dicts that define groups, as in ``torch.optim``.
+        defaults: options of a group that does not set them.
+        max_norm: if given, > 0: before each step the gradients of all groups are scaled, inside the update and
+            without being written, so that their joint 2-norm is at most this. Default: None.
+        nonfinite: what a NaN or Inf in a gradient does. ``"step"``: torch's behaviour, it spreads. ``"skip"``:
+            nothing moves and ``skipped_steps`` grows. ``"raise"``: ``FloatingPointError`` before anything moves.
+            Default: ``"step"``.
+        backend: ``"auto"``, ``"eager"`` or ``"cpu"`` (an error where no kernel applies). Default: the environment
+            variable ``DESCEND_BACKEND``, else ``"auto"``.
+        state_dtype: dtype of new state tensors of real parameters. Default: the parameter's, but float32 for
+            float16, where squares of gradients underflow.
+    Raises:
+        ValueError: if an option is out of range; nothing has been changed then.
+    """
+
+    rule: ClassVar[Callable[..., Any]]
+    counts_steps: ClassVar[bool] = True  # state has torch's "step", and ``scalars`` depends on it
+    takes_sparse: ClassVar[bool] = False
+
+    def __init__(
+        self,
+        params: ParamsT,
+        defaults: dict[str, Any],
+        *,
+        max_norm: float | None = None,
+        nonfinite: str = "step",
+        backend: str = "auto",
+        state_dtype: torch.dtype | None = None,
+    ) -> None:
+        name = type(self).__name__
+        if max_norm is not None and not max_norm > 0:
+            raise ValueError(f"{name}: max_norm must be a number > 0, or None not to clip, got {max_norm}.")
+        if nonfinite not in _NONFINITE:
+            raise ValueError(f"{name}: nonfinite must be one of {_NONFINITE}, got {nonfinite!r}.")
+        if backend not in BACKENDS:
+            raise ValueError(f"{name}: backend must be one of {BACKENDS}, got {backend!r}.")
+        if state_dtype is not None and not state_dtype.is_floating_point:
+            raise ValueError(f"{name}: state_dtype must be a floating point dtype, got {state_dtype}.")
+        self.max_norm = max_norm
+        self.nonfinite = nonfinite
+        self.backend = backend
+        self.state_dtype = state_dtype
+        self.skipped_steps = 0
+        self.grad_norm: float | None = None
+        self._plan: Plan | None = None
+        super().__init__(params, defaults)
+        self.state = State()
+
+    # What a subclass defines.
+
+    def rule_for(self, group: Mapping[str, Any]) -> Callable[..., Any]:
+        """The rule of a group, chosen by its options."""
+        return self.rule
+
+    def scalars(self, group: Mapping[str, Any], step: float) -> tuple[Any, ...]:
+        """The numbers of the rule, in its order, for a parameter's ``step``-th step (1 is the first).
+
+        By default each number is the group's option of that name, and ``step`` is the step itself. With
+        ``counts_steps = False`` all that ``step`` tells is whether this is the first (1) or a later one.
+        """
+        return tuple(step if name == "step" else group[name] for name in self.signature(self.rule_for(group)).numbers)
+
+    def check_options(self, options: Mapping[str, Any]) -> None:
+        """Raise ``ValueError`` if a group's options are out of range."""
+        if "lr" in options:
+            check_lr(self, options)
+
+    # The step.
+
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Take one step with the current gradients.
+
+        Args:
+            closure: re-evaluates the model and returns the loss; it runs first, with gradients enabled.
+        Returns:
+            What the closure returned; None without one.
+        Raises:
+            FloatingPointError: for a gradient with NaN or Inf if ``nonfinite="raise"``; nothing has moved then.
+        """
+        # torch wraps every ``step`` for hooks and the profiler at 6 us a call; this one does so only when needed. A
+        # subclass with a step of its own has been wrapped by torch already.
+        if type(self).step is FirstOrder.step and (
+            self._optimizer_step_pre_hooks
+            or self._optimizer_step_post_hooks
+            or torch_optimizer._global_optimizer_pre_hooks
+            or torch_optimizer._global_optimizer_post_hooks
+            or torch.autograd.profiler._is_profiler_enabled
+        ):
+            return _hooked_step(self) if closure is None else _hooked_step(self, closure)
+        return self._step(closure)
+
+    step.hooked = True  # type: ignore[attr-defined]
+
+    def _step(self, closure: Callable[[], Any] | None = None) -> Any:
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        plan = self._plan
+        if plan is None or not plan.holds(self):
+            plan, self._plan = Plan(self), None  # validates everything, touches nothing
+        scale = 1.0
+        if self.max_norm is not None or self.nonfinite != "step":
+            self.grad_norm = norm = plan.total_norm()
+            if self.nonfinite != "step" and not math.isfinite(norm):
+                self._refuse_nonfinite()
+                return loss
+            if self.max_norm is not None:
+                # As torch's clamp: a NaN norm stays NaN. Python's min(1, nan) is 1.
+                coefficient = self.max_norm / (norm + 1e-6)
+                scale = 1.0 if coefficient > 1 else coefficient
+        if self._plan is None:
+            plan.prepare(self)
+        self._plan = None  # should the step not end
+        plan.run(self, scale)
+        self._plan = plan
+        return loss
+
+    def _refuse_nonfinite(self) -> None:
+        if self.nonfinite == "skip":
+            self.skipped_steps += 1
+            return
+        names = [
+            self.name_of(param)
+            for group in self.param_groups
+            for param in group["params"]
+            if param.grad is not None and not _is_finite(param.grad)
+        ]
+        raise FloatingPointError(
+            f"{type(self).__name__}: NaN or Inf in the gradient of {', '.join(names)}. Nothing has moved; "
+            "nonfinite='skip' skips such steps."
+        )
+
+    # State.
+
+    def ensure_state(self, param: Tensor, rule: Callable[..., Any]) -> dict[str, Any]:
+        """The state of ``param``, made of zeros where it is missing."""
+        names = self.signature(rule).state
+        if not names and not self.counts_steps:
+            return {}
+        found = dict.get(self.state, param)
+        if found is None:
+            found = {}
+            dict.__setitem__(self.state, param, found)
+        if self.counts_steps and not _is_step_count(found.get("step")):
+            dtype = torch.float64 if torch.get_default_dtype() == torch.float64 else torch.float32
+            found["step"] = torch.tensor(float(found.get("step", 0.0)), dtype=dtype, device="cpu")
+        for name, dtype in zip(names, self.state_dtypes(rule, param, found), strict=True):
+            if not isinstance(found.get(name), Tensor):
+                found[name] = torch.zeros_like(param, dtype=dtype, memory_format=torch.preserve_format)
+        return found
+
+    def state_dtypes(
+        self, rule: Callable[..., Any], param: Tensor, found: Mapping[str, Any]
+    ) -> tuple[torch.dtype, ...]:
+        """Dtypes of the state tensors: of those that exist, and of those still to be made."""
+        default = self.default_state_dtype(param)
+        tensors = (found.get(name) for name in self.signature(rule).state)
+        return tuple(tensor.dtype if isinstance(tensor, Tensor) else default for tensor in tensors)
+
+    def default_state_dtype(self, param: Tensor) -> torch.dtype:
+        """Dtype of new state tensors of ``param``."""
+        if not param.is_floating_point():
+            return param.dtype
+        return self.state_dtype or (torch.float32 if param.dtype == torch.float16 else param.dtype)
+
+    def steps_taken(self, rule: Callable[..., Any], found: Mapping[str, Any]) -> float:
+        """Steps a parameter has taken; without step counts, 0 before the first and 1 after."""
+        if self.counts_steps:
+            return float(found.get("step", 0.0))
+        return float(all(isinstance(found.get(name), Tensor) for name in self.signature(rule).state))
+
+    @staticmethod
+    def signature(rule: Callable[..., Any]) -> Signature:
+        """The state and numbers a rule takes."""
+        return _signature(rule)
+
+    # Groups.
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group of parameters, its options checked first. See ``torch.optim.Optimizer.add_param_group``."""
+        if isinstance(param_group, dict):
+            self.check_options({**self.defaults, **param_group})
+        super().add_param_group(param_group)
+
+    def check_param(self, param: Tensor, group: Mapping[str, Any]) -> None:
+        """Raise torch's errors for parameters that a group's options do not allow."""
+        if group.get("fused") and not param.is_floating_point():
+            raise RuntimeError(
+                "`fused=True` requires all the params to be floating point Tensors of supported devices, "
+                f"but {self.name_of(param)} is {param.dtype} on {param.device.type}. Leave `fused` out."
+            )
+        if group.get("capturable") and param.device.type == "cpu":
+            raise AssertionError(
+                "If capturable=True, params and state_steps must be on supported devices (CUDA, XPU, ...), "
+                f"but {self.name_of(param)} is on {param.device}. Leave `capturable` out."
+            )
+        grad = param.grad
+        if grad is not None and grad.layout != torch.strided and not self.takes_sparse:
+            raise RuntimeError(
+                f"{type(self).__name__} does not support sparse gradients, please consider SparseAdam instead "
+                f"({self.name_of(param)} has a gradient of layout {grad.layout})"
+            )
+
+    def name_of(self, param: Tensor) -> str:
+        """The parameter's name if it was given with one, else where it stands in the groups."""
+        for index, group in enumerate(self.param_groups):
+            for position, candidate in enumerate(group["params"]):
+                if candidate is param:
+                    names = group.get("param_names")
+                    return str(names[position]) if names else f"param_groups[{index}]['params'][{position}]"
+        return "a parameter that is in no group"
+
+    # Backends.
+
+    def requested_backend(self) -> str:
+        """The backend asked for: by the constructor, else by ``DESCEND_BACKEND``, else ``"auto"``."""
+        backend = self.backend
+        if backend == "auto":
+            backend = os.environ.get("DESCEND_BACKEND", backend)
+        if backend not in BACKENDS:
+            raise ValueError(f"DESCEND_BACKEND must be one of {BACKENDS}, got {backend!r}.")
+        return backend
+
+    def backends(self) -> list[Placement]:
+        """Where each parameter's rule would run now, and why, in the groups' order.
+
+        Example:
+            >>> weight = torch.zeros(3, requires_grad=True)
+            >>> SGD([("weight", weight)]).backends()
+            [Placement(name='weight', backend='cpu', reason='float32')]
+        """
+        return Plan(self, only_with_grad=False).placements(self)
+
+    # Checkpoints.
+
+    def state_dict(self) -> dict[str, Any]:
+        """State and options as a dictionary in torch's format; its tensors share memory with the state."""
+        exposed = getattr(self.state, "exposed", True)
+        packed = super().state_dict()
+        hooks = self._optimizer_state_dict_pre_hooks or self._optimizer_state_dict_post_hooks
+        if not exposed and not hooks and not any(group.get("differentiable") for group in self.param_groups):
+            # What is handed out are fresh dicts and tensors, so nobody outside holds the state itself.
+            packed["state"] = {index: checkpoint.aliases(state) for index, state in packed["state"].items()}
+            self.state.exposed = False  # type: ignore[attr-defined]
+        return packed
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load what ``state_dict`` (this library's or torch's) returned.
+
+        Everything is copied. A state tensor gets the wider of its saved dtype and the one this optimizer would make;
+        integers stay as they are. How to run (``foreach``, ``fused``, ``capturable``, ``differentiable``) is not
+        taken from the file.
+
+        Raises:
+            ValueError: if groups, shapes or options do not fit; nothing has been changed then.
+        """
+        checkpoint.load(self, state_dict)
+
+    def __getstate__(self) -> dict[str, Any]:
+        ours = ("max_norm", "nonfinite", "backend", "state_dtype", "skipped_steps", "grad_norm")
+        return {**super().__getstate__(), **{name: getattr(self, name) for name in ours}}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._plan = None
+        for group in self.param_groups:
+            for key, value in self.defaults.items():
+                group.setdefault(key, value)
+        if not isinstance(self.state, State):
+            self.state = State.of(self.state)
+
+
+_hooked_step = Optimizer.profile_hook_step(FirstOrder._step)
+
+
+def check_at_least_zero(optimizer: Optimizer, what: str, name: str, value: Any) -> None:
+    """Raise torch's error if an option is negative, NaN or no number at all."""
+    try:
+        valid = bool(value >= 0)
+    except (TypeError, RuntimeError):
+        valid = False
+    if not valid:
+        raise ValueError(f"Invalid {what}: {value} ({type(optimizer).__name__}: {name} must be a number >= 0)")
+
+
+def check_lr(optimizer: Optimizer, options: Mapping[str, Any]) -> None:
+    """Raise torch's errors for a learning rate that is negative, NaN or a tensor of several elements."""
+    lr = options["lr"]
+    if isinstance(lr, Tensor) and lr.numel() != 1:
+        raise ValueError(f"Tensor lr must be 1-element ({type(optimizer).__name__}: got shape {tuple(lr.shape)})")
+    check_at_least_zero(optimizer, "learning rate", "lr", lr)
+
+
+def warmup(optimizer: FirstOrder) -> None:
+    """Compile, or load from disk, all that ``optimizer.step`` will need, so that the first step is fast.
+
+    Gradients are assumed to have their parameters' dtypes where there are none yet. State is not touched.
+
+    Example:
+        >>> optimizer = AdamW([torch.zeros(3, requires_grad=True)])
+        >>> warmup(optimizer)
+    """
+    Plan(optimizer, only_with_grad=False).warm_up(optimizer)
+
+
+def from_rule(rule: Callable[..., Any], name: str, **defaults: Any) -> type[FirstOrder]:
+    """A complete optimizer class from a rule.
+
+    Args:
+        rule: ``rule(param, grad, *state, *numbers)`` returning the new parameter and the new state, written with
+            arithmetic and the functions of ``descend.ops``. As many arguments after ``grad`` are state as values are
+            returned beyond the parameter; they start as zeros. The others are numbers: options of the optimizer. A
+            number called ``step`` receives the parameter's step count, from 1.
+        name: name of the class. To pickle its optimizers assign it to the same name in the rule's module.
+        defaults: values of the numbers, beside or instead of defaults in the rule's own signature; ``lr`` is 1e-3
+            if nothing else is said.
+    Returns:
+        A subclass of ``FirstOrder``: ``Class(params, lr=..., ..., max_norm=None, nonfinite="step", ...)``.
+    Raises:
+        ValueError: if a number has no default, or a default belongs to no number.
+    Example:
+        >>> from descend.ops import sign
+        >>> def lion(param, grad, exp_avg, lr, beta1, beta2, weight_decay):
+        ...     update = sign(exp_avg + (1 - beta1) * (grad - exp_avg))
+        ...     exp_avg = exp_avg + (1 - beta2) * (grad - exp_avg)
+        ...     return param - lr * (update + weight_decay * param), exp_avg
+        >>> Lion = from_rule(lion, "Lion", lr=1e-4, beta1=0.9, beta2=0.99, weight_decay=0.0)
+        >>> weight = torch.ones(2, requires_grad=True); weight.sum().backward()
+        >>> Lion([weight], lr=0.1).step()
+        >>> weight
+        tensor([0.9000, 0.9000], requires_grad=True)
+    """
+    signature = _signature(rule)
+    options = [number for number in signature.numbers if number != "step"]
+    values = {"lr": 1e-3, **signature.defaults, **defaults}
+    if unknown := set(defaults) - set(options):
+        raise ValueError(f"from_rule: {name} has the numbers {options}, but defaults came for {sorted(unknown)}.")
+    if missing := [number for number in options if number not in values]:
+        raise ValueError(f"from_rule: {name} needs a default for {missing}: from_rule(rule, {name!r}, {missing[0]}=...).")
+    group = {number: values[number] for number in options}
+
+    def __init__(self: FirstOrder, params: ParamsT, *args: Any, maximize: bool = False, **given: Any) -> None:
+        if len(args) > len(group):
+            raise TypeError(f"{name} takes at most {len(group)} options by position, got {len(args)}.")
+        chosen = {**group, **dict(zip(group, args, strict=False))}
+        chosen.update({key: given.pop(key) for key in list(given) if key in group})
+        if unknown := set(given) - set(Options.__annotations__):
+            raise TypeError(f"{name} has no option {sorted(unknown)}; it takes {[*group, 'maximize', *Options.__annotations__]}.")
+        FirstOrder.__init__(self, params, {**chosen, "maximize": maximize}, **given)
+
+    members = {
+        "__init__": __init__,
+        "__doc__": rule.__doc__,
+        "__module__": rule.__module__,
+        "rule": staticmethod(rule),
+        "counts_steps": "step" in signature.numbers,
+    }
+    return type(name, (FirstOrder,), members)
+
+
+@cache
+def _signature(rule: Callable[..., Any]) -> Signature:
+    parameters = inspect.signature(rule).parameters
+    names = list(parameters)[2:]
+    results = rule(*(torch.ones((), dtype=torch.float64) for _ in parameters))
+    count = len(results) - 1 if isinstance(results, tuple) else 0
+    numbers = names[count:]
+    defaults = {n: parameters[n].default for n in numbers if parameters[n].default is not inspect.Parameter.empty}
+    return Signature(tuple(names[:count]), tuple(numbers), defaults)
+
+
+def _is_step_count(step: Any) -> bool:
+    """Whether the kernels can advance it in place."""
+    return (
+        isinstance(step, Tensor)
+        and step.numel() == 1
+        and step.device.type == "cpu"
+        and step.dtype in (torch.float32, torch.float64)
+    )
+
+
+def _is_finite(grad: Tensor) -> bool:
+    values = grad.coalesce().values() if grad.is_sparse else grad
+    return bool(torch.isfinite(values).all())

@@ -1,0 +1,265 @@
+"""What one step will do, worked out once and kept for as long as it can be proved to hold."""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Mapping
+from operator import is_
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from descend import clip, kernels
+from descend.kernels import eager
+from descend.kernels.chunks import Launch, StepCounts
+from descend.kernels.probe import Cell, make_probe
+from descend.state import State
+
+if TYPE_CHECKING:
+    from descend.optimizer import FirstOrder
+
+
+class Placement(NamedTuple):
+    """Where a parameter's rule runs."""
+
+    name: str
+    backend: str
+    reason: str
+
+
+class _Entry(NamedTuple):
+    """One parameter with a gradient."""
+
+    param: Tensor
+    group: int
+    rule: Any
+    found: Mapping[str, Any]  # its state as it was when the plan was made
+    reason: str | None  # why it runs eagerly; None for a kernel
+
+
+class Plan:
+    """Every parameter with a gradient, sorted into kernel calls and eager updates.
+
+    Making a plan validates everything and touches nothing. ``prepare`` then makes the state that is missing, and
+    ``run`` takes one step. ``holds`` tells whether the next step may use the same plan.
+    """
+
+    def __init__(self, optimizer: FirstOrder, only_with_grad: bool = True) -> None:
+        self._request = optimizer.requested_backend()
+        self._state = optimizer.state
+        self._counts_steps = optimizer.counts_steps
+        self._groups = [
+            (list(group["params"]), optimizer.rule_for(group), bool(group.get("differentiable")))
+            for group in optimizer.param_groups
+        ]
+        entries: list[_Entry] = []
+        for index, (params, rule, _) in enumerate(self._groups):
+            for param in params:
+                if not only_with_grad or param.grad is not None:
+                    entries.append(self._entry(optimizer, index, rule, param))
+        self.entries = self._keep_order_of_overlaps(entries)
+        if self._request == "cpu":
+            self._refuse_eager(optimizer)
+        self.eager = [entry for entry in self.entries if entry.reason]
+        self._sort_into_launches(optimizer)
+        self._probe: Any = None
+
+    def _entry(self, optimizer: FirstOrder, index: int, rule: Any, param: Tensor) -> _Entry:
+        optimizer.check_param(param, optimizer.param_groups[index])
+        found = dict.get(self._state, param) or {}
+        names = optimizer.signature(rule).state
+        state = [(name, found[name]) for name in names if isinstance(found.get(name), Tensor)]
+        if self._groups[index][2]:
+            reason: str | None = "differentiable=True"
+        elif self._request == "eager":
+            reason = "backend='eager'"
+        else:
+            reason = kernels.why_not_cpu(param, param.grad, state)
+        return _Entry(param, index, rule, found, reason)
+
+    def _keep_order_of_overlaps(self, entries: list[_Entry]) -> list[_Entry]:
+        """Give parameters that share memory to the eager backend, which takes one after the other.
+
+        Memory counts as shared when two tensors of a step meet and at least one of them is written.
+        """
+        spans = []
+        for i, entry in enumerate(entries):
+            state = [value for value in entry.found.values() if isinstance(value, Tensor)]
+            for tensor, is_written in ((entry.param, True), (entry.param.grad, False), *((s, True) for s in state)):
+                if tensor is not None and (found := kernels.span(tensor)):
+                    spans.append((*found, is_written, i))
+        if not spans:
+            return entries
+        start, end, written, owner = np.array(sorted(spans), np.int64).T
+        # A cluster begins where everything before has ended.
+        begins = np.flatnonzero(np.r_[True, start[1:] >= np.maximum.accumulate(end)[:-1]])
+        members = np.diff(np.r_[begins, len(start)])
+        shared = (members > 1) & (np.add.reduceat(written, begins) > 0)
+        for i in {int(i) for i in owner[np.repeat(shared, members)]}:
+            if not entries[i].reason:
+                entries[i] = entries[i]._replace(reason="shares memory with another tensor of the step")
+        return entries
+
+    def _refuse_eager(self, optimizer: FirstOrder) -> None:
+        for entry in self.entries:
+            if entry.reason:
+                raise RuntimeError(
+                    f"{type(optimizer).__name__}: backend='cpu' cannot run {optimizer.name_of(entry.param)}: "
+                    f"{entry.reason}. Use backend='auto' to run such parameters eagerly."
+                )
+
+    def _sort_into_launches(self, optimizer: FirstOrder) -> None:
+        sorted_entries: defaultdict[Any, list[_Entry]] = defaultdict(list)
+        for entry in self.entries:
+            if entry.reason is None:
+                dtypes = optimizer.state_dtypes(entry.rule, entry.param, entry.found)
+                grad = entry.param if entry.param.grad is None else entry.param.grad
+                sorted_entries[entry.rule, (entry.param.dtype, grad.dtype, *dtypes)].append(entry)
+        self.launches: list[tuple[Launch, list[_Entry], list[int], list[list[Any]]]] = []
+        for (rule, dtypes), members in sorted_entries.items():
+            # Parameters of one group that have taken the same number of steps share their numbers.
+            keys = [(entry.group, optimizer.steps_taken(entry.rule, entry.found)) for entry in members]
+            rows = {key: row for row, key in enumerate(dict.fromkeys(keys))}
+            numbers = len(optimizer.signature(rule).numbers)
+            params = [entry.param for entry in members]
+            grads = [param if param.grad is None else param.grad for param in params]
+            row_of = [rows[key] for key in keys]
+            launch = Launch(rule, numbers, dtypes, params, grads, row_of)
+            self.launches.append((launch, members, row_of, [list(key) for key in rows]))
+
+    def total_norm(self) -> float:
+        """Of all gradients, in float64; its bits do not depend on threads or on how the plan came about."""
+        total = sum(launch.grad_sum_of_squares() for launch, _, _, _ in self.launches)
+        for entry in self.eager:
+            norm = float(clip.get_total_norm([entry.param.grad]))  # type: ignore[list-item]
+            total += norm * norm
+        if math.isfinite(total):
+            return math.sqrt(total)
+        # Not finite, or finite with squares that overflow: the slower way can tell.
+        return float(clip.get_total_norm([entry.param.grad for entry in self.entries]))  # type: ignore[misc]
+
+    def prepare(self, optimizer: FirstOrder) -> None:
+        """Make the missing state of the parameters that kernels update, and complete the tables."""
+        cells: dict[Tensor, Cell] = {}
+        self._params: list[Tensor] = []
+        self._made: list[tuple[Tensor, str, Tensor]] = []
+        steps = []
+        for launch, members, _, _ in self.launches:
+            tensors = []
+            for row, entry in enumerate(members):
+                state = optimizer.ensure_state(entry.param, entry.rule)
+                names = optimizer.signature(entry.rule).state
+                tensors.append([state[name] for name in names])
+                self._made += [(entry.param, name, state[name]) for name in names]
+                if optimizer.counts_steps:
+                    steps.append(state["step"])
+                    self._made.append((entry.param, "step", state["step"]))
+                cells[entry.param] = Cell(launch.addresses, row)
+                self._params.append(entry.param)
+            launch.set_state(tensors)
+        self._steps = StepCounts(steps)
+        watched = [param for params, _, _ in self._groups for param in params]
+        made = [tensor for _, _, tensor in self._made]
+        spans = sorted(filter(None, map(kernels.span, (*self._params, *made))))
+        written = np.array(spans, np.int64).reshape(-1, 2)
+        self._probe = make_probe(watched, [cells.get(param) for param in watched], made, written)
+
+    def holds(self, optimizer: FirstOrder) -> bool:
+        """Whether nothing this plan relies on has changed since it was made."""
+        groups = optimizer.param_groups
+        if len(groups) != len(self._groups) or optimizer.requested_backend() != self._request:
+            return False
+        for group, (params, rule, differentiable) in zip(groups, self._groups, strict=True):
+            listed = group["params"]
+            if (
+                len(listed) != len(params)
+                or not all(map(is_, listed, params))
+                or optimizer.rule_for(group) is not rule
+                or bool(group.get("differentiable")) != differentiable
+            ):
+                return False
+        if optimizer.state is not self._state:
+            return False
+        exposed = not isinstance(self._state, State) or self._state.exposed
+        if exposed and not self._state_is_ours():
+            return False
+        return bool(self._probe.holds(state=exposed))
+
+    def _state_is_ours(self) -> bool:
+        """Whether every state tensor is where it was put, and every step count what it was."""
+        for param, name, tensor in self._made:
+            found = dict.get(self._state, param)
+            if found is None or found.get(name) is not tensor:
+                return False
+        if self._counts_steps:
+            for _, members, row_of, rows in self.launches:
+                for entry, row in zip(members, row_of, strict=True):
+                    if dict.get(self._state, entry.param)["step"].item() != rows[row][1]:
+                        return False
+        return True
+
+    def run(self, optimizer: FirstOrder, scale: float) -> None:
+        """Take one step; ``scale`` multiplies every gradient."""
+        groups = optimizer.param_groups
+        for launch, _, _, rows in self.launches:
+            for row, (group, taken) in enumerate(rows):
+                numbers = optimizer.scalars(groups[group], taken + 1)
+                sign = -1.0 if groups[group].get("maximize") else 1.0
+                launch.scalars[row] = (sign * scale, *map(_number, numbers))
+        for entry in self.eager:  # an option that cannot be used is found before anything moves
+            optimizer.scalars(groups[entry.group], 1)
+        for launch, _, _, rows in self.launches:
+            launch.update()
+            for row in rows:
+                row[1] += 1
+        if self._params:
+            self._steps.advance()
+            torch.autograd.graph.increment_version(self._params)
+        for entry in self.eager:
+            self._run_eagerly(optimizer, entry, scale)
+
+    def _run_eagerly(self, optimizer: FirstOrder, entry: _Entry, scale: float) -> None:
+        group = optimizer.param_groups[entry.group]
+        differentiable = bool(group.get("differentiable"))
+        with torch.set_grad_enabled(differentiable):
+            found = dict.get(optimizer.state, entry.param) or {}
+            taken = optimizer.steps_taken(entry.rule, found)
+            state = optimizer.ensure_state(entry.param, entry.rule)
+            numbers = optimizer.scalars(group, taken + 1)
+            if not differentiable:
+                numbers = tuple(map(_number, numbers))
+            sign = -1.0 if group.get("maximize") else 1.0
+            tensors = [state[name] for name in optimizer.signature(entry.rule).state]
+            grad = entry.param.grad
+            assert grad is not None
+            eager.run(entry.rule, entry.param, grad, tensors, numbers, sign * scale, differentiable)
+            if optimizer.counts_steps:
+                state["step"] += 1
+
+    def warm_up(self, optimizer: FirstOrder) -> None:
+        """Load what a step will call beside the updates, which making the plan has loaded."""
+        if self.launches:
+            for launch, _, _, _ in self.launches:
+                if optimizer.max_norm is not None or optimizer.nonfinite != "step":
+                    launch.grad_sum_of_squares()
+            make_probe([], [], [], np.zeros((0, 2), np.int64))
+            if optimizer.counts_steps:
+                StepCounts([torch.zeros(())])
+
+    def placements(self, optimizer: FirstOrder) -> list[Placement]:
+        """Where each parameter's rule runs, and why."""
+        return [
+            Placement(
+                optimizer.name_of(entry.param),
+                "eager" if entry.reason else "cpu",
+                entry.reason or str(entry.param.dtype).removeprefix("torch."),
+            )
+            for entry in self.entries
+        ]
+
+
+def _number(value: Any) -> Any:
+    return value.item() if isinstance(value, Tensor) else value

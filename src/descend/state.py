@@ -1,0 +1,67 @@
+"""The per-parameter state, and how an optimizer knows that nobody has touched it."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Mapping
+from typing import Any
+
+
+def _exposing(name: str) -> Callable[..., Any]:
+    method = getattr(defaultdict, name)
+
+    def exposing(self: State, *args: Any, **kwargs: Any) -> Any:
+        self.exposed = True
+        return method(self, *args, **kwargs)
+
+    exposing.__name__, exposing.__doc__ = name, method.__doc__
+    return exposing
+
+
+class State(defaultdict[Any, Any]):
+    """``optimizer.state``: a ``defaultdict(dict)`` that remembers whether it ever let its content out.
+
+    A state tensor that nobody else has seen cannot have been replaced or edited, so the next step need not look at
+    it. Once anything was read or written from outside, every step looks at everything again. The optimizer itself
+    reads through ``dict``'s own methods, which do not count.
+    """
+
+    exposed: bool
+
+    def __init__(self) -> None:
+        super().__init__(dict)
+        self.exposed = False
+
+    @classmethod
+    def of(cls, content: Mapping[Any, Any]) -> State:
+        """A state with this content, whose owner may still hold it."""
+        state = cls()
+        state.update(content)
+        return state
+
+    def __reduce__(self) -> Any:
+        return defaultdict, (dict, {key: dict(value) for key, value in dict.items(self)})
+
+    def __copy__(self) -> defaultdict[Any, Any]:
+        self.exposed = True
+        return defaultdict(dict, dict.items(self))
+
+    copy = __copy__
+
+    __getitem__ = _exposing("__getitem__")
+    __setitem__ = _exposing("__setitem__")
+    __delitem__ = _exposing("__delitem__")
+    __iter__ = _exposing("__iter__")
+    __reversed__ = _exposing("__reversed__")
+    __or__ = _exposing("__or__")
+    __ror__ = _exposing("__ror__")
+    __ior__ = _exposing("__ior__")
+    clear = _exposing("clear")
+    get = _exposing("get")
+    items = _exposing("items")
+    keys = _exposing("keys")
+    pop = _exposing("pop")
+    popitem = _exposing("popitem")
+    setdefault = _exposing("setdefault")
+    update = _exposing("update")
+    values = _exposing("values")
