@@ -10,8 +10,9 @@ Example:
 
 from descend.clip import clip_grad_norm_, clip_grad_value_, clip_grads_with_norm_, get_total_norm
 from descend.first_order import SGD, Adam, AdamW
+from descend.from_rule import from_rule
 from descend.kernels.library import RuleError
-from descend.optimizer import FirstOrder, from_rule, warmup
+from descend.optimizer import FirstOrder, warmup
 
 __version__ = "0.1.0"
 

@@ -30,7 +30,9 @@ def load(optimizer: FirstOrder, state_dict: dict[str, Any]) -> None:
         if replaced is not None:
             state_dict = replaced
     if missing := {"state", "param_groups"} - set(state_dict):
-        raise ValueError(f"{type(optimizer).__name__}: a state dict needs 'state' and 'param_groups', this one lacks {missing}.")
+        raise ValueError(
+            f"{type(optimizer).__name__}: a state dict needs 'state' and 'param_groups', this one lacks {missing}."
+        )
     groups = _groups(optimizer, state_dict["param_groups"])
     state = _state(optimizer, state_dict)
     optimizer.__setstate__({"state": state, "param_groups": groups})

@@ -48,17 +48,17 @@ def get_total_norm(
         raise ValueError(f"norm_type must be 1, 2, another p > 0 or inf, got {norm_type}.")
     if not tensors:
         return torch.tensor(0.0)
-    norm = _norm(tensors, norm_type)
+    total = norm(tensors, norm_type)
     dtype = torch.float32
     for tensor in tensors:
         dtype = torch.promote_types(dtype, tensor.dtype.to_real() if tensor.is_complex() else tensor.dtype)
-    norm = torch.as_tensor(norm).to(device=tensors[0].device, dtype=dtype)
-    if error_if_nonfinite and not torch.isfinite(norm):
+    total = torch.as_tensor(total, dtype=torch.float64).to(device=tensors[0].device, dtype=dtype)
+    if error_if_nonfinite and not torch.isfinite(total):
         raise RuntimeError(
-            f"The total norm of order {norm_type} for gradients from `parameters` is non-finite ({norm.item()}), "
+            f"The total norm of order {norm_type} for gradients from `parameters` is non-finite ({total.item()}), "
             "so it cannot be clipped. Look for the cause, or pass `error_if_nonfinite=False` to clip anyway."
         )
-    return norm
+    return total
 
 
 def clip_grads_with_norm_(
@@ -119,9 +119,7 @@ def clip_grad_norm_(
 
 
 @torch.no_grad()
-def clip_grad_value_(
-    parameters: Tensor | Iterable[Tensor], clip_value: float, foreach: bool | None = None
-) -> None:
+def clip_grad_value_(parameters: Tensor | Iterable[Tensor], clip_value: float, foreach: bool | None = None) -> None:
     """Limit every element of the gradients, in place, to [-clip_value, clip_value].
 
     Args:
@@ -166,7 +164,8 @@ def _scale(grads: Sequence[Tensor], coefficient: Tensor) -> None:
 
 
 @torch.no_grad()
-def _norm(tensors: Sequence[Tensor], norm_type: float) -> Tensor | float:
+def norm(tensors: Sequence[Tensor], norm_type: float) -> Tensor | float:
+    """The norm of all tensors together, in float64 where the device has it."""
     if norm_type == 2 and all(map(_has_kernel, tensors)):
         by_dtype: defaultdict[torch.dtype, list[Tensor]] = defaultdict(list)
         for tensor in tensors:
@@ -199,7 +198,7 @@ def _chunks(tensor: Tensor) -> Iterable[Tensor]:
         tensor = tensor.coalesce().values()
     flat = tensor.detach().abs().flatten() if tensor.is_complex() else tensor.detach().reshape(-1)
     # Torch sums shorter vectors on one thread, so the result does not depend on their number.
-    return flat.split(CHUNK) if flat.device.type == "cpu" else (flat,)
+    return torch.split(flat, CHUNK) if flat.device.type == "cpu" else (flat,)
 
 
 def _largest(tensor: Tensor) -> Tensor:

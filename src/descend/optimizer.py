@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
-import inspect
 import math
 import os
 from collections.abc import Callable, Mapping
-from functools import cache
-from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, TypedDict
+from typing import TYPE_CHECKING, Any, ClassVar, TypedDict
 
 import torch
 from torch import Tensor
+from torch._compile import _disable_dynamo
 from torch.optim import Optimizer
 from torch.optim import optimizer as torch_optimizer
 
 from descend import checkpoint
 from descend.kernels import BACKENDS
 from descend.plan import Placement, Plan
+from descend.signature import signature
 from descend.state import State
 
 if TYPE_CHECKING:
@@ -32,14 +32,6 @@ class Options(TypedDict, total=False):
     nonfinite: str
     backend: str
     state_dtype: torch.dtype | None
-
-
-class Signature(NamedTuple):
-    """What a rule takes after the parameter and its gradient."""
-
-    state: tuple[str, ...]
-    numbers: tuple[str, ...]
-    defaults: Mapping[str, float]
 
 
 class FirstOrder(Optimizer):
@@ -92,7 +84,7 @@ class FirstOrder(Optimizer):
         self.grad_norm: float | None = None
         self._plan: Plan | None = None
         super().__init__(params, defaults)
-        self.state = State()
+        self.state = State(self)
 
     # What a subclass defines.
 
@@ -106,7 +98,7 @@ class FirstOrder(Optimizer):
         By default each number is the group's option of that name, and ``step`` is the step itself. With
         ``counts_steps = False`` all that ``step`` tells is whether this is the first (1) or a later one.
         """
-        return tuple(step if name == "step" else group[name] for name in self.signature(self.rule_for(group)).numbers)
+        return tuple(step if name == "step" else group[name] for name in signature(self.rule_for(group)).numbers)
 
     def check_options(self, options: Mapping[str, Any]) -> None:
         """Raise ``ValueError`` if a group's options are out of range."""
@@ -125,6 +117,8 @@ class FirstOrder(Optimizer):
         Raises:
             FloatingPointError: for a gradient with NaN or Inf if ``nonfinite="raise"``; nothing has moved then.
         """
+        if torch.compiler.is_compiling():  # a graph break: a compiled program calls the step, it does not trace it
+            return _untraced_step(self, closure)
         # torch wraps every ``step`` for hooks and the profiler at 6 us a call; this one does so only when needed. A
         # subclass with a step of its own has been wrapped by torch already.
         if type(self).step is FirstOrder.step and (
@@ -157,10 +151,11 @@ class FirstOrder(Optimizer):
                 # As torch's clamp: a NaN norm stays NaN. Python's min(1, nan) is 1.
                 coefficient = self.max_norm / (norm + 1e-6)
                 scale = 1.0 if coefficient > 1 else coefficient
+        plan.set_scalars(self, scale)
         if self._plan is None:
             plan.prepare(self)
         self._plan = None  # should the step not end
-        plan.run(self, scale)
+        plan.run(self)
         self._plan = plan
         return loss
 
@@ -183,7 +178,7 @@ class FirstOrder(Optimizer):
 
     def ensure_state(self, param: Tensor, rule: Callable[..., Any]) -> dict[str, Any]:
         """The state of ``param``, made of zeros where it is missing."""
-        names = self.signature(rule).state
+        names = signature(rule).state
         if not names and not self.counts_steps:
             return {}
         found = dict.get(self.state, param)
@@ -203,7 +198,7 @@ class FirstOrder(Optimizer):
     ) -> tuple[torch.dtype, ...]:
         """Dtypes of the state tensors: of those that exist, and of those still to be made."""
         default = self.default_state_dtype(param)
-        tensors = (found.get(name) for name in self.signature(rule).state)
+        tensors = (found.get(name) for name in signature(rule).state)
         return tuple(tensor.dtype if isinstance(tensor, Tensor) else default for tensor in tensors)
 
     def default_state_dtype(self, param: Tensor) -> torch.dtype:
@@ -216,12 +211,7 @@ class FirstOrder(Optimizer):
         """Steps a parameter has taken; without step counts, 0 before the first and 1 after."""
         if self.counts_steps:
             return float(found.get("step", 0.0))
-        return float(all(isinstance(found.get(name), Tensor) for name in self.signature(rule).state))
-
-    @staticmethod
-    def signature(rule: Callable[..., Any]) -> Signature:
-        """The state and numbers a rule takes."""
-        return _signature(rule)
+        return float(all(isinstance(found.get(name), Tensor) for name in signature(rule).state))
 
     # Groups.
 
@@ -316,10 +306,12 @@ class FirstOrder(Optimizer):
             for key, value in self.defaults.items():
                 group.setdefault(key, value)
         if not isinstance(self.state, State):
-            self.state = State.of(self.state)
+            content, self.state = self.state, State(self)
+            self.state.update(content)  # counts as exposed: whoever made it may still hold it
 
 
 _hooked_step = Optimizer.profile_hook_step(FirstOrder._step)
+_untraced_step = _disable_dynamo(FirstOrder.step)
 
 
 def check_at_least_zero(optimizer: Optimizer, what: str, name: str, value: Any) -> None:
@@ -350,72 +342,6 @@ def warmup(optimizer: FirstOrder) -> None:
         >>> warmup(optimizer)
     """
     Plan(optimizer, only_with_grad=False).warm_up(optimizer)
-
-
-def from_rule(rule: Callable[..., Any], name: str, **defaults: Any) -> type[FirstOrder]:
-    """A complete optimizer class from a rule.
-
-    Args:
-        rule: ``rule(param, grad, *state, *numbers)`` returning the new parameter and the new state, written with
-            arithmetic and the functions of ``descend.ops``. As many arguments after ``grad`` are state as values are
-            returned beyond the parameter; they start as zeros. The others are numbers: options of the optimizer. A
-            number called ``step`` receives the parameter's step count, from 1.
-        name: name of the class. To pickle its optimizers assign it to the same name in the rule's module.
-        defaults: values of the numbers, beside or instead of defaults in the rule's own signature; ``lr`` is 1e-3
-            if nothing else is said.
-    Returns:
-        A subclass of ``FirstOrder``: ``Class(params, lr=..., ..., max_norm=None, nonfinite="step", ...)``.
-    Raises:
-        ValueError: if a number has no default, or a default belongs to no number.
-    Example:
-        >>> from descend.ops import sign
-        >>> def lion(param, grad, exp_avg, lr, beta1, beta2, weight_decay):
-        ...     update = sign(exp_avg + (1 - beta1) * (grad - exp_avg))
-        ...     exp_avg = exp_avg + (1 - beta2) * (grad - exp_avg)
-        ...     return param - lr * (update + weight_decay * param), exp_avg
-        >>> Lion = from_rule(lion, "Lion", lr=1e-4, beta1=0.9, beta2=0.99, weight_decay=0.0)
-        >>> weight = torch.ones(2, requires_grad=True); weight.sum().backward()
-        >>> Lion([weight], lr=0.1).step()
-        >>> weight
-        tensor([0.9000, 0.9000], requires_grad=True)
-    """
-    signature = _signature(rule)
-    options = [number for number in signature.numbers if number != "step"]
-    values = {"lr": 1e-3, **signature.defaults, **defaults}
-    if unknown := set(defaults) - set(options):
-        raise ValueError(f"from_rule: {name} has the numbers {options}, but defaults came for {sorted(unknown)}.")
-    if missing := [number for number in options if number not in values]:
-        raise ValueError(f"from_rule: {name} needs a default for {missing}: from_rule(rule, {name!r}, {missing[0]}=...).")
-    group = {number: values[number] for number in options}
-
-    def __init__(self: FirstOrder, params: ParamsT, *args: Any, maximize: bool = False, **given: Any) -> None:
-        if len(args) > len(group):
-            raise TypeError(f"{name} takes at most {len(group)} options by position, got {len(args)}.")
-        chosen = {**group, **dict(zip(group, args, strict=False))}
-        chosen.update({key: given.pop(key) for key in list(given) if key in group})
-        if unknown := set(given) - set(Options.__annotations__):
-            raise TypeError(f"{name} has no option {sorted(unknown)}; it takes {[*group, 'maximize', *Options.__annotations__]}.")
-        FirstOrder.__init__(self, params, {**chosen, "maximize": maximize}, **given)
-
-    members = {
-        "__init__": __init__,
-        "__doc__": rule.__doc__,
-        "__module__": rule.__module__,
-        "rule": staticmethod(rule),
-        "counts_steps": "step" in signature.numbers,
-    }
-    return type(name, (FirstOrder,), members)
-
-
-@cache
-def _signature(rule: Callable[..., Any]) -> Signature:
-    parameters = inspect.signature(rule).parameters
-    names = list(parameters)[2:]
-    results = rule(*(torch.ones((), dtype=torch.float64) for _ in parameters))
-    count = len(results) - 1 if isinstance(results, tuple) else 0
-    numbers = names[count:]
-    defaults = {n: parameters[n].default for n in numbers if parameters[n].default is not inspect.Parameter.empty}
-    return Signature(tuple(names[:count]), tuple(numbers), defaults)
 
 
 def _is_step_count(step: Any) -> bool:

@@ -16,6 +16,7 @@ from descend import clip, kernels
 from descend.kernels import eager
 from descend.kernels.chunks import Launch, StepCounts
 from descend.kernels.probe import Cell, make_probe
+from descend.signature import signature
 from descend.state import State
 
 if TYPE_CHECKING:
@@ -50,7 +51,8 @@ class Plan:
     def __init__(self, optimizer: FirstOrder, only_with_grad: bool = True) -> None:
         self._request = optimizer.requested_backend()
         self._state = optimizer.state
-        self._counts_steps = optimizer.counts_steps
+        if isinstance(self._state, State) and self._state.owner() is not optimizer:
+            self._state.exposed = True  # two optimizers write it: neither knows of the other's steps
         self._groups = [
             (list(group["params"]), optimizer.rule_for(group), bool(group.get("differentiable")))
             for group in optimizer.param_groups
@@ -70,7 +72,7 @@ class Plan:
     def _entry(self, optimizer: FirstOrder, index: int, rule: Any, param: Tensor) -> _Entry:
         optimizer.check_param(param, optimizer.param_groups[index])
         found = dict.get(self._state, param) or {}
-        names = optimizer.signature(rule).state
+        names = signature(rule).state
         state = [(name, found[name]) for name in names if isinstance(found.get(name), Tensor)]
         if self._groups[index][2]:
             reason: str | None = "differentiable=True"
@@ -123,7 +125,7 @@ class Plan:
             # Parameters of one group that have taken the same number of steps share their numbers.
             keys = [(entry.group, optimizer.steps_taken(entry.rule, entry.found)) for entry in members]
             rows = {key: row for row, key in enumerate(dict.fromkeys(keys))}
-            numbers = len(optimizer.signature(rule).numbers)
+            numbers = len(signature(rule).numbers)
             params = [entry.param for entry in members]
             grads = [param if param.grad is None else param.grad for param in params]
             row_of = [rows[key] for key in keys]
@@ -134,12 +136,12 @@ class Plan:
         """Of all gradients, in float64; its bits do not depend on threads or on how the plan came about."""
         total = sum(launch.grad_sum_of_squares() for launch, _, _, _ in self.launches)
         for entry in self.eager:
-            norm = float(clip.get_total_norm([entry.param.grad]))  # type: ignore[list-item]
+            norm = float(clip.norm([entry.param.grad], 2.0))  # type: ignore[list-item]
             total += norm * norm
         if math.isfinite(total):
             return math.sqrt(total)
         # Not finite, or finite with squares that overflow: the slower way can tell.
-        return float(clip.get_total_norm([entry.param.grad for entry in self.entries]))  # type: ignore[misc]
+        return float(clip.norm([entry.param.grad for entry in self.entries], 2.0))  # type: ignore[misc]
 
     def prepare(self, optimizer: FirstOrder) -> None:
         """Make the missing state of the parameters that kernels update, and complete the tables."""
@@ -151,7 +153,7 @@ class Plan:
             tensors = []
             for row, entry in enumerate(members):
                 state = optimizer.ensure_state(entry.param, entry.rule)
-                names = optimizer.signature(entry.rule).state
+                names = signature(entry.rule).state
                 tensors.append([state[name] for name in names])
                 self._made += [(entry.param, name, state[name]) for name in names]
                 if optimizer.counts_steps:
@@ -186,42 +188,40 @@ class Plan:
         exposed = not isinstance(self._state, State) or self._state.exposed
         if exposed and not self._state_is_ours():
             return False
-        return bool(self._probe.holds(state=exposed))
+        return bool(self._probe.holds(state=exposed)) and self._steps.unchanged()
 
     def _state_is_ours(self) -> bool:
-        """Whether every state tensor is where it was put, and every step count what it was."""
+        """Whether every state tensor is still the one that was put there."""
         for param, name, tensor in self._made:
             found = dict.get(self._state, param)
             if found is None or found.get(name) is not tensor:
                 return False
-        if self._counts_steps:
-            for _, members, row_of, rows in self.launches:
-                for entry, row in zip(members, row_of, strict=True):
-                    if dict.get(self._state, entry.param)["step"].item() != rows[row][1]:
-                        return False
         return True
 
-    def run(self, optimizer: FirstOrder, scale: float) -> None:
-        """Take one step; ``scale`` multiplies every gradient."""
+    def set_scalars(self, optimizer: FirstOrder, scale: float) -> None:
+        """Form every number of the coming step: an option that cannot be used is found before anything moves."""
         groups = optimizer.param_groups
+        self._scale = scale
         for launch, _, _, rows in self.launches:
             for row, (group, taken) in enumerate(rows):
                 numbers = optimizer.scalars(groups[group], taken + 1)
-                sign = -1.0 if groups[group].get("maximize") else 1.0
-                launch.scalars[row] = (sign * scale, *map(_number, numbers))
-        for entry in self.eager:  # an option that cannot be used is found before anything moves
+                launch.scalars[row] = (_signed(scale, groups[group]), *map(_number, numbers))
+        for entry in self.eager:
             optimizer.scalars(groups[entry.group], 1)
+
+    def run(self, optimizer: FirstOrder) -> None:
+        """Take the step."""
         for launch, _, _, rows in self.launches:
             launch.update()
-            for row in rows:
-                row[1] += 1
+            for key in rows:
+                key[1] += 1
         if self._params:
             self._steps.advance()
             torch.autograd.graph.increment_version(self._params)
         for entry in self.eager:
-            self._run_eagerly(optimizer, entry, scale)
+            self._run_eagerly(optimizer, entry)
 
-    def _run_eagerly(self, optimizer: FirstOrder, entry: _Entry, scale: float) -> None:
+    def _run_eagerly(self, optimizer: FirstOrder, entry: _Entry) -> None:
         group = optimizer.param_groups[entry.group]
         differentiable = bool(group.get("differentiable"))
         with torch.set_grad_enabled(differentiable):
@@ -231,11 +231,10 @@ class Plan:
             numbers = optimizer.scalars(group, taken + 1)
             if not differentiable:
                 numbers = tuple(map(_number, numbers))
-            sign = -1.0 if group.get("maximize") else 1.0
-            tensors = [state[name] for name in optimizer.signature(entry.rule).state]
+            tensors = [state[name] for name in signature(entry.rule).state]
             grad = entry.param.grad
             assert grad is not None
-            eager.run(entry.rule, entry.param, grad, tensors, numbers, sign * scale, differentiable)
+            eager.run(entry.rule, entry.param, grad, tensors, numbers, _signed(self._scale, group), differentiable)
             if optimizer.counts_steps:
                 state["step"] += 1
 
@@ -259,6 +258,10 @@ class Plan:
             )
             for entry in self.entries
         ]
+
+
+def _signed(scale: float, group: Mapping[str, Any]) -> float:
+    return -scale if group.get("maximize") else scale
 
 
 def _number(value: Any) -> Any:

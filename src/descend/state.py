@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import weakref
 from collections import defaultdict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 
@@ -28,21 +29,15 @@ class State(defaultdict[Any, Any]):
 
     exposed: bool
 
-    def __init__(self) -> None:
+    def __init__(self, owner: Any) -> None:
         super().__init__(dict)
         self.exposed = False
-
-    @classmethod
-    def of(cls, content: Mapping[Any, Any]) -> State:
-        """A state with this content, whose owner may still hold it."""
-        state = cls()
-        state.update(content)
-        return state
+        self.owner = weakref.ref(owner)
 
     def __reduce__(self) -> Any:
         return defaultdict, (dict, {key: dict(value) for key, value in dict.items(self)})
 
-    def __copy__(self) -> defaultdict[Any, Any]:
+    def __copy__(self) -> Any:
         self.exposed = True
         return defaultdict(dict, dict.items(self))
 

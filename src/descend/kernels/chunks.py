@@ -106,19 +106,32 @@ class Launch(Table):
 
 
 class StepCounts:
-    """Adds one to the step count of many parameters at once."""
+    """The step counts of many parameters, 0-dim tensors each, advanced and checked together."""
 
     def __init__(self, steps: Sequence[Tensor]) -> None:
         self._calls = []
         for dtype in {step.dtype for step in steps}:
-            table = np.array([step.data_ptr() for step in steps if step.dtype == dtype], np.int64)
-            call = np.array([table.ctypes.data, len(table)], np.int64)
-            self._calls.append((library.advance(dtype), call.ctypes.data, call, table))
+            members = [step for step in steps if step.dtype == dtype]
+            table = np.array([step.data_ptr() for step in members], np.int64)
+            expected = np.array([step.item() for step in members])
+            call = np.array([table.ctypes.data, expected.ctypes.data, len(table), 0, 0], np.int64)
+            self._calls.append((library.step_counts(dtype), call.ctypes.data, call, (table, expected)))
 
     def advance(self) -> None:
         """One more step for each."""
-        for kernel, address, _, _ in self._calls:
+        for kernel, address, call, _ in self._calls:
+            call[3] = 1
             native.call(kernel, address)
+            call[3] = 0
+
+    def unchanged(self) -> bool:
+        """Whether nobody else has written any of them."""
+        for kernel, address, call, _ in self._calls:
+            call[4] = 0
+            native.call(kernel, address)
+            if not call[4]:
+                return False
+        return True
 
 
 def _chunk_table(sizes: np.ndarray, rows: np.ndarray) -> np.ndarray:

@@ -14,7 +14,7 @@ from descend import ops
 from descend.kernels import native
 from descend.kernels.retarget import fingerprint
 
-_OPS = [getattr(ops, name) for name in ops.__all__]
+_OPS = {getattr(ops, name): name for name in ops.__all__}
 
 
 class RuleError(TypeError):
@@ -24,7 +24,10 @@ class RuleError(TypeError):
 @cache
 def update(rule: FunctionType, numbers: int, dtypes: tuple[torch.dtype, ...], compute: torch.dtype) -> int:
     """The loop that applies ``rule`` to the chunks of tensors of ``dtypes`` (parameter, gradient, state)."""
-    key = f"update|{_sources()}|{fingerprint(rule, _OPS)}|{numbers}|{dtypes}|{compute}"
+    try:
+        key = f"update|{_sources()}|{fingerprint(rule, _OPS)}|{numbers}|{dtypes}|{compute}"
+    except RecursionError as error:
+        raise RuleError(_explain(rule, TypeError("its helpers call each other in a circle"))) from error
 
     def compile_update() -> str:
         from descend.kernels import cpu
@@ -50,15 +53,15 @@ def sums_of_squares(dtype: torch.dtype, column: int, columns: int) -> int:
 
 
 @cache
-def advance(dtype: torch.dtype) -> int:
-    """The loop that adds one to the step counts of ``dtype``."""
+def step_counts(dtype: torch.dtype) -> int:
+    """The loop that checks or advances step counts of ``dtype``."""
 
-    def compile_advance() -> str:
+    def compile_step_counts() -> str:
         from descend.kernels import cpu
 
-        return cpu.advance_kernel(dtype)
+        return cpu.step_counts_kernel(dtype)
 
-    return native.load("advance", f"advance|{_sources()}|{dtype}", compile_advance)
+    return native.load("step_counts", f"step_counts|{_sources()}|{dtype}", compile_step_counts)
 
 
 @cache
@@ -66,9 +69,9 @@ def probe() -> int:
     """The loop behind ``probe.NativeProbe``."""
 
     def compile_probe() -> str:
-        from descend.kernels import cpu
+        from descend.kernels import probe_kernel
 
-        return cpu.probe_kernel()
+        return probe_kernel.probe_kernel()
 
     return native.load("probe", f"probe|{_sources()}", compile_probe)
 
@@ -77,7 +80,7 @@ def probe() -> int:
 def _sources() -> str:
     """A digest of the code that writes kernels: editing it makes every kernel new."""
     folder = files("descend.kernels")
-    texts = [folder.joinpath(name).read_bytes() for name in ("cpu.py", "retarget.py")]
+    texts = [folder.joinpath(name).read_bytes() for name in ("cpu.py", "memory.py", "probe_kernel.py", "retarget.py")]
     return hashlib.sha256(b"".join(texts)).hexdigest()
 
 

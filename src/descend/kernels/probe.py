@@ -26,7 +26,16 @@ from torch import Tensor
 from descend.kernels import library
 
 _TESTED = ("2.13.",)
-_SHIMS = ("is_defined", "get_dtype", "get_device_type", "get_layout", "get_dim", "get_sizes", "get_strides", "get_data_ptr")
+_SHIMS = (
+    "is_defined",
+    "get_dtype",
+    "get_device_type",
+    "get_layout",
+    "get_dim",
+    "get_sizes",
+    "get_strides",
+    "get_data_ptr",
+)
 _IS_NEG = "_ZN2at6native6is_negERKNS_6TensorE"  # bool at::native::is_neg(const Tensor&)
 _GRAD = "_ZNK3c1010TensorImpl4gradEv"  # const Tensor& c10::TensorImpl::grad() const
 _NO_TABLE, _STATE = 0, -1
@@ -161,7 +170,7 @@ _pointer.restype, _pointer.argtypes = ctypes.c_void_p, [ctypes.py_object, ctypes
 
 @cache
 def _native() -> Any:
-    """What deletes a handle, the addresses of torch's functions, and the probe itself; None if this torch is untested."""
+    """What deletes a handle, torch's functions, and the probe itself; None for a torch not tested with."""
     if not torch.__version__.startswith(_TESTED):
         return None
     folder = Path(torch.__file__).parent / "lib"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Mapping
 from types import CellType, FunctionType
 from typing import Any
 
@@ -41,25 +41,30 @@ def retarget(
         function.__defaults__,
         cells,
     )
+    copy.__kwdefaults__ = function.__kwdefaults__
     copy.__module__, copy.__qualname__ = function.__module__, function.__qualname__
     return compiled(copy)
 
 
-def fingerprint(function: FunctionType, ops: Collection[Any]) -> str:
+def fingerprint(function: FunctionType, ops: Mapping[Any, str]) -> str:
     """All that decides what ``function`` computes, as text: its code, and the values and helpers it refers to.
 
     It does not need the source, so it works for rules typed at a prompt; line numbers play no part.
+
+    Args:
+        function: a rule, or a helper that a rule calls.
+        ops: the name of each function of ``descend.ops``.
     """
+
+    def told(value: Any) -> str:
+        if not isinstance(value, FunctionType):
+            return repr(value)
+        return ops[value] if value in ops else "itself" if value is function else fingerprint(value, ops)
+
     code = function.__code__
-    cells = {
-        name: cell.cell_contents
-        for name, cell in zip(code.co_freevars, function.__closure__ or (), strict=True)
-    }
+    cells = zip(code.co_freevars, function.__closure__ or (), strict=True)
     referred = {name: function.__globals__[name] for name in code.co_names if name in function.__globals__}
-    parts = [
-        fingerprint(value, ops)
-        if isinstance(value, FunctionType) and value not in ops and value is not function
-        else (name if isinstance(value, FunctionType) else f"{name}={value!r}")
-        for name, value in {**referred, **cells}.items()
-    ]
-    return repr((code.co_code, code.co_varnames, code.co_names, code.co_consts, parts))
+    referred |= {name: cell.cell_contents for name, cell in cells}
+    parts = {name: told(value) for name, value in referred.items()}
+    defaults = (function.__defaults__, function.__kwdefaults__)
+    return repr((code.co_code, code.co_varnames, code.co_names, code.co_consts, defaults, parts))

@@ -1,0 +1,189 @@
+"""Memory as Numba's compiler sees it here: typed loads and stores at plain addresses.
+
+Arrays would carry shapes and strides nobody needs and could not hold bfloat16; addresses vectorise to the widest
+registers. Every function here is an ``intrinsic``: it emits the machine's instruction, nothing more.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numba.extending
+import torch
+from llvmlite import ir as llvm_ir
+from numba.core import errors, types
+
+intrinsic: Any = numba.extending.intrinsic
+
+_I16, _I32, _I64 = (llvm_ir.IntType(bits) for bits in (16, 32, 64))
+_F16, _F32, _F64 = llvm_ir.HalfType(), llvm_ir.FloatType(), llvm_ir.DoubleType()
+_STORED = {torch.float16: _F16, torch.bfloat16: _I16, torch.float32: _F32, torch.float64: _F64}
+COMPUTED: dict[Any, Any] = {torch.float32: types.float32, torch.float64: types.float64}
+
+
+def _element(builder: Any, address: Any, index: Any, stored: Any) -> Any:
+    return builder.gep(builder.inttoptr(address, stored.as_pointer()), [index])
+
+
+def _widen(builder: Any, value: Any, dtype: torch.dtype, computed: Any) -> Any:
+    """From the stored dtype to the compute dtype."""
+    if dtype == torch.bfloat16:  # the upper half of a float32
+        bits = builder.shl(builder.zext(value, _I32), llvm_ir.Constant(_I32, 16))
+        value = builder.bitcast(bits, _F32)
+    return value if value.type == computed else builder.fpext(value, computed)
+
+
+def _narrow(builder: Any, value: Any, dtype: torch.dtype) -> Any:
+    """From the compute dtype to the stored one, to nearest even, NaN staying NaN."""
+    stored = _STORED[dtype]
+    if dtype != torch.bfloat16:
+        return value if value.type == stored else builder.fptrunc(value, stored)
+    if value.type == _F64:
+        value = builder.fptrunc(value, _F32)
+    bits = builder.bitcast(value, _I32)
+    odd = builder.and_(builder.lshr(bits, llvm_ir.Constant(_I32, 16)), llvm_ir.Constant(_I32, 1))
+    rounded = builder.add(builder.add(bits, llvm_ir.Constant(_I32, 0x7FFF)), odd)
+    is_nan = builder.fcmp_unordered("uno", value, value)
+    bits = builder.select(is_nan, llvm_ir.Constant(_I32, 0x7FC00000), rounded)
+    return builder.trunc(builder.lshr(bits, llvm_ir.Constant(_I32, 16)), _I16)
+
+
+def _pack(context: Any, builder: Any, values: list[Any], kind: Any) -> Any:
+    return context.make_tuple(builder, types.UniTuple(kind, len(values)), values)
+
+
+@intrinsic
+def load_int(typing: Any, address: Any, index: Any) -> Any:
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        return builder.load(_element(builder, args[0], args[1], _I64))
+
+    return types.int64(types.int64, types.int64), generate
+
+
+@intrinsic
+def load_double(typing: Any, address: Any, index: Any) -> Any:
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        return builder.load(_element(builder, args[0], args[1], _F64))
+
+    return types.float64(types.int64, types.int64), generate
+
+
+@intrinsic
+def store_double(typing: Any, address: Any, index: Any, value: Any) -> Any:
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        builder.store(args[2], _element(builder, args[0], args[1], _F64))
+        return context.get_dummy_value()
+
+    return types.void(types.int64, types.int64, types.float64), generate
+
+
+@intrinsic
+def take(typing: Any, address: Any, count: Any) -> Any:
+    """Advance the shared counter at ``address`` by ``count``; its value before."""
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        counter = builder.inttoptr(args[0], _I64.as_pointer())
+        return builder.atomic_rmw("add", counter, args[1], "monotonic")
+
+    return types.int64(types.int64, types.int64), generate
+
+
+def chunk_addresses(dtypes: tuple[torch.dtype, ...]) -> Any:
+    """Where one chunk of each tensor begins: parameter, gradient (with an offset of its own), state."""
+
+    @intrinsic
+    def addresses(typing: Any, row: Any, offset: Any, grad_offset: Any) -> Any:
+        def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+            found = []
+            for column, dtype in enumerate(dtypes):
+                base = builder.load(_element(builder, args[0], llvm_ir.Constant(_I64, column), _I64))
+                elements = args[2] if column == 1 else args[1]
+                size = llvm_ir.Constant(_I64, dtype.itemsize)
+                found.append(builder.add(base, builder.mul(elements, size)))
+            return _pack(context, builder, found, types.int64)
+
+        return types.UniTuple(types.int64, len(dtypes))(types.int64, types.int64, types.int64), generate
+
+    return addresses
+
+
+def loader(dtypes: tuple[torch.dtype, ...], compute: torch.dtype) -> Any:
+    """Element ``index`` of every tensor of a chunk, in the compute dtype."""
+    number = COMPUTED[compute]
+
+    @intrinsic
+    def load(typing: Any, addresses: Any, index: Any) -> Any:
+        def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+            values = []
+            for column, dtype in enumerate(dtypes):
+                address = builder.extract_value(args[0], column)
+                value = builder.load(_element(builder, address, args[1], _STORED[dtype]))
+                values.append(_widen(builder, value, dtype, _STORED[compute]))
+            return _pack(context, builder, values, number)
+
+        return types.UniTuple(number, len(dtypes))(addresses, types.int64), generate
+
+    return load
+
+
+def numbers_loader(count: int, compute: torch.dtype) -> Any:
+    """A row of the scalars table."""
+
+    @intrinsic
+    def load(typing: Any, table: Any, row: Any) -> Any:
+        def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+            first = builder.mul(args[1], llvm_ir.Constant(_I64, count))
+            indices = [builder.add(first, llvm_ir.Constant(_I64, i)) for i in range(count)]
+            values = [builder.load(_element(builder, args[0], i, _STORED[compute])) for i in indices]
+            return _pack(context, builder, values, COMPUTED[compute])
+
+        return types.UniTuple(COMPUTED[compute], count)(types.int64, types.int64), generate
+
+    return load
+
+
+def storer(dtypes: tuple[torch.dtype, ...], compute: torch.dtype) -> Any:
+    """Write what a rule returned into element ``index`` of the parameter and the state tensors."""
+    columns = [column for column in range(len(dtypes)) if column != 1]  # gradients are never written
+    number = COMPUTED[compute]
+
+    @intrinsic
+    def store(typing: Any, addresses: Any, index: Any, values: Any) -> Any:
+        kinds = getattr(values, "types", [values])
+        if len(kinds) != len(columns):
+            raise errors.TypingError(f"the rule returned {len(kinds)} values, not {len(columns)}")
+
+        def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+            for position, (column, kind) in enumerate(zip(columns, kinds, strict=True)):
+                value = args[2]
+                if isinstance(values, types.BaseTuple):
+                    value = builder.extract_value(value, position)
+                value = context.cast(builder, value, kind, number)
+                address = builder.extract_value(args[0], column)
+                place = _element(builder, address, args[1], _STORED[dtypes[column]])
+                builder.store(_narrow(builder, value, dtypes[column]), place)
+            return context.get_dummy_value()
+
+        return types.void(addresses, types.int64, values), generate
+
+    return store
+
+
+@intrinsic
+def store_int(typing: Any, address: Any, index: Any, value: Any) -> Any:
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        builder.store(args[2], _element(builder, args[0], args[1], _I64))
+        return context.get_dummy_value()
+
+    return types.void(types.int64, types.int64, types.int64), generate
+
+
+@intrinsic
+def call_address(typing: Any, function: Any, first: Any, second: Any) -> Any:
+    """Call the C function at an address with two integers or pointers (those it does not take, it ignores)."""
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        prototype = llvm_ir.FunctionType(_I64, [_I64, _I64])
+        return builder.call(builder.inttoptr(args[0], prototype.as_pointer()), args[1:])
+
+    return types.int64(types.int64, types.int64, types.int64), generate
