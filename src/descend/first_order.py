@@ -178,7 +178,7 @@ class Adam(FirstOrder):
         check_lr(self, options)
         check_at_least_zero(self, "epsilon value", "eps", options["eps"])
         for index, beta in enumerate(options["betas"]):
-            if not 0 <= beta < 1:
+            if not isinstance(beta, int | float | Tensor) or not 0 <= beta < 1:
                 name = type(self).__name__
                 raise ValueError(
                     f"Invalid beta parameter at index {index}: {beta} ({name}: betas[{index}] must be in [0, 1))"
@@ -266,8 +266,8 @@ def _check_flags(options: Mapping[str, Any]) -> None:
 def _check_tensors(optimizer: FirstOrder, options: Mapping[str, Any]) -> None:
     """Torch's conditions on options given as tensors."""
     betas = options["betas"]
-    if len({isinstance(beta, Tensor) for beta in betas}) != 1 or len(betas) != 2:
-        raise ValueError(f"betas must be either both floats or both Tensors, got {betas}")
+    if not isinstance(betas, tuple | list) or len(betas) != 2 or len({isinstance(b, Tensor) for b in betas}) != 1:
+        raise ValueError(f"betas must be either both floats or both Tensors, got {betas!r}")
     for name, value in (("lr", options["lr"]), ("betas[0]", betas[0]), ("betas[1]", betas[1])):
         if isinstance(value, Tensor):
             if options["foreach"] and not options["capturable"]:

@@ -68,8 +68,8 @@ class FirstOrder(Optimizer):
         state_dtype: torch.dtype | None = None,
     ) -> None:
         name = type(self).__name__
-        if max_norm is not None and not max_norm > 0:
-            raise ValueError(f"{name}: max_norm must be a number > 0, or None not to clip, got {max_norm}.")
+        if max_norm is not None and not (isinstance(max_norm, int | float) and max_norm > 0):
+            raise ValueError(f"{name}: max_norm must be a number > 0, or None not to clip, got {max_norm!r}.")
         if nonfinite not in _NONFINITE:
             raise ValueError(f"{name}: nonfinite must be one of {_NONFINITE}, got {nonfinite!r}.")
         if backend not in BACKENDS:
@@ -219,7 +219,11 @@ class FirstOrder(Optimizer):
         """Add a group of parameters, its options checked first. See ``torch.optim.Optimizer.add_param_group``."""
         if isinstance(param_group, dict):
             self.check_options({**self.defaults, **param_group})
-        super().add_param_group(param_group)
+        # torch's wrapper imports all of torch._dynamo, a second, to keep the compiler out of here.
+        inherited = Optimizer.add_param_group
+        if not torch.compiler.is_compiling():
+            inherited = getattr(inherited, "__wrapped__", inherited)
+        inherited(self, param_group)
 
     def check_param(self, param: Tensor, group: Mapping[str, Any]) -> None:
         """Raise torch's errors for parameters that a group's options do not allow."""

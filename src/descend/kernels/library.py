@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+import re
 from functools import cache
 from importlib.resources import files
 from types import FunctionType
-from typing import Any
 
 import torch
 
@@ -85,11 +85,13 @@ def _sources() -> str:
 
 
 def _explain(rule: FunctionType, error: Exception) -> str:
-    location: Any = getattr(error, "loc", None)
-    line = getattr(location, "line", rule.__code__.co_firstlineno)
-    reason = str(error).strip()
+    text = str(error)
+    lines = re.findall(r'File "([^"]*)", line (\d+)', text)
+    file, line = lines[0] if lines else (rule.__code__.co_filename, rule.__code__.co_firstlineno)
+    said = [line for line in text.splitlines() if line.strip() and not line.startswith("Failed in nopython mode")]
     return (
-        f"the rule {rule.__name__} ({rule.__code__.co_filename}:{line}) cannot be compiled for the CPU: {reason}\n"
+        f"the rule {rule.__name__} cannot be compiled for the CPU ({file}, line {line}): "
+        f"{said[0] if said else repr(error)}\n"
         "A rule may use arithmetic, comparisons, the functions of descend.ops imported by name, and helpers made of "
         "these. To run it as it is on tensors, pass backend='eager'."
     )

@@ -40,6 +40,8 @@ def load(name: str, key: str, compile_to_llvm: Callable[[], str]) -> int:
     """
     with _lock:
         if key not in _loaded:
+            # Making an engine is also what lets LLVM see the symbols of this process.
+            engine = llvm.create_mcjit_compiler(llvm.parse_assembly(""), _target_machine())
             digest = hashlib.sha256(f"{key}|{_machine()}".encode()).hexdigest()
             path = cache_directory() / f"{name}-{digest[:40]}.o"
             object_code = _read(path)
@@ -48,7 +50,6 @@ def load(name: str, key: str, compile_to_llvm: Callable[[], str]) -> int:
                 symbols = _undefined_symbols(module)
                 object_code = _target_machine().emit_object(module)
                 _write(path, object_code, symbols)
-            engine = llvm.create_mcjit_compiler(llvm.parse_assembly(""), _target_machine())
             engine.add_object_file(llvm.ObjectFileRef.from_data(object_code))
             engine.finalize_object()
             _engines.append(engine)
@@ -88,7 +89,7 @@ def _target_machine() -> Any:
 def _machine() -> str:
     versions = [version(package) for package in ("numba", "llvmlite")]
     features = llvm.get_host_cpu_features().flatten()
-    return repr((versions, sys.version, platform.platform(), llvm.get_host_cpu_name(), features))
+    return repr((versions, sys.version, sys.platform, platform.machine(), llvm.get_host_cpu_name(), features))
 
 
 def _undefined_symbols(module: Any) -> list[str]:
