@@ -165,8 +165,8 @@ class Plan:
         self._steps = StepCounts(steps)
         watched = [param for params, _, _ in self._groups for param in params]
         made = [tensor for _, _, tensor in self._made]
-        spans = sorted(filter(None, map(kernels.span, (*self._params, *made))))
-        written = np.array(spans, np.int64).reshape(-1, 2)
+        spans = np.concatenate([np.zeros((0, 2), np.int64), *(launch.written() for launch, _, _, _ in self.launches)])
+        written = spans[np.argsort(spans[:, 0])]
         self._probe = make_probe(watched, [cells.get(param) for param in watched], made, written)
 
     def holds(self, optimizer: FirstOrder) -> bool:

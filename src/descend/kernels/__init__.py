@@ -10,26 +10,44 @@ from torch import Tensor
 BACKENDS = ("auto", "eager", "cpu")
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+_PLAIN = (Tensor, torch.nn.Parameter)  # subclasses may mean anything
 
 
 def why_not_cpu(param: Tensor, grad: Tensor | None, state: Sequence[tuple[str, Tensor]]) -> str | None:
     """Why the compiled CPU backend cannot run this parameter; None if it can."""
-    for name, tensor in (("", param), ("gradient ", grad), *((f"{key} ", value) for key, value in state)):
-        if tensor is None:
-            continue
-        if type(tensor) is not Tensor and type(tensor) is not torch.nn.Parameter:
-            return f"{name}is a {type(tensor).__name__}"
-        if tensor.device.type != "cpu":
-            return f"{name}on {tensor.device}"
-        if tensor.layout != torch.strided:
-            return f"{name}layout {tensor.layout}"
-        if tensor.dtype not in _DTYPES:
-            return f"{name}dtype {tensor.dtype}"
+    if reason := _unsuitable(param):
+        return reason
+    if not _is_dense(param):
+        return f"not dense in memory (stride {param.stride()})"
+    for name, tensor in state if grad is None else (("gradient", grad), *state):
+        if reason := _unsuitable(tensor):
+            return f"{name}: {reason}"
         if tensor.shape != param.shape or not _same_order(tensor, param):
-            return f"{name}shape {tuple(tensor.shape)} stride {tensor.stride()} differs from the parameter's"
-        if tensor.is_neg() or tensor.is_inference():
-            return f"{name}is an inference tensor or a lazy negation"
-    return None if _is_dense(param) else f"not dense in memory (stride {param.stride()})"
+            return f"{name}: shape {tuple(tensor.shape)} stride {tensor.stride()} differs from the parameter's"
+    return None
+
+
+def span(tensor: Tensor) -> tuple[int, int] | None:
+    """First and last address (exclusive) of a CPU tensor's memory; None if it has none to compare."""
+    if type(tensor) not in _PLAIN or not tensor.is_cpu or tensor.layout is not torch.strided or not tensor.numel():
+        return None
+    start = tensor.data_ptr()
+    if tensor.is_contiguous():
+        return start, start + tensor.nbytes
+    last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    return start, start + (last + 1) * tensor.itemsize
+
+
+def _unsuitable(tensor: Tensor) -> str | None:
+    if type(tensor) not in _PLAIN:
+        return f"a {type(tensor).__name__}"
+    if not tensor.is_cpu:
+        return f"on {tensor.device}"
+    if tensor.layout is not torch.strided:
+        return f"layout {tensor.layout}"
+    if tensor.dtype not in _DTYPES:
+        return f"dtype {tensor.dtype}"
+    return "an inference tensor or a lazy negation" if tensor.is_inference() or tensor.is_neg() else None
 
 
 def _same_order(a: Tensor, b: Tensor) -> bool:
@@ -49,13 +67,3 @@ def _is_dense(tensor: Tensor) -> bool:
             return False
         expected *= size
     return True
-
-
-def span(tensor: Tensor) -> tuple[int, int] | None:
-    """First and last address (exclusive) of a CPU tensor's memory; None if it has none to compare."""
-    if type(tensor) is not Tensor and type(tensor) is not torch.nn.Parameter:
-        return None
-    if tensor.device.type != "cpu" or tensor.layout != torch.strided or not tensor.numel():
-        return None
-    last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
-    return tensor.data_ptr(), tensor.data_ptr() + (last + 1) * tensor.itemsize

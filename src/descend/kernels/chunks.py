@@ -34,9 +34,9 @@ class Table:
         self.addresses = np.zeros((len(rows), width), np.int64)
         for column, tensors in enumerate(columns):
             self.addresses[:, column] = [tensor.data_ptr() for tensor in tensors]
-        sizes = np.array([tensor.numel() for tensor in columns[0]], np.int64)
-        self._elements = int(sizes.sum())
-        self._chunks = _chunk_table(sizes, np.asarray(rows, np.int64))
+        self._sizes = np.array([tensor.numel() for tensor in columns[0]], np.int64)
+        self._elements = int(self._sizes.sum())
+        self._chunks = _chunk_table(self._sizes, np.asarray(rows, np.int64))
         self.scalars = scalars
         self._sums = np.zeros(len(self._chunks))
         self._call = np.array(
@@ -89,12 +89,20 @@ class Launch(Table):
         scalars = np.zeros((max(rows) + 1, numbers + 1), _NUMPY[compute])
         super().__init__([params, grads], len(dtypes), rows, scalars)
         self._update = library.update(rule, numbers, dtypes, compute)
-        self._grad_dtype = dtypes[1]
+        self._dtypes = dtypes
 
     def set_state(self, tensors: Sequence[Sequence[Tensor]]) -> None:
         """Take the addresses of the state tensors, one sequence a parameter."""
         for row, state in zip(self.addresses, tensors, strict=True):
             row[2:] = [tensor.data_ptr() for tensor in state]
+
+    def written(self) -> np.ndarray:
+        """First and last addresses (exclusive) of all that an update writes, shape (n, 2)."""
+        columns = [column for column in range(len(self._dtypes)) if column != 1]
+        starts = self.addresses[:, columns]
+        ends = starts + self._sizes[:, None] * np.array([self._dtypes[column].itemsize for column in columns])
+        spans = np.stack([starts.ravel(), ends.ravel()], axis=1)
+        return spans[spans[:, 0] < spans[:, 1]]
 
     def update(self) -> None:
         """Apply the rule to everything."""
@@ -102,7 +110,7 @@ class Launch(Table):
 
     def grad_sum_of_squares(self) -> float:
         """Of all gradients."""
-        return self.sum_of_squares(1, self._grad_dtype)
+        return self.sum_of_squares(1, self._dtypes[1])
 
 
 class StepCounts:
