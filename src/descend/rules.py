@@ -5,9 +5,8 @@ state. It changes nothing and knows nothing of devices, dtypes, threads, clippin
 arrives already scaled). The same functions run eagerly on tensors and compiled on single elements.
 
 Numbers are formed in float64 by the caller: in float32, 1 - 0.999 is already wrong by 1e-5.
-Throughout, ``gain_i = 1 - beta_i`` and ``bias_i = 1 - beta_i**step``. Averages are written ``a - gain * a + gain * x``:
-exact for beta = 0, where ``a + gain * (x - a)`` would keep rounding errors of the old ``a``, and without the drift of
-``beta * a + gain * x``, whose factors do not add up to 1 in float32.
+Throughout, ``gain_i = 1 - beta_i`` and ``bias_i = 1 - beta_i**step``. Averages are ``(1 - gain) * a + gain * x``: with
+``a + gain * (x - a)`` a square that once overflowed would turn into NaN at the next step (Inf - Inf).
 """
 
 from __future__ import annotations
@@ -40,8 +39,8 @@ def nesterov(param, grad, momentum_buffer, lr, weight_decay, decay, gain, moment
 def adam(param, grad, exp_avg, exp_avg_sq, lr, gain1, gain2, eps, weight_decay, bias1, bias2):
     """Adam: Kingma & Ba 2015, Algorithm 1, https://arxiv.org/abs/1412.6980; weight decay is L2, in the gradient."""
     grad = grad + weight_decay * param
-    exp_avg = exp_avg - gain1 * exp_avg + gain1 * grad
-    exp_avg_sq = exp_avg_sq - gain2 * exp_avg_sq + gain2 * grad * grad
+    exp_avg = (1 - gain1) * exp_avg + gain1 * grad
+    exp_avg_sq = (1 - gain2) * exp_avg_sq + gain2 * grad * grad
     denom = sqrt(exp_avg_sq / bias2) + eps
     return param - lr / bias1 * exp_avg / denom, exp_avg, exp_avg_sq
 
@@ -51,9 +50,9 @@ def adamw(param, grad, exp_avg, exp_avg_sq, lr, gain1, gain2, eps, weight_decay,
 
     As in PyTorch, weight_decay is multiplied by lr; it never meets the gradient.
     """
-    param = param - lr * weight_decay * param
-    exp_avg = exp_avg - gain1 * exp_avg + gain1 * grad
-    exp_avg_sq = exp_avg_sq - gain2 * exp_avg_sq + gain2 * grad * grad
+    param = (1 - lr * weight_decay) * param
+    exp_avg = (1 - gain1) * exp_avg + gain1 * grad
+    exp_avg_sq = (1 - gain2) * exp_avg_sq + gain2 * grad * grad
     denom = sqrt(exp_avg_sq / bias2) + eps
     return param - lr / bias1 * exp_avg / denom, exp_avg, exp_avg_sq
 
@@ -74,8 +73,8 @@ def adam_amsgrad(
 ):
     """AMSGrad: Reddi, Kale & Kumar 2018, Algorithm 2, https://arxiv.org/abs/1904.09237; weight decay is L2."""
     grad = grad + weight_decay * param
-    exp_avg = exp_avg - gain1 * exp_avg + gain1 * grad
-    exp_avg_sq = exp_avg_sq - gain2 * exp_avg_sq + gain2 * grad * grad
+    exp_avg = (1 - gain1) * exp_avg + gain1 * grad
+    exp_avg_sq = (1 - gain2) * exp_avg_sq + gain2 * grad * grad
     max_exp_avg_sq = maximum(max_exp_avg_sq, exp_avg_sq)
     denom = sqrt(max_exp_avg_sq / bias2) + eps
     return param - lr / bias1 * exp_avg / denom, exp_avg, exp_avg_sq, max_exp_avg_sq
@@ -96,9 +95,9 @@ def adamw_amsgrad(
     bias2,
 ):
     """AMSGrad with decoupled weight decay: the two papers above, combined as in PyTorch."""
-    param = param - lr * weight_decay * param
-    exp_avg = exp_avg - gain1 * exp_avg + gain1 * grad
-    exp_avg_sq = exp_avg_sq - gain2 * exp_avg_sq + gain2 * grad * grad
+    param = (1 - lr * weight_decay) * param
+    exp_avg = (1 - gain1) * exp_avg + gain1 * grad
+    exp_avg_sq = (1 - gain2) * exp_avg_sq + gain2 * grad * grad
     max_exp_avg_sq = maximum(max_exp_avg_sq, exp_avg_sq)
     denom = sqrt(max_exp_avg_sq / bias2) + eps
     return param - lr / bias1 * exp_avg / denom, exp_avg, exp_avg_sq, max_exp_avg_sq

@@ -36,10 +36,10 @@ def _widen(builder: Any, value: Any, dtype: torch.dtype, computed: Any) -> Any:
 def _narrow(builder: Any, value: Any, dtype: torch.dtype) -> Any:
     """From the compute dtype to the stored one, to nearest even, NaN staying NaN."""
     stored = _STORED[dtype]
+    if value.type == _F64 and dtype.itemsize == 2:  # by way of float32, as torch does; there is no direct instruction
+        value = builder.fptrunc(value, _F32)
     if dtype != torch.bfloat16:
         return value if value.type == stored else builder.fptrunc(value, stored)
-    if value.type == _F64:
-        value = builder.fptrunc(value, _F32)
     bits = builder.bitcast(value, _I32)
     odd = builder.and_(builder.lshr(bits, llvm_ir.Constant(_I32, 16)), llvm_ir.Constant(_I32, 1))
     rounded = builder.add(builder.add(bits, llvm_ir.Constant(_I32, 0x7FFF)), odd)

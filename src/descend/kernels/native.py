@@ -12,6 +12,7 @@ import hashlib
 import json
 import os
 import platform
+import re
 import sys
 import tempfile
 import threading
@@ -47,7 +48,7 @@ def load(name: str, key: str, compile_to_llvm: Callable[[], str]) -> int:
             object_code = _read(path)
             if object_code is None:
                 module = llvm.parse_assembly(compile_to_llvm())
-                symbols = _undefined_symbols(module)
+                symbols = _called_symbols(module)
                 object_code = _target_machine().emit_object(module)
                 _write(path, object_code, symbols)
             engine.add_object_file(llvm.ObjectFileRef.from_data(object_code))
@@ -92,11 +93,15 @@ def _machine() -> str:
     return repr((versions, sys.version, sys.platform, platform.machine(), llvm.get_host_cpu_name(), features))
 
 
-def _undefined_symbols(module: Any) -> list[str]:
-    names = [f.name for f in module.functions if f.is_declaration and not f.name.startswith("llvm.")]
+def _called_symbols(module: Any) -> list[str]:
+    """The functions outside ``module`` that it calls; an error if one is missing, where LLVM would end the process."""
+    declared = {f.name for f in module.functions if f.is_declaration and not f.name.startswith("llvm.")}
+    # Conversions without an instruction of their own become calls only in the code generator: __truncsfhf2 and such.
+    generated = set(re.findall(r"(?<![\w.])__[a-z]\w+", _target_machine().emit_assembly(module)))
+    names = sorted(declared | generated)
     missing = [name for name in names if not llvm.address_of_symbol(name)]
-    if missing:  # LLVM's linker would end the process
-        raise NotImplementedError(f"it needs the functions {missing}, which this process lacks")
+    if missing:
+        raise NotImplementedError(f"this machine lacks {missing}, which the kernel calls. Pass backend='eager'.")
     return names
 
 
