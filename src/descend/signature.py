@@ -9,6 +9,8 @@ from typing import Any, NamedTuple
 
 import torch
 
+_POSITIONAL = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+
 
 class Signature(NamedTuple):
     """What a rule takes after the parameter and its gradient."""
@@ -22,6 +24,9 @@ class Signature(NamedTuple):
 def signature(rule: Callable[..., Any]) -> Signature:
     """The state and the numbers of ``rule``: as many state tensors as it returns values beyond the parameter."""
     parameters = inspect.signature(rule).parameters
+    odd = [name for name, parameter in parameters.items() if parameter.kind not in _POSITIONAL]
+    if odd:
+        raise TypeError(f"a rule takes positional arguments only, got {', '.join(odd)} in {rule.__name__}.")
     names = list(parameters)[2:]
     results = rule(*(torch.ones((), dtype=torch.float64) for _ in parameters))
     count = len(results) - 1 if isinstance(results, tuple) else 0

@@ -1,0 +1,166 @@
+"""The table of cases that drives the tests, and the two optimizers side by side that most of them watch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from itertools import product
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from descend import SGD, Adam, AdamW, FirstOrder
+
+BACKENDS = ("cpu", "eager")
+SHAPES = ((), (0,), (7, 5), (129,))
+
+
+class Case(NamedTuple):
+    """An optimizer, torch's counterpart, and the options that both get."""
+
+    ours: type[FirstOrder]
+    theirs: type[torch.optim.Optimizer]
+    options: dict[str, Any]
+
+    def __str__(self) -> str:
+        return "-".join([self.ours.__name__, *(f"{key}={value}" for key, value in self.options.items())])
+
+
+# One line for each rule.
+CASES = [
+    Case(SGD, torch.optim.SGD, dict(lr=0.1, weight_decay=0.1)),
+    Case(SGD, torch.optim.SGD, dict(lr=0.1, momentum=0.9, dampening=0.5)),
+    Case(SGD, torch.optim.SGD, dict(lr=0.1, momentum=0.9, nesterov=True, weight_decay=0.1)),
+    Case(Adam, torch.optim.Adam, dict(lr=0.01, weight_decay=0.1)),
+    Case(Adam, torch.optim.Adam, dict(lr=0.01, amsgrad=True)),
+    Case(AdamW, torch.optim.AdamW, dict(lr=0.01, weight_decay=0.1)),
+    Case(AdamW, torch.optim.AdamW, dict(lr=0.01, weight_decay=0.1, amsgrad=True)),
+]
+
+# Every combination of options that makes sense.
+EVERY_CASE = [
+    *(
+        Case(SGD, torch.optim.SGD, dict(lr=0.1, **kind, weight_decay=weight_decay, maximize=maximize))
+        for kind, weight_decay, maximize in product(
+            ({}, dict(momentum=0.9), dict(momentum=0.9, dampening=0.5), dict(momentum=0.9, nesterov=True)),
+            (0, 0.1),
+            (False, True),
+        )
+    ),
+    *(
+        Case(Adam, torch.optim.Adam, dict(lr=0.01, **decay, amsgrad=amsgrad, maximize=maximize))
+        for decay, amsgrad, maximize in product(
+            ({}, dict(weight_decay=0.1), dict(weight_decay=0.1, decoupled_weight_decay=True)),
+            (False, True),
+            (False, True),
+        )
+    ),
+    *(
+        Case(AdamW, torch.optim.AdamW, dict(lr=0.01, weight_decay=weight_decay, amsgrad=amsgrad, maximize=maximize))
+        for weight_decay, amsgrad, maximize in product((0, 0.1), (False, True), (False, True))
+    ),
+    Case(Adam, torch.optim.Adam, dict(lr=0.1, betas=(0.0, 0.5), eps=1e-3)),
+    Case(AdamW, torch.optim.AdamW, dict(lr=torch.tensor(0.01, dtype=torch.float64), betas=(0.5, 0.0), eps=1.0)),
+    Case(SGD, torch.optim.SGD, dict(lr=torch.tensor([[0.1]]), momentum=0.5)),
+]
+
+
+def leaves(
+    shapes: Sequence[tuple[int, ...]] = SHAPES, dtype: torch.dtype = torch.float64, seed: int = 0
+) -> list[Tensor]:
+    """Random parameters."""
+    random = torch.Generator().manual_seed(seed)
+    values = [torch.randn(shape, generator=random, dtype=torch.float64) for shape in shapes]
+    return [value.to(dtype).requires_grad_() for value in values]
+
+
+def give_grads(params: Sequence[Tensor], seed: int) -> None:
+    """Random gradients, the same for the same seed, each in new memory."""
+    random = torch.Generator().manual_seed(1000 + seed)
+    for param in params:
+        grad = torch.randn(param.shape, generator=random, dtype=torch.float64)
+        param.grad = grad.to(getattr(param, "grad_dtype", None) or param.dtype)
+
+
+class Twins:
+    """Ours and torch's for-loop on equal parameters: every edit, gradient and step happens to both."""
+
+    def __init__(
+        self,
+        case: Case,
+        groups: Callable[[], list[Any]] = leaves,
+        **ours: Any,
+    ) -> None:
+        options = {key: value.clone() if isinstance(value, Tensor) else value for key, value in case.options.items()}
+        self.ours = case.ours(groups(), **options, **ours)
+        options = {key: value.clone() if isinstance(value, Tensor) else value for key, value in case.options.items()}
+        self.theirs = case.theirs(groups(), **options)
+        self.both = (self.ours, self.theirs)
+
+    def edit(self, change: Callable[[Any], Any]) -> None:
+        """Do the same to both optimizers."""
+        for optimizer in self.both:
+            change(optimizer)
+
+    def step(self, seed: int, grads: Callable[[Sequence[Tensor], int], None] = give_grads) -> None:
+        """A step of both with the same new gradients."""
+        for optimizer in self.both:
+            grads(params_of(optimizer), seed)
+            optimizer.step()
+
+    def assert_equal(self, rtol: float = 1e-12, atol: float = 1e-12) -> None:
+        """Parameters and state agree; the default tolerance is float64's rounding, grown over some tens of steps."""
+        for ours, theirs in zip(params_of(self.ours), params_of(self.theirs), strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=rtol, atol=atol, equal_nan=True)
+        assert_same_state(*map(state_of, self.both), rtol, atol)
+
+
+def params_of(optimizer: torch.optim.Optimizer) -> list[Tensor]:
+    """All parameters, in order."""
+    return [param for group in optimizer.param_groups for param in group["params"]]
+
+
+def state_of(optimizer: torch.optim.Optimizer) -> dict[Any, Any]:
+    """The state of the parameters that are in a group, under their positions; looked at from outside."""
+    params = params_of(optimizer)
+    return {index: optimizer.state[param] for index, param in enumerate(params) if param in optimizer.state}
+
+
+def assert_same_state(ours: dict[Any, Any], theirs: dict[Any, Any], rtol: float, atol: float) -> None:
+    """The same keys (the names of each parameter's in the same order), types and dtypes, close values."""
+    assert ours.keys() == theirs.keys()
+    for key, state in theirs.items():
+        assert list(ours[key]) == list(state)
+        for name, value in state.items():
+            assert type(ours[key][name]) is type(value), name
+            if isinstance(value, Tensor):
+                torch.testing.assert_close(ours[key][name], value, rtol=rtol, atol=atol, equal_nan=True)
+            else:
+                assert ours[key][name] == value
+
+
+def snapshot(optimizer: torch.optim.Optimizer) -> Any:
+    """Copies of parameters and state."""
+    params = [param.detach().clone() for param in params_of(optimizer)]
+    state = {
+        index: {name: value.clone() if isinstance(value, Tensor) else value for name, value in content.items()}
+        for index, content in optimizer.state_dict()["state"].items()
+    }
+    groups = [
+        {key: value.clone() if isinstance(value, Tensor) else value for key, value in group.items() if key != "params"}
+        for group in optimizer.param_groups
+    ]
+    return params, state, groups
+
+
+def assert_unmoved(optimizer: torch.optim.Optimizer, before: Any) -> None:
+    """Parameters, state and groups are bit for bit what ``snapshot`` found."""
+    params, state, groups = snapshot(optimizer)
+    assert all(map(torch.equal, params, before[0]))
+    assert_same_bits(state, before[1])
+    assert groups == before[2]
+
+
+def assert_same_bits(ours: dict[Any, Any], theirs: dict[Any, Any]) -> None:
+    """Two states are equal bit for bit."""
+    assert_same_state(ours, theirs, rtol=0, atol=0)

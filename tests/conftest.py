@@ -1,0 +1,20 @@
+"""Every test starts from the same random numbers and leaves torch's settings as it found them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+
+@pytest.fixture(autouse=True)
+def clean_torch(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.delenv("DESCEND_BACKEND", raising=False)
+    threads, dtype = torch.get_num_threads(), torch.get_default_dtype()
+    torch.manual_seed(0)
+    # Torch warns once per process about sparse tensors until somebody decides.
+    torch.sparse.check_sparse_tensor_invariants.disable()
+    yield
+    torch.set_num_threads(threads)
+    torch.set_default_dtype(dtype)
