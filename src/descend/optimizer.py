@@ -84,7 +84,7 @@ class FirstOrder(Optimizer):
         self.grad_norm: float | None = None
         self._plan: Plan | None = None
         super().__init__(params, defaults)
-        self.state = State(self)
+        self.state = State.owned_by(self)
 
     # What a subclass defines.
 
@@ -310,7 +310,7 @@ class FirstOrder(Optimizer):
             for key, value in self.defaults.items():
                 group.setdefault(key, value)
         if not isinstance(self.state, State):
-            content, self.state = self.state, State(self)
+            content, self.state = self.state, State.owned_by(self)
             self.state.update(content)  # counts as exposed: whoever made it may still hold it
 
 

@@ -27,12 +27,18 @@ class State(defaultdict[Any, Any]):
     reads through ``dict``'s own methods, which do not count.
     """
 
-    exposed: bool
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.exposed = True
+        self.owner: Callable[[], Any] = lambda: None
 
-    def __init__(self, owner: Any) -> None:
-        super().__init__(dict)
-        self.exposed = False
-        self.owner = weakref.ref(owner)
+    @classmethod
+    def owned_by(cls, optimizer: Any) -> State:
+        """An empty state that only ``optimizer`` has seen."""
+        state = cls(dict)
+        state.exposed = False
+        state.owner = weakref.ref(optimizer)
+        return state
 
     def __reduce__(self) -> Any:
         return defaultdict, (dict, {key: dict(value) for key, value in dict.items(self)})

@@ -1,0 +1,356 @@
+"""Programs edit parameters, gradients, state and groups between steps: all of it acts as in torch."""
+
+from __future__ import annotations
+
+import copy
+import weakref
+from collections import defaultdict
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from cases import BACKENDS, CASES, Case, Twins, give_grads, leaves, params_of
+from torch import Tensor
+
+from descend import SGD, Adam
+from descend.kernels import probe
+
+PROBES = ("native", "python")
+
+
+@pytest.fixture(params=PROBES)
+def either_probe(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Run a test with the probe in native code, and with the one in Python."""
+    if request.param == "python":
+        monkeypatch.setattr(probe, "_native", lambda: None)
+    return request.param
+
+
+def swap_storage(optimizer: Any) -> None:
+    for param in params_of(optimizer):
+        param.data = param.data.clone() + 1
+
+
+def swap_for_transposed(optimizer: Any) -> None:
+    for param in params_of(optimizer):
+        param.data = param.data.mT.contiguous().mT if param.dim() > 1 else param.data
+
+
+def swap_for_strided(optimizer: Any) -> None:
+    for param in params_of(optimizer):
+        param.data = torch.stack([param.data, param.data], -1)[..., 0]
+
+
+def swap_for_another_shape(optimizer: Any) -> None:
+    optimizer.state.clear()
+    for param in params_of(optimizer):
+        param.data = torch.cat([param.data, param.data]) if param.dim() else param.data
+
+
+def set_in_place(optimizer: Any) -> None:
+    for param in params_of(optimizer):
+        param.data.set_(param.data.clone() * 2)
+
+
+def write_params(optimizer: Any) -> None:
+    with torch.no_grad():
+        for param in params_of(optimizer):
+            param.mul_(0.5)
+
+
+def clear_state(optimizer: Any) -> None:
+    optimizer.state.clear()
+
+
+def drop_state_of_one(optimizer: Any) -> None:
+    optimizer.state.pop(params_of(optimizer)[0], None)
+
+
+def replace_state(optimizer: Any) -> None:
+    for state in optimizer.state.values():
+        for name, value in state.items():
+            state[name] = value.clone() if name == "step" else value * 0.5
+
+
+def edit_state_in_place(optimizer: Any) -> None:
+    for state in optimizer.state.values():
+        for name, value in state.items():
+            value.add_(3) if name == "step" else value.mul_(0.25)
+
+
+def swap_state_data(optimizer: Any) -> None:
+    for state in optimizer.state.values():
+        for value in state.values():
+            value.data = value.data.clone()
+
+
+def edit_through_state_dict(optimizer: Any) -> None:
+    for state in optimizer.state_dict()["state"].values():
+        for name, value in state.items():
+            value.fill_(100.0) if name == "step" else value.mul_(0.25)
+
+
+def replace_whole_state(optimizer: Any) -> None:
+    optimizer.state = (
+        type(optimizer.state)(dict, optimizer.state) if isinstance(optimizer, torch.optim.Optimizer) else {}
+    )
+
+
+def exchange_states(optimizer: Any) -> None:
+    first, last = params_of(optimizer)[2:4]
+    a, b = optimizer.state.get(first), optimizer.state.get(last)
+    if a and "step" in a:
+        a["step"], b["step"] = b["step"] + 5, a["step"]
+
+
+def edit_options(optimizer: Any) -> None:
+    for group in optimizer.param_groups:
+        group["lr"] = group["lr"] * 0.3
+        group["weight_decay"] = 0.05
+        if "betas" in group:
+            group["betas"] = (0.8, 0.95)
+
+
+def fill_lr(optimizer: Any) -> None:
+    for group in optimizer.param_groups:
+        group["lr"] = torch.tensor(float(group["lr"]), dtype=torch.float64)
+        group["lr"].fill_(0.005)
+
+
+def maximize_from_now(optimizer: Any) -> None:
+    for group in optimizer.param_groups:
+        group["maximize"] = True
+
+
+def replace_group(optimizer: Any) -> None:
+    optimizer.param_groups[0] = {**optimizer.param_groups[0], "lr": 0.007}
+
+
+def append_param(optimizer: Any) -> None:
+    optimizer.param_groups[0]["params"].extend(leaves([(6,)], seed=5))
+
+
+def remove_param(optimizer: Any) -> None:
+    del optimizer.param_groups[0]["params"][1]
+
+
+def replace_params(optimizer: Any) -> None:
+    optimizer.param_groups[0]["params"] = leaves(seed=9)
+
+
+def reverse_params(optimizer: Any) -> None:
+    optimizer.param_groups[0]["params"].reverse()
+
+
+def add_group(optimizer: Any) -> None:
+    optimizer.add_param_group({"params": leaves([(4, 4)], seed=6), "lr": 0.05, "weight_decay": 0.2})
+
+
+EDITS: list[Callable[[Any], None]] = [
+    swap_storage,
+    swap_for_transposed,
+    swap_for_strided,
+    swap_for_another_shape,
+    set_in_place,
+    write_params,
+    clear_state,
+    drop_state_of_one,
+    replace_state,
+    edit_state_in_place,
+    swap_state_data,
+    edit_through_state_dict,
+    replace_whole_state,
+    exchange_states,
+    edit_options,
+    fill_lr,
+    maximize_from_now,
+    replace_group,
+    append_param,
+    remove_param,
+    replace_params,
+    reverse_params,
+    add_group,
+]
+
+
+@pytest.mark.parametrize("edit", EDITS, ids=lambda edit: edit.__name__)
+@pytest.mark.parametrize("case", [CASES[1], CASES[3], CASES[6]], ids=str)
+@pytest.mark.usefixtures("either_probe")
+def test_edit_acts_as_in_torch(case: Case, edit: Callable[[Any], None]) -> None:
+    twins = Twins(case)
+    for seed in range(6):
+        twins.step(seed)
+        if seed in (1, 3):
+            twins.edit(edit)
+    twins.assert_equal()
+
+
+def in_same_memory(params: list[Tensor], seed: int) -> None:
+    random = torch.Generator().manual_seed(seed)
+    for param in params:
+        if param.grad is None:
+            param.grad = torch.empty_like(param)
+        param.grad.copy_(torch.randn(param.shape, generator=random, dtype=param.dtype))
+
+
+def one_or_the_other(params: list[Tensor], seed: int) -> None:
+    give_grads(params, seed)
+    params[seed % len(params)].grad = None
+
+
+def none_at_all(params: list[Tensor], seed: int) -> None:
+    give_grads(params, seed)
+    for param in params if seed % 2 else []:
+        param.grad = None
+
+
+def now_and_then_strided(params: list[Tensor], seed: int) -> None:
+    give_grads(params, seed)
+    for param in params if seed % 2 else []:
+        param.grad = torch.stack([param.grad, param.grad], -1)[..., 1]
+
+
+def expanded(params: list[Tensor], seed: int) -> None:
+    for param in params:
+        param.grad = torch.tensor(0.1 * seed - 0.2, dtype=param.dtype).expand(param.shape)
+
+
+def shared(params: list[Tensor], seed: int) -> None:
+    give_grads(params, seed)
+    memory = torch.arange(200, dtype=params[0].dtype) / 100 - seed
+    for param in params:
+        param.grad = memory[: param.numel()].view(param.shape)
+
+
+def the_parameters_themselves(params: list[Tensor], seed: int) -> None:
+    give_grads(params, seed)
+    for param in params if seed in (2, 3) else []:
+        param.grad = param.detach()
+
+
+def swapped_data(params: list[Tensor], seed: int) -> None:
+    if seed == 0:
+        give_grads(params, seed)
+    for param in params:
+        param.grad.data = param.grad.detach().clone() * -0.9
+
+
+@pytest.mark.parametrize(
+    "grads",
+    [
+        in_same_memory,
+        one_or_the_other,
+        none_at_all,
+        now_and_then_strided,
+        expanded,
+        shared,
+        the_parameters_themselves,
+        swapped_data,
+    ],
+    ids=lambda grads: grads.__name__,
+)
+@pytest.mark.parametrize("case", [CASES[0], CASES[2], CASES[4]], ids=str)
+@pytest.mark.usefixtures("either_probe")
+def test_gradients_of_any_origin_act_as_in_torch(case: Case, grads: Callable[[list[Tensor], int], None]) -> None:
+    twins = Twins(case)
+    for seed in range(6):
+        twins.step(seed, grads)
+    twins.assert_equal()  # only now: looking at the state makes the next steps careful
+
+
+TOGGLES = [
+    (CASES[3], dict(amsgrad=True), True),  # torch: KeyError
+    (CASES[4], dict(amsgrad=False), False),
+    (CASES[3], dict(decoupled_weight_decay=True), False),
+    (CASES[0], dict(momentum=0.9), False),
+    (CASES[1], dict(momentum=0), False),
+    (CASES[2], dict(nesterov=False), False),
+    (CASES[2], dict(momentum=0.5), False),
+    (CASES[1], dict(dampening=0.0, nesterov=True), False),
+]
+
+
+@pytest.mark.parametrize(("case", "change", "torch_fails"), TOGGLES, ids=str)
+def test_option_toggled_between_steps_acts_as_in_torch(case: Case, change: dict[str, Any], torch_fails: bool) -> None:
+    twins = Twins(case)
+
+    def toggle(optimizer: Any) -> None:
+        optimizer.param_groups[0].update(change)
+        if torch_fails and not isinstance(optimizer, Adam):  # what torch should do: start the maximum at zero
+            for param, state in optimizer.state.items():
+                state["max_exp_avg_sq"] = torch.zeros_like(param)
+
+    def toggle_back(optimizer: Any) -> None:
+        optimizer.param_groups[0].update({key: case.options.get(key, optimizer.defaults[key]) for key in change})
+
+    for seed in range(9):
+        twins.step(seed)
+        if seed == 2:
+            twins.edit(toggle)
+        if seed == 5:
+            twins.edit(toggle_back)
+    twins.assert_equal()
+
+
+@pytest.mark.usefixtures("either_probe")
+def test_state_shared_by_a_shallow_copy_is_noticed() -> None:
+    twins = Twins(CASES[5])
+    twins.step(0)
+    copies = [copy.copy(optimizer) for optimizer in twins.both]
+    for seed in range(3):
+        for optimizer in copies:
+            give_grads(params_of(optimizer), seed)
+            optimizer.step()
+        twins.step(10 + seed)
+    twins.assert_equal()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_versions_of_parameters_move_and_of_gradients_do_not(case: Case, backend: str) -> None:
+    params = leaves([(3,), (7, 5)])
+    optimizer = case.ours(params, **case.options, backend=backend, max_norm=0.1)
+    for seed in range(3):
+        give_grads(params, seed)
+        grads = [param.grad for param in params]
+        copies = [grad.clone() for grad in grads]
+        versions = [(param._version, param.grad._version) for param in params]
+        optimizer.step()
+        assert all(param._version > before for param, (before, _) in zip(params, versions, strict=True))
+        assert [grad._version for grad in grads] == [version for _, version in versions]
+        assert all(map(torch.equal, grads, copies))
+        assert all(param.grad is grad for param, grad in zip(params, grads, strict=True))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_state_never_aliases_gradients(case: Case, backend: str) -> None:
+    params = leaves([(3,), (7, 5)])
+    optimizer = case.ours(params, **case.options, backend=backend)
+    give_grads(params, 0)
+    optimizer.step()
+    pointers = {param.grad.data_ptr() for param in params} | {param.data_ptr() for param in params}
+    assert not pointers & {tensor.data_ptr() for state in optimizer.state.values() for tensor in state.values()}
+
+
+def test_autograd_notices_the_update() -> None:
+    weight = torch.ones(3, requires_grad=True)
+    loss = weight.square().sum()
+    weight.grad = torch.ones(3)
+    SGD([weight], lr=0.1).step()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+def test_gradients_and_old_storage_are_not_kept_alive() -> None:
+    params = leaves([(5,)])
+    optimizer = SGD(params, lr=0.1, momentum=0.9)
+    give_grads(params, 0)
+    optimizer.step()
+    grad = weakref.ref(params[0].grad)
+    params[0].grad = None
+    assert grad() is None
+    param = weakref.ref(params[0])
+    del optimizer, params
+    assert param() is None
