@@ -1,0 +1,1 @@
+"""The command line ``descend compare``; ``import descend`` never loads it."""

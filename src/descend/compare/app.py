@@ -1,0 +1,141 @@
+"""The command ``descend compare`` and its options, in typer."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from rich.console import Console
+
+from descend.compare import report, specs
+from descend.compare.errors import UsageError
+from descend.compare.progress import progress
+from descend.compare.tasks import TASKS, find_task
+from descend.compare.train import Problem, compete, prepare
+
+app = typer.Typer(add_completion=False, rich_markup_mode="rich", pretty_exceptions_enable=False)
+
+TASK = "; ".join(f"[bold]{task.name}[/bold]: {task.summary}" for task in TASKS.values()) + "."
+OPTIMIZER = (
+    "NAME or NAME:key=value,key=value; once for each optimizer. Values are as in Python. "
+    "Without lr the task's own is used. Default: four that suit the task."
+)
+EPILOG = (
+    "[bold]Example:[/bold] descend compare text --optimizer adamw:lr=3e-3,weight_decay=0.1 "
+    f"--optimizer torch.adamw:lr=3e-3 --steps 300\n\n[bold]Optimizers:[/bold] {', '.join(sorted(specs.classes()))}."
+)
+
+
+def whole_number(option: str, least: int) -> Callable[[str], int]:
+    """Return the parser of an option whose values are whole numbers from ``least`` on."""
+
+    def parse(text: str) -> int:
+        try:
+            number = int(text)
+        except ValueError:
+            number = least - 1
+        if not least <= number < 2**63:
+            raise UsageError(f"compare: {option} must be a whole number >= {least}, got {text!r}.")
+        return number
+
+    return parse
+
+
+@app.callback()
+def descend() -> None:
+    """Optimizers for PyTorch, compared."""
+
+
+@app.command(epilog=EPILOG)
+def compare(
+    task: Annotated[str, typer.Argument(metavar="TASK", help=TASK)],
+    optimizer: Annotated[list[str] | None, typer.Option(metavar="SPEC", help=OPTIMIZER)] = None,
+    steps: Annotated[
+        int | None, typer.Option(parser=whole_number("--steps", 1), metavar="N", help="Default: the task's.")
+    ] = None,
+    seed: Annotated[
+        int,
+        typer.Option(
+            parser=whole_number("--seed", 0), metavar="N", help="Decides weights, batches and what is held out."
+        ),
+    ] = 0,
+    out: Annotated[
+        Path | None,
+        typer.Option(metavar="DIR", help="Gets results.json and curves.png. Default: runs/TASK."),
+    ] = None,
+    batch_size: Annotated[
+        int | None, typer.Option(parser=whole_number("--batch-size", 1), metavar="N", help="Default: the task's.")
+    ] = None,
+    threads: Annotated[
+        int | None, typer.Option(parser=whole_number("--threads", 1), metavar="N", help="Default: the task's.")
+    ] = None,
+) -> int:
+    """Train the same model on the same data with several optimizers; compare losses, times and memory.
+
+    All start from the same weights and see the same batches in the same order. Ctrl-C keeps what was measured so far.
+    """
+    chosen = find_task(task)
+    contestants = specs.parse_all(optimizer or chosen.optimizers, chosen.lr)
+    torch.set_num_threads(threads or chosen.threads or torch.get_num_threads())
+    console = Console()
+    with console.status("Reading the data and building the optimizers"):
+        torch.manual_seed(seed)
+        problem = Problem(
+            data=chosen.load(seed),
+            model=chosen.model(),
+            steps=steps or chosen.steps,
+            batch_size=batch_size or chosen.batch_size,
+            seed=seed,
+        )
+        runs = prepare(contestants, problem.model)
+    folder = out or Path("runs") / chosen.name
+    make_folder(folder)
+
+    is_interrupted = False
+    try:
+        with progress(console, runs, problem.steps) as on_step:
+            compete(problem, runs, on_step)
+    except KeyboardInterrupt:
+        is_interrupted = True
+    measured = [run for run in runs if run.steps or run.error]
+    if measured:
+        console.print(report.table(chosen, problem, measured))
+        report.write(folder, chosen, problem, measured)
+        console.print(
+            f"Wrote results.json and curves.png into {folder}.", markup=False, highlight=False, soft_wrap=True
+        )
+    failed = [run for run in measured if run.error]
+    for run in failed:
+        print(f"compare: {run.spec.label} failed after {len(run.steps)} steps: {run.error}", file=sys.stderr)
+    return 130 if is_interrupted else 1 if failed else 0
+
+
+def make_folder(folder: Path) -> None:
+    """Make the output folder; raise a ``UsageError`` where that is impossible."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UsageError(f"compare: --out {folder} cannot be made: {error.strerror}.") from error
+
+
+def run(args: list[str]) -> int:
+    """Run ``descend`` with ``args``; return its exit status, or raise a ``UsageError``."""
+    # The base of typer's errors has no public name; BadParameter is a UsageError is a ClickException.
+    typer_error: Any = typer.BadParameter.__mro__[2]
+    try:
+        status = app(args or ["--help"], prog_name="descend", standalone_mode=False)
+    except typer.Abort:  # how some versions of typer pass a Ctrl-C on
+        return 130
+    except typer_error as error:
+        raise UsageError(f"compare: {error.format_message()} {_what_exists()}") from None
+    return int(status or 0)
+
+
+def _what_exists() -> str:
+    group: Any = typer.main.get_command(app)
+    options = [name for param in group.commands["compare"].params for name in param.opts if name.startswith("--")]
+    return f"Tasks of descend compare: {', '.join(TASKS)}; options: {', '.join(options)}."

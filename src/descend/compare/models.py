@@ -1,0 +1,88 @@
+"""The networks that are trained; small, and with nothing random after their initial weights."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import scaled_dot_product_attention
+
+
+def conv_net(classes: int) -> nn.Module:
+    """Return a convolutional net for images of shape (batch, 1, 8, 8); its logits have shape (batch, classes)."""
+    return nn.Sequential(
+        nn.Conv2d(1, 16, kernel_size=3, padding=1),
+        nn.ReLU(),
+        nn.Conv2d(16, 32, kernel_size=3, padding=1),
+        nn.ReLU(),
+        nn.MaxPool2d(2),
+        nn.Conv2d(32, 64, kernel_size=3, padding=1),
+        nn.ReLU(),
+        nn.Flatten(),
+        nn.Linear(64 * 4 * 4, classes),
+    )
+
+
+class Attention(nn.Module):
+    """Causal self-attention: Vaswani et al. 2017, https://arxiv.org/abs/1706.03762.
+
+    Positions are rotary, which learns several times faster here than a table of positions: Su et al. 2021,
+    https://arxiv.org/abs/2104.09864.
+    """
+
+    cosine: Tensor
+    sine: Tensor
+
+    def __init__(self, length: int, width: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.project = nn.Linear(width, 3 * width)
+        self.mix = nn.Linear(width, width)
+        half = width // heads // 2
+        angle = torch.outer(torch.arange(length), 10_000.0 ** (-torch.arange(half) / half))
+        self.register_buffer("cosine", angle.cos())
+        self.register_buffer("sine", angle.sin())
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        batch, length, width = hidden.shape
+        split = self.project(hidden).view(batch, length, 3, self.heads, width // self.heads)
+        query, key, value = split.permute(2, 0, 3, 1, 4)
+        attended = scaled_dot_product_attention(self._rotate(query), self._rotate(key), value, is_causal=True)
+        mixed: Tensor = self.mix(attended.transpose(1, 2).reshape(batch, length, width))
+        return mixed
+
+    def _rotate(self, vectors: Tensor) -> Tensor:
+        first, second = vectors.chunk(2, dim=-1)
+        cosine, sine = self.cosine[: vectors.shape[-2]], self.sine[: vectors.shape[-2]]
+        return torch.cat([first * cosine - second * sine, first * sine + second * cosine], dim=-1)
+
+
+class Block(nn.Module):
+    """Attention and a two-layer net, each normalised before and added after: Xiong et al. 2020, "pre-norm"."""
+
+    def __init__(self, length: int, width: int, heads: int) -> None:
+        super().__init__()
+        self.attention = nn.Sequential(nn.LayerNorm(width), Attention(length, width, heads))
+        self.feed_forward = nn.Sequential(
+            nn.LayerNorm(width),
+            nn.Linear(width, 4 * width),
+            nn.GELU(),
+            nn.Linear(4 * width, width),
+        )
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        hidden = hidden + self.attention(hidden)
+        out: Tensor = hidden + self.feed_forward(hidden)
+        return out
+
+
+def transformer(vocabulary: int, length: int, width: int, heads: int, depth: int) -> nn.Module:
+    """Return a language model: ids of shape (batch, length) give logits of shape (batch, length, vocabulary)."""
+    embed = nn.Embedding(vocabulary, width)
+    # torch's standard deviation of 1 drowns what the first blocks add: 0.03 nats worse after 300 steps.
+    nn.init.normal_(embed.weight, std=0.2)
+    return nn.Sequential(
+        embed,
+        *(Block(length, width, heads) for _ in range(depth)),
+        nn.LayerNorm(width),
+        nn.Linear(width, vocabulary),
+    )

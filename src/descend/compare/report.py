@@ -1,0 +1,169 @@
+"""The results of a comparison: a table, ``results.json`` and ``curves.png``."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import platform
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from matplotlib.figure import Figure
+from rich import box
+from rich.markup import escape
+from rich.table import Table
+
+import descend
+from descend.compare.tasks import Task
+from descend.compare.train import Problem, Run
+
+CAPTION = (
+    "Loss: cross-entropy of a training batch in nats. Optimizer time: inside optimizer.step(), without the first step."
+)
+
+
+def table(task: Task, problem: Problem, runs: Sequence[Run]) -> Table:
+    """Return the table that is shown at the end, a row per optimizer."""
+    title = f"{task.name}, seed {problem.seed}, batches of {problem.batch_size}"
+    result = Table(title=title, caption=CAPTION, box=box.SIMPLE_HEAD, collapse_padding=True, pad_edge=False)
+    result.add_column("optimizer", overflow="fold")
+    for heading in ("final\nloss", "best\nloss", "test\nacc.", "optimizer\ntime", "total\ntime", "steps", "state"):
+        result.add_column(heading, justify="right", no_wrap=True)
+    for run in runs:
+        result.add_row(
+            "\n  ".join([escape(run.spec.label), *_remarks(run)]),
+            _loss(run.final_loss),
+            _loss(run.best_loss),
+            "-" if run.test_accuracy is None else f"{run.test_accuracy:.1%}",
+            "-" if run.optimizer_seconds is None else f"{run.optimizer_seconds:.3f} s",
+            f"{run.total_seconds:.1f} s",
+            str(len(run.steps)),
+            _bytes(run.state_bytes),
+        )
+    return result
+
+
+def _loss(loss: float | None) -> str:
+    return "-" if loss is None else f"{loss:.4f}"
+
+
+def _remarks(run: Run) -> list[str]:
+    remarks = [run.status] if run.status in ("failed", "interrupted") else []
+    if run.diverged_at:
+        remarks.append(f"diverged at step {run.diverged_at}")
+    elif run.status == "diverged":
+        remarks.append("diverged after the last step")
+    return remarks
+
+
+def _bytes(count: float) -> str:
+    for unit in ("B", "kB", "MB"):
+        if count < 999.5:
+            return f"{count:.3g} {unit}"
+        count /= 1000
+    return f"{count:.3g} GB"
+
+
+def write(folder: Path, task: Task, problem: Problem, runs: Sequence[Run]) -> None:
+    """Write ``results.json`` and ``curves.png`` into ``folder``; each file appears complete or not at all."""
+    text = json.dumps(results(task, problem, runs), indent=1, allow_nan=False, default=str)
+    _write_whole(folder / "results.json", lambda path: path.write_text(text + "\n", encoding="utf-8"))
+    _write_whole(folder / "curves.png", lambda path: curves(task, runs).savefig(path, format="png", dpi=150))
+
+
+def _write_whole(path: Path, write_to: Callable[[Path], object]) -> None:
+    partial = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        write_to(partial)
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def results(task: Task, problem: Problem, runs: Sequence[Run]) -> dict[str, Any]:
+    """Return what ``results.json`` holds: only finite numbers, times in seconds, losses in nats."""
+    finite: dict[str, Any] = _only_finite(
+        {
+            "task": task.name,
+            "steps": problem.steps,
+            "batch_size": problem.batch_size,
+            "seed": problem.seed,
+            "threads": torch.get_num_threads(),
+            "versions": {
+                "descend": descend.__version__,
+                "torch": torch.__version__,
+                "python": platform.python_version(),
+            },
+            "runs": [_result(run) for run in runs],
+        }
+    )
+    return finite
+
+
+def _result(run: Run) -> dict[str, Any]:
+    return {
+        "label": run.spec.label,
+        "spec": run.spec.text,
+        "optimizer": f"{run.spec.optimizer.__module__}.{run.spec.optimizer.__qualname__}",
+        "options": run.options,
+        "status": run.status,
+        "error": run.error,
+        "steps": len(run.steps),
+        "diverged_at": run.diverged_at,
+        "final_loss": run.final_loss,
+        "best_loss": run.best_loss,
+        "test_loss": run.test_loss,
+        "test_accuracy": run.test_accuracy,
+        "prepare_seconds": run.prepare_seconds,
+        "first_step_seconds": run.first_step_seconds,
+        "optimizer_seconds": run.optimizer_seconds,
+        "total_seconds": run.total_seconds,
+        "peak_state_bytes": run.state_bytes,
+        "losses": run.losses,
+    }
+
+
+def _only_finite(value: Any) -> Any:
+    """JSON has no NaN and no Inf: they become null."""
+    if isinstance(value, dict):
+        return {key: _only_finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_only_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def curves(task: Task, runs: Sequence[Run]) -> Figure:
+    """Draw every run's loss over its steps, and its time inside ``optimizer.step()``."""
+    figure = Figure(figsize=(11, 5), layout="constrained")
+    losses, times = figure.subplots(1, 2, width_ratios=(2, 1))
+    for i, run in enumerate(runs):
+        steps = range(1, len(run.losses) + 1)
+        # Equal curves lie on each other: the later ones are thinner, so that those beneath can be seen.
+        width = 1.5 + 3 * (len(runs) - 1 - i) / len(runs)
+        losses.plot(steps, run.losses, color=f"C{i}", linewidth=0.5, alpha=0.3)
+        losses.plot(steps, _smooth(run.losses), color=f"C{i}", linewidth=width, label=run.spec.label)
+        times.barh(i, 1e6 * _seconds_per_step(run), color=f"C{i}")
+    losses.set(title=f"{task.name}: training loss", xlabel="step", ylabel="cross-entropy in nats", yscale="log")
+    losses.legend()
+    times.set(title="time in the optimizer", xlabel="microseconds per step", yticks=range(len(runs)))
+    times.set_yticklabels([run.spec.label for run in runs])
+    times.invert_yaxis()
+    return figure
+
+
+def _smooth(losses: Sequence[float]) -> list[float]:
+    """Average exponentially over about five steps, from the first finite one on; NaN and Inf stay gaps."""
+    smooth: list[float] = []
+    average = math.nan
+    for loss in losses:
+        if math.isfinite(loss):
+            average = loss if math.isnan(average) else average + 0.2 * (loss - average)
+        smooth.append(average if math.isfinite(loss) else math.nan)
+    return smooth
+
+
+def _seconds_per_step(run: Run) -> float:
+    return (run.optimizer_seconds or 0.0) / max(1, len(run.steps) - 1)

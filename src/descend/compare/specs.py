@@ -1,0 +1,141 @@
+"""Optimizers by name: ``adamw``, ``adamw:lr=3e-3,betas=(0.9,0.95)``, ``torch.sgd:momentum=0.9``."""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import re
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+
+import descend
+from descend.compare.errors import UsageError, unknown
+
+WORDS = {"true": True, "false": False, "none": None}
+
+
+@dataclass(frozen=True)
+class Spec:
+    """One optimizer of a comparison.
+
+    Args:
+        label: its name in the table; unique.
+        text: what the user wrote.
+        optimizer: the class.
+        options: keyword arguments of the class, ``lr`` included unless the class's own default is used.
+    """
+
+    label: str
+    text: str
+    optimizer: type[Optimizer]
+    options: Mapping[str, Any]
+
+    def build(self, params: Iterable[nn.Parameter]) -> Optimizer:
+        """Return the optimizer for ``params``, compiled; raise a ``UsageError`` if it refuses them or its options."""
+        try:
+            optimizer = self.optimizer(params, **self.options)
+            if isinstance(optimizer, descend.FirstOrder):
+                descend.warmup(optimizer)
+            return optimizer
+        except Exception as error:  # an optimizer may refuse an option with any exception
+            raise UsageError(f"compare: --optimizer {self.text}: {error}") from error
+
+
+@cache
+def classes() -> dict[str, type[Optimizer]]:
+    """Return the optimizers by name: all of ``descend``, and all of ``torch.optim`` with the prefix ``torch.``."""
+    return {
+        prefix + name.lower(): value
+        for prefix, module in (("", descend), ("torch.", torch.optim))
+        for name, value in vars(module).items()
+        if inspect.isclass(value) and issubclass(value, Optimizer) and _trains_any_model(value)
+    }
+
+
+def _trains_any_model(optimizer: type[Optimizer]) -> bool:
+    """Whether parameters are all it needs: base classes need more, and LBFGS's step needs a closure."""
+    build = list(inspect.signature(optimizer).parameters.values())
+    step = list(inspect.signature(optimizer.step).parameters.values())
+    positional = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    return not any(p.default is p.empty and p.kind in positional for p in (*build[1:], *step[1:]))
+
+
+def parse_all(texts: Sequence[str], lr: Mapping[str, float]) -> list[Spec]:
+    """Return the specs written as ``texts``, with unique labels.
+
+    Args:
+        texts: ``NAME`` or ``NAME:key=value,key=value``; values are Python literals, names of dtypes, or strings.
+        lr: learning rate by optimizer name, for specs that give none.
+    Raises:
+        UsageError: for a name or an option that does not exist, or a value of a wrong kind.
+    """
+    seen: Counter[str] = Counter()
+    specs = []
+    for text in texts:
+        seen[text] += 1
+        label = text if seen[text] == 1 else f"{text} #{seen[text]}"
+        specs.append(_parse(text, label, lr))
+    return specs
+
+
+def _parse(text: str, label: str, lr: Mapping[str, float]) -> Spec:
+    name, colon, rest = text.partition(":")
+    name = name.strip().lower()
+    if name not in classes():
+        raise unknown("there is no optimizer", name, classes())
+    optimizer = classes()[name]
+    options = _parse_options(text, rest, _defaults(optimizer)) if colon else {}
+    family = name.removeprefix("torch.")
+    if "lr" not in options and family in lr:
+        options["lr"] = _scaled(lr[family], options.get("momentum"))
+    return Spec(label, text, optimizer, options)
+
+
+def _scaled(lr: float, momentum: Any) -> float:
+    # In the long run momentum makes every gradient count 1 / (1 - momentum) times.
+    has_momentum = isinstance(momentum, float) and 0 < momentum < 1
+    return round(lr * (1 - momentum), 9) if has_momentum else lr
+
+
+def _defaults(optimizer: type[Optimizer]) -> dict[str, Any]:
+    """Return the options of an optimizer class, by name, with their defaults."""
+    parameters = list(inspect.signature(optimizer).parameters.values())[1:]
+    if issubclass(optimizer, descend.FirstOrder):
+        shared = inspect.signature(descend.FirstOrder).parameters.values()
+        parameters += [parameter for parameter in shared if parameter.kind is parameter.KEYWORD_ONLY]
+    return {p.name: p.default for p in parameters if p.kind is not p.VAR_KEYWORD}
+
+
+def _parse_options(text: str, rest: str, defaults: Mapping[str, Any]) -> dict[str, Any]:
+    options: dict[str, Any] = {}
+    for item in re.split(r",(?![^(\[]*[)\]])", rest):  # at commas outside of brackets
+        key, equals, value = (part.strip() for part in item.partition("="))
+        if not (key and equals and value):
+            raise UsageError(f"compare: --optimizer {text}: expected key=value, got {item.strip()!r}.")
+        if key not in defaults:
+            raise unknown(f"{text.partition(':')[0]} has no option", key, defaults)
+        if key in options:
+            raise UsageError(f"compare: --optimizer {text}: {key} is given twice.")
+        options[key] = _parse_value(value)
+        if isinstance(options[key], str) and not isinstance(defaults[key], str | None):
+            raise UsageError(f"compare: --optimizer {text}: {key} takes a value like {defaults[key]!r}, got {value!r}.")
+    return options
+
+
+def _parse_value(text: str) -> Any:
+    if text.lower() in WORDS:
+        return WORDS[text.lower()]
+    dtype = getattr(torch, text.removeprefix("torch."), None)
+    if isinstance(dtype, torch.dtype):
+        return dtype
+    try:
+        return ast.literal_eval(text)
+    except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
+        return text

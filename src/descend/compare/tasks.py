@@ -1,0 +1,158 @@
+"""What is trained: real data that every machine has, a small model, and defaults that suit both."""
+
+from __future__ import annotations
+
+import sysconfig
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from descend.compare.errors import UsageError, require, unknown
+from descend.compare.models import conv_net, transformer
+
+Batch = tuple[Tensor, Tensor]
+
+CONTEXT = 64
+VOCABULARY = 128
+TEST_WINDOWS = 256
+ADAMS = ("adam", "adamw", "adamax", "nadam", "radam")
+
+
+@dataclass(frozen=True)
+class Data:
+    """Training batches on request, and one test batch.
+
+    Args:
+        sample: makes a batch (inputs, class indices) of the given size with the given generator.
+        test: inputs and class indices that no training batch contains.
+    """
+
+    sample: Callable[[int, torch.Generator], Batch]
+    test: Batch
+
+
+@dataclass(frozen=True)
+class Task:
+    """A problem for optimizers: classification of each target, by cross-entropy in nats.
+
+    Args:
+        name: what the command line calls it.
+        summary: one line for ``--help``.
+        load: reads the data; the seed decides what is held out.
+        model: builds the model from torch's global random state; logits have the classes last.
+        steps: default number of steps.
+        batch_size: default number of samples in a batch.
+        lr: learning rate by optimizer name, for those that were given none; others take their own default.
+        optimizers: default specs.
+        threads: default number of threads; None is torch's.
+    """
+
+    name: str
+    summary: str
+    load: Callable[[int], Data]
+    model: Callable[[], nn.Module]
+    steps: int
+    batch_size: int
+    lr: Mapping[str, float]
+    optimizers: tuple[str, ...]
+    threads: int | None = None
+
+
+def load_digits(seed: int) -> Data:
+    """Return scikit-learn's 1,797 handwritten digits, images of shape (1, 8, 8) in [0, 1]; a quarter is held out."""
+    require("sklearn")
+    from sklearn import datasets
+
+    images, labels = datasets.load_digits(return_X_y=True)
+    inputs = torch.from_numpy(images).float().view(-1, 1, 8, 8) / 16
+    targets = torch.from_numpy(labels).long()
+    order = torch.randperm(len(targets), generator=torch.Generator().manual_seed(seed))
+    test, train = order[: len(order) // 4], order[len(order) // 4 :]
+
+    def sample(batch_size: int, generator: torch.Generator) -> Batch:
+        rows = train[torch.randint(len(train), (batch_size,), generator=generator)]
+        return inputs[rows], targets[rows]
+
+    return Data(sample, (inputs[test], targets[test]))
+
+
+def load_text(seed: int) -> Data:
+    """Return windows of Python's own source text; every character is to be told from those before it.
+
+    The text is the standard library's single-file modules, about 4.7 million characters; a tenth of the files is
+    held out.
+    """
+    folder = Path(sysconfig.get_paths()["stdlib"])
+    files = [_characters(path) for path in sorted(folder.glob("*.py"))]
+    if len(files) < 10:
+        raise UsageError(f"compare: text is read from Python's library, but {folder} holds no sources.")
+    order = torch.randperm(len(files), generator=torch.Generator().manual_seed(seed)).tolist()
+    test, train = (
+        torch.cat([files[i] for i in part]).unfold(0, CONTEXT + 1, 1)
+        for part in (order[: len(order) // 10], order[len(order) // 10 :])
+    )
+
+    def sample(batch_size: int, generator: torch.Generator) -> Batch:
+        return _shifted(train[torch.randint(len(train), (batch_size,), generator=generator)])
+
+    return Data(sample, _shifted(test[:: len(test) // TEST_WINDOWS]))
+
+
+def _characters(path: Path) -> Tensor:
+    ascii_only = path.read_text("utf-8", errors="replace").encode("ascii", errors="replace")
+    return torch.frombuffer(bytearray(ascii_only), dtype=torch.uint8)
+
+
+def _shifted(windows: Tensor) -> Batch:
+    windows = windows.long()
+    return windows[:, :-1], windows[:, 1:]
+
+
+def digits_model() -> nn.Module:
+    """Return a convolutional net of 33,000 parameters in 8 tensors."""
+    return conv_net(classes=10)
+
+
+def text_model() -> nn.Module:
+    """Return a transformer of 437,000 parameters in 33 tensors."""
+    return transformer(VOCABULARY, CONTEXT, width=128, heads=4, depth=2)
+
+
+TASKS = {
+    task.name: task
+    for task in (
+        Task(
+            name="digits",
+            summary="handwritten digits and a small convolutional net",
+            load=load_digits,
+            model=digits_model,
+            steps=500,
+            batch_size=64,
+            lr={"sgd": 0.2, **dict.fromkeys(ADAMS, 2e-3), "rmsprop": 1e-3},
+            optimizers=("sgd", "adam:weight_decay=1e-3", "adamw", "torch.adamw"),
+            # A second thread saves a quarter of the time of so small a net, and takes ten times as long as soon as
+            # anything else wants its core: the threads wait for each other at every layer.
+            threads=1,
+        ),
+        Task(
+            name="text",
+            summary="Python's standard library and a character-level transformer",
+            load=load_text,
+            model=text_model,
+            steps=300,
+            batch_size=32,
+            lr={"sgd": 0.1, **dict.fromkeys(ADAMS, 2e-3), "rmsprop": 1e-3},
+            optimizers=("sgd", "adam:weight_decay=1e-3", "adamw", "torch.adamw"),
+        ),
+    )
+}
+
+
+def find_task(name: str) -> Task:
+    """Return the task called ``name``; raise a ``UsageError`` that lists them if there is none."""
+    if name not in TASKS:
+        raise unknown("there is no task", name, TASKS)
+    return TASKS[name]

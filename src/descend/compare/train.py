@@ -1,0 +1,173 @@
+"""Train the same model from the same seed on the same batches, once with each optimizer."""
+
+from __future__ import annotations
+
+import copy
+import math
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+from torch.optim import Optimizer
+
+from descend.compare.specs import Spec
+from descend.compare.tasks import Batch, Data
+
+
+@dataclass(frozen=True)
+class Problem:
+    """Everything that all optimizers of a comparison share."""
+
+    data: Data
+    model: nn.Module
+    steps: int
+    batch_size: int
+    seed: int
+
+
+class Step(NamedTuple):
+    """What is measured at each step: the loss before it, in nats, and the time inside ``optimizer.step()``."""
+
+    loss: float
+    seconds: float
+
+
+@dataclass
+class Run:
+    """What was measured with one optimizer.
+
+    Args:
+        spec: the optimizer.
+        options: its first group's options, beside what the spec says.
+        prepare_seconds: time to build it, compiling included.
+    """
+
+    spec: Spec
+    options: dict[str, Any]
+    prepare_seconds: float
+    steps: list[Step] = field(default_factory=list)
+    total_seconds: float = 0.0
+    state_bytes: int = 0
+    test_loss: float | None = None
+    test_accuracy: float | None = None
+    error: str | None = None
+    is_complete: bool = False
+
+    @property
+    def losses(self) -> list[float]:
+        return [step.loss for step in self.steps]
+
+    @property
+    def final_loss(self) -> float | None:
+        return self.steps[-1].loss if self.steps else None
+
+    @property
+    def best_loss(self) -> float | None:
+        return min(filter(math.isfinite, self.losses), default=None)
+
+    @property
+    def first_step_seconds(self) -> float | None:
+        return self.steps[0].seconds if self.steps else None
+
+    @property
+    def optimizer_seconds(self) -> float | None:
+        """Time inside ``optimizer.step()`` without the first step, which makes the state and may compile."""
+        return sum(step.seconds for step in self.steps[1:]) if len(self.steps) > 1 else None
+
+    @property
+    def diverged_at(self) -> int | None:
+        """The first step, counted from 1, whose loss is NaN or infinite; None if there is none."""
+        return next((i for i, loss in enumerate(self.losses, 1) if not math.isfinite(loss)), None)
+
+    @property
+    def status(self) -> str:
+        if self.error:
+            return "failed"
+        if not self.is_complete:
+            return "interrupted"
+        has_diverged = self.diverged_at or not math.isfinite(self.test_loss or 0)
+        return "diverged" if has_diverged else "finished"
+
+
+def prepare(specs: Sequence[Spec], model: nn.Module) -> list[Run]:
+    """Build every optimizer once: what an optimizer refuses or has to compile comes before any training."""
+    runs = []
+    for spec in specs:
+        started = time.perf_counter()
+        optimizer = spec.build(model.parameters())
+        seconds = time.perf_counter() - started
+        group = {name: value for name, value in optimizer.param_groups[0].items() if name != "params"}
+        runs.append(Run(spec, options={**group, **spec.options}, prepare_seconds=seconds))
+    return runs
+
+
+def compete(problem: Problem, runs: Sequence[Run], on_step: Callable[[Run], None]) -> None:
+    """Train with each optimizer in turn, and write into ``runs`` what is measured.
+
+    An optimizer that raises ends its own run only. Ctrl-C raises ``KeyboardInterrupt`` as everywhere; ``runs`` then
+    hold what was measured so far.
+
+    Args:
+        problem: what they share.
+        runs: one per optimizer, as from ``prepare``.
+        on_step: called after each step.
+    """
+    # The first pass of a process sets up threads and kernels, and torch imports its compiler in the first zero_grad:
+    # no optimizer shall pay for that.
+    model = copy.deepcopy(problem.model)
+    _loss(model, problem.data.sample(problem.batch_size, torch.Generator())).backward()  # type: ignore[no-untyped-call]
+    torch.optim.SGD(model.parameters()).zero_grad()
+    for run in runs:
+        try:
+            _train(problem, run, on_step)
+        except Exception as error:  # whatever one optimizer raises, the others are still to be measured
+            run.error = " ".join(f"{type(error).__name__}: {error}".split())
+
+
+def _train(problem: Problem, run: Run, on_step: Callable[[Run], None]) -> None:
+    model = copy.deepcopy(problem.model)
+    generator = torch.Generator().manual_seed(problem.seed)
+    optimizer = run.spec.build(model.parameters())
+    started = time.perf_counter()
+    try:
+        for _ in range(problem.steps):
+            loss = _loss(model, problem.data.sample(problem.batch_size, generator))
+            optimizer.zero_grad()
+            loss.backward()  # type: ignore[no-untyped-call]
+            before = time.perf_counter()
+            optimizer.step()
+            seconds = time.perf_counter() - before
+            run.steps.append(Step(loss.item(), seconds))
+            run.total_seconds = time.perf_counter() - started
+            on_step(run)
+    finally:
+        # State only grows. It is not looked at before the end, because a look costs a descend optimizer the proof
+        # that nobody has touched its state, and the next steps time.
+        run.state_bytes = _state_bytes(optimizer)
+    run.test_loss, run.test_accuracy = _evaluate(model, problem.data.test)
+    run.is_complete = True
+
+
+def _loss(model: nn.Module, batch: Batch) -> Tensor:
+    inputs, targets = batch
+    return cross_entropy(model(inputs).flatten(0, -2), targets.flatten())
+
+
+@torch.no_grad()
+def _evaluate(model: nn.Module, batch: Batch) -> tuple[float, float]:
+    """Return the loss in nats and the share of targets that get the highest logit."""
+    inputs, targets = batch
+    logits = model(inputs)
+    loss = cross_entropy(logits.flatten(0, -2), targets.flatten())
+    return loss.item(), (logits.argmax(-1) == targets).float().mean().item()
+
+
+def _state_bytes(optimizer: Optimizer) -> int:
+    """Return the memory behind all state tensors; what several of them share counts once."""
+    tensors = (value for state in optimizer.state.values() for value in state.values() if isinstance(value, Tensor))
+    storages = {storage.data_ptr(): storage.nbytes() for storage in (t.untyped_storage() for t in tensors)}
+    return sum(storages.values())

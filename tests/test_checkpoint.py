@@ -1,0 +1,289 @@
+"""Saving, loading, copying and going on."""
+
+from __future__ import annotations
+
+import copy
+import io
+import pickle
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from cases import (
+    CASES,
+    Case,
+    Twins,
+    assert_same_bits,
+    assert_unmoved,
+    give_grads,
+    leaves,
+    params_of,
+    snapshot,
+    state_of,
+)
+from torch import Tensor
+from torch.optim.lr_scheduler import CosineAnnealingLR
+
+from descend import SGD, Adam, AdamW, FirstOrder
+
+
+def through_file(value: Any) -> Any:
+    file = io.BytesIO()
+    torch.save(value, file)
+    file.seek(0)
+    return torch.load(file, weights_only=True)
+
+
+def through_new_optimizer(optimizer: FirstOrder, case: Case) -> FirstOrder:
+    params = [param.detach().clone().requires_grad_() for param in params_of(optimizer)]
+    new = case.ours(params, **case.options, max_norm=1.0, nonfinite="skip")
+    new.load_state_dict(through_file(optimizer.state_dict()))
+    return new
+
+
+WAYS: list[Callable[[FirstOrder, Case], FirstOrder]] = [
+    through_new_optimizer,
+    lambda optimizer, case: copy.deepcopy(optimizer),
+    lambda optimizer, case: pickle.loads(pickle.dumps(optimizer)),
+]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("way", WAYS, ids=["state_dict", "deepcopy", "pickle"])
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_going_on_equals_not_stopping_bit_for_bit(
+    case: Case, way: Callable[[FirstOrder, Case], FirstOrder], dtype: torch.dtype
+) -> None:
+    optimizer: Any = case.ours(leaves(dtype=dtype), **case.options, max_norm=1.0, nonfinite="skip")
+    other: Any = case.ours(leaves(dtype=dtype), **case.options, max_norm=1.0, nonfinite="skip")
+    schedulers = [CosineAnnealingLR(o, T_max=10) for o in (optimizer, other)]
+    for seed in range(8):
+        if seed == 4:
+            other = way(other, case)
+            scheduler = CosineAnnealingLR(other, T_max=10)
+            scheduler.load_state_dict(through_file(schedulers[1].state_dict()))
+            schedulers[1] = scheduler
+            for group, now in zip(other.param_groups, optimizer.param_groups, strict=True):
+                group["lr"] = now["lr"]  # a new scheduler takes its first step at once
+        for o, scheduler in zip((optimizer, other), schedulers, strict=True):
+            give_grads(params_of(o), seed)
+            o.step()
+            scheduler.step()
+    assert all(map(torch.equal, params_of(optimizer), params_of(other)))
+    assert_same_bits(state_of(other), state_of(optimizer))
+    assert optimizer.grad_norm == other.grad_norm
+
+
+@pytest.mark.parametrize("way", WAYS[1:], ids=["deepcopy", "pickle"])
+def test_our_own_options_survive_copies(way: Callable[[FirstOrder, Case], FirstOrder]) -> None:
+    params = leaves()
+    options = dict(max_norm=0.5, nonfinite="skip", backend="eager", state_dtype=torch.float64)
+    optimizer = AdamW(params, **options)
+    give_grads(params, 0)
+    params[2].grad[0, 0] = torch.nan
+    optimizer.step()
+    twin = way(optimizer, CASES[5])
+    assert type(twin) is AdamW
+    assert {name: getattr(twin, name) for name in options} == options
+    assert twin.skipped_steps == 1
+    assert not set(options) & {*twin.defaults, *twin.param_groups[0]}
+
+
+def test_copies_are_independent() -> None:
+    params = leaves()
+    optimizer = AdamW(params, lr=0.1)
+    give_grads(params, 0)
+    optimizer.step()
+    before = snapshot(optimizer)
+    twin = copy.deepcopy(optimizer)
+    give_grads(params_of(twin), 1)
+    twin.step()
+    assert_unmoved(optimizer, before)
+
+
+@pytest.mark.parametrize("from_torch", [True, False])
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_checkpoints_go_both_ways_between_torch_and_us(case: Case, from_torch: bool) -> None:
+    twins = Twins(case)
+    for seed in range(3):
+        twins.step(seed)
+    source = twins.theirs if from_torch else twins.ours
+    saved = through_file(source.state_dict())
+    fresh = Twins(case, lambda: [param.detach().clone().requires_grad_() for param in params_of(source)])
+    fresh.edit(lambda optimizer: optimizer.load_state_dict(saved))
+    for seed in range(3, 8):
+        fresh.step(seed)
+        twins.step(seed)
+    fresh.assert_equal()
+    for ours, theirs in zip(params_of(fresh.ours), params_of(twins.theirs), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)  # float64, 8 steps
+    assert fresh.ours.state_dict()["param_groups"] == fresh.theirs.state_dict()["param_groups"]
+
+
+def test_adam_adopts_decoupled_decay_and_adamw_forces_it() -> None:
+    (saved,) = (AdamW(leaves()).state_dict(),)
+    adam, adamw = Adam(leaves()), AdamW(leaves())
+    adam.load_state_dict(saved)
+    assert adam.param_groups[0]["decoupled_weight_decay"] is True
+    adamw.load_state_dict(Adam(leaves()).state_dict())
+    assert adamw.param_groups[0]["decoupled_weight_decay"] is True
+
+
+def test_flags_of_how_to_run_are_not_taken_from_the_file() -> None:
+    saved = torch.optim.Adam(leaves(), lr=0.5, fused=True).state_dict()
+    optimizer = Adam(leaves())
+    optimizer.load_state_dict(saved)
+    assert optimizer.param_groups[0]["fused"] is None
+    assert optimizer.param_groups[0]["lr"] == 0.5
+    saved["param_groups"][0].update(foreach=True, capturable=True, differentiable=True)
+    optimizer.load_state_dict(saved)
+    flags = {key: optimizer.param_groups[0][key] for key in ("fused", "foreach", "capturable", "differentiable")}
+    assert flags == dict(fused=None, foreach=None, capturable=False, differentiable=False)
+
+
+def test_groups_of_old_files_get_what_they_lack() -> None:
+    saved = Adam(leaves()).state_dict()
+    for key in ("decoupled_weight_decay", "maximize", "amsgrad"):
+        del saved["param_groups"][0][key]
+    saved["param_groups"][0]["initial_lr"] = 0.7
+    optimizer = Adam(leaves())
+    optimizer.load_state_dict(saved)
+    assert optimizer.param_groups[0].items() >= dict(amsgrad=False, maximize=False, initial_lr=0.7).items()
+    give_grads(params_of(optimizer), 0)
+    optimizer.step()
+
+
+WIDTHS = [
+    (torch.bfloat16, torch.float32, torch.float32),
+    (torch.bfloat16, torch.bfloat16, torch.bfloat16),
+    (torch.float32, torch.bfloat16, torch.float32),
+    (torch.float32, torch.float64, torch.float64),
+    (torch.float16, torch.float16, torch.float32),
+    (torch.float64, torch.float32, torch.float64),
+]
+
+
+@pytest.mark.parametrize(("param_dtype", "saved_dtype", "expected"), WIDTHS, ids=str)
+def test_loaded_state_is_widened_and_never_narrowed(
+    param_dtype: torch.dtype, saved_dtype: torch.dtype, expected: torch.dtype
+) -> None:
+    source = leaves(dtype=saved_dtype)
+    saving = Adam(source, state_dtype=saved_dtype)
+    give_grads(source, 0)
+    saving.step()
+    saved = saving.state_dict()
+    optimizer = Adam(leaves(dtype=param_dtype))
+    optimizer.load_state_dict(saved)
+    for index, state in state_of(optimizer).items():
+        for name in ("exp_avg", "exp_avg_sq"):
+            assert state[name].dtype == expected
+            assert torch.equal(state[name], saved["state"][index][name].to(expected))
+        assert state["step"].dtype == torch.float32
+        assert state["step"].device.type == "cpu"
+    give_grads(params_of(optimizer), 1)
+    optimizer.step()
+    assert {state["exp_avg"].dtype for state in optimizer.state.values()} == {expected}
+
+
+def test_integers_and_foreign_values_are_kept() -> None:
+    saved = SGD(leaves([(3,)])).state_dict()
+    counts = torch.tensor([1, 2**40, 3])
+    saved["state"] = {0: {"counts": counts, "note": "kept", "mask": torch.tensor([True])}, "global": {"x": 1}}
+    optimizer = SGD(leaves([(3,)]))
+    optimizer.load_state_dict(saved)
+    state = optimizer.state[params_of(optimizer)[0]]
+    assert state["counts"].dtype == torch.int64
+    assert torch.equal(state["counts"], counts)
+    assert state["note"] == "kept"
+    assert state["mask"].dtype == torch.bool
+    assert optimizer.state["global"] == {"x": 1}
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_loaded_state_is_copied_not_shared(case: Case) -> None:
+    params = leaves()
+    source = case.ours(params, **case.options)
+    give_grads(params, 0)
+    source.step()
+    saved = source.state_dict()
+    before = copy.deepcopy(saved)
+    loaded = [case.ours(leaves(), **case.options) for _ in range(2)]
+    for optimizer in loaded:
+        optimizer.load_state_dict(saved)
+        give_grads(params_of(optimizer), 1)
+        optimizer.step()
+        optimizer.param_groups[0]["lr"] = 77.0
+    assert_same_bits(saved["state"], before["state"])
+    assert saved["param_groups"] == before["param_groups"]
+    assert_same_bits(state_of(loaded[0]), state_of(loaded[1]))
+
+
+@pytest.mark.parametrize("step", [3, 3.0, torch.tensor(3), torch.tensor([3.0]), torch.tensor(3.0, dtype=torch.float64)])
+def test_steps_of_other_programs_are_understood(step: Any) -> None:
+    twins = Twins(CASES[3])
+    for seed in range(3):
+        twins.step(seed)
+    saved = twins.ours.state_dict()
+    for state in saved["state"].values():
+        state["step"] = copy.deepcopy(step)
+    twins.ours.load_state_dict(saved)
+    for seed in range(3, 5):
+        twins.step(seed)
+    for ours, theirs in zip(params_of(twins.ours), params_of(twins.theirs), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)  # float64, 5 steps
+
+
+def state_of_wrong_shape(saved: dict[str, Any]) -> None:
+    saved["state"][2]["exp_avg"] = torch.zeros(2)
+
+
+BAD: list[Callable[[dict[str, Any]], Any]] = [
+    lambda saved: saved.pop("state"),
+    lambda saved: saved.pop("param_groups"),
+    lambda saved: saved["param_groups"].append(saved["param_groups"][0]),
+    lambda saved: saved["param_groups"][0]["params"].pop(),
+    lambda saved: saved["param_groups"][0].update(lr=-1.0),
+    lambda saved: saved["param_groups"][0].update(betas=(2.0, 0.9)),
+    state_of_wrong_shape,
+]
+
+
+@pytest.mark.parametrize("spoil", BAD, ids=["state", "param_groups", "groups", "params", "lr", "betas", "shape"])
+def test_bad_dictionary_is_refused_and_changes_nothing(spoil: Callable[[dict[str, Any]], Any]) -> None:
+    params = leaves()
+    optimizer = Adam(params)
+    give_grads(params, 0)
+    optimizer.step()
+    saved = copy.deepcopy(optimizer.state_dict())
+    saved["param_groups"][0]["eps"] = 0.5
+    spoil(saved)
+    before = snapshot(optimizer)
+    with pytest.raises(ValueError, match=r"state dict|Invalid|loaded"):
+        optimizer.load_state_dict(saved)
+    assert_unmoved(optimizer, before)
+
+
+def test_state_dict_hooks_run_as_in_torch() -> None:
+    for optimizer in Twins(CASES[5]).both:
+        seen: list[str] = []
+        optimizer.register_state_dict_pre_hook(lambda o, seen=seen: seen.append("save"))
+        optimizer.register_state_dict_post_hook(lambda o, saved, seen=seen: {**saved, "extra": seen.append("saved")})
+        optimizer.register_load_state_dict_pre_hook(lambda o, saved, seen=seen: {**saved, "got": seen.append("load")})
+        optimizer.register_load_state_dict_post_hook(lambda o, seen=seen: seen.append("loaded"))
+        saved = optimizer.state_dict()
+        assert "extra" in saved
+        optimizer.load_state_dict(saved)
+        assert seen == ["save", "saved", "load", "loaded"]
+
+
+def test_state_dict_is_a_live_view_as_in_torch() -> None:
+    params = leaves([(3,)])
+    optimizer = SGD(params, momentum=0.9)
+    give_grads(params, 0)
+    optimizer.step()
+    saved = optimizer.state_dict()["state"][0]["momentum_buffer"]
+    assert isinstance(saved, Tensor)
+    give_grads(params, 1)
+    optimizer.step()
+    assert torch.equal(saved, optimizer.state[params[0]]["momentum_buffer"])

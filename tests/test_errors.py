@@ -1,0 +1,216 @@
+"""Mistakes are refused with torch's words and ours, before anything changes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from cases import assert_unmoved, give_grads, leaves, params_of, snapshot
+
+from descend import SGD, Adam, AdamW, FirstOrder, from_rule
+
+NAN = float("nan")
+
+# Class, options, torch's message (a prefix of ours where torch has the check at all).
+BAD_OPTIONS = [
+    (SGD, dict(lr=-1), "Invalid learning rate: -1"),
+    (SGD, dict(lr=NAN), "Invalid learning rate: nan"),
+    (SGD, dict(lr="fast"), "Invalid learning rate: fast"),
+    (SGD, dict(lr=torch.tensor(-0.5)), "Invalid learning rate: -0.5"),
+    (SGD, dict(lr=torch.ones(2)), "Tensor lr must be 1-element"),
+    (SGD, dict(momentum=-0.1), "Invalid momentum value: -0.1"),
+    (SGD, dict(momentum=NAN), "Invalid momentum value: nan"),
+    (SGD, dict(weight_decay=-0.1), "Invalid weight_decay value: -0.1"),
+    (SGD, dict(nesterov=True), "Nesterov momentum requires a momentum and zero dampening"),
+    (SGD, dict(nesterov=True, momentum=0.9, dampening=0.1), "Nesterov momentum requires a momentum and zero dampening"),
+    *(
+        (optimizer, options, message)
+        for optimizer in (Adam, AdamW)
+        for options, message in [
+            (dict(lr=-1.0), "Invalid learning rate: -1.0"),
+            (dict(lr=NAN), "Invalid learning rate: nan"),
+            (dict(lr=torch.ones(2)), "Tensor lr must be 1-element"),
+            (
+                dict(lr=torch.tensor(0.1), foreach=True),
+                "lr as a Tensor is not supported for capturable=False and foreach",
+            ),
+            (dict(betas=(1.0, 0.9)), "Invalid beta parameter at index 0: 1.0"),
+            (dict(betas=(0.9, -0.1)), "Invalid beta parameter at index 1: -0.1"),
+            (dict(betas=(NAN, 0.9)), "Invalid beta parameter at index 0: nan"),
+            (dict(betas=(0.9, torch.tensor(0.9))), "betas must be either both floats or both Tensors"),
+            (dict(betas=(torch.ones(2) / 2, torch.tensor(0.9))), "Tensor betas[0] must be 1-element"),
+            (dict(eps=-1e-8), "Invalid epsilon value: -1e-08"),
+            (dict(weight_decay=-1), "Invalid weight_decay value: -1"),
+        ]
+    ),
+]
+OURS_ALONE = [
+    (dict(max_norm=0), "max_norm must be a number > 0"),
+    (dict(max_norm=-1.0), "max_norm must be a number > 0"),
+    (dict(max_norm=NAN), "max_norm must be a number > 0"),
+    (dict(nonfinite="ignore"), "nonfinite must be one of"),
+    (dict(backend="cuda"), "backend must be one of"),
+    (dict(state_dtype=torch.int32), "state_dtype must be a floating point dtype"),
+]
+
+
+def assert_refused(kind: type[Exception], message: str, attempt: Callable[[], Any]) -> None:
+    with pytest.raises(kind) as caught:
+        attempt()
+    assert message in str(caught.value)
+
+
+@pytest.mark.parametrize(("optimizer_class", "options", "message"), BAD_OPTIONS, ids=str)
+def test_bad_option_is_refused_in_torchs_words(
+    optimizer_class: type[FirstOrder], options: dict[str, Any], message: str
+) -> None:
+    assert_refused(ValueError, message, lambda: optimizer_class(leaves(), **options))
+    # In a group, while constructing and later: torch takes them silently.
+    assert_refused(ValueError, message, lambda: optimizer_class([{"params": leaves(), **options}]))
+    optimizer = optimizer_class(leaves())
+    before = snapshot(optimizer)
+    assert_refused(ValueError, message, lambda: optimizer.add_param_group({"params": leaves([(2,)]), **options}))
+    assert len(optimizer.param_groups) == 1
+    assert_unmoved(optimizer, before)
+
+
+@pytest.mark.parametrize(("optimizer_class", "options", "message"), BAD_OPTIONS, ids=str)
+def test_torch_says_the_same_where_it_checks(
+    optimizer_class: type[FirstOrder], options: dict[str, Any], message: str
+) -> None:
+    theirs = getattr(torch.optim, optimizer_class.__name__)
+    try:
+        theirs(leaves(), **options)
+    except (ValueError, TypeError) as error:
+        if isinstance(error, ValueError):
+            assert str(error).startswith(message)
+    else:
+        assert "nan" in message  # what torch lets through
+
+
+@pytest.mark.parametrize(("options", "message"), OURS_ALONE, ids=str)
+@pytest.mark.parametrize("optimizer_class", [SGD, Adam, AdamW])
+def test_our_own_options_are_checked(optimizer_class: type[FirstOrder], options: dict[str, Any], message: str) -> None:
+    assert_refused(ValueError, f"{optimizer_class.__name__}: {message}", lambda: optimizer_class(leaves(), **options))
+
+
+@pytest.mark.parametrize("options", [dict(max_norm=1.0), dict(nonfinite="skip"), dict(backend="cpu")], ids=str)
+def test_our_own_options_are_keywords_outside_the_groups(options: dict[str, Any]) -> None:
+    optimizer = AdamW(leaves(), **options)
+    assert not options.keys() & {*optimizer.defaults, *optimizer.param_groups[0]}
+    with pytest.raises(TypeError):
+        AdamW(leaves(), 1e-3, (0.9, 0.999), 1e-8, 0.01, False, 1.0)
+
+
+BAD_PARAMS: list[tuple[str, Callable[[], Any]]] = [
+    ("empty", list),
+    ("a tensor", lambda: leaves()[0]),
+    ("no tensors", lambda: [1.0, 2.0]),
+    ("not a leaf", lambda: [leaves()[2] * 2]),
+    ("a set", lambda: [{"params": set(leaves())}]),
+    ("in two groups", lambda: [{"params": (same := leaves())}, {"params": same}]),
+    ("names here and there", lambda: [("a", leaves()[0]), leaves()[1]]),
+    ("a string", lambda: "params"),
+    ("no params", lambda: [{"lr": 0.1}]),
+]
+
+
+@pytest.mark.parametrize(("what", "params"), BAD_PARAMS, ids=[what for what, _ in BAD_PARAMS])
+@pytest.mark.parametrize("name", ["SGD", "Adam", "AdamW"])
+def test_bad_parameters_are_refused_as_by_torch(name: str, what: str, params: Callable[[], Any]) -> None:
+    with pytest.raises(Exception) as theirs:  # noqa: PT011 what torch raises is what this test asks
+        getattr(torch.optim, name)(params())
+    ours = {"SGD": SGD, "Adam": Adam, "AdamW": AdamW}[name]
+    assert_refused(theirs.type, str(theirs.value)[:40], lambda: ours(params()))
+
+
+def test_flags_that_exclude_each_other_are_refused_as_by_torch() -> None:
+    for name, ours in (("SGD", SGD), ("Adam", Adam), ("AdamW", AdamW)):
+        for flags in (dict(fused=True, foreach=True), dict(fused=True, differentiable=True)):
+            with pytest.raises(RuntimeError) as theirs:
+                getattr(torch.optim, name)(leaves(), **flags)
+            assert_refused(
+                RuntimeError, str(theirs.value).rstrip("."), lambda flags=flags, ours=ours: ours(leaves(), **flags)
+            )
+
+
+def complex_params() -> list[torch.Tensor]:
+    return [*leaves([(3,)]), torch.ones(2, dtype=torch.complex64, requires_grad=True)]
+
+
+def step_of(kind: Any, params: Callable[[], Any], **options: Any) -> Callable[[], Any]:
+    def step() -> None:
+        optimizer = kind(params(), **options)
+        for param in params_of(optimizer):
+            param.grad = torch.ones_like(param)
+        optimizer.step()
+
+    return step
+
+
+@pytest.mark.parametrize("name", ["Adam", "AdamW"])
+def test_capturable_on_the_cpu_fails_as_in_torch(name: str) -> None:
+    message = "If capturable=True, params and state_steps must be on supported devices"
+    assert_refused(AssertionError, message, step_of(getattr(torch.optim, name), leaves, capturable=True))
+    assert_refused(AssertionError, message, step_of({"Adam": Adam, "AdamW": AdamW}[name], leaves, capturable=True))
+
+
+@pytest.mark.parametrize("name", ["SGD", "Adam", "AdamW"])
+def test_fused_refuses_complex_parameters_as_torch_does(name: str) -> None:
+    message = "`fused=True` requires all the params to be floating point Tensors"
+    ours = {"SGD": SGD, "Adam": Adam, "AdamW": AdamW}[name]
+    for kind in (getattr(torch.optim, name), ours):
+        assert_refused(RuntimeError, message, step_of(kind, complex_params, fused=True))
+
+
+@pytest.mark.parametrize("optimizer_class", [Adam, AdamW])
+def test_adam_refuses_sparse_gradients_before_anything_moves(optimizer_class: type[FirstOrder]) -> None:
+    params = leaves([(4,), (5, 2)])
+    optimizer = optimizer_class([{"params": params[:1]}, {"params": params[1:]}])
+    give_grads(params, 0)
+    optimizer.step()
+    before = snapshot(optimizer)
+    params[1].grad = torch.eye(5, 2, dtype=torch.float64).to_sparse()
+    message = "Adam does not support sparse gradients, please consider SparseAdam instead"
+    assert_refused(RuntimeError, message.removeprefix("Adam "), optimizer.step)
+    assert_unmoved(optimizer, before)
+
+
+def test_option_spoiled_between_steps_moves_nothing() -> None:
+    params = leaves()
+    optimizer = Adam([{"params": params[:2]}, {"params": params[2:]}])
+    for first in (True, False):
+        optimizer.param_groups[1]["lr"] = "fast"
+        before = snapshot(optimizer)
+        give_grads(params, 0)
+        with pytest.raises((TypeError, ValueError)):
+            optimizer.step()
+        assert_unmoved(optimizer, before)
+        optimizer.param_groups[1]["lr"] = 0.1
+        if first:
+            optimizer.step()
+
+
+def test_unknown_backend_in_the_environment_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    params = leaves()
+    optimizer = SGD(params, lr=0.1)
+    give_grads(params, 0)
+    optimizer.step()
+    before = snapshot(optimizer)
+    monkeypatch.setenv("DESCEND_BACKEND", "gpu")
+    assert_refused(ValueError, "DESCEND_BACKEND must be one of", optimizer.step)
+    assert_unmoved(optimizer, before)
+
+
+def test_from_rule_refuses_what_does_not_fit() -> None:
+    def rule(param, grad, lr, rate):
+        return param - lr * rate * grad
+
+    assert_refused(ValueError, "needs a default for ['rate']", lambda: from_rule(rule, "Rule"))
+    assert_refused(ValueError, "['speed']", lambda: from_rule(rule, "Rule", rate=1.0, speed=2.0))
+    optimizer_class = from_rule(rule, "Rule", rate=1.0)
+    assert_refused(TypeError, "Rule has no option ['speed']", lambda: optimizer_class(leaves(), speed=1.0))
+    assert_refused(TypeError, "at most 2", lambda: optimizer_class(leaves(), 0.1, 0.2, 0.3))
+    assert_refused(ValueError, "Invalid learning rate: -1", lambda: optimizer_class(leaves(), lr=-1))
