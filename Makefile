@@ -11,7 +11,6 @@ demo: $(READY)  ## train a small network on handwritten digits with four optimiz
 test: $(READY)  ## tests and doctests
 	$(BIN)/python -m pytest
 	$(BIN)/python -m pytest --doctest-modules --pyargs descend
-	$(BIN)/python -m pytest --doctest-glob='*.md' README.md docs
 
 test-all: $(READY)  ## also every combination of dtypes
 	$(BIN)/python -m pytest -m ''

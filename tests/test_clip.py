@@ -265,7 +265,7 @@ def test_error_if_nonfinite_comes_before_anything_is_scaled(bad: float, order: f
     ours, _ = twice(torch.float32)
     ours[1].grad[0, 0] = bad
     before = [param.grad.clone() for param in ours]
-    with pytest.raises(RuntimeError, match="The total norm of order .* for gradients from `parameters` is non-finite"):
+    with pytest.raises(RuntimeError, match=r"The total norm of order .* for gradients from `parameters` is non-finite"):
         descend.clip_grad_norm_(ours, 1.0, order, error_if_nonfinite=True)
     torch.testing.assert_close([param.grad for param in ours], before, rtol=0, atol=0, equal_nan=True)
 

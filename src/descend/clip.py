@@ -109,6 +109,7 @@ def clip_grad_norm_(
         >>> weight = torch.zeros(2, requires_grad=True); weight.grad = torch.tensor([3.0, 4.0])
         >>> clip_grad_norm_([weight], max_norm=1.0)
         tensor(5.)
+
     Source: Pascanu et al. 2013, https://arxiv.org/abs/1211.5063
     """
     max_norm = _not_negative("max_norm", max_norm)

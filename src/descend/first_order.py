@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
-from torch import Tensor
+import torch
 
 from descend import rules
 from descend.optimizer import FirstOrder, Options, check_at_least_zero, check_lr
@@ -40,6 +40,7 @@ class SGD(FirstOrder):
         >>> optimizer.step()
         >>> weight
         tensor([0.8000, 0.8000], requires_grad=True)
+
     Source:
         Sutskever et al. 2013, https://proceedings.mlr.press/v28/sutskever13.html
     """
@@ -50,10 +51,10 @@ class SGD(FirstOrder):
     def __init__(
         self,
         params: ParamsT,
-        lr: float | Tensor = 1e-3,
+        lr: float | torch.Tensor = 1e-3,
         momentum: float = 0,
         dampening: float = 0,
-        weight_decay: float | Tensor = 0,
+        weight_decay: float | torch.Tensor = 0,
         nesterov: bool = False,
         *,
         maximize: bool = False,
@@ -127,6 +128,7 @@ class Adam(FirstOrder):
         >>> optimizer.step()  # the first step of Adam is as long as lr
         >>> weight
         tensor([0.9000, 0.9000], requires_grad=True)
+
     Source:
         Kingma & Ba 2015, Algorithm 1, https://arxiv.org/abs/1412.6980
     """
@@ -134,8 +136,8 @@ class Adam(FirstOrder):
     def __init__(
         self,
         params: ParamsT,
-        lr: float | Tensor = 1e-3,
-        betas: tuple[float | Tensor, float | Tensor] = (0.9, 0.999),
+        lr: float | torch.Tensor = 1e-3,
+        betas: tuple[float | torch.Tensor, float | torch.Tensor] = (0.9, 0.999),
         eps: float = 1e-8,
         weight_decay: float = 0,
         amsgrad: bool = False,
@@ -178,7 +180,7 @@ class Adam(FirstOrder):
         check_lr(self, options)
         check_at_least_zero(self, "epsilon value", "eps", options["eps"])
         for index, beta in enumerate(options["betas"]):
-            if not isinstance(beta, int | float | Tensor) or not 0 <= beta < 1:
+            if not isinstance(beta, int | float | torch.Tensor) or not 0 <= beta < 1:
                 name = type(self).__name__
                 raise ValueError(
                     f"Invalid beta parameter at index {index}: {beta} ({name}: betas[{index}] must be in [0, 1))"
@@ -214,6 +216,7 @@ class AdamW(Adam):
         tensor([0.8500, 0.8500], requires_grad=True)
         >>> round(optimizer.grad_norm, 4)
         2.8284
+
     Source:
         Loshchilov & Hutter 2019, Algorithm 2, https://arxiv.org/abs/1711.05101
     """
@@ -221,8 +224,8 @@ class AdamW(Adam):
     def __init__(
         self,
         params: ParamsT,
-        lr: float | Tensor = 1e-3,
-        betas: tuple[float | Tensor, float | Tensor] = (0.9, 0.999),
+        lr: float | torch.Tensor = 1e-3,
+        betas: tuple[float | torch.Tensor, float | torch.Tensor] = (0.9, 0.999),
         eps: float = 1e-8,
         weight_decay: float = 1e-2,
         amsgrad: bool = False,
@@ -266,10 +269,10 @@ def _check_flags(options: Mapping[str, Any]) -> None:
 def _check_tensors(optimizer: FirstOrder, options: Mapping[str, Any]) -> None:
     """Torch's conditions on options given as tensors."""
     betas = options["betas"]
-    if not isinstance(betas, tuple | list) or len(betas) != 2 or len({isinstance(b, Tensor) for b in betas}) != 1:
+    if not isinstance(betas, tuple | list) or len(betas) != 2 or len({isinstance(b, torch.Tensor) for b in betas}) != 1:
         raise ValueError(f"betas must be either both floats or both Tensors, got {betas!r}")
     for name, value in (("lr", options["lr"]), ("betas[0]", betas[0]), ("betas[1]", betas[1])):
-        if isinstance(value, Tensor):
+        if isinstance(value, torch.Tensor):
             if options["foreach"] and not options["capturable"]:
                 raise ValueError(f"{name} as a Tensor is not supported for capturable=False and foreach=True")
             if value.numel() != 1:

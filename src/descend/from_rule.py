@@ -28,6 +28,7 @@ def from_rule(rule: Callable[..., Any], name: str, **defaults: Any) -> type[Firs
     Raises:
         ValueError: if a number has no default, or a default belongs to no number.
     Example:
+        >>> import torch
         >>> from descend.ops import sign
         >>> def lion(param, grad, exp_avg, lr, beta1, beta2, weight_decay):
         ...     update = sign(exp_avg + (1 - beta1) * (grad - exp_avg))

@@ -268,6 +268,7 @@ class FirstOrder(Optimizer):
         """Where each parameter's rule would run now, and why, in the groups' order.
 
         Example:
+            >>> from descend import SGD
             >>> weight = torch.zeros(3, requires_grad=True)
             >>> SGD([("weight", weight)]).backends()
             [Placement(name='weight', backend='cpu', reason='float32')]
@@ -342,6 +343,7 @@ def warmup(optimizer: FirstOrder) -> None:
     Gradients are assumed to have their parameters' dtypes where there are none yet. State is not touched.
 
     Example:
+        >>> from descend import AdamW
         >>> optimizer = AdamW([torch.zeros(3, requires_grad=True)])
         >>> warmup(optimizer)
     """

@@ -4,4 +4,5 @@ import sys
 
 from descend.compare.cli import main
 
-sys.exit(main(["compare", *sys.argv[1:]]))
+if __name__ == "__main__":
+    sys.exit(main(["compare", *sys.argv[1:]]))
