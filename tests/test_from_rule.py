@@ -6,6 +6,7 @@ import copy
 import math
 import pickle
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -224,7 +225,7 @@ def test_rule_that_cannot_be_compiled_says_so_and_nothing_has_moved(rule: Callab
     with pytest.raises(RuleError, match=r"backend='eager'") as caught:
         optimizer.step()
     assert rule.__name__ in str(caught.value)
-    assert __file__ in str(caught.value)
+    assert Path(__file__).name in str(caught.value)
     first = rule.__code__.co_firstlineno
     assert any(f"line {line}" in str(caught.value) for line in range(first, first + 5))
     assert_unmoved(optimizer, before)

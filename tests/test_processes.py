@@ -6,10 +6,12 @@ import multiprocessing
 import os
 import signal
 import time
-from collections.abc import Callable, Iterator
+import warnings
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from cases import CASES, Case, give_grads, leaves, params_of, state_of
@@ -99,17 +101,15 @@ def test_threads_that_step_at_once_equal_serial_ones(openmp: bool, monkeypatch: 
 
 
 @pytest.fixture
-def forking(recwarn: pytest.WarningsRecorder) -> Iterator[None]:
+def forking() -> Iterator[None]:
     """Python warns of forks in processes with threads from 3.12 on; that they work here is what is tested."""
-    import warnings
-
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)
         yield
 
 
 def in_child(work: Callable[[], bool]) -> bool:
-    """Whether ``work``, run in a forked child, returns true within a minute."""
+    """Whether ``work``, run in a forked child, returns true within half a minute."""
     child = os.fork()
     if child == 0:
         ended = 1
@@ -117,7 +117,7 @@ def in_child(work: Callable[[], bool]) -> bool:
             ended = 0 if work() else 2
         finally:
             os._exit(ended)
-    for _ in range(600):
+    for _ in range(300):
         done, status = os.waitpid(child, os.WNOHANG)
         if done:
             return status == 0
@@ -127,6 +127,11 @@ def in_child(work: Callable[[], bool]) -> bool:
     return False
 
 
+def equal(ours: Sequence[Tensor], theirs: Sequence[Tensor]) -> bool:
+    """Compared by numpy: torch's own loops over large tensors wait for ever in a forked child."""
+    return all(np.array_equal(a.detach().numpy(), b.detach().numpy()) for a, b in zip(ours, theirs, strict=True))
+
+
 @needs_fork
 @pytest.mark.usefixtures("forking")
 @pytest.mark.parametrize("parent", ["stepped", "trained", "without openmp"])
@@ -134,16 +139,20 @@ def test_forked_child_steps_after_the_parent(parent: str, monkeypatch: pytest.Mo
     torch.set_num_threads(2)
     if parent == "without openmp":
         monkeypatch.setattr(threads._openmp, "parallel", None)
-    optimizer = AdamW(leaves(LARGE, torch.float32), max_norm=1.0)
-    straight = AdamW(leaves(LARGE, torch.float32), max_norm=1.0)
-    take_steps(straight, range(4))
-    take_steps(optimizer, range(2))
+    optimizer, straight = (AdamW(leaves(LARGE, torch.float32), max_norm=1.0) for _ in range(2))
+    for one in (optimizer, straight):
+        take_steps(one, range(2))
     if parent == "trained":  # torch's own workers have been at it
         torch.randn(1000, 1000).mm(torch.randn(1000, 1000)).sum()
+    for one in (optimizer, straight):
+        give_grads(params_of(one), 2)
+    for _ in range(3):
+        straight.step()
 
     def arrives() -> bool:
-        take_steps(optimizer, range(2, 4))
-        return all(map(torch.equal, params_of(optimizer), params_of(straight)))
+        for _ in range(3):
+            optimizer.step()
+        return equal(params_of(optimizer), params_of(straight))
 
     assert in_child(arrives)
     assert in_child(lambda: in_child(arrives))  # and a child's child
@@ -152,30 +161,37 @@ def test_forked_child_steps_after_the_parent(parent: str, monkeypatch: pytest.Mo
 
 @needs_fork
 @pytest.mark.usefixtures("forking")
-def test_forked_child_starts_an_optimizer_of_its_own() -> None:
-    expected = walk(CASES[3])
+def test_forked_child_makes_its_first_state() -> None:
+    torch.set_num_threads(2)
+    optimizer, straight = (AdamW(leaves(LARGE, torch.float32), max_norm=1.0) for _ in range(2))
+    for one in (optimizer, straight):
+        give_grads(params_of(one), 0)
+    straight.step()
 
     def arrives() -> bool:
-        return all(map(torch.equal, walk(CASES[3])[0], expected[0]))
+        optimizer.step()
+        return equal(params_of(optimizer), params_of(straight))
 
     assert in_child(arrives)
-
-
-def step_in_worker(optimizer: AdamW) -> list[list[float]]:
-    take_steps(optimizer, range(2, 4))
-    return [param.detach()[..., :3].flatten()[:5].tolist() for param in params_of(optimizer)]
 
 
 @needs_fork
 @pytest.mark.usefixtures("forking")
 def test_forked_workers_of_multiprocessing_step() -> None:
-    optimizer = AdamW(leaves(LARGE, torch.float32))
-    take_steps(optimizer, range(2))
-    queue: Any = multiprocessing.get_context("fork").SimpleQueue()
-    worker = multiprocessing.get_context("fork").Process(
-        target=lambda: queue.put(step_in_worker(optimizer)), daemon=True
-    )
+    torch.set_num_threads(2)
+    optimizer, straight = (AdamW(leaves(LARGE, torch.float32)) for _ in range(2))
+    for one in (optimizer, straight):
+        take_steps(one, range(2))
+    straight.step()
+    context: Any = multiprocessing.get_context("fork")
+    queue = context.SimpleQueue()
+
+    def work() -> None:
+        optimizer.step()
+        queue.put(equal(params_of(optimizer), params_of(straight)))
+
+    worker = context.Process(target=work, daemon=True)
     worker.start()
     worker.join(60)
     assert worker.exitcode == 0
-    assert queue.get() == step_in_worker(optimizer)
+    assert queue.get()

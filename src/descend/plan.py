@@ -41,6 +41,14 @@ class _Entry(NamedTuple):
     reason: str | None  # why it runs eagerly; None for a kernel
 
 
+class _Call(NamedTuple):
+    """One kernel call: its tables, the parameters in them, and for each row of numbers [group, steps taken]."""
+
+    launch: Launch
+    entries: list[_Entry]
+    rows: list[list[Any]]
+
+
 class Plan:
     """Every parameter with a gradient, sorted into kernel calls and eager updates.
 
@@ -62,10 +70,10 @@ class Plan:
             for param in params:
                 if not only_with_grad or param.grad is not None:
                     entries.append(self._entry(optimizer, index, rule, param))
-        self.entries = self._keep_order_of_overlaps(entries)
+        self._entries = self._keep_order_of_overlaps(entries)
         if self._request == "cpu":
             self._refuse_eager(optimizer)
-        self.eager = [entry for entry in self.entries if entry.reason]
+        self._eager = [entry for entry in self._entries if entry.reason]
         self._sort_into_launches(optimizer)
         self._probe: Any = None
 
@@ -106,7 +114,7 @@ class Plan:
         return entries
 
     def _refuse_eager(self, optimizer: FirstOrder) -> None:
-        for entry in self.entries:
+        for entry in self._entries:
             if entry.reason:
                 raise RuntimeError(
                     f"{type(optimizer).__name__}: backend='cpu' cannot run {optimizer.name_of(entry.param)}: "
@@ -115,12 +123,12 @@ class Plan:
 
     def _sort_into_launches(self, optimizer: FirstOrder) -> None:
         sorted_entries: defaultdict[Any, list[_Entry]] = defaultdict(list)
-        for entry in self.entries:
+        for entry in self._entries:
             if entry.reason is None:
                 dtypes = optimizer.state_dtypes(entry.rule, entry.param, entry.found)
                 grad = entry.param if entry.param.grad is None else entry.param.grad
                 sorted_entries[entry.rule, (entry.param.dtype, grad.dtype, *dtypes)].append(entry)
-        self.launches: list[tuple[Launch, list[_Entry], list[int], list[list[Any]]]] = []
+        self._calls: list[_Call] = []
         for (rule, dtypes), members in sorted_entries.items():
             # Parameters of one group that have taken the same number of steps share their numbers.
             keys = [(entry.group, optimizer.steps_taken(entry.rule, entry.found)) for entry in members]
@@ -128,20 +136,19 @@ class Plan:
             numbers = len(signature(rule).numbers)
             params = [entry.param for entry in members]
             grads = [param if param.grad is None else param.grad for param in params]
-            row_of = [rows[key] for key in keys]
-            launch = Launch(rule, numbers, dtypes, params, grads, row_of)
-            self.launches.append((launch, members, row_of, [list(key) for key in rows]))
+            launch = Launch(rule, numbers, dtypes, params, grads, [rows[key] for key in keys])
+            self._calls.append(_Call(launch, members, [list(key) for key in rows]))
 
     def total_norm(self) -> float:
         """Of all gradients, in float64; its bits do not depend on threads or on how the plan came about."""
-        total = sum(launch.grad_sum_of_squares() for launch, _, _, _ in self.launches)
-        for entry in self.eager:
+        total = sum(call.launch.grad_sum_of_squares() for call in self._calls)
+        for entry in self._eager:
             norm = float(clip.norm([entry.param.grad], 2.0))  # type: ignore[list-item]
             total += norm * norm
         if math.isfinite(total):
             return math.sqrt(total)
         # Not finite, or finite with squares that overflow: the slower way can tell.
-        return float(clip.norm([entry.param.grad for entry in self.entries], 2.0))  # type: ignore[misc]
+        return float(clip.norm([entry.param.grad for entry in self._entries], 2.0))  # type: ignore[misc]
 
     def prepare(self, optimizer: FirstOrder) -> None:
         """Make the missing state of the parameters that kernels update, and complete the tables."""
@@ -149,9 +156,9 @@ class Plan:
         self._params: list[Tensor] = []
         self._made: list[tuple[Tensor, str, Tensor]] = []
         steps = []
-        for launch, members, _, _ in self.launches:
+        for launch, entries, _ in self._calls:
             tensors = []
-            for row, entry in enumerate(members):
+            for row, entry in enumerate(entries):
                 state = optimizer.ensure_state(entry.param, entry.rule)
                 names = signature(entry.rule).state
                 tensors.append([state[name] for name in names])
@@ -165,7 +172,7 @@ class Plan:
         self._steps = StepCounts(steps)
         watched = [param for params, _, _ in self._groups for param in params]
         made = [tensor for _, _, tensor in self._made]
-        spans = np.concatenate([np.zeros((0, 2), np.int64), *(launch.written() for launch, _, _, _ in self.launches)])
+        spans = np.concatenate([np.zeros((0, 2), np.int64), *(call.launch.written() for call in self._calls)])
         written = spans[np.argsort(spans[:, 0])]
         self._probe = make_probe(watched, [cells.get(param) for param in watched], made, written)
 
@@ -202,23 +209,23 @@ class Plan:
         """Form every number of the coming step: an option that cannot be used is found before anything moves."""
         groups = optimizer.param_groups
         self._scale = scale
-        for launch, _, _, rows in self.launches:
+        for launch, _, rows in self._calls:
             for row, (group, taken) in enumerate(rows):
                 numbers = optimizer.scalars(groups[group], taken + 1)
                 launch.scalars[row] = (_signed(scale, groups[group]), *map(_number, numbers))
-        for entry in self.eager:
+        for entry in self._eager:
             optimizer.scalars(groups[entry.group], 1)
 
     def run(self, optimizer: FirstOrder) -> None:
         """Take the step."""
-        for launch, _, _, rows in self.launches:
+        for launch, _, rows in self._calls:
             launch.update()
             for key in rows:
                 key[1] += 1
         if self._params:
             self._steps.advance()
             torch.autograd.graph.increment_version(self._params)
-        for entry in self.eager:
+        for entry in self._eager:
             self._run_eagerly(optimizer, entry)
 
     def _run_eagerly(self, optimizer: FirstOrder, entry: _Entry) -> None:
@@ -240,10 +247,10 @@ class Plan:
 
     def warm_up(self, optimizer: FirstOrder) -> None:
         """Load what a step will call beside the updates, which making the plan has loaded."""
-        if self.launches:
-            for launch, _, _, _ in self.launches:
+        if self._calls:
+            for call in self._calls:
                 if optimizer.max_norm is not None or optimizer.nonfinite != "step":
-                    launch.grad_sum_of_squares()
+                    call.launch.grad_sum_of_squares()
             make_probe([], [], [], np.zeros((0, 2), np.int64))
             if optimizer.counts_steps:
                 StepCounts([torch.zeros(())])
@@ -256,7 +263,7 @@ class Plan:
                 "eager" if entry.reason else "cpu",
                 entry.reason or str(entry.param.dtype).removeprefix("torch."),
             )
-            for entry in self.entries
+            for entry in self._entries
         ]
 
 
