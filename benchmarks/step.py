@@ -307,6 +307,8 @@ def parse_arguments(names: list[str]) -> argparse.Namespace:
     )
     parser.add_argument("--json", metavar="FILE", type=Path, help="also write everything measured")
     arguments = parser.parse_args()
+    if arguments.json and not arguments.json.parent.is_dir():  # said now, not after ten minutes
+        parser.error(f"--json: there is no folder {arguments.json.parent}.")
     arguments.names = {name for name in names if fnmatchcase(name, f"*{arguments.only}*")}
     if not arguments.names:
         parser.error(

@@ -82,6 +82,13 @@ def give_grads(params: Sequence[Tensor], seed: int) -> None:
         param.grad = grad.to(getattr(param, "grad_dtype", None) or param.dtype)
 
 
+def complex_grads(params: Sequence[Tensor], seed: int) -> None:
+    """Random gradients, complex where the parameter is, of the parameter's own class."""
+    random = torch.Generator().manual_seed(seed)
+    for param in params:
+        param.grad = torch.randn(param.shape, generator=random, dtype=param.dtype).as_subclass(type(param))
+
+
 class Twins:
     """Ours and torch's for-loop on equal parameters: every edit, gradient and step happens to both."""
 

@@ -7,6 +7,8 @@ from collections.abc import Iterator
 import pytest
 import torch
 
+from descend.kernels import probe
+
 
 @pytest.fixture(autouse=True)
 def clean_torch(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
@@ -18,3 +20,11 @@ def clean_torch(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     yield
     torch.set_num_threads(threads)
     torch.set_default_dtype(dtype)
+
+
+@pytest.fixture(params=["native", "python"])
+def either_probe(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Run a test with the probe in native code, and with the one in Python."""
+    if request.param == "python":
+        monkeypatch.setattr(probe, "_native", lambda: None)
+    return request.param

@@ -7,12 +7,12 @@ from typing import Any
 
 import pytest
 import torch
-from cases import BACKENDS, CASES, Case, Twins, give_grads, leaves, params_of
+from cases import BACKENDS, CASES, Case, Twins, complex_grads, give_grads, leaves, params_of
 from torch import Tensor
 from torch.optim import lr_scheduler
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
-from descend import SGD, Adam, AdamW
+from descend import SGD, AdamW
 
 SCHEDULERS: list[Callable[[Any], Any]] = [
     lambda o: lr_scheduler.StepLR(o, step_size=3),
@@ -189,12 +189,6 @@ def subclasses() -> list[Tensor]:
     return [leaves([(4,)])[0].detach().as_subclass(Marked).requires_grad_(), *leaves([(3,)])]
 
 
-def complex_grads(params: Any, seed: int) -> None:
-    random = torch.Generator().manual_seed(seed)
-    for param in params:
-        param.grad = torch.randn(param.shape, generator=random, dtype=param.dtype).as_subclass(type(param))
-
-
 @pytest.mark.parametrize("params", [overlapping, not_dense, complex_numbers, subclasses], ids=lambda f: f.__name__)
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_unusual_parameters_are_torchs(case: Case, params: Callable[[], list[Tensor]]) -> None:
@@ -237,103 +231,3 @@ def test_sgd_takes_sparse_gradients(options: dict[str, float], capfd: pytest.Cap
     torch.testing.assert_close(sparse[0], dense[0], rtol=1e-12, atol=1e-12)  # norms of other sums
     assert optimizers[0].grad_norm == pytest.approx(optimizers[1].grad_norm, rel=1e-12)
     assert capfd.readouterr() == ("", "")  # torch's C interface reports errors on stderr
-
-
-# Differentiable.
-
-
-@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
-@pytest.mark.parametrize("case", CASES, ids=str)
-def test_differentiable_step_passes_gradcheck(case: Case) -> None:
-    def walk(start: Tensor, grad: Tensor) -> tuple[Tensor, ...]:
-        param = start.clone()
-        optimizer = case.ours([param], **case.options, differentiable=True)
-        for scale in (1.0, 0.5):
-            param.grad = grad * scale
-            optimizer.step()
-        state = optimizer.state[param].items() if optimizer.state else ()
-        return (param, *(value for name, value in state if name != "step"))
-
-    torch.manual_seed(3)
-    start, grad = (torch.randn(4, dtype=torch.float64, requires_grad=True) for _ in range(2))
-    assert torch.autograd.gradcheck(walk, (start, grad))
-
-
-def unrolled(optimizer_class: Any, options: dict[str, Any]) -> Callable[[Tensor, Tensor], Tensor]:
-    """The loss after three steps, as a function of lr and of where they start."""
-
-    def loss(lr: Tensor, start: Tensor) -> Tensor:
-        param = start.clone()
-        optimizer = optimizer_class([param], **{**options, "lr": lr}, differentiable=True)
-        for _ in range(3):
-            seen = param.clone()  # the step writes the parameter, in torch too
-            (param.grad,) = torch.autograd.grad((seen**3).sum(), seen, create_graph=True)
-            optimizer.step()
-        return param.square().sum()
-
-    return loss
-
-
-@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
-@pytest.mark.parametrize("case", CASES, ids=str)
-def test_meta_gradient_is_the_slope(case: Case) -> None:
-    lr = torch.tensor(0.05, dtype=torch.float64, requires_grad=True)
-    start = torch.linspace(-1, 2, 5, dtype=torch.float64).requires_grad_()
-    assert torch.autograd.gradcheck(unrolled(case.ours, case.options), (lr, start))
-
-
-@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
-@pytest.mark.parametrize("case", [CASES[0], CASES[5]], ids=str)  # with the others torch's own graph breaks
-def test_meta_gradient_is_torchs(case: Case) -> None:
-    lr = torch.tensor(0.05, dtype=torch.float64, requires_grad=True)
-    start = torch.linspace(-1, 2, 5, dtype=torch.float64).requires_grad_()
-    ours, theirs = (
-        torch.autograd.grad(unrolled(kind, case.options)(lr, start), (lr, start)) for kind in (case.ours, case.theirs)
-    )
-    torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)  # torch's bias corrections are in float32
-
-
-# Backends.
-
-
-def test_backends_tell_where_and_why(monkeypatch: pytest.MonkeyPatch) -> None:
-    params = [
-        ("plain", torch.zeros(3, requires_grad=True)),
-        ("narrow", torch.zeros(3, dtype=torch.bfloat16, requires_grad=True)),
-        ("complex", torch.zeros(3, dtype=torch.complex64, requires_grad=True)),
-        ("strided", torch.zeros(6)[::2].requires_grad_()),
-    ]
-    placements = Adam(params).backends()
-    assert [(p.name, p.backend) for p in placements] == [
-        ("plain", "cpu"),
-        ("narrow", "cpu"),
-        ("complex", "eager"),
-        ("strided", "eager"),
-    ]
-    assert "complex64" in placements[2].reason
-    assert "stride" in placements[3].reason
-    assert {p.backend for p in Adam(params, backend="eager").backends()} == {"eager"}
-    monkeypatch.setenv("DESCEND_BACKEND", "eager")
-    assert {p.backend for p in Adam(params).backends()} == {"eager"}
-    assert Adam(params[:1], backend="cpu").backends()[0].backend == "cpu"
-
-
-def test_environment_variable_acts_at_the_next_step(monkeypatch: pytest.MonkeyPatch) -> None:
-    twins = Twins(CASES[5])
-    for seed, backend in enumerate(["cpu", "eager", "auto", "eager", "cpu"]):
-        monkeypatch.setenv("DESCEND_BACKEND", backend)
-        twins.step(seed)
-    twins.assert_equal()
-
-
-def test_backend_cpu_refuses_what_it_cannot_run_before_anything_moves() -> None:
-    params = [*leaves([(3,)]), torch.ones(2, dtype=torch.complex128, requires_grad=True)]
-    optimizer = Adam(params, backend="cpu")
-    complex_grads(params, 0)
-    before = [param.detach().clone() for param in params]
-    with pytest.raises(
-        RuntimeError, match=r"Adam: backend='cpu' cannot run param_groups\[0\]\['params'\]\[1\].*complex128"
-    ):
-        optimizer.step()
-    assert all(map(torch.equal, params, before))
-    assert not optimizer.state

@@ -42,7 +42,7 @@ def load(name: str, key: str, compile_to_llvm: Callable[[], str]) -> int:
     with _lock:
         if key not in _loaded:
             # Making an engine is also what lets LLVM see the symbols of this process.
-            engine = llvm.create_mcjit_compiler(llvm.parse_assembly(""), _target_machine())
+            engine = llvm.create_mcjit_compiler(llvm.parse_assembly(""), _new_target_machine())
             digest = hashlib.sha256(f"{key}|{_machine()}".encode()).hexdigest()
             path = cache_directory() / f"{name}-{digest[:40]}.o"
             object_code = _read(path)
@@ -77,13 +77,16 @@ def cache_directory() -> Path:
     return base / "descend"
 
 
-@cache
-def _target_machine() -> Any:
+def _new_target_machine() -> Any:
+    """A target machine that may be given away: an engine owns its own, and ends it with itself."""
     llvm.initialize_native_target()
     llvm.initialize_native_asmprinter()
     return llvm.Target.from_default_triple().create_target_machine(
         cpu=llvm.get_host_cpu_name(), features=llvm.get_host_cpu_features().flatten(), opt=3
     )
+
+
+_target_machine = cache(_new_target_machine)
 
 
 @cache

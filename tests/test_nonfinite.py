@@ -1,0 +1,81 @@
+"""What ``nonfinite`` does with NaN and Inf in a gradient: step, skip or raise, and nothing half done."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from cases import BACKENDS, CASES, Case, Twins, assert_unmoved, give_grads, leaves, params_of, snapshot
+
+from descend import SGD
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("first", [True, False])
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_skipped_step_moves_nothing(case: Case, backend: str, first: bool, bad: float) -> None:
+    params = leaves()
+    optimizer = case.ours(params, **case.options, nonfinite="skip", backend=backend)
+    if not first:
+        give_grads(params, 0)
+        optimizer.step()
+    before = snapshot(optimizer)
+    give_grads(params, 1)
+    params[2].grad[3, 2] = bad
+    for skipped in (1, 2):
+        optimizer.step()
+        assert optimizer.skipped_steps == skipped
+        assert_unmoved(optimizer, before)
+        assert not first or not optimizer.state
+    give_grads(params, 2)
+    optimizer.step()
+    assert optimizer.skipped_steps == 2
+    plain = case.ours(leaves(), **case.options, backend=backend)
+    for seed in (2,) if first else (0, 2):
+        give_grads(params_of(plain), seed)
+        plain.step()
+    assert all(map(torch.equal, params, params_of(plain)))
+
+
+@pytest.mark.parametrize("first", [True, False])
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_raised_step_moves_nothing_and_names_the_parameters(case: Case, first: bool) -> None:
+    names = ["a", "b", "c", "d"]
+    params = leaves()
+    optimizer = case.ours(list(zip(names, params, strict=True)), **case.options, nonfinite="raise", max_norm=1.0)
+    if not first:
+        give_grads(params, 0)
+        optimizer.step()
+    before = snapshot(optimizer)
+    give_grads(params, 1)
+    params[0].grad.fill_(math.inf)
+    params[3].grad[100] = math.nan
+    with pytest.raises(FloatingPointError, match=rf"{case.ours.__name__}: NaN or Inf in the gradient of a, d\."):
+        optimizer.step()
+    assert_unmoved(optimizer, before)
+    assert optimizer.skipped_steps == 0
+
+
+def test_unnamed_parameters_are_named_by_their_place() -> None:
+    params = leaves()
+    optimizer = SGD([{"params": params[:2]}, {"params": params[2:]}], nonfinite="raise")
+    give_grads(params, 0)
+    params[3].grad[0] = math.nan
+    with pytest.raises(FloatingPointError, match=r"param_groups\[1\]\['params'\]\[1\]"):
+        optimizer.step()
+
+
+def test_nonfinite_step_is_torchs() -> None:
+    twins = Twins(CASES[5], nonfinite="step", max_norm=None)
+
+    def grads(params: Any, seed: int) -> None:
+        give_grads(params, seed)
+        params[2].grad[1, 1] = math.nan
+
+    twins.step(0)
+    twins.step(1, grads)
+    twins.step(2)
+    twins.assert_equal()
