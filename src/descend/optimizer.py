@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import math
 import os
 from collections.abc import Callable, Mapping
@@ -15,6 +16,7 @@ from torch.optim import optimizer as torch_optimizer
 
 from descend import checkpoint
 from descend.kernels import BACKENDS
+from descend.kernels.threads import in_forked_child
 from descend.plan import Placement, Plan
 from descend.signature import signature
 from descend.state import State
@@ -144,8 +146,13 @@ class FirstOrder(Optimizer):
         scale = 1.0
         if self.max_norm is not None or self.nonfinite != "step":
             self.grad_norm = norm = plan.total_norm()
-            if self.nonfinite != "step" and not math.isfinite(norm):
-                self._refuse_nonfinite()
+            if self.nonfinite != "step" and not math.isfinite(norm) and (names := self._nonfinite_gradients()):
+                if self.nonfinite == "raise":
+                    raise FloatingPointError(
+                        f"{type(self).__name__}: NaN or Inf in the gradient of {', '.join(names)}. Nothing has moved; "
+                        "nonfinite='skip' skips such steps."
+                    )
+                self.skipped_steps += 1
                 return loss
             if self.max_norm is not None:
                 # As torch's clamp: a NaN norm stays NaN. Python's min(1, nan) is 1.
@@ -159,20 +166,14 @@ class FirstOrder(Optimizer):
         self._plan = plan
         return loss
 
-    def _refuse_nonfinite(self) -> None:
-        if self.nonfinite == "skip":
-            self.skipped_steps += 1
-            return
-        names = [
+    def _nonfinite_gradients(self) -> list[str]:
+        """Names of the parameters whose gradients have a NaN or Inf."""
+        return [
             self.name_of(param)
             for group in self.param_groups
             for param in group["params"]
             if param.grad is not None and not _is_finite(param.grad)
         ]
-        raise FloatingPointError(
-            f"{type(self).__name__}: NaN or Inf in the gradient of {', '.join(names)}. Nothing has moved; "
-            "nonfinite='skip' skips such steps."
-        )
 
     # State.
 
@@ -190,7 +191,7 @@ class FirstOrder(Optimizer):
             found["step"] = torch.tensor(float(found.get("step", 0.0)), dtype=dtype, device="cpu")
         for name, dtype in zip(names, self.state_dtypes(rule, param, found), strict=True):
             if not isinstance(found.get(name), Tensor):
-                found[name] = torch.zeros_like(param, dtype=dtype, memory_format=torch.preserve_format)
+                found[name] = _zeros_like(param, dtype)
         return found
 
     def state_dtypes(
@@ -348,6 +349,14 @@ def warmup(optimizer: FirstOrder) -> None:
         >>> warmup(optimizer)
     """
     Plan(optimizer, only_with_grad=False).warm_up(optimizer)
+
+
+def _zeros_like(param: Tensor, dtype: torch.dtype) -> Tensor:
+    if not (in_forked_child() and param.is_cpu and type(param) in (Tensor, torch.nn.Parameter)):
+        return torch.zeros_like(param, dtype=dtype, memory_format=torch.preserve_format)
+    zeros = torch.empty_like(param, dtype=dtype, memory_format=torch.preserve_format, requires_grad=False)
+    ctypes.memset(zeros.data_ptr(), 0, zeros.nbytes)  # torch would fill it with threads that do not exist here
+    return zeros
 
 
 def _is_step_count(step: Any) -> bool:

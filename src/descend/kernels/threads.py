@@ -26,6 +26,7 @@ class _OpenMP:
     """``GOMP_parallel``, the entry that every OpenMP runtime offers to compiled code; None where there is none."""
 
     def __init__(self) -> None:
+        self.forked = False
         self.parallel: Any = None
         try:
             self.parallel = ctypes.CDLL(None).GOMP_parallel
@@ -35,7 +36,8 @@ class _OpenMP:
         self.parallel.restype = None
 
     def forget(self) -> None:
-        self.parallel = None
+        """Called in a forked child."""
+        self.forked, self.parallel = True, None
 
 
 _openmp = _OpenMP()
@@ -48,6 +50,11 @@ def _executor(workers: int, process: int) -> ThreadPoolExecutor:
 
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_openmp.forget)
+
+
+def in_forked_child() -> bool:
+    """Whether torch's own parallel operations would wait for threads that do not exist."""
+    return _openmp.forked
 
 
 def run(address: int, argument: int, elements: int) -> None:
