@@ -210,7 +210,9 @@ def test_interrupt_keeps_what_was_measured(tmp_path: Path) -> None:
     arguments = ["compare", "digits", "--optimizer", "sgd", "--optimizer", "torch.adamw", "--optimizer", "torch.adam"]
     steps = ["--steps", "400", "--batch-size", "32", "--out", str(out)]
     terminal = {**os.environ, "FORCE_COLOR": "1"}  # live bars, though this is no terminal
-    command = [*COMMAND, *arguments, *steps]
+    # A background job starts with Ctrl-C ignored; at a terminal it is not.
+    listening = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); "
+    command = [*COMMAND[:-1], listening + COMMAND[-1], *arguments, *steps]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=terminal) as process:
         assert process.stdout is not None
         assert process.stderr is not None
