@@ -82,6 +82,12 @@ class Plan:
         found = dict.get(self._state, param) or {}
         names = signature(rule).state
         state = [(name, found[name]) for name in names if isinstance(found.get(name), Tensor)]
+        for name, tensor in (("it", param), ("its gradient", param.grad), *state):
+            if tensor is not None and kernels.is_freed(tensor):
+                raise RuntimeError(
+                    f"{type(optimizer).__name__}: {optimizer.name_of(param)}: the memory of {name} has been freed "
+                    "(untyped_storage().resize_). Restore it before the step, or set the gradient to None."
+                )
         if self._groups[index][2]:
             reason: str | None = "differentiable=True"
         elif self._request == "eager":

@@ -38,6 +38,15 @@ def span(tensor: Tensor) -> tuple[int, int] | None:
     return start, start + (last + 1) * tensor.itemsize
 
 
+def is_freed(tensor: Tensor) -> bool:
+    """Whether the storage of a CPU tensor has been freed or shrunk below what its shape needs."""
+    found = span(tensor)
+    if found is None:
+        return False
+    storage = tensor.untyped_storage()
+    return found[0] == 0 or found[1] > storage.data_ptr() + storage.nbytes()
+
+
 def _unsuitable(tensor: Tensor) -> str | None:
     if type(tensor) not in _PLAIN:
         return f"a {type(tensor).__name__}"

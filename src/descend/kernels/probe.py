@@ -124,7 +124,7 @@ class PythonProbe:
                 return False
             if seen[-1] != found[-1]:
                 start, end = found[-1], found[-1] + param.grad.numel() * param.grad.itemsize  # type: ignore[union-attr]
-                if any(start < last and first < end for first, last in self._written):
+                if start == 0 or any(start < last and first < end for first, last in self._written):
                     return False
                 moved.append((i, found))
         if state and self._seen_state != [_layout(tensor) for tensor in self._state]:

@@ -76,7 +76,7 @@ def probe_kernel() -> str:
             ):
                 return
             elif grad_address != load_int(row, 3):
-                if meets(grad_address, grad_address + load_int(row, 5), starts, ends, written):
+                if grad_address == 0 or meets(grad_address, grad_address + load_int(row, 5), starts, ends, written):
                     return
                 store_int(row, 3, grad_address)
                 if cell > 0:
