@@ -25,9 +25,14 @@ ARROWS = {
     "optimizer": {"checkpoint", "kernels", "plan", "signature", "state"},
     "from_rule": {"optimizer", "signature"},
     "first_order": {"optimizer", "rules"},
-    "__init__": {"clip", "first_order", "from_rule", "kernels", "optimizer"},
+    "second_order": {"optimizer", "second_order"},
+    "__init__": {"clip", "first_order", "from_rule", "kernels", "optimizer", "second_order"},
     "compare": {"compare", "__init__"},
 }
+
+
+# Modules of second_order that are mathematics, or data, alone.
+PURE = ("directions", "line_search", "result", "structure", "trust_region")
 
 
 def modules() -> list[Path]:
@@ -68,12 +73,27 @@ def test_arrows_point_one_way(path: Path) -> None:
     assert shelves <= ARROWS[shelf(path)], "see DESIGN: mathematics, then kernels, then optimizers, then the command"
 
 
-def test_arrows_have_no_circle() -> None:
+def assert_no_circle(arrows: dict[str, set[str]]) -> None:
     order: list[str] = []
-    while len(order) < len(ARROWS):
-        ready = [name for name, needs in ARROWS.items() if name not in order and needs - {name} <= set(order)]
-        assert ready, f"a circle among {set(ARROWS) - set(order)}"
+    while len(order) < len(arrows):
+        ready = [name for name, needs in arrows.items() if name not in order and needs - {name} <= set(order)]
+        assert ready, f"a circle among {set(arrows) - set(order)}"
         order += ready
+
+
+def test_arrows_have_no_circle() -> None:
+    assert_no_circle(ARROWS)
+
+
+def test_second_order_has_no_circle_and_pure_mathematics() -> None:
+    folder = ROOT / "second_order"
+    arrows = {
+        path.stem: {name.split(".")[1] for name in imported(path) if name.startswith("second_order.")}
+        for path in folder.glob("*.py")
+    }
+    assert_no_circle(arrows)
+    for name in PURE:
+        assert arrows[name] == set(), f"{name} is mathematics: it knows neither objectives nor optimizers"
 
 
 def test_every_shelf_is_known() -> None:
@@ -106,13 +126,18 @@ def test_files_are_short() -> None:
 
 
 def test_public_names_are_frozen() -> None:
-    names = "SGD Adam AdamW FirstOrder RuleError clip_grad_norm_ clip_grad_value_ clip_grads_with_norm_ from_rule"
-    assert sorted(descend.__all__) == sorted([*names.split(), "get_total_norm", "warmup"])
+    names = (
+        "SGD Adam AdamW LBFGS Newton FirstOrder RuleError Progress Result Status clip_grad_norm_ clip_grad_value_ "
+        "clip_grads_with_norm_ from_rule get_total_norm minimize warmup"
+    )
+    assert sorted(descend.__all__) == sorted(names.split())
     assert all(getattr(descend, name).__doc__ for name in descend.__all__)
     assert descend.__version__.count(".") == 2
 
 
-@pytest.mark.parametrize("name", [name for name in descend.__all__ if name not in ("RuleError",)])
+@pytest.mark.parametrize(
+    "name", [name for name in descend.__all__ if name not in ("Progress", "Result", "RuleError", "Status")]
+)
 def test_public_functions_show_an_example_or_their_errors(name: str) -> None:
     documentation = getattr(descend, name).__doc__
     assert ">>>" in documentation or "Raises:" in documentation

@@ -13,19 +13,27 @@ from descend.first_order import SGD, Adam, AdamW
 from descend.from_rule import from_rule
 from descend.kernels.library import RuleError
 from descend.optimizer import FirstOrder, warmup
+from descend.second_order.lbfgs import LBFGS
+from descend.second_order.minimize import minimize
+from descend.second_order.result import Progress, Result, Status
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "LBFGS",
     "SGD",
     "Adam",
     "AdamW",
     "FirstOrder",
+    "Progress",
+    "Result",
     "RuleError",
+    "Status",
     "clip_grad_norm_",
     "clip_grad_value_",
     "clip_grads_with_norm_",
     "from_rule",
     "get_total_norm",
+    "minimize",
     "warmup",
 ]

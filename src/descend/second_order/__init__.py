@@ -1,0 +1,1 @@
+"""Methods that use curvature: directions, step lengths, and the solvers made of them."""

@@ -1,0 +1,175 @@
+"""L-BFGS with bounds: a quadratic model minimized in the box, then a search along the way to its minimizer."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from descend.second_order.descent import failure, first_step, learn
+from descend.second_order.directions import learn_diagonal_
+from descend.second_order.objective import Point
+from descend.second_order.result import Status
+from descend.second_order.run import Run
+
+INNER_ITERATIONS = 30  # of the model's minimisation; a few are the rule
+ACCURACY = 1e-2  # of its projected gradient, relative to where it starts
+
+
+class CompactHessian:
+    """The L-BFGS Hessian in compact form, with a diagonal that learns the scale of each variable.
+
+    B = A - W' M^-1 W with A = D^-1, the rows of W those of S A and Y, and M = (S A S', L; L', -E), where L is the
+    strictly lower triangle of S Y' and E its diagonal. Pairs are stored scaled to s'y = 1, so that E = I.
+
+    Source: Byrd, Nocedal & Schnabel 1994, Theorem 2.3, https://doi.org/10.1007/BF01582063
+    """
+
+    def __init__(self, numel: int, history_size: int, dtype: torch.dtype, device: torch.device) -> None:
+        self.history_size = history_size
+        self.steps = torch.empty(0, numel, dtype=dtype, device=device)
+        self.changes = self.steps
+        self.diagonal = torch.ones(numel, dtype=dtype, device=device)
+        self._build()
+
+    @property
+    def is_steepest(self) -> bool:
+        return len(self.steps) == 0
+
+    def state(self) -> dict[str, Any]:
+        """All that ``load`` needs to go on from here; tensors share memory."""
+        return {"steps": self.steps, "changes": self.changes, "diagonal": self.diagonal}
+
+    def accepts(self, state: Mapping[str, Any] | None) -> bool:
+        """Whether this is a ``state`` of the same sizes."""
+        return state is not None and "curvatures" not in state and state["diagonal"].shape == self.diagonal.shape
+
+    def load(self, state: Mapping[str, Any]) -> None:
+        """Go on from a ``state``; its tensors become this one's."""
+        self.steps, self.changes, self.diagonal = (state[name].to(self.steps) for name in self.state())
+        self._build()
+
+    def reset(self) -> None:
+        self.steps = self.changes = self.steps[:0]
+        self.diagonal = torch.ones_like(self.diagonal)
+        self._build()
+
+    def update(self, s: Tensor, y: Tensor) -> None:
+        """Learn that the gradient changed by y along s, where s'y > 0."""
+        scale = learn_diagonal_(self.diagonal, s, y).rsqrt().to(s)
+        self.steps = torch.cat([self.steps, (scale * s).unsqueeze(0)])[-self.history_size :]
+        self.changes = torch.cat([self.changes, (scale * y).unsqueeze(0)])[-self.history_size :]
+        self._build()
+
+    def _build(self) -> None:
+        scaled = self.steps / self.diagonal
+        lower = self.steps.mm(self.changes.T).tril(-1)
+        self.rows = torch.cat([scaled, self.changes])
+        self.middle = torch.cat(
+            [
+                torch.cat([scaled.mm(self.steps.T), lower], dim=1),
+                torch.cat([lower.T, -torch.eye(len(lower)).to(lower)], dim=1),
+            ]
+        )
+
+    def multiply(self, vector: Tensor) -> Tensor:
+        """B times a vector."""
+        product = vector / self.diagonal
+        if self.is_steepest:
+            return product
+        return product - self.rows.T.mv(torch.linalg.solve(self.middle, self.rows.mv(vector)))
+
+    def solve(self, vector: Tensor, free: Tensor) -> Tensor:
+        """The solution x of (B x)_i = vector_i for the free i, where the other x_i are 0; by Woodbury's formula."""
+        diagonal = torch.where(free, self.diagonal, 0.0)
+        solution = diagonal * vector
+        if self.is_steepest:
+            return solution
+        scaled = self.rows * diagonal
+        small = self.middle - scaled.mm(self.rows.T)
+        return solution + scaled.T.mv(torch.linalg.solve(small, scaled.mv(vector)))
+
+
+def descend_in_box(run: Run, point: Point, model: CompactHessian, lr: float = 1.0) -> Status:
+    """Go down from ``point`` inside the bounds until there is a reason to stop.
+
+    Args:
+        run: limits and line searches; its best point is the result.
+        model: what was learned so far; empty at the start.
+        lr: first step tried towards a minimizer of the model.
+    """
+    lower, upper = run.objective.lower, run.objective.upper
+    assert lower is not None
+    assert upper is not None
+    is_boxed = bool((torch.isfinite(lower) & torch.isfinite(upper)).all())
+    is_second_try = False
+    while (status := run.verdict(point)) is None:
+        if model.is_steepest:
+            length = 1.0 if is_boxed and not is_second_try else first_step(point)
+            direction, step = torch.clamp(point.x - length * point.grad, lower, upper) - point.x, 1.0
+        else:
+            direction = minimizer(model, point.grad, lower - point.x, upper - point.x)
+            step = lr
+        move = run.search(point, direction, step, max_step=room(point.x, direction, lower, upper))
+        if move.point is not None:
+            learn(run, model, point, move)
+            point = move.point
+            run.advance(point, move.step)
+            if move.is_sufficient:
+                is_second_try = False
+                continue
+        if run.evaluations_left < 1:
+            return Status.max_eval
+        if is_second_try or (model.is_steepest and move.point is None):
+            return run.verdict(point) or failure(move)
+        model.reset()
+        is_second_try = True
+    return status
+
+
+def room(x: Tensor, direction: Tensor, lower: Tensor, upper: Tensor) -> float:
+    """The largest step that stays inside the bounds, at least 1."""
+    limits = torch.where(direction > 0, upper - x, torch.where(direction < 0, lower - x, math.inf)) / direction
+    return max(1.0, float(limits.abs().amin()))
+
+
+def minimizer(model: CompactHessian, grad: Tensor, low: Tensor, high: Tensor) -> Tensor:
+    """Minimize grad'd + d'B d / 2 over low <= d <= high, where low <= 0 <= high, by projected Newton steps.
+
+    Source: Bertsekas 1982, https://doi.org/10.1137/0320018
+    """
+    d = torch.zeros_like(grad)
+    residual = grad
+    first = None
+    for _ in range(INNER_ITERATIONS):
+        free = ((d > low) | (residual < 0)) & ((d < high) | (residual > 0))
+        wanted = torch.where(free, residual, 0.0)
+        norm = float((d - torch.clamp(d - model.diagonal * wanted, low, high)).abs().amax())
+        first = first or norm
+        if norm <= ACCURACY * first:
+            break
+        newton = -model.solve(wanted, free)
+        moved = _projected_search(model, d, residual, newton, low, high)
+        if moved is None:
+            moved = _projected_search(model, d, residual, -model.diagonal * wanted, low, high)
+        if moved is None:
+            break
+        d, residual = moved, grad + model.multiply(moved)
+    return d
+
+
+def _projected_search(
+    model: CompactHessian, d: Tensor, residual: Tensor, step: Tensor, low: Tensor, high: Tensor
+) -> Tensor | None:
+    """The first of d + step, d + step / 2, ... whose projection lowers the model sufficiently; None without one."""
+    for _ in range(10):
+        moved = torch.clamp(d + step, low, high)
+        change = moved - d
+        slope = residual.dot(change)
+        if slope < 0 and slope + 0.5 * change.dot(model.multiply(change)) <= 1e-4 * slope:
+            return moved
+        step = step / 2
+    return None

@@ -1,0 +1,321 @@
+"""Descent directions of quasi-Newton methods, made from steps and changes of the gradient; they evaluate nothing.
+
+Letters are the papers': s = x_new - x, y = grad_new - grad, H the approximation of the inverse Hessian, D a diagonal.
+All numbers stay on the vectors' device: nothing here waits for it. Short vectors on a CPU are NumPy arrays inside, for
+which an operation costs a third of what it costs for tensors; the formulas are the same.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+SHORT = 2**13  # elements in a history for which NumPy is faster, and starts no threads of its own
+LARGE = 2**17  # elements in a history that no longer fits in a cache
+SPREAD = 1e3  # entries of the diagonal stay within this factor of their median
+LEAST_COSINE = 1e-12  # of the angle between s and y, in the metric of the diagonal
+LEAST_SHARE = 1e-8  # of s'y that a corrected y keeps
+
+Array = Any  # a tensor or a NumPy array
+
+
+class Learner(Protocol):
+    """What learns from steps."""
+
+    @property
+    def is_steepest(self) -> bool:
+        """Whether nothing has been learned."""
+
+    def update(self, s: Tensor, y: Tensor) -> None:
+        """Learn that the gradient changed by y along s, where s'y > 0."""
+
+    def reset(self) -> None:
+        """Forget everything."""
+
+
+class Directions(Learner, Protocol):
+    """What gives a solver its directions."""
+
+    def descend(self, grad: Tensor) -> Tensor:
+        """The direction -H grad; the negative gradient if nothing has been learned."""
+
+
+class Steepest:
+    """The negative gradient, as long as the last step suggests: s's / s'y times.
+
+    Source: Barzilai & Borwein 1988, https://doi.org/10.1093/imanum/8.1.141
+    """
+
+    def __init__(self) -> None:
+        self.length: Tensor | None = None
+
+    @property
+    def is_steepest(self) -> bool:
+        return self.length is None
+
+    def update(self, s: Tensor, y: Tensor) -> None:
+        self.length = s.dot(s) / s.dot(y)
+
+    def descend(self, grad: Tensor) -> Tensor:
+        return -grad if self.length is None else -self.length * grad
+
+    def reset(self) -> None:
+        self.length = None
+
+
+class DenseInverse:
+    """The BFGS inverse Hessian as a dense matrix, O(numel**2) memory and time.
+
+    Source: Nocedal & Wright 2006, Algorithm 6.1; the first matrix is scaled as in equation (6.20).
+    """
+
+    def __init__(self, numel: int, dtype: torch.dtype, device: torch.device) -> None:
+        self.is_steepest = True
+        self.inverse = torch.empty(numel, numel, dtype=dtype, device=device)
+
+    def update(self, s: Tensor, y: Tensor) -> None:
+        sy = s.dot(y)
+        if self.is_steepest:
+            self.inverse.zero_().diagonal().copy_((sy / y.dot(y)).expand_as(s))
+            self.is_steepest = False
+        hy = self.inverse.mv(y)
+        # (I - s y'/sy) H (I - y s'/sy) + s s'/sy, multiplied out: a symmetric update of rank two.
+        half = (1 + y.dot(hy) / sy) / 2 * s - hy
+        self.inverse.addr_(s, half / sy).addr_(half, s / sy)
+
+    def descend(self, grad: Tensor) -> Tensor:
+        return -grad if self.is_steepest else self.inverse.mv(grad).neg_()
+
+    def reset(self) -> None:
+        self.is_steepest = True
+
+
+class CompactInverse:
+    """The L-BFGS inverse Hessian in compact form, with a diagonal that learns the scale of each variable.
+
+    With the pairs as rows of S and Y, R the upper triangle of S Y' and E its diagonal,
+
+        H grad = D (grad - Y' u) + S' p,    u = R^-1 S grad,    p = R^-T ((Y D Y' + E) u - Y D grad)
+
+    S and Y are ring buffers: their rows are in no order, and R is triangular up to a permutation. R^-1 gains a column
+    with each pair and loses a row and a column with each pair forgotten, neither of which changes the rest of it.
+
+    Where the history is small, D is what was learned so far. Where it is large, that would cost a pass over the
+    history for each pair, so D only follows once in ``history_size`` pairs, and is scaled in between.
+
+    Args:
+        numel: length of the vectors.
+        history_size: number of pairs kept, >= 1.
+        dtype, device: of the vectors.
+    Example:
+        >>> curvature = torch.tensor([1.0, 100.0], dtype=torch.float64)
+        >>> inverse = CompactInverse(2, history_size=10, dtype=torch.float64, device=torch.device("cpu"))
+        >>> for s in torch.eye(2, dtype=torch.float64):
+        ...     inverse.update(s, curvature * s)
+        >>> inverse.descend(torch.tensor([3.0, 100.0], dtype=torch.float64))
+        tensor([-3., -1.], dtype=torch.float64)
+
+    Source:
+        Byrd, Nocedal & Schnabel 1994, Theorem 2.2, https://doi.org/10.1007/BF01582063
+    """
+
+    _ARRAYS: ClassVar = ("steps", "changes", "learned", "diagonal", "r_inverse", "gram", "curvatures")
+
+    def __init__(self, numel: int, history_size: int, dtype: torch.dtype, device: torch.device) -> None:
+        def zeros(*shape: int, dtype: torch.dtype = torch.float64) -> Array:
+            return self._array(torch.zeros(shape, dtype=dtype, device=device))
+
+        self.history_size = history_size
+        self.is_small = history_size * numel <= LARGE
+        is_short = history_size * numel <= SHORT and history_size**2 * numel <= 32 * SHORT
+        self.is_tensor = not is_short or device.type != "cpu"
+        self.count = 0  # pairs taken so far
+        self.is_new = False  # whether the newest pair's inner products are still to be taken
+        self.steps = zeros(history_size, numel, dtype=dtype)
+        self.changes = zeros(history_size, numel, dtype=dtype)
+        self.learned = zeros(numel, dtype=dtype)
+        self.diagonal = self.learned if self.is_small else zeros(numel, dtype=dtype)
+        self.r_inverse = zeros(history_size, history_size)
+        self.gram = zeros(history_size, history_size)  # Y D Y'
+        self.curvatures = zeros(history_size)  # the diagonal of E
+        self.reset()
+
+    def _array(self, tensor: Tensor) -> Array:
+        return tensor if self.is_tensor else tensor.numpy()
+
+    def _tensor(self, array: Array) -> Tensor:
+        return array if self.is_tensor else torch.from_numpy(array)
+
+    @property
+    def is_steepest(self) -> bool:
+        return self.count == 0
+
+    def state(self) -> dict[str, Any]:
+        """All that ``load`` needs to go on from here; tensors share memory."""
+        arrays = {name: self._tensor(getattr(self, name)) for name in self._ARRAYS}
+        return {"count": self.count, "is_new": self.is_new, **arrays}
+
+    def accepts(self, state: Mapping[str, Any] | None) -> bool:
+        """Whether this is a ``state`` of the same sizes."""
+        return state is not None and "curvatures" in state and state["steps"].shape == self.steps.shape
+
+    def load(self, state: Mapping[str, Any]) -> None:
+        """Go on from a ``state``; its tensors become this one's."""
+        self.count, self.is_new = int(state["count"]), bool(state["is_new"])
+        for name in self._ARRAYS:
+            like = self._tensor(getattr(self, name))
+            setattr(self, name, self._array(state[name].to(like)))
+        if self.is_small:
+            self.diagonal = self.learned
+
+    def reset(self) -> None:
+        self.count = 0
+        self.is_new = False
+        self.learned[:] = 1.0
+        self.diagonal[:] = 1.0
+        for small in (self.r_inverse, self.gram, self.curvatures):
+            small[:] = 0.0
+
+    def update(self, s: Tensor, y: Tensor) -> None:
+        if self.is_new:
+            self._take_in(())
+        slot = self.count % self.history_size
+        self.steps[slot] = s = self._array(s)
+        self.changes[slot] = y = self._array(y)
+        self.curvatures[slot] = learn_diagonal_(self.learned, s, y)
+        self.count += 1
+        self.is_new = True
+
+    def descend(self, grad: Tensor) -> Tensor:
+        if self.is_steepest:
+            return -grad
+        grad = self._array(grad)
+        along_steps, along_changes = self._take_in((grad,)) if self.is_new else self._products((grad,))
+        filled = min(self.count, self.history_size)
+        inverse = self.r_inverse[:filled, :filled]
+        u = inverse @ along_steps[0]
+        p = (self.gram[:filled, :filled] @ u + self.curvatures[:filled] * u - along_changes[0]) @ inverse
+        direction = combine(grad, self.changes[:filled], -u)
+        direction *= self.diagonal
+        return self._tensor(-combine(direction, self.steps[:filled], p))
+
+    def _products(self, vectors: Sequence[Array]) -> tuple[list[Array], list[Array]]:
+        """S v and Y D v for each vector v, in one pass over the history."""
+        filled = min(self.count, self.history_size)
+        scaled = [self.diagonal * vector for vector in vectors]
+        return products(self.steps[:filled], vectors), products(self.changes[:filled], scaled)
+
+    def _take_in(self, vectors: Sequence[Array]) -> tuple[list[Array], list[Array]]:
+        """Complete the matrices for the newest pair; return ``_products(vectors)``, from the same pass."""
+        self.is_new = False
+        slot, filled = (self.count - 1) % self.history_size, min(self.count, self.history_size)
+        curvature = self.curvatures[slot]
+        is_renewed = self.is_small or slot == 0
+        if is_renewed:
+            self.diagonal[:] = self.learned
+        along_steps, along_changes = self._products((self.changes[slot], *vectors))
+        if is_renewed:
+            self.gram[:filled, :filled] = scaled_gram(self.changes[:filled], self.diagonal)
+        else:
+            # Scaled so that D alone would already have the curvature y'D y = s'y of the newest pair.
+            scale = curvature / along_changes[0][slot]
+            self.diagonal *= scale
+            along_changes = [scale * product for product in along_changes]
+            self.gram *= scale
+            self.gram[slot, :filled] = along_changes[0]
+            self.gram[:filled, slot] = along_changes[0]
+        inverse = self.r_inverse[:filled, :filled]
+        inverse[slot] = 0.0
+        inverse[:, slot] = 0.0
+        inverse[:, slot] = inverse @ along_steps[0] / -curvature
+        inverse[slot, slot] = 1 / curvature
+        return along_steps[1:], along_changes[1:]
+
+
+def learn_diagonal_(diagonal: Array, s: Array, y: Array) -> Any:
+    """Update, in place, a diagonal that stands for the inverse Hessian by a pair; return s'y.
+
+    Scaled so that y'D y = s'y, then the diagonal of the BFGS update of its inverse. s'y is kept at ``LEAST_COSINE`` or
+    more, whatever rounding does to it.
+
+    Source: Gilbert & Lemaréchal 1989, section 4.2, https://doi.org/10.1007/BF01589113, scaled as in M1QN3.
+    """
+    dyy, ssd = diagonal * y, s / diagonal
+    y_dy, s_ds = dyy.dot(y), ssd.dot(s)
+    curvature = s.dot(y)
+    least = LEAST_COSINE * y_dy**0.5 * s_ds**0.5
+    # Without a branch: on a device nobody here knows the numbers.
+    curvature = curvature + (least - curvature) * (curvature < least)
+    dyy *= y
+    dyy /= y_dy
+    ssd *= s
+    ssd /= s_ds
+    dyy -= ssd
+    dyy += 1.0
+    diagonal *= curvature / y_dy
+    diagonal /= dyy
+    clip_around_median_(diagonal)
+    return curvature
+
+
+def clip_around_median_(diagonal: Array) -> None:
+    """Keep all entries within a factor of their median; that of some of them, for a median of millions takes long."""
+    some = diagonal[:: 1 + len(diagonal) // 1000]
+    if isinstance(some, np.ndarray):
+        middle = np.partition(some, (len(some) - 1) // 2)[(len(some) - 1) // 2]
+        np.minimum(np.maximum(diagonal, middle / SPREAD, out=diagonal), middle * SPREAD, out=diagonal)
+    else:
+        middle = some.median()
+        torch.clamp(diagonal, middle / SPREAD, middle * SPREAD, out=diagonal)
+
+
+def products(rows: Array, vectors: Sequence[Array]) -> list[Any]:
+    """Inner products of each row with each vector, in float64; a row is read from memory once."""
+    if isinstance(rows, np.ndarray):
+        return [rows.dot(vector).astype(np.float64, copy=False) for vector in vectors]
+    if not rows.is_cpu or rows.numel() <= LARGE:
+        return [rows.mv(vector).double() for vector in vectors]
+    # On a CPU one row after the other streams through memory half as fast again as a product with the matrix.
+    return list(torch.stack([torch.stack([row.dot(vector) for vector in vectors]) for row in rows]).double().T)
+
+
+def combine(start: Array, rows: Array, weights: Array) -> Any:
+    """start + the sum of the weighted rows, in new memory."""
+    if isinstance(rows, np.ndarray):
+        return start + weights.astype(rows.dtype, copy=False).dot(rows)
+    if not rows.is_cpu or rows.numel() <= LARGE:
+        return torch.addmv(start, rows.T, weights.to(rows.dtype))
+    total = start.clone()
+    for row, weight in zip(rows, weights.tolist(), strict=True):
+        total.add_(row, alpha=weight)
+    return total
+
+
+def scaled_gram(rows: Array, diagonal: Array) -> Any:
+    """rows D rows', block by block, so that no copy of long rows is made."""
+    if isinstance(rows, np.ndarray):
+        return (rows * diagonal).dot(rows.T)
+    block = max(1, LARGE // len(rows))
+    total = torch.zeros(len(rows), len(rows), dtype=torch.float64, device=rows.device)
+    for start in range(0, rows.shape[1], block):
+        part = rows[:, start : start + block]
+        total += (part * diagonal[start : start + block]).mm(part.T)
+    return total
+
+
+def stretch(sy: float, value: float, value_new: float, slopes: float) -> float:
+    """The factor for y with which a pair also fits the values of the function; 1 where that is not safe.
+
+    Args:
+        sy: s'y, > 0.
+        value, value_new: the function before and after the step.
+        slopes: s'(grad + grad_new).
+
+    Source: Zhang, Deng & Chen 1999, https://doi.org/10.1023/A:1021898630001
+    """
+    theta = 6 * (value - value_new) + 3 * slopes
+    return 1 + theta / sy if abs(theta) <= 3 * sy and sy + theta > LEAST_SHARE * sy else 1.0

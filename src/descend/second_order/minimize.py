@@ -1,0 +1,251 @@
+"""Find a local minimum of a smooth function of tensors."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from descend.second_order.box import CompactHessian, descend_in_box
+from descend.second_order.descent import descend
+from descend.second_order.directions import CompactInverse, DenseInverse, Steepest
+from descend.second_order.newton_descent import newton, newton_cg
+from descend.second_order.objective import Curved, FunctionObjective, Point, check_dense_fits
+from descend.second_order.parameter_objective import ParameterObjective
+from descend.second_order.parameters import FlatParameters
+from descend.second_order.result import MESSAGES, Progress, Result, Status
+from descend.second_order.run import Run
+from descend.second_order.structure import Structure
+
+METHODS = ("gd", "bfgs", "l-bfgs", "newton-cg", "newton")
+HISTORY_SIZE = 10
+MAX_ITER = 15_000
+WHO = "minimize"
+
+
+def minimize(
+    fun: Callable[..., Any],
+    x0: Any,
+    method: str = "l-bfgs",
+    bounds: Any = None,
+    tol: float | None = None,
+    max_iter: int | None = None,
+    max_eval: int | None = None,
+    callback: Callable[[Progress], Any] | None = None,
+    *,
+    jac: Callable[..., Any] | bool | None = None,
+    hvp: Callable[..., Any] | None = None,
+    history_size: int | None = None,
+) -> Result:
+    """Find a local minimum of a smooth function, and say why the search ended.
+
+    ``"gd"``: gradient descent, the step found by a line search. ``"bfgs"``: BFGS, O(n^2) memory. ``"l-bfgs"``: the
+    same from the last ``history_size`` steps, O(n) memory; with ``bounds``, L-BFGS-B. ``"newton-cg"``: truncated
+    conjugate gradients in a trust region, O(n) memory. ``"newton"``: the dense Hessian in a trust region, O(n^2).
+
+    Args:
+        fun: maps a structure like ``x0`` to a scalar tensor. It may return NaN or Inf, or raise
+            ``torch.linalg.LinAlgError``, where it is not defined, but not at ``x0``.
+        x0: the start: a floating point or complex tensor, or dicts, lists and tuples of such in any nesting, dtypes and
+            devices mixed. It is not changed. But an ``nn.Module``, or a structure of ``nn.Parameter`` only, is
+            optimized in place: ``fun`` gets the module or the parameters themselves, set to each trial, and in the end
+            they hold the result.
+        method: one of those above. Default: ``"l-bfgs"``.
+        bounds: ``(lower, upper)``, each a number, a tensor that broadcasts to every tensor of ``x0``, or a structure
+            like ``x0``; infinite or None where there is none. ``x0`` is moved inside; every evaluation is inside.
+            Only for ``"l-bfgs"``. Default: None.
+        tol: converged when the largest absolute entry of the gradient (with bounds, of its projection
+            x - clamp(x - grad)) is at most ``tol * max(1, its value at x0)``; >= 0. Default: 1e-6 for float64, 1e-4
+            for float32, 1e-2 for half precision.
+        max_iter: iterations at most, >= 0. Default: 15,000.
+        max_eval: evaluations of ``fun`` with its gradient at most, >= 1. Default: no limit but ``max_iter``.
+        callback: gets a ``Progress`` after each iteration; stops the search by returning True or by raising
+            ``StopIteration``.
+        jac: None for autograd; True if ``fun`` returns (value, gradient); or a function that returns the gradient.
+        hvp: None for autograd; or a function of (x, v) that returns the Hessian at x times v.
+        history_size: steps that ``"l-bfgs"`` remembers, >= 1; only for this method. Default: 10.
+    Returns:
+        A ``Result``: the best point seen, and why the search ended there.
+    Raises:
+        ValueError, TypeError: if an argument is not as above, or ``fun`` returns no real scalar.
+        RuntimeError: if the value does not depend on ``x0`` as far as autograd can see.
+        MemoryError: if a dense matrix would not fit.
+        Whatever ``fun`` raises; parameters are left at the best point seen then.
+    Example:
+        >>> def rosenbrock(x):
+        ...     return (100 * (x[1:] - x[:-1] ** 2) ** 2 + (1 - x[:-1]) ** 2).sum()
+        >>> result = minimize(rosenbrock, torch.zeros(4, dtype=torch.float64))
+        >>> result.status, result.success, bool((result.x - 1).abs().max() < 1e-5)
+        (<Status.converged: 'converged'>, True, True)
+        >>> fit = minimize(lambda p: (p["scale"] * 2 - 1).square() + p["shift"] ** 2, dict(
+        ...     scale=torch.tensor(3.0), shift=torch.tensor(1.0)), bounds=(dict(scale=1, shift=None), None))
+        >>> fit.x["scale"]
+        tensor(1.)
+
+    Source:
+        Nocedal & Wright 2006, https://doi.org/10.1007/978-0-387-40065-5; each method's module names its own.
+    """
+    began = time.perf_counter()
+    _check_options(method, bounds, history_size, tol, max_iter, max_eval)
+    problem = _Problem(fun, x0, bounds, jac, hvp, needs_curvature=method in ("newton", "newton-cg"))
+    run = Run(
+        problem.objective,
+        tol=default_tolerance(problem.structure.eps) if tol is None else tol,
+        max_iter=MAX_ITER if max_iter is None else max_iter,
+        max_eval=math.inf if max_eval is None else max_eval,
+        callback=None if callback is None else problem.reporter(callback),
+    )
+    try:
+        with torch.no_grad():
+            status = _solve(method, run, problem.objective, problem.start, history_size or HISTORY_SIZE)
+    finally:
+        problem.leave(run)
+    return Result(
+        x=problem.tree_of(run.best.x),
+        fun=run.best.value,
+        grad=problem.structure.unflatten(run.best.grad),
+        status=status,
+        message=MESSAGES[status],
+        grad_norm=run.best.norm,
+        n_iter=run.n_iter,
+        n_eval=run.objective.n_eval,
+        n_hvp=run.objective.n_hvp,
+        time=time.perf_counter() - began,
+        history=run.history,
+        n_negative_curvature=run.n_negative_curvature,
+    )
+
+
+class _Problem:
+    """The arguments of ``minimize`` that say what is minimized, as an objective of a flat vector."""
+
+    def __init__(
+        self,
+        fun: Callable[..., Any],
+        x0: Any,
+        bounds: Any,
+        jac: Callable[..., Any] | bool | None,
+        hvp: Callable[..., Any] | None,
+        needs_curvature: bool,
+    ) -> None:
+        self.tree = list(x0) if hasattr(x0, "__next__") else x0  # module.parameters() can be read only once
+        self.structure = structure = Structure(self.tree, WHO)
+        self.start = structure.flatten(structure.leaves).clone()
+        flat_bounds = None if bounds is None else _flat_bounds(bounds, structure)
+        if flat_bounds is not None:
+            self.start.clamp_(*flat_bounds)
+        self.parameters: FlatParameters | None = None
+        self.objective: Curved
+        if all(isinstance(leaf, nn.Parameter) for leaf in structure.leaves):
+            if jac is not None or hvp is not None:
+                raise ValueError(
+                    f"{WHO}: jac and hvp are functions of values, but x0 is made of nn.Parameter, which are set in "
+                    "place. Detach x0, or leave jac and hvp out."
+                )
+            self.parameters = FlatParameters([{"params": structure.leaves}], WHO)
+            self.objective = ParameterObjective(
+                f"{WHO}: fun",
+                lambda: fun(self.tree),
+                self.parameters,
+                needs_curvature=needs_curvature,
+                bounds=flat_bounds,
+            )
+        else:
+            self.objective = FunctionObjective(
+                WHO, fun, structure, jac=jac, hvp=hvp, needs_curvature=needs_curvature, bounds=flat_bounds
+            )
+
+    def leave(self, run: Run) -> None:
+        """Set parameters to the best point seen."""
+        if self.parameters is not None:
+            with torch.no_grad():
+                self.parameters.scatter_(run.best.x if run.history else self.start)
+
+    def tree_of(self, x: Tensor) -> Any:
+        """The structure that a flat vector stands for; parameters themselves, which have been set to it."""
+        return self.structure.unflatten(x) if self.parameters is None else self.tree
+
+    def reporter(self, callback: Callable[[Progress], Any]) -> Callable[[Run, Point], bool]:
+        """The user's callback as a ``Run`` calls it."""
+
+        def report(run: Run, point: Point) -> bool:
+            if self.parameters is not None:
+                self.parameters.scatter_(point.x)
+            progress = Progress(
+                x=self.tree_of(point.x),
+                fun=point.value,
+                grad=self.structure.unflatten(point.grad),
+                grad_norm=point.norm,
+                n_iter=run.n_iter,
+                n_eval=run.objective.n_eval,
+                n_hvp=run.objective.n_hvp,
+            )
+            try:
+                with torch.enable_grad():
+                    return bool(callback(progress))
+            except StopIteration:
+                return True
+
+        return report
+
+
+def _flat_bounds(bounds: Any, structure: Structure) -> tuple[Tensor, Tensor]:
+    if not (isinstance(bounds, tuple | list) and len(bounds) == 2):
+        raise ValueError(f"{WHO}: bounds must be (lower, upper), got {bounds!r}.")
+    if any(dtype.is_complex for dtype in structure.dtypes):
+        raise ValueError(f"{WHO}: complex numbers have no order, so x0 cannot have bounds if it is complex.")
+    lower = structure.broadcast(bounds[0], -math.inf, f"{WHO}: the lower bound")
+    upper = structure.broadcast(bounds[1], math.inf, f"{WHO}: the upper bound")
+    if bool((lower.isnan() | upper.isnan() | (lower > upper) | (lower == math.inf) | (upper == -math.inf)).any()):
+        worst = int((~(lower <= upper)).long().argmax())
+        raise ValueError(
+            f"{WHO}: bounds must have lower <= upper, without NaN, got {lower[worst]:g} and {upper[worst]:g} at "
+            f"position {worst} of the flattened x0."
+        )
+    return lower, upper
+
+
+def _check_options(
+    method: str,
+    bounds: Any,
+    history_size: int | None,
+    tol: float | None,
+    max_iter: int | None,
+    max_eval: int | None,
+) -> None:
+    if method not in METHODS:
+        raise ValueError(f"{WHO}: method must be one of {METHODS}, got {method!r}.")
+    if method != "l-bfgs" and (bounds is not None or history_size is not None):
+        what = "bounds" if bounds is not None else "history_size"
+        raise ValueError(f"{WHO}: {what} is for method='l-bfgs', got method={method!r}. Leave one of them out.")
+    if tol is not None and not 0 <= tol < math.inf:
+        raise ValueError(f"{WHO}: tol must be a finite number >= 0, got {tol!r}.")
+    for name, value, least in (("max_iter", max_iter, 0), ("max_eval", max_eval, 1), ("history_size", history_size, 1)):
+        if value is not None and not (isinstance(value, int) and value >= least):
+            raise ValueError(f"{WHO}: {name} must be an integer >= {least}, got {value!r}.")
+
+
+def _solve(method: str, run: Run, objective: Curved, x: Tensor, history_size: int) -> Status:
+    point = run.start(x)
+    if method == "newton":
+        return newton(run, objective, point)[0]
+    if method == "newton-cg":
+        return newton_cg(run, objective, point)[0]
+    place = x.dtype, x.device
+    if run.objective.lower is not None:
+        return descend_in_box(run, point, CompactHessian(x.numel(), history_size, *place))
+    if method == "gd":
+        return descend(run, point, Steepest())
+    if method == "bfgs":
+        check_dense_fits("minimize: method='bfgs'", x, "method='l-bfgs'")
+        return descend(run, point, DenseInverse(x.numel(), *place))
+    return descend(run, point, CompactInverse(x.numel(), history_size, *place))
+
+
+def default_tolerance(eps: float) -> float:
+    """The default of ``tol`` for a precision: 1e-6 for float64, 1e-4 for float32, 1e-2 for half precision."""
+    return 1e-6 if eps < 1e-12 else 1e-4 if eps < 1e-6 else 1e-2

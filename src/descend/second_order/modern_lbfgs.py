@@ -1,0 +1,63 @@
+"""The solver of ``minimize`` as an optimizer's step: it goes on, from call to call, with what it has learned."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor
+
+from descend.second_order.box import CompactHessian, descend_in_box
+from descend.second_order.descent import descend
+from descend.second_order.directions import CompactInverse
+from descend.second_order.parameter_objective import ClosureObjective
+from descend.second_order.parameters import ClosureFunction, Evaluation, FlatParameters
+from descend.second_order.result import Status
+from descend.second_order.run import Run
+from descend.second_order.torch_lbfgs import Options
+
+
+def modern_step(
+    function: ClosureFunction,
+    first: Callable[[], Evaluation],
+    point: FlatParameters,
+    bounds: tuple[Tensor, Tensor] | None,
+    options: Options,
+    state: dict[str, Any],
+) -> tuple[Any, Run, Status]:
+    """Take up to ``max_iter`` iterations, and leave the parameters at the best point.
+
+    Args:
+        function: the closure.
+        first: evaluates it the first time.
+        point: the parameters.
+        bounds: flat lower and upper bounds.
+        options: torch's.
+        state: counters, and ``"scale"`` and ``"learned"`` from the step before; updated.
+    Returns:
+        The closure's first loss, the run and why it stopped.
+    """
+    objective = ClosureObjective(function, first, point, bounds)
+    run = Run(objective, tol=options.tolerance_grad, max_iter=options.max_iter, max_eval=max(1, options.max_eval))
+    learner: CompactInverse | CompactHessian
+    if bounds is None:
+        learner = CompactInverse(point.numel, options.history_size, point.dtype, point.device)
+    else:
+        learner = CompactHessian(point.numel, options.history_size, point.dtype, point.device)
+    if learner.accepts(state.get("learned")):
+        learner.load(state["learned"])
+    x = point.gather()
+    try:
+        start = run.start(x if bounds is None else x.clamp(*bounds), state.get("scale"))
+        if isinstance(learner, CompactInverse):
+            status = descend(run, start, learner, float(options.lr))
+        else:
+            status = descend_in_box(run, start, learner, float(options.lr))
+    finally:
+        point.scatter_(run.best.x if run.history else x)
+        state["func_evals"] += function.n_eval
+        state["n_iter"] += run.n_iter
+        state["learned"] = learner.state()
+    if start.is_finite:
+        state.setdefault("scale", start.norm)
+    return objective.first_loss, run, status

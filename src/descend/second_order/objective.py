@@ -1,0 +1,249 @@
+"""What solvers minimize: a function of one flat vector, with its gradient, its curvature, its bounds and counts."""
+
+from __future__ import annotations
+
+import math
+import os
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from descend.second_order.structure import Structure
+
+CG_INSTEAD = "minimize(method='newton-cg') or Newton(solver='cg')"
+BATCH = 2**22  # numbers in the vectors that are multiplied with a Hessian at once
+DENSE_COPIES = 4  # the Hessian, its symmetric part, a factor, and the factorisation's work space
+
+
+class Point(NamedTuple):
+    """Where an objective was evaluated.
+
+    Attributes:
+        x: flat vector; nobody writes to it.
+        grad: the gradient there, flat.
+        value: the function there; may be NaN or infinite.
+        norm: largest absolute entry of the (projected) gradient; NaN or infinite if the gradient is.
+        slope: product of the gradient with the direction that led there.
+        slope_before: product of the direction with the gradient where it began.
+        graph: where second derivatives are asked for: what they are taken from.
+    """
+
+    x: Tensor
+    grad: Tensor
+    value: float
+    norm: float
+    slope: float = 0.0
+    slope_before: float = 0.0
+    graph: Any = None
+
+    @property
+    def is_finite(self) -> bool:
+        return math.isfinite(self.value) and math.isfinite(self.norm)
+
+
+class Objective(ABC):
+    """A function of a flat vector, with bounds and counts.
+
+    Args:
+        eps: relative rounding error of its values.
+        lower, upper: flat bounds, both or none.
+    """
+
+    def __init__(self, eps: float, lower: Tensor | None = None, upper: Tensor | None = None) -> None:
+        self.eps = eps
+        self.lower, self.upper = lower, upper
+        self.n_eval = 0
+        self.n_hvp = 0
+
+    @abstractmethod
+    def value_and_grad(self, x: Tensor) -> tuple[Tensor | float, Tensor, Any]:
+        """Value and flat gradient at ``x``, and what ``product`` will need there."""
+
+    def evaluate(self, x: Tensor, direction: Tensor | None = None, origin: Point | None = None) -> Point:
+        """Evaluate at ``x``, which lies in a direction from a point, and count. One transfer from the device."""
+        self.n_eval += 1
+        try:
+            value, grad, graph = self.value_and_grad(x)
+        except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
+            if origin is None:  # the start is not for us to move
+                raise
+            # A factorisation that fails marks the end of the function's domain, as NaN does.
+            value, grad, graph = math.nan, torch.full_like(x, math.nan), None
+        residual = grad if self.lower is None else x - torch.clamp(x - grad, self.lower, self.upper)
+        norm = residual.abs().amax() if x.numel() else 0.0
+        if direction is None or origin is None:
+            value, norm = numbers(x.device, value, norm)
+            return Point(x, grad, value, norm, graph=graph)
+        value, norm, slope, before = numbers(x.device, value, norm, grad.dot(direction), origin.grad.dot(direction))
+        return Point(x, grad, value, norm, slope, before, graph)
+
+
+class Curved(Objective):
+    """An objective that knows its second derivatives."""
+
+    @abstractmethod
+    def product(self, point: Point, vector: Tensor) -> Tensor:
+        """The Hessian at ``point`` times ``vector``, and count."""
+
+    @abstractmethod
+    def hessian(self, point: Point) -> Tensor:
+        """The dense, symmetric Hessian at ``point``; counts as one product per variable."""
+
+
+class FunctionObjective(Curved):
+    """A function of a structure of tensors, differentiated by autograd or by the caller's own functions.
+
+    Args:
+        who: the caller's name, for errors.
+        fun: maps the structure to a scalar tensor; with ``jac=True`` to (scalar, gradient).
+        structure: of the argument.
+        jac: None for autograd, True, or a function from the structure to the gradient in the same structure.
+        hvp: None for autograd, or a function of the structure and a vector in it that returns the Hessian's product.
+        needs_curvature: whether ``product`` or ``hessian`` will be called.
+        bounds: flat lower and upper bounds.
+    """
+
+    def __init__(
+        self,
+        who: str,
+        fun: Callable[..., Any],
+        structure: Structure,
+        *,
+        jac: Callable[..., Any] | bool | None = None,
+        hvp: Callable[..., Any] | None = None,
+        needs_curvature: bool = False,
+        bounds: tuple[Tensor, Tensor] | None = None,
+    ) -> None:
+        super().__init__(structure.eps, *(bounds or ()))
+        self.who, self.fun, self.structure, self.jac, self.hvp = who, fun, structure, jac or None, hvp
+        self.keeps_graph = needs_curvature and hvp is None
+
+    def value_and_grad(self, x: Tensor) -> tuple[Tensor | float, Tensor, Any]:
+        with torch.inference_mode(False), torch.set_grad_enabled(self.jac is None or self.keeps_graph):
+            leaf = x.detach().requires_grad_(torch.is_grad_enabled())
+            argument = self.structure.unflatten(leaf)
+            if self.jac is True:
+                value, given = self.fun(argument)
+            else:
+                value = self.fun(argument)
+                given = None if self.jac is None else self.jac(argument)
+            value = scalar(value, f"{self.who}: fun")
+            if self.jac is None:
+                grad = gradient(value, leaf, f"{self.who}: fun", create_graph=self.keeps_graph)
+            else:
+                grad = self.structure.flatten(self.structure.like(given, f"{self.who}: the gradient from jac"))
+            return value.detach(), grad.detach(), (grad, leaf) if self.keeps_graph else None
+
+    def product(self, point: Point, vector: Tensor) -> Tensor:
+        self.n_hvp += 1
+        if self.hvp is not None:
+            given = self.hvp(self.structure.unflatten(point.x), self.structure.unflatten(vector))
+            return self.structure.flatten(self.structure.like(given, f"{self.who}: the product from hvp"))
+        try:
+            grad, leaf = point.graph
+            return backward_twice(grad, leaf, vector)
+        except RuntimeError:
+            # Some operation's backward has no derivative of its own; it may have a forward one.
+            if self.jac is not None:
+                raise
+            return self._forward_over_reverse(point.x, vector)
+
+    def _forward_over_reverse(self, x: Tensor, vector: Tensor) -> Tensor:
+        slope = torch.func.grad(lambda flat: self.fun(self.structure.unflatten(flat)).reshape(()))
+        product: Tensor = torch.func.jvp(slope, (x,), (vector,))[1]
+        return product
+
+    def hessian(self, point: Point) -> Tensor:
+        check_dense_fits(self.who, point.x, CG_INSTEAD)
+        if self.hvp is not None:
+            rows = torch.stack([self.product(point, unit) for unit in torch.eye(len(point.x)).to(point.x)])
+        else:
+            self.n_hvp += len(point.x)
+            rows = dense_hessian(*point.graph)
+        return (rows + rows.T) / 2
+
+
+def scalar(value: Any, who: str) -> Tensor:
+    """The value of a function as a tensor without dimensions; an error if it is no real scalar tensor."""
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{who} must return a scalar tensor, got {type(value).__name__}.")
+    if value.numel() != 1 or not value.is_floating_point():
+        raise ValueError(
+            f"{who} must return a real scalar tensor, got shape {tuple(value.shape)} and {value.dtype}; "
+            "reduce it, e.g. with .sum()."
+        )
+    return value.reshape(())
+
+
+def gradient(value: Tensor, leaf: Tensor, who: str, *, create_graph: bool) -> Tensor:
+    """The gradient of a scalar; an error if autograd sees no way from the leaf to it."""
+    if value.requires_grad:
+        (grad,) = torch.autograd.grad(value, leaf, create_graph=create_graph, allow_unused=True)
+        if grad is not None:
+            return grad
+    raise RuntimeError(
+        f"{who} returned a value that does not depend on its argument as far as autograd can see: compute it with "
+        "torch operations, without detach(), item() or no_grad(), or give its gradient as jac=."
+    )
+
+
+def backward_twice(grad: Tensor, leaf: Tensor, vector: Tensor, *, is_batched: bool = False) -> Tensor:
+    """The Hessian times a vector, or times each row of a matrix, from the graph of the gradient."""
+    if not grad.requires_grad:  # a linear function
+        return torch.zeros_like(vector)
+    with torch.inference_mode(False):
+        (product,) = torch.autograd.grad(
+            grad, leaf, vector, retain_graph=True, allow_unused=True, is_grads_batched=is_batched
+        )
+    return torch.zeros_like(vector) if product is None else product
+
+
+def dense_hessian(grad: Tensor, leaf: Tensor) -> Tensor:
+    """All products with unit vectors, as many at once as ``BATCH`` numbers allow."""
+    numel = len(leaf)
+    block = max(1, BATCH // max(numel, 1))
+    rows = []
+    for start in range(0, numel, block):
+        units = torch.zeros(min(block, numel - start), numel, dtype=leaf.dtype, device=leaf.device)
+        units.diagonal(start).fill_(1.0)
+        try:
+            rows.append(backward_twice(grad, leaf, units, is_batched=True))
+        except RuntimeError:  # an operation that cannot be batched
+            rows.extend(backward_twice(grad, leaf, unit).unsqueeze(0) for unit in units)
+    return torch.cat(rows) if rows else torch.zeros(0, 0, dtype=leaf.dtype, device=leaf.device)
+
+
+def check_dense_fits(who: str, x: Tensor, instead: str) -> None:
+    """Raise ``MemoryError`` before a dense matrix for ``x``, with its factors, would not fit into memory."""
+    needed = DENSE_COPIES * x.numel() ** 2 * x.element_size()
+    available = free_memory(x.device)
+    if needed > available:
+        raise MemoryError(
+            f"{who}: a dense matrix for {x.numel():,} variables needs {needed / 2**30:,.1f} GiB with its factors, "
+            f"{available / 2**30:,.1f} GiB are free. Use {instead}, which needs a few vectors only."
+        )
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes that can still be allocated."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    try:
+        with open("/proc/meminfo", encoding="ascii") as lines:
+            found = next(line for line in lines if line.startswith("MemAvailable"))
+        return int(found.split()[1]) * 1024
+    except (OSError, StopIteration):
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else 2**34
+
+
+def numbers(device: torch.device, *scalars: Tensor | float) -> list[float]:
+    """Scalars as Python floats, in one transfer from the device."""
+    if device.type == "cpu":
+        return [float(scalar) for scalar in scalars]
+    found: list[float] = torch.stack(
+        [torch.as_tensor(scalar, dtype=torch.float64, device=device) for scalar in scalars]
+    ).tolist()
+    return found

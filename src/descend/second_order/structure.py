@@ -1,0 +1,140 @@
+"""Tensors in any structure (a tensor, dicts, lists, tuples, a module) and the one flat real vector that solvers see."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+
+class Structure:
+    """The shapes, dtypes and devices of a structure of tensors, and where each stands in a flat vector.
+
+    The flat vector has the widest dtype among the tensors, at least float32, and lives on the first one's device. A
+    complex number counts as two real ones.
+
+    Args:
+        tree: a tensor, or dicts, lists and tuples of tensors in any nesting, or an ``nn.Module``, which stands for
+            those of its parameters that require gradients.
+        who: the caller's name, for errors.
+    Raises:
+        TypeError: if a leaf is no tensor, or not floating point or complex.
+        ValueError: if there is no tensor at all.
+    """
+
+    def __init__(self, tree: Any, who: str) -> None:
+        self.module = tree if isinstance(tree, nn.Module) else None
+        leaves, self.spec = pytree.tree_flatten(_content(tree))
+        if not leaves:
+            raise ValueError(f"{who}: x0 must hold at least one tensor, got {type(tree).__name__} without any.")
+        for leaf in leaves:
+            if not isinstance(leaf, Tensor) or not (leaf.is_floating_point() or leaf.is_complex()):
+                got = str(leaf.dtype) if isinstance(leaf, Tensor) else type(leaf).__name__
+                raise TypeError(
+                    f"{who}: x0 must be made of real or complex floating point tensors, got {got}; "
+                    "convert it, e.g. with torch.as_tensor(x0, dtype=torch.float64)."
+                )
+            if leaf.layout != torch.strided:
+                raise TypeError(f"{who}: x0 must be made of dense tensors, got layout {leaf.layout}; use to_dense().")
+        self.leaves: list[Tensor] = leaves
+        self.shapes = [leaf.shape for leaf in leaves]
+        self.dtypes = [leaf.dtype for leaf in leaves]
+        self.devices = [leaf.device for leaf in leaves]
+        self.sizes = [leaf.numel() * (1 + leaf.is_complex()) for leaf in leaves]
+        self.numel = sum(self.sizes)
+        self.device = self.devices[0]
+        reals = [dtype.to_real() for dtype in self.dtypes]
+        self.dtype = torch.float32  # at least: half precision is for storage
+        for dtype in reals:
+            self.dtype = torch.promote_types(self.dtype, dtype)
+        self.eps = max(torch.finfo(dtype).eps for dtype in reals)
+        self._is_one = len(leaves) == 1 and self.dtype == self.dtypes[0]
+        self._shape = self.shapes[0]
+
+    def flatten(self, tensors: Sequence[Tensor | None]) -> Tensor:
+        """One flat vector of the leaves; None counts as zeros. With a single leaf it may share its memory."""
+        if self._is_one and tensors[0] is not None:
+            return tensors[0].detach().reshape(-1)
+        parts = [
+            torch.zeros(size, dtype=self.dtype, device=self.device)
+            if tensor is None
+            else _real(tensor.detach()).reshape(-1).to(self.device, self.dtype)
+            for size, tensor in zip(self.sizes, tensors, strict=True)
+        ]
+        return torch.cat(parts)
+
+    def split(self, flat: Tensor) -> list[Tensor]:
+        """The leaves that a flat vector stands for; autograd sees through it."""
+        if self._is_one:
+            return [flat.view(self._shape)]
+        return [
+            (
+                torch.view_as_complex(part.reshape(*shape, 2).to(device, dtype.to_real()))
+                if dtype.is_complex
+                else part.view(shape).to(device, dtype)
+            )
+            for part, shape, dtype, device in zip(
+                torch.split(flat, self.sizes), self.shapes, self.dtypes, self.devices, strict=True
+            )
+        ]
+
+    def unflatten(self, flat: Tensor) -> Any:
+        """The structure, its tensors made from a flat vector; a module's parameters as a dict."""
+        return pytree.tree_unflatten(self.split(flat), self.spec)
+
+    def like(self, tree: Any, who: str) -> list[Tensor]:
+        """The leaves of another tree of the same structure and shapes.
+
+        Raises:
+            ValueError: if it is none.
+        """
+        leaves, spec = pytree.tree_flatten(_content(tree))
+        shapes = [getattr(leaf, "shape", None) for leaf in leaves]
+        if spec != self.spec or shapes != self.shapes:
+            raise ValueError(
+                f"{who} must have the structure and shapes of x0, {_described(self.shapes)}; got {_described(shapes)}."
+            )
+        return leaves
+
+    def broadcast(self, tree: Any, default: float, who: str) -> Tensor:
+        """A flat vector from one number or tensor for all leaves, or from a structure of them; None is ``default``.
+
+        Raises:
+            ValueError: if it does not fit.
+        """
+        leaves, spec = pytree.tree_flatten(_content(tree))
+        if len(leaves) == 1 and pytree.tree_flatten(0)[1] == spec:
+            leaves = leaves * len(self.shapes)
+        elif spec != self.spec:
+            raise ValueError(
+                f"{who} must be one number or tensor for all of x0, or have its structure, {self.spec}; got {spec}."
+            )
+        parts = []
+        for leaf, shape in zip(leaves, self.shapes, strict=True):
+            try:
+                part = torch.as_tensor(default if leaf is None else leaf, dtype=self.dtype, device=self.device)
+                parts.append(part.detach().expand(shape).reshape(-1))
+            except (RuntimeError, TypeError, ValueError) as error:
+                raise ValueError(
+                    f"{who} must be numbers or tensors that broadcast to the shapes of x0, "
+                    f"{_described(self.shapes)}; got {leaf!r}."
+                ) from error
+        return torch.cat(parts)
+
+
+def _content(tree: Any) -> Any:
+    if isinstance(tree, nn.Module):
+        return {name: parameter for name, parameter in tree.named_parameters() if parameter.requires_grad}
+    # Generators such as module.parameters() can be read once only.
+    return list(tree) if hasattr(tree, "__next__") else tree
+
+
+def _real(tensor: Tensor) -> Tensor:
+    return torch.view_as_real(tensor.resolve_conj()) if tensor.is_complex() else tensor
+
+
+def _described(shapes: Sequence[Any]) -> str:
+    return ", ".join(str(tuple(shape)) if shape is not None else "no tensor" for shape in shapes) or "nothing"

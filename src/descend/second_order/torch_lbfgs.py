@@ -1,0 +1,317 @@
+"""L-BFGS as ``torch.optim.LBFGS`` runs it, operation by operation, but never into NaN.
+
+``s`` is a step, ``y`` the change of the gradient along it, ``rho`` is 1 / y's; torch calls their lists ``old_stps``,
+``old_dirs`` and ``ro``. In float64 every number is the one torch gets, as long as torch's stay finite: Python's floats
+take the place of 0-dimensional tensors, which round alike.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from descend.second_order.parameters import ClosureFunction, Evaluation, FlatParameters, largest
+from descend.second_order.result import Iteration, Status
+from descend.second_order.torch_line_search import Scalar, Trial, ratio, strong_wolfe
+
+CURVATURE = 1e-10  # a pair with a smaller y's is not kept
+CUT = 0.1  # a fixed step that leads to NaN or infinity is tried again this much shorter
+
+
+class Options(NamedTuple):
+    """The options of ``torch.optim.LBFGS``, from the first group."""
+
+    lr: Scalar
+    max_iter: int
+    max_eval: int
+    tolerance_grad: float
+    tolerance_change: float
+    history_size: int
+    line_search_fn: str | None
+
+    @classmethod
+    def of(cls, group: dict[str, Any]) -> Options:
+        """Read a group's options."""
+        lr = group["lr"]
+        return cls(lr.reshape(()) if isinstance(lr, Tensor) else lr, *(group[name] for name in cls._fields[1:]))
+
+
+@dataclass
+class Memory:
+    """What one iteration hands to the next, across steps too.
+
+    Attributes:
+        n_iter: iterations since the last start from steepest descent.
+        d, t: the last direction, and the step along it.
+        old_dirs, old_stps, ro: y, s and rho of the pairs that are kept, oldest first.
+        ro_tensors: the first ones of ``ro``, as the state has them.
+        H_diag: the initial inverse Hessian, a multiple of the identity.
+        prev_flat_grad, prev_loss: gradient and value where ``d`` began.
+    """
+
+    n_iter: int = 0
+    d: Tensor | None = None
+    t: Scalar = 0
+    old_dirs: list[Tensor] = field(default_factory=list)
+    old_stps: list[Tensor] = field(default_factory=list)
+    ro: list[float] = field(default_factory=list)
+    ro_tensors: list[Tensor] = field(default_factory=list)
+    H_diag: float = 1
+    prev_flat_grad: Tensor | None = None
+    prev_loss: float = 0.0
+
+    @classmethod
+    def read(cls, state: dict[str, Any], point: FlatParameters) -> Memory:
+        """From a parameter's state; empty if that belongs to another number of parameters. Shares no list with it."""
+        last = state.get("prev_flat_grad")
+        if not state["n_iter"] or last is None or state.get("d") is None or last.numel() != point.numel:
+            return cls()
+        vectors = [state["d"], last, *state["old_dirs"], *state["old_stps"]]
+        if last.dtype != point.dtype or last.device != point.device:  # the model was converted
+            vectors = [vector.to(point.device, point.dtype) for vector in vectors]
+        n_pairs, rhos = len(state["ro"]), [torch.as_tensor(rho) for rho in state["ro"]]
+        on_device = n_pairs and not rhos[0].is_cpu
+        return cls(
+            n_iter=state["n_iter"],
+            d=vectors[0],
+            t=float(state["t"]),
+            old_dirs=vectors[2 : 2 + n_pairs],
+            old_stps=vectors[2 + n_pairs :],
+            ro=torch.stack(rhos).tolist() if on_device else [rho.item() for rho in rhos],
+            ro_tensors=rhos,
+            H_diag=float(state["H_diag"]),
+            prev_flat_grad=vectors[1],
+            prev_loss=state["prev_loss"],
+        )
+
+    def write(self, state: dict[str, Any], point: FlatParameters, options: Options) -> None:
+        """Into a parameter's state, under torch's names and in its types."""
+
+        def tensor(number: Any) -> Tensor:
+            return torch.tensor(number, dtype=point.dtype, device=point.device)
+
+        t, n_known = self.t, len(self.ro_tensors)
+        is_number = not isinstance(t, Tensor) and (t == 0 or t == options.lr)
+        state["n_iter"] = self.n_iter
+        state["d"] = self.d
+        state["t"] = t if is_number else tensor(float(t))
+        state["old_dirs"], state["old_stps"] = self.old_dirs, self.old_stps
+        if n_known < len(self.ro):
+            self.ro_tensors += tensor(self.ro[n_known:]).unbind()
+        state["ro"] = self.ro_tensors
+        state["H_diag"] = tensor(self.H_diag) if self.ro else 1
+        state["prev_flat_grad"], state["prev_loss"] = self.prev_flat_grad, self.prev_loss
+        if self.n_iter > 1 and len(state.get("al", ())) < options.history_size:
+            state["al"] = [None] * options.history_size  # torch's scratch
+
+    def turn(self, grad: Tensor, history_size: int) -> Tensor:
+        """Keep the pair of the last step, and find the next direction: the two-loop recursion.
+
+        Source: Nocedal & Wright 2006, Numerical Optimization, Algorithm 7.4.
+        """
+        self.n_iter += 1
+        if self.n_iter == 1:
+            return self.restart(grad)
+        assert self.d is not None
+        assert self.prev_flat_grad is not None
+        y, s = grad.sub(self.prev_flat_grad), self.d.mul(self.t)
+        ys = y.dot(s).item()
+        if ys > CURVATURE:
+            while len(self.ro) >= history_size:
+                del self.old_dirs[0], self.old_stps[0], self.ro[0], self.ro_tensors[:1]
+            self.old_dirs.append(y)
+            self.old_stps.append(s)
+            self.ro.append(1.0 / ys)
+            self.H_diag = ys / y.dot(y).item()
+        pairs = list(zip(self.old_dirs, self.old_stps, self.ro, strict=True))
+        d, al = grad.neg(), []
+        for y, s, rho in reversed(pairs):
+            alpha = s.dot(d).item() * rho
+            al.append(alpha)
+            d.add_(y, alpha=-alpha)
+        d.mul_(self.H_diag)
+        for y, s, rho in pairs:
+            d.add_(s, alpha=al.pop() - y.dot(d).item() * rho)
+        self.d = d
+        return d
+
+    def restart(self, grad: Tensor) -> Tensor:
+        """Forget every pair; the direction of steepest descent."""
+        self.n_iter = 1
+        self.old_dirs, self.old_stps, self.ro, self.ro_tensors, self.H_diag = [], [], [], [], 1
+        self.d = d = grad.neg()
+        return d
+
+
+class TorchSteps:
+    """One ``step``: up to ``max_iter`` iterations.
+
+    Args:
+        function: evaluates the closure.
+        point: its parameters.
+        memory: from the last step; updated.
+        options: torch's.
+    """
+
+    def __init__(self, function: ClosureFunction, point: FlatParameters, memory: Memory, options: Options) -> None:
+        self.function, self.point, self.memory, self.options = function, point, memory, options
+        self.n_iter = 0
+        self.history: list[Iteration] = []
+        self._base: Tensor | None = None  # where the iteration that is under way began
+        self._trial = torch.empty(point.numel, dtype=point.dtype, device=point.device)
+        self._met_wall = False  # this iteration has seen NaN or infinity
+
+    def run(self, current: Evaluation) -> tuple[Status, Evaluation]:
+        """Iterate from the present point.
+
+        Args:
+            current: its evaluation; finite.
+        Returns:
+            Why it ended, and the last point's evaluation. The last of ``max_iter`` fixed steps is not evaluated, as in
+            torch: then it is that of the point before.
+        """
+        try:
+            return self._iterate(current)
+        except BaseException:
+            self._back_to_base()
+            raise
+
+    def retreat(self) -> Evaluation | None:
+        """Shorten the last fixed step of the previous call, which led to NaN or infinity; None if nothing helps."""
+        memory = self.memory
+        assert memory.d is not None
+        self._base = self.point.gather().sub_(memory.d, alpha=float(memory.t))
+        try:
+            memory.t, found = self._fixed_step(float(memory.t) * CUT, largest(memory.d), is_last=False)
+        except BaseException:
+            self._back_to_base()
+            raise
+        self._base = None
+        return found
+
+    def _iterate(self, current: Evaluation) -> tuple[Status, Evaluation]:
+        options = self.options
+        self._record(current, 0.0)
+        while self.n_iter < options.max_iter:
+            self.n_iter += 1
+            t, slope, d_norm = self._direction(current)
+            if slope > -options.tolerance_change:
+                self.memory.t = t
+                return Status.precision_limit, current
+            self._base, self._met_wall = self.point.gather(), False
+            if options.line_search_fn is None:
+                t, found = self._fixed_step(t, d_norm, is_last=self.n_iter == options.max_iter)
+            else:
+                t, found = self._searched_step(current, t, slope, d_norm)
+            self.memory.t, self._base = t, None
+            if found is not None:
+                current = found
+                self._record(current, float(t))
+            if status := self._verdict(current, abs(t) * d_norm):
+                return status, current
+        return Status.max_iter, current
+
+    def _direction(self, current: Evaluation) -> tuple[Scalar, Scalar, Scalar]:
+        """Set the direction; return the first step along it, the slope there, and the direction's largest entry."""
+        memory, lift = self.memory, self._lift
+        d = memory.turn(current.grad, self.options.history_size)
+        slope, d_norm = current.grad.dot(d).item(), largest(d)
+        if math.isnan(slope) or not math.isfinite(d_norm):  # the pairs overflow
+            d = memory.restart(current.grad)
+            slope, d_norm = current.grad.dot(d).item(), largest(d)
+        memory.prev_flat_grad, memory.prev_loss = current.grad, current.value
+        t = self.options.lr
+        if memory.n_iter == 1:
+            t = min(1.0, ratio(1.0, lift(current.grad.abs().sum().item()))) * t
+        return t, lift(slope), lift(d_norm)
+
+    def _lift(self, number: float) -> Scalar:
+        """The number as torch would have it next to the learning rate."""
+        return torch.tensor(number, dtype=self.point.dtype) if isinstance(self.options.lr, Tensor) else number
+
+    def _fixed_step(self, t: Scalar, d_norm: Scalar, is_last: bool) -> tuple[Scalar, Evaluation | None]:
+        """Move by ``t`` and, unless it is the last step, evaluate; less if that gives NaN or infinity."""
+        while True:
+            if self._move(t, d_norm):
+                if is_last:
+                    return t, None
+                found = self.function.evaluate()
+                if found.is_finite:
+                    return t, found
+            self._met_wall = True
+            if self.function.n_eval >= self.options.max_eval or not t * d_norm:
+                return self._stay(), None
+            t = t * CUT
+
+    def _searched_step(
+        self, current: Evaluation, t: Scalar, slope: Scalar, d_norm: Scalar
+    ) -> tuple[Scalar, Evaluation | None]:
+        """Move to where the line search ends."""
+        d = self.memory.d
+        assert d is not None
+
+        def phi(t: Scalar) -> Trial:
+            if self._move(t, d_norm):
+                found = self.function.evaluate()
+                slope_there = found.grad.dot(d).item()
+                if math.isfinite(found.value) and math.isfinite(slope_there):
+                    return Trial(t, found.value, self._lift(slope_there), found)
+            self._met_wall = True
+            return Trial(t, math.inf, self._lift(math.nan), current)
+
+        most = self.options.max_eval - self.function.n_eval
+        start = Trial(0, current.value, slope, current)
+        found = strong_wolfe(phi, start, t, d_norm, most)
+        if found.t == 0:
+            return self._stay(), None
+        self._move(found.t, d_norm)
+        return found.t, found.evaluation
+
+    def _move(self, t: Scalar, d_norm: Scalar) -> bool:
+        """Set the parameters ``t`` along the direction; False if they would not be finite."""
+        assert self._base is not None
+        assert self.memory.d is not None
+        if not abs(t) * d_norm < 0.5 * torch.finfo(self.point.dtype).max:
+            return False
+        torch.add(self._base, self.memory.d, alpha=float(t), out=self._trial)
+        self.point.scatter_(self._trial)
+        # A parameter of a narrower dtype may overflow where the flat vector does not.
+        return self.point.is_uniform or bool(torch.isfinite(self.point.gather()).all())
+
+    def _stay(self) -> int:
+        """Undo the step; after NaN or infinity the next iteration starts afresh. Returns its length."""
+        assert self._base is not None
+        self.point.scatter_(self._base)
+        if self._met_wall:
+            self.memory.n_iter = 0
+        return 0
+
+    def _back_to_base(self) -> None:
+        if self._base is not None:
+            self.point.scatter_(self._base)
+            # A step of length 0 makes no pair, so that the next iteration is this one again.
+            self.memory.t = 0
+            self.memory.n_iter -= 1
+
+    def _verdict(self, current: Evaluation, moved: Scalar) -> Status | None:
+        """Torch's rules for stopping, in torch's order; but what meets ``tolerance_grad`` is called converged."""
+        options, is_searched = self.options, self.options.line_search_fn is not None
+        is_last = self.n_iter == options.max_iter
+        if self._met_wall and not moved:
+            return Status.non_finite
+        if current.norm <= options.tolerance_grad and (is_searched or not is_last):
+            return Status.converged
+        if is_last:
+            return Status.max_iter
+        if self.function.n_eval >= options.max_eval:
+            return Status.max_eval
+        if moved <= options.tolerance_change or abs(current.value - self.memory.prev_loss) < options.tolerance_change:
+            return Status.line_search_failed if is_searched and not moved else Status.precision_limit
+        return None
+
+    def _record(self, current: Evaluation, t: float) -> None:
+        self.history.append(Iteration(current.value, current.norm, t, self.function.n_eval, 0))

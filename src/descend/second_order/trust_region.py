@@ -1,0 +1,399 @@
+"""Steps in a trust region: minimise the model m(s) = g's + s'Hs / 2 over |s| <= radius.
+
+``DenseModel`` does so exactly for a dense symmetric H, however indefinite or singular; ``steihaug`` by truncated
+conjugate gradients, from products with H alone. Either gives an object whose ``step(radius)`` answers again for a
+smaller radius without new work on H: a rejected step costs next to nothing. Lengths and decreases are floats.
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections.abc import Callable, Sequence
+from enum import Enum
+from functools import cached_property
+from typing import NamedTuple, TypeAlias
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+_CHUNK = 1 << 20  # longer float32 dot products lose digits: 3e-5 relative at 10 M elements, 5e-7 at 1 M
+_ROUNDING = 8  # a few units in the last place are noise
+
+_Array: TypeAlias = NDArray[np.float64]
+_Scaled: TypeAlias = tuple[_Array, float, Tensor | None]  # a step and its decrease for H and g scaled, eigenvectors
+
+
+class Trial(NamedTuple):
+    """A step in the trust region and what the model promises for it."""
+
+    step: Tensor  # not to be changed in place
+    norm: float  # its length in the norm of the region, at most the radius
+    decrease: float  # m(0) - m(s), a sum of positive terms; 0 only for a step of zero
+    on_boundary: bool  # whether the radius limits the step
+    negative_curvature: bool  # whether the step owes its length to negative curvature (beyond rounding)
+
+
+class DenseModel:
+    """The model with a dense Hessian, and its exact minimiser in a ball.
+
+    Cholesky first: if H is positive definite and the Newton step inside, that is all. Otherwise one symmetric
+    eigendecomposition, kept for further radii, and a secular equation on the host in float64. Where H is
+    singular and g in its range, the step is the shortest minimiser. Eigenvalues of H and parts of g
+    within rounding of zero count as zero. Magnitudes from 1e-300 to 1e300 (1e-30 to 1e30 in float32) are safe.
+
+    Args:
+        hessian: H, shape (N, N), symmetric; float32 or float64. Kept, not copied: leave it unchanged meanwhile.
+        grad: g, shape (N,), N >= 0, like H. An eigendecomposition takes the memory of about five matrices.
+    Raises:
+        ValueError: if the shapes do not fit.
+    Example:
+        >>> model = DenseModel(torch.tensor([[2.0, 0.0], [0.0, 4.0]]), torch.tensor([2.0, 4.0]))
+        >>> model.step(radius=2.0).step
+        tensor([-1., -1.])
+        >>> DenseModel(torch.tensor([[1.0, 0.0], [0.0, -1.0]]), torch.zeros(2)).step(radius=2.0).step.abs()
+        tensor([0., 2.])
+
+    Source: Moré & Sorensen 1983, https://doi.org/10.1137/0904038
+    """
+
+    finite: bool  # whether H and g are; if not, every step is zero
+
+    def __init__(self, hessian: Tensor, grad: Tensor) -> None:
+        if grad.ndim != 1 or hessian.shape != (grad.numel(), grad.numel()):
+            shapes = f"{tuple(hessian.shape)} and {tuple(grad.shape)}"
+            raise ValueError(f"DenseModel: the Hessian must be (N, N) and the gradient (N,), got {shapes}.")
+        self._hessian, self._grad = hessian.detach(), grad.detach()
+        self._noise = _ROUNDING * math.sqrt(grad.numel()) * torch.finfo(grad.dtype).eps
+        largest = [0.0, 0.0]
+        if grad.numel():
+            both = (torch.linalg.vector_norm(tensor, math.inf) for tensor in (self._hessian, self._grad))
+            largest = torch.stack(list(both)).tolist()
+        self.finite = all(map(math.isfinite, largest))
+        # H and g are divided by powers of two, which is exact; beyond the limit the factor would overflow.
+        limit = 1000 if grad.dtype == torch.float64 else 120
+        self._hessian_exponent, self._grad_exponent = (max(-limit, min(math.frexp(x)[1], limit)) for x in largest)
+        self._grad = self._grad * 2.0**-self._grad_exponent
+
+    @np.errstate(all="ignore")
+    def step(self, radius: float) -> Trial:
+        """The minimiser of the model over |s| <= ``radius`` (> 0, finite), larger or smaller than in earlier calls.
+
+        It is zero if the gradient is zero and no curvature negative, and if ``finite`` is False.
+        """
+        _check("DenseModel.step", radius=radius)
+        if not self.finite or not self._grad.numel():
+            return Trial(torch.zeros_like(self._grad), 0.0, 0.0, False, False)
+        return self._inside(self._newton, radius) or self._inside(self._shortest, radius) or self._on_boundary(radius)
+
+    @cached_property
+    def _newton(self) -> _Scaled | None:
+        """The minimiser in all space by Cholesky; None unless H is positive definite."""
+        hessian, grad = self._hessian * 2.0**-self._hessian_exponent, self._grad
+        factor, info = torch.linalg.cholesky_ex(hessian)
+        # What elimination leaves of the diagonal, relative to it: unlike the condition number, blind to bad scaling.
+        pivots = factor.diagonal().square() / hessian.diagonal()
+        half = torch.linalg.solve_triangular(factor, -grad[:, None], upper=False)
+        step = torch.linalg.solve_triangular(factor.mT, half, upper=True)
+        rows = torch.stack([pivots, half[:, 0], step[:, 0], info.to(grad).expand_as(grad)]).cpu().double().numpy()
+        decrease = float(rows[1] @ rows[1]) / 2
+        definite = not rows[3].any() and rows[0].min() > self._noise and math.isfinite(decrease)
+        return (rows[2], decrease, None) if definite else None
+
+    @cached_property
+    def _spectrum(self) -> tuple[_Array, _Array, Tensor]:
+        """Eigenvalues, ascending, of the scaled H, coefficients of the scaled g, eigenvectors."""
+        eigenvalues, vectors = torch.linalg.eigh(self._hessian * 2.0**-self._hessian_exponent)
+        values, parts = torch.stack([eigenvalues, vectors.mT @ self._grad]).cpu().double().numpy()
+        flat = np.abs(values) <= self._noise * np.abs(values).max()
+        values[flat] = np.maximum(values[flat], 0.0)
+        parts[flat & (np.abs(parts) <= self._noise * np.linalg.norm(parts))] = 0.0
+        return values, parts, vectors
+
+    @cached_property
+    def _shortest(self) -> _Scaled | None:
+        """The shortest minimiser in all space by eigenvectors; None if H is indefinite."""
+        values, parts, vectors = self._spectrum
+        step = np.divide(-parts, values, out=np.zeros_like(parts), where=parts != 0)
+        return (step, -float(parts @ step) / 2, vectors) if values[0] >= 0 else None
+
+    def _inside(self, minimiser: _Scaled | None, radius: float) -> Trial | None:
+        if minimiser is None:
+            return None
+        scaled, decrease, vectors = minimiser
+        exponent = self._grad_exponent - self._hessian_exponent
+        norm = float(np.ldexp(np.linalg.norm(scaled), exponent))
+        if not norm <= radius:
+            return None
+        step = self._on_device(np.ldexp(scaled, exponent), vectors)
+        return Trial(step, norm, _promised(decrease, self._grad_exponent + exponent, norm), False, False)
+
+    def _on_boundary(self, radius: float) -> Trial:
+        values, parts, vectors = self._spectrum
+        # With the radius as unit, H weighs 2**ratio against g; the larger of the two is left as it is.
+        mantissa, exponent = math.frexp(radius)
+        ratio = exponent + self._hessian_exponent - self._grad_exponent
+        larger = max(0, ratio)
+        unit, decrease = _on_unit_sphere(np.ldexp(mantissa * values, ratio - larger), np.ldexp(parts, -larger))
+        promised = _promised(mantissa * decrease, exponent + self._grad_exponent + larger, radius)
+        return Trial(self._on_device(radius * unit, vectors), radius, promised, True, bool(values[0] < 0))
+
+    def _on_device(self, numbers: _Array, vectors: Tensor | None) -> Tensor:
+        tensor = torch.from_numpy(numbers).to(self._grad.dtype).to(self._grad.device)
+        return tensor if vectors is None else vectors @ tensor
+
+
+def _on_unit_sphere(eigenvalues: _Array, coefficients: _Array) -> tuple[_Array, float]:
+    """Minimiser t of c't + sum(d t^2) / 2 over |t| = 1 where none is inside, and the decrease; d ascends.
+
+    Moré & Sorensen 1983: t = -c / (d + mu), Newton's method on 1 / |t(mu)| = 1. The variable is nu = mu + d[0], the
+    distance from the pole, so that the hard case and its neighbours lose no digit.
+    """
+    gaps, present = eigenvalues - eigenvalues[0], coefficients != 0
+    gap, part = gaps[present], coefficients[present]
+    # No |c| / (gap + nu) exceeds 1 at the solution. From below Newton's method rises to it and never passes.
+    nu = np.max(np.abs(part) - gap, initial=max(0.0, eigenvalues[0]))
+    while True:
+        some = -part / (gap + nu)
+        norm = np.linalg.norm(some)
+        higher = nu + (norm - 1) * norm * norm / np.sum(some * some / (gap + nu))
+        if not higher > nu:
+            break
+        nu = higher
+    unit = np.zeros_like(gaps)
+    unit[present] = some
+    if nu == 0:  # the hard case: g has no part along the lowest eigenvector, which gives what is missing
+        unit[0] = math.sqrt(max(0.0, float((1 - norm) * (1 + norm))))
+    unit /= np.linalg.norm(unit)
+    return unit, float(np.sum((gaps + nu) * unit * unit) + max(0.0, nu - eigenvalues[0])) / 2
+
+
+class End(str, Enum):
+    """Why a path of conjugate gradients ends."""
+
+    converged = "converged"  # the residual is at most the tolerance
+    boundary = "boundary"  # the next iterate is outside, or the curvature zero to rounding
+    negative_curvature = "negative_curvature"  # a direction of negative curvature, followed to the boundary
+    max_products = "max_products"  # the limit on products, reached inside
+    non_finite = "non_finite"  # the gradient or a product (preconditioned or not); the path ends before it
+
+
+class _Piece(NamedTuple):
+    """A straight piece of the path, from s along a direction u of unit length; products are those of the region."""
+
+    length: float
+    norm: float  # |s|
+    along: float  # s'u >= 0
+    turn: float  # u'u of the piece before
+    slope: float  # -dm/du at s, > 0
+    curvature: float  # u'Hu
+
+    def decrease(self, length: float) -> float:
+        return length * (self.slope - length * self.curvature / 2)
+
+
+class CGPath:
+    """The way of conjugate gradients from 0, along which |s| grows and the model falls; ``steihaug`` makes it."""
+
+    end: End  # why it ends
+    finite: bool  # whether the gradient and all products are
+    n_products: int  # products with H used
+    radius: float  # the one it was made for
+    norm: float  # length of the last point, in the norm of the region
+    residual: Tensor  # g + Hs at the last point, from the recurrence
+    curvature: float  # the smallest one met, u'Hu / u'Mu; inf if none was
+
+    def __init__(self, grad: Tensor, radius: float, keep: int) -> None:
+        self.n_products, self.radius, self.norm, self.curvature = 0, radius, 0.0, math.inf
+        self._last, self._keep = torch.zeros_like(grad), keep
+        self._pieces: list[_Piece] = []
+        self._directions: list[Tensor] = []
+
+    def step(self, radius: float) -> Trial:
+        """Where the path crosses the sphere of ``radius``, or its last point; costs no product.
+
+        Within the directions kept this is what ``steihaug`` would give for the radius. The rest of the path is
+        replaced by its chord, along which the model falls too. ``radius`` is > 0 and at most that of the path.
+        The step is zero if the gradient is within the tolerance, and if it or the first product is not finite.
+        """
+        _check("CGPath.step", radius=radius)
+        if radius > self.radius:
+            raise ValueError(f"CGPath.step: radius must be at most the path's, {self.radius}, got {radius}.")
+        negative = self.end is End.negative_curvature
+        decrease = 0.0
+        for number, piece in enumerate(self._pieces):
+            if radius < self.radius and (length := _crossing(piece.norm, piece.along, radius)) <= piece.length:
+                decrease += piece.decrease(length)
+                negative = negative and number == len(self._pieces) - 1
+                return Trial(self._point(number, length), radius, _promised(decrease, 0, radius), True, negative)
+            decrease += piece.decrease(piece.length)
+        on_boundary = negative or self.end is End.boundary
+        return Trial(self._last, min(self.norm, radius), _promised(decrease, 0, self.norm), on_boundary, negative)
+
+    def _point(self, number: int, length: float) -> Tensor:
+        """The point ``length`` into a piece."""
+        step = torch.zeros_like(self._last)
+        for direction, piece in zip(self._directions[:number], self._pieces, strict=False):
+            step.add_(direction, alpha=piece.length)
+        if number < len(self._directions):
+            return step.add_(self._directions[number], alpha=length)
+        return step.lerp_(self._last, length / self._pieces[number].length)
+
+    def _follow(self, direction: Tensor, turn: float, slope: float, curvature: float) -> bool:
+        """Add the piece to the minimiser along the direction, or to the boundary; whether it stays inside."""
+        along = turn * (self._pieces[-1].along + self._pieces[-1].length) if self._pieces else 0.0
+        wanted = slope / curvature if curvature > 0 else math.inf
+        most = _crossing(self.norm, along, self.radius)
+        self._pieces.append(_Piece(min(wanted, most), self.norm, along, turn, slope, curvature))
+        self._last.add_(direction, alpha=min(wanted, most))
+        self.norm = _longer(self.norm, along, wanted) if wanted < most else self.radius
+        self.curvature = min(self.curvature, curvature)
+        if len(self._directions) < self._keep:
+            self._directions.append(direction)
+        return wanted < most
+
+    def _ended(self, end: End, residual: Tensor) -> CGPath:
+        self.end, self.finite, self.residual = end, end is not End.non_finite, residual
+        if len(self._pieces) > self._keep:
+            self._pieces[self._keep :] = [_chord(self._pieces[self._keep :])]
+        return self
+
+
+def _chord(pieces: Sequence[_Piece]) -> _Piece:
+    """The straight way from the first point of the pieces to their last.
+
+    Directions are conjugate: slopes and curvatures add up. Residuals are orthogonal to the points before them, so that
+    the product of such a point with the direction changes from piece to piece by the turn alone.
+    """
+    fall = bend = along = length = 0.0  # along: product of the first point and the chord
+    first, growing = pieces[0].along, 0.0  # products of the first point, and of the chord so far, with the direction
+    for number, piece in enumerate(pieces):
+        if number:
+            first, growing = piece.turn * first, piece.turn * (growing + pieces[number - 1].length)
+        along += piece.length * first
+        fall += piece.length * piece.slope
+        bend += piece.length * (piece.length * piece.curvature)
+        length = _longer(length, growing, piece.length)
+    length = max(length, math.ulp(0.0))
+    return _Piece(length, pieces[0].norm, along / length, 0.0, fall / length, bend / length / length)
+
+
+def _crossing(norm: float, along: float, radius: float) -> float:
+    """How far from s, with s'u = along, the sphere is in direction u."""
+    # Relative to the radius nothing overflows, and this form of the root does not cancel.
+    room, along = max(0.0, 1 - norm / radius) * (1 + norm / radius), along / radius
+    return radius * (room / (along + math.sqrt(along * along + room))) if room > 0 else 0.0
+
+
+def _longer(norm: float, along: float, length: float) -> float:
+    """|s + length u| from |s|, s'u and |u| = 1."""
+    return math.hypot(along + length, math.sqrt(max(0.0, norm - along)) * math.sqrt(norm + along))
+
+
+def steihaug(
+    hvp: Callable[[Tensor], Tensor],
+    grad: Tensor,
+    radius: float,
+    tolerance: float,
+    max_products: int,
+    preconditioner: Callable[[Tensor], Tensor] | None = None,
+    keep: int = 50,
+) -> CGPath:
+    """Conjugate gradients on Hs = -g, until the residual is small, the boundary reached or the curvature negative.
+
+    One product with H, and one transfer from the device, per iteration; lengths come from recurrences.
+    ``hvp`` always gets a direction of length 1 in the region's norm, however small or large the gradient is.
+
+    Args:
+        hvp: v -> Hv, of the shape, dtype and device of ``grad``; must not change v.
+        grad: g, shape (N,), N >= 0; float32 or float64.
+        radius: > 0 and finite, in the units of the parameters.
+        tolerance: stop when the Euclidean norm of the residual g + Hs is at most this; >= 0, in the units of g.
+        max_products: most calls of ``hvp``, >= 1.
+        preconditioner: r -> M^-1 r, where M resembles H and is symmetric positive definite; the region is then
+            sqrt(s'Ms) <= radius. Default: None, M = I.
+        keep: directions kept (N numbers each) for steps with smaller radii, >= 0. Default: 50.
+    Returns:
+        The path; ``path.step(radius)`` is the step.
+    Raises:
+        ValueError: if a number is outside its range, or the preconditioner turns out not to be positive definite.
+    Example:
+        >>> path = steihaug(lambda v: torch.tensor([1.0, 4.0]) * v, torch.tensor([1.0, 1.0]), 9.0, 1e-4, 10)
+        >>> path.step(9.0).step, path.n_products, path.end.value
+        (tensor([-1.0000, -0.2500]), 2, 'converged')
+        >>> path.step(0.1).norm, path.step(0.1).on_boundary
+        (0.1, True)
+
+    Source: Steihaug 1983, https://doi.org/10.1137/0720042; Conn, Gould & Toint 2000, Algorithm 7.5.1
+    """
+    _check("steihaug", radius=radius, max_products=max_products)
+    _check("steihaug", 0.0, tolerance=tolerance, keep=keep)
+    path = CGPath(grad, radius, keep)
+    scale, residual, inverse, rz = _start(grad.detach(), preconditioner)
+    if scale <= tolerance or not math.isfinite(rz):
+        return path._ended(End.converged if scale <= tolerance else End.non_finite, grad.detach())
+    # From here on the residual is divided by |g|, and the direction by its length.
+    direction, carried, largest = torch.zeros_like(residual), 0.0, 0.0
+    while True:
+        if not rz > 0:
+            raise ValueError(f"steihaug: preconditioner must be positive definite, got r'M^-1 r = {rz}; leave it out.")
+        # p <- -M^-1 r + beta p, beta = rz / (rz before); the two terms are orthogonal in the region's norm.
+        length = math.hypot(math.sqrt(rz), carried)
+        turn = carried / length
+        direction = (inverse / -length).add_(direction, alpha=turn)
+        product = hvp(direction).detach()
+        slope = rz / length
+        bend = _dot(direction, product)
+        # Whether this iterate exists is known only after the transfer, in which its own scalars travel.
+        following = torch.addcmul(residual, product, slope / bend)
+        inverse = following if preconditioner is None else preconditioner(following)
+        scalars = torch.stack([bend, _dot(following, following), _dot(following, inverse)])
+        curvature, rr, next_rz = scalars.tolist()
+        path.n_products += 1
+        if not math.isfinite(curvature):
+            return path._ended(End.non_finite, scale * residual)
+        largest = max(largest, abs(curvature))
+        if not path._follow(direction, turn, scale * slope, curvature):
+            residual = residual + product * (path._pieces[-1].length / scale)
+            negative = curvature < -_ROUNDING * torch.finfo(grad.dtype).eps * largest
+            return path._ended(End.negative_curvature if negative else End.boundary, scale * residual)
+        residual = following
+        if scale * math.sqrt(rr) <= tolerance:
+            return path._ended(End.converged, scale * residual)
+        if path.n_products == max_products:
+            return path._ended(End.max_products, scale * residual)
+        if not math.isfinite(next_rz):
+            return path._ended(End.non_finite, scale * residual)
+        rz, carried = next_rz, length * next_rz / rz
+
+
+def _start(grad: Tensor, preconditioner: Callable[[Tensor], Tensor] | None) -> tuple[float, Tensor, Tensor, float]:
+    """|g|, r = g / |g|, M^-1 r and their product, in one transfer; all zero where g is."""
+    if not grad.numel():
+        return 0.0, grad, grad, 0.0
+    tiny = torch.finfo(grad.dtype).tiny
+    largest = torch.linalg.vector_norm(grad, math.inf)
+    residual = grad / largest.clamp(min=tiny)
+    norm = _dot(residual, residual).sqrt()
+    residual = residual / norm.clamp(min=tiny)
+    inverse = residual if preconditioner is None else preconditioner(residual)
+    scale, relative, rz = torch.stack([largest, norm, _dot(residual, inverse)]).tolist()
+    return scale * relative, residual, inverse, rz
+
+
+def _dot(left: Tensor, right: Tensor) -> Tensor:
+    pairs = zip(torch.split(left, _CHUNK), torch.split(right, _CHUNK), strict=True)
+    return torch.stack([torch.dot(*pair) for pair in pairs]).sum()
+
+
+def _check(who: str, least: float = math.ulp(0.0), **numbers: float) -> None:
+    for name, number in numbers.items():
+        if not least <= number < math.inf:
+            raise ValueError(f"{who}: {name} must be {'>=' if least == 0 else '>'} 0 and finite, got {number}.")
+
+
+def _promised(mantissa: float, exponent: int, norm: float) -> float:
+    """The decrease as a finite number, positive for a step that is not zero even where it underflows."""
+    return min(max(float(np.ldexp(mantissa, exponent)), math.ulp(0.0)), sys.float_info.max) if norm > 0 else 0.0
