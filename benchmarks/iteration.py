@@ -48,8 +48,8 @@ class Size(NamedTuple):
 
 
 SIZES = (
-    Size(100, 10, rounds=20, windows=5, width=10),
-    Size(100, 100, rounds=10, windows=5, width=10),
+    Size(100, 10, rounds=20, windows=5, width=20),
+    Size(100, 100, rounds=10, windows=5, width=20),
     Size(1_000_000, 10, rounds=5, windows=4, width=5),
     Size(1_000_000, 100, rounds=3, windows=4, width=5),
 )

@@ -27,6 +27,7 @@ from typing import Any, NamedTuple
 import iteration
 import torch
 from problems import Problem, bounded, rounded, unconstrained
+from profiles import plot_profiles
 from race import (
     BFGS,
     LARGEST,
@@ -39,16 +40,13 @@ from race import (
     TORCHMIN,
     TORCHMIN_B,
     TRUST_NCG,
-    Outcome,
+    Outcomes,
     Solver,
     begins_solved,
     our_newton,
     ours,
     run,
 )
-
-Outcomes = dict[str, dict[str, Outcome]]
-"""Problem name -> solver -> what it did."""
 
 
 class Table(NamedTuple):
@@ -253,36 +251,6 @@ def report_figures(measured: Measured) -> list[dict[str, Any]]:
     return rows
 
 
-def plot_profiles(outcomes: dict[str, Outcomes], file: Path) -> None:
-    """Draw for each solver which share of its problems it solves within a multiple of the least cost.
-
-    Source: Dolan & Moré 2002, https://doi.org/10.1007/s101070100263
-    """
-    import matplotlib as mpl
-
-    mpl.use("Agg")
-    from matplotlib import pyplot as plt
-
-    titles = {table.name: table.title for table in tables()}
-    figure, axes = plt.subplots(1, len(outcomes), figsize=(6 * len(outcomes), 4.5), squeeze=False, sharey=True)
-    for axis, (table, results) in zip(axes[0], outcomes.items(), strict=True):
-        for name in {name: None for solvers in results.values() for name in solvers}:
-            factors = []
-            for solvers in results.values():
-                least = min((run.cost for run in solvers.values() if run.solved), default=math.inf)
-                if name in solvers:
-                    factors.append(solvers[name].cost / least if solvers[name].solved else math.inf)
-            factors.sort()
-            shares = [(place + 1) / len(factors) for place in range(len(factors))]
-            axis.step(factors, shares, where="post", label=name, linewidth=2 if name == OURS else 1)
-        axis.set(xscale="log", xlim=(1, 16), ylim=(0, 1), xlabel="cost over the least cost", title=titles[table])
-        axis.set_xticks([1, 2, 4, 8, 16], ["1", "2", "4", "8", "16"])
-        axis.legend(loc="lower right")
-    axes[0][0].set_ylabel("share of problems solved")
-    figure.tight_layout()
-    figure.savefig(file, dpi=120)
-
-
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Count the evaluations that minimize needs, against its peers.")
     parser.add_argument(
@@ -335,7 +303,8 @@ def main() -> None:
     if arguments.quick:
         print("\nQuick run: a few problems and a small budget, so none of these figures means anything.")
     if arguments.plot:
-        plot_profiles(measured.outcomes, arguments.plot)
+        titles = {table.name: table.title for table in tables()}
+        plot_profiles({titles[name]: outcomes for name, outcomes in measured.outcomes.items()}, arguments.plot)
     if arguments.json:
         outcomes = {
             table: {

@@ -252,6 +252,10 @@ class Outcome(NamedTuple):
     error: str = ""
 
 
+Outcomes = dict[str, dict[str, Outcome]]
+"""Problem name -> solver -> what it did."""
+
+
 def run(solver: Solver, problem: Problem, tol: float, budget: int) -> Outcome:
     """Let one solver loose on one problem."""
     counter = Counter(problem, tol, budget)

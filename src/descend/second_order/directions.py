@@ -7,7 +7,7 @@ which an operation costs a third of what it costs for tensors; the formulas are 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any, ClassVar, Protocol
 
 import numpy as np
@@ -102,10 +102,13 @@ class CompactInverse:
         H grad = D (grad - Y' u) + S' p,    u = R^-1 S grad,    p = R^-T ((Y D Y' + E) u - Y D grad)
 
     S and Y are ring buffers: their rows are in no order, and R is triangular up to a permutation. R^-1 gains a column
-    with each pair and loses a row and a column with each pair forgotten, neither of which changes the rest of it.
+    with each pair and loses a row and a column with each pair forgotten, neither of which changes the rest of it. A
+    pair is scaled to s'y = 1, which changes nothing.
 
-    Where the history is small, D is what was learned so far. Where it is large, that would cost a pass over the
-    history for each pair, so D only follows once in ``history_size`` pairs, and is scaled in between.
+    Where the history is small, D is what was learned so far. Where it is large, memory is what takes time: a new D
+    would need another pass over the history, so it follows once in ``history_size`` pairs and is scaled in between; and
+    the history is kept in float32, as if gradients were known to seven digits. Inner products of the pairs are those of
+    what is kept, so that H stays positive definite and exact for it. Then nothing is allocated any more.
 
     Args:
         numel: length of the vectors.
@@ -130,18 +133,21 @@ class CompactInverse:
             return self._array(torch.zeros(shape, dtype=dtype, device=device))
 
         self.history_size = history_size
-        self.is_small = history_size * numel <= LARGE
-        is_short = history_size * numel <= SHORT and history_size**2 * numel <= 32 * SHORT
+        self.is_large = history_size * numel > LARGE
+        is_short = not self.is_large and history_size * numel <= SHORT and history_size**2 * numel <= 32 * SHORT
         self.is_tensor = not is_short or device.type != "cpu"
         self.count = 0  # pairs taken so far
         self.is_new = False  # whether the newest pair's inner products are still to be taken
-        self.steps = zeros(history_size, numel, dtype=dtype)
-        self.changes = zeros(history_size, numel, dtype=dtype)
-        self.learned = zeros(numel, dtype=dtype)
-        self.diagonal = self.learned if self.is_small else zeros(numel, dtype=dtype)
+        kept = torch.float32 if self.is_large else dtype
+        self.steps = zeros(history_size, numel, dtype=kept)
+        self.changes = zeros(history_size, numel, dtype=kept)
+        self.learned = zeros(numel, dtype=kept)
+        self.diagonal = zeros(numel, dtype=kept) if self.is_large else self.learned
         self.r_inverse = zeros(history_size, history_size)
         self.gram = zeros(history_size, history_size)  # Y D Y'
         self.curvatures = zeros(history_size)  # the diagonal of E
+        self.work = zeros(3, numel, dtype=kept) if self.is_large else None
+        self.direction = zeros(numel, dtype=dtype) if self.is_large else None
         self.reset()
 
     def _array(self, tensor: Tensor) -> Array:
@@ -169,7 +175,7 @@ class CompactInverse:
         for name in self._ARRAYS:
             like = self._tensor(getattr(self, name))
             setattr(self, name, self._array(state[name].to(like)))
-        if self.is_small:
+        if not self.is_large:
             self.diagonal = self.learned
 
     def reset(self) -> None:
@@ -182,82 +188,108 @@ class CompactInverse:
 
     def update(self, s: Tensor, y: Tensor) -> None:
         if self.is_new:
-            self._take_in(())
+            self._take_in(None)
         slot = self.count % self.history_size
-        self.steps[slot] = s = self._array(s)
-        self.changes[slot] = y = self._array(y)
-        self.curvatures[slot] = learn_diagonal_(self.learned, s, y)
+        s, y = self._array(s), self._array(y)
+        scale = s.dot(y) ** -0.5
+        # Written by an operation with ``out``, which rounds to the dtype that is kept.
+        multiply = torch.multiply if self.is_tensor else np.multiply
+        multiply(s, scale, out=self.steps[slot])
+        multiply(y, scale, out=self.changes[slot])
+        work = None if self.work is None else self.work[:2]
+        self.curvatures[slot] = learn_diagonal_(self.learned, self.steps[slot], self.changes[slot], work)
         self.count += 1
         self.is_new = True
 
     def descend(self, grad: Tensor) -> Tensor:
+        """The direction -H grad, in memory that the next call uses again."""
         if self.is_steepest:
             return -grad
-        grad = self._array(grad)
-        along_steps, along_changes = self._take_in((grad,)) if self.is_new else self._products((grad,))
+        if self.work is None:
+            return self._tensor(-self._multiply(self._array(grad)))
+        low, high = torch.aminmax(grad)  # its own size may be outside of float32
+        scale = torch.maximum(-low, high)
+        product = self._multiply(torch.mul(grad, 1 / scale, out=self.work[0]))
+        return torch.mul(product, -scale, out=self.direction)
+
+    def _multiply(self, grad: Array) -> Array:
+        """H grad; a large ``grad`` is overwritten."""
+        along_steps, along_changes = self._take_in(grad) if self.is_new else self._products(grad)
         filled = min(self.count, self.history_size)
         inverse = self.r_inverse[:filled, :filled]
-        u = inverse @ along_steps[0]
-        p = (self.gram[:filled, :filled] @ u + self.curvatures[:filled] * u - along_changes[0]) @ inverse
-        direction = combine(grad, self.changes[:filled], -u)
-        direction *= self.diagonal
-        return self._tensor(-combine(direction, self.steps[:filled], p))
+        u = inverse @ along_steps
+        p = (self.gram[:filled, :filled] @ u + self.curvatures[:filled] * u - along_changes) @ inverse
+        product = add_rows(grad, self.changes[:filled], -u)
+        product *= self.diagonal
+        return add_rows(product, self.steps[:filled], p)
 
-    def _products(self, vectors: Sequence[Array]) -> tuple[list[Array], list[Array]]:
-        """S v and Y D v for each vector v, in one pass over the history."""
+    def _products(self, grad: Array) -> tuple[Array, Array]:
+        """S grad and Y D grad."""
         filled = min(self.count, self.history_size)
-        scaled = [self.diagonal * vector for vector in vectors]
-        return products(self.steps[:filled], vectors), products(self.changes[:filled], scaled)
+        (along_steps,) = products(self.steps[:filled], grad)
+        (along_changes,) = products(self.changes[:filled], self._scaled(grad, 1))
+        return along_steps, along_changes
 
-    def _take_in(self, vectors: Sequence[Array]) -> tuple[list[Array], list[Array]]:
-        """Complete the matrices for the newest pair; return ``_products(vectors)``, from the same pass."""
+    def _scaled(self, vector: Array, row: int) -> Array:
+        return self.diagonal * vector if self.work is None else torch.mul(self.diagonal, vector, out=self.work[row])
+
+    def _take_in(self, grad: Array | None) -> tuple[Array, Array]:
+        """Complete the matrices for the newest pair; return ``_products(grad)``, from the same pass."""
         self.is_new = False
         slot, filled = (self.count - 1) % self.history_size, min(self.count, self.history_size)
-        curvature = self.curvatures[slot]
-        is_renewed = self.is_small or slot == 0
+        steps, changes, curvature = self.steps[:filled], self.changes[:filled], self.curvatures[slot]
+        y = changes[slot]
+        if grad is None:
+            grad = y
+        is_renewed = not self.is_large or slot == 0
         if is_renewed:
             self.diagonal[:] = self.learned
-        along_steps, along_changes = self._products((self.changes[slot], *vectors))
+        along_steps, column = products(steps, grad, y)
         if is_renewed:
-            self.gram[:filled, :filled] = scaled_gram(self.changes[:filled], self.diagonal)
+            (along_changes,) = products(changes, self._scaled(grad, 1))
+            self.gram[:filled, :filled] = scaled_gram(changes, self.diagonal)
         else:
-            # Scaled so that D alone would already have the curvature y'D y = s'y of the newest pair.
-            scale = curvature / along_changes[0][slot]
+            along_changes, row = products(changes, self._scaled(grad, 1), self._scaled(y, 2))
+            # D is scaled so that it alone would already have the curvature y'D y = s'y of the newest pair.
+            scale = curvature / row[slot]
             self.diagonal *= scale
-            along_changes = [scale * product for product in along_changes]
             self.gram *= scale
-            self.gram[slot, :filled] = along_changes[0]
-            self.gram[:filled, slot] = along_changes[0]
+            along_changes = scale * along_changes
+            self.gram[slot, :filled] = self.gram[:filled, slot] = scale * row
         inverse = self.r_inverse[:filled, :filled]
         inverse[slot] = 0.0
         inverse[:, slot] = 0.0
-        inverse[:, slot] = inverse @ along_steps[0] / -curvature
+        inverse[:, slot] = inverse @ column / -curvature
         inverse[slot, slot] = 1 / curvature
-        return along_steps[1:], along_changes[1:]
+        return along_steps, along_changes
 
 
-def learn_diagonal_(diagonal: Array, s: Array, y: Array) -> Any:
+def learn_diagonal_(diagonal: Array, s: Array, y: Array, work: Array = None) -> Any:
     """Update, in place, a diagonal that stands for the inverse Hessian by a pair; return s'y.
+
+    ``work``: two vectors to work in, for tensors; None to make them.
 
     Scaled so that y'D y = s'y, then the diagonal of the BFGS update of its inverse. s'y is kept at ``LEAST_COSINE`` or
     more, whatever rounding does to it.
 
     Source: Gilbert & Lemaréchal 1989, section 4.2, https://doi.org/10.1007/BF01589113, scaled as in M1QN3.
     """
-    dyy, ssd = diagonal * y, s / diagonal
-    y_dy, s_ds = dyy.dot(y), ssd.dot(s)
-    curvature = s.dot(y)
+    if work is None:
+        growth, shrinkage = diagonal * y, s / diagonal
+    else:
+        growth, shrinkage = torch.mul(diagonal, y, out=work[0]), torch.div(s, diagonal, out=work[1])
+    y_dy, s_ds, curvature = growth.dot(y), shrinkage.dot(s), s.dot(y)
     least = LEAST_COSINE * y_dy**0.5 * s_ds**0.5
     # Without a branch: on a device nobody here knows the numbers.
     curvature = curvature + (least - curvature) * (curvature < least)
-    dyy *= y
-    dyy /= y_dy
-    ssd *= s
-    ssd /= s_ds
-    dyy -= ssd
-    dyy += 1.0
+    growth *= y
+    growth /= y_dy
+    shrinkage *= s
+    shrinkage /= s_ds
+    growth -= shrinkage
+    growth += 1.0
     diagonal *= curvature / y_dy
-    diagonal /= dyy
+    diagonal /= growth
     clip_around_median_(diagonal)
     return curvature
 
@@ -273,7 +305,7 @@ def clip_around_median_(diagonal: Array) -> None:
         torch.clamp(diagonal, middle / SPREAD, middle * SPREAD, out=diagonal)
 
 
-def products(rows: Array, vectors: Sequence[Array]) -> list[Any]:
+def products(rows: Array, *vectors: Array) -> list[Any]:
     """Inner products of each row with each vector, in float64; a row is read from memory once."""
     if isinstance(rows, np.ndarray):
         return [rows.dot(vector).astype(np.float64, copy=False) for vector in vectors]
@@ -283,16 +315,18 @@ def products(rows: Array, vectors: Sequence[Array]) -> list[Any]:
     return list(torch.stack([torch.stack([row.dot(vector) for vector in vectors]) for row in rows]).double().T)
 
 
-def combine(start: Array, rows: Array, weights: Array) -> Any:
-    """start + the sum of the weighted rows, in new memory."""
+def add_rows(start: Array, rows: Array, weights: Array) -> Any:
+    """start + the sum of the weighted rows, in new memory if the rows are few or short, else in that of start."""
     if isinstance(rows, np.ndarray):
         return start + weights.astype(rows.dtype, copy=False).dot(rows)
-    if not rows.is_cpu or rows.numel() <= LARGE:
-        return torch.addmv(start, rows.T, weights.to(rows.dtype))
-    total = start.clone()
+    weights = weights.to(rows.dtype)
+    if rows.numel() <= LARGE:
+        return torch.addmv(start, rows.T, weights)
+    if not rows.is_cpu:
+        return start.addmv_(rows.T, weights)
     for row, weight in zip(rows, weights.tolist(), strict=True):
-        total.add_(row, alpha=weight)
-    return total
+        start.add_(row, alpha=weight)
+    return start
 
 
 def scaled_gram(rows: Array, diagonal: Array) -> Any:

@@ -68,13 +68,13 @@ class LBFGS(Optimizer):
         result: what the last ``step`` did, and why it stopped; None before.
     Raises:
         ValueError: if an option is out of range.
-    Example:
-        >>> weight = torch.zeros(2, requires_grad=True)
-        >>> optimizer = LBFGS([weight], line_search_fn="strong_wolfe")
-        >>> start = optimizer.step(lambda: (weight - torch.tensor([1.0, 2.0])).square().sum())
-        >>> weight.detach(), optimizer.result.status
-        (tensor([1., 2.]), <Status.converged: 'converged'>)
     Source: Liu & Nocedal 1989, https://doi.org/10.1007/BF01589116
+    Example:
+        >>> weight = torch.zeros(2, dtype=torch.float64, requires_grad=True)
+        >>> optimizer = LBFGS([weight], tolerance_change=0, line_search_fn="strong_wolfe")
+        >>> first_loss = optimizer.step(lambda: ((weight - 1) ** 4 + weight**2).sum())
+        >>> print(weight.detach(), optimizer.result.status)
+        tensor([0.4102, 0.4102], dtype=torch.float64) converged
     """
 
     def __init__(
@@ -374,5 +374,5 @@ def _marks(point: FlatParameters) -> list[tuple[int, int]]:
 
 def _random_states(point: FlatParameters) -> list[Tensor]:
     """States of torch's generators that a closure may draw from."""
-    devices = {param.device for param in point.params if param.device.type != "cpu"}
+    devices = {param.device for param in point.params if param.device.type in ("cuda", "xpu")}
     return [torch.get_rng_state(), *(torch.get_device_module(device).get_rng_state(device) for device in devices)]

@@ -91,19 +91,19 @@ def minimize(
     """
     began = time.perf_counter()
     _check_options(method, bounds, history_size, tol, max_iter, max_eval)
-    problem = _Problem(fun, x0, bounds, jac, hvp, needs_curvature=method in ("newton", "newton-cg"))
-    run = Run(
-        problem.objective,
-        tol=default_tolerance(problem.structure.eps) if tol is None else tol,
-        max_iter=MAX_ITER if max_iter is None else max_iter,
-        max_eval=math.inf if max_eval is None else max_eval,
-        callback=None if callback is None else problem.reporter(callback),
-    )
-    try:
-        with torch.no_grad():
+    with torch.inference_mode(False), torch.no_grad():
+        problem = _Problem(fun, x0, bounds, jac, hvp, needs_curvature=method in ("newton", "newton-cg"))
+        run = Run(
+            problem.objective,
+            tol=default_tolerance(problem.structure.eps) if tol is None else tol,
+            max_iter=MAX_ITER if max_iter is None else max_iter,
+            max_eval=math.inf if max_eval is None else max_eval,
+            callback=None if callback is None else problem.reporter(callback),
+        )
+        try:
             status = _solve(method, run, problem.objective, problem.start, history_size or HISTORY_SIZE)
-    finally:
-        problem.leave(run)
+        finally:
+            problem.leave(run)
     return Result(
         x=problem.tree_of(run.best.x),
         fun=run.best.value,
@@ -162,8 +162,7 @@ class _Problem:
     def leave(self, run: Run) -> None:
         """Set parameters to the best point seen."""
         if self.parameters is not None:
-            with torch.no_grad():
-                self.parameters.scatter_(run.best.x if run.history else self.start)
+            self.parameters.scatter_(run.best.x if run.history else self.start)
 
     def tree_of(self, x: Tensor) -> Any:
         """The structure that a flat vector stands for; parameters themselves, which have been set to it."""

@@ -73,12 +73,14 @@ class Objective(ABC):
             # A factorisation that fails marks the end of the function's domain, as NaN does.
             value, grad, graph = math.nan, torch.full_like(x, math.nan), None
         residual = grad if self.lower is None else x - torch.clamp(x - grad, self.lower, self.upper)
-        norm = residual.abs().amax() if x.numel() else 0.0
+        low, high = torch.aminmax(residual) if x.numel() else (0.0, 0.0)  # NaN, if there is one
         if direction is None or origin is None:
-            value, norm = numbers(x.device, value, norm)
-            return Point(x, grad, value, norm, graph=graph)
-        value, norm, slope, before = numbers(x.device, value, norm, grad.dot(direction), origin.grad.dot(direction))
-        return Point(x, grad, value, norm, slope, before, graph)
+            value, low, high = numbers(x.device, value, low, high)
+            return Point(x, grad, value, max(-low, high), graph=graph)
+        value, low, high, slope, before = numbers(
+            x.device, value, low, high, grad.dot(direction), origin.grad.dot(direction)
+        )
+        return Point(x, grad, value, max(-low, high), slope, before, graph)
 
 
 class Curved(Objective):
@@ -122,8 +124,9 @@ class FunctionObjective(Curved):
         self.keeps_graph = needs_curvature and hvp is None
 
     def value_and_grad(self, x: Tensor) -> tuple[Tensor | float, Tensor, Any]:
-        with torch.inference_mode(False), torch.set_grad_enabled(self.jac is None or self.keeps_graph):
-            leaf = x.detach().requires_grad_(torch.is_grad_enabled())
+        is_differentiated = self.jac is None or self.keeps_graph
+        with torch.set_grad_enabled(is_differentiated):
+            leaf = x.detach().requires_grad_(is_differentiated)
             argument = self.structure.unflatten(leaf)
             if self.jac is True:
                 value, given = self.fun(argument)
@@ -175,7 +178,7 @@ def scalar(value: Any, who: str) -> Tensor:
             f"{who} must return a real scalar tensor, got shape {tuple(value.shape)} and {value.dtype}; "
             "reduce it, e.g. with .sum()."
         )
-    return value.reshape(())
+    return value.reshape(()) if value.dim() else value
 
 
 def gradient(value: Tensor, leaf: Tensor, who: str, *, create_graph: bool) -> Tensor:
@@ -194,10 +197,9 @@ def backward_twice(grad: Tensor, leaf: Tensor, vector: Tensor, *, is_batched: bo
     """The Hessian times a vector, or times each row of a matrix, from the graph of the gradient."""
     if not grad.requires_grad:  # a linear function
         return torch.zeros_like(vector)
-    with torch.inference_mode(False):
-        (product,) = torch.autograd.grad(
-            grad, leaf, vector, retain_graph=True, allow_unused=True, is_grads_batched=is_batched
-        )
+    (product,) = torch.autograd.grad(
+        grad, leaf, vector, retain_graph=True, allow_unused=True, is_grads_batched=is_batched
+    )
     return torch.zeros_like(vector) if product is None else product
 
 

@@ -70,7 +70,7 @@ class ParameterObjective(Curved):
     def value_and_grad(self, x: Tensor) -> tuple[Tensor | float, Tensor, Any]:
         with torch.no_grad():
             self.point.scatter_(x)
-        with torch.inference_mode(False), torch.enable_grad():
+        with torch.enable_grad():
             loss = self.fun()
             value = scalar(loss, self.who)
             parts = self._differentiated(value)

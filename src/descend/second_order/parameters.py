@@ -51,7 +51,7 @@ class FlatParameters:
     def scatter_(self, flat: Tensor) -> None:
         """Copy a flat vector into the parameters, in place."""
         if not self.is_uniform:
-            for param, piece in zip(self.params, self.structure.split(flat), strict=True):
+            for param, piece in zip(self.params, self._views(flat), strict=True):
                 param.copy_(piece)
         elif len(self.params) == 1:
             self.params[0].copy_(flat.view(self.structure.shapes[0]))
@@ -73,7 +73,18 @@ class FlatParameters:
         """What a flat vector holds for each parameter, in the parameter's shape, dtype and place."""
         if self.is_uniform and len(self._filled) == len(self.params):
             return unflatten_dense_tensors(flat, self.params)
-        return self.structure.split(flat)
+        return [
+            piece.to(param.device, param.dtype) for param, piece in zip(self.params, self._views(flat), strict=True)
+        ]
+
+    def _views(self, flat: Tensor) -> list[Tensor]:
+        """The pieces in the parameters' shapes; complex ones copied, because they may begin at an odd place."""
+        return [
+            torch.view_as_complex(piece.clone().view(*param.shape, 2))
+            if param.is_complex()
+            else piece.view(param.shape)
+            for param, piece in zip(self.params, torch.split(flat, self.structure.sizes), strict=True)
+        ]
 
     def _flatten(self, tensors: list[Tensor]) -> Tensor:
         if not self.is_uniform or any(tensor.dtype != self.dtype for tensor in tensors):
@@ -108,6 +119,10 @@ class Evaluation:
     @property
     def is_finite(self) -> bool:
         return math.isfinite(self.value) and math.isfinite(self.norm)
+
+
+class _UsedUpGraphError(RuntimeError):
+    """``backward`` has been called on the loss already."""
 
 
 class ClosureFunction:
@@ -177,7 +192,7 @@ class ClosureFunction:
             param.grad is not grad or (grad is not None and grad._version != version)
             for param, (grad, version) in zip(params, before, strict=True)
         )
-        if is_graph and (is_missing or not is_new or self._leaves_backward_to_us):
+        if is_graph and (is_missing or not is_new):
             self._backward(loss)
             return self.point.gather_grad()
         if is_missing:
@@ -186,12 +201,13 @@ class ClosureFunction:
                 "Compute the loss from the parameters with gradients enabled, or set their .grad."
             )
         flat = self.point.gather_grad()
-        if is_graph and self.n_eval == 1 and not flat.any():  # zero_grad(set_to_none=False) without backward?
+        # New and all zero: truly, or by zero_grad(set_to_none=False) without backward?
+        is_asked = self._leaves_backward_to_us or self.n_eval == 1
+        if is_graph and is_asked and not flat[:1].any() and not flat.any():  # the first entry mostly answers
             try:
                 self._backward(loss)
-            except RuntimeError:
-                return flat  # backward has been called: it is truly zero
-            self._leaves_backward_to_us = True
+            except _UsedUpGraphError:
+                return flat
             return self.point.gather_grad()
         if not is_new and not is_graph:
             # Written past autograd, as through numpy? Then it is another one now.
@@ -216,11 +232,12 @@ class ClosureFunction:
                     f"{self.who}: the closure's loss does not depend on any parameter of the optimizer. "
                     "Was the model replaced after the optimizer was made?"
                 )
+            self._leaves_backward_to_us = True
         except RuntimeError as error:
             for param, grad in zip(params, kept, strict=True):
                 param.grad = grad
             if "through the graph a second time" in str(error):
-                raise RuntimeError(
+                raise _UsedUpGraphError(
                     f"{self.who}: the closure returned a loss whose graph is used up, and changed no gradient. "
                     "It must compute the loss anew at each call."
                 ) from error

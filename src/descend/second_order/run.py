@@ -17,6 +17,7 @@ from descend.second_order.result import Iteration, Status
 NOISE = 10.0  # units in the last place that a value may be off by
 C1 = 1e-4  # share of the promised decrease that is progress
 LONGEST_SEARCH = 40  # evaluations in one line search
+LONGEST_STEP = {dtype: torch.finfo(dtype).max for dtype in (torch.float32, torch.float64)}
 PATIENCE = 100  # iterations without progress in value or gradient
 
 
@@ -110,7 +111,7 @@ class Run:
             # A trial that solves the problem passes for a minimum of the line, so that the search ends there.
             return found.value, 0.0 if self.solves(found, origin) else found.slope
 
-        max_step = min(max_step, torch.finfo(direction.dtype).max)
+        max_step = min(max_step, LONGEST_STEP[direction.dtype])
         most = 1 + int(min(self.evaluations_left, LONGEST_SEARCH))  # the first call costs nothing
         search = hager_zhang(phi, origin.value, slope, step, max_step=max_step, max_eval=most, noise=self.noise(origin))
         is_sufficient = search.outcome is Outcome.found or search.value < origin.value + C1 * search.step * slope

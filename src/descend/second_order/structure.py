@@ -51,6 +51,7 @@ class Structure:
         for dtype in reals:
             self.dtype = torch.promote_types(self.dtype, dtype)
         self.eps = max(torch.finfo(dtype).eps for dtype in reals)
+        self._is_tensor = isinstance(tree, Tensor)
         self._is_one = len(leaves) == 1 and self.dtype == self.dtypes[0]
         self._shape = self.shapes[0]
 
@@ -83,7 +84,8 @@ class Structure:
 
     def unflatten(self, flat: Tensor) -> Any:
         """The structure, its tensors made from a flat vector; a module's parameters as a dict."""
-        return pytree.tree_unflatten(self.split(flat), self.spec)
+        parts = self.split(flat)
+        return parts[0] if self._is_tensor else pytree.tree_unflatten(parts, self.spec)
 
     def like(self, tree: Any, who: str) -> list[Tensor]:
         """The leaves of another tree of the same structure and shapes.
@@ -91,6 +93,8 @@ class Structure:
         Raises:
             ValueError: if it is none.
         """
+        if self._is_tensor and isinstance(tree, Tensor) and tree.shape == self._shape:
+            return [tree]
         leaves, spec = pytree.tree_flatten(_content(tree))
         shapes = [getattr(leaf, "shape", None) for leaf in leaves]
         if spec != self.spec or shapes != self.shapes:

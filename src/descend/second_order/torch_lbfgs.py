@@ -16,7 +16,7 @@ from torch import Tensor
 
 from descend.second_order.parameters import ClosureFunction, Evaluation, FlatParameters, largest
 from descend.second_order.result import Iteration, Status
-from descend.second_order.torch_line_search import Scalar, Trial, ratio, strong_wolfe
+from descend.second_order.torch_line_search import Scalar, Trial, strong_wolfe
 
 CURVATURE = 1e-10  # a pair with a smaller y's is not kept
 CUT = 0.1  # a fixed step that leads to NaN or infinity is tried again this much shorter
@@ -94,14 +94,12 @@ class Memory:
         def tensor(number: Any) -> Tensor:
             return torch.tensor(number, dtype=point.dtype, device=point.device)
 
-        t, n_known = self.t, len(self.ro_tensors)
-        is_number = not isinstance(t, Tensor) and (t == 0 or t == options.lr)
         state["n_iter"] = self.n_iter
         state["d"] = self.d
-        state["t"] = t if is_number else tensor(float(t))
+        state["t"] = tensor(self.t.item()) if isinstance(self.t, Tensor) else self.t
         state["old_dirs"], state["old_stps"] = self.old_dirs, self.old_stps
-        if n_known < len(self.ro):
-            self.ro_tensors += tensor(self.ro[n_known:]).unbind()
+        if len(self.ro_tensors) < len(self.ro):
+            self.ro_tensors += tensor(self.ro[len(self.ro_tensors) :]).unbind()
         state["ro"] = self.ro_tensors
         state["H_diag"] = tensor(self.H_diag) if self.ro else 1
         state["prev_flat_grad"], state["prev_loss"] = self.prev_flat_grad, self.prev_loss
@@ -226,7 +224,7 @@ class TorchSteps:
         memory.prev_flat_grad, memory.prev_loss = current.grad, current.value
         t = self.options.lr
         if memory.n_iter == 1:
-            t = min(1.0, ratio(1.0, lift(current.grad.abs().sum().item()))) * t
+            t = min(1.0, 1.0 / current.grad.abs().sum()) * t
         return t, lift(slope), lift(d_norm)
 
     def _lift(self, number: float) -> Scalar:

@@ -6,9 +6,12 @@ import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
-Scalar = Any  # a Python float; a 0-dimensional tensor where the learning rate is one, whose dtype torch computes in
+# A number, or a 0-dimensional tensor. Steps are tensors where torch's are, because a number divided by a tensor is
+# rounded twice, and everything is one where the learning rate is, because torch then computes in its dtype.
+Scalar = Any
 
 
 class Trial(NamedTuple):
@@ -94,6 +97,7 @@ def interpolate(a: Trial, b: Trial, least: Scalar, most: Scalar) -> Scalar:
     if square >= 0:
         d2 = square.sqrt() if isinstance(square, Tensor) else math.sqrt(square)
         t = b.t - (b.t - a.t) * ratio(b.slope + d2 - d1, b.slope - a.slope + 2 * d2)
+        t = t if isinstance(t, Tensor) else torch.tensor(t, dtype=torch.float64)
         t = min(max(t, least), most)
         if math.isfinite(t):
             return t

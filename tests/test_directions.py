@@ -1,0 +1,437 @@
+"""Quasi-Newton directions are those of their textbook forms, written here naively in float64."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from itertools import product
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from descend.second_order import directions
+from descend.second_order.box import ACCURACY, CompactHessian, minimizer
+from descend.second_order.directions import (
+    LEAST_COSINE,
+    SPREAD,
+    CompactInverse,
+    DenseInverse,
+    Steepest,
+    learn_diagonal_,
+    stretch,
+)
+
+Array = NDArray[np.float64]
+Pair = tuple[Tensor, Tensor]
+CPU = torch.device("cpu")
+NUMEL = 9
+# Rounding, grown by the condition of the pairs.
+RTOL = {torch.float64: 1e-9, torch.float32: 2e-3}
+DTYPES = pytest.mark.parametrize("dtype", RTOL, ids=str)
+# What is done with NumPy where it is small, with tensors where it is larger, and row by row where it is large.
+PATHS = {"numpy": {}, "tensor": dict(SHORT=0), "large": dict(SHORT=0, LARGE=0)}
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> None:
+    """The vectors are short: threads only wait for each other. They are restored by ``conftest.py``."""
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(params=PATHS)
+def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    for name, value in PATHS[request.param].items():
+        monkeypatch.setattr(directions, name, value)
+    return request.param
+
+
+def random(seed: int) -> Callable[..., Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return lambda *shape: torch.randn(shape, generator=generator, dtype=torch.float64)
+
+
+def pairs(dtype: torch.dtype, seed: int = 0, numel: int = NUMEL) -> Iterator[Pair]:
+    """Steps, and what they change in the gradient of a function whose curvature varies from 1 to 100."""
+    normal = random(seed)
+    basis = torch.linalg.qr(normal(numel, numel)).Q
+    while True:
+        curvature = torch.logspace(0, 2, numel, dtype=torch.float64) * (1 + 0.5 * torch.rand(1).double())
+        s = normal(numel).to(dtype)
+        yield s, (basis @ (curvature * (basis.T @ s.double()))).to(dtype)
+
+
+def double(values: Any) -> Array:
+    array = values.detach().numpy() if isinstance(values, Tensor) else np.asarray(values)
+    return array.astype(np.float64)
+
+
+def two_loops(history: list[Pair], diagonal: Array, grad: Tensor) -> Array:
+    """Nocedal & Wright 2006, Algorithm 7.4."""
+    arrays = [(double(s), double(y)) for s, y in history]
+    q, alphas = double(grad), []
+    for s, y in reversed(arrays):
+        alphas.append((s @ q) / (s @ y))
+        q = q - alphas[-1] * y
+    r = diagonal * q
+    for s, y in arrays:
+        r = r + s * (alphas.pop() - (y @ r) / (s @ y))
+    return -r
+
+
+def dense_inverse(history: list[Pair], start: Array) -> Array:
+    """Nocedal & Wright 2006, equation 6.17."""
+    inverse, identity = start, np.eye(len(start))
+    for s, y in history:
+        s, y = double(s), double(y)
+        left = identity - np.outer(s, y) / (s @ y)
+        inverse = left @ inverse @ left.T + np.outer(s, s) / (s @ y)
+    return inverse
+
+
+def dense_hessian(history: list[Pair], start: Array) -> Array:
+    """Nocedal & Wright 2006, equation 6.19."""
+    hessian = start
+    for s, y in history:
+        s, y = double(s), double(y)
+        hs = hessian @ s
+        hessian = hessian - np.outer(hs, hs) / (s @ hs) + np.outer(y, y) / (s @ y)
+    return hessian
+
+
+def assert_near(ours: Any, reference: Array, rtol: float) -> None:
+    np.testing.assert_allclose(double(ours), reference, rtol=0, atol=rtol * np.abs(reference).max())
+
+
+# The compact form of the inverse.
+
+
+@DTYPES
+@pytest.mark.parametrize("history_size", range(1, 13))
+def test_compact_inverse_is_the_two_loop_recursion(path: str, history_size: int, dtype: torch.dtype) -> None:
+    inverse = CompactInverse(NUMEL, history_size, dtype, CPU)
+    taken, normal = [], random(1)
+    for number, pair in zip(range(2 * history_size + 3), pairs(dtype), strict=False):
+        taken = [*taken, pair][-history_size:]
+        inverse.update(*pair)
+        if number % 3 == 1:  # a solver may restart or be refused a step: not every pair is followed by a direction
+            continue
+        for _ in range(2):  # the first one takes the pair in, the second finds it there
+            grad = normal(NUMEL).to(dtype)
+            direction = inverse.descend(grad)
+            diagonal = double(inverse.diagonal)
+            assert direction.dtype == dtype
+            assert_near(direction, two_loops(taken, diagonal, grad), RTOL[dtype])
+            assert_near(direction, -dense_inverse(taken, np.diag(diagonal)) @ double(grad), RTOL[dtype])
+
+
+@DTYPES
+def test_compact_inverse_descends_and_fits_the_newest_pair(path: str, dtype: torch.dtype) -> None:
+    inverse = CompactInverse(NUMEL, 4, dtype, CPU)
+    for (s, y), _ in zip(pairs(dtype), range(11), strict=False):
+        inverse.update(s, y)
+        assert_near(inverse.descend(y), -double(s), RTOL[dtype])
+        assert float(inverse.descend(s).dot(s)) < 0
+
+
+@DTYPES
+@pytest.mark.parametrize("stop", [0, 1, 3, 4, 5, 9])
+@pytest.mark.parametrize("is_taken_in", [False, True])
+def test_compact_inverse_goes_on_from_its_state(path: str, dtype: torch.dtype, stop: int, is_taken_in: bool) -> None:
+    first, second = (CompactInverse(NUMEL, 4, dtype, CPU) for _ in range(2))
+    grad = random(1)(NUMEL).to(dtype)
+    for number, pair in zip(range(2 * 9), pairs(dtype), strict=False):
+        if number == stop:
+            if is_taken_in:
+                first.descend(grad)
+            state = {
+                name: value.clone() if isinstance(value, Tensor) else value for name, value in first.state().items()
+            }
+            assert second.accepts(state)
+            second.load(state)
+            assert second.is_steepest == (stop == 0)
+        first.update(*pair)
+        if number >= stop:
+            second.update(*pair)
+            assert torch.equal(first.descend(grad), second.descend(grad))
+
+
+@pytest.mark.parametrize(("one", "other"), [("numpy", "tensor"), ("tensor", "numpy")])
+def test_state_goes_from_arrays_to_tensors_and_back(one: str, other: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    made, grad = [], random(1)(NUMEL)
+    for name in (one, other):
+        monkeypatch.setattr(directions, "SHORT", PATHS[name].get("SHORT", 2**13))
+        made.append(CompactInverse(NUMEL, 3, torch.float64, CPU))
+    for _, pair in zip(range(4), pairs(torch.float64), strict=False):
+        made[0].update(*pair)
+    made[1].load(made[0].state())
+    torch.testing.assert_close(made[0].descend(grad), made[1].descend(grad), rtol=1e-12, atol=0)
+
+
+def test_state_of_other_sizes_is_not_accepted() -> None:
+    inverse = CompactInverse(NUMEL, 4, torch.float64, CPU)
+    hessian = CompactHessian(NUMEL, 4, torch.float64, CPU)
+    assert inverse.accepts(inverse.state())
+    assert hessian.accepts(hessian.state())
+    assert not inverse.accepts(None)
+    assert not hessian.accepts(None)
+    assert not inverse.accepts(hessian.state())
+    assert not hessian.accepts(inverse.state())
+    assert not inverse.accepts(CompactInverse(NUMEL, 5, torch.float64, CPU).state())
+    assert not inverse.accepts(CompactInverse(NUMEL + 1, 4, torch.float64, CPU).state())
+    assert not hessian.accepts(CompactHessian(NUMEL + 1, 4, torch.float64, CPU).state())
+
+
+def test_update_copies_its_arguments(path: str) -> None:
+    inverse, grad = CompactInverse(NUMEL, 4, torch.float64, CPU), random(1)(NUMEL)
+    s, y = next(pairs(torch.float64))
+    kept = s.clone(), y.clone(), grad.clone()
+    inverse.update(s, y)
+    before = inverse.descend(grad)
+    assert torch.equal(torch.stack([s, y, grad]), torch.stack(kept))
+    s.zero_()
+    y.zero_()
+    assert torch.equal(inverse.descend(grad), before)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: Steepest(),
+        lambda: DenseInverse(NUMEL, torch.float64, CPU),
+        lambda: CompactInverse(NUMEL, 3, torch.float64, CPU),
+    ],
+    ids=["steepest", "dense", "compact"],
+)
+def test_reset_forgets_everything(path: str, make: Callable[[], Any]) -> None:
+    used, new, grad = make(), make(), random(1)(NUMEL)
+    for _, pair in zip(range(5), pairs(torch.float64, seed=1), strict=False):
+        used.update(*pair)
+    assert not used.is_steepest
+    used.reset()
+    assert used.is_steepest
+    assert torch.equal(used.descend(grad), -grad)
+    for _, pair in zip(range(5), pairs(torch.float64, seed=2), strict=False):
+        used.update(*pair)
+        new.update(*pair)
+        assert torch.equal(used.descend(grad), new.descend(grad))
+
+
+def test_history_beyond_the_first_pairs_allocates_nothing_that_grows(path: str) -> None:
+    inverse = CompactInverse(NUMEL, 3, torch.float64, CPU)
+    places = {name: value.data_ptr() for name, value in inverse.state().items() if isinstance(value, Tensor)}
+    for _, pair in zip(range(10), pairs(torch.float64), strict=False):
+        inverse.update(*pair)
+        inverse.descend(pair[0])
+    assert places == {name: value.data_ptr() for name, value in inverse.state().items() if isinstance(value, Tensor)}
+
+
+# The other directions.
+
+
+@DTYPES
+def test_dense_inverse_is_bfgs(dtype: torch.dtype) -> None:
+    inverse, taken, grad = DenseInverse(NUMEL, dtype, CPU), [], random(1)(NUMEL).to(dtype)
+    assert torch.equal(inverse.descend(grad), -grad)
+    for _, pair in zip(range(8), pairs(dtype), strict=False):
+        taken.append(pair)
+        inverse.update(*pair)
+        s, y = map(double, taken[0])
+        expected = dense_inverse(taken, np.eye(NUMEL) * (s @ y) / (y @ y))
+        assert_near(inverse.descend(grad), -expected @ double(grad), RTOL[dtype])
+        assert_near(inverse.inverse, double(inverse.inverse.T), RTOL[dtype])
+
+
+def test_steepest_has_the_length_of_barzilai_and_borwein() -> None:
+    steepest, grad = Steepest(), torch.tensor([1.0, -2.0])
+    assert torch.equal(steepest.descend(grad), -grad)
+    steepest.update(torch.tensor([1.0, 0.0]), torch.tensor([4.0, 1.0]))
+    assert torch.equal(steepest.descend(grad), -grad / 4)
+
+
+# What a diagonal learns.
+
+
+def learned(diagonal: Array, s: Array, y: Array) -> tuple[Array, float]:
+    """The diagonal of the direct BFGS update of the inverse of the scaled diagonal."""
+    sy = max(s @ y, LEAST_COSINE * np.sqrt((y @ (diagonal * y)) * (s @ (s / diagonal))))
+    scaled = diagonal * sy / (y @ (diagonal * y))
+    new = 1 / (1 / scaled - (s / scaled) ** 2 / (s @ (s / scaled)) + y**2 / sy)
+    middle = np.sort(new)[(len(new) - 1) // 2]
+    return np.clip(new, middle / SPREAD, middle * SPREAD), float(sy)
+
+
+@pytest.mark.parametrize("as_array", [True, False], ids=["numpy", "tensor"])
+@pytest.mark.parametrize("numel", [1, 2, 5, 900])
+@pytest.mark.parametrize("spread", [0, 2, 6])
+def test_diagonal_learns_by_the_formula(numel: int, spread: float, as_array: bool) -> None:
+    normal = random(numel)
+    units = 10 ** (spread * (torch.rand(numel, dtype=torch.float64) - 0.5))
+    diagonal = torch.ones(numel, dtype=torch.float64)
+    for _ in range(4):
+        s, curvature = normal(numel) * units, normal(numel).exp() / units**2
+        y = curvature * s
+        expected, sy = learned(*map(double, (diagonal, s, y)))
+        arguments = (diagonal.numpy(), s.numpy(), y.numpy()) if as_array else (diagonal, s, y)
+        assert float(learn_diagonal_(*arguments)) == pytest.approx(sy, rel=1e-13)
+        np.testing.assert_allclose(double(diagonal), expected, rtol=1e-9)  # what the subtraction leaves
+
+
+def test_diagonal_learns_the_curvature_of_each_variable() -> None:
+    curvature = torch.tensor([1.0, 10.0, 100.0, 0.1], dtype=torch.float64)
+    diagonal = torch.ones(4, dtype=torch.float64)
+    for _ in range(60):
+        s = torch.randn(4, dtype=torch.float64) / curvature.sqrt()
+        learn_diagonal_(diagonal, s, curvature * s)
+    ratio = diagonal * curvature
+    assert float(ratio.max() / ratio.min()) < 10  # from 1,000; it learns from one random step after the other
+
+
+@pytest.mark.parametrize("as_array", [True, False], ids=["numpy", "tensor"])
+@pytest.mark.parametrize("numel", [1, 2, 7, 999, 3000])
+@pytest.mark.parametrize("kind", ["wild", "one", "orthogonal", "opposite"])
+def test_diagonal_stays_positive_and_within_its_spread(numel: int, kind: str, as_array: bool) -> None:
+    normal, diagonal = random(0), torch.ones(numel, dtype=torch.float64)
+    for _ in range(10):
+        s, y = normal(numel) * (4 * normal(numel)).exp(), normal(numel) * (4 * normal(numel)).exp()
+        if kind == "one":  # along one variable only
+            s, y = (torch.zeros(numel, dtype=torch.float64).index_fill(0, torch.tensor(0), 1e-5) for _ in range(2))
+        elif kind == "orthogonal":  # s'y is zero but for rounding
+            y -= s.dot(y) / s.dot(s) * s
+        y = y * (-1 if s.dot(y) < 0 else 1) * (-1 if kind == "opposite" else 1)
+        if not bool(y.any()):  # nothing is orthogonal to the only direction
+            continue
+        arguments = (diagonal.numpy(), s.numpy(), y.numpy()) if as_array else (diagonal, s, y)
+        assert float(learn_diagonal_(*arguments)) > 0
+        assert bool((diagonal > 0).all() & diagonal.isfinite().all())
+        assert float(diagonal.max() / diagonal.min()) <= SPREAD**2 * (1 + 1e-12)
+
+
+# A pair that fits the function's values.
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_stretched_change_has_the_curvature_of_the_cubic_at_the_end(seed: int) -> None:
+    # phi(t) = slope t + b t^2 / 2 + c t^3 / 6 over a step of 1: s'y = phi'(1) - phi'(0), and it becomes phi''(1).
+    slope, b, c = random(seed)(3).tolist()
+    b = abs(b) + 1.5 * abs(c)  # then theta = c / 2 is within its limits
+    value = slope + b / 2 + c / 6
+    end = slope + b + c / 2
+    sy = end - slope
+    assert stretch(sy, 0.0, value, slope + end) * sy == pytest.approx(b + c, rel=1e-12)
+
+
+def test_change_of_a_quadratic_is_not_stretched() -> None:
+    assert stretch(2.0, 5.0, 5.0 - 3.0 + 1.0, -3.0 + -1.0) == 1.0
+
+
+@pytest.mark.parametrize(
+    ("theta", "expected"), [(3.0, 4.0), (3.1, 1.0), (-0.5, 0.5), (-1.0, 1.0), (-0.999999999, 1.0), (-2.0, 1.0)]
+)
+def test_change_is_stretched_only_where_that_is_safe(theta: float, expected: float) -> None:
+    assert stretch(1.0, theta / 6, 0.0, 0.0) == pytest.approx(expected, rel=1e-12)
+
+
+@pytest.mark.parametrize("theta", [np.nan, np.inf, -np.inf])
+def test_change_is_not_stretched_by_what_is_no_number(theta: float) -> None:
+    assert stretch(1.0, theta, 0.0, 0.0) == 1.0
+
+
+# The compact form of the Hessian, and its minimizer in a box.
+
+
+def hessian_of(n_pairs: int, dtype: torch.dtype, numel: int = NUMEL, seed: int = 0) -> tuple[CompactHessian, Array]:
+    """A model that has seen some pairs, and the same as a matrix."""
+    model, taken = CompactHessian(numel, 5, dtype, CPU), []
+    for _, pair in zip(range(n_pairs), pairs(dtype, seed, numel), strict=False):
+        taken = [*taken, pair][-5:]
+        model.update(*pair)
+    return model, dense_hessian(taken, np.diag(1 / double(model.diagonal)))
+
+
+@DTYPES
+@pytest.mark.parametrize("n_pairs", [0, 1, 4, 5, 6, 12])
+def test_compact_hessian_is_bfgs(n_pairs: int, dtype: torch.dtype) -> None:
+    model, dense = hessian_of(n_pairs, dtype)
+    vector = random(1)(NUMEL).to(dtype)
+    assert_near(model.multiply(vector), dense @ double(vector), RTOL[dtype])
+
+
+@DTYPES
+@pytest.mark.parametrize("n_pairs", [0, 1, 5, 8])
+@pytest.mark.parametrize("n_free", [0, 1, 4, NUMEL])
+def test_compact_hessian_is_solved_for_the_free_variables(n_pairs: int, n_free: int, dtype: torch.dtype) -> None:
+    model, dense = hessian_of(n_pairs, dtype)
+    vector = random(1)(NUMEL).to(dtype)
+    free = torch.zeros(NUMEL, dtype=torch.bool)
+    free[torch.randperm(NUMEL)[:n_free]] = True
+    expected = np.zeros(NUMEL)
+    if n_free:
+        expected[free] = np.linalg.solve(dense[free][:, free], double(vector[free]))
+    solution = model.solve(torch.where(free, vector, 0), free)
+    assert not bool(solution[~free].any())
+    assert_near(solution, expected, 10 * RTOL[dtype])
+
+
+def test_compact_hessian_goes_on_from_its_state_and_forgets_at_a_reset() -> None:
+    (model, _), other = hessian_of(7, torch.float64), CompactHessian(NUMEL, 5, torch.float64, CPU)
+    vector = random(1)(NUMEL)
+    other.load({name: value.clone() for name, value in model.state().items()})
+    for _, pair in zip(range(3), pairs(torch.float64, seed=3), strict=False):
+        assert torch.equal(model.multiply(vector), other.multiply(vector))
+        model.update(*pair)
+        other.update(*pair)
+    model.reset()
+    assert model.is_steepest
+    assert torch.equal(model.multiply(vector), vector)
+
+
+def best_in_box(grad: Array, hessian: Array, low: Array, high: Array) -> Array:
+    """Of the minimizers over all choices of variables at their bounds, the best feasible one."""
+    found, least = np.zeros(len(grad)), 0.0
+    for places in product((-1, 0, 1), repeat=len(grad)):
+        place = np.array(places)
+        free = place == 0
+        d = np.where(place < 0, low, np.where(place > 0, high, 0.0))
+        if not np.isfinite(d).all():
+            continue
+        if free.any():
+            d[free] = np.linalg.solve(hessian[free][:, free], -(grad + hessian @ d)[free])
+        value = grad @ d + d @ hessian @ d / 2
+        if value < least and (d >= low - 1e-12).all() and (d <= high + 1e-12).all():
+            found, least = d, value
+    return found
+
+
+@pytest.mark.parametrize("n_pairs", [0, 1, 3, 8])
+@pytest.mark.parametrize("seed", range(15))
+def test_minimizer_in_a_box_is_the_best_of_all_active_sets(n_pairs: int, seed: int) -> None:
+    normal = random(seed)
+    model, dense = hessian_of(n_pairs, torch.float64, numel=5, seed=seed)
+    grad = normal(5)
+    low, high = -normal(5).abs() / 10, normal(5).abs() / 10
+    low[0], high[1], low[2], high[3] = 0.0, 0.0, -torch.inf, torch.inf
+    d = minimizer(model, grad, low, high)
+    assert bool(((low <= d) & (d <= high)).all())
+    best = best_in_box(double(grad), dense, double(low), double(high))
+
+    def value(at: Array) -> float:
+        return float(double(grad) @ at + at @ dense @ at / 2)
+
+    def residual(at: Tensor) -> Tensor:
+        slope = grad + torch.as_tensor(dense) @ at
+        return (at - torch.clamp(at - model.diagonal * slope, low, high)).abs().max()
+
+    assert value(double(d)) <= 0.98 * value(best)  # ACCURACY of the gradient is more of the value
+    assert float(residual(d)) <= ACCURACY * float(residual(torch.zeros(5, dtype=torch.float64))) * (1 + 1e-9)
+    assert float(grad.dot(d)) < 0
+
+
+def test_minimizer_in_a_box_stays_where_nothing_is_lower() -> None:
+    model, _ = hessian_of(3, torch.float64)
+    grad = random(1)(NUMEL)
+    corner = torch.zeros(NUMEL, dtype=torch.float64)
+    d = minimizer(model, grad, torch.where(grad > 0, corner, -1.0), torch.where(grad > 0, 1.0, corner))
+    assert not bool(d.any())
