@@ -50,8 +50,8 @@ class Size(NamedTuple):
 SIZES = (
     Size(100, 10, rounds=20, windows=5, width=20),
     Size(100, 100, rounds=10, windows=5, width=20),
-    Size(1_000_000, 10, rounds=5, windows=4, width=5),
-    Size(1_000_000, 100, rounds=3, windows=4, width=5),
+    Size(1_000_000, 10, rounds=4, windows=4, width=5),
+    Size(1_000_000, 100, rounds=2, windows=5, width=5),
 )
 QUICK = (
     Size(100, 10, rounds=2, windows=2, width=5),

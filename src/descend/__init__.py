@@ -15,6 +15,7 @@ from descend.kernels.library import RuleError
 from descend.optimizer import FirstOrder, warmup
 from descend.second_order.lbfgs import LBFGS
 from descend.second_order.minimize import minimize
+from descend.second_order.newton import Newton
 from descend.second_order.result import Progress, Result, Status
 
 __version__ = "0.1.0"
@@ -25,6 +26,7 @@ __all__ = [
     "Adam",
     "AdamW",
     "FirstOrder",
+    "Newton",
     "Progress",
     "Result",
     "RuleError",

@@ -59,9 +59,10 @@ class CompactHessian:
 
     def update(self, s: Tensor, y: Tensor) -> None:
         """Learn that the gradient changed by y along s, where s'y > 0."""
-        scale = learn_diagonal_(self.diagonal, s, y).rsqrt().to(s)
-        self.steps = torch.cat([self.steps, (scale * s).unsqueeze(0)])[-self.history_size :]
-        self.changes = torch.cat([self.changes, (scale * y).unsqueeze(0)])[-self.history_size :]
+        scale = learn_diagonal_(self.diagonal, s, y).rsqrt()
+        kept = max(0, len(self.steps) + 1 - self.history_size)
+        self.steps = torch.cat([self.steps[kept:], (scale * s).unsqueeze(0)])
+        self.changes = torch.cat([self.changes[kept:], (scale * y).unsqueeze(0)])
         self._build()
 
     def _build(self) -> None:
@@ -105,28 +106,26 @@ def descend_in_box(run: Run, point: Point, model: CompactHessian, lr: float = 1.
     assert lower is not None
     assert upper is not None
     is_boxed = bool((torch.isfinite(lower) & torch.isfinite(upper)).all())
-    is_second_try = False
+    failed: Status | None = None  # why the last search failed, if it did
     while (status := run.verdict(point)) is None:
         if model.is_steepest:
-            length = 1.0 if is_boxed and not is_second_try else first_step(point)
+            length = 1.0 if is_boxed and not failed else first_step(point)
             direction, step = torch.clamp(point.x - length * point.grad, lower, upper) - point.x, 1.0
         else:
-            direction = minimizer(model, point.grad, lower - point.x, upper - point.x)
-            step = lr
+            direction, step = minimizer(model, point.grad, lower - point.x, upper - point.x), lr
         move = run.search(point, direction, step, max_step=room(point.x, direction, lower, upper))
+        status = failure(run, point, move)
         if move.point is not None:
             learn(run, model, point, move)
             point = move.point
             run.advance(point, move.step)
-            if move.is_sufficient:
-                is_second_try = False
-                continue
-        if run.evaluations_left < 1:
-            return Status.max_eval
-        if is_second_try or (model.is_steepest and move.point is None):
-            return run.verdict(point) or failure(move)
-        model.reset()
-        is_second_try = True
+        if status and run.evaluations_left < 1:
+            return run.verdict(point) or Status.max_eval
+        if status and (failed or (model.is_steepest and move.point is None)):
+            return run.verdict(point) or failed or status
+        if status:
+            model.reset()
+        failed = status
     return status
 
 

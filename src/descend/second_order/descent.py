@@ -11,6 +11,7 @@ from descend.second_order.result import Status
 from descend.second_order.run import Move, Run
 
 LEAST_RISE = 1e-8  # of the slope along a step, relative, that counts as curvature
+VISIBLE = 1e3  # times the noise of the values: what a step must promise before its failure is no rounding error
 
 
 def descend(run: Run, point: Point, directions: Directions, lr: float = 1.0) -> Status:
@@ -21,24 +22,23 @@ def descend(run: Run, point: Point, directions: Directions, lr: float = 1.0) -> 
         directions: what was learned so far; empty at the start.
         lr: first step tried along a direction that has learned something.
     """
-    is_second_try = False
+    failed: Status | None = None  # why the last search failed, if it did
     while (status := run.verdict(point)) is None:
         direction = directions.descend(point.grad)
         move = run.search(point, direction, first_step(point) if directions.is_steepest else lr)
+        status = failure(run, point, move)
         if move.point is not None:
             learn(run, directions, point, move)
             point = move.point
             run.advance(point, move.step)
-            if move.is_sufficient:
-                is_second_try = False
-                continue
-        if run.evaluations_left < 1:
-            return Status.max_eval
-        # The search failed. Once, what was learned is to blame; the next time, the function is.
-        if is_second_try or (directions.is_steepest and move.point is None):
-            return run.verdict(point) or failure(move)
-        directions.reset()
-        is_second_try = True
+        if status and run.evaluations_left < 1:
+            return run.verdict(point) or Status.max_eval
+        # Once, what was learned is to blame for a failed search; the next time, the function is.
+        if status and (failed or (directions.is_steepest and move.point is None)):
+            return run.verdict(point) or failed or status
+        if status:
+            directions.reset()
+        failed = status
     return status
 
 
@@ -63,8 +63,10 @@ def first_step(point: Point) -> float:
     return max(1 / norm, min(1 / largest, 2 * abs(point.value) / norm / norm))
 
 
-def failure(move: Move) -> Status:
-    """What a failed search means."""
-    if move.outcome is Outcome.non_finite:
+def failure(run: Run, origin: Point, move: Move) -> Status | None:
+    """Why a search failed; None if it did not."""
+    if move.is_sufficient:
+        return None
+    if move.outcome is Outcome.non_finite and move.point is None:
         return Status.non_finite
-    return Status.precision_limit if move.outcome is Outcome.precision else Status.line_search_failed
+    return Status.precision_limit if move.promise <= VISIBLE * run.noise(origin) else Status.line_search_failed

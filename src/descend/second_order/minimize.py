@@ -172,8 +172,8 @@ class _Problem:
         """The user's callback as a ``Run`` calls it."""
 
         def report(run: Run, point: Point) -> bool:
-            if self.parameters is not None:
-                self.parameters.scatter_(point.x)
+            if isinstance(self.objective, ParameterObjective):
+                self.objective.place(point.x)
             progress = Progress(
                 x=self.tree_of(point.x),
                 fun=point.value,
@@ -199,11 +199,12 @@ def _flat_bounds(bounds: Any, structure: Structure) -> tuple[Tensor, Tensor]:
         raise ValueError(f"{WHO}: complex numbers have no order, so x0 cannot have bounds if it is complex.")
     lower = structure.broadcast(bounds[0], -math.inf, f"{WHO}: the lower bound")
     upper = structure.broadcast(bounds[1], math.inf, f"{WHO}: the upper bound")
-    if bool((lower.isnan() | upper.isnan() | (lower > upper) | (lower == math.inf) | (upper == -math.inf)).any()):
-        worst = int((~(lower <= upper)).long().argmax())
+    is_wrong = ~(lower <= upper) | (lower == math.inf) | (upper == -math.inf)
+    if bool(is_wrong.any()):
+        worst = int(is_wrong.long().argmax())
         raise ValueError(
-            f"{WHO}: bounds must have lower <= upper, without NaN, got {lower[worst]:g} and {upper[worst]:g} at "
-            f"position {worst} of the flattened x0."
+            f"{WHO}: bounds must have lower <= upper, lower < inf and upper > -inf, without NaN, got {lower[worst]:g} "
+            f"and {upper[worst]:g} at position {worst} of the flattened x0."
         )
     return lower, upper
 
@@ -221,7 +222,7 @@ def _check_options(
     if method != "l-bfgs" and (bounds is not None or history_size is not None):
         what = "bounds" if bounds is not None else "history_size"
         raise ValueError(f"{WHO}: {what} is for method='l-bfgs', got method={method!r}. Leave one of them out.")
-    if tol is not None and not 0 <= tol < math.inf:
+    if tol is not None and not (isinstance(tol, int | float) and 0 <= tol < math.inf):
         raise ValueError(f"{WHO}: tol must be a finite number >= 0, got {tol!r}.")
     for name, value, least in (("max_iter", max_iter, 0), ("max_eval", max_eval, 1), ("history_size", history_size, 1)):
         if value is not None and not (isinstance(value, int) and value >= least):

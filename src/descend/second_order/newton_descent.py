@@ -67,6 +67,8 @@ def _descend(
         status = run.verdict(point)
         if status is not None and (status is not Status.converged or is_convex):
             return status, radius
+        if status is not None and run.n_iter >= run.max_iter:
+            return status, radius  # whether this is a saddle cannot be acted upon
         size = 1.0 + float(torch.linalg.vector_norm(point.x))
         limit = UNLIMITED * size if radius is None else radius
         model = model_at(point, limit)

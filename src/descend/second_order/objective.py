@@ -76,11 +76,11 @@ class Objective(ABC):
         low, high = torch.aminmax(residual) if x.numel() else (0.0, 0.0)  # NaN, if there is one
         if direction is None or origin is None:
             value, low, high = numbers(x.device, value, low, high)
-            return Point(x, grad, value, max(-low, high), graph=graph)
+            return Point(x, grad, value, max(high, -low), graph=graph)
         value, low, high, slope, before = numbers(
             x.device, value, low, high, grad.dot(direction), origin.grad.dot(direction)
         )
-        return Point(x, grad, value, max(-low, high), slope, before, graph)
+        return Point(x, grad, value, max(high, -low), slope, before, graph)
 
 
 class Curved(Objective):
@@ -161,12 +161,19 @@ class FunctionObjective(Curved):
 
     def hessian(self, point: Point) -> Tensor:
         check_dense_fits(self.who, point.x, CG_INSTEAD)
-        if self.hvp is not None:
-            rows = torch.stack([self.product(point, unit) for unit in torch.eye(len(point.x)).to(point.x)])
-        else:
-            self.n_hvp += len(point.x)
-            rows = dense_hessian(*point.graph)
-        return (rows + rows.T) / 2
+        self.n_hvp += point.x.numel()
+
+        def rows(units: Tensor) -> Tensor:
+            if self.hvp is not None:
+                return torch.stack([row(unit) for unit in units])
+            grad, leaf = point.graph
+            return backward_twice(grad, leaf, units, is_batched=True)
+
+        def row(unit: Tensor) -> Tensor:
+            self.n_hvp -= 1  # counted already
+            return self.product(point, unit)
+
+        return dense_hessian(point.x, rows, row)
 
 
 def scalar(value: Any, who: str) -> Tensor:
@@ -203,19 +210,26 @@ def backward_twice(grad: Tensor, leaf: Tensor, vector: Tensor, *, is_batched: bo
     return torch.zeros_like(vector) if product is None else product
 
 
-def dense_hessian(grad: Tensor, leaf: Tensor) -> Tensor:
-    """All products with unit vectors, as many at once as ``BATCH`` numbers allow."""
-    numel = len(leaf)
+def dense_hessian(x: Tensor, rows: Callable[[Tensor], Tensor], row: Callable[[Tensor], Tensor]) -> Tensor:
+    """All products with unit vectors, as many at once as ``BATCH`` numbers allow, made symmetric.
+
+    Args:
+        x: where.
+        rows: multiplies the Hessian with each row of a matrix.
+        row: multiplies it with a vector; for what cannot be batched.
+    """
+    numel = x.numel()
     block = max(1, BATCH // max(numel, 1))
-    rows = []
+    found = [x.new_zeros(0, numel)]
     for start in range(0, numel, block):
-        units = torch.zeros(min(block, numel - start), numel, dtype=leaf.dtype, device=leaf.device)
+        units = x.new_zeros(min(block, numel - start), numel)
         units.diagonal(start).fill_(1.0)
         try:
-            rows.append(backward_twice(grad, leaf, units, is_batched=True))
+            found.append(rows(units))
         except RuntimeError:  # an operation that cannot be batched
-            rows.extend(backward_twice(grad, leaf, unit).unsqueeze(0) for unit in units)
-    return torch.cat(rows) if rows else torch.zeros(0, 0, dtype=leaf.dtype, device=leaf.device)
+            found.append(torch.stack([row(unit) for unit in units]))
+    hessian = torch.cat(found)
+    return (hessian + hessian.T) / 2
 
 
 def check_dense_fits(who: str, x: Tensor, instead: str) -> None:

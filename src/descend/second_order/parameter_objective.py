@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from descend.second_order.objective import CG_INSTEAD, Curved, Objective, Point, check_dense_fits, scalar
+from descend.second_order.objective import CG_INSTEAD, Curved, Objective, Point, check_dense_fits, dense_hessian, scalar
 from descend.second_order.parameters import ClosureFunction, Evaluation, FlatParameters
 
 
@@ -46,11 +46,15 @@ class ClosureObjective(Objective):
 class ParameterObjective(Curved):
     """A function that returns a loss of parameters, differentiated here, twice if need be; ``.grad`` is left alone.
 
+    Second derivatives are taken from the graph of the point evaluated last: setting the parameters to another point
+    ends the life of the graphs before.
+
     Args:
-        who: the caller's name, for errors.
+        who: what ``fun`` is called in errors.
         fun: returns the loss, a scalar tensor, at the parameters' present values.
         point: the parameters.
         needs_curvature: whether ``product`` or ``hessian`` will be called.
+        maximize: minimize the negative loss.
         bounds: flat lower and upper bounds.
     """
 
@@ -61,72 +65,96 @@ class ParameterObjective(Curved):
         point: FlatParameters,
         *,
         needs_curvature: bool = False,
+        maximize: bool = False,
         bounds: tuple[Tensor, Tensor] | None = None,
     ) -> None:
         super().__init__(point.structure.eps, *(bounds or ()))
-        self.who, self.fun, self.point, self.needs_curvature = who, fun, point, needs_curvature
+        self.who, self.fun, self.point = who, fun, point
+        self.needs_curvature, self.maximize = needs_curvature, maximize
         self.first_loss: Any = None
+        self._placed: Tensor | None = None
+
+    def place(self, x: Tensor) -> None:
+        """Set the parameters to ``x``, unless they are."""
+        if self._placed is not x:
+            self.point.scatter_(x)
+            self._placed = x
 
     def value_and_grad(self, x: Tensor) -> tuple[Tensor | float, Tensor, Any]:
-        with torch.no_grad():
-            self.point.scatter_(x)
+        self.place(x)
         with torch.enable_grad():
             loss = self.fun()
             value = scalar(loss, self.who)
-            parts = self._differentiated(value)
+            value = -value if self.maximize else value
+            graph = self._differentiated(value)
         if self.n_eval == 1:
             self.first_loss = loss
-        graph = (parts, self.point.params) if self.needs_curvature else None
-        return value.detach(), self.point.structure.flatten(parts), graph
+        return value.detach(), self._flat(graph), graph if self.needs_curvature else None
 
-    def _differentiated(self, value: Tensor) -> Sequence[Tensor | None]:
-        if value.requires_grad:
-            leaves = [param for param in self.point.params if param.requires_grad]
-            try:
-                found = iter(
-                    torch.autograd.grad(value, leaves, create_graph=self.needs_curvature, allow_unused=True)
-                    if leaves
-                    else ()
-                )
-            except RuntimeError as error:
-                if "a second time" not in str(error):
-                    raise
-                raise RuntimeError(
-                    f"{self.who}: the graph of the loss has been used up. Return the loss without calling backward()."
-                ) from error
-            parts = [next(found) if param.requires_grad else None for param in self.point.params]
-            if any(part is not None for part in parts):
-                return parts
-        raise RuntimeError(
-            f"{self.who} returned a loss that does not depend on the parameters as far as autograd can see. Compute it "
-            "from them with torch operations, without detach(), item() or no_grad()."
+    def _differentiated(self, value: Tensor) -> list[Tensor | None]:
+        """The gradient's parts, for the parameters that require one."""
+        try:
+            found = _grad([value], self._leaves, create_graph=self.needs_curvature) if value.requires_grad else []
+        except RuntimeError as error:
+            if "a second time" not in str(error):
+                raise
+            raise RuntimeError(
+                f"{self.who} returned a loss whose graph is used up. Return it without calling backward()."
+            ) from error
+        if all(part is None for part in found):
+            raise RuntimeError(
+                f"{self.who} returned a loss that does not depend on the parameters as far as autograd can see. "
+                "Compute it from them with torch operations, without detach(), item() or no_grad()."
+            )
+        return found
+
+    @property
+    def _leaves(self) -> list[Tensor]:
+        return [param for param in self.point.params if param.requires_grad]
+
+    def _flat(self, parts: Sequence[Tensor | None]) -> Tensor:
+        found = iter(parts)
+        return self.point.structure.flatten(
+            [next(found) if param.requires_grad else None for param in self.point.params]
         )
 
     def product(self, point: Point, vector: Tensor) -> Tensor:
         self.n_hvp += 1
-        parts, leaves = point.graph
+        pieces = zip(self.point.params, self.point.split(vector), strict=True)
+        return self._flat(self._backward_twice(point, [piece for param, piece in pieces if param.requires_grad]))
+
+    def _backward_twice(self, point: Point, vectors: Sequence[Tensor], *, is_batched: bool = False) -> Sequence[Any]:
         pairs = [
-            (part, piece, leaf)
-            for part, piece, leaf in zip(parts, self.point.split(vector), leaves, strict=True)
+            (part, vector)
+            for part, vector in zip(point.graph, vectors, strict=True)
             if part is not None and part.requires_grad
         ]
         if not pairs:  # a linear function
-            return torch.zeros_like(vector)
-        with torch.inference_mode(False):
-            wanted = [leaf for leaf in leaves if leaf.requires_grad]
-            found = iter(
-                torch.autograd.grad(
-                    [part for part, _, _ in pairs],
-                    wanted,
-                    [piece for _, piece, _ in pairs],
-                    retain_graph=True,
-                    allow_unused=True,
-                )
-            )
-        return self.point.structure.flatten([next(found) if leaf.requires_grad else None for leaf in leaves])
+            return [None] * len(vectors)
+        parts, vectors = zip(*pairs, strict=True)
+        return _grad(parts, self._leaves, vectors, retain_graph=True, is_grads_batched=is_batched)
 
     def hessian(self, point: Point) -> Tensor:
         check_dense_fits(self.who, point.x, CG_INSTEAD)
-        identity = torch.eye(point.x.numel(), dtype=point.x.dtype, device=point.x.device)
-        rows = torch.stack([self.product(point, unit) for unit in identity]) if len(identity) else identity
-        return (rows + rows.T) / 2
+        self.n_hvp += point.x.numel()
+        structure = self.point.structure
+        multiply = torch.vmap(lambda unit: [*structure.split(unit)])
+
+        def rows(units: Tensor) -> Tensor:
+            pieces = zip(self.point.params, multiply(units), strict=True)
+            vectors = [piece for param, piece in pieces if param.requires_grad]
+            found = iter(self._backward_twice(point, vectors, is_batched=True))
+            parts = [next(found) if param.requires_grad else None for param in self.point.params]
+            return torch.stack(
+                [structure.flatten([None if p is None else p[i] for p in parts]) for i in range(len(units))]
+            )
+
+        def row(unit: Tensor) -> Tensor:
+            self.n_hvp -= 1  # counted above
+            return self.product(point, unit)
+
+        return dense_hessian(point.x, rows, row)
+
+
+def _grad(outputs: Sequence[Tensor], inputs: Sequence[Tensor], vectors: Any = None, **options: Any) -> list[Any]:
+    return list(torch.autograd.grad(outputs, inputs, vectors, allow_unused=True, **options)) if inputs else []

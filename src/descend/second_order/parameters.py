@@ -51,7 +51,7 @@ class FlatParameters:
     def scatter_(self, flat: Tensor) -> None:
         """Copy a flat vector into the parameters, in place."""
         if not self.is_uniform:
-            for param, piece in zip(self.params, self._views(flat), strict=True):
+            for param, piece in zip(self.params, self.structure.split(flat), strict=True):
                 param.copy_(piece)
         elif len(self.params) == 1:
             self.params[0].copy_(flat.view(self.structure.shapes[0]))
@@ -73,18 +73,7 @@ class FlatParameters:
         """What a flat vector holds for each parameter, in the parameter's shape, dtype and place."""
         if self.is_uniform and len(self._filled) == len(self.params):
             return unflatten_dense_tensors(flat, self.params)
-        return [
-            piece.to(param.device, param.dtype) for param, piece in zip(self.params, self._views(flat), strict=True)
-        ]
-
-    def _views(self, flat: Tensor) -> list[Tensor]:
-        """The pieces in the parameters' shapes; complex ones copied, because they may begin at an odd place."""
-        return [
-            torch.view_as_complex(piece.clone().view(*param.shape, 2))
-            if param.is_complex()
-            else piece.view(param.shape)
-            for param, piece in zip(self.params, torch.split(flat, self.structure.sizes), strict=True)
-        ]
+        return self.structure.split(flat)
 
     def _flatten(self, tensors: list[Tensor]) -> Tensor:
         if not self.is_uniform or any(tensor.dtype != self.dtype for tensor in tensors):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -29,12 +28,14 @@ class Move(NamedTuple):
         step: the step to it.
         outcome: how the search ended; None if the direction did not descend.
         is_sufficient: whether the value fell by a fair share of what the slope promised, or the search succeeded.
+        promise: by how much the value would have fallen over the first trial's step had the slope stayed.
     """
 
     point: Point | None
     step: float
     outcome: Outcome | None
     is_sufficient: bool
+    promise: float = math.inf
 
 
 class Run:
@@ -61,7 +62,7 @@ class Run:
         self.tol, self.max_iter, self.callback = tol, max_iter, callback
         self.last_eval = objective.n_eval + max_eval
         self.n_iter = self.n_negative_curvature = 0
-        self.began = time.perf_counter()
+        self.is_stopped = False
         self.history: list[Iteration] = []
 
     def start(self, x: Tensor, scale: float | None = None) -> Point:
@@ -114,10 +115,16 @@ class Run:
         max_step = min(max_step, LONGEST_STEP[direction.dtype])
         most = 1 + int(min(self.evaluations_left, LONGEST_SEARCH))  # the first call costs nothing
         search = hager_zhang(phi, origin.value, slope, step, max_step=max_step, max_eval=most, noise=self.noise(origin))
-        is_sufficient = search.outcome is Outcome.found or search.value < origin.value + C1 * search.step * slope
-        if is_sufficient or search.value < origin.value:
-            return Move(trials[search.step], search.step, search.outcome, is_sufficient)
-        return Move(None, 0.0, search.outcome, is_sufficient=False)
+        end = trials[search.step] if search.step else None
+        length = min(trials, key=lambda length: _height(trials[length]))
+        if end is not None and trials[length].value < end.value - self.noise(end):  # in another valley of the line
+            end = trials[length]
+        else:
+            length = search.step
+        is_sufficient = search.outcome is Outcome.found or _height(end) < origin.value + C1 * length * slope
+        if is_sufficient or _height(end) < origin.value:
+            return Move(end, length, search.outcome, is_sufficient, -slope * step)
+        return Move(None, 0.0, search.outcome, is_sufficient=False, promise=-slope * step)
 
     def along(self, origin: Point, direction: Tensor, step: float) -> Tensor:
         """The point at a step along a direction, within the bounds whatever rounding does."""
@@ -129,6 +136,7 @@ class Run:
         self.n_iter += 1
         self.n_negative_curvature += negative_curvature
         self._record(point, step)
+        self.is_stopped = self.callback is not None and self.callback(self, point)
 
     def verdict(self, point: Point) -> Status | None:
         """Whether to stop at ``point``, and why."""
@@ -137,7 +145,7 @@ class Run:
         if point.norm <= self.target:
             self.best = point
             return Status.converged
-        if self.callback is not None and self.n_iter and self.callback(self, point):
+        if self.is_stopped:
             return Status.stopped_by_callback
         if self.n_iter >= self.max_iter:
             return Status.max_iter
@@ -161,6 +169,10 @@ class Run:
 
 def _keep_lowest(trials: dict[float, Point], besides: float) -> None:
     """Forget the trials that a search cannot end at: all but the newest and the lowest."""
-    lowest = min(trials, key=lambda length: trials[length].value if trials[length].is_finite else math.inf)
+    lowest = min(trials, key=lambda length: _height(trials[length]))
     for length in [length for length in trials if length not in (lowest, besides)]:
         del trials[length]
+
+
+def _height(point: Point | None) -> float:
+    return point.value if point is not None and point.is_finite else math.inf

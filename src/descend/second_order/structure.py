@@ -37,8 +37,11 @@ class Structure:
                     f"{who}: x0 must be made of real or complex floating point tensors, got {got}; "
                     "convert it, e.g. with torch.as_tensor(x0, dtype=torch.float64)."
                 )
-            if leaf.layout != torch.strided:
-                raise TypeError(f"{who}: x0 must be made of dense tensors, got layout {leaf.layout}; use to_dense().")
+            if leaf.layout != torch.strided or leaf.is_meta:
+                got = (
+                    "a tensor on meta, which has no values" if leaf.is_meta else f"layout {leaf.layout}; use to_dense()"
+                )
+                raise TypeError(f"{who}: x0 must be made of dense tensors, got {got}.")
         self.leaves: list[Tensor] = leaves
         self.shapes = [leaf.shape for leaf in leaves]
         self.dtypes = [leaf.dtype for leaf in leaves]
@@ -57,8 +60,8 @@ class Structure:
 
     def flatten(self, tensors: Sequence[Tensor | None]) -> Tensor:
         """One flat vector of the leaves; None counts as zeros. With a single leaf it may share its memory."""
-        if self._is_one and tensors[0] is not None:
-            return tensors[0].detach().reshape(-1)
+        if self._is_one and tensors[0] is not None and tensors[0].dtype == self.dtype:
+            return tensors[0].detach().reshape(-1).to(self.device)
         parts = [
             torch.zeros(size, dtype=self.dtype, device=self.device)
             if tensor is None
@@ -73,7 +76,7 @@ class Structure:
             return [flat.view(self._shape)]
         return [
             (
-                torch.view_as_complex(part.reshape(*shape, 2).to(device, dtype.to_real()))
+                torch.complex(*part.reshape(*shape, 2).to(device, dtype.to_real()).unbind(-1))
                 if dtype.is_complex
                 else part.view(shape).to(device, dtype)
             )
@@ -95,12 +98,11 @@ class Structure:
         """
         if self._is_tensor and isinstance(tree, Tensor) and tree.shape == self._shape:
             return [tree]
-        leaves, spec = pytree.tree_flatten(_content(tree))
-        shapes = [getattr(leaf, "shape", None) for leaf in leaves]
-        if spec != self.spec or shapes != self.shapes:
-            raise ValueError(
-                f"{who} must have the structure and shapes of x0, {_described(self.shapes)}; got {_described(shapes)}."
-            )
+        leaves = self._leaves_of(tree)
+        shapes = [getattr(leaf, "shape", None) for leaf in leaves or ()]
+        if shapes != self.shapes:
+            got = _described(shapes) if leaves else repr(tree)
+            raise ValueError(f"{who} must have the structure and shapes of x0, {self}; got {got}.")
         return leaves
 
     def broadcast(self, tree: Any, default: float, who: str) -> Tensor:
@@ -109,12 +111,11 @@ class Structure:
         Raises:
             ValueError: if it does not fit.
         """
-        leaves, spec = pytree.tree_flatten(_content(tree))
-        if len(leaves) == 1 and pytree.tree_flatten(0)[1] == spec:
-            leaves = leaves * len(self.shapes)
-        elif spec != self.spec:
+        is_one = not isinstance(tree, dict | list | tuple | nn.Module)
+        leaves = [tree] * len(self.shapes) if is_one else self._leaves_of(tree)
+        if not leaves:
             raise ValueError(
-                f"{who} must be one number or tensor for all of x0, or have its structure, {self.spec}; got {spec}."
+                f"{who} must be one number or tensor for all of x0, or have its structure, {self.spec}; got {tree!r}."
             )
         parts = []
         for leaf, shape in zip(leaves, self.shapes, strict=True):
@@ -123,10 +124,19 @@ class Structure:
                 parts.append(part.detach().expand(shape).reshape(-1))
             except (RuntimeError, TypeError, ValueError) as error:
                 raise ValueError(
-                    f"{who} must be numbers or tensors that broadcast to the shapes of x0, "
-                    f"{_described(self.shapes)}; got {leaf!r}."
+                    f"{who} must be numbers or tensors that broadcast to the shapes of x0, {self}; got {leaf!r}."
                 ) from error
         return torch.cat(parts)
+
+    def _leaves_of(self, tree: Any) -> list[Any]:
+        """What stands in a tree where the structure has its leaves; nothing if it is another structure."""
+        try:
+            return self.spec.flatten_up_to(_content(tree))
+        except ValueError:
+            return []
+
+    def __str__(self) -> str:
+        return _described(self.shapes)
 
 
 def _content(tree: Any) -> Any:
