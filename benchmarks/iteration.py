@@ -55,7 +55,7 @@ SIZES = (
 )
 QUICK = (
     Size(100, 10, rounds=2, windows=2, width=5),
-    Size(1000, 100, rounds=1, windows=2, width=5),
+    Size(1000, 20, rounds=1, windows=2, width=5),
 )
 
 

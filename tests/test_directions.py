@@ -2,18 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from itertools import product
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from numpy.typing import NDArray
+from direction_cases import (
+    CPU,
+    DTYPES,
+    NUMEL,
+    RTOL,
+    Array,
+    Pair,
+    assert_near,
+    double,
+    one_thread,  # noqa: F401
+    pairs,
+    random,
+)
 from torch import Tensor
 
 from descend.second_order import directions
-from descend.second_order.box import ACCURACY, CompactHessian, minimizer
+from descend.second_order.box import CompactHessian
 from descend.second_order.directions import (
     LEAST_COSINE,
     SPREAD,
@@ -24,21 +35,8 @@ from descend.second_order.directions import (
     stretch,
 )
 
-Array = NDArray[np.float64]
-Pair = tuple[Tensor, Tensor]
-CPU = torch.device("cpu")
-NUMEL = 9
-# Rounding, grown by the condition of the pairs.
-RTOL = {torch.float64: 1e-9, torch.float32: 2e-3}
-DTYPES = pytest.mark.parametrize("dtype", RTOL, ids=str)
 # What is done with NumPy where it is small, with tensors where it is larger, and row by row where it is large.
 PATHS = {"numpy": {}, "tensor": dict(SHORT=0), "large": dict(SHORT=0, LARGE=0)}
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> None:
-    """The vectors are short: threads only wait for each other. They are restored by ``conftest.py``."""
-    torch.set_num_threads(1)
 
 
 @pytest.fixture(params=PATHS)
@@ -51,26 +49,6 @@ def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str
 def tolerance(path: str, dtype: torch.dtype) -> float:
     """A large history is kept in single precision."""
     return RTOL[torch.float32 if path == "large" else dtype]
-
-
-def random(seed: int) -> Callable[..., Tensor]:
-    generator = torch.Generator().manual_seed(seed)
-    return lambda *shape: torch.randn(shape, generator=generator, dtype=torch.float64)
-
-
-def pairs(dtype: torch.dtype, seed: int = 0, numel: int = NUMEL) -> Iterator[Pair]:
-    """Steps, and what they change in the gradient of a function whose curvature varies from 1 to 100."""
-    normal = random(seed)
-    basis = torch.linalg.qr(normal(numel, numel)).Q
-    while True:
-        curvature = torch.logspace(0, 2, numel, dtype=torch.float64) * (1 + 0.5 * torch.rand(1).double())
-        s = normal(numel).to(dtype)
-        yield s, (basis @ (curvature * (basis.T @ s.double()))).to(dtype)
-
-
-def double(values: Any) -> Array:
-    array = values.detach().numpy() if isinstance(values, Tensor) else np.asarray(values)
-    return array.astype(np.float64)
 
 
 def two_loops(history: list[Pair], diagonal: Array, grad: Tensor) -> Array:
@@ -94,20 +72,6 @@ def dense_inverse(history: list[Pair], start: Array) -> Array:
         left = identity - np.outer(s, y) / (s @ y)
         inverse = left @ inverse @ left.T + np.outer(s, s) / (s @ y)
     return inverse
-
-
-def dense_hessian(history: list[Pair], start: Array) -> Array:
-    """Nocedal & Wright 2006, equation 6.19."""
-    hessian = start
-    for s, y in history:
-        s, y = double(s), double(y)
-        hs = hessian @ s
-        hessian = hessian - np.outer(hs, hs) / (s @ hs) + np.outer(y, y) / (s @ y)
-    return hessian
-
-
-def assert_near(ours: Any, reference: Array, rtol: float) -> None:
-    np.testing.assert_allclose(double(ours), reference, rtol=0, atol=rtol * np.abs(reference).max())
 
 
 # The compact form of the inverse.
@@ -365,101 +329,3 @@ def test_change_is_stretched_only_where_that_is_safe(theta: float, expected: flo
 @pytest.mark.parametrize("theta", [np.nan, np.inf, -np.inf])
 def test_change_is_not_stretched_by_what_is_no_number(theta: float) -> None:
     assert stretch(1.0, theta, 0.0, 0.0) == 1.0
-
-
-# The compact form of the Hessian, and its minimizer in a box.
-
-
-def hessian_of(n_pairs: int, dtype: torch.dtype, numel: int = NUMEL, seed: int = 0) -> tuple[CompactHessian, Array]:
-    """A model that has seen some pairs, and the same as a matrix."""
-    model, taken = CompactHessian(numel, 5, dtype, CPU), []
-    for _, pair in zip(range(n_pairs), pairs(dtype, seed, numel), strict=False):
-        taken = [*taken, pair][-5:]
-        model.update(*pair)
-    return model, dense_hessian(taken, np.diag(1 / double(model.diagonal)))
-
-
-@DTYPES
-@pytest.mark.parametrize("n_pairs", [0, 1, 4, 5, 6, 12])
-def test_compact_hessian_is_bfgs(n_pairs: int, dtype: torch.dtype) -> None:
-    model, dense = hessian_of(n_pairs, dtype)
-    vector = random(1)(NUMEL).to(dtype)
-    assert_near(model.multiply(vector), dense @ double(vector), RTOL[dtype])
-
-
-@DTYPES
-@pytest.mark.parametrize("n_pairs", [0, 1, 5, 8])
-@pytest.mark.parametrize("n_free", [0, 1, 4, NUMEL])
-def test_compact_hessian_is_solved_for_the_free_variables(n_pairs: int, n_free: int, dtype: torch.dtype) -> None:
-    model, dense = hessian_of(n_pairs, dtype)
-    vector = random(1)(NUMEL).to(dtype)
-    free = torch.zeros(NUMEL, dtype=torch.bool)
-    free[torch.randperm(NUMEL)[:n_free]] = True
-    expected = np.zeros(NUMEL)
-    if n_free:
-        expected[free] = np.linalg.solve(dense[free][:, free], double(vector[free]))
-    solution = model.solve(torch.where(free, vector, 0), free)
-    assert not bool(solution[~free].any())
-    assert_near(solution, expected, 10 * RTOL[dtype])
-
-
-def test_compact_hessian_goes_on_from_its_state_and_forgets_at_a_reset() -> None:
-    (model, _), other = hessian_of(7, torch.float64), CompactHessian(NUMEL, 5, torch.float64, CPU)
-    vector = random(1)(NUMEL)
-    other.load({name: value.clone() for name, value in model.state().items()})
-    for _, pair in zip(range(3), pairs(torch.float64, seed=3), strict=False):
-        assert torch.equal(model.multiply(vector), other.multiply(vector))
-        model.update(*pair)
-        other.update(*pair)
-    model.reset()
-    assert model.is_steepest
-    assert torch.equal(model.multiply(vector), vector)
-
-
-def best_in_box(grad: Array, hessian: Array, low: Array, high: Array) -> Array:
-    """Of the minimizers over all choices of variables at their bounds, the best feasible one."""
-    found, least = np.zeros(len(grad)), 0.0
-    for places in product((-1, 0, 1), repeat=len(grad)):
-        place = np.array(places)
-        free = place == 0
-        d = np.where(place < 0, low, np.where(place > 0, high, 0.0))
-        if not np.isfinite(d).all():
-            continue
-        if free.any():
-            d[free] = np.linalg.solve(hessian[free][:, free], -(grad + hessian @ d)[free])
-        value = grad @ d + d @ hessian @ d / 2
-        if value < least and (d >= low - 1e-12).all() and (d <= high + 1e-12).all():
-            found, least = d, value
-    return found
-
-
-@pytest.mark.parametrize("n_pairs", [0, 1, 3, 8])
-@pytest.mark.parametrize("seed", range(15))
-def test_minimizer_in_a_box_is_the_best_of_all_active_sets(n_pairs: int, seed: int) -> None:
-    normal = random(seed)
-    model, dense = hessian_of(n_pairs, torch.float64, numel=5, seed=seed)
-    grad = normal(5)
-    low, high = -normal(5).abs() / 10, normal(5).abs() / 10
-    low[0], high[1], low[2], high[3] = 0.0, 0.0, -torch.inf, torch.inf
-    d = minimizer(model, grad, low, high)
-    assert bool(((low <= d) & (d <= high)).all())
-    best = best_in_box(double(grad), dense, double(low), double(high))
-
-    def value(at: Array) -> float:
-        return float(double(grad) @ at + at @ dense @ at / 2)
-
-    def residual(at: Tensor) -> Tensor:
-        slope = grad + torch.as_tensor(dense) @ at
-        return (at - torch.clamp(at - model.diagonal * slope, low, high)).abs().max()
-
-    assert value(double(d)) <= 0.98 * value(best)  # ACCURACY of the gradient is more of the value
-    assert float(residual(d)) <= ACCURACY * float(residual(torch.zeros(5, dtype=torch.float64))) * (1 + 1e-9)
-    assert float(grad.dot(d)) < 0
-
-
-def test_minimizer_in_a_box_stays_where_nothing_is_lower() -> None:
-    model, _ = hessian_of(3, torch.float64)
-    grad = random(1)(NUMEL)
-    corner = torch.zeros(NUMEL, dtype=torch.float64)
-    d = minimizer(model, grad, torch.where(grad > 0, corner, -1.0), torch.where(grad > 0, 1.0, corner))
-    assert not bool(d.any())

@@ -15,7 +15,6 @@ from minimize_cases import (
     SOLVERS,
     Recorder,
     Setting,
-    assert_alike,
     assert_honest,
     assert_inside,
     bowl,
@@ -27,7 +26,6 @@ from minimize_cases import (
     measured,
     one_thread,  # noqa: F401
     rosenbrock,
-    slope,
     trap,
     vector,
     waves,
@@ -36,7 +34,7 @@ from problems import Problem, unconstrained
 from torch import Tensor
 
 import descend
-from descend import Progress, Status, minimize
+from descend import Status, minimize
 
 # Results.
 
@@ -127,10 +125,6 @@ def test_same_call_gives_the_same_bits(setting: Setting, options: dict[str, Any]
 # Every reason to stop.
 
 
-def stop(progress: Progress) -> bool:
-    return progress.n_iter == 2
-
-
 def opposite(x: Tensor) -> Tensor:
     return -2 * (x - 1)
 
@@ -142,7 +136,13 @@ def opposite(x: Tensor) -> Tensor:
         (Status.converged, rosenbrock, vector(-1.2, 1.0), dict(max_iter=20_000), "gradient"),
         (Status.max_iter, rosenbrock, vector(-1.2, 1.0), dict(max_iter=3), "raise max_iter"),
         (Status.max_eval, rosenbrock, vector(-1.2, 1.0), dict(max_eval=3), "raise max_eval"),
-        (Status.stopped_by_callback, rosenbrock, vector(-1.2, 1.0), dict(callback=stop), "callback"),
+        (
+            Status.stopped_by_callback,
+            rosenbrock,
+            vector(-1.2, 1.0),
+            dict(callback=lambda p: p.n_iter == 2),
+            "callback",
+        ),
         (Status.non_finite, logarithms, vector(-1.0, 1.0), {}, "NaN or infinite"),
         (Status.non_finite, bowl, vector(math.nan, 1.0), {}, "NaN or infinite"),
         (Status.precision_limit, lambda x: bowl(x) + 1e6 * x.cos().sum(), vector(3.0).float(), dict(tol=0), "wider"),
@@ -245,62 +245,6 @@ def test_minimum_is_scipys_or_a_known_one(problem: Problem, name: str) -> None:
     )
     minima = [*(problem.minima or ()), theirs.fun]
     assert min(abs(result.fun - value) / (1 + abs(value)) for value in minima) < 1e-7
-
-
-# The callback.
-
-
-@each_solver
-def test_callback_sees_every_iteration(options: dict[str, Any]) -> None:
-    seen: list[Progress] = []
-    result = minimize(rosenbrock, vector(-1.2, 1.0), callback=seen.append, max_iter=15, **options)
-    assert [progress.n_iter for progress in seen] == list(range(1, result.n_iter + 1))
-    for progress, iteration in zip(seen, result.history[1:], strict=True):
-        assert (progress.fun, progress.grad_norm) == (iteration.fun, iteration.grad_norm)
-        assert (progress.n_eval, progress.n_hvp) == (iteration.n_eval, iteration.n_hvp)
-        assert rosenbrock(progress.x).item() == progress.fun
-        assert torch.equal(progress.grad, slope(rosenbrock, progress.x))
-
-
-@pytest.mark.parametrize("name", QUICK)
-def test_callback_sees_the_last_iteration_too(name: str) -> None:
-    seen: list[Progress] = []
-    result = minimize(rosenbrock, vector(-1.2, 1.0), callback=seen.append, **SOLVERS[name])
-    assert result.success
-    assert len(seen) == result.n_iter
-    assert torch.equal(seen[-1].x, result.x)
-
-
-def test_callback_sees_the_structure_of_x0() -> None:
-    x0 = {"a": [vector(3.0), torch.zeros(2)]}
-    seen: list[Progress] = []
-    minimize(distance, x0, callback=seen.append, tol=1e-12)
-    assert seen
-    assert_alike(seen[0].x, x0)
-    assert_alike(seen[0].grad, x0)
-
-
-def raises_stop(progress: Progress) -> None:
-    if progress.n_iter == 2:
-        raise StopIteration
-
-
-@each_solver
-@pytest.mark.parametrize("callback", [stop, raises_stop, lambda p: torch.tensor(p.n_iter == 2)], ids=["a", "b", "c"])
-def test_callback_stops(callback: Callable[[Progress], Any], options: dict[str, Any]) -> None:
-    recorder, x0 = Recorder(rosenbrock), vector(-1.2, 1.0)
-    result = minimize(recorder, x0, callback=callback, **options)
-    assert (result.status, result.n_iter) == (Status.stopped_by_callback, 2)
-    assert_honest(result, recorder, x0, 1e-6)
-
-
-def test_callback_may_use_autograd() -> None:
-    def callback(progress: Progress) -> None:
-        x = progress.x.clone().requires_grad_()
-        rosenbrock(x).backward()
-        assert torch.equal(x.grad, progress.grad)
-
-    assert minimize(rosenbrock, vector(-1.2, 1.0), callback=callback).success
 
 
 # Arguments.

@@ -110,7 +110,7 @@ def descend_in_box(run: Run, point: Point, model: CompactHessian, lr: float = 1.
     while (status := run.verdict(point)) is None:
         if model.is_steepest:
             length = 1.0 if is_boxed and not failed else first_step(point)
-            direction, step = torch.clamp(point.x - length * point.grad, lower, upper) - point.x, 1.0
+            direction, step = torch.clamp(-length * point.grad, lower - point.x, upper - point.x), 1.0
         else:
             direction, step = minimizer(model, point.grad, lower - point.x, upper - point.x), lr
         move = run.search(point, direction, step, max_step=room(point.x, direction, lower, upper))

@@ -186,6 +186,7 @@ class CompactInverse:
         for small in (self.r_inverse, self.gram, self.curvatures):
             small[:] = 0.0
 
+    @np.errstate(all="ignore")  # as for tensors: what overflows shows in the direction
     def update(self, s: Tensor, y: Tensor) -> None:
         if self.is_new:
             self._take_in(None)
@@ -212,6 +213,7 @@ class CompactInverse:
         product = self._multiply(torch.mul(grad, 1 / scale, out=self.work[0]))
         return torch.mul(product, -scale, out=self.direction)
 
+    @np.errstate(all="ignore")
     def _multiply(self, grad: Array) -> Array:
         """H grad; a large ``grad`` is overwritten."""
         along_steps, along_changes = self._take_in(grad) if self.is_new else self._products(grad)

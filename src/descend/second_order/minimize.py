@@ -91,6 +91,7 @@ def minimize(
     """
     began = time.perf_counter()
     _check_options(method, bounds, history_size, tol, max_iter, max_eval)
+    _check_functions(fun=fun, jac=jac, hvp=hvp, callback=callback)
     with torch.inference_mode(False), torch.no_grad():
         problem = _Problem(fun, x0, bounds, jac, hvp, needs_curvature=method in ("newton", "newton-cg"))
         run = Run(
@@ -141,6 +142,8 @@ class _Problem:
         self.parameters: FlatParameters | None = None
         self.objective: Curved
         if all(isinstance(leaf, nn.Parameter) for leaf in structure.leaves):
+            if len({id(leaf) for leaf in structure.leaves}) < len(structure.leaves):
+                raise ValueError(f"{WHO}: x0 must hold each parameter once, got one twice. Remove the duplicate.")
             if jac is not None or hvp is not None:
                 raise ValueError(
                     f"{WHO}: jac and hvp are functions of values, but x0 is made of nn.Parameter, which are set in "
@@ -197,8 +200,8 @@ def _flat_bounds(bounds: Any, structure: Structure) -> tuple[Tensor, Tensor]:
         raise ValueError(f"{WHO}: bounds must be (lower, upper), got {bounds!r}.")
     if any(dtype.is_complex for dtype in structure.dtypes):
         raise ValueError(f"{WHO}: complex numbers have no order, so x0 cannot have bounds if it is complex.")
-    lower = structure.broadcast(bounds[0], -math.inf, f"{WHO}: the lower bound")
-    upper = structure.broadcast(bounds[1], math.inf, f"{WHO}: the upper bound")
+    lower = structure.bound(bounds[0], -math.inf, f"{WHO}: the lower bound")
+    upper = structure.bound(bounds[1], math.inf, f"{WHO}: the upper bound")
     is_wrong = ~(lower <= upper) | (lower == math.inf) | (upper == -math.inf)
     if bool(is_wrong.any()):
         worst = int(is_wrong.long().argmax())
@@ -227,6 +230,13 @@ def _check_options(
     for name, value, least in (("max_iter", max_iter, 0), ("max_eval", max_eval, 1), ("history_size", history_size, 1)):
         if value is not None and not (isinstance(value, int) and value >= least):
             raise ValueError(f"{WHO}: {name} must be an integer >= {least}, got {value!r}.")
+
+
+def _check_functions(**functions: Any) -> None:
+    for name, function in functions.items():
+        if not callable(function) and function is not None and not (name == "jac" and isinstance(function, bool)):
+            also = {"fun": "", "jac": ", True or None"}.get(name, " or None")
+            raise TypeError(f"{WHO}: {name} must be a function{also}, got {function!r}.")
 
 
 def _solve(method: str, run: Run, objective: Curved, x: Tensor, history_size: int) -> Status:

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Protocol
 
 import torch
+from torch import Tensor
 
 from descend.second_order.objective import Curved, Point
 from descend.second_order.result import Status
@@ -18,6 +19,7 @@ GOOD, POOR = 0.75, 0.25  # shares above and below which the model is trusted far
 GROWTH, SHRINK = 3.0, 0.25
 UNLIMITED = 1e10  # radius before anything is known, relative to the point
 REJECTIONS = 40  # in a row
+ENDLESS = 1e30  # radius, relative to the start, at which a function that still falls has no minimum
 
 
 class Model(Protocol):
@@ -46,13 +48,13 @@ def newton_cg(run: Run, objective: Curved, point: Point, radius: float | None = 
 
     Source: Steihaug 1983, https://doi.org/10.1137/0720042; the forcing sequence relative to the start.
     """
-    start = float(torch.linalg.vector_norm(point.grad))
+    start = length(point.grad)
 
     def model(at: Point, radius: float) -> CGPath:
-        norm = float(torch.linalg.vector_norm(at.grad))
+        norm = length(at.grad)
         forcing = min(0.5, math.sqrt(norm / start)) if start > 0 else 0.5
         # What is left below half the target will not be missed.
-        tolerance = max(forcing * norm, 0.5 * run.target)
+        tolerance = min(max(forcing * norm, 0.5 * run.target), _longest(at))
         most = 2 * at.x.numel() + 10
         return steihaug(lambda vector: objective.product(at, vector), at.grad, radius, tolerance, most)
 
@@ -63,18 +65,21 @@ def _descend(
     run: Run, point: Point, model_at: Callable[[Point, float], Model], radius: float | None
 ) -> tuple[Status, float | None]:
     is_convex = False  # as far as the last model knew
+    endless = ENDLESS * (1.0 + length(point.x))
     while True:
         status = run.verdict(point)
         if status is not None and (status is not Status.converged or is_convex):
             return status, radius
         if status is not None and run.n_iter >= run.max_iter:
             return status, radius  # whether this is a saddle cannot be acted upon
-        size = 1.0 + float(torch.linalg.vector_norm(point.x))
-        limit = UNLIMITED * size if radius is None else radius
+        if radius is not None and radius > endless:
+            return Status.line_search_failed, radius
+        size = 1.0 + length(point.x)
+        limit = min(UNLIMITED * size if radius is None else radius, _longest(point))
         model = model_at(point, limit)
         trial = model.step(limit)
         if radius is None and trial.on_boundary:  # no minimizer in sight: all there is to go by are the units of x
-            radius = size
+            radius = min(size, _longest(point))
             trial = model.step(radius)
         is_convex = not trial.negative_curvature
         if status is not None and (is_convex or trial.decrease <= run.noise(point)):
@@ -82,8 +87,8 @@ def _descend(
         step = _step(run, point, model, trial, radius)
         if isinstance(step, Status):
             return step, radius
-        point, radius, length = step
-        run.advance(point, length, negative_curvature=not is_convex)
+        point, radius, stride = step
+        run.advance(point, stride, negative_curvature=not is_convex)
 
 
 def _step(
@@ -122,3 +127,14 @@ def _shortening(point: Point, new: Point) -> float:
     """By how much to shorten a rejected step: to the minimum of a parabola through what was seen, or nearly."""
     excess = new.value - point.value - new.slope_before
     return min(0.5, max(0.1, -new.slope_before / (2 * excess))) if excess > 0 else SHRINK
+
+
+def length(vector: Tensor) -> float:
+    """The 2-norm, however large or small."""
+    largest = float(vector.abs().amax()) if vector.numel() else 0.0
+    return largest * float(torch.linalg.vector_norm(vector / largest)) if 0 < largest < math.inf else largest
+
+
+def _longest(point: Point) -> float:
+    """A length that leaves room for arithmetic."""
+    return 0.01 * torch.finfo(point.x.dtype).max

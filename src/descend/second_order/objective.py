@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -14,6 +15,7 @@ from torch import Tensor
 from descend.second_order.structure import Structure
 
 CG_INSTEAD = "minimize(method='newton-cg') or Newton(solver='cg')"
+TINY = 1e-30  # slope below which float32 has lost some of it
 BATCH = 2**22  # numbers in the vectors that are multiplied with a Hessian at once
 DENSE_COPIES = 4  # the Hessian, its symmetric part, a factor, and the factorisation's work space
 
@@ -72,7 +74,10 @@ class Objective(ABC):
                 raise
             # A factorisation that fails marks the end of the function's domain, as NaN does.
             value, grad, graph = math.nan, torch.full_like(x, math.nan), None
-        residual = grad if self.lower is None else x - torch.clamp(x - grad, self.lower, self.upper)
+        # x - clamp(x - grad), without the rounding of x.
+        residual = grad
+        if self.lower is not None and self.upper is not None:
+            residual = torch.clamp(grad, x - self.upper, x - self.lower)
         low, high = torch.aminmax(residual) if x.numel() else (0.0, 0.0)  # NaN, if there is one
         if direction is None or origin is None:
             value, low, high = numbers(x.device, value, low, high)
@@ -80,6 +85,9 @@ class Objective(ABC):
         value, low, high, slope, before = numbers(
             x.device, value, low, high, grad.dot(direction), origin.grad.dot(direction)
         )
+        if x.dtype == torch.float32 and not TINY < abs(before) < math.inf:
+            direction = direction.double()
+            slope, before = numbers(x.device, grad.double().dot(direction), origin.grad.double().dot(direction))
         return Point(x, grad, value, max(high, -low), slope, before, graph)
 
 
@@ -124,35 +132,57 @@ class FunctionObjective(Curved):
         self.keeps_graph = needs_curvature and hvp is None
 
     def value_and_grad(self, x: Tensor) -> tuple[Tensor | float, Tensor, Any]:
-        is_differentiated = self.jac is None or self.keeps_graph
-        with torch.set_grad_enabled(is_differentiated):
-            leaf = x.detach().requires_grad_(is_differentiated)
+        with torch.enable_grad():
+            is_differentiated = self.jac is None or self.keeps_graph
+            leaf, version = x.detach().requires_grad_(is_differentiated), x._version
             argument = self.structure.unflatten(leaf)
+            value = self.fun(argument)
+            given = None
             if self.jac is True:
-                value, given = self.fun(argument)
-            else:
-                value = self.fun(argument)
-                given = None if self.jac is None else self.jac(argument)
+                if not (isinstance(value, tuple | list) and len(value) == 2):
+                    raise TypeError(f"{self.who}: with jac=True fun must return (value, gradient), got {value!r}.")
+                value, given = value
+            elif self.jac is not None:
+                given = self.jac(argument)
             value = scalar(value, f"{self.who}: fun")
             if self.jac is None:
                 grad = gradient(value, leaf, f"{self.who}: fun", create_graph=self.keeps_graph)
             else:
-                grad = self.structure.flatten(self.structure.like(given, f"{self.who}: the gradient from jac"))
-            return value.detach(), grad.detach(), (grad, leaf) if self.keeps_graph else None
+                grad = self.structure.flatten(
+                    self.structure.like(given, f"{self.who}: the gradient from jac"), self.keeps_graph
+                )
+                grad = grad.clone()  # it may be the caller's buffer
+                if self.keeps_graph and not grad.requires_grad:
+                    raise RuntimeError(
+                        f"{self.who}: autograd cannot see how the gradient from jac depends on x. Give products with "
+                        "the Hessian as hvp=, or compute jac with torch operations."
+                    )
+        if x._version != version:
+            raise RuntimeError(f"{self.who}: fun or jac changed its argument in place. Let it work on a copy.")
+        return value.detach(), grad.detach(), (grad, leaf) if self.keeps_graph else None
 
     def product(self, point: Point, vector: Tensor) -> Tensor:
         self.n_hvp += 1
         if self.hvp is not None:
-            given = self.hvp(self.structure.unflatten(point.x), self.structure.unflatten(vector))
-            return self.structure.flatten(self.structure.like(given, f"{self.who}: the product from hvp"))
+            with torch.enable_grad():
+                given = self.hvp(self.structure.unflatten(point.x.clone()), self.structure.unflatten(vector.clone()))
+            return self.structure.flatten(self.structure.like(given, f"{self.who}: the product from hvp")).clone()
         try:
             grad, leaf = point.graph
             return backward_twice(grad, leaf, vector)
-        except RuntimeError:
+        except RuntimeError as error:
             # Some operation's backward has no derivative of its own; it may have a forward one.
-            if self.jac is not None:
-                raise
-            return self._forward_over_reverse(point.x, vector)
+            try:
+                if self.jac is None:
+                    with warnings.catch_warnings():  # of what torch itself imports for it
+                        warnings.simplefilter("ignore", DeprecationWarning)
+                        return self._forward_over_reverse(point.x, vector)
+            except RuntimeError:
+                pass
+            raise RuntimeError(
+                f"{self.who}: fun cannot be differentiated twice ({error}). Give products with the Hessian as hvp=, or "
+                "use a method that needs none, such as 'l-bfgs'."
+            ) from error
 
     def _forward_over_reverse(self, x: Tensor, vector: Tensor) -> Tensor:
         slope = torch.func.grad(lambda flat: self.fun(self.structure.unflatten(flat)).reshape(()))
@@ -194,6 +224,8 @@ def gradient(value: Tensor, leaf: Tensor, who: str, *, create_graph: bool) -> Te
         (grad,) = torch.autograd.grad(value, leaf, create_graph=create_graph, allow_unused=True)
         if grad is not None:
             return grad
+    if not math.isfinite(value.item()):  # a constant that stands for a wall
+        return torch.full_like(leaf, math.nan)
     raise RuntimeError(
         f"{who} returned a value that does not depend on its argument as far as autograd can see: compute it with "
         "torch operations, without detach(), item() or no_grad(), or give its gradient as jac=."

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -102,6 +103,8 @@ class ParameterObjective(Curved):
                 f"{self.who} returned a loss whose graph is used up. Return it without calling backward()."
             ) from error
         if all(part is None for part in found):
+            if not math.isfinite(value.item()):  # a constant that stands for a wall
+                return [torch.full_like(leaf, math.nan) for leaf in self._leaves]
             raise RuntimeError(
                 f"{self.who} returned a loss that does not depend on the parameters as far as autograd can see. "
                 "Compute it from them with torch operations, without detach(), item() or no_grad()."

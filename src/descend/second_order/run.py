@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from descend.second_order.line_search import Outcome, hager_zhang
+from descend.second_order.line_search import Outcome, Search, hager_zhang
 from descend.second_order.objective import Objective, Point
 from descend.second_order.result import Iteration, Status
 
@@ -17,6 +17,7 @@ NOISE = 10.0  # units in the last place that a value may be off by
 C1 = 1e-4  # share of the promised decrease that is progress
 LONGEST_SEARCH = 40  # evaluations in one line search
 LONGEST_STEP = {dtype: torch.finfo(dtype).max for dtype in (torch.float32, torch.float64)}
+MOST_WALLS = 20  # searches in a row that may end where the function does
 PATIENCE = 100  # iterations without progress in value or gradient
 
 
@@ -63,6 +64,7 @@ class Run:
         self.last_eval = objective.n_eval + max_eval
         self.n_iter = self.n_negative_curvature = 0
         self.is_stopped = False
+        self.n_walls = 0
         self.history: list[Iteration] = []
 
     def start(self, x: Tensor, scale: float | None = None) -> Point:
@@ -94,6 +96,8 @@ class Run:
 
     def search(self, origin: Point, direction: Tensor, step: float, max_step: float = math.inf) -> Move:
         """Search along a direction for a lower point."""
+        max_step = min(max_step, LONGEST_STEP[direction.dtype])
+        step = min(step, max_step)
         trial = self.evaluate(self.along(origin, direction, step), direction, origin)
         if self.solves(trial, origin):
             return Move(trial, step, Outcome.found, is_sufficient=True)
@@ -112,7 +116,6 @@ class Run:
             # A trial that solves the problem passes for a minimum of the line, so that the search ends there.
             return found.value, 0.0 if self.solves(found, origin) else found.slope
 
-        max_step = min(max_step, LONGEST_STEP[direction.dtype])
         most = 1 + int(min(self.evaluations_left, LONGEST_SEARCH))  # the first call costs nothing
         search = hager_zhang(phi, origin.value, slope, step, max_step=max_step, max_eval=most, noise=self.noise(origin))
         end = trials[search.step] if search.step else None
@@ -121,10 +124,18 @@ class Run:
             end = trials[length]
         else:
             length = search.step
-        is_sufficient = search.outcome is Outcome.found or _height(end) < origin.value + C1 * length * slope
+        is_sufficient = search.outcome is Outcome.found or (
+            _height(end) < origin.value + C1 * length * slope and not self._falls_for_ever(search)
+        )
         if is_sufficient or _height(end) < origin.value:
             return Move(end, length, search.outcome, is_sufficient, -slope * step)
         return Move(None, 0.0, search.outcome, is_sufficient=False, promise=-slope * step)
+
+    def _falls_for_ever(self, search: Search) -> bool:
+        """Whether there seems to be no minimum: no end within 40 powers of ten, or one wall after the other."""
+        self.n_walls = self.n_walls + 1 if search.outcome is Outcome.non_finite else 0
+        is_endless = search.outcome is Outcome.no_bracket and search.n_eval > LONGEST_SEARCH
+        return is_endless or self.n_walls >= MOST_WALLS
 
     def along(self, origin: Point, direction: Tensor, step: float) -> Tensor:
         """The point at a step along a direction, within the bounds whatever rounding does."""
@@ -175,4 +186,6 @@ def _keep_lowest(trials: dict[float, Point], besides: float) -> None:
 
 
 def _height(point: Point | None) -> float:
-    return point.value if point is not None and point.is_finite else math.inf
+    """The value of a trial that a search can end at."""
+    is_finite = point is not None and point.is_finite and math.isfinite(point.slope)
+    return point.value if point is not None and is_finite else math.inf

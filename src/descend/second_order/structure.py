@@ -58,15 +58,17 @@ class Structure:
         self._is_one = len(leaves) == 1 and self.dtype == self.dtypes[0]
         self._shape = self.shapes[0]
 
-    def flatten(self, tensors: Sequence[Tensor | None]) -> Tensor:
+    def flatten(self, tensors: Sequence[Tensor | None], keeps_graph: bool = False) -> Tensor:
         """One flat vector of the leaves; None counts as zeros. With a single leaf it may share its memory."""
-        if self._is_one and tensors[0] is not None and tensors[0].dtype == self.dtype:
-            return tensors[0].detach().reshape(-1).to(self.device)
+        dense = [None if tensor is None else tensor if keeps_graph else tensor.detach() for tensor in tensors]
+        dense = [tensor if tensor is None or tensor.layout == torch.strided else tensor.to_dense() for tensor in dense]
+        if self._is_one and dense[0] is not None and dense[0].dtype == self.dtype:
+            return dense[0].reshape(-1).to(self.device)
         parts = [
             torch.zeros(size, dtype=self.dtype, device=self.device)
             if tensor is None
-            else _real(tensor.detach()).reshape(-1).to(self.device, self.dtype)
-            for size, tensor in zip(self.sizes, tensors, strict=True)
+            else _real(tensor).reshape(-1).to(self.device, self.dtype)
+            for size, tensor in zip(self.sizes, dense, strict=True)
         ]
         return torch.cat(parts)
 
@@ -99,13 +101,27 @@ class Structure:
         if self._is_tensor and isinstance(tree, Tensor) and tree.shape == self._shape:
             return [tree]
         leaves = self._leaves_of(tree)
-        shapes = [getattr(leaf, "shape", None) for leaf in leaves or ()]
+        shapes = [leaf.shape if isinstance(leaf, Tensor) else None for leaf in leaves]
         if shapes != self.shapes:
             got = _described(shapes) if leaves else repr(tree)
             raise ValueError(f"{who} must have the structure and shapes of x0, {self}; got {got}.")
         return leaves
 
-    def broadcast(self, tree: Any, default: float, who: str) -> Tensor:
+    def bound(self, tree: Any, default: float, who: str) -> Tensor:
+        """As ``broadcast``, a lower bound if ``default`` is -inf and an upper one if it is inf.
+
+        Rounded inwards to what the dtype of each leaf can hold.
+        """
+        exact = self.broadcast(tree, default, who, torch.float64)
+        parts = []
+        for part, dtype in zip(torch.split(exact, self.sizes), self.dtypes, strict=True):
+            rounded = part.to(dtype.to_real())
+            beyond = rounded.double() < part if default < 0 else rounded.double() > part
+            inside = _next(rounded, upwards=default < 0)
+            parts.append(torch.where(beyond, inside, rounded).to(self.dtype))
+        return torch.cat(parts)
+
+    def broadcast(self, tree: Any, default: float, who: str, dtype: torch.dtype | None = None) -> Tensor:
         """A flat vector from one number or tensor for all leaves, or from a structure of them; None is ``default``.
 
         Raises:
@@ -120,7 +136,7 @@ class Structure:
         parts = []
         for leaf, shape in zip(leaves, self.shapes, strict=True):
             try:
-                part = torch.as_tensor(default if leaf is None else leaf, dtype=self.dtype, device=self.device)
+                part = torch.as_tensor(default if leaf is None else leaf, dtype=dtype or self.dtype, device=self.device)
                 parts.append(part.detach().expand(shape).reshape(-1))
             except (RuntimeError, TypeError, ValueError) as error:
                 raise ValueError(
@@ -131,9 +147,10 @@ class Structure:
     def _leaves_of(self, tree: Any) -> list[Any]:
         """What stands in a tree where the structure has its leaves; nothing if it is another structure."""
         try:
-            return self.spec.flatten_up_to(_content(tree))
+            leaves = self.spec.flatten_up_to(_content(tree))
         except ValueError:
             return []
+        return [] if any(isinstance(leaf, dict | list | tuple) for leaf in leaves) else leaves
 
     def __str__(self) -> str:
         return _described(self.shapes)
@@ -152,3 +169,11 @@ def _real(tensor: Tensor) -> Tensor:
 
 def _described(shapes: Sequence[Any]) -> str:
     return ", ".join(str(tuple(shape)) if shape is not None else "no tensor" for shape in shapes) or "nothing"
+
+
+def _next(numbers: Tensor, *, upwards: bool) -> Tensor:
+    """The neighbours of floating point numbers: consecutive numbers of one sign are consecutive integers."""
+    integers = numbers.view({2: torch.int16, 4: torch.int32, 8: torch.int64}[numbers.element_size()])
+    further = (integers + torch.where((numbers >= 0) == upwards, 1, -1).to(integers.dtype)).view(numbers.dtype)
+    smallest = torch.full_like(numbers, torch.finfo(numbers.dtype).tiny)
+    return torch.where(numbers == 0, smallest if upwards else -smallest, further)

@@ -1,0 +1,50 @@
+"""Pairs of steps and changes of a gradient, and what the tests of what learns from them share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+Array = NDArray[np.float64]
+Pair = tuple[Tensor, Tensor]
+CPU = torch.device("cpu")
+NUMEL = 9
+# Rounding, grown by the condition of the pairs.
+RTOL = {torch.float64: 1e-9, torch.float32: 2e-3}
+DTYPES = pytest.mark.parametrize("dtype", RTOL, ids=str)
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> None:
+    """The vectors are short: threads only wait for each other. They are restored by ``conftest.py``."""
+    torch.set_num_threads(1)
+
+
+def random(seed: int) -> Callable[..., Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return lambda *shape: torch.randn(shape, generator=generator, dtype=torch.float64)
+
+
+def pairs(dtype: torch.dtype, seed: int = 0, numel: int = NUMEL) -> Iterator[Pair]:
+    """Steps, and what they change in the gradient of a function whose curvature varies from 1 to 100."""
+    normal = random(seed)
+    basis = torch.linalg.qr(normal(numel, numel)).Q
+    while True:
+        curvature = torch.logspace(0, 2, numel, dtype=torch.float64) * (1 + 0.5 * torch.rand(1).double())
+        s = normal(numel).to(dtype)
+        yield s, (basis @ (curvature * (basis.T @ s.double()))).to(dtype)
+
+
+def double(values: Any) -> Array:
+    array = values.detach().numpy() if isinstance(values, Tensor) else np.asarray(values)
+    return array.astype(np.float64)
+
+
+def assert_near(ours: Any, reference: Array, rtol: float) -> None:
+    np.testing.assert_allclose(double(ours), reference, rtol=0, atol=rtol * np.abs(reference).max())
