@@ -35,6 +35,7 @@ from torch import Tensor
 
 import descend
 from descend import Status, minimize
+from descend.second_order import directions
 
 # Results.
 
@@ -295,6 +296,20 @@ def test_complex_numbers_have_no_bounds() -> None:
 @pytest.mark.parametrize("bounds", [None, (-5.0, 5.0)])
 def test_history_may_have_any_size(history_size: int, bounds: Any) -> None:
     assert minimize(rosenbrock, torch.zeros(6).double(), history_size=history_size, bounds=bounds).success
+
+
+@pytest.mark.parametrize("limits", [dict(SHORT=0), dict(SHORT=0, LARGE=0)], ids=["tensors", "rows"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_long_vectors_take_nearly_the_same_way(
+    dtype: torch.dtype, limits: dict[str, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    x0 = torch.linspace(-1.2, 1.2, 30, dtype=torch.float64).to(dtype)
+    expected = minimize(rosenbrock, x0)
+    for name, value in limits.items():
+        monkeypatch.setattr(directions, name, value)
+    result = minimize(rosenbrock, x0)
+    assert result.success
+    assert result.n_eval < 1.3 * expected.n_eval  # histories in single precision, sums in another order
 
 
 def test_public_names() -> None:

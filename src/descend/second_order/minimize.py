@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from descend.second_order.box import CompactHessian, descend_in_box
 from descend.second_order.descent import descend
 from descend.second_order.directions import CompactInverse, DenseInverse, Steepest
-from descend.second_order.newton_descent import newton, newton_cg
+from descend.second_order.newton_descent import PAIRS, Conjugate, Dense, trust_region
 from descend.second_order.objective import Curved, FunctionObjective, Point, check_dense_fits
 from descend.second_order.parameter_objective import ParameterObjective
 from descend.second_order.parameters import FlatParameters
@@ -240,12 +240,12 @@ def _check_functions(**functions: Any) -> None:
 
 
 def _solve(method: str, run: Run, objective: Curved, x: Tensor, history_size: int) -> Status:
-    point = run.start(x)
+    point, place = run.start(x), (x.dtype, x.device)
     if method == "newton":
-        return newton(run, objective, point)[0]
+        return trust_region(run, point, Dense(objective))[0]
     if method == "newton-cg":
-        return newton_cg(run, objective, point)[0]
-    place = x.dtype, x.device
+        inverse = CompactInverse(x.numel(), PAIRS, *place)
+        return trust_region(run, point, Conjugate(objective, run, point, inverse))[0]
     if run.objective.lower is not None:
         return descend_in_box(run, point, CompactHessian(x.numel(), history_size, *place))
     if method == "gd":

@@ -10,7 +10,8 @@ import torch
 from torch.optim import Optimizer
 
 from descend.optimizer import check_at_least_zero
-from descend.second_order.newton_descent import newton, newton_cg
+from descend.second_order.directions import CompactInverse
+from descend.second_order.newton_descent import PAIRS, Conjugate, Dense, Method, trust_region
 from descend.second_order.objective import CG_INSTEAD, check_dense_fits
 from descend.second_order.parameter_objective import ParameterObjective
 from descend.second_order.parameters import FlatParameters
@@ -107,10 +108,14 @@ class Newton(Optimizer):
             run = Run(
                 objective, tol=group["tolerance_grad"], max_iter=group["max_iter"], max_eval=max(1, group["max_eval"])
             )
-            method, radius = newton if is_dense else newton_cg, state.get("radius")
+            inverse = CompactInverse(0 if is_dense else point.numel, PAIRS, point.dtype, point.device)
+            if inverse.accepts(state.get("learned")):
+                inverse.load(state["learned"])
+            radius = state.get("radius")
             try:
                 start = run.start(x, state.get("scale"))
-                status, radius = method(run, objective, start, radius)
+                method: Method = Dense(objective) if is_dense else Conjugate(objective, run, start, inverse)
+                status, radius = trust_region(run, start, method, radius)
             finally:
                 point.scatter_(run.best.x if run.history else x)
                 state["func_evals"] += objective.n_eval
@@ -118,6 +123,8 @@ class Newton(Optimizer):
                 state["n_hvp"] += objective.n_hvp
                 if radius is not None:
                     state["radius"] = radius
+                if not is_dense:
+                    state["learned"] = inverse.state()
             if start.is_finite:
                 state.setdefault("scale", start.norm)
             self.result = Result(

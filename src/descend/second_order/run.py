@@ -17,7 +17,7 @@ NOISE = 10.0  # units in the last place that a value may be off by
 C1 = 1e-4  # share of the promised decrease that is progress
 LONGEST_SEARCH = 40  # evaluations in one line search
 LONGEST_STEP = {dtype: torch.finfo(dtype).max for dtype in (torch.float32, torch.float64)}
-MOST_WALLS = 20  # searches in a row that may end where the function does
+MOST_WALLS = 120  # searches in a row that may end where the function does
 PATIENCE = 100  # iterations without progress in value or gradient
 
 
