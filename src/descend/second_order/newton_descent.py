@@ -16,7 +16,7 @@ from descend.second_order.trust_region import CGPath, DenseModel, Trial, steihau
 
 ACCEPTED = 1e-4  # share of the promised decrease that makes a step
 GOOD, POOR = 0.75, 0.25  # shares above and below which the model is trusted farther and less far
-GROWTH, SHRINK = 2.0, 0.25
+GROWTH, SHRINK = 3.0, 0.25
 UNLIMITED = 1e10  # radius before anything is known, relative to the point
 ENDLESS = 1e30  # radius, relative to the start, at which a function that still falls has no minimum
 REJECTIONS = 40  # in a row
@@ -134,7 +134,7 @@ def trust_region(run: Run, point: Point, method: Method, radius: float | None = 
         model = method.model(point, limit)
         trial = model.step(limit)
         if radius is None and trial.on_boundary:  # no minimizer in sight: all there is to go by are the units of x
-            radius = min(size * (trial.norm / length(trial.step)), _longest(point))
+            radius = min(size * (trial.norm / length(trial.step)), limit)
             trial = model.step(radius)
         is_convex = not trial.negative_curvature
         if status is not None and (is_convex or trial.decrease <= run.noise(point)):
