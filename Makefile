@@ -20,8 +20,9 @@ check: $(READY)  ## format, lint, types
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
-bench: $(READY)  ## speed against torch.optim, about ten minutes
+bench: $(READY)  ## speed against torch.optim, about ten minutes; evaluations against SciPy, about twenty
 	$(BIN)/python benchmarks/step.py
+	$(BIN)/python benchmarks/minimize.py
 
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv

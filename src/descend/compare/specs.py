@@ -60,7 +60,9 @@ def classes() -> dict[str, type[Optimizer]]:
 
 
 def _trains_any_model(optimizer: type[Optimizer]) -> bool:
-    """Whether parameters are all it needs: base classes need more, and LBFGS's step needs a closure."""
+    """Whether parameters are all it needs: base classes need more, and LBFGS and Newton a closure without batches."""
+    if issubclass(optimizer, descend.LBFGS | descend.Newton):
+        return False
     build = list(inspect.signature(optimizer).parameters.values())
     step = list(inspect.signature(optimizer.step).parameters.values())
     positional = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
