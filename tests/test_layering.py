@@ -25,7 +25,7 @@ ARROWS = {
     "optimizer": {"checkpoint", "kernels", "plan", "signature", "state"},
     "from_rule": {"optimizer", "signature"},
     "first_order": {"optimizer", "rules"},
-    "second_order": {"optimizer", "second_order"},
+    "second_order": {"checkpoint", "optimizer", "second_order"},
     "__init__": {"clip", "first_order", "from_rule", "kernels", "optimizer", "second_order"},
     "compare": {"compare", "__init__"},
 }

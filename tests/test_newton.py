@@ -202,8 +202,9 @@ def reload(optimizer: Newton) -> Newton:
     [reload, copy.deepcopy, lambda optimizer: pickle.loads(pickle.dumps(optimizer))],
     ids=lambda f: f.__name__,
 )
-def test_copy_goes_on_identically(solver: str, duplicate: Callable[[Newton], Newton]) -> None:
-    _, optimizer = make(torch.full((5,), -1.0, dtype=torch.float64), solver=solver, max_iter=3)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_copy_goes_on_identically(solver: str, duplicate: Callable[[Newton], Newton], dtype: torch.dtype) -> None:
+    _, optimizer = make(torch.full((5,), -1.0, dtype=dtype), solver=solver, max_iter=3)
 
     def go_on(some: Newton) -> Tensor:
         (param,) = some.param_groups[0]["params"]

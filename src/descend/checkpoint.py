@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from copy import deepcopy
 from typing import TYPE_CHECKING, Any
 
@@ -24,6 +24,16 @@ def aliases(state: Mapping[str, Any]) -> dict[str, Any]:
 
 def load(optimizer: FirstOrder, state_dict: dict[str, Any]) -> None:
     """See ``FirstOrder.load_state_dict``."""
+    restore(optimizer, state_dict, _groups, _state)
+
+
+def restore(
+    optimizer: Any,
+    state_dict: dict[str, Any],
+    read_groups: Callable[[Any, list[dict[str, Any]]], list[dict[str, Any]]],
+    read_state: Callable[[Any, dict[str, Any]], defaultdict[Any, Any]],
+) -> None:
+    """Run the hooks around loading, and change the optimizer only after everything has been read and checked."""
     state_dict = state_dict.copy()
     for pre_hook in optimizer._optimizer_load_state_dict_pre_hooks.values():
         replaced = pre_hook(optimizer, state_dict)
@@ -33,8 +43,8 @@ def load(optimizer: FirstOrder, state_dict: dict[str, Any]) -> None:
         raise ValueError(
             f"{type(optimizer).__name__}: a state dict needs 'state' and 'param_groups', this one lacks {missing}."
         )
-    groups = _groups(optimizer, state_dict["param_groups"])
-    state = _state(optimizer, state_dict)
+    groups = read_groups(optimizer, state_dict["param_groups"])
+    state = read_state(optimizer, state_dict)
     optimizer.__setstate__({"state": state, "param_groups": groups})
     for post_hook in optimizer._optimizer_load_state_dict_post_hooks.values():
         post_hook(optimizer)

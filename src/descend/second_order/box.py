@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from descend.second_order.descent import failure, first_step, learn
+from descend.second_order.descent import Way, first_step, go
 from descend.second_order.directions import learn_diagonal_
 from descend.second_order.objective import Point
 from descend.second_order.result import Status
@@ -106,32 +106,22 @@ def descend_in_box(run: Run, point: Point, model: CompactHessian, lr: float = 1.
     assert lower is not None
     assert upper is not None
     is_boxed = bool((torch.isfinite(lower) & torch.isfinite(upper)).all())
-    failed: Status | None = None  # why the last search failed, if it did
-    while (status := run.verdict(point)) is None:
+
+    def way(point: Point, has_failed: bool) -> Way:
+        low, high = lower - point.x, upper - point.x
         if model.is_steepest:
-            length = 1.0 if is_boxed and not failed else first_step(point)
-            direction, step = torch.clamp(-length * point.grad, lower - point.x, upper - point.x), 1.0
+            length = 1.0 if is_boxed and not has_failed else first_step(point)
+            direction, step = torch.clamp(-length * point.grad, low, high), 1.0
         else:
-            direction, step = minimizer(model, point.grad, lower - point.x, upper - point.x), lr
-        move = run.search(point, direction, step, max_step=room(point.x, direction, lower, upper))
-        status = failure(run, point, move)
-        if move.point is not None:
-            learn(run, model, point, move)
-            point = move.point
-            run.advance(point, move.step)
-        if status and run.evaluations_left < 1:
-            return run.verdict(point) or Status.max_eval
-        if status and (failed or (model.is_steepest and move.point is None)):
-            return run.verdict(point) or failed or status
-        if status:
-            model.reset()
-        failed = status
-    return status
+            direction, step = minimizer(model, point.grad, low, high), lr
+        return Way(direction, step, room(direction, low, high))
+
+    return go(run, point, model, way)
 
 
-def room(x: Tensor, direction: Tensor, lower: Tensor, upper: Tensor) -> float:
-    """The largest step that stays inside the bounds, at least 1."""
-    limits = torch.where(direction > 0, upper - x, torch.where(direction < 0, lower - x, math.inf)) / direction
+def room(direction: Tensor, low: Tensor, high: Tensor) -> float:
+    """The largest step along a direction that stays between low and high, at least 1."""
+    limits = torch.where(direction > 0, high, torch.where(direction < 0, low, math.inf)) / direction
     return max(1.0, float(limits.abs().amin()))
 
 

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
+from typing import NamedTuple
+
 import torch
+from torch import Tensor
 
 from descend.second_order.directions import Directions, Learner, stretch
 from descend.second_order.line_search import Outcome
@@ -14,30 +19,52 @@ LEAST_RISE = 1e-8  # of the slope along a step, relative, that counts as curvatu
 VISIBLE = 1e3  # times the noise of the values: what a step must promise before its failure is no rounding error
 
 
+class Way(NamedTuple):
+    """Where to search next: a direction, the first step along it, and the last that is allowed."""
+
+    direction: Tensor
+    step: float
+    max_step: float = math.inf
+
+
 def descend(run: Run, point: Point, directions: Directions, lr: float = 1.0) -> Status:
-    """Go down from ``point`` until there is a reason to stop.
+    """Go down from ``point`` along directions until there is a reason to stop.
 
     Args:
         run: limits and line searches; its best point is the result.
         directions: what was learned so far; empty at the start.
         lr: first step tried along a direction that has learned something.
     """
+
+    def way(point: Point, has_failed: bool) -> Way:
+        return Way(directions.descend(point.grad), first_step(point) if directions.is_steepest else lr)
+
+    return go(run, point, directions, way)
+
+
+def go(run: Run, point: Point, learner: Learner, way: Callable[[Point, bool], Way]) -> Status:
+    """Go down from ``point``, one search after the other, until there is a reason to stop.
+
+    Args:
+        run: limits and line searches; its best point is the result.
+        learner: is shown every step.
+        way: from a point, and whether the search before has failed, to the next search.
+    """
     failed: Status | None = None  # why the last search failed, if it did
     while (status := run.verdict(point)) is None:
-        direction = directions.descend(point.grad)
-        move = run.search(point, direction, first_step(point) if directions.is_steepest else lr)
+        move = run.search(point, *way(point, failed is not None))
         status = failure(run, point, move)
         if move.point is not None:
-            learn(run, directions, point, move)
+            learn(run, learner, point, move)
             point = move.point
             run.advance(point, move.step)
         if status and run.evaluations_left < 1:
             return run.verdict(point) or Status.max_eval
         # Once, what was learned is to blame for a failed search; the next time, the function is.
-        if status and (failed or (directions.is_steepest and move.point is None)):
+        if status and (failed or (learner.is_steepest and move.point is None)):
             return run.verdict(point) or failed or status
         if status:
-            directions.reset()
+            learner.reset()
         failed = status
     return status
 

@@ -15,7 +15,7 @@ from torch._compile import _disable_dynamo
 from torch.optim import Optimizer
 
 from descend.optimizer import check_at_least_zero, check_lr
-from descend.second_order import lbfgs_checkpoint
+from descend.second_order import flat_checkpoint
 from descend.second_order.modern_lbfgs import modern_step
 from descend.second_order.objective import Point
 from descend.second_order.parameter_bounds import flat_bounds
@@ -274,7 +274,7 @@ class LBFGS(Optimizer):
         Raises:
             ValueError: if groups, options or the state do not fit; nothing has been changed then.
         """
-        lbfgs_checkpoint.load(self, state_dict)
+        flat_checkpoint.load(self, state_dict)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), **{name: getattr(self, name) for name in _OWN}}
@@ -334,6 +334,11 @@ class LBFGS(Optimizer):
                         f"{type(self).__name__}: all groups are one problem with one {name}, got {groups[0][name]!r} "
                         f"in group 0 and {group[name]!r} in group {index}. Only weight_decay and bounds may differ."
                     )
+
+    def check_groups(self, groups: Sequence[dict[str, Any]]) -> None:
+        """Raise ``ValueError`` if groups do not go together."""
+        self.check_agreement(groups)
+        self.check_bounds(groups)
 
     def check_bounds(self, groups: Sequence[dict[str, Any]]) -> None:
         """Raise ``ValueError`` if bounds do not fit the parameters or the line search."""

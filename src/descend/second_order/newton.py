@@ -10,6 +10,7 @@ import torch
 from torch.optim import Optimizer
 
 from descend.optimizer import check_at_least_zero
+from descend.second_order import flat_checkpoint
 from descend.second_order.directions import CompactInverse
 from descend.second_order.newton_descent import PAIRS, Conjugate, Dense, Method, trust_region
 from descend.second_order.objective import CG_INSTEAD, check_dense_fits
@@ -94,7 +95,7 @@ class Newton(Optimizer):
             return self.init_state()
         began, name = time.perf_counter(), type(self).__name__
         group = self.param_groups[0]
-        self.check_agreement(self.param_groups)
+        self.check_groups(self.param_groups)
         with torch.inference_mode(False), torch.no_grad():
             point, state = FlatParameters(self.param_groups, name), self._counters()
             x = point.gather()
@@ -156,12 +157,20 @@ class Newton(Optimizer):
             state.setdefault(name, 0)
         return state
 
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load what ``state_dict`` returned: everything is copied, tensors keep a wider dtype.
+
+        Raises:
+            ValueError: if groups or options do not fit; nothing has been changed then.
+        """
+        flat_checkpoint.load(self, state_dict)
+
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group, its options checked first; what it lacks is the first group's."""
         if isinstance(param_group, dict):
             options = {**self.defaults, **(self.param_groups[0] if self.param_groups else {}), **param_group}
             self.check_options(options)
-            self.check_agreement([*self.param_groups, options])
+            self.check_groups([*self.param_groups, options])
             for name in self.defaults:
                 param_group.setdefault(name, options[name])
         super().add_param_group(param_group)
@@ -174,7 +183,7 @@ class Newton(Optimizer):
         if options["solver"] not in SOLVERS:
             raise ValueError(f"{type(self).__name__}: solver must be one of {SOLVERS}, got {options['solver']!r}.")
 
-    def check_agreement(self, groups: Sequence[Mapping[str, Any]]) -> None:
+    def check_groups(self, groups: Sequence[Mapping[str, Any]]) -> None:
         """Raise ``ValueError`` if an option that all groups share differs between them."""
         for index, group in enumerate(groups):
             self.check_options(group)

@@ -1,41 +1,33 @@
-"""Loading L-BFGS state dictionaries, torch's or ours: validated as a whole, copied, never narrowed."""
+"""Loading state dictionaries of L-BFGS, torch's or ours, and Newton: validated as a whole, copied, never narrowed."""
 
 from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Mapping
 from copy import deepcopy
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 from torch import Tensor
 
+from descend.checkpoint import restore
 from descend.second_order.parameters import FlatParameters
 
 if TYPE_CHECKING:
     from descend.second_order.lbfgs import LBFGS
+    from descend.second_order.newton import Newton
+
+    ClosureOptimizer: TypeAlias = LBFGS | Newton
 
 _MEMORY = ("n_iter", "d", "t", "old_dirs", "old_stps", "ro", "H_diag", "prev_flat_grad", "prev_loss")
 
 
-def load(optimizer: LBFGS, state_dict: dict[str, Any]) -> None:
-    """See ``LBFGS.load_state_dict``."""
-    who = type(optimizer).__name__
-    state_dict = state_dict.copy()
-    for pre_hook in optimizer._optimizer_load_state_dict_pre_hooks.values():
-        replaced = pre_hook(optimizer, state_dict)
-        if replaced is not None:
-            state_dict = replaced
-    if missing := {"state", "param_groups"} - set(state_dict):
-        raise ValueError(f"{who}: a state dict needs 'state' and 'param_groups', this one lacks {missing}.")
-    groups = _groups(optimizer, state_dict["param_groups"])
-    state = _state(optimizer, state_dict)
-    optimizer.__setstate__({"state": state, "param_groups": groups})
-    for post_hook in optimizer._optimizer_load_state_dict_post_hooks.values():
-        post_hook(optimizer)
+def load(optimizer: ClosureOptimizer, state_dict: dict[str, Any]) -> None:
+    """Load what ``state_dict`` returned, of an optimizer that keeps all state under its first parameter."""
+    restore(optimizer, state_dict, _groups, _state)
 
 
-def _groups(optimizer: LBFGS, saved_groups: list[dict[str, Any]]) -> list[dict[str, Any]]:
+def _groups(optimizer: ClosureOptimizer, saved_groups: list[dict[str, Any]]) -> list[dict[str, Any]]:
     sizes = [len(group["params"]) for group in optimizer.param_groups]
     saved_sizes = [len(group["params"]) for group in saved_groups]
     if len(sizes) != len(saved_sizes):
@@ -52,12 +44,11 @@ def _groups(optimizer: LBFGS, saved_groups: list[dict[str, Any]]) -> list[dict[s
     for current, saved in zip(optimizer.param_groups, saved_groups, strict=True):
         loaded.append({**current, **{key: deepcopy(value) for key, value in saved.items() if key != "params"}})
         optimizer.check_options(loaded[-1])
-    optimizer.check_agreement(loaded)
-    optimizer.check_bounds(loaded)
+    optimizer.check_groups(loaded)
     return loaded
 
 
-def _state(optimizer: LBFGS, state_dict: Mapping[str, Any]) -> defaultdict[Any, Any]:
+def _state(optimizer: ClosureOptimizer, state_dict: Mapping[str, Any]) -> defaultdict[Any, Any]:
     point = FlatParameters(optimizer.param_groups, type(optimizer).__name__)
     saved_keys = [key for group in state_dict["param_groups"] for key in group["params"]]
     owner = dict(zip(saved_keys, point.params, strict=True))
