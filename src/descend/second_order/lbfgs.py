@@ -57,7 +57,9 @@ class LBFGS(Optimizer):
         tolerance_change: stop when a step moves no entry by more, or the loss changes by less. Default: 1e-9.
         history_size: how many past steps are remembered, >= 1. Default: 100.
         line_search_fn: None, every step has length ``lr``; ``"strong_wolfe"``, torch's line search; or
-            ``"hager_zhang"``, the solver of ``minimize``. Default: None.
+            ``"hager_zhang"``, the solver of ``minimize``: it stops when no entry of the gradient is larger than
+            ``tolerance_grad * max(1, the largest one when it began)``, ``tolerance_change`` has no effect, and
+            ``max_eval`` is never exceeded. Default: None.
         maximize: maximize instead of minimize. Default: False.
         weight_decay: adds ``weight_decay / 2 * |param|^2`` to the loss and its gradient to the gradient, >= 0; that
             of groups without one of their own. Default: 0.

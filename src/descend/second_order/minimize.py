@@ -66,10 +66,12 @@ def minimize(
         callback: gets a ``Progress`` after each iteration; stops the search by returning True or by raising
             ``StopIteration``.
         jac: None for autograd; True if ``fun`` returns (value, gradient); or a function that returns the gradient.
-        hvp: None for autograd; or a function of (x, v) that returns the Hessian at x times v.
+        hvp: None for autograd; or a function of (x, v) that returns the Hessian at x times v; for ``"newton"`` and
+            ``"newton-cg"``. Operations marked ``once_differentiable`` need it: autograd takes their curvature for 0.
         history_size: steps that ``"l-bfgs"`` remembers, >= 1; only for this method. Default: 10.
     Returns:
-        A ``Result``: the best point seen, and why the search ended there.
+        A ``Result``: the best point seen, and why the search ended there. ``x`` is never NaN unless ``x0`` is; ``fun``
+        is NaN only if it is at ``x0``.
     Raises:
         ValueError, TypeError: if an argument is not as above, or ``fun`` returns no real scalar.
         RuntimeError: if the value does not depend on ``x0`` as far as autograd can see.
@@ -91,7 +93,7 @@ def minimize(
     """
     began = time.perf_counter()
     _check_options(method, bounds, history_size, tol, max_iter, max_eval)
-    _check_functions(fun=fun, jac=jac, hvp=hvp, callback=callback)
+    _check_functions(method, fun=fun, jac=jac, hvp=hvp, callback=callback)
     with torch.inference_mode(False), torch.no_grad():
         problem = _Problem(fun, x0, bounds, jac, hvp, needs_curvature=method in ("newton", "newton-cg"))
         run = Run(
@@ -232,7 +234,9 @@ def _check_options(
             raise ValueError(f"{WHO}: {name} must be an integer >= {least}, got {value!r}.")
 
 
-def _check_functions(**functions: Any) -> None:
+def _check_functions(method: str, **functions: Any) -> None:
+    if functions["hvp"] is not None and not method.startswith("newton"):
+        raise ValueError(f"{WHO}: hvp is for method='newton' or 'newton-cg', got method={method!r}. Leave it out.")
     for name, function in functions.items():
         if not callable(function) and function is not None and not (name == "jac" and isinstance(function, bool)):
             also = {"fun": "", "jac": ", True or None"}.get(name, " or None")
