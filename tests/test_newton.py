@@ -126,10 +126,47 @@ def test_rejected_steps_cost_no_products(monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 @METHODS
-def test_value_noise_ends_honestly(method: str) -> None:
+def test_values_that_tell_nothing_leave_it_to_the_slopes(method: str) -> None:
     result = minimize(lambda x: rosenbrock(x) + 1e10, vector(-1.2, 1.0).float(), method, tol=0.0, max_eval=500)
-    assert result.status in (Status.precision_limit, Status.line_search_failed)
     assert result.n_eval < 500
+    assert result.status is (Status.converged if result.grad_norm == 0 else Status.precision_limit)
+    assert result.grad_norm < 1e-3
+
+
+class Rounded(torch.autograd.Function):
+    """The value with seven digits, and an exact gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, value: Tensor) -> Tensor:
+        return value.float().to(value.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Tensor:
+        return grads[0]
+
+
+@METHODS
+@pytest.mark.parametrize("level", [0.0, 1.0, 1e6])
+def test_rounded_values_do_not_stop_it(method: str, level: float) -> None:
+    result = minimize(lambda x: Rounded.apply(rosenbrock(x) + level), vector(-1.2, 1.0, 0.5), method)
+    assert result.success
+    assert float((result.x - 1).abs().max()) < 1e-4
+
+
+@METHODS
+def test_noise_in_the_gradient_ends_soon(method: str) -> None:
+    class Noisy(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, x: Tensor) -> Tensor:
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx: Any, *grads: Tensor) -> Tensor:
+            return grads[0] + 1e-6 * torch.sin(1e9 * grads[0].detach() + 1)
+
+    result = minimize(lambda x: rosenbrock(Noisy.apply(x)), vector(-1.2, 1.0), method, tol=0.0)
+    assert result.status is Status.precision_limit
+    assert result.n_eval < 150
 
 
 # The class.

@@ -77,10 +77,12 @@ def learn(run: Run, directions: Learner, point: Point, move: Move) -> None:
     if rise <= LEAST_RISE * abs(new.slope_before):
         return
     sy = move.step * rise
-    y = new.grad - point.grad
+    s, y = run.scratch  # fresh memory would cost more than the subtraction
+    torch.sub(new.x, point.x, out=s)
+    torch.sub(new.grad, point.grad, out=y)
     if run.noise(point) < 0.1 * sy:
         y *= stretch(sy, point.value, new.value, move.step * (new.slope + new.slope_before))
-    directions.update(new.x - point.x, y)
+    directions.update(s, y)
 
 
 def first_step(point: Point) -> float:

@@ -115,7 +115,9 @@ class Newton(Optimizer):
             radius = state.get("radius")
             try:
                 start = run.start(x, state.get("scale"))
-                method: Method = Dense(objective) if is_dense else Conjugate(objective, run, start, inverse)
+                method: Method = (
+                    Dense(objective) if is_dense else Conjugate(objective, run, start, inverse, state.get("scale"))
+                )
                 status, radius = trust_region(run, start, method, radius)
             finally:
                 point.scatter_(run.best.x if run.history else x)

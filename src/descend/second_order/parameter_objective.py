@@ -47,8 +47,8 @@ class ClosureObjective(Objective):
 class ParameterObjective(Curved):
     """A function that returns a loss of parameters, differentiated here, twice if need be; ``.grad`` is left alone.
 
-    Second derivatives are taken from the graph of the point evaluated last: setting the parameters to another point
-    ends the life of the graphs before.
+    Setting the parameters to another point ends the life of the graphs before. Second derivatives at a point other
+    than the one evaluated last cost another evaluation.
 
     Args:
         who: what ``fun`` is called in errors.
@@ -74,12 +74,13 @@ class ParameterObjective(Curved):
         self.needs_curvature, self.maximize = needs_curvature, maximize
         self.first_loss: Any = None
         self._placed: Tensor | None = None
+        self._graph: list[Tensor | None] | None = None  # of the gradient there
 
     def place(self, x: Tensor) -> None:
         """Set the parameters to ``x``, unless they are."""
         if self._placed is not x:
             self.point.scatter_(x)
-            self._placed = x
+            self._placed, self._graph = x, None
 
     def value_and_grad(self, x: Tensor) -> tuple[Tensor | float, Tensor, Any]:
         self.place(x)
@@ -87,10 +88,12 @@ class ParameterObjective(Curved):
             loss = self.fun()
             value = scalar(loss, self.who)
             value = -value if self.maximize else value
-            graph = self._differentiated(value)
+            parts = self._differentiated(value)
         if self.n_eval == 1:
             self.first_loss = loss
-        return value.detach(), self._flat(graph), graph if self.needs_curvature else None
+        if self.needs_curvature:
+            self._graph = parts
+        return value.detach(), self._flat(parts), None
 
     def _differentiated(self, value: Tensor) -> list[Tensor | None]:
         """The gradient's parts, for the parameters that require one."""
@@ -121,6 +124,13 @@ class ParameterObjective(Curved):
             [next(found) if param.requires_grad else None for param in self.point.params]
         )
 
+    def _graph_at(self, point: Point) -> list[Tensor | None]:
+        if self._placed is not point.x or self._graph is None:
+            self.n_eval += 1
+            self.value_and_grad(point.x)
+        assert self._graph is not None, "made for needs_curvature"
+        return self._graph
+
     def product(self, point: Point, vector: Tensor) -> Tensor:
         self.n_hvp += 1
         pieces = zip(self.point.params, self.point.split(vector), strict=True)
@@ -129,7 +139,7 @@ class ParameterObjective(Curved):
     def _backward_twice(self, point: Point, vectors: Sequence[Tensor], *, is_batched: bool = False) -> Sequence[Any]:
         pairs = [
             (part, vector)
-            for part, vector in zip(point.graph, vectors, strict=True)
+            for part, vector in zip(self._graph_at(point), vectors, strict=True)
             if part is not None and part.requires_grad
         ]
         if not pairs:  # a linear function

@@ -70,6 +70,7 @@ class Run:
     def start(self, x: Tensor, scale: float | None = None) -> Point:
         """Evaluate the first point. ``scale``: the gradient's largest entry where it all began, if not here."""
         point = self.best = self.milestone = self.objective.evaluate(x)
+        self.scratch = torch.empty_like(x), torch.empty_like(x)
         self.target = self.tol * max(1.0, point.norm if scale is None else scale)
         self.patience = PATIENCE
         self._record(point, 0.0)

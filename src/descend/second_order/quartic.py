@@ -1,0 +1,35 @@
+"""The quartic through what is known of a function along Newton's step: where it says the line's minimum is."""
+
+from __future__ import annotations
+
+import numpy as np
+
+
+def first_minimum(fall: float, slope_before: float, curvature: float, slope: float) -> tuple[float, float] | None:
+    """The first minimum of the quartic along a step, from its beginning (0) to its end (1) and beyond.
+
+    Args:
+        fall: by how much the function falls from 0 to 1.
+        slope_before: its slope at 0, < 0.
+        curvature: its second derivative at 0.
+        slope: its slope at 1.
+    Returns:
+        Where it is, > 0, and by how much the quartic falls from 0 to there; None without a minimum, or if the numbers
+        are too large.
+    Example:
+        >>> first_minimum(fall=65.0, slope_before=-108.0, curvature=108.0, slope=-32.0)  # of (3 - t)**4
+        (3.0, 81.0)
+    """
+    with np.errstate(all="ignore"):
+        # In units of the slope: q(t) = -t + h t^2 / 2 + c t^3 + d t^4.
+        h, value, end = np.divide([curvature, -fall, slope], -slope_before)
+        excess, turn = value + 1 - h / 2, end + 1 - h
+        c, d = 4 * excess - turn, turn - 3 * excess
+        if not (np.isfinite([c, d, h]).all() and slope_before < 0):
+            return None
+        roots = np.roots([4 * d, 3 * c, h, -1])
+    minima = roots.real[(np.abs(roots.imag) <= 1e-7 * np.abs(roots)) & (roots.real > 0)]
+    if not len(minima):
+        return None
+    t = float(minima.min())
+    return t, float(t * (1 - t * (h / 2 + t * (c + t * d)))) * -slope_before
