@@ -17,8 +17,9 @@ def first_minimum(fall: float, slope_before: float, curvature: float, slope: flo
         Where it is, > 0, and by how much the quartic falls from 0 to there; None without a minimum, or if the numbers
         are too large.
     Example:
-        >>> first_minimum(fall=65.0, slope_before=-108.0, curvature=108.0, slope=-32.0)  # of (3 - t)**4
-        (3.0, 81.0)
+        >>> found = first_minimum(fall=3.0, slope_before=-4.0, curvature=2.0, slope=-2.0)  # of (2 - t)**2
+        >>> [round(number, 6) for number in found]
+        [2.0, 4.0]
     """
     with np.errstate(all="ignore"):
         # In units of the slope: q(t) = -t + h t^2 / 2 + c t^3 + d t^4.
