@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch._compile import _disable_dynamo
 from torch.optim import Optimizer
 
 from descend.optimizer import check_at_least_zero
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
     from torch.optim.optimizer import ParamsT
 
 SOLVERS = ("auto", "cholesky", "cg")
-MOST_DENSE = 500  # parameters up to which "auto" takes the dense Hessian
+MOST_DENSE = 200  # parameters up to which "auto" takes the dense Hessian: beyond, it costs many times the time
 
 
 class Newton(Optimizer):
@@ -39,8 +40,8 @@ class Newton(Optimizer):
         tolerance_grad: converged when no entry of the gradient is larger than this times max(1, the largest one when
             the optimizer began), >= 0. Default: 1e-7.
         solver: ``"cholesky"``: the dense Hessian and the exact minimizer of the model, O(n^2) memory and O(n^3) time;
-            ``"cg"``: truncated conjugate gradients, in a few vectors of memory; ``"auto"``: the first up to 500
-            parameters. Default: ``"auto"``.
+            ``"cg"``: truncated conjugate gradients, in about a hundred vectors of memory; ``"auto"``: the first up to
+            200 parameters. Default: ``"auto"``.
         maximize: maximize instead. Default: False.
     Attributes:
         result: what the last ``step`` did, and why it stopped; None before.
@@ -91,6 +92,15 @@ class Newton(Optimizer):
                 the parameters. Whatever it raises leaves the parameters at the best point seen.
             MemoryError: if a dense Hessian would not fit; nothing has been evaluated then.
         """
+        if torch.compiler.is_compiling():  # a graph break: a compiled program calls the step, it does not trace it
+            return _untraced_step(self, closure)
+        if type(self).step is not Newton.step:  # a subclass's step, which torch has wrapped for hooks already
+            return self._step(closure)
+        return _hooked_step(self) if closure is None else _hooked_step(self, closure)
+
+    step.hooked = True  # type: ignore[attr-defined]
+
+    def _step(self, closure: Callable[[], Any] | None = None) -> Any:
         if closure is None:
             return self.init_state()
         began, name = time.perf_counter(), type(self).__name__
@@ -110,9 +120,11 @@ class Newton(Optimizer):
                 objective, tol=group["tolerance_grad"], max_iter=group["max_iter"], max_eval=max(1, group["max_eval"])
             )
             inverse = CompactInverse(0 if is_dense else point.numel, PAIRS, point.dtype, point.device)
+            radius = state.get("radius")
             if inverse.accepts(state.get("learned")):
                 inverse.load(state["learned"])
-            radius = state.get("radius")
+            elif not is_dense:
+                radius = None  # it was in the norm of what was learned
             try:
                 start = run.start(x, state.get("scale"))
                 method: Method = (
@@ -205,3 +217,7 @@ class Newton(Optimizer):
         for group in self.param_groups:
             for name, default in self.defaults.items():
                 group.setdefault(name, default)
+
+
+_hooked_step = Optimizer.profile_hook_step(Newton._step)
+_untraced_step = _disable_dynamo(Newton.step)

@@ -25,7 +25,8 @@ FARTHEST = 10.0  # lengths of the step to look there
 UNLIMITED = 1e10  # radius before anything is known, relative to the point
 ENDLESS = 1e30  # step, relative to the start, at which a function that still falls has no minimum
 REJECTIONS = 40  # in a row
-BLIND = 5  # of them, where values cannot tell a better point from a worse one
+COARSE = 0.4  # power of the precision to which equal values may have been rounded
+BLIND = 5  # of the rejections, where values cannot tell a better point from a worse one
 STALLED = 20  # iterations without progress in value or gradient
 PAIRS = 20  # directions of conjugate gradients, with their products, that precondition the next ones
 KEPT = 20  # directions of a path kept for shorter steps
@@ -256,7 +257,7 @@ def _step(
 ) -> tuple[Point, float | None, Trial] | Status:
     """The next point and radius, and the step to it; or why there is no step in a smaller region either."""
     is_finite: bool | None = None  # until there has been a trial
-    n_blind, noise = 0, run.noise(point)
+    n_blind, noise, coarse = 0, run.noise(point), run.objective.eps**COARSE * abs(point.value)
     for _ in range(REJECTIONS):
         if run.evaluations_left < 1:
             return Status.max_eval
@@ -268,7 +269,7 @@ def _step(
             return new, radius, trial
         if new.is_finite:
             is_finite, fall = True, point.value - new.value
-            if is_blind := fall == 0 or max(trial.decrease, abs(fall)) <= noise:
+            if is_blind := trial.decrease <= (coarse if fall == 0 else noise) and abs(fall) <= noise:
                 fall = -(new.slope_before + new.slope) / 2  # slopes have more digits than differences of values
             share = fall / trial.decrease
             if share > GOOD and trial.on_boundary:

@@ -90,7 +90,7 @@ class ParameterObjective(Curved):
             value = -value if self.maximize else value
             parts = self._differentiated(value)
         if self.n_eval == 1:
-            self.first_loss = loss
+            self.first_loss = loss.detach()  # its graph does not outlive the next step
         if self.needs_curvature:
             self._graph = parts
         return value.detach(), self._flat(parts), None
