@@ -17,16 +17,23 @@ ARROWS = {
     "ops": set(),
     "rules": {"ops"},
     "signature": set(),
-    "state": set(),
+    "checks": set(),
+    "pages": set(),
+    "schedule": set(),
+    "state": {"pages"},
     "kernels": {"ops", "kernels"},
     "clip": {"kernels"},
-    "plan": {"clip", "kernels", "signature", "state"},
-    "checkpoint": set(),
-    "optimizer": {"checkpoint", "kernels", "plan", "signature", "state"},
+    "sparse": {"clip", "kernels", "signature"},
+    "exact": {"kernels", "pages", "schedule", "signature"},
+    "settling": {"exact"},
+    "plan": {"clip", "kernels", "signature", "sparse", "state"},
+    "checkpoint": {"exact", "pages"},
+    "optimizer": {"checkpoint", "checks", "kernels", "pages", "plan", "settling", "signature", "sparse", "state"},
     "from_rule": {"optimizer", "signature"},
-    "first_order": {"optimizer", "rules"},
-    "second_order": {"checkpoint", "optimizer", "second_order"},
-    "__init__": {"clip", "first_order", "from_rule", "kernels", "optimizer", "second_order"},
+    "first_order": {"checks", "optimizer", "rules"},
+    "sparse_adam": {"optimizer", "rules"},
+    "second_order": {"checkpoint", "checks", "optimizer", "second_order"},
+    "__init__": {"clip", "first_order", "from_rule", "kernels", "optimizer", "second_order", "sparse_adam"},
     "compare": {"compare", "__init__"},
 }
 
@@ -116,7 +123,7 @@ def test_numba_is_imported_only_where_something_is_compiled() -> None:
         if (isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "numba")
         or (isinstance(node, ast.Import) and any(alias.name.split(".")[0] == "numba" for alias in node.names))
     }
-    assert top <= {"cpu.py", "memory.py", "probe_kernel.py"}
+    assert top <= {"cpu.py", "memory.py", "probe_kernel.py", "rows_kernel.py"}
     assert top <= compilers
 
 
@@ -127,7 +134,7 @@ def test_files_are_short() -> None:
 
 def test_public_names_are_frozen() -> None:
     names = (
-        "SGD Adam AdamW LBFGS Newton FirstOrder RuleError Progress Result Status clip_grad_norm_ clip_grad_value_ "
+        "SGD Adam AdamW LBFGS Newton FirstOrder RuleError Progress Result SparseAdam Status clip_grad_norm_ clip_grad_value_ "
         "clip_grads_with_norm_ from_rule get_total_norm minimize warmup"
     )
     assert sorted(descend.__all__) == sorted(names.split())

@@ -17,6 +17,7 @@ from descend.second_order.lbfgs import LBFGS
 from descend.second_order.minimize import minimize
 from descend.second_order.newton import Newton
 from descend.second_order.result import Progress, Result, Status
+from descend.sparse_adam import SparseAdam
 
 __version__ = "0.1.0"
 
@@ -30,6 +31,7 @@ __all__ = [
     "Progress",
     "Result",
     "RuleError",
+    "SparseAdam",
     "Status",
     "clip_grad_norm_",
     "clip_grad_value_",

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from descend import rules
-from descend.optimizer import FirstOrder, Options, check_at_least_zero, check_lr
+from descend.checks import check_at_least_zero, check_lr
+from descend.optimizer import FirstOrder, Options
 
 if TYPE_CHECKING:
     from torch.optim.optimizer import ParamsT
@@ -30,7 +31,7 @@ class SGD(FirstOrder):
         maximize: ascend instead. Default: False.
         foreach, fused: accepted and kept in the groups; the backend is chosen by ``backend``.
         differentiable: let autograd see the step. Default: False.
-        options: ``max_norm``, ``nonfinite``, ``backend``, ``state_dtype``: see ``FirstOrder``.
+        options: ``max_norm``, ``nonfinite``, ``backend``, ``state_dtype``, ``sparse``: see ``FirstOrder``.
     Raises:
         ValueError: if an option is out of range.
     Example:
@@ -81,6 +82,11 @@ class SGD(FirstOrder):
             return rules.sgd
         return rules.nesterov if group["nesterov"] else rules.momentum
 
+    def meaning_of_sparse(self, param: torch.Tensor, group: Mapping[str, Any]) -> str | None:
+        meaning = super().meaning_of_sparse(param, group)
+        # Without momentum and weight decay nothing happens to a row whose gradient is zero.
+        return "touched" if meaning == "all" and group["momentum"] == 0 and group["weight_decay"] == 0 else meaning
+
     def scalars(self, group: Mapping[str, Any], step: float) -> tuple[Any, ...]:
         lr, weight_decay, momentum = group["lr"], group["weight_decay"], group["momentum"]
         if momentum == 0:
@@ -118,7 +124,7 @@ class Adam(FirstOrder):
         foreach, fused, capturable: accepted and kept in the groups; the backend is chosen by ``backend``.
         differentiable: let autograd see the step. Default: False.
         decoupled_weight_decay: decay as ``AdamW`` does. Default: False.
-        options: ``max_norm``, ``nonfinite``, ``backend``, ``state_dtype``: see ``FirstOrder``.
+        options: ``max_norm``, ``nonfinite``, ``backend``, ``state_dtype``, ``sparse``: see ``FirstOrder``.
     Raises:
         ValueError: if an option is out of range.
     Example:
@@ -165,6 +171,8 @@ class Adam(FirstOrder):
         }
         super().__init__(params, defaults, **options)
 
+    coasting = (rules.coast, rules.decay)
+
     def rule_for(self, group: Mapping[str, Any]) -> Callable[..., Any]:
         if group["amsgrad"]:
             return rules.adamw_amsgrad if group["decoupled_weight_decay"] else rules.adam_amsgrad
@@ -187,6 +195,22 @@ class Adam(FirstOrder):
                 )
         check_at_least_zero(self, "weight_decay value", "weight_decay", options["weight_decay"])
         _check_flags(options)
+        if self.sparse == "exact":
+            self.check_exact(options)
+
+    def check_exact(self, options: Mapping[str, Any]) -> None:
+        beta1, beta2 = options["betas"]
+        reasons = {
+            "amsgrad": options["amsgrad"],
+            f"betas={options['betas']}, where betas[0] >= betas[1]": not beta1 < beta2,
+            "eps=0": options["eps"] == 0,
+            "L2 regularisation (weight_decay in Adam; AdamW's is no obstacle)": options["weight_decay"] != 0
+            and not options["decoupled_weight_decay"],
+        }
+        if found := [reason for reason, applies in reasons.items() if applies]:
+            raise ValueError(
+                f"{type(self).__name__}: sparse='exact' cannot catch up with {' and '.join(found)}; 'touched' can."
+            )
 
 
 class AdamW(Adam):
@@ -204,7 +228,7 @@ class AdamW(Adam):
         maximize: ascend instead. Default: False.
         foreach, capturable, fused: accepted and kept in the groups; the backend is chosen by ``backend``.
         differentiable: let autograd see the step. Default: False.
-        options: ``max_norm``, ``nonfinite``, ``backend``, ``state_dtype``: see ``FirstOrder``.
+        options: ``max_norm``, ``nonfinite``, ``backend``, ``state_dtype``, ``sparse``: see ``FirstOrder``.
     Raises:
         ValueError: if an option is out of range.
     Example:

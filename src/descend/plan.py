@@ -17,6 +17,7 @@ from descend.kernels import eager
 from descend.kernels.chunks import Launch, StepCounts
 from descend.kernels.probe import Cell, make_probe
 from descend.signature import signature
+from descend.sparse import SparseUpdate
 from descend.state import State
 
 if TYPE_CHECKING:
@@ -39,6 +40,7 @@ class _Entry(NamedTuple):
     rule: Any
     found: Mapping[str, Any]  # its state as it was when the plan was made
     reason: str | None  # why it runs eagerly; None for a kernel
+    sparse: str | None  # what its gradient means, if that is sparse
 
 
 class _Call(NamedTuple):
@@ -73,7 +75,12 @@ class Plan:
         self._entries = self._keep_order_of_overlaps(entries)
         if self._request == "cpu":
             self._refuse_eager(optimizer)
-        self._eager = [entry for entry in self._entries if entry.reason]
+        self._eager = [entry for entry in self._entries if entry.reason and not entry.sparse]
+        self._sparse = [
+            SparseUpdate(optimizer, entry.param, entry.group, entry.rule, entry.sparse, entry.reason)
+            for entry in self._entries
+            if entry.sparse
+        ]
         self._sort_into_launches(optimizer)
         self._probe: Any = None
 
@@ -88,13 +95,16 @@ class Plan:
                     f"{type(optimizer).__name__}: {optimizer.name_of(param)}: the memory of {name} has been freed "
                     "(untyped_storage().resize_). Restore it before the step, or set the gradient to None."
                 )
+        sparse = optimizer.meaning_of_sparse(param, optimizer.param_groups[index])
         if self._groups[index][2]:
             reason: str | None = "differentiable=True"
         elif self._request == "eager":
             reason = "backend='eager'"
+        elif sparse:
+            reason = kernels.why_not_rows(param, state)
         else:
             reason = kernels.why_not_cpu(param, param.grad, state)
-        return _Entry(param, index, rule, found, reason)
+        return _Entry(param, index, rule, found, reason, sparse)
 
     def _keep_order_of_overlaps(self, entries: list[_Entry]) -> list[_Entry]:
         """Give parameters that share memory to the eager backend, which takes one after the other.
@@ -130,7 +140,7 @@ class Plan:
     def _sort_into_launches(self, optimizer: FirstOrder) -> None:
         sorted_entries: defaultdict[Any, list[_Entry]] = defaultdict(list)
         for entry in self._entries:
-            if entry.reason is None:
+            if entry.reason is None and entry.sparse is None:
                 dtypes = optimizer.state_dtypes(entry.rule, entry.param, entry.found)
                 grad = entry.param if entry.param.grad is None else entry.param.grad
                 sorted_entries[entry.rule, (entry.param.dtype, grad.dtype, *dtypes)].append(entry)
@@ -145,9 +155,20 @@ class Plan:
             launch = Launch(rule, numbers, dtypes, params, grads, [rows[key] for key in keys])
             self._calls.append(_Call(launch, members, [list(key) for key in rows]))
 
+    def read(self, optimizer: FirstOrder) -> None:
+        """Check and sum up what sparse gradients hold: unlike memory, that is new at every step."""
+        for update in self._sparse:
+            update.read(optimizer)
+
+    def forget(self) -> None:
+        """Let go of the gradients that were read: there will be no step."""
+        for update in self._sparse:
+            update.forget()
+
     def total_norm(self) -> float:
         """Of all gradients, in float64; its bits do not depend on threads or on how the plan came about."""
         total = sum(call.launch.grad_sum_of_squares() for call in self._calls)
+        total += sum(update.sum_of_squares() for update in self._sparse)
         for entry in self._eager:
             norm = float(clip.norm([entry.param.grad], 2.0))  # type: ignore[list-item]
             total += norm * norm
@@ -175,6 +196,12 @@ class Plan:
                 cells[entry.param] = Cell(launch.addresses, row)
                 self._params.append(entry.param)
             launch.set_state(tensors)
+        for update in self._sparse:
+            state = update.prepare(optimizer)
+            self._made += [(update.param, name, value) for name, value in state.items() if isinstance(value, Tensor)]
+            if optimizer.counts_steps and not optimizer.step_is_int:
+                steps.append(state["step"])
+            self._params.append(update.param)
         self._steps = StepCounts(steps)
         watched = [param for params, _, _ in self._groups for param in params]
         made = [tensor for _, _, tensor in self._made]
@@ -219,6 +246,10 @@ class Plan:
             for row, (group, taken) in enumerate(rows):
                 numbers = optimizer.scalars(groups[group], taken + 1)
                 launch.scalars[row] = (_signed(scale, groups[group]), *map(_number, numbers))
+        for update in self._sparse:
+            group = groups[update.group]
+            taken = optimizer.steps_taken(update.rule, optimizer.state_of(update.param))
+            update.set_numbers([_number(x) for x in optimizer.scalars(group, taken + 1)], _signed(scale, group))
         for entry in self._eager:
             optimizer.scalars(groups[entry.group], 1)
 
@@ -228,6 +259,10 @@ class Plan:
             launch.update()
             for key in rows:
                 key[1] += 1
+        for update in self._sparse:
+            update.run(optimizer)
+            if optimizer.step_is_int:
+                optimizer.state_of(update.param)["step"] += 1
         if self._params:
             self._steps.advance()
             torch.autograd.graph.increment_version(self._params)

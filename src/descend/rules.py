@@ -101,3 +101,21 @@ def adamw_amsgrad(
     max_exp_avg_sq = maximum(max_exp_avg_sq, exp_avg_sq)
     denom = sqrt(max_exp_avg_sq / bias2) + eps
     return param - lr / bias1 * exp_avg / denom, exp_avg, exp_avg_sq, max_exp_avg_sq
+
+
+# What a row of an embedding misses while it gets no gradient.
+
+
+def coast(param, grad, exp_avg, exp_avg_sq, shrink, pace1, eps1, pace2, eps2, fade1, fade2):
+    """Many steps of Adam or AdamW without a gradient at once; the numbers are made in ``schedule.py``.
+
+    ``grad`` is not used: a rule takes one, so that whatever runs rules runs this one too.
+    """
+    root = sqrt(exp_avg_sq)
+    param = shrink * param - pace1 * exp_avg / (root + eps1) - pace2 * exp_avg / (root + eps2)
+    return param, fade1 * exp_avg, fade2 * exp_avg_sq
+
+
+def decay(param, grad, factor):
+    """The same where both averages are zero; ``grad`` is not used."""
+    return factor * param

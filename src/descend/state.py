@@ -5,7 +5,13 @@ from __future__ import annotations
 import weakref
 from collections import defaultdict
 from collections.abc import Callable
+from copy import deepcopy
 from typing import Any
+
+import torch
+from torch import Tensor
+
+from descend import pages
 
 
 def _exposing(name: str) -> Callable[..., Any]:
@@ -42,6 +48,15 @@ class State(defaultdict[Any, Any]):
 
     def __reduce__(self) -> Any:
         return defaultdict, (dict, {key: dict(value) for key, value in dict.items(self)})
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        """As ``deepcopy`` does it; what is zero in the state of embeddings costs the copy no memory either."""
+        if getattr(self.owner(), "sparse", None) is not None:
+            for found in dict.values(self):
+                for tensor in found.values():
+                    if isinstance(tensor, Tensor) and tensor.is_cpu and tensor.layout is torch.strided:
+                        memo[id(tensor)] = pages.copied(tensor)
+        return defaultdict(dict, deepcopy(dict(dict.items(self)), memo))
 
     def __copy__(self) -> Any:
         self.exposed = True
