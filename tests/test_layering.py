@@ -134,8 +134,8 @@ def test_files_are_short() -> None:
 
 def test_public_names_are_frozen() -> None:
     names = (
-        "SGD Adam AdamW LBFGS Newton FirstOrder RuleError Progress Result SparseAdam Status clip_grad_norm_ clip_grad_value_ "
-        "clip_grads_with_norm_ from_rule get_total_norm minimize warmup"
+        "SGD Adam AdamW LBFGS Newton FirstOrder RuleError Progress Result SparseAdam Status clip_grad_norm_ "
+        "clip_grad_value_ clip_grads_with_norm_ from_rule get_total_norm minimize warmup"
     )
     assert sorted(descend.__all__) == sorted(names.split())
     assert all(getattr(descend, name).__doc__ for name in descend.__all__)

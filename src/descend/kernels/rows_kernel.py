@@ -85,8 +85,8 @@ def touched_kernel() -> str:
 
     Numbers: 0 to 10 as ``_sorted`` takes them; 11 set to the sorted keys; 12 numbers in a row; 13 most numbers in a
     chunk; 14 rows in a block; 15 chunks; 16 rows touched; 17 sums of given rows; 18 sums of sums; 19 where each row's
-    last step is kept, or 0; 20 the step it must have; 21 set to a row that has another, else -1; 22 set to the number of
-    chunks; 23 of rows; 24 of sums; 25 of sums of sums; 26 of slots.
+    last step is kept, or 0; 20 the step it must have; 21 set to a row that has another, else -1; 22 set to the number
+    of chunks; 23 of rows; 24 of sums; 25 of sums of sums; 26 of slots.
     """
 
     def kernel(call: int) -> None:
