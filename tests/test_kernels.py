@@ -89,7 +89,8 @@ def test_every_rule_has_a_case() -> None:
     tried = {case.ours([torch.zeros(1, requires_grad=True)], **case.options) for case in CASES}
     assert {optimizer.rule_for(optimizer.param_groups[0]) for optimizer in tried} == set(RULES)
     public = {name for name, value in vars(rules).items() if getattr(value, "__module__", "") == rules.__name__}
-    assert public == {rule.__name__ for rule in RULES}
+    of_missed_steps = {"coast", "decay"}  # whose numbers come from a schedule
+    assert public == {rule.__name__ for rule in RULES} | of_missed_steps
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

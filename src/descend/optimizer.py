@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import inspect
 import math
 import os
 from collections.abc import Callable, Mapping
@@ -14,7 +15,7 @@ from torch._compile import _disable_dynamo
 from torch.optim import Optimizer
 from torch.optim import optimizer as torch_optimizer
 
-from descend import checkpoint, pages
+from descend import checkpoint, clip, pages
 from descend.checks import check_lr
 from descend.kernels import BACKENDS
 from descend.kernels.threads import in_forked_child
@@ -156,6 +157,13 @@ class FirstOrder(Settling):
         plan = self._plan
         if plan is None or not plan.holds(self):
             plan, self._plan = Plan(self), None  # validates everything, touches nothing
+        try:
+            self._take_step(plan)
+        finally:
+            plan.forget()
+        return loss
+
+    def _take_step(self, plan: Plan) -> None:
         plan.read(self)
         scale = 1.0
         if self.max_norm is not None or self.nonfinite != "step":
@@ -167,8 +175,7 @@ class FirstOrder(Settling):
                         "nonfinite='skip' skips such steps."
                     )
                 self.skipped_steps += 1
-                plan.forget()
-                return loss
+                return
             if self.max_norm is not None:
                 # As torch's clamp: a NaN norm stays NaN. Python's min(1, nan) is 1.
                 coefficient = self.max_norm / (norm + 1e-6)
@@ -179,7 +186,6 @@ class FirstOrder(Settling):
         self._plan = None  # should the step not end
         plan.run(self)
         self._plan = plan
-        return loss
 
     def _nonfinite_gradients(self) -> list[str]:
         """Names of the parameters whose gradients have a NaN or Inf."""
@@ -256,7 +262,9 @@ class FirstOrder(Settling):
                 "If capturable=True, params and state_steps must be on supported devices (CUDA, XPU, ...), "
                 f"but {self.name_of(param)} is on {param.device}. Leave `capturable` out."
             )
-        if param in self.tables and param.grad is not None and param.grad.layout == torch.strided:
+        is_attached = param in self.tables and self.tables[param].is_attached
+        # With lr 0, torch.distributed.checkpoint makes the state.
+        if is_attached and param.grad is not None and param.grad.layout == torch.strided and group["lr"] != 0:
             raise RuntimeError(
                 f"{type(self).__name__}: {self.name_of(param)} is a table of sparse='exact', but has a dense gradient: "
                 "something reads all of it (tied weights do). Train it with dense gradients, or untie it."
@@ -343,14 +351,18 @@ class FirstOrder(Settling):
         return {**super().__getstate__(), **{name: getattr(self, name) for name in ours}}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
+        if self.__dict__.get("tables"):
+            self.settle()  # what rows have missed is known to the old state only
         super().__setstate__(state)
         self._plan = None
+        takes = inspect.signature(type(self)).parameters
         self.__dict__.setdefault("sparse", None)
         for table in self.__dict__.setdefault("tables", {}).values():
             table.forget_schedule()
         for group in self.param_groups:
             for key, value in self.defaults.items():
-                group.setdefault(key, value)
+                if key != "differentiable" or key in takes:  # torch adds it to all defaults
+                    group.setdefault(key, value)
         if not isinstance(self.state, State):
             content, self.state = self.state, State.owned_by(self)
             self.state.update(content)  # counts as exposed: whoever made it may still hold it
@@ -392,5 +404,4 @@ def _is_step_count(step: Any) -> bool:
 
 
 def _is_finite(grad: Tensor) -> bool:
-    values = grad.coalesce().values() if grad.is_sparse else grad
-    return bool(torch.isfinite(values).all())
+    return bool(torch.isfinite(clip.summed(grad)).all())

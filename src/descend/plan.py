@@ -17,7 +17,7 @@ from descend.kernels import eager
 from descend.kernels.chunks import Launch, StepCounts
 from descend.kernels.probe import Cell, make_probe
 from descend.signature import signature
-from descend.sparse import SparseUpdate
+from descend.sparse import SparseUpdate, warm_up_rows
 from descend.state import State
 
 if TYPE_CHECKING:
@@ -76,11 +76,14 @@ class Plan:
         if self._request == "cpu":
             self._refuse_eager(optimizer)
         self._eager = [entry for entry in self._entries if entry.reason and not entry.sparse]
-        self._sparse = [
-            SparseUpdate(optimizer, entry.param, entry.group, entry.rule, entry.sparse, entry.reason)
-            for entry in self._entries
-            if entry.sparse
-        ]
+        self._sparse = []
+        self._one_by_one: list[_Entry | SparseUpdate] = []  # in the order of the groups: they may share memory
+        for entry in self._entries:
+            if entry.sparse:
+                update = SparseUpdate(optimizer, entry.param, entry.group, entry.rule, entry.sparse, entry.reason)
+                self._sparse.append(update)
+            if entry.reason:
+                self._one_by_one.append(update if entry.sparse else entry)
         self._sort_into_launches(optimizer)
         self._probe: Any = None
 
@@ -199,7 +202,7 @@ class Plan:
         for update in self._sparse:
             state = update.prepare(optimizer)
             self._made += [(update.param, name, value) for name, value in state.items() if isinstance(value, Tensor)]
-            if optimizer.counts_steps and not optimizer.step_is_int:
+            if optimizer.counts_steps and not optimizer.step_is_int and not update.reason:
                 steps.append(state["step"])
             self._params.append(update.param)
         self._steps = StepCounts(steps)
@@ -225,6 +228,9 @@ class Plan:
                 return False
         if optimizer.state is not self._state:
             return False
+        for update in self._sparse:
+            if optimizer.meaning_of_sparse(update.param, groups[update.group]) != update.meaning:
+                return False
         exposed = not isinstance(self._state, State) or self._state.exposed
         if exposed and not self._state_is_ours():
             return False
@@ -247,9 +253,7 @@ class Plan:
                 numbers = optimizer.scalars(groups[group], taken + 1)
                 launch.scalars[row] = (_signed(scale, groups[group]), *map(_number, numbers))
         for update in self._sparse:
-            group = groups[update.group]
-            taken = optimizer.steps_taken(update.rule, optimizer.state_of(update.param))
-            update.set_numbers([_number(x) for x in optimizer.scalars(group, taken + 1)], _signed(scale, group))
+            self._set_numbers(optimizer, update)
         for entry in self._eager:
             optimizer.scalars(groups[entry.group], 1)
 
@@ -260,14 +264,28 @@ class Plan:
             for key in rows:
                 key[1] += 1
         for update in self._sparse:
-            update.run(optimizer)
-            if optimizer.step_is_int:
-                optimizer.state_of(update.param)["step"] += 1
+            if not update.reason:
+                update.run(optimizer)
+                if optimizer.step_is_int:
+                    optimizer.state_of(update.param)["step"] += 1
         if self._params:
             self._steps.advance()
             torch.autograd.graph.increment_version(self._params)
-        for entry in self._eager:
-            self._run_eagerly(optimizer, entry)
+        for each in self._one_by_one:
+            if isinstance(each, SparseUpdate):
+                if optimizer.counts_steps:  # a parameter listed twice has taken a step since
+                    self._set_numbers(optimizer, each)
+                each.run(optimizer)
+                if optimizer.counts_steps:
+                    optimizer.state_of(each.param)["step"] += 1
+            else:
+                self._run_eagerly(optimizer, each)
+
+    def _set_numbers(self, optimizer: FirstOrder, update: SparseUpdate) -> None:
+        group = optimizer.param_groups[update.group]
+        taken = optimizer.steps_taken(update.rule, optimizer.state_of(update.param))
+        numbers = [float(_number(value)) for value in optimizer.scalars(group, taken + 1)]
+        update.set_numbers(numbers, _signed(self._scale, group))
 
     def _run_eagerly(self, optimizer: FirstOrder, entry: _Entry) -> None:
         group = optimizer.param_groups[entry.group]
@@ -295,6 +313,12 @@ class Plan:
             make_probe([], [], [], np.zeros((0, 2), np.int64))
             if optimizer.counts_steps:
                 StepCounts([torch.zeros(())])
+        wants_norm = optimizer.max_norm is not None or optimizer.nonfinite != "step"
+        for update in self._sparse:
+            update.warm_up(wants_norm)
+        if optimizer.sparse is not None:
+            for dtype in {entry.param.dtype for entry in self._entries if entry.reason is None}:
+                warm_up_rows(dtype)
 
     def placements(self, optimizer: FirstOrder) -> list[Placement]:
         """Where each parameter's rule runs, and why."""

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from descend import rules
+from descend.checks import check_at_least_zero, check_lr
 from descend.optimizer import FirstOrder, Options
 
 if TYPE_CHECKING:
@@ -71,27 +72,31 @@ class SparseAdam(FirstOrder):
         return group["lr"], 1 - beta1, 1 - beta2, group["eps"] / bias2**0.5, 0.0, bias1, bias2
 
     def check_options(self, options: Mapping[str, Any]) -> None:
-        name = type(self).__name__
-        lr, eps = options["lr"], options["eps"]
-        if isinstance(lr, torch.Tensor) and lr.numel() != 1:
-            raise ValueError(f"Tensor lr must be 1-element ({name}: got shape {tuple(lr.shape)})")
-        if not lr > 0:
-            raise ValueError(f"Invalid learning rate: {lr} ({name}: lr must be > 0)")
-        if not eps > 0:
-            raise ValueError(f"Invalid epsilon value: {eps} ({name}: eps must be > 0)")
-        for index, beta in enumerate(options["betas"]):
-            if not 0 <= beta < 1:
+        name, betas = type(self).__name__, options["betas"]
+        check_lr(self, options)
+        check_at_least_zero(self, "epsilon value", "eps", options["eps"])
+        for what, key in (("learning rate", "lr"), ("epsilon value", "eps")):
+            if not options[key] > 0:
+                raise ValueError(f"Invalid {what}: {options[key]} ({name}: {key} must be > 0)")
+        if not isinstance(betas, tuple | list) or len(betas) != 2:
+            raise ValueError(f"{name}: betas must be two numbers in [0, 1), got {betas!r}.")
+        for index, beta in enumerate(betas):
+            if not isinstance(beta, int | float | torch.Tensor) or not 0 <= beta < 1:
                 raise ValueError(f"Invalid beta parameter at index {index}: {beta} ({name}: must be in [0, 1))")
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        if isinstance(param_group, dict) and not isinstance(params := param_group.get("params"), torch.Tensor):
-            param_group = {**param_group, "params": list(params or ())}
-            for index, item in enumerate(param_group["params"]):
-                param = item[1] if isinstance(item, tuple) else item
-                if isinstance(param, torch.Tensor) and (param.layout != torch.strided or param.is_complex()):
-                    kind = "complex parameters" if param.is_complex() else f"parameters of layout {param.layout}"
+        if isinstance(param_group, dict) and "params" in param_group:
+            params = param_group["params"]
+            if not isinstance(params, torch.Tensor | list | tuple | set):
+                param_group = {**param_group, "params": (params := list(params))}
+            listed = [params] if isinstance(params, torch.Tensor) else list(params)
+            tensors = [item[1] if isinstance(item, tuple) else item for item in listed]
+            for index, param in enumerate(tensors):
+                if isinstance(param, torch.Tensor) and param.layout != torch.strided:
+                    raise ValueError(f"Sparse params at indices {[index]}: SparseAdam requires dense parameter tensors")
+                if isinstance(param, torch.Tensor) and param.is_complex():
                     raise ValueError(
-                        f"SparseAdam requires dense parameter tensors and does not support {kind} (number {index})"
+                        f"Complex params at indices {[index]}: SparseAdam does not support complex parameters"
                     )
         super().add_param_group(param_group)
 
