@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import ctypes
 import math
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, TypedDict
 
 import torch
@@ -16,10 +15,9 @@ from torch.optim import optimizer as torch_optimizer
 
 from descend import checkpoint
 from descend.kernels import BACKENDS
-from descend.kernels.threads import in_forked_child
 from descend.plan import Placement, Plan
 from descend.signature import signature
-from descend.state import State
+from descend.state import State, is_number, new_number, new_tensor
 
 if TYPE_CHECKING:
     from torch.optim.optimizer import ParamsT
@@ -57,7 +55,9 @@ class FirstOrder(Optimizer):
 
     rule: ClassVar[Callable[..., Any]]
     counts_steps: ClassVar[bool] = True  # state has torch's "step", and ``scalars`` depends on it
+    keeps: ClassVar[tuple[str, ...]] = ()  # state that is one number a parameter, see ``scalars_and_kept``
     takes_sparse: ClassVar[bool] = False
+    capturable_needs: ClassVar[str] = "params and state_steps"  # on a device, in torch's words
 
     def __init__(
         self,
@@ -101,6 +101,23 @@ class FirstOrder(Optimizer):
         ``counts_steps = False`` all that ``step`` tells is whether this is the first (1) or a later one.
         """
         return tuple(step if name == "step" else group[name] for name in signature(self.rule_for(group)).numbers)
+
+    def scalars_and_kept(
+        self, group: Mapping[str, Any], step: float, kept: Sequence[Tensor]
+    ) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
+        """The numbers of the rule, and those to be kept for the next step in place of ``kept``.
+
+        For optimizers with ``keeps``. ``kept`` are the 0-dim tensors of the state, so that arithmetic with them rounds
+        as it does in torch.
+        """
+        return self.scalars(group, step), ()
+
+    def initial_state(self, name: str, param: Tensor, group: Mapping[str, Any]) -> Any:
+        """What a state called ``name`` starts as: a number, or a tensor like ``param``."""
+        return 0.0
+
+    def end_step(self) -> None:
+        """Called at the end of each step that was not skipped."""
 
     def check_options(self, options: Mapping[str, Any]) -> None:
         """Raise ``ValueError`` if a group's options are out of range."""
@@ -164,6 +181,7 @@ class FirstOrder(Optimizer):
         self._plan = None  # should the step not end
         plan.run(self)
         self._plan = plan
+        self.end_step()
         return loss
 
     def _nonfinite_gradients(self) -> list[str]:
@@ -177,8 +195,8 @@ class FirstOrder(Optimizer):
 
     # State.
 
-    def ensure_state(self, param: Tensor, rule: Callable[..., Any]) -> dict[str, Any]:
-        """The state of ``param``, made of zeros where it is missing."""
+    def ensure_state(self, param: Tensor, rule: Callable[..., Any], group: Mapping[str, Any]) -> dict[str, Any]:
+        """The state of ``param``, made where it is missing."""
         names = signature(rule).state
         if not names and not self.counts_steps:
             return {}
@@ -186,13 +204,23 @@ class FirstOrder(Optimizer):
         if found is None:
             found = {}
             dict.__setitem__(self.state, param, found)
-        if self.counts_steps and not _is_step_count(found.get("step")):
-            dtype = torch.float64 if torch.get_default_dtype() == torch.float64 else torch.float32
-            found["step"] = torch.tensor(float(found.get("step", 0.0)), dtype=dtype, device="cpu")
+        numbers = ("step", *self.keeps) if self.counts_steps else self.keeps
+        found.update(zip(numbers, self.stored_numbers(numbers, param, group, found), strict=True))
         for name, dtype in zip(names, self.state_dtypes(rule, param, found), strict=True):
             if not isinstance(found.get(name), Tensor):
-                found[name] = _zeros_like(param, dtype)
+                found[name] = new_tensor(param, dtype, self.initial_state(name, param, group))
         return found
+
+    def stored_numbers(
+        self, names: Sequence[str], param: Tensor, group: Mapping[str, Any], found: Mapping[str, Any]
+    ) -> list[Tensor]:
+        """The numbers in the state of ``param``: those that exist, and those still to be made."""
+        return [
+            found[name]
+            if is_number(found.get(name))
+            else new_number(found[name] if name in found else self.initial_state(name, param, group))
+            for name in names
+        ]
 
     def state_dtypes(
         self, rule: Callable[..., Any], param: Tensor, found: Mapping[str, Any]
@@ -235,7 +263,7 @@ class FirstOrder(Optimizer):
             )
         if group.get("capturable") and param.device.type == "cpu":
             raise AssertionError(
-                "If capturable=True, params and state_steps must be on supported devices (CUDA, XPU, ...), "
+                f"If capturable=True, {self.capturable_needs} must be on supported devices (CUDA, XPU, ...), "
                 f"but {self.name_of(param)} is on {param.device}. Leave `capturable` out."
             )
         grad = param.grad
@@ -349,24 +377,6 @@ def warmup(optimizer: FirstOrder) -> None:
         >>> warmup(optimizer)
     """
     Plan(optimizer, only_with_grad=False).warm_up(optimizer)
-
-
-def _zeros_like(param: Tensor, dtype: torch.dtype) -> Tensor:
-    if not (in_forked_child() and param.is_cpu and type(param) in (Tensor, torch.nn.Parameter)):
-        return torch.zeros_like(param, dtype=dtype, memory_format=torch.preserve_format)
-    zeros = torch.empty_like(param, dtype=dtype, memory_format=torch.preserve_format, requires_grad=False)
-    ctypes.memset(zeros.data_ptr(), 0, zeros.nbytes)  # torch would fill it with threads that do not exist here
-    return zeros
-
-
-def _is_step_count(step: Any) -> bool:
-    """Whether the kernels can advance it in place."""
-    return (
-        isinstance(step, Tensor)
-        and step.numel() == 1
-        and step.device.type == "cpu"
-        and step.dtype in (torch.float32, torch.float64)
-    )
 
 
 def _is_finite(grad: Tensor) -> bool:

@@ -7,6 +7,12 @@ from collections import defaultdict
 from collections.abc import Callable
 from typing import Any
 
+import torch
+from torch import Tensor
+
+from descend.kernels.eager import as_real
+from descend.kernels.threads import serial_in_forked_child
+
 
 def _exposing(name: str) -> Callable[..., Any]:
     method = getattr(defaultdict, name)
@@ -66,3 +72,34 @@ class State(defaultdict[Any, Any]):
     setdefault = _exposing("setdefault")
     update = _exposing("update")
     values = _exposing("values")
+
+
+def new_tensor(param: Tensor, dtype: torch.dtype, start: Any) -> Tensor:
+    """A state tensor in the memory order of ``param`` that starts as ``start``: a number, or a tensor like ``param``.
+
+    Both parts of a complex number start as the number: a step treats them as two real ones.
+    """
+    with serial_in_forked_child():
+        tensor = torch.zeros_like(param, dtype=dtype, memory_format=torch.preserve_format)
+        if isinstance(start, Tensor):
+            start = as_real(start)
+            as_real(tensor).copy_(start.reshape(()) if start.numel() == 1 else start)
+        elif start != 0:
+            as_real(tensor).fill_(start)
+    return tensor
+
+
+def new_number(start: Any) -> Tensor:
+    """A number of the state, a 0-dim tensor as in torch: on the CPU, where reading it costs no wait."""
+    dtype = torch.float64 if torch.get_default_dtype() == torch.float64 else torch.float32
+    return torch.as_tensor(start, dtype=dtype, device="cpu").reshape(()).clone()
+
+
+def is_number(value: Any) -> bool:
+    """Whether the kernels can read and write it in place."""
+    return (
+        isinstance(value, Tensor)
+        and value.numel() == 1
+        and value.device.type == "cpu"
+        and value.dtype in (torch.float32, torch.float64)
+    )

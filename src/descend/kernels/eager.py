@@ -25,9 +25,9 @@ def run(
     """
     if grad.layout != torch.strided:
         grad = grad.to_dense()
-    written = [_real(tensor) for tensor in (param, *state)]
+    written = [as_real(tensor) for tensor in (param, *state)]
     seen = [tensor.clone() for tensor in written] if differentiable else written
-    grad = _real(grad)
+    grad = as_real(grad)
     compute = torch.float32
     for tensor in (grad, *seen):
         compute = torch.promote_types(compute, tensor.dtype)
@@ -38,5 +38,6 @@ def run(
         tensor.copy_(result)
 
 
-def _real(tensor: Tensor) -> Tensor:
+def as_real(tensor: Tensor) -> Tensor:
+    """Complex numbers as pairs of real ones, in the same memory."""
     return torch.view_as_real(tensor) if tensor.is_complex() else tensor
