@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 
 import descend
 
@@ -17,14 +18,14 @@ ARROWS = {
     "ops": set(),
     "rules": {"ops"},
     "signature": set(),
-    "state": set(),
+    "state": {"kernels"},
     "kernels": {"ops", "kernels"},
     "clip": {"kernels"},
     "plan": {"clip", "kernels", "signature", "state"},
     "checkpoint": set(),
     "optimizer": {"checkpoint", "kernels", "plan", "signature", "state"},
     "from_rule": {"optimizer", "signature"},
-    "first_order": {"optimizer", "rules"},
+    "first_order": {"first_order", "optimizer", "rules"},
     "second_order": {"checkpoint", "optimizer", "second_order"},
     "__init__": {"clip", "first_order", "from_rule", "kernels", "optimizer", "second_order"},
     "compare": {"compare", "__init__"},
@@ -125,18 +126,26 @@ def test_files_are_short() -> None:
     assert long == {}
 
 
+TORCHS = ("Adafactor", "Muon", "Optimizer", "lr_scheduler", "swa_utils")
+
+
 def test_public_names_are_frozen() -> None:
     names = (
-        "SGD Adam AdamW LBFGS Newton FirstOrder RuleError Progress Result Status clip_grad_norm_ clip_grad_value_ "
-        "clip_grads_with_norm_ from_rule get_total_norm minimize warmup"
+        "SGD ASGD Lion Rprop Adagrad RMSprop Adadelta Adam AdamW Adamax NAdam RAdam AdamWScheduleFree LBFGS Newton "
+        "FirstOrder RuleError Progress Result Status clip_grad_norm_ clip_grad_value_ clip_grads_with_norm_ from_rule "
+        "get_total_norm minimize warmup"
     )
-    assert sorted(descend.__all__) == sorted(names.split())
-    assert all(getattr(descend, name).__doc__ for name in descend.__all__)
+    assert sorted(descend.__all__) == sorted([*names.split(), *TORCHS])
+    assert all(getattr(descend, name).__doc__ for name in names.split())
     assert descend.__version__.count(".") == 2
 
 
+def test_names_that_are_torchs_are_torchs_own() -> None:
+    assert all(getattr(descend, name) is getattr(torch.optim, name) for name in TORCHS)
+
+
 @pytest.mark.parametrize(
-    "name", [name for name in descend.__all__ if name not in ("Progress", "Result", "RuleError", "Status")]
+    "name", [name for name in descend.__all__ if name not in ("Progress", "Result", "RuleError", "Status", *TORCHS)]
 )
 def test_public_functions_show_an_example_or_their_errors(name: str) -> None:
     documentation = getattr(descend, name).__doc__
