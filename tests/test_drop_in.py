@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from cases import BACKENDS, CASES, Case, Twins, complex_grads, give_grads, leaves, params_of
+from cases import BACKENDS, CASES, STARTING, Case, Twins, complex_grads, give_grads, leaves, params_of
 from torch import Tensor
 from torch.optim import lr_scheduler
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
@@ -264,3 +264,16 @@ def test_group_of_adagrad_starts_where_it_says() -> None:
         param.grad = torch.ones(3, dtype=torch.float64)
     optimizer.step()
     assert [float(optimizer.state[param]["sum"][0]) for param in params] == [5.0, 1.0]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("case", [*STARTING, CASES[19]], ids=str)
+def test_sparse_gradient_that_names_all_rows_is_a_dense_one(case: Case, backend: str) -> None:
+    twins = Twins(case, lambda: leaves([(5, 2)]), backend=backend, sparse="touched")
+    for seed in range(4):
+        for optimizer in twins.both:
+            give_grads(params_of(optimizer), seed)
+        (param,) = params_of(twins.ours)
+        param.grad = param.grad.to_sparse(1)
+        twins.edit(lambda optimizer: optimizer.step())
+    twins.assert_equal()

@@ -18,16 +18,22 @@ ARROWS = {
     "ops": set(),
     "rules": {"ops"},
     "signature": set(),
-    "state": {"kernels"},
+    "checks": set(),
+    "pages": set(),
+    "schedule": set(),
+    "state": {"kernels", "pages"},
     "kernels": {"ops", "kernels"},
     "clip": {"kernels"},
-    "plan": {"clip", "kernels", "signature", "state"},
-    "checkpoint": set(),
-    "optimizer": {"checkpoint", "kernels", "plan", "signature", "state"},
+    "sparse": {"clip", "kernels", "signature"},
+    "exact": {"kernels", "pages", "schedule", "signature"},
+    "settling": {"exact"},
+    "plan": {"clip", "kernels", "signature", "sparse", "state"},
+    "checkpoint": {"exact", "pages"},
+    "optimizer": {"checkpoint", "checks", "kernels", "plan", "settling", "signature", "sparse", "state"},
     "from_rule": {"optimizer", "signature"},
-    "first_order": {"first_order", "optimizer", "rules"},
-    "second_order": {"checkpoint", "optimizer", "second_order"},
-    "__init__": {"clip", "first_order", "from_rule", "kernels", "optimizer", "second_order"},
+    "first_order": {"checks", "first_order", "optimizer", "rules"},
+    "second_order": {"checkpoint", "checks", "optimizer", "second_order"},
+    "__init__": {"clip", "first_order", "from_rule", "kernels", "optimizer", "plan", "second_order"},
     "compare": {"compare", "__init__"},
 }
 
@@ -117,7 +123,7 @@ def test_numba_is_imported_only_where_something_is_compiled() -> None:
         if (isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "numba")
         or (isinstance(node, ast.Import) and any(alias.name.split(".")[0] == "numba" for alias in node.names))
     }
-    assert top <= {"cpu.py", "memory.py", "probe_kernel.py"}
+    assert top <= {"cpu.py", "memory.py", "probe_kernel.py", "rows_kernel.py"}
     assert top <= compilers
 
 
@@ -131,9 +137,9 @@ TORCHS = ("Adafactor", "Muon", "Optimizer", "lr_scheduler", "swa_utils")
 
 def test_public_names_are_frozen() -> None:
     names = (
-        "SGD ASGD Lion Rprop Adagrad RMSprop Adadelta Adam AdamW Adamax NAdam RAdam AdamWScheduleFree LBFGS Newton "
-        "FirstOrder RuleError Progress Result Status clip_grad_norm_ clip_grad_value_ clip_grads_with_norm_ from_rule "
-        "get_total_norm minimize warmup"
+        "SGD ASGD Lion Rprop Adagrad RMSprop Adadelta Adam AdamW Adamax NAdam RAdam AdamWScheduleFree SparseAdam LBFGS "
+        "Newton FirstOrder RuleError Progress Result Status clip_grad_norm_ clip_grad_value_ clip_grads_with_norm_ "
+        "from_rule get_total_norm minimize warmup"
     )
     assert sorted(descend.__all__) == sorted([*names.split(), *TORCHS])
     assert all(getattr(descend, name).__doc__ for name in names.split())

@@ -34,8 +34,14 @@ def test_second_order_examples_run_as_told() -> None:
     assert all(f"`{status}`" in path.read_text() for status in descend.Status)
 
 
+def test_sparse_examples_run_as_told() -> None:
+    names = run_examples(ROOT / "docs" / "sparse.md", 2)
+    assert names["optimizer"].state_dict()["state"][0]["row_step"].abs().max() == 3
+    assert names["largest"] > 0
+
+
 def test_examples_run() -> None:
-    names = run_examples(ROOT / "README.md", 3)
+    names = run_examples(ROOT / "README.md", 4)
     assert names["result"].success
     optimizer = names["optimizer"]
     assert isinstance(optimizer, torch.optim.Optimizer)

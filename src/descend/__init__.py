@@ -19,10 +19,12 @@ from descend.first_order.adam_variants import Adamax, NAdam, RAdam
 from descend.first_order.schedule_free import AdamWScheduleFree
 from descend.first_order.sgd import ASGD, SGD
 from descend.first_order.signs import Lion, Rprop
+from descend.first_order.sparse_adam import SparseAdam
 from descend.first_order.squares import Adadelta, Adagrad, RMSprop
 from descend.from_rule import from_rule
 from descend.kernels.library import RuleError
-from descend.optimizer import FirstOrder, warmup
+from descend.optimizer import FirstOrder
+from descend.plan import warmup
 from descend.second_order.lbfgs import LBFGS
 from descend.second_order.minimize import minimize
 from descend.second_order.newton import Newton
@@ -53,6 +55,7 @@ __all__ = [
     "Result",
     "Rprop",
     "RuleError",
+    "SparseAdam",
     "Status",
     "clip_grad_norm_",
     "clip_grad_value_",

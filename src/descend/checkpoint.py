@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from descend import exact, pages
+
 if TYPE_CHECKING:
     from descend.optimizer import FirstOrder
 
@@ -90,6 +92,8 @@ def _value(optimizer: FirstOrder, param: Tensor, name: str, value: Any) -> Any:
     if name == "step" or name in optimizer.keeps:
         return value.detach().clone().cpu()
     value = value.detach()
+    if name in exact.STATE:
+        return pages.copied(value)
     if value.is_floating_point() or value.is_complex():
         dtype = torch.promote_types(value.dtype, optimizer.default_state_dtype(param))
         if value.shape != param.shape:
@@ -97,6 +101,8 @@ def _value(optimizer: FirstOrder, param: Tensor, name: str, value: Any) -> Any:
                 f"{type(optimizer).__name__}: the loaded {name} of {optimizer.name_of(param)} has shape "
                 f"{tuple(value.shape)}, the parameter {tuple(param.shape)}. Were the parameters given in another order?"
             )
+        if optimizer.sparse is not None and param.is_cpu and param.is_contiguous():
+            return pages.copied(value, dtype=dtype)
         # In the parameter's memory order, which is the one kernels walk.
         return torch.empty_like(param, dtype=dtype, requires_grad=False).copy_(value)
     return value.to(param.device, copy=True)

@@ -137,7 +137,12 @@ def clip_grad_value_(parameters: Tensor | Iterable[Tensor], clip_value: float, f
     """
     clip_value = _not_negative("clip_value", clip_value)
     for grad in _grads(parameters):
-        grad.clamp_(min=-clip_value, max=clip_value)
+        if grad.is_sparse:  # what is named twice counts as its sum
+            summed = grad.coalesce()
+            summed.values().clamp_(min=-clip_value, max=clip_value)
+            grad.copy_(summed)
+        else:
+            grad.clamp_(min=-clip_value, max=clip_value)
 
 
 def _not_negative(name: str, value: float) -> float:

@@ -14,10 +14,13 @@ from torch.optim import Optimizer
 from torch.optim import optimizer as torch_optimizer
 
 from descend import checkpoint
+from descend.checks import check_lr
 from descend.kernels import BACKENDS
 from descend.plan import Placement, Plan
+from descend.settling import Settling
 from descend.signature import signature
-from descend.state import State, is_number, new_number, new_tensor
+from descend.sparse import check_meaning
+from descend.state import State, new_tensor, stored_number
 
 if TYPE_CHECKING:
     from torch.optim.optimizer import ParamsT
@@ -32,9 +35,10 @@ class Options(TypedDict, total=False):
     nonfinite: str
     backend: str
     state_dtype: torch.dtype | None
+    sparse: str | None
 
 
-class FirstOrder(Optimizer):
+class FirstOrder(Settling):
     """Base of all element-wise optimizers: a subclass names a rule and says which numbers it gets.
 
     Args:
@@ -49,14 +53,19 @@ class FirstOrder(Optimizer):
             variable ``DESCEND_BACKEND``, else ``"auto"``.
         state_dtype: dtype of new state tensors of real parameters. Default: the parameter's, but float32 for
             float16, where squares of gradients underflow.
+        sparse: what a sparse gradient means. ``None``: what it means in torch; Adam and AdamW refuse it.
+            ``"touched"``: the rule runs on the rows that the gradient names, weight decay included, and nothing
+            happens to the others. ``"exact"`` (Adam, AdamW): a gradient of zero for the others, as if it were dense;
+            they are brought up to date when they are next read, see ``attach``. Default: None.
     Raises:
         ValueError: if an option is out of range; nothing has been changed then.
     """
 
     rule: ClassVar[Callable[..., Any]]
     counts_steps: ClassVar[bool] = True  # state has torch's "step", and ``scalars`` depends on it
+    step_is_int: ClassVar[bool] = False  # torch's SparseAdam counts in a Python int, all others in a tensor
     keeps: ClassVar[tuple[str, ...]] = ()  # state that is one number a parameter, see ``scalars_and_kept``
-    takes_sparse: ClassVar[bool] = False
+    takes_sparse: ClassVar[bool] = False  # without being told what a sparse gradient means
     capturable_needs: ClassVar[str] = "params and state_steps"  # on a device, in torch's words
 
     def __init__(
@@ -68,6 +77,7 @@ class FirstOrder(Optimizer):
         nonfinite: str = "step",
         backend: str = "auto",
         state_dtype: torch.dtype | None = None,
+        sparse: str | None = None,
     ) -> None:
         name = type(self).__name__
         if max_norm is not None and not (isinstance(max_norm, int | float) and max_norm > 0):
@@ -78,10 +88,13 @@ class FirstOrder(Optimizer):
             raise ValueError(f"{name}: backend must be one of {BACKENDS}, got {backend!r}.")
         if state_dtype is not None and not state_dtype.is_floating_point:
             raise ValueError(f"{name}: state_dtype must be a floating point dtype, got {state_dtype}.")
+        check_meaning(self, sparse)
         self.max_norm = max_norm
         self.nonfinite = nonfinite
         self.backend = backend
         self.state_dtype = state_dtype
+        self.sparse = sparse
+        self.tables = {}
         self.skipped_steps = 0
         self.grad_norm: float | None = None
         self._plan: Plan | None = None
@@ -160,6 +173,7 @@ class FirstOrder(Optimizer):
         plan = self._plan
         if plan is None or not plan.holds(self):
             plan, self._plan = Plan(self), None  # validates everything, touches nothing
+        plan.read(self)
         scale = 1.0
         if self.max_norm is not None or self.nonfinite != "step":
             self.grad_norm = norm = plan.total_norm()
@@ -170,6 +184,7 @@ class FirstOrder(Optimizer):
                         "nonfinite='skip' skips such steps."
                     )
                 self.skipped_steps += 1
+                plan.forget()
                 return loss
             if self.max_norm is not None:
                 # As torch's clamp: a NaN norm stays NaN. Python's min(1, nan) is 1.
@@ -195,8 +210,10 @@ class FirstOrder(Optimizer):
 
     # State.
 
-    def ensure_state(self, param: Tensor, rule: Callable[..., Any], group: Mapping[str, Any]) -> dict[str, Any]:
-        """The state of ``param``, made where it is missing."""
+    def ensure_state(
+        self, param: Tensor, rule: Callable[..., Any], group: Mapping[str, Any], in_pages: bool = False
+    ) -> dict[str, Any]:
+        """The state of ``param``, made where it is missing; ``in_pages``: zeros in memory that costs what is used."""
         names = signature(rule).state
         if not names and not self.counts_steps:
             return {}
@@ -204,23 +221,20 @@ class FirstOrder(Optimizer):
         if found is None:
             found = {}
             dict.__setitem__(self.state, param, found)
-        numbers = ("step", *self.keeps) if self.counts_steps else self.keeps
+        if self.step_is_int:
+            found.setdefault("step", 0)
+        numbers = ("step", *self.keeps) if self.counts_steps and not self.step_is_int else self.keeps
         found.update(zip(numbers, self.stored_numbers(numbers, param, group, found), strict=True))
         for name, dtype in zip(names, self.state_dtypes(rule, param, found), strict=True):
             if not isinstance(found.get(name), Tensor):
-                found[name] = new_tensor(param, dtype, self.initial_state(name, param, group))
+                found[name] = new_tensor(param, dtype, self.initial_state(name, param, group), in_pages)
         return found
 
     def stored_numbers(
         self, names: Sequence[str], param: Tensor, group: Mapping[str, Any], found: Mapping[str, Any]
     ) -> list[Tensor]:
         """The numbers in the state of ``param``: those that exist, and those still to be made."""
-        return [
-            found[name]
-            if is_number(found.get(name))
-            else new_number(found[name] if name in found else self.initial_state(name, param, group))
-            for name in names
-        ]
+        return [stored_number(found, name, self.initial_state(name, param, group)) for name in names]
 
     def state_dtypes(
         self, rule: Callable[..., Any], param: Tensor, found: Mapping[str, Any]
@@ -266,12 +280,29 @@ class FirstOrder(Optimizer):
                 f"If capturable=True, {self.capturable_needs} must be on supported devices (CUDA, XPU, ...), "
                 f"but {self.name_of(param)} is on {param.device}. Leave `capturable` out."
             )
-        grad = param.grad
-        if grad is not None and grad.layout != torch.strided and not self.takes_sparse:
+        if param in self.tables and param.grad is not None and param.grad.layout == torch.strided:
             raise RuntimeError(
-                f"{type(self).__name__} does not support sparse gradients, please consider SparseAdam instead "
-                f"({self.name_of(param)} has a gradient of layout {grad.layout})"
+                f"{type(self).__name__}: {self.name_of(param)} is a table of sparse='exact', but has a dense gradient: "
+                "something reads all of it (tied weights do). Train it with dense gradients, or untie it."
             )
+
+    def meaning_of_sparse(self, param: Tensor, group: Mapping[str, Any]) -> str | None:
+        """What a parameter's gradient means if it is sparse: "touched", "exact" or "all", zeros for the other rows."""
+        grad = param.grad
+        if grad is None or grad.layout == torch.strided:
+            return None
+        if group.get("differentiable"):
+            raise RuntimeError(
+                f"{type(self).__name__}: `differentiable` does not support sparse gradients, but {self.name_of(param)} "
+                f"has one of layout {grad.layout}."
+            )
+        if self.sparse is None and not self.takes_sparse:
+            cures = "sparse='touched'" if self.coasting is None else "sparse='exact' or sparse='touched'"
+            raise RuntimeError(
+                f"{type(self).__name__} does not support sparse gradients, please consider SparseAdam instead, or say "
+                f"what they mean: {cures} ({self.name_of(param)} has a gradient of layout {grad.layout})"
+            )
+        return self.sparse or "all"
 
     def name_of(self, param: Tensor) -> str:
         """The parameter's name if it was given with one, else where it stands in the groups."""
@@ -308,6 +339,7 @@ class FirstOrder(Optimizer):
 
     def state_dict(self) -> dict[str, Any]:
         """State and options as a dictionary in torch's format; its tensors share memory with the state."""
+        self.write_schedules()
         exposed = getattr(self.state, "exposed", True)
         packed = super().state_dict()
         hooks = self._optimizer_state_dict_pre_hooks or self._optimizer_state_dict_post_hooks
@@ -330,12 +362,16 @@ class FirstOrder(Optimizer):
         checkpoint.load(self, state_dict)
 
     def __getstate__(self) -> dict[str, Any]:
-        ours = ("max_norm", "nonfinite", "backend", "state_dtype", "skipped_steps", "grad_norm")
+        self.write_schedules()
+        ours = ("max_norm", "nonfinite", "backend", "state_dtype", "sparse", "skipped_steps", "grad_norm")
         return {**super().__getstate__(), **{name: getattr(self, name) for name in ours}}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self._plan = None
+        self.__dict__.setdefault("sparse", None)
+        for table in self.__dict__.setdefault("tables", {}).values():
+            table.forget_schedule()
         for group in self.param_groups:
             for key, value in self.defaults.items():
                 group.setdefault(key, value)
@@ -346,37 +382,6 @@ class FirstOrder(Optimizer):
 
 _hooked_step = Optimizer.profile_hook_step(FirstOrder._step)
 _untraced_step = _disable_dynamo(FirstOrder.step)
-
-
-def check_at_least_zero(optimizer: Optimizer, what: str, name: str, value: Any) -> None:
-    """Raise torch's error if an option is negative, NaN or no number at all."""
-    try:
-        valid = bool(value >= 0)
-    except (TypeError, RuntimeError):
-        valid = False
-    if not valid:
-        raise ValueError(f"Invalid {what}: {value} ({type(optimizer).__name__}: {name} must be a number >= 0)")
-
-
-def check_lr(optimizer: Optimizer, options: Mapping[str, Any]) -> None:
-    """Raise torch's errors for a learning rate that is negative, NaN or a tensor of several elements."""
-    lr = options["lr"]
-    if isinstance(lr, Tensor) and lr.numel() != 1:
-        raise ValueError(f"Tensor lr must be 1-element ({type(optimizer).__name__}: got shape {tuple(lr.shape)})")
-    check_at_least_zero(optimizer, "learning rate", "lr", lr)
-
-
-def warmup(optimizer: FirstOrder) -> None:
-    """Compile, or load from disk, all that ``optimizer.step`` will need, so that the first step is fast.
-
-    Gradients are assumed to have their parameters' dtypes where there are none yet. State is not touched.
-
-    Example:
-        >>> from descend import AdamW
-        >>> optimizer = AdamW([torch.zeros(3, requires_grad=True)])
-        >>> warmup(optimizer)
-    """
-    Plan(optimizer, only_with_grad=False).warm_up(optimizer)
 
 
 def _is_finite(grad: Tensor) -> bool:

@@ -17,6 +17,7 @@ from descend.kernels import eager
 from descend.kernels.chunks import Launch, StoredNumbers
 from descend.kernels.probe import Cell, make_probe
 from descend.signature import signature
+from descend.sparse import SparseUpdate
 from descend.state import State
 
 if TYPE_CHECKING:
@@ -39,6 +40,7 @@ class _Entry(NamedTuple):
     rule: Any
     found: Mapping[str, Any]  # its state as it was when the plan was made
     reason: str | None  # why it runs eagerly; None for a kernel
+    sparse: str | None  # what its gradient means, if that is sparse
 
 
 class _Row:
@@ -84,7 +86,12 @@ class Plan:
         self._entries = self._keep_order_of_overlaps(entries)
         if self._request == "cpu":
             self._refuse_eager(optimizer)
-        self._eager = [entry for entry in self._entries if entry.reason]
+        self._eager = [entry for entry in self._entries if entry.reason and not entry.sparse]
+        self._sparse = [
+            SparseUpdate(optimizer, entry.param, entry.group, entry.rule, entry.sparse, entry.reason)
+            for entry in self._entries
+            if entry.sparse
+        ]
         self._sort_into_launches(optimizer)
         self._probe: Any = None
 
@@ -99,13 +106,16 @@ class Plan:
                     f"{type(optimizer).__name__}: {optimizer.name_of(param)}: the memory of {name} has been freed "
                     "(untyped_storage().resize_). Restore it before the step, or set the gradient to None."
                 )
+        sparse = optimizer.meaning_of_sparse(param, optimizer.param_groups[index])
         if self._groups[index][2]:
             reason: str | None = "differentiable=True"
         elif self._request == "eager":
             reason = "backend='eager'"
+        elif sparse:
+            reason = kernels.why_not_rows(param, state)
         else:
             reason = kernels.why_not_cpu(param, param.grad, state)
-        return _Entry(param, index, rule, found, reason)
+        return _Entry(param, index, rule, found, reason, sparse)
 
     def _keep_order_of_overlaps(self, entries: list[_Entry]) -> list[_Entry]:
         """Give parameters that share memory to the eager backend, which takes one after the other.
@@ -141,7 +151,7 @@ class Plan:
     def _sort_into_launches(self, optimizer: FirstOrder) -> None:
         sorted_entries: defaultdict[Any, list[_Entry]] = defaultdict(list)
         for entry in self._entries:
-            if entry.reason is None:
+            if entry.reason is None and entry.sparse is None:
                 dtypes = optimizer.state_dtypes(entry.rule, entry.param, entry.found)
                 grad = entry.param if entry.param.grad is None else entry.param.grad
                 sorted_entries[entry.rule, (entry.param.dtype, grad.dtype, *dtypes)].append(entry)
@@ -166,9 +176,20 @@ class Plan:
         group = optimizer.param_groups[entry.group]
         return optimizer.stored_numbers(optimizer.keeps, entry.param, group, entry.found)
 
+    def read(self, optimizer: FirstOrder) -> None:
+        """Check and sum up what sparse gradients hold: unlike memory, that is new at every step."""
+        for update in self._sparse:
+            update.read(optimizer)
+
+    def forget(self) -> None:
+        """Let go of the gradients that were read: there will be no step."""
+        for update in self._sparse:
+            update.forget()
+
     def total_norm(self) -> float:
         """Of all gradients, in float64; its bits do not depend on threads or on how the plan came about."""
         total = sum(call.launch.grad_sum_of_squares() for call in self._calls)
+        total += sum(update.sum_of_squares() for update in self._sparse)
         for entry in self._eager:
             norm = float(clip.norm([entry.param.grad], 2.0))  # type: ignore[list-item]
             total += norm * norm
@@ -200,6 +221,12 @@ class Plan:
                 cells[entry.param] = Cell(launch.addresses, place)
                 self._params.append(entry.param)
             launch.set_state(tensors)
+        for update in self._sparse:
+            state = update.prepare(optimizer)
+            self._made += [(update.param, name, value) for name, value in state.items() if isinstance(value, Tensor)]
+            if optimizer.counts_steps and not optimizer.step_is_int:
+                steps.append(state["step"])
+            self._params.append(update.param)
         self._steps, self._kept_numbers = StoredNumbers(steps), StoredNumbers(kept)
         watched = [param for params, _, _ in self._groups for param in params]
         made = [tensor for _, _, tensor in self._made]
@@ -223,6 +250,10 @@ class Plan:
                 return False
         if optimizer.state is not self._state:
             return False
+        if any(
+            optimizer.meaning_of_sparse(update.param, groups[update.group]) != update.meaning for update in self._sparse
+        ):
+            return False
         exposed = not isinstance(self._state, State) or self._state.exposed
         if exposed and not self._state_is_ours():
             return False
@@ -245,6 +276,12 @@ class Plan:
                 group = groups[row.group]
                 numbers, row.kept_next = optimizer.scalars_and_kept(group, row.taken + 1, row.kept)
                 values[:] = (_signed(scale, group), *map(_number, numbers))
+        for update in self._sparse:
+            group, found = groups[update.group], optimizer.state_of(update.param)
+            taken = optimizer.steps_taken(update.rule, found)
+            kept = optimizer.stored_numbers(optimizer.keeps, update.param, group, found)
+            numbers, kept_next = optimizer.scalars_and_kept(group, taken + 1, kept)
+            update.set_numbers([*map(_number, numbers)], [*map(_number, kept_next)], _signed(scale, group))
         for entry in self._eager:
             optimizer.scalars_and_kept(groups[entry.group], 1, self._kept(optimizer, entry))
 
@@ -254,9 +291,13 @@ class Plan:
             launch.update()
             for row in rows:
                 row.taken += 1
+        for update in self._sparse:
+            update.run(optimizer)
+            if optimizer.step_is_int:
+                optimizer.state_of(update.param)["step"] += 1
         if self._params:
             self._steps.advance()
-            if optimizer.keeps:
+            if optimizer.keeps and self._calls:
                 kept = [[[*map(_number, row.kept_next)] for row in call.rows] for call in self._calls]
                 spread = [
                     np.array(numbers)[call.row_of].ravel() for numbers, call in zip(kept, self._calls, strict=True)
@@ -308,6 +349,19 @@ class Plan:
             )
             for entry in self._entries
         ]
+
+
+def warmup(optimizer: FirstOrder) -> None:
+    """Compile, or load from disk, all that ``optimizer.step`` will need, so that the first step is fast.
+
+    Gradients are assumed to have their parameters' dtypes where there are none yet. State is not touched.
+
+    Example:
+        >>> from descend import AdamW
+        >>> optimizer = AdamW([torch.zeros(3, requires_grad=True)])
+        >>> warmup(optimizer)
+    """
+    Plan(optimizer, only_with_grad=False).warm_up(optimizer)
 
 
 def _signed(scale: float, group: Mapping[str, Any]) -> float:

@@ -231,3 +231,21 @@ def schedule_free_adamw(param, grad, z, exp_avg_sq, lr, gain2, eps, weight_decay
     update = grad / (sqrt(exp_avg_sq / bias2) + eps) + weight_decay * param
     param = (1 - weight) * param + weight * z - param_lr * update
     return param, z - lr * update, exp_avg_sq
+
+
+# What a row of an embedding misses while it gets no gradient.
+
+
+def coast(param, grad, exp_avg, exp_avg_sq, shrink, pace1, eps1, pace2, eps2, fade1, fade2):
+    """Many steps of Adam or AdamW without a gradient at once; the numbers are made in ``schedule.py``.
+
+    ``grad`` is not used: a rule takes one, so that whatever runs rules runs this one too.
+    """
+    root = sqrt(exp_avg_sq)
+    param = shrink * param - pace1 * exp_avg / (root + eps1) - pace2 * exp_avg / (root + eps2)
+    return param, fade1 * exp_avg, fade2 * exp_avg_sq
+
+
+def decay(param, grad, factor):
+    """The same where both averages are zero; ``grad`` is not used."""
+    return factor * param

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import weakref
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from copy import deepcopy
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from descend import pages
 from descend.kernels.eager import as_real
 from descend.kernels.threads import serial_in_forked_child
 
@@ -49,6 +51,15 @@ class State(defaultdict[Any, Any]):
     def __reduce__(self) -> Any:
         return defaultdict, (dict, {key: dict(value) for key, value in dict.items(self)})
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        """As ``deepcopy`` does it; what is zero in the state of embeddings costs the copy no memory either."""
+        if getattr(self.owner(), "sparse", None) is not None:
+            for found in dict.values(self):
+                for tensor in found.values():
+                    if isinstance(tensor, Tensor) and tensor.is_cpu and tensor.layout is torch.strided:
+                        memo[id(tensor)] = pages.copied(tensor)
+        return defaultdict(dict, deepcopy(dict(dict.items(self)), memo))
+
     def __copy__(self) -> Any:
         self.exposed = True
         return defaultdict(dict, dict.items(self))
@@ -74,11 +85,14 @@ class State(defaultdict[Any, Any]):
     values = _exposing("values")
 
 
-def new_tensor(param: Tensor, dtype: torch.dtype, start: Any) -> Tensor:
+def new_tensor(param: Tensor, dtype: torch.dtype, start: Any, in_pages: bool = False) -> Tensor:
     """A state tensor in the memory order of ``param`` that starts as ``start``: a number, or a tensor like ``param``.
 
-    Both parts of a complex number start as the number: a step treats them as two real ones.
+    Both parts of a complex number start as the number: a step treats them as two real ones. ``in_pages``: zeros in
+    memory that costs what is used.
     """
+    if in_pages and param.is_cpu and param.is_contiguous() and not isinstance(start, Tensor) and start == 0:
+        return pages.zeros(param.shape, dtype)
     with serial_in_forked_child():
         tensor = torch.zeros_like(param, dtype=dtype, memory_format=torch.preserve_format)
         if isinstance(start, Tensor):
@@ -89,13 +103,16 @@ def new_tensor(param: Tensor, dtype: torch.dtype, start: Any) -> Tensor:
     return tensor
 
 
-def new_number(start: Any) -> Tensor:
-    """A number of the state, a 0-dim tensor as in torch: on the CPU, where reading it costs no wait."""
+def stored_number(found: Mapping[str, Any], name: str, start: Any) -> Tensor:
+    """A number of a state, a 0-dim tensor on the CPU as in torch; a new one if there is none that we can write."""
+    value = found.get(name, start)
+    if name in found and _is_number(value):
+        return value  # type: ignore[no-any-return]
     dtype = torch.float64 if torch.get_default_dtype() == torch.float64 else torch.float32
-    return torch.as_tensor(start, dtype=dtype, device="cpu").reshape(()).clone()
+    return torch.as_tensor(value, dtype=dtype, device="cpu").reshape(()).clone()
 
 
-def is_number(value: Any) -> bool:
+def _is_number(value: Any) -> bool:
     """Whether the kernels can read and write it in place."""
     return (
         isinstance(value, Tensor)

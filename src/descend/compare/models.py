@@ -22,6 +22,17 @@ def conv_net(classes: int) -> nn.Module:
     )
 
 
+def bag_of_words(buckets: int, width: int, classes: int) -> nn.Module:
+    """Return a linear classifier of averaged embeddings: ids of shape (batch, length), padded with 0, give logits.
+
+    Joulin et al. 2016, "fastText", https://arxiv.org/abs/1607.01759.
+    """
+    embed = nn.EmbeddingBag(buckets, width, mode="mean", padding_idx=0)
+    # torch's standard deviation of 1 drowns what the first steps add.
+    nn.init.normal_(embed.weight, std=0.1)
+    return nn.Sequential(embed, nn.Linear(width, classes))
+
+
 class Attention(nn.Module):
     """Causal self-attention: Vaswani et al. 2017, https://arxiv.org/abs/1706.03762.
 

@@ -23,14 +23,24 @@ from descend.compare.train import Problem, Run
 CAPTION = (
     "Loss: cross-entropy of a training batch in nats. Optimizer time: inside optimizer.step(), without the first step."
 )
+CAPTION_SPARSE = (
+    " With sparse=exact it includes settling rows before they are read. Largest diff.: of a loss to that of {} "
+    "at the same step."
+)
 
 
 def table(task: Task, problem: Problem, runs: Sequence[Run]) -> Table:
     """Return the table that is shown at the end, a row per optimizer."""
     title = f"{task.name}, seed {problem.seed}, batches of {problem.batch_size}"
-    result = Table(title=title, caption=CAPTION, box=box.SIMPLE_HEAD, collapse_padding=True, pad_edge=False)
+    headings = ["final\nloss", "best\nloss", "test\nacc.", "optimizer\ntime", "total\ntime", "steps", "state"]
+    dense = reference(runs)
+    caption = CAPTION
+    if dense:
+        headings.append("largest\ndiff.")
+        caption += CAPTION_SPARSE.format(escape(dense.spec.label))
+    result = Table(title=title, caption=caption, box=box.SIMPLE_HEAD, collapse_padding=True, pad_edge=False)
     result.add_column("optimizer", overflow="fold")
-    for heading in ("final\nloss", "best\nloss", "test\nacc.", "optimizer\ntime", "total\ntime", "steps", "state"):
+    for heading in headings:
         result.add_column(heading, justify="right", no_wrap=True)
     for run in runs:
         result.add_row(
@@ -42,8 +52,27 @@ def table(task: Task, problem: Problem, runs: Sequence[Run]) -> Table:
             f"{run.total_seconds:.1f} s",
             str(len(run.steps)),
             _bytes(run.state_bytes),
+            *([_difference(run, dense)] if dense else []),
         )
     return result
+
+
+def reference(runs: Sequence[Run]) -> Run | None:
+    """Return the first run with dense gradients; None unless there is one with sparse gradients, too."""
+    dense = [run for run in runs if not run.spec.is_sparse]
+    return dense[0] if 0 < len(dense) < len(runs) else None
+
+
+def largest_difference(run: Run, other: Run) -> float | None:
+    """Return the largest difference of two runs' losses at the same step, in nats; None without a step."""
+    differences = [abs(a - b) for a, b in zip(run.losses, other.losses, strict=False)]
+    # max() passes over a NaN that is not the first.
+    return max(differences, default=None) if all(map(math.isfinite, differences)) else math.nan
+
+
+def _difference(run: Run, dense: Run) -> str:
+    difference = largest_difference(run, dense)
+    return "-" if run is dense or difference is None else f"{difference:.1e}"
 
 
 def _loss(loss: float | None) -> str:
@@ -52,6 +81,8 @@ def _loss(loss: float | None) -> str:
 
 def _remarks(run: Run) -> list[str]:
     remarks = [run.status] if run.status in ("failed", "interrupted") else []
+    if run.helper:
+        remarks.append(f"{run.helper.__name__} for the rest")
     if run.diverged_at:
         remarks.append(f"diverged at step {run.diverged_at}")
     elif run.status == "diverged":
@@ -85,6 +116,7 @@ def _write_whole(path: Path, write_to: Callable[[Path], object]) -> None:
 
 def results(task: Task, problem: Problem, runs: Sequence[Run]) -> dict[str, Any]:
     """Return what ``results.json`` holds: only finite numbers, times in seconds, losses in nats."""
+    dense = reference(runs)
     finite: dict[str, Any] = _only_finite(
         {
             "task": task.name,
@@ -97,17 +129,19 @@ def results(task: Task, problem: Problem, runs: Sequence[Run]) -> dict[str, Any]
                 "torch": torch.__version__,
                 "python": platform.python_version(),
             },
-            "runs": [_result(run) for run in runs],
+            "reference": dense.spec.label if dense else None,
+            "runs": [_result(run, dense) for run in runs],
         }
     )
     return finite
 
 
-def _result(run: Run) -> dict[str, Any]:
+def _result(run: Run, dense: Run | None) -> dict[str, Any]:
     return {
         "label": run.spec.label,
         "spec": run.spec.text,
         "optimizer": f"{run.spec.optimizer.__module__}.{run.spec.optimizer.__qualname__}",
+        "helper": f"{run.helper.__module__}.{run.helper.__qualname__}" if run.helper else None,
         "options": run.options,
         "status": run.status,
         "error": run.error,
@@ -122,6 +156,7 @@ def _result(run: Run) -> dict[str, Any]:
         "optimizer_seconds": run.optimizer_seconds,
         "total_seconds": run.total_seconds,
         "peak_state_bytes": run.state_bytes,
+        "largest_difference": largest_difference(run, dense) if dense else None,
         "losses": run.losses,
     }
 

@@ -7,7 +7,7 @@ import inspect
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
 
@@ -46,6 +46,36 @@ class Spec:
             return optimizer
         except Exception as error:  # an optimizer may refuse an option with any exception
             raise UsageError(f"compare: --optimizer {self.text}: {error}") from error
+
+    @property
+    def is_sparse(self) -> bool:
+        """Whether it is made for sparse gradients; all others get dense ones."""
+        return self.options.get("sparse") is not None or self.optimizer.__name__ == "SparseAdam"
+
+    def build_for(self, model: nn.Module) -> list[Optimizer]:
+        """Return what trains ``model``, and make the gradients of its embeddings sparse or dense to suit.
+
+        A SparseAdam refuses dense gradients, so that it needs a second optimizer for all but the embeddings, as its
+        users write it: the Adam of the same library, with the same options.
+        """
+        tables = embeddings(model)
+        for table in tables:
+            table.sparse = self.is_sparse
+        if tables and self.optimizer.__name__ == "SparseAdam":
+            library = descend if issubclass(self.optimizer, descend.FirstOrder) else torch.optim
+            weights = {table.weight for table in tables}  # of tensors: two of them are equal if they are one
+            own = [param for param in model.parameters() if param in weights]
+            others = [param for param in model.parameters() if param not in weights]
+            return [self.build(own), replace(self, optimizer=library.Adam).build(others)]
+        optimizer = self.build(model.parameters())
+        if self.options.get("sparse") == "exact" and isinstance(optimizer, descend.FirstOrder):
+            optimizer.attach(model)
+        return [optimizer]
+
+
+def embeddings(model: nn.Module) -> list[nn.Embedding | nn.EmbeddingBag]:
+    """Return the modules of ``model`` that read rows of a table, and can have sparse gradients."""
+    return [module for module in model.modules() if isinstance(module, nn.Embedding | nn.EmbeddingBag)]
 
 
 @cache

@@ -2,22 +2,28 @@
 
 from __future__ import annotations
 
+import re
 import sysconfig
+import zlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from descend.compare.errors import UsageError, require, unknown
-from descend.compare.models import conv_net, transformer
+from descend.compare.models import bag_of_words, conv_net, transformer
 
 Batch = tuple[Tensor, Tensor]
 
 CONTEXT = 64
 VOCABULARY = 128
 TEST_WINDOWS = 256
+BUCKETS = 1_000_000
+BAG = 32
+MODULES = 64
 ADAMS = ("adam", "adamw", "adamax", "nadam", "radam")
 
 
@@ -85,10 +91,7 @@ def load_text(seed: int) -> Data:
     The text is the standard library's single-file modules, about 4.7 million characters; a tenth of the files is
     held out.
     """
-    folder = Path(sysconfig.get_paths()["stdlib"])
-    files = [_characters(path) for path in sorted(folder.glob("*.py"))]
-    if len(files) < 10:
-        raise UsageError(f"compare: text is read from Python's library, but {folder} holds no sources.")
+    files = [_characters(path) for path in _library("text")]
     order = torch.randperm(len(files), generator=torch.Generator().manual_seed(seed)).tolist()
     test, train = (
         torch.cat([files[i] for i in part]).unfold(0, CONTEXT + 1, 1)
@@ -101,6 +104,15 @@ def load_text(seed: int) -> Data:
     return Data(sample, _shifted(test[:: len(test) // TEST_WINDOWS]))
 
 
+def _library(task: str) -> list[Path]:
+    """Return the files of the standard library's single-file modules."""
+    folder = Path(sysconfig.get_paths()["stdlib"])
+    files = sorted(folder.glob("*.py"))
+    if len(files) < 100:
+        raise UsageError(f"compare: {task} is read from Python's library, but {folder} holds no sources.")
+    return files
+
+
 def _characters(path: Path) -> Tensor:
     ascii_only = path.read_text("utf-8", errors="replace").encode("ascii", errors="replace")
     return torch.frombuffer(bytearray(ascii_only), dtype=torch.uint8)
@@ -111,6 +123,38 @@ def _shifted(windows: Tensor) -> Batch:
     return windows[:, :-1], windows[:, 1:]
 
 
+def load_embeddings(seed: int) -> Data:
+    """Return lines of Python's own source text; the module that a line comes from is to be told from its words.
+
+    A line is a bag of hashed words and pairs of neighbours, eleven in the mean. The 64 modules with the most lines
+    of three words or more count, about 60,000 lines; a tenth of the lines is held out.
+    """
+    bags = sorted((_bags(path) for path in _library("embeddings")), key=len, reverse=True)[:MODULES]
+    inputs = torch.tensor([bag for module in bags for bag in module])
+    targets = torch.arange(MODULES).repeat_interleave(torch.tensor([len(module) for module in bags]))
+    order = torch.randperm(len(targets), generator=torch.Generator().manual_seed(seed))
+    test, train = order[: len(order) // 10], order[len(order) // 10 :]
+
+    def sample(batch_size: int, generator: torch.Generator) -> Batch:
+        rows = train[torch.randint(len(train), (batch_size,), generator=generator)]
+        return inputs[rows], targets[rows]
+
+    return Data(sample, (inputs[test], targets[test]))
+
+
+def _bags(path: Path) -> list[list[int]]:
+    """Return the lines of a file with three words or more, each as ``BAG`` buckets; 0 means none."""
+    bags = []
+    for line in path.read_text("utf-8", errors="replace").splitlines():
+        words = re.findall(r"\w+", line)
+        if len(words) >= 3:
+            pairs = [f"{left} {right}" for left, right in pairwise(words)]
+            # Python's own hash of a string is another one in each process.
+            buckets = [1 + zlib.crc32(gram.encode()) % (BUCKETS - 1) for gram in (words + pairs)[:BAG]]
+            bags.append(buckets + [0] * (BAG - len(buckets)))
+    return bags
+
+
 def digits_model() -> nn.Module:
     """Return a convolutional net of 34,000 parameters in 8 tensors."""
     return conv_net(classes=10)
@@ -119,6 +163,11 @@ def digits_model() -> nn.Module:
 def text_model() -> nn.Module:
     """Return a transformer of 430,000 parameters in 29 tensors."""
     return transformer(VOCABULARY, CONTEXT, width=128, heads=4, depth=2)
+
+
+def embeddings_model() -> nn.Module:
+    """Return a classifier of 32 million parameters, all but 2,112 of them in one table."""
+    return bag_of_words(BUCKETS, width=32, classes=MODULES)
 
 
 TASKS = {
@@ -146,6 +195,16 @@ TASKS = {
             batch_size=32,
             lr={"sgd": 0.1, **dict.fromkeys(ADAMS, 2e-3), "rmsprop": 1e-3},
             optimizers=("sgd", "adam:weight_decay=1e-3", "adamw", "torch.adamw"),
+        ),
+        Task(
+            name="embeddings",
+            summary="lines of Python's standard library and a classifier over a million embeddings of hashed words",
+            load=load_embeddings,
+            model=embeddings_model,
+            steps=200,
+            batch_size=256,
+            lr={"sgd": 20.0, **dict.fromkeys((*ADAMS, "sparseadam"), 3e-2), "rmsprop": 3e-3},
+            optimizers=("torch.adamw", "adamw:sparse=exact", "adamw:sparse=touched", "torch.sparseadam"),
         ),
     )
 }

@@ -15,7 +15,7 @@ from torch.nn.functional import cross_entropy
 from torch.optim import Optimizer
 
 import descend
-from descend.compare.specs import Spec
+from descend.compare.specs import Spec, embeddings
 from descend.compare.tasks import Batch, Data
 
 
@@ -31,10 +31,28 @@ class Problem:
 
 
 class Step(NamedTuple):
-    """What is measured at each step: the loss before it, in nats, and the time inside ``optimizer.step()``."""
+    """What is measured at each step: the loss before it, in nats, and the time inside the optimizer."""
 
     loss: float
     seconds: float
+
+
+class Stopwatch:
+    """Adds up the seconds from each ``start`` to the next ``stop``; both can be hooks of modules."""
+
+    def __init__(self) -> None:
+        self.seconds = self.started = 0.0
+
+    def start(self, *_: object) -> None:
+        self.started = time.perf_counter()
+
+    def stop(self, *_: object) -> None:
+        self.seconds += time.perf_counter() - self.started
+
+    def reset(self) -> float:
+        """Return the seconds and begin again at 0."""
+        seconds, self.seconds = self.seconds, 0.0
+        return seconds
 
 
 @dataclass
@@ -44,6 +62,7 @@ class Run:
     Args:
         spec: the optimizer.
         options: its first group's options, beside what the spec says.
+        helper: the optimizer of the parameters that it refuses, if there are any.
         prepare_seconds: time to build it, compiling included.
     """
 
@@ -55,6 +74,7 @@ class Run:
     state_bytes: int = 0
     test_loss: float | None = None
     test_accuracy: float | None = None
+    helper: type[Optimizer] | None = None
     error: str | None = None
     is_complete: bool = False
 
@@ -76,7 +96,7 @@ class Run:
 
     @property
     def optimizer_seconds(self) -> float | None:
-        """Time inside ``optimizer.step()`` without the first step, which makes the state and may compile."""
+        """Time inside the optimizer without the first step, which makes the state and may compile."""
         return sum(step.seconds for step in self.steps[1:]) if len(self.steps) > 1 else None
 
     @property
@@ -132,25 +152,33 @@ def compete(problem: Problem, runs: Sequence[Run], on_step: Callable[[Run], None
 def _train(problem: Problem, run: Run, on_step: Callable[[Run], None]) -> None:
     model = copy.deepcopy(problem.model)
     generator = torch.Generator().manual_seed(problem.seed)
-    optimizer = run.spec.build(model.parameters())
+    optimizers = run.spec.build_for(model)
+    run.helper = type(optimizers[1]) if len(optimizers) > 1 else None
+    watch = Stopwatch()
+    for table in embeddings(model):  # what an exact optimizer does before rows are read is its work, too
+        table.register_forward_pre_hook(watch.start, prepend=True)
+        table.register_forward_pre_hook(watch.stop)
     started = time.perf_counter()
     try:
         for _ in range(problem.steps):
             loss = _loss(model, problem.data.sample(problem.batch_size, generator))
-            optimizer.zero_grad()
+            for optimizer in optimizers:
+                optimizer.zero_grad()
             loss.backward()  # type: ignore[no-untyped-call]
-            before = time.perf_counter()
-            optimizer.step()
-            seconds = time.perf_counter() - before
-            run.steps.append(Step(loss.item(), seconds))
+            watch.start()
+            for optimizer in optimizers:
+                optimizer.step()
+            watch.stop()
+            run.steps.append(Step(loss.item(), watch.reset()))
             run.total_seconds = time.perf_counter() - started
             on_step(run)
     finally:
         # State only grows. It is not looked at before the end, because a look costs a descend optimizer the proof
         # that nobody has touched its state, and the next steps time.
-        run.state_bytes = _state_bytes(optimizer)
-    if isinstance(optimizer, descend.AdamWScheduleFree):
-        optimizer.eval()
+        run.state_bytes = sum(map(_state_bytes, optimizers))
+    for optimizer in optimizers:
+        if isinstance(optimizer, descend.AdamWScheduleFree):
+            optimizer.eval()
     run.test_loss, run.test_accuracy = _evaluate(model, problem.data.test)
     run.is_complete = True
 

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from descend import rules
-from descend.first_order.options import check_betas, check_eps, check_flags, check_values
-from descend.optimizer import FirstOrder, Options, check_lr
+from descend.checks import check_betas, check_eps, check_flags, check_lr, check_values
+from descend.optimizer import FirstOrder, Options
 
 if TYPE_CHECKING:
     from torch.optim.optimizer import ParamsT
@@ -33,7 +33,7 @@ class Adam(FirstOrder):
         foreach, fused, capturable: accepted and kept in the groups; the backend is chosen by ``backend``.
         differentiable: let autograd see the step. Default: False.
         decoupled_weight_decay: decay as ``AdamW`` does. Default: False.
-        options: ``max_norm``, ``nonfinite``, ``backend``, ``state_dtype``: see ``FirstOrder``.
+        options: ``max_norm``, ``nonfinite``, ``backend``, ``state_dtype``, ``sparse``: see ``FirstOrder``.
     Raises:
         ValueError: if an option is out of range.
     Example:
@@ -80,6 +80,8 @@ class Adam(FirstOrder):
         }
         super().__init__(params, defaults, **options)
 
+    coasting = (rules.coast, rules.decay)
+
     def rule_for(self, group: Mapping[str, Any]) -> Callable[..., Any]:
         if group["amsgrad"]:
             return rules.adamw_amsgrad if group["decoupled_weight_decay"] else rules.adam_amsgrad
@@ -97,6 +99,22 @@ class Adam(FirstOrder):
         check_betas(self, options["betas"])
         check_values(self, options, "weight_decay")
         check_flags(options)
+        if self.sparse == "exact":
+            self.check_exact(options)
+
+    def check_exact(self, options: Mapping[str, Any]) -> None:
+        beta1, beta2 = options["betas"]
+        reasons = {
+            "amsgrad": options["amsgrad"],
+            f"betas={options['betas']}, where betas[0] >= betas[1]": not beta1 < beta2,
+            "eps=0": options["eps"] == 0,
+            "L2 regularisation (weight_decay in Adam; AdamW's is no obstacle)": options["weight_decay"] != 0
+            and not options["decoupled_weight_decay"],
+        }
+        if found := [reason for reason, applies in reasons.items() if applies]:
+            raise ValueError(
+                f"{type(self).__name__}: sparse='exact' cannot catch up with {' and '.join(found)}; 'touched' can."
+            )
 
 
 class AdamW(Adam):
@@ -114,7 +132,7 @@ class AdamW(Adam):
         maximize: ascend instead. Default: False.
         foreach, capturable, fused: accepted and kept in the groups; the backend is chosen by ``backend``.
         differentiable: let autograd see the step. Default: False.
-        options: ``max_norm``, ``nonfinite``, ``backend``, ``state_dtype``: see ``FirstOrder``.
+        options: ``max_norm``, ``nonfinite``, ``backend``, ``state_dtype``, ``sparse``: see ``FirstOrder``.
     Raises:
         ValueError: if an option is out of range.
     Example:

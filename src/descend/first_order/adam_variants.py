@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from descend import rules
-from descend.first_order.options import check_betas, check_eps, check_values
-from descend.optimizer import FirstOrder, Options, check_lr
+from descend.checks import check_betas, check_eps, check_lr, check_values
+from descend.optimizer import FirstOrder, Options
 
 if TYPE_CHECKING:
     from torch.optim.optimizer import ParamsT
@@ -30,7 +30,7 @@ class Adamax(FirstOrder):
         foreach, capturable: accepted and kept in the groups; the backend is chosen by ``backend``.
         maximize: ascend instead. Default: False.
         differentiable: let autograd see the step. Default: False.
-        options: ``max_norm``, ``nonfinite``, ``backend``, ``state_dtype``: see ``FirstOrder``.
+        options: ``max_norm``, ``nonfinite``, ``backend``, ``state_dtype``, ``sparse``: see ``FirstOrder``.
     Raises:
         ValueError: if an option is out of range.
     Example:
@@ -98,7 +98,7 @@ class NAdam(FirstOrder):
         foreach, capturable: accepted and kept in the groups; the backend is chosen by ``backend``.
         maximize: ascend instead. Default: False.
         differentiable: let autograd see the step. Default: False.
-        options: ``max_norm``, ``nonfinite``, ``backend``, ``state_dtype``: see ``FirstOrder``.
+        options: ``max_norm``, ``nonfinite``, ``backend``, ``state_dtype``, ``sparse``: see ``FirstOrder``.
     Raises:
         ValueError: if an option is out of range.
     Example:
@@ -181,7 +181,7 @@ class RAdam(FirstOrder):
         foreach, capturable: accepted and kept in the groups; the backend is chosen by ``backend``.
         maximize: ascend instead. Default: False.
         differentiable: let autograd see the step. Default: False.
-        options: ``max_norm``, ``nonfinite``, ``backend``, ``state_dtype``: see ``FirstOrder``.
+        options: ``max_norm``, ``nonfinite``, ``backend``, ``state_dtype``, ``sparse``: see ``FirstOrder``.
     Raises:
         ValueError: if an option is out of range.
     Example:

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from descend import rules
-from descend.first_order.options import check_betas, check_eps, check_values
-from descend.optimizer import FirstOrder, Options, check_lr
+from descend.checks import check_betas, check_eps, check_lr, check_values
+from descend.optimizer import FirstOrder, Options
 
 if TYPE_CHECKING:
     from torch.optim.optimizer import ParamsT
@@ -36,7 +36,7 @@ class AdamWScheduleFree(FirstOrder):
         weight_lr_power: and like the largest ``lr`` so far to this power. Default: 2.
         foreach: accepted and kept in the groups; the backend is chosen by ``backend``.
         maximize: ascend instead. Default: False.
-        options: ``max_norm``, ``nonfinite``, ``backend``, ``state_dtype``: see ``FirstOrder``.
+        options: ``max_norm``, ``nonfinite``, ``backend``, ``state_dtype``, ``sparse``: see ``FirstOrder``.
     Raises:
         ValueError: if an option is out of range.
         RuntimeError: by ``step()`` in eval mode.

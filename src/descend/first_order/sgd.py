@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from descend import rules
-from descend.first_order.options import check_flags, check_values
-from descend.optimizer import FirstOrder, Options, check_lr
+from descend.checks import check_flags, check_lr, check_values
+from descend.optimizer import FirstOrder, Options
 
 if TYPE_CHECKING:
     from torch.optim.optimizer import ParamsT
@@ -31,7 +31,7 @@ class SGD(FirstOrder):
         maximize: ascend instead. Default: False.
         foreach, fused: accepted and kept in the groups; the backend is chosen by ``backend``.
         differentiable: let autograd see the step. Default: False.
-        options: ``max_norm``, ``nonfinite``, ``backend``, ``state_dtype``: see ``FirstOrder``.
+        options: ``max_norm``, ``nonfinite``, ``backend``, ``state_dtype``, ``sparse``: see ``FirstOrder``.
     Raises:
         ValueError: if an option is out of range.
     Example:
@@ -82,6 +82,11 @@ class SGD(FirstOrder):
             return rules.sgd
         return rules.nesterov if group["nesterov"] else rules.momentum
 
+    def meaning_of_sparse(self, param: torch.Tensor, group: Mapping[str, Any]) -> str | None:
+        meaning = super().meaning_of_sparse(param, group)
+        # Without momentum and weight decay nothing happens to a row whose gradient is zero.
+        return "touched" if meaning == "all" and group["momentum"] == 0 and group["weight_decay"] == 0 else meaning
+
     def scalars(self, group: Mapping[str, Any], step: float) -> tuple[Any, ...]:
         lr, weight_decay, momentum = group["lr"], group["weight_decay"], group["momentum"]
         if momentum == 0:
@@ -118,7 +123,7 @@ class ASGD(FirstOrder):
         maximize: ascend instead. Default: False.
         foreach, capturable: accepted and kept in the groups; the backend is chosen by ``backend``.
         differentiable: let autograd see the step. Default: False.
-        options: ``max_norm``, ``nonfinite``, ``backend``, ``state_dtype``: see ``FirstOrder``.
+        options: ``max_norm``, ``nonfinite``, ``backend``, ``state_dtype``, ``sparse``: see ``FirstOrder``.
     Raises:
         ValueError: if an option is out of range.
     Example:

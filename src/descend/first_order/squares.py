@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from descend import rules
-from descend.first_order.options import check_eps, check_flags, check_values
-from descend.optimizer import FirstOrder, Options, check_at_least_zero, check_lr
+from descend.checks import check_at_least_zero, check_eps, check_flags, check_lr, check_values
+from descend.optimizer import FirstOrder, Options
 
 if TYPE_CHECKING:
     from torch.optim.optimizer import ParamsT
@@ -25,16 +25,16 @@ class Adagrad(FirstOrder):
         params: parameters, ``(name, parameter)`` pairs, or dicts that define groups.
         lr: step size, >= 0; a float or a tensor of one element. Default: 1e-2.
         lr_decay: >= 0; ``lr`` is divided by ``1 + (step - 1) * lr_decay``. Default: 0.
-        weight_decay: >= 0, added to the gradient as ``weight_decay * param``; not for sparse gradients. Default: 0.
+        weight_decay: >= 0, added to the gradient as ``weight_decay * param``. Default: 0.
         initial_accumulator_value: what each sum starts from, >= 0. Default: 0.
         eps: >= 0, added to the denominator, in units of the gradient. Default: 1e-10.
         foreach, fused: accepted and kept in the groups; the backend is chosen by ``backend``.
         maximize: ascend instead. Default: False.
         differentiable: let autograd see the step. Default: False.
-        options: ``max_norm``, ``nonfinite``, ``backend``, ``state_dtype``: see ``FirstOrder``.
+        options: ``max_norm``, ``nonfinite``, ``backend``, ``state_dtype``, ``sparse``: see ``FirstOrder``.
     Raises:
         ValueError: if an option is out of range.
-        RuntimeError: for a sparse gradient with ``weight_decay``.
+        RuntimeError: by ``step()``, for a sparse gradient with ``weight_decay`` unless ``sparse`` is ``"touched"``.
     Example:
         >>> weight = torch.ones(2, requires_grad=True)
         >>> optimizer = Adagrad([weight], lr=0.1)
@@ -92,13 +92,15 @@ class Adagrad(FirstOrder):
             for param in group["params"]:
                 self.ensure_state(param, self.rule, group)["sum"].share_memory_()
 
-    def check_param(self, param: torch.Tensor, group: Mapping[str, Any]) -> None:
-        super().check_param(param, group)
-        if group["weight_decay"] != 0 and param.grad is not None and param.grad.is_sparse:
+    def meaning_of_sparse(self, param: torch.Tensor, group: Mapping[str, Any]) -> str | None:
+        meaning = super().meaning_of_sparse(param, group)
+        if meaning == "all" and group["weight_decay"] != 0:
             raise RuntimeError(
                 "weight_decay option is not compatible with sparse gradients "
-                f"(Adagrad: {self.name_of(param)} has one, and weight_decay={group['weight_decay']})"
+                f"(Adagrad: {self.name_of(param)} has one; sparse='touched' decays the rows that it names)"
             )
+        # Without weight decay nothing happens to a row whose gradient is zero.
+        return "touched" if meaning == "all" else meaning
 
     def check_options(self, options: Mapping[str, Any]) -> None:
         check_lr(self, options)
@@ -123,7 +125,7 @@ class RMSprop(FirstOrder):
         capturable, foreach: accepted and kept in the groups; the backend is chosen by ``backend``.
         maximize: ascend instead. Default: False.
         differentiable: let autograd see the step. Default: False.
-        options: ``max_norm``, ``nonfinite``, ``backend``, ``state_dtype``: see ``FirstOrder``.
+        options: ``max_norm``, ``nonfinite``, ``backend``, ``state_dtype``, ``sparse``: see ``FirstOrder``.
     Raises:
         ValueError: if an option is out of range.
     Example:
@@ -197,7 +199,7 @@ class Adadelta(FirstOrder):
         foreach, capturable: accepted and kept in the groups; the backend is chosen by ``backend``.
         maximize: ascend instead. Default: False.
         differentiable: let autograd see the step. Default: False.
-        options: ``max_norm``, ``nonfinite``, ``backend``, ``state_dtype``: see ``FirstOrder``.
+        options: ``max_norm``, ``nonfinite``, ``backend``, ``state_dtype``, ``sparse``: see ``FirstOrder``.
     Raises:
         ValueError: if an option is out of range.
     Example:

@@ -27,6 +27,14 @@ def why_not_cpu(param: Tensor, grad: Tensor | None, state: Sequence[tuple[str, T
     return None
 
 
+def why_not_rows(param: Tensor, state: Sequence[tuple[str, Tensor]]) -> str | None:
+    """Why the compiled CPU backend cannot run single rows of this parameter; None if it can."""
+    for _, tensor in (("", param), *state):
+        if not tensor.is_contiguous():
+            return f"rows that are not contiguous (stride {tensor.stride()})"
+    return why_not_cpu(param, None, state)
+
+
 def span(tensor: Tensor) -> tuple[int, int] | None:
     """First and last address (exclusive) of a CPU tensor's memory; None if it has none to compare."""
     if type(tensor) not in _PLAIN or not tensor.is_cpu or tensor.layout is not torch.strided or not tensor.numel():

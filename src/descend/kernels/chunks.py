@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Sequence
 from typing import Any
 
@@ -15,10 +16,46 @@ from descend.kernels import library, native, threads
 # summed chunk by chunk, so this number, not the number of threads, decides their last bits.
 CHUNK = 16_384
 
-_NUMPY = {torch.float32: np.float32, torch.float64: np.float64}
+NUMPY = {torch.float32: np.float32, torch.float64: np.float64}
 
 
-class Table:
+class Call:
+    """The numbers that a compiled loop over chunks takes, see ``cpu``."""
+
+    def __init__(self) -> None:
+        self._call = array("q", bytes(56))
+        self._address = self._call.buffer_info()[0]
+        self._held: dict[int, np.ndarray] = {}
+        self._elements = 0
+        self._sums: np.ndarray | None = None
+
+    def describe(
+        self, chunks: np.ndarray, count: int, addresses: np.ndarray, scalars: np.ndarray, elements: int
+    ) -> None:
+        """Say what the next calls work on: the first ``count`` rows of ``chunks``, ``elements`` numbers in all."""
+        self._elements = elements
+        self._call[1], self._call[4] = count, max(1, count // 64)
+        for position, table in ((0, chunks), (2, addresses), (3, scalars)):
+            if self._held.get(position) is not table:  # asking an array for its address takes a microsecond
+                self._held[position] = table
+                self._call[position] = table.ctypes.data
+
+    def run(self, kernel: int) -> None:
+        """Call a compiled loop."""
+        self._call[5] = 0
+        threads.run(kernel, self._address, self._elements)
+
+    def sum_of_squares(self, column: int, dtype: torch.dtype) -> float:
+        """Of one column of the address table, in float64, over fixed chunks in a fixed order."""
+        addresses = self._held[2]
+        if self._sums is None or len(self._sums) < self._call[1]:
+            self._sums = np.zeros(self._call[1])
+        self._call[6] = self._sums.ctypes.data
+        self.run(library.sums_of_squares(dtype, column, addresses.shape[1]))
+        return float(self._sums[: self._call[1]].sum())
+
+
+class Table(Call):
     """Tensors of equal dtypes, a row each: where they are, and the chunks they are cut into.
 
     Args:
@@ -35,37 +72,14 @@ class Table:
         rows: Sequence[int] | np.ndarray,
         scalars: np.ndarray,
     ) -> None:
+        super().__init__()
         self.addresses = np.zeros((len(rows), width), np.int64)
         for column, tensors in enumerate(columns):
             self.addresses[:, column] = [tensor.data_ptr() for tensor in tensors]
         self._sizes = np.array([tensor.numel() for tensor in columns[0]], np.int64)
-        self._elements = int(self._sizes.sum())
-        self._chunks = _chunk_table(self._sizes, np.asarray(rows, np.int64))
         self.scalars = scalars
-        self._sums = np.zeros(len(self._chunks))
-        self._call = np.array(
-            [
-                self._chunks.ctypes.data,
-                len(self._chunks),
-                self.addresses.ctypes.data,
-                self.scalars.ctypes.data,
-                max(1, len(self._chunks) // 64),
-                0,
-                self._sums.ctypes.data,
-            ],
-            np.int64,
-        )
-        self._address = self._call.ctypes.data
-
-    def sum_of_squares(self, column: int, dtype: torch.dtype) -> float:
-        """Of one column, in float64, over fixed chunks in a fixed order."""
-        self.run(library.sums_of_squares(dtype, column, self.addresses.shape[1]))
-        return float(self._sums.sum())
-
-    def run(self, kernel: int) -> None:
-        """Call a compiled loop with this table."""
-        self._call[5] = 0
-        threads.run(kernel, self._address, self._elements)
+        chunks = chunk_table(self._sizes, np.asarray(rows, np.int64))
+        self.describe(chunks, len(chunks), self.addresses, scalars, int(self._sizes.sum()))
 
 
 class Launch(Table):
@@ -90,7 +104,7 @@ class Launch(Table):
         rows: Sequence[int] | np.ndarray,
     ) -> None:
         compute = torch.float64 if torch.float64 in dtypes else torch.float32
-        scalars = np.zeros((max(rows) + 1, numbers + 1), _NUMPY[compute])
+        scalars = np.zeros((max(rows) + 1, numbers + 1), NUMPY[compute])
         super().__init__([params, grads], len(dtypes), rows, scalars)
         self._update = library.update(rule, numbers, dtypes, compute)
         self._dtypes = dtypes
@@ -152,10 +166,12 @@ class StoredNumbers:
         return True
 
 
-def _chunk_table(sizes: np.ndarray, rows: np.ndarray) -> np.ndarray:
+def chunk_table(sizes: np.ndarray, rows: np.ndarray) -> np.ndarray:
+    """Chunks of tensors of these sizes, with each tensor's row of scalars."""
     counts = -(-sizes // CHUNK)
     tensor = np.repeat(np.arange(len(sizes)), counts)
     first = np.cumsum(counts) - counts
     offset = (np.arange(counts.sum()) - first[tensor]) * CHUNK
     length = np.minimum(sizes[tensor] - offset, CHUNK)
-    return np.ascontiguousarray(np.stack([tensor, offset, offset, length, rows[tensor]], axis=1))
+    once = np.ones_like(tensor)
+    return np.ascontiguousarray(np.stack([tensor, offset, offset, length, rows[tensor], once], axis=1))

@@ -4,7 +4,8 @@ Only imported when something has to be compiled; a kernel found on disk needs no
 
 A call receives the address of seven int64 numbers (``chunks.Table`` fills them):
 
-    0 chunk table      rows of (tensor, offset in parameter and state, offset in gradient, length, scalars row)
+    0 chunk table      rows of (tensor, offset in parameter and state, offset in gradient, length, scalars row, times):
+                       the rule is applied as many times, with as many rows of scalars from that one on
     1 number of chunks
     2 address table    a row per tensor: parameter, gradient, state tensors
     3 scalars table    rows of (scale of the gradient, then the rule's numbers) in the compute dtype
@@ -33,6 +34,7 @@ from descend.kernels.memory import (
     load_int,
     loader,
     numbers_loader,
+    prefetcher,
     store_double,
     store_int,
     storer,
@@ -45,6 +47,11 @@ njit: Any = numba.njit
 # With Python's own division check nothing would vectorise; these flags keep NaN and Inf exact.
 OPTIONS: dict[str, Any] = {"error_model": "numpy", "fastmath": {"contract", "nsz", "arcp"}}
 _SUM_OPTIONS: dict[str, Any] = {"error_model": "numpy", "fastmath": {"contract", "nsz", "reassoc"}}
+
+ROW = 48  # bytes of a row of the chunk table
+AHEAD = 8  # chunks between asking for memory and using it
+PREFETCHED = 256  # elements asked for; the processor sees by itself how longer chunks go on
+
 _ENTRY_OPTIONS = {"no_cpython_wrapper": True, "no_cfunc_wrapper": True}
 
 
@@ -124,6 +131,7 @@ def update_kernel(rule: Any, numbers: int, dtypes: tuple[torch.dtype, ...], comp
     apply = retarget(rule, _operations(compiled), compiled)
     addresses_of, load, store = chunk_addresses(dtypes), loader(dtypes, compute), storer(dtypes, compute)
     load_numbers = numbers_loader(numbers + 1, compute)
+    prefetch, line = prefetcher(dtypes), 64 // max(dtype.itemsize for dtype in dtypes)
     tensors = len(dtypes)
 
     def kernel(call: int) -> None:
@@ -134,15 +142,21 @@ def update_kernel(rule: Any, numbers: int, dtypes: tuple[torch.dtype, ...], comp
             if first >= count:
                 break
             for chunk in range(first, min(first + block, count)):
-                row = chunks + 40 * chunk
+                if chunk + AHEAD < count:  # rows scattered in a large table would wait for memory one by one
+                    row = chunks + ROW * (chunk + AHEAD)
+                    where = addresses_of(addresses + 8 * tensors * load_int(row, 0), load_int(row, 1), load_int(row, 2))
+                    for i in range(0, min(load_int(row, 3), PREFETCHED), line):
+                        prefetch(where, i)
+                row = chunks + ROW * chunk
                 tensor, length = load_int(row, 0), load_int(row, 3)
                 where = addresses_of(addresses + 8 * tensors * tensor, load_int(row, 1), load_int(row, 2))
-                scale_and_numbers = load_numbers(scalars, load_int(row, 4))
-                scale, rule_numbers = scale_and_numbers[0], scale_and_numbers[1:]
-                for i in range(length):
-                    values = load(where, i)
-                    arguments = (values[0], scale * values[1]) + values[2:] + rule_numbers
-                    store(where, i, apply(*arguments))
+                for application in range(load_int(row, 5)):
+                    scale_and_numbers = load_numbers(scalars, load_int(row, 4) + application)
+                    scale, rule_numbers = scale_and_numbers[0], scale_and_numbers[1:]
+                    for i in range(length):
+                        values = load(where, i)
+                        arguments = (values[0], scale * values[1]) + values[2:] + rule_numbers
+                        store(where, i, apply(*arguments))
 
     return assembly(kernel, OPTIONS)
 
@@ -160,7 +174,7 @@ def norm_kernel(dtype: torch.dtype, column: int, columns: int) -> str:
             if first >= count:
                 break
             for chunk in range(first, min(first + block, count)):
-                row = chunks + 40 * chunk
+                row = chunks + ROW * chunk
                 start = load_int(addresses, columns * load_int(row, 0) + column)
                 where = (start + size * load_int(row, 2),)
                 total = 0.0

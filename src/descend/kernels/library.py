@@ -77,10 +77,23 @@ def probe() -> int:
 
 
 @cache
+def rows(name: str, *dtypes: torch.dtype) -> int:
+    """A loop of ``rows_kernel`` by name: touched, sums, stale or mark."""
+
+    def compile_rows() -> str:
+        from descend.kernels import rows_kernel
+
+        return str(getattr(rows_kernel, f"{name}_kernel")(*dtypes))
+
+    return native.load(f"rows_{name}", f"rows|{name}|{_sources()}|{dtypes}", compile_rows)
+
+
+@cache
 def _sources() -> str:
     """A digest of the code that writes kernels: editing it makes every kernel new."""
     folder = files("descend.kernels")
-    texts = [folder.joinpath(name).read_bytes() for name in ("cpu.py", "memory.py", "probe_kernel.py", "retarget.py")]
+    names = ("cpu.py", "memory.py", "probe_kernel.py", "retarget.py", "rows_kernel.py")
+    texts = [folder.joinpath(name).read_bytes() for name in names]
     return hashlib.sha256(b"".join(texts)).hexdigest()
 
 

@@ -11,11 +11,11 @@ from typing import Any
 import numba.extending
 import torch
 from llvmlite import ir as llvm_ir
-from numba.core import errors, types
+from numba.core import cgutils, errors, types
 
 intrinsic: Any = numba.extending.intrinsic
 
-_I16, _I32, _I64 = (llvm_ir.IntType(bits) for bits in (16, 32, 64))
+_BYTE, _I16, _I32, _I64 = (llvm_ir.IntType(bits) for bits in (8, 16, 32, 64))
 _F16, _F32, _F64 = llvm_ir.HalfType(), llvm_ir.FloatType(), llvm_ir.DoubleType()
 _STORED = {torch.float16: _F16, torch.bfloat16: _I16, torch.float32: _F32, torch.float64: _F64}
 COMPUTED: dict[Any, Any] = {torch.float32: types.float32, torch.float64: types.float64}
@@ -58,6 +58,27 @@ def load_int(typing: Any, address: Any, index: Any) -> Any:
         return builder.load(_element(builder, args[0], args[1], _I64))
 
     return types.int64(types.int64, types.int64), generate
+
+
+@intrinsic
+def load_word(typing: Any, address: Any, index: Any) -> Any:
+    """A 32-bit integer, widened."""
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        return builder.sext(builder.load(_element(builder, args[0], args[1], _I32)), _I64)
+
+    return types.int64(types.int64, types.int64), generate
+
+
+@intrinsic
+def store_word(typing: Any, address: Any, index: Any, value: Any) -> Any:
+    """The lower half of an integer, as 32 bits."""
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        builder.store(builder.trunc(args[2], _I32), _element(builder, args[0], args[1], _I32))
+        return context.get_dummy_value()
+
+    return types.void(types.int64, types.int64, types.int64), generate
 
 
 @intrinsic
@@ -124,6 +145,45 @@ def loader(dtypes: tuple[torch.dtype, ...], compute: torch.dtype) -> Any:
         return types.UniTuple(number, len(dtypes))(addresses, types.int64), generate
 
     return load
+
+
+def _prefetch(builder: Any, pointer: Any) -> None:
+    """Ask for the cache line at ``pointer``.
+
+    Into the second-level cache and for reading: more requests can be under way than into the first (measured: rows in
+    0.7 ms instead of 1.1 ms).
+    """
+    byte_pointer = _BYTE.as_pointer()
+    hint = llvm_ir.FunctionType(llvm_ir.VoidType(), [byte_pointer, _I32, _I32, _I32])
+    function = cgutils.get_or_insert_function(builder.module, hint, "llvm.prefetch.p0")
+    reading, second_level, data = (llvm_ir.Constant(_I32, value) for value in (0, 2, 1))
+    builder.call(function, [builder.bitcast(pointer, byte_pointer), reading, second_level, data])
+
+
+@intrinsic
+def prefetch_word(typing: Any, address: Any, index: Any) -> Any:
+    """Ask for the memory that ``load_word`` will read."""
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        _prefetch(builder, _element(builder, args[0], args[1], _I32))
+        return context.get_dummy_value()
+
+    return types.void(types.int64, types.int64), generate
+
+
+def prefetcher(dtypes: tuple[torch.dtype, ...]) -> Any:
+    """Ask for the cache line of element ``index`` of every tensor of a chunk."""
+
+    @intrinsic
+    def prefetch(typing: Any, addresses: Any, index: Any) -> Any:
+        def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+            for column, dtype in enumerate(dtypes):
+                _prefetch(builder, _element(builder, builder.extract_value(args[0], column), args[1], _STORED[dtype]))
+            return context.get_dummy_value()
+
+        return types.void(addresses, types.int64), generate
+
+    return prefetch
 
 
 def numbers_loader(count: int, compute: torch.dtype) -> Any:

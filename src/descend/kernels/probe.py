@@ -141,7 +141,7 @@ def _layout(tensor: Tensor | None) -> tuple[Any, ...]:
     if tensor is None:
         return (None,)
     if tensor.layout != torch.strided:
-        return (tensor.layout, None)
+        return (tensor.layout, tensor.dtype, tensor.device, None)  # what it holds is read at every step
     facts = (type(tensor), tensor.dtype, tensor.device, tensor.is_neg(), tensor.shape, tensor.stride())
     return (*facts, tensor.data_ptr() if tensor.device.type == "cpu" else None)
 

@@ -28,16 +28,17 @@ def probe_kernel() -> str:
 
     @njit
     def layout(functions: int, tensor: int, scratch: int) -> int:
-        """A hash of dtype, device, layout, sign bit, sizes and strides; 0 for no tensor."""
+        """A hash of dtype, device, layout, sign bit, sizes and strides; odd for strided tensors, 0 for no tensor."""
         if fact(functions, 0, tensor, scratch) & 1 == 0:
             return 0
         kind = fact(functions, 3, tensor, scratch)
         seed = mixed(mixed(fact(functions, 1, tensor, scratch), fact(functions, 2, tensor, scratch)), kind)
         seed = mixed(seed, call_address(load_int(functions, 8), tensor, 0) & 1)
-        if kind == 0:  # strided
-            sizes, strides = fact(functions, 5, tensor, scratch), fact(functions, 6, tensor, scratch)
-            for dim in range(fact(functions, 4, tensor, scratch)):
-                seed = mixed(mixed(seed, load_int(sizes, dim)), load_int(strides, dim))
+        if kind != 0:  # sparse: what it holds is read at every step
+            return (seed | 3) - 1
+        sizes, strides = fact(functions, 5, tensor, scratch), fact(functions, 6, tensor, scratch)
+        for dim in range(fact(functions, 4, tensor, scratch)):
+            seed = mixed(mixed(seed, load_int(sizes, dim)), load_int(strides, dim))
         return seed | 1
 
     @njit
@@ -64,7 +65,7 @@ def probe_kernel() -> str:
             if cell >= 0:  # a parameter; state tensors have no gradient
                 grad = call_address(load_int(functions, 9), load_int(tensor, 0), 0)
                 grad_layout = layout(functions, grad, scratch)
-                if grad_layout != 0 and (record == 1 or grad_layout == load_int(row, 2)):
+                if grad_layout & 1 and (record == 1 or grad_layout == load_int(row, 2)):
                     grad_address = fact(functions, 7, grad, scratch)
             if record == 1:
                 store_int(row, 0, found_address)

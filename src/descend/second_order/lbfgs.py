@@ -14,7 +14,7 @@ from torch import Tensor
 from torch._compile import _disable_dynamo
 from torch.optim import Optimizer
 
-from descend.optimizer import check_at_least_zero, check_lr
+from descend.checks import check_at_least_zero, check_lr
 from descend.second_order import flat_checkpoint
 from descend.second_order.modern_lbfgs import modern_step
 from descend.second_order.objective import Point

@@ -10,7 +10,7 @@ import torch
 from torch._compile import _disable_dynamo
 from torch.optim import Optimizer
 
-from descend.optimizer import check_at_least_zero
+from descend.checks import check_at_least_zero
 from descend.second_order import flat_checkpoint
 from descend.second_order.directions import CompactInverse
 from descend.second_order.newton_descent import PAIRS, Conjugate, Dense, Method, trust_region

@@ -1,0 +1,263 @@
+"""``sparse="exact"``: rows that miss steps, and what brings them up to date before they are read.
+
+A dense optimizer moves every row at every step: a row without a gradient coasts on its average and decays. Here such
+a row is left alone and its last step noted. When it is next read, all steps it missed are caught up with in one pass,
+in closed form (``schedule.py``, ``rules.coast``).
+"""
+
+from __future__ import annotations
+
+import math
+import threading
+from collections.abc import Mapping, MutableMapping
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from descend import kernels, pages
+from descend.kernels import eager
+from descend.kernels.rows import StaleRows, mark
+from descend.schedule import Schedule
+from descend.signature import signature
+
+if TYPE_CHECKING:
+    from descend.settling import Settling
+
+# What a table adds to a parameter's state: the step each row is current at (int32; zero or negative while its averages
+# are zero). In checkpoints also: learning rate and weight decay of the steps that rows may have missed (float64, a row
+# a step); beta1, beta2 and eps; and some rows that are behind, with their values.
+ROW_STEP, SCHEDULE, CONSTANTS = "row_step", "schedule", "schedule_constants"
+BEHIND, BEHIND_VALUES = "rows_behind", "rows_behind_values"
+STATE = (ROW_STEP, SCHEDULE, CONSTANTS, BEHIND, BEHIND_VALUES)
+
+PIECE = 65_536  # rows brought up to date together when all of them are
+SAMPLE = 16  # rows in a checkpoint that tell whether the weights beside it are behind
+
+
+class Table:
+    """One parameter whose rows may be behind.
+
+    Args:
+        param: the parameter; its first dimension counts rows.
+    """
+
+    def __init__(self, param: Tensor) -> None:
+        self.param = param
+        self.lock = threading.RLock()
+        self.is_attached = False
+        self._schedule: Schedule | None = None
+        self._stale: tuple[Any, StaleRows] | None = None
+
+    # What a step asks.
+
+    def check(self, optimizer: Settling, group: int, grad: Tensor) -> None:
+        """Raise if the coming step is not one that rows could miss."""
+        name = type(optimizer).__name__
+        which = optimizer.name_of(self.param)
+        if not self.is_attached:
+            raise RuntimeError(
+                f"{name}: {which} gets sparse gradients with sparse='exact', so its rows must be brought up to date "
+                "before they are read. Call optimizer.attach(model) once, before training; nothing has moved."
+            )
+        if grad.sparse_dim() != 1:
+            raise RuntimeError(
+                f"{name}: sparse='exact' takes gradients with one sparse dimension, that of {which} has "
+                f"{grad.sparse_dim()}. Use sparse='touched'; nothing has moved."
+            )
+        optimizer.check_exact(optimizer.param_groups[group])
+        found = optimizer.state_of(self.param)
+        schedule, taken = self._schedule_of(optimizer, found), float(found.get("step", 0))
+        if schedule is not None and schedule.steps != taken:
+            raise RuntimeError(
+                f"{name}: the step count of {which} is {taken:g}, but {schedule.steps} steps are on record. With "
+                "sparse='exact' it cannot be edited; nothing has moved."
+            )
+
+    def expected_steps(self, optimizer: Settling) -> tuple[Tensor | None, int]:
+        """The step each row is current at, and the one that rows with a gradient must be; None if all are."""
+        found = optimizer.state_of(self.param)
+        schedule = self._schedule_of(optimizer, found)
+        if schedule is None or schedule.start == schedule.steps:
+            return None, 0
+        return found[ROW_STEP], schedule.steps
+
+    def ensure_state(self, optimizer: Settling, found: MutableMapping[str, Any]) -> None:
+        """Make what a table adds to the state. Where there is state already, a dense optimizer's, it is current."""
+        if isinstance(found.get(ROW_STEP), Tensor):
+            return
+        rows, taken = self.param.shape[0], int(found["step"])
+        is_on_cpu = self.param.device.type == "cpu"
+        steps = pages.zeros((rows,), torch.int32) if is_on_cpu else self.param.new_zeros(rows, dtype=torch.int32)
+        for first in range(0, rows if taken else 0, PIECE):
+            piece = slice(first, first + PIECE)
+            used = [
+                found[name][piece].view(-1, math.prod(self.param.shape[1:])).any(1)
+                for name in self._state_names(optimizer)
+            ]
+            steps[piece] = torch.stack(used).any(0) * taken
+        found[ROW_STEP] = steps
+
+    def begin_step(self, optimizer: Settling, group: int) -> None:
+        """Start a schedule if there is none, or if betas or eps have changed: all rows are settled first then."""
+        options = optimizer.param_groups[group]
+        constants = float(options["betas"][0]), float(options["betas"][1]), float(options["eps"])
+        found = optimizer.state_of(self.param)
+        schedule = self._schedule_of(optimizer, found)
+        if schedule is None or (schedule.beta1, schedule.beta2, schedule.eps) != constants:
+            self.settle(optimizer)
+            self._schedule = Schedule(*constants, int(found["step"]))
+
+    def end_step(self, optimizer: Settling, group: int, rows: np.ndarray) -> None:
+        """Note which rows have been touched, and what the others have missed."""
+        options = optimizer.param_groups[group]
+        assert self._schedule is not None
+        self._schedule.append(float(options["lr"]), float(options["weight_decay"]))
+        steps = optimizer.state_of(self.param)[ROW_STEP]
+        if steps.device.type == "cpu":
+            mark(rows, steps, self._schedule.steps, have_state=True)
+        else:
+            steps[torch.from_numpy(rows).to(steps.device)] = self._schedule.steps
+
+    # Reading.
+
+    def settle(self, optimizer: Settling, indices: Tensor | None = None) -> None:
+        """Bring rows up to date: those that ``indices`` names, or all.
+
+        Indices out of range are left to whoever reads the rows.
+        """
+        with self.lock:
+            schedule = self._schedule_of(optimizer, optimizer.state_of(self.param))
+            if schedule is None or schedule.start == schedule.steps:
+                return
+            if indices is None:
+                self._settle_all(optimizer, schedule)
+            else:
+                self._settle_some(optimizer, schedule, indices)
+
+    def _settle_all(self, optimizer: Settling, schedule: Schedule, moves: bool = True) -> None:
+        rows = self.param.shape[0]
+        for first in range(0, rows, PIECE):
+            self._settle_some(optimizer, schedule, range(first, min(first + PIECE, rows)), moves)
+        self._schedule = Schedule(schedule.beta1, schedule.beta2, schedule.eps, start=schedule.steps)
+
+    def _settle_some(self, optimizer: Settling, schedule: Schedule, which: Tensor | range, moves: bool = True) -> None:
+        """``moves``: whether the parameter is behind too, and not its averages alone."""
+        found = optimizer.state_of(self.param)
+        state = [(name, found[name]) for name in self._state_names(optimizer)]
+        is_native = optimizer.requested_backend() != "eager" and kernels.why_not_rows(self.param, state) is None
+        settle = self._settle_native if is_native else self._settle_eagerly
+        settle(optimizer, schedule, found[ROW_STEP], [tensor for _, tensor in state], which, moves)
+
+    def _state_names(self, optimizer: Settling) -> tuple[str, ...]:
+        return signature(optimizer.rule_for(optimizer.group_of(self.param))).state
+
+    def _settle_native(
+        self,
+        optimizer: Settling,
+        schedule: Schedule,
+        steps: Tensor,
+        state: list[Tensor],
+        which: Tensor | range,
+        moves: bool,
+    ) -> None:
+        dtypes = (self.param.dtype, *(tensor.dtype for tensor in state))
+        if self._stale is None or self._stale[0] != dtypes:
+            assert optimizer.coasting is not None
+            coast, decay = optimizer.coasting
+            self._stale = dtypes, StaleRows(coast, decay, len(signature(coast).numbers), dtypes)
+        stale = self._stale[1]
+        length = math.prod(self.param.shape[1:])
+        if isinstance(which, Tensor):
+            which = which.reshape(1, -1).long().contiguous()
+        since = stale.find(which, (self.param.shape[0],), length, steps, schedule.steps, schedule.start)
+        if since is None or not len(since):
+            return
+        if stale.has_used:
+            stale.coast(self.param, state, _missed(schedule, since, moves))
+        factors = schedule.shrinkage(since) if moves and stale.has_unused else np.ones(1)
+        if (factors != 1).any():
+            stale.decay(self.param, factors)
+        elif isinstance(which, range) and not stale.has_used:
+            return  # a note would only cost memory: the schedule begins anew when all rows are settled
+        mark(stale.rows, steps, schedule.steps, have_state=False)
+
+    def _settle_eagerly(
+        self,
+        optimizer: Settling,
+        schedule: Schedule,
+        steps: Tensor,
+        state: list[Tensor],
+        which: Tensor | range,
+        moves: bool,
+    ) -> None:
+        device = steps.device
+        if isinstance(which, range):
+            rows = torch.arange(which.start, which.stop, device=device)
+        else:
+            rows = torch.unique(which.reshape(-1).long()).to(device)
+            if len(rows) and (rows[0] < 0 or rows[-1] >= len(steps)):
+                return
+        since = steps[rows].abs().clamp(min=schedule.start)
+        rows, since = rows[since < schedule.steps], since[since < schedule.steps]
+        if not len(rows):
+            return
+        steps_missed, where = torch.unique(since.long(), return_inverse=True)
+        distinct = steps_missed.cpu().numpy()
+        used = steps[rows] > 0
+        assert optimizer.coasting is not None
+        coast, decay = optimizer.coasting
+        with torch.no_grad():
+            for numbers in _missed(schedule, distinct, moves):
+                table = torch.from_numpy(numbers).to(device)[where[used]]
+                eager.run_rows(coast, self.param, (rows[used],), None, state, list(table.unbind(1)))
+            if moves:
+                factors = torch.from_numpy(schedule.shrinkage(distinct)).to(device)[where[~used]]
+                eager.run_rows(decay, self.param, (rows[~used],), None, [], [factors])
+            steps[rows] = torch.where(used, schedule.steps, -schedule.steps).int()
+
+    # Checkpoints.
+
+    def _schedule_of(self, optimizer: Settling, found: Mapping[str, Any]) -> Schedule | None:
+        """The schedule; taken from the state after loading, None before the first step."""
+        if self._schedule is None and isinstance(found.get(SCHEDULE), Tensor):
+            history = found[SCHEDULE].cpu().numpy()
+            beta1, beta2, eps = found[CONSTANTS].tolist()
+            self._schedule = Schedule.restored(beta1, beta2, eps, int(found["step"]) - len(history), history)
+            if BEHIND in found:
+                rows = self.param.detach()[found[BEHIND]]
+                saved = found[BEHIND_VALUES].to(rows)
+                if not ((rows == saved) | rows.isnan()).all():
+                    # The weights were saved later than the state, by a state_dict that brought them up to date.
+                    self._settle_all(optimizer, self._schedule, moves=False)
+        return self._schedule
+
+    def write_schedule(self, found: MutableMapping[str, Any]) -> None:
+        """Put into the state what only checkpoints need."""
+        schedule = self._schedule
+        if schedule is None:
+            return
+        found[SCHEDULE] = torch.from_numpy(schedule.history())
+        found[CONSTANTS] = torch.tensor([schedule.beta1, schedule.beta2, schedule.eps], dtype=torch.float64)
+        found.pop(BEHIND, None)
+        found.pop(BEHIND_VALUES, None)
+        for piece in found[ROW_STEP].split(PIECE) if schedule.start < schedule.steps else ():
+            rows = ((piece > 0) & (piece < schedule.steps)).nonzero()[:SAMPLE, 0]
+            if len(rows):
+                found[BEHIND] = rows + piece.storage_offset()
+                found[BEHIND_VALUES] = self.param.detach()[found[BEHIND]]
+                break
+
+    def forget_schedule(self) -> None:
+        """Take it from the state when it is next needed: another state has been loaded."""
+        self._schedule = None
+
+
+def _missed(schedule: Schedule, since: np.ndarray, moves: bool) -> np.ndarray:
+    """The numbers of ``rules.coast``; those that do not move the parameter if it is current."""
+    numbers = schedule.missed(since)
+    if not moves:
+        shrink, pace1, pace2 = 0, 1, 3
+        numbers[..., shrink], numbers[..., pace1], numbers[..., pace2] = 1.0, 0.0, 0.0
+    return numbers

@@ -1,0 +1,104 @@
+"""Adam for embeddings: only the rows that a gradient names."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from descend import rules
+from descend.optimizer import FirstOrder, Options
+
+if TYPE_CHECKING:
+    from torch.optim.optimizer import ParamsT
+    from typing_extensions import Unpack
+
+
+class SparseAdam(FirstOrder):
+    """Adam on the rows that a sparse gradient names; nothing happens to the others.
+
+    Drop-in for ``torch.optim.SparseAdam``. Since a row that is not touched neither coasts on its average nor lets it
+    fade, the results are not those of ``Adam``; ``AdamW(sparse="exact")`` has those of a dense ``AdamW`` at a similar
+    cost. ``Adam(sparse="touched")`` takes dense gradients, weight decay and AMSGrad beside what this class does.
+
+    Args:
+        params: parameters, ``(name, parameter)`` pairs, or dicts that define groups.
+        lr: step size, > 0; a float or a tensor of one element. Default: 1e-3.
+        betas: decay of the averages of gradient and squared gradient, each in [0, 1). Default: (0.9, 0.999).
+        eps: > 0, added to the denominator before bias correction, in units of the gradient. Default: 1e-8.
+        maximize: ascend instead. Default: False.
+        options: ``max_norm``, ``nonfinite``, ``backend``, ``state_dtype``, ``sparse``: see ``FirstOrder``.
+    Raises:
+        ValueError: if an option is out of range, or a parameter is itself sparse.
+        RuntimeError: from ``step``, for a dense gradient; nothing has moved then.
+    Example:
+        >>> table = torch.nn.Embedding(1000, 2, sparse=True)
+        >>> optimizer = SparseAdam(table.parameters(), lr=0.1)
+        >>> before = table.weight.detach().clone()
+        >>> table(torch.tensor([3, 5, 3])).sum().backward()
+        >>> optimizer.step()
+        >>> (before - table.weight.detach())[[3, 4, 5]]
+        tensor([[0.1000, 0.1000],
+                [0.0000, 0.0000],
+                [0.1000, 0.1000]])
+
+    Source:
+        Kingma & Ba 2015, Algorithm 1, https://arxiv.org/abs/1412.6980, with gradients of some rows
+    """
+
+    rule = staticmethod(rules.adam)
+    step_is_int = True
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float | torch.Tensor = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        maximize: bool = False,
+        **options: Unpack[Options],
+    ) -> None:
+        if options.setdefault("sparse", "touched") != "touched":
+            raise ValueError(f"SparseAdam: sparse is always 'touched', got {options['sparse']!r}; see AdamW.")
+        defaults = {"lr": lr, "betas": betas, "eps": eps, "maximize": maximize}
+        super().__init__(params, defaults, **options)
+
+    def scalars(self, group: Mapping[str, Any], step: float) -> tuple[Any, ...]:
+        beta1, beta2 = group["betas"]
+        bias1, bias2 = 1 - beta1**step, 1 - beta2**step
+        # eps is added before bias correction here, after it in the rule.
+        return group["lr"], 1 - beta1, 1 - beta2, group["eps"] / bias2**0.5, 0.0, bias1, bias2
+
+    def check_options(self, options: Mapping[str, Any]) -> None:
+        name = type(self).__name__
+        lr, eps = options["lr"], options["eps"]
+        if isinstance(lr, torch.Tensor) and lr.numel() != 1:
+            raise ValueError(f"Tensor lr must be 1-element ({name}: got shape {tuple(lr.shape)})")
+        if not lr > 0:
+            raise ValueError(f"Invalid learning rate: {lr} ({name}: lr must be > 0)")
+        if not eps > 0:
+            raise ValueError(f"Invalid epsilon value: {eps} ({name}: eps must be > 0)")
+        for index, beta in enumerate(options["betas"]):
+            if not 0 <= beta < 1:
+                raise ValueError(f"Invalid beta parameter at index {index}: {beta} ({name}: must be in [0, 1))")
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        if isinstance(param_group, dict) and not isinstance(params := param_group.get("params"), torch.Tensor):
+            param_group = {**param_group, "params": list(params or ())}
+            for index, item in enumerate(param_group["params"]):
+                param = item[1] if isinstance(item, tuple) else item
+                if isinstance(param, torch.Tensor) and (param.layout != torch.strided or param.is_complex()):
+                    kind = "complex parameters" if param.is_complex() else f"parameters of layout {param.layout}"
+                    raise ValueError(
+                        f"SparseAdam requires dense parameter tensors and does not support {kind} (number {index})"
+                    )
+        super().add_param_group(param_group)
+
+    def check_param(self, param: torch.Tensor, group: Mapping[str, Any]) -> None:
+        super().check_param(param, group)
+        if param.grad is not None and param.grad.layout == torch.strided:
+            raise RuntimeError(
+                "SparseAdam does not support dense gradients, please consider Adam instead "
+                f"({self.name_of(param)} has one)"
+            )
