@@ -61,8 +61,11 @@ def assert_kernel_is_eager(case: Case, dtypes: tuple[torch.dtype, ...], params: 
         torch.testing.assert_close(ours, theirs, rtol=tolerance, atol=tolerance / 10)
 
 
-@pytest.mark.parametrize("dtypes", MIXES, ids=str)
-@pytest.mark.parametrize("case", CASES, ids=str)
+# How tensors are stored is no matter of the rule: some rules are tried in every mix, all in the common ones.
+TRIED = [(case, dtypes) for place, case in enumerate(CASES) for dtypes in MIXES[: 6 if place < 7 else 3]]
+
+
+@pytest.mark.parametrize(("case", "dtypes"), TRIED, ids=str)
 def test_kernel_matches_eager(case: Case, dtypes: tuple[torch.dtype, ...]) -> None:
     assert_kernel_is_eager(case, dtypes, [torch.randn(numel) for numel in (0, 1, 1023, 65_537)])
 
