@@ -224,6 +224,23 @@ def test_option_toggled_between_steps_acts_as_in_torch(case: Case, change: dict[
     twins.assert_equal()
 
 
+@pytest.mark.parametrize("change", [dict(momentum=0.9), dict(centered=True)], ids=str)
+def test_rmsprop_starts_at_zero_what_is_turned_on_in_mid_run(change: dict[str, Any]) -> None:
+    twins = Twins(CASES[12])
+    twins.step(0)
+
+    def turn_on(optimizer: Any) -> None:
+        optimizer.param_groups[0].update(change)
+        if isinstance(optimizer, torch.optim.RMSprop):  # torch: KeyError
+            for param, state in optimizer.state.items():
+                state["momentum_buffer" if "momentum" in change else "grad_avg"] = torch.zeros_like(param)
+
+    twins.edit(turn_on)
+    for seed in range(1, 3):
+        twins.step(seed)
+    twins.assert_equal()
+
+
 @pytest.mark.usefixtures("either_probe")
 def test_state_shared_by_a_shallow_copy_is_noticed() -> None:
     twins = Twins(CASES[5])
