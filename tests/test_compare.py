@@ -63,7 +63,7 @@ def test_compare_trains_every_optimizer_alike(task: str, tmp_path: Path, capsys:
         "adamw:weight_decay=0.1",
         "torch.adamw:weight_decay=0.1",
     ]
-    assert ours["optimizer"] == "descend.first_order.AdamW"
+    assert ours["optimizer"] == "descend.first_order.adam.AdamW"
     assert ours["options"]["lr"] == TASKS[task].lr["adamw"]
     assert ours["options"]["weight_decay"] == 0.1
     assert ours["status"] == "finished"
@@ -316,6 +316,7 @@ def test_spec_with_open_bracket_is_refused() -> None:
 
 def test_every_listed_optimizer_builds() -> None:
     """``--help`` lists them: each needs nothing but parameters."""
+    assert {"lion", "muon", "torch.muon"} & {*specs.classes()} == {"lion", "torch.muon"}  # no class has two names
     for name in specs.classes():
         [spec] = specs.parse_all([name], {})
         assert spec.build([torch.nn.Parameter(torch.ones(2, 2))]).param_groups

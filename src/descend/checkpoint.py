@@ -95,7 +95,7 @@ def _state(optimizer: FirstOrder, state_dict: Mapping[str, Any]) -> defaultdict[
 def _value(optimizer: FirstOrder, param: Tensor, name: str, value: Any) -> Any:
     if not isinstance(value, Tensor):
         return deepcopy(value)
-    if name == "step":
+    if name == "step" or name in optimizer.keeps:
         return value.detach().clone().cpu()
     value = value.detach()
     if value.layout != torch.strided:  # torch keeps the momentum of sparse gradients like that

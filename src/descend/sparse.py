@@ -50,6 +50,7 @@ class SparseUpdate:
         else:
             self._rows = EagerRows(rule, meaning == "all")
         self._numbers: Sequence[Any] = ()
+        self._kept_next: Sequence[float] = ()
         self._scale = 1.0
         self._is_one_row = False
         self._state: list[Tensor] = []
@@ -97,13 +98,14 @@ class SparseUpdate:
         """Of the gradient's values, summed first where a row is named twice."""
         return self._rows.sum_of_squares()
 
-    def set_numbers(self, numbers: Sequence[Any], scale: float) -> None:
-        """Take the numbers of the coming step."""
-        self._numbers, self._scale = numbers, scale
+    def set_numbers(self, numbers: Sequence[Any], kept_next: Sequence[float], scale: float) -> None:
+        """Take the numbers of the coming step, and those to be kept after it."""
+        self._numbers, self._kept_next, self._scale = numbers, kept_next, scale
 
     def prepare(self, optimizer: FirstOrder) -> dict[str, Any]:
         """Make the state that is missing."""
-        found = optimizer.ensure_state(self.param, self.rule, in_pages=self.meaning != "all")
+        group = optimizer.param_groups[self.group]
+        found = optimizer.ensure_state(self.param, self.rule, group, in_pages=self.meaning != "all")
         if self.table is not None:
             self.table.ensure_state(optimizer, found)
         self._state = [found[name] for name in signature(self.rule).state]
@@ -122,6 +124,8 @@ class SparseUpdate:
                 self.table.begin_step(optimizer, self.group)
                 self._rows.update(self.param, self._state, self._numbers, self._scale)
                 self.table.end_step(optimizer, self.group, self._rows.rows)
+        for name, number in zip(optimizer.keeps, self._kept_next, strict=True):
+            optimizer.state_of(self.param)[name].fill_(number)
 
     def forget(self) -> None:
         """Let go of the gradient."""

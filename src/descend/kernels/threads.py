@@ -54,9 +54,18 @@ if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_openmp.forget)
 
 
-def in_forked_child() -> bool:
-    """Whether torch's own parallel operations would wait for threads that do not exist."""
-    return _openmp.forked
+@contextmanager
+def serial_in_forked_child() -> Iterator[None]:
+    """Keep torch's own operations on this thread in a forked child, where they would wait for threads that are gone."""
+    count = torch.get_num_threads()
+    if not _openmp.forked or count == 1:
+        yield
+        return
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(count)
 
 
 @contextmanager
