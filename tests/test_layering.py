@@ -21,12 +21,16 @@ ARROWS = {
     "kernels": {"ops", "kernels"},
     "clip": {"kernels"},
     "plan": {"clip", "kernels", "signature", "state"},
-    "checkpoint": set(),
-    "optimizer": {"checkpoint", "kernels", "plan", "signature", "state"},
+    "groups": set(),
+    "summary": set(),
+    "matching": set(),
+    "checkpoint": {"matching"},
+    "parameter_checkpoint": {"checkpoint", "kernels", "matching", "signature", "state"},
+    "optimizer": {"groups", "kernels", "parameter_checkpoint", "plan", "signature", "state", "summary"},
     "from_rule": {"optimizer", "signature"},
     "first_order": {"optimizer", "rules"},
-    "second_order": {"checkpoint", "optimizer", "second_order"},
-    "__init__": {"clip", "first_order", "from_rule", "kernels", "optimizer", "second_order"},
+    "second_order": {"checkpoint", "groups", "matching", "optimizer", "second_order"},
+    "__init__": {"clip", "first_order", "from_rule", "groups", "kernels", "matching", "optimizer", "second_order"},
     "compare": {"compare", "__init__"},
 }
 
@@ -127,17 +131,18 @@ def test_files_are_short() -> None:
 
 def test_public_names_are_frozen() -> None:
     names = (
-        "SGD Adam AdamW LBFGS Newton FirstOrder RuleError Progress Result Status clip_grad_norm_ clip_grad_value_ "
-        "clip_grads_with_norm_ from_rule get_total_norm minimize warmup"
+        "SGD Adam AdamW LBFGS Newton FirstOrder IncompatibleKeys RuleError Progress Result Status clip_grad_norm_ "
+        "clip_grad_value_ clip_grads_with_norm_ from_rule get_total_norm minimize no_decay warmup"
     )
     assert sorted(descend.__all__) == sorted(names.split())
     assert all(getattr(descend, name).__doc__ for name in descend.__all__)
     assert descend.__version__.count(".") == 2
 
 
-@pytest.mark.parametrize(
-    "name", [name for name in descend.__all__ if name not in ("Progress", "Result", "RuleError", "Status")]
-)
+DATA = ("IncompatibleKeys", "Progress", "Result", "RuleError", "Status")
+
+
+@pytest.mark.parametrize("name", [name for name in descend.__all__ if name not in DATA])
 def test_public_functions_show_an_example_or_their_errors(name: str) -> None:
     documentation = getattr(descend, name).__doc__
     assert ">>>" in documentation or "Raises:" in documentation

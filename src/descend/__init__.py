@@ -11,7 +11,9 @@ Example:
 from descend.clip import clip_grad_norm_, clip_grad_value_, clip_grads_with_norm_, get_total_norm
 from descend.first_order import SGD, Adam, AdamW
 from descend.from_rule import from_rule
+from descend.groups import no_decay
 from descend.kernels.library import RuleError
+from descend.matching import IncompatibleKeys
 from descend.optimizer import FirstOrder, warmup
 from descend.second_order.lbfgs import LBFGS
 from descend.second_order.minimize import minimize
@@ -26,6 +28,7 @@ __all__ = [
     "Adam",
     "AdamW",
     "FirstOrder",
+    "IncompatibleKeys",
     "Newton",
     "Progress",
     "Result",
@@ -37,5 +40,6 @@ __all__ = [
     "from_rule",
     "get_total_norm",
     "minimize",
+    "no_decay",
     "warmup",
 ]

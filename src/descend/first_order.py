@@ -11,8 +11,9 @@ from descend import rules
 from descend.optimizer import FirstOrder, Options, check_at_least_zero, check_lr
 
 if TYPE_CHECKING:
-    from torch.optim.optimizer import ParamsT
     from typing_extensions import Unpack
+
+    from descend.groups import ParamsT
 
 
 class SGD(FirstOrder):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import weakref
 from collections import defaultdict
 from collections.abc import Callable
@@ -17,6 +18,10 @@ def _exposing(name: str) -> Callable[..., Any]:
 
     exposing.__name__, exposing.__doc__ = name, method.__doc__
     return exposing
+
+
+class Initial(dict[str, Any]):
+    """State made before the first step, which rules that count no steps would take for that of a later one."""
 
 
 class State(defaultdict[Any, Any]):
@@ -41,7 +46,7 @@ class State(defaultdict[Any, Any]):
         return state
 
     def __reduce__(self) -> Any:
-        return defaultdict, (dict, {key: dict(value) for key, value in dict.items(self)})
+        return defaultdict, (dict, {key: copy.copy(value) for key, value in dict.items(self)})
 
     def __copy__(self) -> Any:
         self.exposed = True
