@@ -184,17 +184,15 @@ class _Reading:
     ) -> States:
         keys = [key for group in saved_groups for key in group["params"]]
         params = [param for group in groups for param in group["params"]]
+        self._check_keys(params, keys, matching)
         needed = [self._needed(group) for group in groups]
         unexpected = set(matching.unexpected)
         loaded: States = defaultdict(dict)
-        key_of: dict[Tensor, Any] = {}
         for i, (param, source) in enumerate(zip(params, matching.sources, strict=True)):
             owner = matching.here.groups[i]
             try:
                 if source is None:
                     raise _MisfitError
-                if key_of.setdefault(param, keys[source]) != keys[source]:
-                    raise ValueError(f"{self.who}: the loaded state dict has two states for {matching.here.place(i)}.")
                 if keys[source] in saved_state:
                     rule, name = self.optimizer.rule_for(groups[owner]), matching.here.place(i)
                     loaded[param] = self._param_state(param, rule, needed[owner], saved_state[keys[source]], name)
@@ -207,11 +205,17 @@ class _Reading:
                 kept = dict.get(self.optimizer.state, param)
                 if kept is not None:
                     loaded[param] = kept
-        if len(set(key_of.values())) < len(key_of):
-            raise ValueError(f"{self.who}: the loaded state dict has one state for several parameters.")
         self.unexpected = [matching.saved.place(i) for i in sorted(unexpected)]
         self._read_others(saved_state, set(keys), matching.saved.are_keys, loaded)
         return loaded
+
+    def _check_keys(self, params: list[Tensor], keys: list[Any], matching: Matching) -> None:
+        """Raise ``ValueError`` unless parameters and states pair up, whatever is listed twice."""
+        pairs = {(param, keys[i]) for param, i in zip(params, matching.sources, strict=True) if i is not None}
+        if len(pairs) != len({param for param, _ in pairs}) or len(pairs) != len({key for _, key in pairs}):
+            raise ValueError(
+                f"{self.who}: the loaded state dict has one state for several parameters, or several for one."
+            )
 
     def _read_others(
         self, saved_state: Mapping[Any, Any], keys: set[Any], keys_are_names: bool, loaded: States
