@@ -111,7 +111,9 @@ def _check_form(who: str, state_dict: Any) -> None:
         if not isinstance(params, list | tuple) or not all(isinstance(key, int | str) for key in params):
             raise ValueError(f"{who}: group {index} of the loaded state dict has no list 'params' of numbers or names.")
         names = group.get("param_names", params)
-        if not isinstance(names, list | tuple) or len(names) != len(params):
+        # Where params are names torch.distributed has made them, and has left these as they were saved.
+        are_keys = all(isinstance(key, str) for key in params)
+        if not are_keys and (not isinstance(names, list | tuple) or len(names) != len(params)):
             raise ValueError(
                 f"{who}: param_names of group {index} of the loaded state dict must be a list of {len(params)} names, "
                 "one for each of its parameters."

@@ -101,9 +101,9 @@ def init_state(self: FirstOrder) -> None:
         rule = self.rule_for(group)
         for param in group["params"]:
             if param.requires_grad:
-                is_new = not dict.get(self.state, param)
+                found = dict.get(self.state, param)
                 made = self.ensure_state(param, rule)
-                if made and is_new:
+                if made and (not found or type(found) is Initial):
                     dict.__setitem__(self.state, param, Initial(made))
     self._plan = None
 
