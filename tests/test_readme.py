@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import re
+import textwrap
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 
 import descend
@@ -32,6 +34,26 @@ def test_second_order_examples_run_as_told() -> None:
     assert names["fit"].success
     assert names["optimizer"].result.success
     assert all(f"`{status}`" in path.read_text() for status in descend.Status)
+
+
+def test_groups_examples_run_as_told(capsys: pytest.CaptureFixture[str]) -> None:
+    path = ROOT / "docs" / "groups.md"
+    names = run_examples(path, 3)
+    table, *entries = re.split(r"(?<=0 B)\n(?=\(\()", capsys.readouterr().out.rstrip())
+    assert textwrap.indent(table, "    ") in path.read_text()
+    assert all(f"# {entry}" in path.read_text() for entry in entries)
+    assert len(names["optimizer"].param_groups) == 3
+
+
+def test_checkpoint_examples_run_as_told(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    path = ROOT / "docs" / "checkpoints.md"
+    run_examples(path, 3)
+    printed = capsys.readouterr().out.splitlines()
+    assert len(printed) == 2
+    assert all(f"# {line}" in path.read_text() for line in printed)
 
 
 def test_examples_run() -> None:
