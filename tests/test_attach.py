@@ -284,6 +284,20 @@ def test_a_dense_gradient_of_a_table_is_refused(attached: bool) -> None:
     train(optimizer, model["source"], [0, 1])
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_dense_gradient_is_refused_while_lr_is_zero_too(backend: str) -> None:
+    """It would be a step that rows have missed and nobody has noted; zeros before the first step are not."""
+    layer, optimizer, expected = behind(backend=backend)
+    optimizer.param_groups[0]["lr"] = 0.0
+    layer.weight.grad = torch.ones_like(layer.weight)
+    before = snapshot(optimizer)
+    with pytest.raises(RuntimeError, match="dense gradient"):
+        optimizer.step()
+    assert_unmoved(optimizer, before)
+    optimizer.settle()
+    assert_current(layer.weight, expected)
+
+
 @pytest.mark.parametrize("ours", [Adam, AdamW])
 def test_what_is_not_attached_is_refused_at_its_first_step(ours: type[FirstOrder]) -> None:
     (table,) = random_tables((6, 2))

@@ -23,9 +23,9 @@ from cases import (
     state_of,
 )
 from torch import Tensor
-from torch.optim.lr_scheduler import CosineAnnealingLR
+from torch.optim.lr_scheduler import CosineAnnealingLR, OneCycleLR
 
-from descend import SGD, Adam, AdamW, FirstOrder
+from descend import SGD, Adam, AdamW, FirstOrder, no_decay
 
 
 def through_file(value: Any) -> Any:
@@ -120,10 +120,8 @@ def test_checkpoints_go_both_ways_between_torch_and_us(case: Case, from_torch: b
     fresh.assert_equal()
     for ours, theirs in zip(params_of(fresh.ours), params_of(twins.theirs), strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)  # float64, 8 steps
-    groups = [optimizer.state_dict()["param_groups"] for optimizer in fresh.both]
-    if not case.takes("differentiable"):
-        del groups[0][0]["differentiable"]  # loading adds it to the defaults of every optimizer, by torch's hand
-    assert groups[0] == groups[1]
+    ours_groups, theirs_groups = (optimizer.state_dict()["param_groups"] for optimizer in fresh.both)
+    assert ours_groups == theirs_groups
 
 
 @pytest.mark.parametrize("case", [case for case in CASES if case.ours.keeps], ids=str)
@@ -254,6 +252,116 @@ def test_steps_of_other_programs_are_understood(step: Any) -> None:
         twins.step(seed)
     for ours, theirs in zip(params_of(twins.ours), params_of(twins.theirs), strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)  # float64, 5 steps
+
+
+def test_state_turned_on_just_before_saving_is_no_damage() -> None:
+    twins = Twins(CASES[3])
+    twins.step(0)
+    twins.ours.param_groups[0]["amsgrad"] = True
+    fresh = Twins(CASES[3], lambda: [param.detach().clone().requires_grad_() for param in params_of(twins.ours)])
+    fresh.ours.load_state_dict(through_file(twins.ours.state_dict()))
+    for optimizer in (twins.ours, fresh.ours):
+        give_grads(params_of(optimizer), 1)
+        optimizer.step()
+    assert all(map(torch.equal, params_of(twins.ours), params_of(fresh.ours)))
+    assert_same_bits(state_of(fresh.ours), state_of(twins.ours))
+
+
+@pytest.mark.parametrize("value", [None, {}], ids=str)
+def test_parameter_without_state_begins_afresh(value: Any) -> None:
+    saved = SGD(leaves([(3,)]), momentum=0.9).state_dict()
+    saved["state"] = {0: {"momentum_buffer": None} if value is None else value}
+    optimizer, fresh = SGD(leaves([(3,)]), momentum=0.9), SGD(leaves([(3,)]), momentum=0.9)
+    optimizer.load_state_dict(saved)
+    for each in (optimizer, fresh):
+        give_grads(params_of(each), 0)
+        each.step()
+    assert_same_bits(state_of(optimizer), state_of(fresh))
+
+
+def test_eight_bit_floats_are_widened() -> None:
+    saved = SGD(leaves([(3,)]), momentum=0.9).state_dict()
+    saved["state"] = {0: {"momentum_buffer": torch.tensor([1.0, -2.0, 0.5]).to(torch.float8_e4m3fn)}}
+    optimizer = SGD(leaves([(3,)], torch.float32), momentum=0.9)
+    optimizer.load_state_dict(saved)
+    buffer = optimizer.state[params_of(optimizer)[0]]["momentum_buffer"]
+    assert (buffer.dtype, buffer.tolist()) == (torch.float32, [1.0, -2.0, 0.5])
+
+
+def test_state_follows_the_memory_order_of_its_parameter() -> None:
+    params = [leaves([(4, 3)])[0].detach().mT.requires_grad_()]
+    saved = AdamW(leaves([(3, 4)]))
+    saved.init_state()
+    optimizer = AdamW(params)
+    optimizer.load_state_dict(saved.state_dict())
+    assert optimizer.state[params[0]]["exp_avg"].stride() == params[0].stride()
+
+
+# A training run as people write it: schedule, loss scaling, named groups, a file.
+
+
+def run_of(steps: int, files: list[int]) -> list[Tensor]:
+    """Parameters after some steps, saved and loaded before those in ``files``."""
+
+    def made() -> tuple[Any, ...]:
+        torch.manual_seed(0)
+        model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.LayerNorm(8), torch.nn.Linear(8, 1))
+        optimizer = AdamW(model, lr=0.05, max_norm=1.0, groups=[*no_decay(model), ("2.*", dict(lr=0.01))])
+        scaler = torch.amp.GradScaler("cpu", init_scale=2.0**120, growth_interval=2)  # overflows at first
+        return model, optimizer, OneCycleLR(optimizer, max_lr=[0.05, 0.02, 0.01], total_steps=40), scaler
+
+    parts = made()
+    for step in range(steps):
+        if step in files:
+            saved = through_file([part.state_dict() for part in parts])
+            parts = made()
+            for part, content in zip(parts, saved, strict=True):
+                part.load_state_dict(content)
+            parts[1].load_state_dict(saved[1])  # a new schedule has written its first lr
+        model, optimizer, schedule, scaler = parts
+        optimizer.zero_grad()
+        inputs = torch.randn(8, 4, generator=torch.Generator().manual_seed(step))
+        scaler.scale((model(inputs) * 1e3).square().mean()).backward()
+        scaler.step(optimizer)
+        scaler.update()
+        schedule.step()
+    return [param.detach() for param in parts[0].parameters()]
+
+
+@pytest.mark.filterwarnings("ignore:Detected call of .lr_scheduler.step")  # of a step that GradScaler skipped
+def test_training_with_schedule_and_scaler_goes_on_bit_for_bit() -> None:
+    straight = run_of(30, [])
+    assert all(map(torch.equal, straight, run_of(30, [3, 17, 18])))
+    assert not torch.equal(straight[0], run_of(3, [])[0])
+
+
+def named(case: Case, kind: Any, seed: int = 0) -> Any:
+    params = list(zip("abcd", leaves(seed=seed), strict=True))
+    options = {key: value for key, value in case.options.items() if key != "lr"}
+    return kind([{"params": params[:2], "lr": 0.1}, {"params": params[2:], "lr": 0.01}], **options)
+
+
+@pytest.mark.parametrize("ours_has_groups", [False, True])
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_named_checkpoints_go_both_ways(case: Case, ours_has_groups: bool) -> None:
+    def ours() -> Any:
+        if not ours_has_groups:
+            return named(case, case.ours)
+        options = {**case.options, "lr": 0.1}
+        return case.ours(list(zip("abcd", leaves(), strict=True)), **options, groups=[("[cd]", dict(lr=0.01))])
+
+    for saver, loader in ((ours(), named(case, case.theirs)), (named(case, case.theirs), ours())):
+        give_grads(params_of(saver), 0)
+        saver.step()
+        loader.load_state_dict(through_file(saver.state_dict()))
+        found, expected = state_of(loader), state_of(saver)
+        for state in (*found, *expected):  # numbers are cast to the parameter's dtype by torch, and kept by us
+            for name in ("mu_product", "eta", "mu"):
+                state.update({name: state[name].double() for _ in range(name in state)})
+        assert_same_bits(found, expected)
+        assert loader.state_dict()["param_groups"] == saver.state_dict()["param_groups"]
+        give_grads(params_of(loader), 1)
+        loader.step()
 
 
 def state_of_wrong_shape(saved: dict[str, Any]) -> None:

@@ -179,12 +179,18 @@ def test_files_of_another_dtype_are_understood(dtype: torch.dtype) -> None:
     new.assert_close(coasts=2)
 
 
+@pytest.mark.parametrize("are_behind", [True, False], ids=["rows are behind", "rows are current"])
 @pytest.mark.parametrize("step", [34, 34.0, torch.tensor([34.0]), torch.tensor(34)], ids=repr)
-def test_steps_of_other_programs_are_understood(step: Any) -> None:
+def test_steps_of_other_programs_are_understood(step: Any, are_behind: bool) -> None:
     run = usual()
-    weights, saved = save(run, "model optimizer")
+    if not are_behind:
+        run.ours.settle()
+    saved = through_file(run.ours.state_dict())
     saved["state"][0]["step"] = step
-    new = load(run, (weights, saved), "model optimizer")
+    new = load(run, ({"weight": run.layer.weight.detach().clone()}, saved), "model optimizer")
+    torch.testing.assert_close(
+        new.layer(torch.tensor([1, 5])), run.dense(torch.tensor([1, 5])), rtol=0, atol=ALLOWED * LR
+    )
     new.train([1], steps=20)
     new.assert_close(coasts=2)
 

@@ -28,12 +28,21 @@ ARROWS = {
     "exact": {"kernels", "pages", "schedule", "signature"},
     "settling": {"exact"},
     "plan": {"clip", "kernels", "signature", "sparse", "state"},
-    "checkpoint": {"exact", "pages"},
-    "optimizer": {"checkpoint", "checks", "clip", "kernels", "plan", "settling", "signature", "sparse", "state"},
+    "groups": set(),
+    "summary": set(),
+    "matching": set(),
+    "checkpoint": {"matching"},
+    "parameter_checkpoint": {"checkpoint", "exact", "kernels", "matching", "pages", "signature", "state"},
+    "optimizer": {
+        *("checks", "clip", "groups", "kernels", "parameter_checkpoint", "plan"),
+        *("settling", "signature", "sparse", "state", "summary"),
+    },
     "from_rule": {"optimizer", "signature"},
     "first_order": {"checks", "first_order", "optimizer", "rules"},
-    "second_order": {"checkpoint", "checks", "optimizer", "second_order"},
-    "__init__": {"clip", "first_order", "from_rule", "kernels", "optimizer", "plan", "second_order"},
+    "second_order": {"checkpoint", "checks", "groups", "matching", "optimizer", "second_order"},
+    "__init__": {
+        *("clip", "first_order", "from_rule", "groups", "kernels", "matching", "optimizer", "plan", "second_order"),
+    },
     "compare": {"compare", "__init__"},
 }
 
@@ -138,8 +147,9 @@ TORCHS = ("Adafactor", "Muon", "Optimizer", "lr_scheduler", "swa_utils")
 def test_public_names_are_frozen() -> None:
     names = (
         "SGD ASGD Lion Rprop Adagrad RMSprop Adadelta Adam AdamW Adamax NAdam RAdam AdamWScheduleFree SparseAdam LBFGS "
-        "Newton FirstOrder RuleError Progress Result Status clip_grad_norm_ clip_grad_value_ clip_grads_with_norm_ "
-        "from_rule get_total_norm minimize warmup"
+        "Newton FirstOrder IncompatibleKeys RuleError Progress Result Status "
+        "clip_grad_norm_ clip_grad_value_ clip_grads_with_norm_ "
+        "from_rule get_total_norm minimize no_decay warmup"
     )
     assert sorted(descend.__all__) == sorted([*names.split(), *TORCHS])
     assert all(getattr(descend, name).__doc__ for name in names.split())
@@ -150,9 +160,10 @@ def test_names_that_are_torchs_are_torchs_own() -> None:
     assert all(getattr(descend, name) is getattr(torch.optim, name) for name in TORCHS)
 
 
-@pytest.mark.parametrize(
-    "name", [name for name in descend.__all__ if name not in ("Progress", "Result", "RuleError", "Status", *TORCHS)]
-)
+DATA = ("IncompatibleKeys", "Progress", "Result", "RuleError", "Status")
+
+
+@pytest.mark.parametrize("name", [name for name in descend.__all__ if name not in (*DATA, *TORCHS)])
 def test_public_functions_show_an_example_or_their_errors(name: str) -> None:
     documentation = getattr(descend, name).__doc__
     assert ">>>" in documentation or "Raises:" in documentation

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import re
+import textwrap
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 
 import descend
@@ -38,6 +40,26 @@ def test_sparse_examples_run_as_told() -> None:
     names = run_examples(ROOT / "docs" / "sparse.md", 2)
     assert names["optimizer"].state_dict()["state"][0]["row_step"].abs().max() == 3
     assert names["largest"] > 0
+
+
+def test_groups_examples_run_as_told(capsys: pytest.CaptureFixture[str]) -> None:
+    path = ROOT / "docs" / "groups.md"
+    names = run_examples(path, 3)
+    table, *entries = re.split(r"(?<=0 B)\n(?=\(\()", capsys.readouterr().out.rstrip())
+    assert textwrap.indent(table, "    ") in path.read_text()
+    assert all(f"# {entry}" in path.read_text() for entry in entries)
+    assert len(names["optimizer"].param_groups) == 3
+
+
+def test_checkpoint_examples_run_as_told(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    path = ROOT / "docs" / "checkpoints.md"
+    run_examples(path, 3)
+    printed = capsys.readouterr().out.splitlines()
+    assert len(printed) == 2
+    assert all(f"# {line}" in path.read_text() for line in printed)
 
 
 def test_examples_run() -> None:

@@ -174,6 +174,10 @@ def test_embeddings_that_look_up_something_else_read_current_rows() -> None:
     for rows in ([5], [2, 6, -3]):
         layer = Hashed(4, 2, sparse=True)
         assert_settles(layer, lambda layer=layer, rows=rows: layer(torch.tensor(rows)))
+    patched = nn.Embedding(4, 2, sparse=True)
+    look_up = patched.forward
+    patched.forward = lambda rows: look_up(rows % 4)  # as wrappers of whole models do
+    assert_settles(patched, lambda: patched(torch.tensor([5])))
     scaled = Scaled(4, 2, sparse=True)
     assert_settles(scaled, lambda: scaled(2.0, torch.tensor([1, 2])))
 

@@ -263,7 +263,7 @@ def test_adam_that_touches_is_sparse_adam_without_eps() -> None:
     for seed in range(10):
         if seed == 5:
             adam = Adam([param.detach().clone().requires_grad_() for param in params_of(ours)], sparse="touched")
-            adam.load_state_dict(through_file(ours.state_dict()))  # with its steps in ints
+            adam.load_state_dict(through_file(ours.state_dict()), strict=False)  # with its steps in ints
         for optimizer in (ours, adam):
             sparse_grads(params_of(optimizer), seed)
             optimizer.step()
@@ -322,7 +322,7 @@ def test_warmup_leaves_nothing_to_compile_and_touches_nothing(
 ) -> None:
     """Without a gradient too: a sparse one will come."""
     monkeypatch.setattr(native, "_loaded", {})
-    functions = (library.update, library.rows, library.sums_of_squares, library.step_counts)
+    functions = (library.update, library.rows, library.sums_of_squares, library.stored_numbers)
     for function in functions:
         function.cache_clear()
     optimizer = SparseAdam(tables(), max_norm=1.0)

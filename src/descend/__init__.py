@@ -22,7 +22,9 @@ from descend.first_order.signs import Lion, Rprop
 from descend.first_order.sparse_adam import SparseAdam
 from descend.first_order.squares import Adadelta, Adagrad, RMSprop
 from descend.from_rule import from_rule
+from descend.groups import no_decay
 from descend.kernels.library import RuleError
+from descend.matching import IncompatibleKeys
 from descend.optimizer import FirstOrder
 from descend.plan import warmup
 from descend.second_order.lbfgs import LBFGS
@@ -44,6 +46,7 @@ __all__ = [
     "AdamWScheduleFree",
     "Adamax",
     "FirstOrder",
+    "IncompatibleKeys",
     "Lion",
     "Muon",
     "NAdam",
@@ -64,6 +67,7 @@ __all__ = [
     "get_total_norm",
     "lr_scheduler",
     "minimize",
+    "no_decay",
     "swa_utils",
     "warmup",
 ]

@@ -1,116 +1,125 @@
-"""Loading state dictionaries: validated as a whole, copied, never narrowed."""
+"""Loading state dictionaries of any optimizer: validated as a whole, copied, and only then put in place."""
 
 from __future__ import annotations
 
+import copy
+import sys
 from collections import defaultdict
-from collections.abc import Callable, Mapping
-from copy import deepcopy
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
 
-import torch
 from torch import Tensor
 
-from descend import exact, pages
-
-if TYPE_CHECKING:
-    from descend.optimizer import FirstOrder
+from descend.matching import listed
 
 # How to run is the running program's business, not the file's.
 _RUN_TIME = ("foreach", "fused", "capturable", "differentiable")
+_NOT_OPTIONS = ("params", "param_names")
 
-
-def aliases(state: Mapping[str, Any]) -> dict[str, Any]:
-    """The same state in a new dict, its tensors as new tensors on the same memory."""
-    return {name: value.detach() if isinstance(value, Tensor) else value for name, value in state.items()}
-
-
-def load(optimizer: FirstOrder, state_dict: dict[str, Any]) -> None:
-    """See ``FirstOrder.load_state_dict``."""
-    restore(optimizer, state_dict, _groups, _state)
+Groups = list[dict[str, Any]]
+States = defaultdict[Any, dict[str, Any]]
 
 
 def restore(
-    optimizer: Any,
-    state_dict: dict[str, Any],
-    read_groups: Callable[[Any, list[dict[str, Any]]], list[dict[str, Any]]],
-    read_state: Callable[[Any, dict[str, Any]], defaultdict[Any, Any]],
+    optimizer: Any, state_dict: Mapping[str, Any], read: Callable[[Mapping[str, Any]], tuple[Groups, States]]
 ) -> None:
-    """Run the hooks around loading, and change the optimizer only after everything has been read and checked."""
-    state_dict = state_dict.copy()
+    """Run the hooks around loading, and change the optimizer only after everything has been read and checked.
+
+    Args:
+        optimizer: any.
+        state_dict: what its hooks get.
+        read: makes groups and state of what the hooks give; its form has been checked, nothing else.
+    Raises:
+        TypeError: if it is no dictionary.
+        ValueError: if it is no state dictionary.
+    """
+    who = type(optimizer).__name__
+    if not isinstance(state_dict, Mapping):
+        raise TypeError(f"{who}: load_state_dict takes a dictionary, got {type(state_dict).__name__}.")
+    state_dict = copy.copy(state_dict)
     for pre_hook in optimizer._optimizer_load_state_dict_pre_hooks.values():
         replaced = pre_hook(optimizer, state_dict)
         if replaced is not None:
             state_dict = replaced
-    if missing := {"state", "param_groups"} - set(state_dict):
-        raise ValueError(
-            f"{type(optimizer).__name__}: a state dict needs 'state' and 'param_groups', this one lacks {missing}."
-        )
-    groups = read_groups(optimizer, state_dict["param_groups"])
-    state = read_state(optimizer, state_dict)
+    _check_form(who, state_dict)
+    try:
+        groups, state = read(state_dict)
+    except RuntimeError as error:  # torch's, of a tensor without values, say
+        raise ValueError(f"{who}: the loaded state dict cannot be copied: {error}") from error
     optimizer.__setstate__({"state": state, "param_groups": groups})
     for post_hook in optimizer._optimizer_load_state_dict_post_hooks.values():
         post_hook(optimizer)
 
 
-def _groups(optimizer: FirstOrder, saved_groups: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    current_groups = optimizer.param_groups
-    if len(current_groups) != len(saved_groups):
+def copied(value: Any, convert: Callable[[Tensor], Tensor]) -> Any:
+    """A copy that shares nothing: tensors as ``convert`` makes them, in whatever lists and dicts they are."""
+    if isinstance(value, Tensor):
+        return convert(value)
+    if type(value) in (list, tuple):
+        return type(value)(copied(entry, convert) for entry in value)
+    if isinstance(value, Mapping):
+        return {key: copied(entry, convert) for key, entry in value.items()}
+    return copy.deepcopy(value)
+
+
+def cloned(tensor: Tensor) -> Tensor:
+    """A leaf with the same values."""
+    return tensor.detach().clone().requires_grad_(tensor.requires_grad)
+
+
+def options_of(saved: Mapping[str, Any]) -> dict[str, Any]:
+    """Copies of a saved group's options, but not of how to run."""
+    return {name: copied(value, cloned) for name, value in saved.items() if name not in (*_NOT_OPTIONS, *_RUN_TIME)}
+
+
+@contextmanager
+def unusable_is_value_error(who: str, group: int) -> Iterator[None]:
+    """Whatever goes wrong while options are tried is a ``ValueError``."""
+    try:
+        yield
+    except ValueError:
+        raise
+    except Exception as error:  # what arithmetic says to strings, None and tensors
         raise ValueError(
-            "loaded state dict has a different number of parameter groups "
-            f"({len(saved_groups)}, this optimizer has {len(current_groups)})"
-        )
-    loaded = []
-    for index, (current, saved) in enumerate(zip(current_groups, saved_groups, strict=True)):
-        if len(current["params"]) != len(saved["params"]):
+            f"{who}: the options of group {group} of the loaded state dict cannot be used: {error}"
+        ) from error
+
+
+def step_count(value: Any, what: str) -> Any:
+    """A copy of a finite number >= 0, as it is or in a tensor of one element, which then is on the CPU."""
+    is_scalar = isinstance(value, Tensor) and value.numel() == 1 and not value.is_complex() and not value.is_meta
+    if not (is_scalar or (isinstance(value, int | float) and not isinstance(value, bool))):
+        shown = f"a tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else repr(value)
+        raise ValueError(f"{what} must be a number >= 0, got {shown}.")
+    number = value.item() if isinstance(value, Tensor) else value
+    if not 0 <= number <= sys.float_info.max:
+        raise ValueError(f"{what} must be a number >= 0, got {number!r:.40}.")
+    return value.detach().clone().cpu() if isinstance(value, Tensor) else value
+
+
+def _check_form(who: str, state_dict: Any) -> None:
+    if not isinstance(state_dict, Mapping):
+        raise TypeError(f"{who}: a hook replaced the state dict by a {type(state_dict).__name__}.")
+    if missing := sorted({"state", "param_groups"} - set(state_dict)):
+        raise ValueError(f"{who}: a state dict has 'state' and 'param_groups', this one lacks {listed(missing)}.")
+    state, groups = state_dict["state"], state_dict["param_groups"]
+    if not isinstance(groups, list | tuple):
+        raise ValueError(f"{who}: param_groups of a state dict is a list, got {type(groups).__name__}.")
+    for index, group in enumerate(groups):
+        params = group.get("params") if isinstance(group, Mapping) else None
+        if not isinstance(params, list | tuple) or not all(isinstance(key, int | str) for key in params):
+            raise ValueError(f"{who}: group {index} of the loaded state dict has no list 'params' of numbers or names.")
+        names = group.get("param_names", params)
+        # Where params are names torch.distributed has made them, and has left these as they were saved.
+        are_keys = all(isinstance(key, str) for key in params)
+        if not are_keys and (not isinstance(names, list | tuple) or len(names) != len(params)):
             raise ValueError(
-                "loaded state dict contains a parameter group that doesn't match the size of optimizer's group "
-                f"(group {index}: {len(saved['params'])} parameters saved, {len(current['params'])} here)"
+                f"{who}: param_names of group {index} of the loaded state dict must be a list of {len(params)} names, "
+                "one for each of its parameters."
             )
-        options = {key: deepcopy(value) for key, value in saved.items() if key not in ("params", *_RUN_TIME)}
-        group = {**current, **options}
-        optimizer.check_options(group)
-        loaded.append(group)
-    return loaded
-
-
-def _state(optimizer: FirstOrder, state_dict: Mapping[str, Any]) -> defaultdict[Any, Any]:
-    saved_keys = [key for group in state_dict["param_groups"] for key in group["params"]]
-    params = [param for group in optimizer.param_groups for param in group["params"]]
-    owner = dict(zip(saved_keys, params, strict=True))
-    loaded: defaultdict[Any, Any] = defaultdict(dict)
-    for key, saved in state_dict["state"].items():
-        if optimizer.sparse != "exact" and exact.is_behind(saved):
-            raise ValueError(
-                f"{type(optimizer).__name__}: this state has rows that are behind, which only sparse='exact' can "
-                "bring up to date. Call settle() of the optimizer that made it before saving."
-            )
-        if key in owner:
-            loaded[owner[key]] = {name: _value(optimizer, owner[key], name, value) for name, value in saved.items()}
-            exact.check_loaded(loaded[owner[key]])
-        else:
-            loaded[key] = deepcopy(saved)
-    return loaded
-
-
-def _value(optimizer: FirstOrder, param: Tensor, name: str, value: Any) -> Any:
-    if not isinstance(value, Tensor):
-        return deepcopy(value)
-    if name == "step" or name in optimizer.keeps:
-        return value.detach().clone().cpu()
-    value = value.detach()
-    if value.layout != torch.strided:  # torch keeps the momentum of sparse gradients like that
-        value = value.to_dense()
-    if (of_table := exact.loaded(name, value, param)) is not None:
-        return of_table
-    if value.is_floating_point() or value.is_complex():
-        dtype = torch.promote_types(value.dtype, optimizer.default_state_dtype(param))
-        if value.shape != param.shape:
-            raise ValueError(
-                f"{type(optimizer).__name__}: the loaded {name} of {optimizer.name_of(param)} has shape "
-                f"{tuple(value.shape)}, the parameter {tuple(param.shape)}. Were the parameters given in another order?"
-            )
-        if optimizer.sparse is not None and param.is_cpu and param.is_contiguous():
-            return pages.copied(value, dtype=dtype)
-        # In the parameter's memory order, which is the one kernels walk.
-        return torch.empty_like(param, dtype=dtype, requires_grad=False).copy_(value)
-    return value.to(param.device, copy=True)
+    if not isinstance(state, Mapping):
+        raise ValueError(f"{who}: state of a state dict is a dictionary, got {type(state).__name__}.")
+    for key, content in state.items():
+        if not isinstance(content, Mapping):
+            raise ValueError(f"{who}: the loaded state of {key!r} is a {type(content).__name__}, not a dictionary.")

@@ -9,7 +9,7 @@ from descend.optimizer import FirstOrder, Options
 from descend.signature import signature
 
 if TYPE_CHECKING:
-    from torch.optim.optimizer import ParamsT
+    from descend.groups import ParamsT
 
 
 def from_rule(rule: Callable[..., Any], name: str, **defaults: Any) -> type[FirstOrder]:

@@ -14,17 +14,19 @@ from torch._compile import _disable_dynamo
 from torch.optim import Optimizer
 from torch.optim import optimizer as torch_optimizer
 
-from descend import checkpoint, clip
+from descend import clip, parameter_checkpoint
 from descend.checks import check_lr
+from descend.groups import grouped, named
 from descend.kernels import BACKENDS
 from descend.plan import Placement, Plan
 from descend.settling import Settling
 from descend.signature import signature
 from descend.sparse import check_meaning
-from descend.state import State, new_tensor, stored_number
+from descend.state import Initial, State, new_tensor, stored_number
+from descend.summary import summarize
 
 if TYPE_CHECKING:
-    from torch.optim.optimizer import ParamsT
+    from descend.groups import Groups, ParamsT
 
 _NONFINITE = ("step", "skip", "raise")
 
@@ -37,13 +39,15 @@ class Options(TypedDict, total=False):
     backend: str
     state_dtype: torch.dtype | None
     sparse: str | None
+    groups: Groups | None
 
 
 class FirstOrder(Settling):
     """Base of all element-wise optimizers: a subclass names a rule and says which numbers it gets.
 
     Args:
-        params: parameters, ``(name, parameter)`` pairs, or dicts that define groups, as in ``torch.optim``.
+        params: parameters, ``(name, parameter)`` pairs, or dicts that define groups, as in ``torch.optim``; or a
+            module, whose parameters are then named.
         defaults: options of a group that does not set them.
         max_norm: if given, > 0: before each step the gradients of all groups are scaled, inside the update and
             without being written, so that their joint 2-norm is at most this. Default: None.
@@ -58,6 +62,9 @@ class FirstOrder(Settling):
             ``"touched"``: the rule runs on the rows that the gradient names, weight decay included, and nothing
             happens to the others. ``"exact"`` (Adam, AdamW): a gradient of zero for the others, as if it were dense;
             they are brought up to date when they are next read, see ``attach``. Default: None.
+        groups: ``(pattern, options)`` pairs that sort named parameters into groups, see docs/groups.md. A pattern is
+            a glob or compiled regular expression for whole names, or a collection of names; the first that matches
+            decides. Parameters that none matches are the first group. Default: all are one group.
     Raises:
         ValueError: if an option is out of range; nothing has been changed then.
     """
@@ -79,6 +86,7 @@ class FirstOrder(Settling):
         backend: str = "auto",
         state_dtype: torch.dtype | None = None,
         sparse: str | None = None,
+        groups: Groups | None = None,
     ) -> None:
         name = type(self).__name__
         if max_norm is not None and not (isinstance(max_norm, int | float) and max_norm > 0):
@@ -99,6 +107,7 @@ class FirstOrder(Settling):
         self.skipped_steps = 0
         self.grad_norm: float | None = None
         self._plan: Plan | None = None
+        params, self._patterns = (named(params), {}) if groups is None else grouped(name, params, groups, defaults)
         super().__init__(params, defaults)
         self.state = State.owned_by(self)
 
@@ -224,8 +233,8 @@ class FirstOrder(Settling):
         if not names and not self.counts_steps:
             return {}
         found = dict.get(self.state, param)
-        if found is None:
-            found = {}
+        if found is None or type(found) is Initial:
+            found = dict(found or {})
             dict.__setitem__(self.state, param, found)
         if self.step_is_int:
             found.setdefault("step", 0)
@@ -260,7 +269,9 @@ class FirstOrder(Settling):
         """Steps a parameter has taken; without step counts, 0 before the first and 1 after."""
         if self.counts_steps:
             return float(found.get("step", 0.0))
-        return float(all(isinstance(found.get(name), Tensor) for name in signature(rule).state))
+        return float(
+            type(found) is not Initial and all(isinstance(found.get(name), Tensor) for name in signature(rule).state)
+        )
 
     # Groups.
 
@@ -343,35 +354,21 @@ class FirstOrder(Settling):
         """
         return Plan(self, only_with_grad=False).placements(self)
 
+    summary = summarize
+
     # Checkpoints.
 
     def state_dict(self) -> dict[str, Any]:
         """State and options as a dictionary in torch's format; its tensors share memory with the state."""
         self.write_schedules()
-        exposed = getattr(self.state, "exposed", True)
-        packed = super().state_dict()
-        hooks = self._optimizer_state_dict_pre_hooks or self._optimizer_state_dict_post_hooks
-        if not exposed and not hooks and not any(group.get("differentiable") for group in self.param_groups):
-            # What is handed out are fresh dicts and tensors, so nobody outside holds the state itself.
-            packed["state"] = {index: checkpoint.aliases(state) for index, state in packed["state"].items()}
-            self.state.exposed = False  # type: ignore[attr-defined]
-        return packed
+        return parameter_checkpoint.save(self, super().state_dict)
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load what ``state_dict`` (this library's or torch's) returned.
-
-        Everything is copied. A state tensor gets the wider of its saved dtype and the one this optimizer would make;
-        integers stay as they are. How to run (``foreach``, ``fused``, ``capturable``, ``differentiable``) is not
-        taken from the file.
-
-        Raises:
-            ValueError: if groups, shapes or options do not fit; nothing has been changed then.
-        """
-        checkpoint.load(self, state_dict)
+    load_state_dict = parameter_checkpoint.load_state_dict  # type: ignore[assignment]  # takes more than torch's, may return
+    init_state = parameter_checkpoint.init_state
 
     def __getstate__(self) -> dict[str, Any]:
         self.write_schedules()
-        ours = ("max_norm", "nonfinite", "backend", "state_dtype", "sparse", "skipped_steps", "grad_norm")
+        ours = ("max_norm", "nonfinite", "backend", "state_dtype", "sparse", "skipped_steps", "grad_norm", "_patterns")
         return {**super().__getstate__(), **{name: getattr(self, name) for name in ours}}
 
     def __setstate__(self, state: dict[str, Any]) -> None:

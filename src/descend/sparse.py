@@ -12,7 +12,7 @@ from torch import Tensor
 from descend import clip, kernels
 from descend.kernels import eager
 from descend.kernels.rows import TouchedRows, load_reader
-from descend.kernels.threads import torch_alone
+from descend.kernels.threads import serial_in_forked_child
 from descend.signature import signature
 
 if TYPE_CHECKING:
@@ -66,7 +66,7 @@ class SparseUpdate:
                 f"{type(optimizer).__name__}: {optimizer.name_of(self.param)}: the memory of its gradient has been "
                 "freed (untyped_storage().resize_). Restore it before the step, or set the gradient to None."
             )
-        with torch_alone():
+        with serial_in_forked_child():
             values = values.to(self._dtype).contiguous()
         sizes = tuple(grad.shape[: grad.sparse_dim()])
         self._is_one_row = not sizes

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import weakref
 from collections import defaultdict
 from collections.abc import Callable, Mapping
@@ -27,6 +28,10 @@ def _exposing(name: str) -> Callable[..., Any]:
     return exposing
 
 
+class Initial(dict[str, Any]):
+    """State made before the first step, which rules that count no steps would take for that of a later one."""
+
+
 class State(defaultdict[Any, Any]):
     """``optimizer.state``: a ``defaultdict(dict)`` that remembers whether it ever let its content out.
 
@@ -49,7 +54,7 @@ class State(defaultdict[Any, Any]):
         return state
 
     def __reduce__(self) -> Any:
-        return defaultdict, (dict, {key: dict(value) for key, value in dict.items(self)})
+        return defaultdict, (dict, {key: copy.copy(value) for key, value in dict.items(self)})
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
         """As ``deepcopy`` does it; what is zero in the state of embeddings costs the copy no memory either."""

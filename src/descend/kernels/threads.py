@@ -68,20 +68,6 @@ def serial_in_forked_child() -> Iterator[None]:
         torch.set_num_threads(count)
 
 
-@contextmanager
-def torch_alone() -> Iterator[None]:
-    """Keep torch on this thread while in a forked child, where it would wait for its others forever."""
-    threads = torch.get_num_threads()
-    if not _openmp.forked or threads == 1:
-        yield
-        return
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
-
-
 def run(address: int, argument: int, elements: int) -> None:
     """Call the kernel at ``address`` with ``argument``, at once on each of ``torch.get_num_threads()`` threads.
 

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import sys
 from collections import defaultdict
 from collections.abc import Mapping
-from copy import deepcopy
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 from torch import Tensor
 
-from descend.checkpoint import restore
+from descend.checkpoint import copied, options_of, restore, step_count, unusable_is_value_error
+from descend.matching import Listing, Matching, check_choices
 from descend.second_order.parameters import FlatParameters
 
 if TYPE_CHECKING:
@@ -20,55 +21,125 @@ if TYPE_CHECKING:
     ClosureOptimizer: TypeAlias = LBFGS | Newton
 
 _MEMORY = ("n_iter", "d", "t", "old_dirs", "old_stps", "ro", "H_diag", "prev_flat_grad", "prev_loss")
+_LISTS = ("old_dirs", "old_stps", "ro", "al")
+_COUNTS = ("func_evals", "n_iter", "n_hvp", "radius", "scale")
+_LEARNED = {
+    "steps": "hn",
+    "changes": "hn",
+    "learned": "n",
+    "diagonal": "n",
+    "r_inverse": "hh",
+    "gram": "hh",
+    "curvatures": "h",
+}
+_BOUNDED = {"steps", "changes", "diagonal"}  # all that is learned where there are bounds
 
 
-def load(optimizer: ClosureOptimizer, state_dict: dict[str, Any]) -> None:
+def load(optimizer: ClosureOptimizer, state_dict: Mapping[str, Any], match: str, hyperparameters: str) -> None:
     """Load what ``state_dict`` returned, of an optimizer that keeps all state under its first parameter."""
-    restore(optimizer, state_dict, _groups, _state)
+    check_choices(type(optimizer).__name__, match, hyperparameters)
+
+    def read(saved: Mapping[str, Any]) -> tuple[list[dict[str, Any]], defaultdict[Any, dict[str, Any]]]:
+        _check_order(optimizer, saved, match)
+        groups = [{**group} for group in optimizer.param_groups]
+        if hyperparameters == "loaded":
+            groups = _groups(optimizer, saved["param_groups"])
+        return groups, _state(optimizer, saved)
+
+    restore(optimizer, state_dict, read)
+
+
+def _check_order(optimizer: ClosureOptimizer, saved: Mapping[str, Any], match: str) -> None:
+    """Raise ``ValueError`` unless the parameters are as many, and in the order of the names if those are to tell."""
+    who, groups = type(optimizer).__name__, saved["param_groups"]
+    matching = Matching(who, optimizer.param_groups, groups, match)
+    Matching(who, optimizer.param_groups, groups, "order").require_all()
+    if matching.by_name:
+        matching.require_all()
+        # Names in "params" are put into this optimizer's order by torch.distributed; those beside it are not.
+        for names in (matching.saved.names, Listing(groups).names):
+            if names is not None and names != matching.here.names:
+                index = next(i for i, name in enumerate(names) if name != (matching.here.names or names)[i])
+                raise ValueError(
+                    f"{who}: what it has learned belongs to an order of the parameters: expected "
+                    f"{matching.here.place(index)!r} in place {index}, the loaded state dict has {names[index]!r}. "
+                    "Give the parameters in that order."
+                )
 
 
 def _groups(optimizer: ClosureOptimizer, saved_groups: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    sizes = [len(group["params"]) for group in optimizer.param_groups]
-    saved_sizes = [len(group["params"]) for group in saved_groups]
-    if len(sizes) != len(saved_sizes):
-        raise ValueError(
-            "loaded state dict has a different number of parameter groups "
-            f"({len(saved_sizes)}, this optimizer has {len(sizes)})"
-        )
-    if sizes != saved_sizes:
-        raise ValueError(
-            "loaded state dict contains a parameter group that doesn't match the size of optimizer's group "
-            f"({saved_sizes} parameters saved, {sizes} here)"
-        )
     loaded = []
-    for current, saved in zip(optimizer.param_groups, saved_groups, strict=True):
-        loaded.append({**current, **{key: deepcopy(value) for key, value in saved.items() if key != "params"}})
-        optimizer.check_options(loaded[-1])
-    optimizer.check_groups(loaded)
+    for index, (current, saved) in enumerate(zip(optimizer.param_groups, saved_groups, strict=True)):
+        names = {name: saved[name] for name in ("param_names",) if name in saved and name not in current}
+        group = {**current, **options_of(saved), **names}
+        with unusable_is_value_error(type(optimizer).__name__, index):
+            optimizer.check_options(group)
+            for value in group.values():
+                if isinstance(value, int):
+                    float(value)
+        loaded.append(group)
+    with unusable_is_value_error(type(optimizer).__name__, 0):
+        optimizer.check_groups(loaded)
     return loaded
 
 
-def _state(optimizer: ClosureOptimizer, state_dict: Mapping[str, Any]) -> defaultdict[Any, Any]:
-    point = FlatParameters(optimizer.param_groups, type(optimizer).__name__)
+def _state(optimizer: ClosureOptimizer, state_dict: Mapping[str, Any]) -> defaultdict[Any, dict[str, Any]]:
+    who = type(optimizer).__name__
+    point = FlatParameters(optimizer.param_groups, who)
     saved_keys = [key for group in state_dict["param_groups"] for key in group["params"]]
     owner = dict(zip(saved_keys, point.params, strict=True))
-    loaded: defaultdict[Any, Any] = defaultdict(dict)
+    loaded: defaultdict[Any, dict[str, Any]] = defaultdict(dict)
     for key, saved in state_dict["state"].items():
-        if owner.get(key) is point.params[0] and "d" in saved:
-            _check(saved, point.numel, type(optimizer).__name__)
-        loaded[owner.get(key, key)] = _copied(saved, point)
+        if key in owner and saved:
+            if owner[key] is not point.params[0]:
+                raise ValueError(
+                    f"{who}: all state belongs to the first parameter, but the loaded state dict has some for {key!r}. "
+                    "Is it another optimizer's, or of parameters in another order?"
+                )
+            _check_numbers(saved, who)
+            if "d" in saved:
+                _check(saved, point.numel, who)
+            if saved.get("learned") is not None:
+                _check_learned(saved["learned"], point.numel, who)
+        loaded[owner.get(key, key)] = copied(saved, lambda tensor: _widened(tensor, point))
     return loaded
+
+
+def _check_numbers(saved: Mapping[str, Any], who: str) -> None:
+    if "n_iter" not in saved:
+        raise ValueError(f"{who}: the loaded state lacks n_iter: is it another optimizer's?")
+    for name in _COUNTS:
+        if name in saved:
+            step_count(saved[name], f"{who}: the loaded {name}")
+
+
+def _check_learned(learned: Any, numel: int, who: str) -> None:
+    arrays = {name: learned[name] for name in _LEARNED if name in learned} if isinstance(learned, Mapping) else {}
+    if not all(_is_readable(array) for array in arrays.values()) or set(arrays) not in (set(_LEARNED), _BOUNDED):
+        raise ValueError(f"{who}: the loaded learned must be a dictionary of tensors.")
+    sizes = {"n": numel, "h": len(arrays["steps"]) if arrays["steps"].ndim else 0}
+    for name, array in arrays.items():
+        expected = tuple(sizes[letter] for letter in _LEARNED[name])
+        if tuple(array.shape) != expected:
+            raise ValueError(f"{who}: the loaded {name} has shape {tuple(array.shape)}, expected {expected}.")
+    for name in ("count", "is_new") if set(arrays) != _BOUNDED else ():
+        value = learned.get(name)
+        if not (isinstance(value, int) and 0 <= value < 2**63):
+            raise ValueError(f"{who}: the loaded {name} must be an integer >= 0, got {value!r:.40}.")
 
 
 def _check(saved: Mapping[str, Any], numel: int, who: str) -> None:
     """Raise ``ValueError`` unless this is the memory of ``numel`` numbers."""
     if missing := set(_MEMORY) - set(saved):
         raise ValueError(f"{who}: the loaded state lacks {', '.join(sorted(missing))}.")
+    for name in _LISTS:
+        if not isinstance(saved.get(name, []), list | tuple) and not (name in _MEMORY and saved[name] is None):
+            raise ValueError(f"{who}: the loaded {name} must be a list, got {type(saved[name]).__name__}.")
     vectors = {name: [saved[name]] for name in ("d", "prev_flat_grad") if saved[name] is not None}
     vectors |= {name: saved[name] or [] for name in ("old_dirs", "old_stps")}
     for name, tensors in vectors.items():
         for tensor in tensors:
-            shape = tuple(tensor.shape) if isinstance(tensor, Tensor) else type(tensor).__name__
+            shape = tuple(tensor.shape) if _is_readable(tensor) else type(tensor).__name__
             if shape != (numel,):
                 raise ValueError(
                     f"{who}: the loaded {name} has shape {shape}, the parameters together have {numel} entries. "
@@ -77,19 +148,23 @@ def _check(saved: Mapping[str, Any], numel: int, who: str) -> None:
     lengths = {name: len(saved[name] or ()) for name in ("old_dirs", "old_stps", "ro")}
     if len(set(lengths.values())) != 1:
         raise ValueError(f"{who}: the loaded lists of pairs must have one length, got {lengths}.")
-    for name in ("n_iter", "t", "H_diag", "prev_loss"):
-        number = saved[name]
-        is_number = isinstance(number, int | float) or (isinstance(number, Tensor) and number.numel() == 1)
-        if not is_number and saved["n_iter"]:
-            raise ValueError(f"{who}: the loaded {name} must be a number, got {type(number).__name__}.")
+    numbers = [(name, saved[name]) for name in ("t", "H_diag", "prev_loss") if saved["n_iter"]]
+    for name, number in [*numbers, *(("ro", rho) for rho in saved["ro"] or ())]:
+        is_float = (
+            isinstance(number, int | float) and not isinstance(number, bool) and abs(number) <= sys.float_info.max
+        )
+        if not is_float and not (_is_readable(number) and number.numel() == 1):
+            raise ValueError(f"{who}: the loaded {name} must be a number, got {number!r:.40}.")
 
 
-def _copied(value: Any, point: FlatParameters) -> Any:
-    if isinstance(value, Tensor):
-        dtype = torch.promote_types(value.dtype, point.dtype) if value.is_floating_point() else value.dtype
-        return value.detach().to(point.device, dtype, copy=True)
-    if isinstance(value, list | tuple):
-        return [_copied(entry, point) for entry in value]
-    if isinstance(value, Mapping):
-        return {key: _copied(entry, point) for key, entry in value.items()}
-    return deepcopy(value)
+def _is_readable(value: Any) -> bool:
+    """Whether this is a tensor of real numbers that are there."""
+    return (
+        isinstance(value, Tensor) and value.is_floating_point() and value.layout is torch.strided and not value.is_meta
+    )
+
+
+def _widened(tensor: Tensor, point: FlatParameters) -> Tensor:
+    is_wide = tensor.is_floating_point() and tensor.itemsize > 1  # torch promotes no float8
+    dtype = torch.promote_types(tensor.dtype, point.dtype) if is_wide else tensor.dtype
+    return tensor.detach().to(point.device, dtype, copy=True)

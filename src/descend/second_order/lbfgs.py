@@ -15,6 +15,7 @@ from torch._compile import _disable_dynamo
 from torch.optim import Optimizer
 
 from descend.checks import check_at_least_zero, check_lr
+from descend.groups import named
 from descend.second_order import flat_checkpoint
 from descend.second_order.modern_lbfgs import modern_step
 from descend.second_order.objective import Point
@@ -24,7 +25,7 @@ from descend.second_order.result import MESSAGES, Iteration, Result, Status
 from descend.second_order.torch_lbfgs import Memory, Options, TorchSteps
 
 if TYPE_CHECKING:
-    from torch.optim.optimizer import ParamsT
+    from descend.groups import ParamsT
 
 LINE_SEARCHES = (None, "strong_wolfe", "hager_zhang")
 CHECKS = 10  # steps whose first evaluation is compared with the one before; what is random differs soon
@@ -47,8 +48,8 @@ class LBFGS(Optimizer):
     The closure need not call ``backward``; it runs with gradients enabled, wherever ``step`` is called.
 
     Args:
-        params: parameters, ``(name, parameter)`` pairs, or dicts that define groups, as in ``torch.optim``. Real or
-            complex, of any dtypes and on any devices; inner products are in the widest dtype, at least float32.
+        params: parameters, ``(name, parameter)`` pairs, dicts that define groups, or a module. Real or complex, of
+            any dtypes and on any devices; inner products are in the widest dtype, at least float32.
         lr: length of a step, or the first one tried by the line search, >= 0; a number or a tensor of one element.
             Default: 1.
         max_iter: iterations in a call of ``step``. Default: 20.
@@ -110,7 +111,7 @@ class LBFGS(Optimizer):
             "line_search_fn": line_search_fn,
         }
         self.check_options(defaults)
-        super().__init__(params, defaults)
+        super().__init__(named(params), defaults)
         self.bounds = bounds
         self.check_bounds(self.param_groups)
 
@@ -268,15 +269,22 @@ class LBFGS(Optimizer):
         state.setdefault("n_iter", 0)
         return state
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+    def load_state_dict(
+        self, state_dict: Mapping[str, Any], *, match: str = "auto", hyperparameters: str = "loaded"
+    ) -> None:
         """Load what ``state_dict`` (this library's or torch's) returned.
 
         Everything is copied; tensors keep their dtype if it is wider than this optimizer's own.
 
+        Args:
+            state_dict: a dictionary.
+            match: ``"auto"``: where parameters have names, there and here, they must be in the same order; ``"name"``:
+                they must have names; ``"order"``: names do not count. Default: ``"auto"``.
+            hyperparameters: options of the groups, the ``"loaded"`` or the ``"current"`` ones. Default: ``"loaded"``.
         Raises:
-            ValueError: if groups, options or the state do not fit; nothing has been changed then.
+            TypeError, ValueError: if groups, options or the state do not fit; nothing has been changed then.
         """
-        flat_checkpoint.load(self, state_dict)
+        flat_checkpoint.load(self, state_dict, match, hyperparameters)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), **{name: getattr(self, name) for name in _OWN}}

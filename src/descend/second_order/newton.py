@@ -11,6 +11,7 @@ from torch._compile import _disable_dynamo
 from torch.optim import Optimizer
 
 from descend.checks import check_at_least_zero
+from descend.groups import named
 from descend.second_order import flat_checkpoint
 from descend.second_order.directions import CompactInverse
 from descend.second_order.newton_descent import PAIRS, Conjugate, Dense, Method, trust_region
@@ -21,7 +22,7 @@ from descend.second_order.result import MESSAGES, Result
 from descend.second_order.run import Run
 
 if TYPE_CHECKING:
-    from torch.optim.optimizer import ParamsT
+    from descend.groups import ParamsT
 
 SOLVERS = ("auto", "cholesky", "cg")
 MOST_DENSE = 200  # parameters up to which "auto" takes the dense Hessian: beyond, it costs many times the time
@@ -34,7 +35,7 @@ class Newton(Optimizer):
     directions of negative curvature instead of up to a saddle. A strictly convex quadratic takes one iteration.
 
     Args:
-        params: parameters, ``(name, parameter)`` pairs, or dicts that define groups; all are one problem.
+        params: parameters, ``(name, parameter)`` pairs, dicts that define groups, or a module; all are one problem.
         max_iter: iterations in a call of ``step``, >= 0. Default: 20.
         max_eval: evaluations of the closure in a call of ``step``, never exceeded, >= 1. Default: ``2 * max_iter + 1``.
         tolerance_grad: converged when no entry of the gradient is larger than this times max(1, the largest one when
@@ -77,7 +78,7 @@ class Newton(Optimizer):
             "maximize": maximize,
         }
         self.check_options(defaults)
-        super().__init__(params, defaults)
+        super().__init__(named(params), defaults)
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Take up to ``max_iter`` iterations, and leave the parameters at the best point seen.
@@ -171,13 +172,20 @@ class Newton(Optimizer):
             state.setdefault(name, 0)
         return state
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+    def load_state_dict(
+        self, state_dict: Mapping[str, Any], *, match: str = "auto", hyperparameters: str = "loaded"
+    ) -> None:
         """Load what ``state_dict`` returned: everything is copied, tensors keep a wider dtype.
 
+        Args:
+            state_dict: a dictionary.
+            match: ``"auto"``: where parameters have names, there and here, they must be in the same order; ``"name"``:
+                they must have names; ``"order"``: names do not count. Default: ``"auto"``.
+            hyperparameters: options of the groups, the ``"loaded"`` or the ``"current"`` ones. Default: ``"loaded"``.
         Raises:
-            ValueError: if groups or options do not fit; nothing has been changed then.
+            TypeError, ValueError: if groups, options or the state do not fit; nothing has been changed then.
         """
-        flat_checkpoint.load(self, state_dict)
+        flat_checkpoint.load(self, state_dict, match, hyperparameters)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group, its options checked first; what it lacks is the first group's."""

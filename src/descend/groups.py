@@ -1,0 +1,133 @@
+"""Parameter groups by name: patterns with options, and the usual parameters that do not decay."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from fnmatch import fnmatchcase
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from torch.optim.optimizer import ParamsT as TorchParamsT
+
+    ParamsT: TypeAlias = TorchParamsT | nn.Module
+
+Pattern: TypeAlias = str | re.Pattern[str] | Collection[str]
+Groups: TypeAlias = Sequence[tuple[Pattern, Mapping[str, Any]]]
+
+_SHOWN = 3  # names in a message
+
+
+def named(params: Any) -> Any:
+    """A module's parameters with their names, shared ones once; anything else as it is, for torch to take."""
+    # Torch takes a list of parameters, which is a module too, for the list it is.
+    is_model = isinstance(params, nn.Module) and not isinstance(params, nn.ParameterList)
+    return list(params.named_parameters()) if is_model else params
+
+
+def grouped(
+    who: str, params: Any, groups: Groups, options: Collection[str]
+) -> tuple[list[dict[str, Any]], dict[str, str]]:
+    """Sort named parameters into groups: first those that no pattern matches, then those of each pattern.
+
+    Args:
+        who: the optimizer's name, for errors.
+        params: a module, or ``(name, parameter)`` pairs.
+        groups: patterns and options; the first pattern that matches a name has the parameter.
+        options: those that a group may have.
+    Returns:
+        Groups as torch takes them, none empty; and the text of the pattern of each parameter that one has matched.
+    Raises:
+        ValueError: if there are no names, a pattern has no parameter, or there is no such option.
+    """
+    pairs = _pairs(who, params)
+    names = [name for name, _ in pairs]
+    rest = dict.fromkeys(range(len(pairs)))
+    patterns: dict[str, str] = {}
+    chosen = []
+    for entry in groups:
+        pattern, values = entry if isinstance(entry, tuple | list) and len(entry) == 2 else (entry, None)
+        if not (isinstance(pattern, str | re.Pattern | Collection) and isinstance(values, Mapping)):
+            raise ValueError(
+                f"{who}: groups takes pairs of a pattern (text, regular expression or names) and a dict of options, "
+                f"got {entry!r}."
+            )
+        text = _text(pattern)
+        if unknown := [key for key in values if key not in options]:
+            raise ValueError(
+                f"{who}: groups: {unknown[0]!r}, for {text!r}, is no option of a group. There are {', '.join(options)}."
+            )
+        matched = [i for i, name in enumerate(names) if _matches(pattern, name)]
+        absent = [] if isinstance(pattern, str | re.Pattern) else [name for name in pattern if name not in names]
+        for lacking in absent or ([] if matched else [text]):
+            near = difflib.get_close_matches(lacking, names, _SHOWN, cutoff=0)
+            raise ValueError(f"{who}: groups: {lacking!r} matches no parameter. Near names: {', '.join(near)}.")
+        taken = [i for i in matched if i in rest]
+        if not taken:
+            raise ValueError(f"{who}: groups: all that {text!r} matches, earlier patterns take: move it before them.")
+        for i in taken:
+            del rest[i]
+            patterns[names[i]] = text
+        chosen.append({"params": [pairs[i] for i in taken], **values})
+    return [*([{"params": [pairs[i] for i in rest]}] if rest else []), *chosen], patterns
+
+
+def no_decay(params: nn.Module | Iterable[tuple[str, Tensor]]) -> Groups:
+    """The usual exceptions from weight decay: biases, what belongs to a norm, and all that has one dimension or none.
+
+    Args:
+        params: a module; or ``(name, parameter)`` pairs, of which norms are known by having one dimension.
+    Returns:
+        An entry for ``groups``, in a list: the names, and ``weight_decay=0``. An empty list if there are none.
+    Example:
+        >>> from descend import AdamW
+        >>> model = nn.Sequential(nn.Linear(2, 3), nn.LayerNorm(3))
+        >>> no_decay(model)
+        [(('0.bias', '1.weight', '1.bias'), {'weight_decay': 0.0})]
+        >>> optimizer = AdamW(model, weight_decay=0.1, groups=no_decay(model))
+        >>> [(group["param_names"], group["weight_decay"]) for group in optimizer.param_groups]
+        [(['0.weight'], 0.1), (['0.bias', '1.weight', '1.bias'], 0.0)]
+    """
+    of_norms: set[str] = set()
+    if isinstance(params, nn.Module):
+        for prefix, module in params.named_modules():
+            if re.search(r"Norm(\dd)?$", type(module).__name__):
+                of_norms |= {name for name, _ in module.named_parameters(prefix, recurse=False)}
+    names = tuple(
+        name
+        for name, param in _pairs("no_decay", params)
+        if param.ndim <= 1 or "bias" in name.rpartition(".")[2] or name in of_norms
+    )
+    return [(names, {"weight_decay": 0.0})] if names else []
+
+
+def _pairs(who: str, params: Any) -> list[tuple[str, Tensor]]:
+    given = named(params)
+    pairs: list[Any] = [given] if isinstance(given, Tensor) else list(given)
+    for pair in pairs:
+        if not (isinstance(pair, tuple) and len(pair) == 2 and isinstance(pair[0], str)):
+            raise ValueError(
+                f"{who}: groups by name need names: give the model, or model.named_parameters(), or other (name, "
+                f"parameter) pairs; got a {type(pair).__name__}."
+            )
+    return pairs
+
+
+def _matches(pattern: Pattern, name: str) -> bool:
+    if isinstance(pattern, str):
+        return fnmatchcase(name, pattern)
+    if isinstance(pattern, re.Pattern):
+        return pattern.fullmatch(name) is not None
+    return name in pattern
+
+
+def _text(pattern: Pattern) -> str:
+    if isinstance(pattern, str):
+        return pattern
+    if isinstance(pattern, re.Pattern):
+        return pattern.pattern
+    names = list(pattern)
+    return ", ".join(names[:_SHOWN]) + (f", ... ({len(names)} names)" if len(names) > _SHOWN else "")

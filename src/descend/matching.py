@@ -1,0 +1,196 @@
+"""Which parameter of a state dictionary belongs to which of an optimizer: by name where both have names, else by order.
+
+Knows groups as dictionaries, and nothing of what they hold besides ``params`` and ``param_names``.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Hashable, Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+MATCHES = ("auto", "name", "order")
+HYPERPARAMETERS = ("loaded", "current")
+
+# What wraps a module puts this into its parameters' names; torch.distributed.checkpoint takes it out as well.
+_WRAPPERS = frozenset({"module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"})
+_SHOWN = 5  # names in a message
+
+Groups = Sequence[Mapping[str, Any]]
+
+
+class IncompatibleKeys(NamedTuple):
+    """What ``load_state_dict(..., strict=False)`` did not load.
+
+    Attributes:
+        missing_keys: parameters of the optimizer that keep the state they had: the dictionary has none that fits.
+        unexpected_keys: parameters of the dictionary whose state was left aside.
+    """
+
+    missing_keys: list[str]
+    unexpected_keys: list[str]
+
+
+class Listing:
+    """The parameters of one side, in the groups' order.
+
+    Args:
+        groups: an optimizer's, or those of a state dictionary.
+        names_in_keys: ``params`` may hold names, as in dictionaries of torch.distributed.
+    Attributes:
+        groups: the group of each parameter.
+        positions: and where it stands there.
+        own_names: as given; None if some have none.
+        names: without what wrappers add; None if they do not tell the parameters apart.
+        are_keys: the names were found in ``params``.
+    """
+
+    def __init__(self, groups: Groups, names_in_keys: bool = False) -> None:
+        self.groups = [index for index, group in enumerate(groups) for _ in group["params"]]
+        self.positions = [position for group in groups for position, _ in enumerate(group["params"])]
+        keys = [key for group in groups for key in group["params"]]
+        self.are_keys = names_in_keys and bool(keys) and all(isinstance(key, str) for key in keys)
+        found = keys if self.are_keys else [name for group in groups for name in group.get("param_names", ())]
+        has_all = len(found) == len(keys) > 0 and all(isinstance(name, str) for name in found)
+        self.own_names: list[str] | None = found if has_all else None
+        self.names = _distinct(map(_bare, found)) or _distinct(found) if has_all else None
+
+    def __len__(self) -> int:
+        return len(self.groups)
+
+    def keys(self, by_name: bool) -> Sequence[Hashable]:
+        """What tells the parameters apart."""
+        return self.names if by_name and self.names else list(zip(self.groups, self.positions, strict=True))
+
+    def place(self, index: int) -> str:
+        """The parameter's name, or where it stands."""
+        if self.own_names:
+            return self.own_names[index]
+        return f"param_groups[{self.groups[index]}]['params'][{self.positions[index]}]"
+
+
+class Matching:
+    """Pairs of parameters, and of groups.
+
+    Args:
+        who: the optimizer's name, for errors.
+        groups: its groups.
+        saved_groups: those of a state dictionary.
+        match: ``"auto"``, ``"name"`` or ``"order"``.
+    Attributes:
+        sources: for each parameter here, in order, which one of the dictionary it is; None for none.
+    Raises:
+        ValueError: if there are no names to match.
+    """
+
+    def __init__(self, who: str, groups: Groups, saved_groups: Groups, match: str) -> None:
+        self.who = who
+        self.sizes = [len(group["params"]) for group in groups]
+        self.saved_sizes = [len(group["params"]) for group in saved_groups]
+        self.here, self.saved = Listing(groups), Listing(saved_groups, names_in_keys=True)
+        self.by_name = self._has_names(match)
+        keys, saved_keys = self.here.keys(self.by_name), self.saved.keys(self.by_name)
+        index = {key: i for i, key in enumerate(saved_keys)}
+        self.sources: list[int | None] = [index.get(key) for key in keys]
+
+    def _has_names(self, match: str) -> bool:
+        if match == "order":
+            return False
+        here, saved = self.here.names, self.saved.names
+        if here and saved:
+            # Keys of torch.distributed stand in this optimizer's order, whatever it calls its parameters.
+            return match == "name" or not self.saved.are_keys or not set(here).isdisjoint(saved)
+        if match == "name":
+            lacking = "this optimizer" if not here else "the state dict"
+            raise ValueError(
+                f"{self.who}: match='name' needs a name of its own for every parameter, which {lacking} has not. Give "
+                "the parameters as model.named_parameters(), before saving and before loading."
+            )
+        return False
+
+    @property
+    def missing(self) -> list[int]:
+        """Parameters here that the dictionary lacks."""
+        return [i for i, source in enumerate(self.sources) if source is None]
+
+    @property
+    def unexpected(self) -> list[int]:
+        """Parameters of the dictionary that are not here."""
+        return sorted(set(range(len(self.saved))) - set(self.sources))
+
+    def require_all(self) -> None:
+        """Raise ``ValueError`` unless every parameter, here and there, has its counterpart."""
+        if not self.by_name:
+            self._require_same_number()
+            if self.sizes != self.saved_sizes:
+                index = next(i for i, size in enumerate(self.sizes) if size != self.saved_sizes[i])
+                raise ValueError(
+                    "loaded state dict contains a parameter group that doesn't match the size of optimizer's group "
+                    f"({self.who}: group {index} has {self.saved_sizes[index]} parameters there, {self.sizes[index]} "
+                    "here)"
+                )
+        elif self.missing or self.unexpected:
+            missing = listed(map(self.here.place, self.missing))
+            unexpected = listed(map(self.saved.place, self.unexpected))
+            raise ValueError(
+                f"{self.who}: the names differ: expected {missing}, which the loaded state dict lacks; it has "
+                f"{unexpected} instead. strict=False loads what matches, match='order' ignores names."
+            )
+
+    def group_sources(self, strict: bool) -> list[int | None]:
+        """For each group here, which group of the dictionary has its options; None for none.
+
+        The group at the same position, unless each group's parameters come from another single group: then that one.
+        """
+        if strict or not self.by_name:
+            self._require_same_number()
+        homes: list[Counter[int]] = [Counter() for _ in self.sizes]
+        for group, source in zip(self.here.groups, self.sources, strict=True):
+            if source is not None:
+                homes[group][self.saved.groups[source]] += 1
+        only = [next(iter(home)) for home in homes if len(home) == 1]
+        is_same_number = len(self.sizes) == len(self.saved_sizes)
+        if all(len(home) <= 1 for home in homes) and (len(set(only)) == len(only) or not is_same_number):
+            by_position = [i if is_same_number and i not in only else None for i in range(len(homes))]
+            return [next(iter(home), i) for home, i in zip(homes, by_position, strict=True)]
+        for index, home in enumerate(homes):
+            if not is_same_number or (home and home[index] < max(home.values())):
+                raise ValueError(
+                    f"{self.who}: the parameters of group {index} were in the groups {sorted(home)} of the loaded "
+                    "state dict: whose options shall it have? hyperparameters='current' keeps those of this optimizer."
+                )
+        return list(range(len(homes)))
+
+    def _require_same_number(self) -> None:
+        if len(self.sizes) != len(self.saved_sizes):
+            raise ValueError(
+                "loaded state dict has a different number of parameter groups "
+                f"({self.who}: {len(self.saved_sizes)} there, {len(self.sizes)} here). Where parameters have names, "
+                "hyperparameters='current' loads the state and leaves the groups."
+            )
+
+
+def check_choices(who: str, match: str, hyperparameters: str) -> None:
+    """Raise ``ValueError`` for a choice that there is not."""
+    for name, value, allowed in (
+        ("match", match, MATCHES),
+        ("hyperparameters", hyperparameters, HYPERPARAMETERS),
+    ):
+        if value not in allowed:
+            raise ValueError(f"{who}: {name} must be one of {allowed}, got {value!r}.")
+
+
+def listed(names: Iterable[str]) -> str:
+    """The first few names, for a message."""
+    names = list(names)
+    more = [f"{len(names) - _SHOWN} more"] if len(names) > _SHOWN else []
+    return ", ".join([*map(repr, names[:_SHOWN]), *more]) or "none"
+
+
+def _bare(name: str) -> str:
+    return ".".join(part for part in name.split(".") if part not in _WRAPPERS)
+
+
+def _distinct(names: Iterable[str]) -> list[str] | None:
+    names = list(names)
+    return names if len(set(names)) == len(names) else None

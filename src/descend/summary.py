@@ -1,0 +1,114 @@
+"""What an optimizer holds, as a table."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from descend.optimizer import FirstOrder
+
+_UNITS = ("B", "KiB", "MiB", "GiB", "TiB")
+
+
+class Row(NamedTuple):
+    """One group.
+
+    Attributes:
+        group: its position.
+        pattern: that sorted its parameters into it; empty without ``groups``, and for what no pattern matched.
+        parameters: how many tensors.
+        numbers: how many numbers they hold together.
+        state_bytes: memory of the state that exists now.
+        options: those that are not the optimizer's defaults, now.
+    """
+
+    group: int
+    pattern: str
+    parameters: int
+    numbers: int
+    state_bytes: int
+    options: dict[str, Any]
+
+
+class Summary(tuple[Row, ...]):
+    """The rows of all groups; ``str`` makes a table of them."""
+
+    __slots__ = ()
+
+    def __str__(self) -> str:
+        heads = ("group", "pattern", "parameters", "numbers", "state", "options that differ")
+        sums = [sum(column) for column in zip(*(row[2:5] for row in self), strict=True)]
+        total = ("total", "", *_sizes(sums), "")
+        lines = [heads, *map(_cells, self), total]
+        widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+        align = (str.rjust, str.ljust, str.rjust, str.rjust, str.rjust, str.ljust)
+        return "\n".join(
+            "  ".join(place(cell, width) for place, cell, width in zip(align, line, widths, strict=True)).rstrip()
+            for line in lines
+        )
+
+    __repr__ = __str__
+
+
+def summarize(self: FirstOrder) -> Summary:
+    """The groups as they are now: a tuple of rows that prints as a table.
+
+    Example:
+        >>> from descend import AdamW
+        >>> AdamW(torch.nn.Linear(2, 3), groups=[("bias", dict(weight_decay=0))]).summary()
+        group  pattern  parameters  numbers  state  options that differ
+            0  -                 1        6    0 B
+            1  bias              1        3    0 B  weight_decay=0
+        total                    2        9    0 B
+    """
+    rows = []
+    for index, group in enumerate(self.param_groups):
+        found = dict.fromkeys(self._patterns.get(name, "") for name in group.get("param_names", ()))
+        # ``dict.get`` reads the state without counting as a look from outside.
+        state = [dict.get(self.state, param) or {} for param in group["params"]]
+        rows.append(
+            Row(
+                group=index,
+                pattern=", ".join(filter(None, found)),
+                parameters=len(group["params"]),
+                numbers=sum(param.numel() for param in group["params"]),
+                state_bytes=sum(tensor.nbytes for content in state for tensor in _tensors(content)),
+                options={
+                    name: group[name]
+                    for name, default in self.defaults.items()
+                    if name in group and not _are_equal(group[name], default)
+                },
+            )
+        )
+    return Summary(rows)
+
+
+def _tensors(value: Any) -> Iterable[Tensor]:
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, Mapping | list | tuple):
+        for entry in value.values() if isinstance(value, Mapping) else value:
+            yield from _tensors(entry)
+
+
+def _are_equal(a: Any, b: Any) -> bool:
+    if isinstance(a, Tensor) or isinstance(b, Tensor):
+        return isinstance(a, Tensor) and isinstance(b, Tensor) and torch.equal(a, b)
+    return bool(a == b)
+
+
+def _cells(row: Row) -> tuple[str, ...]:
+    options = ", ".join(f"{name}={value}" for name, value in row.options.items())
+    return (str(row.group), row.pattern or "-", *_sizes(row[2:5]), options)
+
+
+def _sizes(values: Iterable[int]) -> tuple[str, str, str]:
+    parameters, numbers, size = values
+    value, unit = float(size), 0
+    while value >= 1024 and unit < len(_UNITS) - 1:
+        value, unit = value / 1024, unit + 1
+    return f"{parameters:,}", f"{numbers:,}", f"{value:.1f} {_UNITS[unit]}" if unit else f"{size} B"
