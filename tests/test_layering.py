@@ -28,12 +28,34 @@ ARROWS = {
     "settling": {"exact"},
     "plan": {"clip", "kernels", "signature", "sparse", "state"},
     "checkpoint": {"exact", "pages"},
-    "optimizer": {"checkpoint", "checks", "kernels", "pages", "plan", "settling", "signature", "sparse", "state"},
+    "step": {"plan"},
+    "optimizer": {
+        "checkpoint",
+        "checks",
+        "kernels",
+        "pages",
+        "plan",
+        "settling",
+        "signature",
+        "sparse",
+        "state",
+        "step",
+    },
+    "in_backward": {"optimizer", "plan", "step"},
     "from_rule": {"optimizer", "signature"},
     "first_order": {"checks", "optimizer", "rules"},
     "sparse_adam": {"optimizer", "rules"},
     "second_order": {"checkpoint", "checks", "optimizer", "second_order"},
-    "__init__": {"clip", "first_order", "from_rule", "kernels", "optimizer", "second_order", "sparse_adam"},
+    "__init__": {
+        "clip",
+        "first_order",
+        "from_rule",
+        "in_backward",
+        "kernels",
+        "optimizer",
+        "second_order",
+        "sparse_adam",
+    },
     "compare": {"compare", "__init__"},
 }
 
@@ -135,7 +157,7 @@ def test_files_are_short() -> None:
 def test_public_names_are_frozen() -> None:
     names = (
         "SGD Adam AdamW LBFGS Newton FirstOrder RuleError Progress Result SparseAdam Status clip_grad_norm_ "
-        "clip_grad_value_ clip_grads_with_norm_ from_rule get_total_norm minimize warmup"
+        "clip_grad_value_ clip_grads_with_norm_ from_rule get_total_norm in_backward minimize warmup"
     )
     assert sorted(descend.__all__) == sorted(names.split())
     assert all(getattr(descend, name).__doc__ for name in descend.__all__)

@@ -11,6 +11,7 @@ Example:
 from descend.clip import clip_grad_norm_, clip_grad_value_, clip_grads_with_norm_, get_total_norm
 from descend.first_order import SGD, Adam, AdamW
 from descend.from_rule import from_rule
+from descend.in_backward import in_backward
 from descend.kernels.library import RuleError
 from descend.optimizer import FirstOrder, warmup
 from descend.second_order.lbfgs import LBFGS
@@ -38,6 +39,7 @@ __all__ = [
     "clip_grads_with_norm_",
     "from_rule",
     "get_total_norm",
+    "in_backward",
     "minimize",
     "warmup",
 ]

@@ -32,6 +32,13 @@ class Placement(NamedTuple):
     reason: str
 
 
+class Place(NamedTuple):
+    """Where a parameter stands in the groups."""
+
+    group: int
+    position: int
+
+
 class _Entry(NamedTuple):
     """One parameter with a gradient."""
 
@@ -56,22 +63,29 @@ class Plan:
 
     Making a plan validates everything and touches nothing. ``prepare`` then makes the state that is missing, and
     ``run`` takes one step. ``holds`` tells whether the next step may use the same plan.
+
+    Args:
+        optimizer: whose parameters they are.
+        only_with_grad: leave out parameters without a gradient. Default: True.
+        place: of the one parameter to plan for. Default: all parameters of all groups.
     """
 
-    def __init__(self, optimizer: FirstOrder, only_with_grad: bool = True) -> None:
+    def __init__(self, optimizer: FirstOrder, only_with_grad: bool = True, place: Place | None = None) -> None:
+        self._place = place
+        self._is_prepared = False
         self._request = optimizer.requested_backend()
         self._state = optimizer.state
         if isinstance(self._state, State) and self._state.owner() is not optimizer:
             self._state.exposed = True  # two optimizers write it: neither knows of the other's steps
         self._groups = [
-            (list(group["params"]), optimizer.rule_for(group), bool(group.get("differentiable")))
-            for group in optimizer.param_groups
+            (index, list(params), optimizer.rule_for(group), bool(group.get("differentiable")))
+            for index, group, params in self._listed(optimizer.param_groups)
         ]
         entries: list[_Entry] = []
-        for index, (params, rule, _) in enumerate(self._groups):
+        for index, params, rule, differentiable in self._groups:
             for param in params:
                 if not only_with_grad or param.grad is not None:
-                    entries.append(self._entry(optimizer, index, rule, param))
+                    entries.append(self._entry(optimizer, index, rule, param, differentiable))
         self._entries = self._keep_order_of_overlaps(entries)
         if self._request == "cpu":
             self._refuse_eager(optimizer)
@@ -84,7 +98,14 @@ class Plan:
         self._sort_into_launches(optimizer)
         self._probe: Any = None
 
-    def _entry(self, optimizer: FirstOrder, index: int, rule: Any, param: Tensor) -> _Entry:
+    def _listed(self, groups: list[dict[str, Any]]) -> list[tuple[int, dict[str, Any], list[Tensor]]]:
+        """The groups this plan is about, each with its index and those of its parameters that are meant."""
+        if self._place is None:
+            return [(index, group, group["params"]) for index, group in enumerate(groups)]
+        index, position = self._place
+        return [(index, group, group["params"][position : position + 1]) for group in groups[index : index + 1]]
+
+    def _entry(self, optimizer: FirstOrder, index: int, rule: Any, param: Tensor, differentiable: bool) -> _Entry:
         optimizer.check_param(param, optimizer.param_groups[index])
         found = dict.get(self._state, param) or {}
         names = signature(rule).state
@@ -96,7 +117,7 @@ class Plan:
                     "(untyped_storage().resize_). Restore it before the step, or set the gradient to None."
                 )
         sparse = optimizer.meaning_of_sparse(param, optimizer.param_groups[index])
-        if self._groups[index][2]:
+        if differentiable:
             reason: str | None = "differentiable=True"
         elif self._request == "eager":
             reason = "backend='eager'"
@@ -177,8 +198,18 @@ class Plan:
         # Not finite, or finite with squares that overflow: the slower way can tell.
         return float(clip.norm([entry.param.grad for entry in self._entries], 2.0))  # type: ignore[misc]
 
+    def nonfinite_gradients(self, optimizer: FirstOrder) -> list[str]:
+        """Names of the parameters whose gradients have a NaN or Inf."""
+        return [
+            optimizer.name_of(entry.param)
+            for entry in self._entries
+            if entry.param.grad is not None and not _is_finite(entry.param.grad)
+        ]
+
     def prepare(self, optimizer: FirstOrder) -> None:
-        """Make the missing state of the parameters that kernels update, and complete the tables."""
+        """Make the missing state of the parameters that kernels update, and complete the tables. Needed once."""
+        if self._is_prepared:
+            return
         cells: dict[Tensor, Cell] = {}
         self._params: list[Tensor] = []
         self._made: list[tuple[Tensor, str, Tensor]] = []
@@ -203,19 +234,19 @@ class Plan:
                 steps.append(state["step"])
             self._params.append(update.param)
         self._steps = StepCounts(steps)
-        watched = [param for params, _, _ in self._groups for param in params]
+        watched = [param for _, params, _, _ in self._groups for param in params]
         made = [tensor for _, _, tensor in self._made]
         spans = np.concatenate([np.zeros((0, 2), np.int64), *(call.launch.written() for call in self._calls)])
         written = spans[np.argsort(spans[:, 0])]
         self._probe = make_probe(watched, [cells.get(param) for param in watched], made, written)
+        self._is_prepared = True
 
     def holds(self, optimizer: FirstOrder) -> bool:
         """Whether nothing this plan relies on has changed since it was made."""
-        groups = optimizer.param_groups
-        if len(groups) != len(self._groups) or optimizer.requested_backend() != self._request:
+        groups = self._listed(optimizer.param_groups)
+        if not self._is_prepared or len(groups) != len(self._groups) or optimizer.requested_backend() != self._request:
             return False
-        for group, (params, rule, differentiable) in zip(groups, self._groups, strict=True):
-            listed = group["params"]
+        for (_, group, listed), (_, params, rule, differentiable) in zip(groups, self._groups, strict=True):
             if (
                 len(listed) != len(params)
                 or not all(map(is_, listed, params))
@@ -306,6 +337,11 @@ class Plan:
             )
             for entry in self._entries
         ]
+
+
+def _is_finite(grad: Tensor) -> bool:
+    values = grad.coalesce().values() if grad.is_sparse else grad
+    return bool(torch.isfinite(values).all())
 
 
 def _signed(scale: float, group: Mapping[str, Any]) -> float:
