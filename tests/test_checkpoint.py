@@ -78,7 +78,7 @@ def test_going_on_equals_not_stopping_bit_for_bit(
 @pytest.mark.parametrize("way", WAYS[1:], ids=["deepcopy", "pickle"])
 def test_our_own_options_survive_copies(way: Callable[[FirstOrder, Case], FirstOrder]) -> None:
     params = leaves()
-    options = dict(max_norm=0.5, nonfinite="skip", backend="eager", state_dtype=torch.float64)
+    options = dict(max_norm=0.5, nonfinite="skip", backend="eager", state_dtype=torch.float64, amp="fused")
     optimizer = AdamW(params, **options)
     give_grads(params, 0)
     params[2].grad[0, 0] = torch.nan

@@ -22,7 +22,7 @@ from descend.settling import Settling
 from descend.signature import signature
 from descend.sparse import check_meaning
 from descend.state import State
-from descend.step import AMP, NONFINITE, advance, refuse_closure
+from descend.step import AMP, NONFINITE, advance, forget_scale, refuse_closure
 
 if TYPE_CHECKING:
     from torch.optim.optimizer import ParamsT
@@ -159,15 +159,19 @@ class FirstOrder(Settling):
 
     def _step(self, closure: Callable[[], Any] | None = None) -> Any:
         loss = None
-        if closure is not None:
-            refuse_closure(self)
-            with torch.enable_grad():
-                loss = closure()
-        if self.in_backward is not None:
-            self.in_backward.finish()
-        else:
-            plan, self._plan = self._plan, None  # should the step not end
-            self._plan = advance(self, plan)
+        try:
+            if closure is not None:
+                refuse_closure(self)
+                with torch.enable_grad():
+                    loss = closure()
+            if self.in_backward is not None:
+                self.in_backward.finish()
+            else:
+                plan, self._plan = self._plan, None  # should the step not end
+                self._plan = advance(self, plan)
+        except BaseException:
+            forget_scale(self)
+            raise
         return loss
 
     # State.

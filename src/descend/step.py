@@ -80,6 +80,13 @@ def refuse_closure(optimizer: FirstOrder) -> None:
         )
 
 
+def forget_scale(optimizer: FirstOrder) -> None:
+    """Do what a ``GradScaler`` does after a ``step``, unless it raised: the next scale would be multiplied by this."""
+    if "found_inf" in optimizer.__dict__:
+        optimizer.__dict__.pop("grad_scale", None)
+        del optimizer.__dict__["found_inf"]
+
+
 def _unscale(optimizer: FirstOrder) -> float | None:
     """One over what the loss was multiplied by; None if that made a gradient overflow."""
     if not is_scaled(optimizer):
