@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._compile import _disable_dynamo
 from torch.autograd.function import BackwardCFunction
 
 from descend.optimizer import FirstOrder
@@ -247,12 +248,17 @@ class _Arrival:
         self._handle = weakref.ref(handle)
 
     def __call__(self, param: Tensor) -> None:
-        if (handle := self._handle()) is not None:
+        if torch.compiler.is_compiling():  # backward called in a compiled function, which would trace its hooks too
+            _untraced(self, param)
+        elif (handle := self._handle()) is not None:
             handle.arrive(param)
 
     def belongs_to_other(self) -> bool:
         """Whether a living handle waits for gradients with it."""
         return self._handle() is not None
+
+
+_untraced = _disable_dynamo(_Arrival.__call__)
 
 
 class _Passes:

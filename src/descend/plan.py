@@ -15,7 +15,7 @@ from torch import Tensor
 from descend import clip, kernels
 from descend.kernels import eager
 from descend.kernels.chunks import Launch, StepCounts
-from descend.kernels.probe import Cell, make_probe
+from descend.kernels.probe import Cell, PythonProbe, make_probe
 from descend.signature import signature
 from descend.sparse import SparseUpdate
 from descend.state import State
@@ -238,7 +238,9 @@ class Plan:
         made = [tensor for _, _, tensor in self._made]
         spans = np.concatenate([np.zeros((0, 2), np.int64), *(call.launch.written() for call in self._calls)])
         written = spans[np.argsort(spans[:, 0])]
-        self._probe = make_probe(watched, [cells.get(param) for param in watched], made, written)
+        # A native probe owns its tensors where the garbage collector cannot see it; steps inside backward hang on them.
+        kind = make_probe if self._place is None else PythonProbe
+        self._probe = kind(watched, [cells.get(param) for param in watched], made, written)
         self._is_prepared = True
 
     def holds(self, optimizer: FirstOrder) -> bool:
