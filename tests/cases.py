@@ -74,6 +74,9 @@ CASES = [
 # What does not start at zero: the numbers in the state of NAdam and ASGD, the sums of Adagrad, the steps of Rprop.
 STARTING = [case for case in CASES if case.ours in (NAdam, Adagrad, Rprop, ASGD)]
 
+# Those whose parameters know nothing of each other.
+ALONE = [case for case in CASES if case.ours.end_step is FirstOrder.end_step]
+
 # Every combination of options that makes sense.
 EVERY_CASE = [
     *(

@@ -111,6 +111,7 @@ OURS_ALONE = [
     (dict(nonfinite="ignore"), "nonfinite must be one of"),
     (dict(backend="cuda"), "backend must be one of"),
     (dict(state_dtype=torch.int32), "state_dtype must be a floating point dtype"),
+    (dict(amp="native"), "amp must be one of"),
 ]
 
 
@@ -155,7 +156,9 @@ def test_our_own_options_are_checked(optimizer_class: type[FirstOrder], options:
     assert_refused(ValueError, f"{optimizer_class.__name__}: {message}", lambda: optimizer_class(leaves(), **options))
 
 
-@pytest.mark.parametrize("options", [dict(max_norm=1.0), dict(nonfinite="skip"), dict(backend="cpu")], ids=str)
+@pytest.mark.parametrize(
+    "options", [dict(max_norm=1.0), dict(nonfinite="skip"), dict(backend="cpu"), dict(amp="fused")], ids=str
+)
 def test_our_own_options_are_keywords_outside_the_groups(options: dict[str, Any]) -> None:
     optimizer = AdamW(leaves(), **options)
     assert not options.keys() & {*optimizer.defaults, *optimizer.param_groups[0]}

@@ -239,7 +239,7 @@ OPERATIONS = st.one_of(
 )
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(operations=st.lists(OPERATIONS, max_size=25), backend=st.sampled_from(BACKENDS))
 def test_whatever_happens_tables_follow_a_dense_optimizer(operations: list[Any], backend: str) -> None:
     twins = ExactTwins(random_tables((ROWS, 2)), AdamW, backend=backend)

@@ -33,15 +33,18 @@ ARROWS = {
     "matching": set(),
     "checkpoint": {"matching"},
     "parameter_checkpoint": {"checkpoint", "exact", "kernels", "matching", "pages", "signature", "state"},
+    "step": {"plan"},
     "optimizer": {
-        *("checks", "clip", "groups", "kernels", "parameter_checkpoint", "plan"),
-        *("settling", "signature", "sparse", "state", "summary"),
+        *("checks", "groups", "kernels", "parameter_checkpoint", "plan"),
+        *("settling", "signature", "sparse", "state", "step", "summary"),
     },
+    "in_backward": {"optimizer", "plan", "step"},
     "from_rule": {"optimizer", "signature"},
     "first_order": {"checks", "first_order", "optimizer", "rules"},
     "second_order": {"checkpoint", "checks", "groups", "matching", "optimizer", "second_order"},
     "__init__": {
-        *("clip", "first_order", "from_rule", "groups", "kernels", "matching", "optimizer", "plan", "second_order"),
+        *("clip", "first_order", "from_rule", "groups", "in_backward", "kernels", "matching", "optimizer"),
+        *("second_order", "step"),
     },
     "compare": {"compare", "__init__"},
 }
@@ -149,7 +152,7 @@ def test_public_names_are_frozen() -> None:
         "SGD ASGD Lion Rprop Adagrad RMSprop Adadelta Adam AdamW Adamax NAdam RAdam AdamWScheduleFree SparseAdam LBFGS "
         "Newton FirstOrder IncompatibleKeys RuleError Progress Result Status "
         "clip_grad_norm_ clip_grad_value_ clip_grads_with_norm_ "
-        "from_rule get_total_norm minimize no_decay warmup"
+        "from_rule get_total_norm in_backward minimize no_decay warmup"
     )
     assert sorted(descend.__all__) == sorted([*names.split(), *TORCHS])
     assert all(getattr(descend, name).__doc__ for name in names.split())

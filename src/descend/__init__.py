@@ -23,14 +23,15 @@ from descend.first_order.sparse_adam import SparseAdam
 from descend.first_order.squares import Adadelta, Adagrad, RMSprop
 from descend.from_rule import from_rule
 from descend.groups import no_decay
+from descend.in_backward import in_backward
 from descend.kernels.library import RuleError
 from descend.matching import IncompatibleKeys
 from descend.optimizer import FirstOrder
-from descend.plan import warmup
 from descend.second_order.lbfgs import LBFGS
 from descend.second_order.minimize import minimize
 from descend.second_order.newton import Newton
 from descend.second_order.result import Progress, Result, Status
+from descend.step import warmup
 
 __version__ = "0.1.0"
 
@@ -65,6 +66,7 @@ __all__ = [
     "clip_grads_with_norm_",
     "from_rule",
     "get_total_norm",
+    "in_backward",
     "lr_scheduler",
     "minimize",
     "no_decay",

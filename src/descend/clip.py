@@ -208,6 +208,11 @@ def summed(tensor: Tensor) -> Tensor:
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32)).coalesce().values()
 
 
+def is_finite(grad: Tensor) -> bool:
+    """Whether no value is NaN or infinite."""
+    return bool(torch.isfinite(summed(grad)).all())
+
+
 def _chunks(tensor: Tensor) -> Iterable[Tensor]:
     tensor = summed(tensor)
     flat = tensor.detach().abs().flatten() if tensor.is_complex() else tensor.detach().reshape(-1)

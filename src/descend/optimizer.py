@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import math
 import os
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, TypedDict
@@ -14,7 +13,7 @@ from torch._compile import _disable_dynamo
 from torch.optim import Optimizer
 from torch.optim import optimizer as torch_optimizer
 
-from descend import clip, parameter_checkpoint
+from descend import parameter_checkpoint
 from descend.checks import check_lr
 from descend.groups import grouped, named
 from descend.kernels import BACKENDS
@@ -23,12 +22,12 @@ from descend.settling import Settling
 from descend.signature import signature
 from descend.sparse import check_meaning
 from descend.state import Initial, State, new_tensor, stored_number
+from descend.step import AMP, NONFINITE, advance, forget_scale, refuse_closure
 from descend.summary import summarize
 
 if TYPE_CHECKING:
     from descend.groups import Groups, ParamsT
-
-_NONFINITE = ("step", "skip", "raise")
+    from descend.in_backward import InBackward
 
 
 class Options(TypedDict, total=False):
@@ -40,6 +39,7 @@ class Options(TypedDict, total=False):
     state_dtype: torch.dtype | None
     sparse: str | None
     groups: Groups | None
+    amp: str | None
 
 
 class FirstOrder(Settling):
@@ -65,6 +65,8 @@ class FirstOrder(Settling):
         groups: ``(pattern, options)`` pairs that sort named parameters into groups, see docs/groups.md. A pattern is
             a glob or compiled regular expression for whole names, or a collection of names; the first that matches
             decides. Parameters that none matches are the first group. Default: all are one group.
+        amp: ``"fused"``: a ``GradScaler`` leaves unscaling, and leaving out steps that overflow, to ``step``, which
+            unscales inside the update. None: it does so itself, and rewrites the gradients. Default: None.
     Raises:
         ValueError: if an option is out of range; nothing has been changed then.
     """
@@ -75,6 +77,7 @@ class FirstOrder(Settling):
     keeps: ClassVar[tuple[str, ...]] = ()  # state that is one number a parameter, see ``scalars_and_kept``
     takes_sparse: ClassVar[bool] = False  # without being told what a sparse gradient means
     capturable_needs: ClassVar[str] = "params and state_steps"  # on a device, in torch's words
+    in_backward: InBackward | None = None  # while steps are taken inside backward
 
     def __init__(
         self,
@@ -87,22 +90,27 @@ class FirstOrder(Settling):
         state_dtype: torch.dtype | None = None,
         sparse: str | None = None,
         groups: Groups | None = None,
+        amp: str | None = None,
     ) -> None:
         name = type(self).__name__
         if max_norm is not None and not (isinstance(max_norm, int | float) and max_norm > 0):
             raise ValueError(f"{name}: max_norm must be a number > 0, or None not to clip, got {max_norm!r}.")
-        if nonfinite not in _NONFINITE:
-            raise ValueError(f"{name}: nonfinite must be one of {_NONFINITE}, got {nonfinite!r}.")
+        if nonfinite not in NONFINITE:
+            raise ValueError(f"{name}: nonfinite must be one of {NONFINITE}, got {nonfinite!r}.")
         if backend not in BACKENDS:
             raise ValueError(f"{name}: backend must be one of {BACKENDS}, got {backend!r}.")
         if state_dtype is not None and not state_dtype.is_floating_point:
             raise ValueError(f"{name}: state_dtype must be a floating point dtype, got {state_dtype}.")
         check_meaning(self, sparse)
+        if amp not in AMP:
+            raise ValueError(f"{name}: amp must be one of {AMP}, got {amp!r}.")
         self.max_norm = max_norm
         self.nonfinite = nonfinite
         self.backend = backend
         self.state_dtype = state_dtype
         self.sparse = sparse
+        self.amp = amp
+        self._step_supports_amp_scaling = amp == "fused"  # what GradScaler asks
         self.tables = {}
         self.skipped_steps = 0
         self.grad_norm: float | None = None
@@ -177,51 +185,20 @@ class FirstOrder(Settling):
 
     def _step(self, closure: Callable[[], Any] | None = None) -> Any:
         loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
-        plan = self._plan
-        if plan is None or not plan.holds(self):
-            plan, self._plan = Plan(self), None  # validates everything, touches nothing
         try:
-            self._take_step(plan)
-        finally:
-            plan.forget()
+            if closure is not None:
+                refuse_closure(self)
+                with torch.enable_grad():
+                    loss = closure()
+            if self.in_backward is not None:
+                self.in_backward.finish()
+            else:
+                plan, self._plan = self._plan, None  # should the step not end
+                self._plan = advance(self, plan)
+        except BaseException:
+            forget_scale(self)
+            raise
         return loss
-
-    def _take_step(self, plan: Plan) -> None:
-        plan.read(self)
-        scale = 1.0
-        if self.max_norm is not None or self.nonfinite != "step":
-            self.grad_norm = norm = plan.total_norm()
-            if self.nonfinite != "step" and not math.isfinite(norm) and (names := self._nonfinite_gradients()):
-                if self.nonfinite == "raise":
-                    raise FloatingPointError(
-                        f"{type(self).__name__}: NaN or Inf in the gradient of {', '.join(names)}. Nothing has moved; "
-                        "nonfinite='skip' skips such steps."
-                    )
-                self.skipped_steps += 1
-                return
-            if self.max_norm is not None:
-                # As torch's clamp: a NaN norm stays NaN. Python's min(1, nan) is 1.
-                coefficient = self.max_norm / (norm + 1e-6)
-                scale = 1.0 if coefficient > 1 else coefficient
-        plan.set_scalars(self, scale)
-        if self._plan is None:
-            plan.prepare(self)
-        self._plan = None  # should the step not end
-        plan.run(self)
-        self._plan = plan
-        self.end_step()
-
-    def _nonfinite_gradients(self) -> list[str]:
-        """Names of the parameters whose gradients have a NaN or Inf."""
-        return [
-            self.name_of(param)
-            for group in self.param_groups
-            for param in group["params"]
-            if param.grad is not None and not _is_finite(param.grad)
-        ]
 
     # State.
 
@@ -284,6 +261,8 @@ class FirstOrder(Settling):
         if not torch.compiler.is_compiling():
             inherited = getattr(inherited, "__wrapped__", inherited)
         inherited(self, param_group)
+        if self.in_backward is not None:
+            self.in_backward.watch()
 
     def check_param(self, param: Tensor, group: Mapping[str, Any]) -> None:
         """Raise torch's errors for parameters that a group's options do not allow."""
@@ -368,7 +347,8 @@ class FirstOrder(Settling):
 
     def __getstate__(self) -> dict[str, Any]:
         self.write_schedules()
-        ours = ("max_norm", "nonfinite", "backend", "state_dtype", "sparse", "skipped_steps", "grad_norm", "_patterns")
+        options = ("max_norm", "nonfinite", "backend", "state_dtype", "sparse", "amp")
+        ours = (*options, "skipped_steps", "grad_norm", "_patterns")
         return {**super().__getstate__(), **{name: getattr(self, name) for name in ours}}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -378,6 +358,9 @@ class FirstOrder(Settling):
         self._plan = None
         takes = inspect.signature(type(self)).parameters
         self.__dict__.setdefault("sparse", None)
+        self._step_supports_amp_scaling = (
+            self.__dict__.setdefault("amp", None) == "fused" or self.in_backward is not None
+        )
         for table in self.__dict__.setdefault("tables", {}).values():
             table.forget_schedule()
         for group in self.param_groups:
@@ -391,7 +374,3 @@ class FirstOrder(Settling):
 
 _hooked_step = Optimizer.profile_hook_step(FirstOrder._step)
 _untraced_step = _disable_dynamo(FirstOrder.step)
-
-
-def _is_finite(grad: Tensor) -> bool:
-    return bool(torch.isfinite(clip.summed(grad)).all())

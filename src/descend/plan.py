@@ -15,7 +15,7 @@ from torch import Tensor
 from descend import clip, kernels
 from descend.kernels import eager
 from descend.kernels.chunks import Launch, StoredNumbers
-from descend.kernels.probe import Cell, make_probe
+from descend.kernels.probe import Cell, PythonProbe, make_probe
 from descend.signature import signature
 from descend.sparse import SparseUpdate, warm_up_rows
 from descend.state import State
@@ -30,6 +30,13 @@ class Placement(NamedTuple):
     name: str
     backend: str
     reason: str
+
+
+class Place(NamedTuple):
+    """Where a parameter stands in the groups."""
+
+    group: int
+    position: int
 
 
 class _Entry(NamedTuple):
@@ -67,25 +74,35 @@ class Plan:
 
     Making a plan validates everything and touches nothing. ``prepare`` then makes the state that is missing, and
     ``run`` takes one step. ``holds`` tells whether the next step may use the same plan.
+
+    Args:
+        optimizer: whose parameters they are.
+        only_with_grad: leave out parameters without a gradient. Default: True.
+        place: of the one parameter to plan for. Default: all parameters of all groups.
     """
 
-    def __init__(self, optimizer: FirstOrder, only_with_grad: bool = True) -> None:
+    def __init__(self, optimizer: FirstOrder, only_with_grad: bool = True, place: Place | None = None) -> None:
+        self._place = place
+        self._is_prepared = False
         self._request = optimizer.requested_backend()
         self._state = optimizer.state
         if isinstance(self._state, State) and self._state.owner() is not optimizer:
             self._state.exposed = True  # two optimizers write it: neither knows of the other's steps
         self._groups = [
-            (list(group["params"]), optimizer.rule_for(group), bool(group.get("differentiable")))
-            for group in optimizer.param_groups
+            (index, list(params), optimizer.rule_for(group), bool(group.get("differentiable")))
+            for index, group, params in self._listed(optimizer.param_groups)
         ]
         entries: list[_Entry] = []
-        for index, (params, rule, _) in enumerate(self._groups):
+        for index, params, rule, differentiable in self._groups:
             for param in params:
                 if not only_with_grad or param.grad is not None:
-                    entries.append(self._entry(optimizer, index, rule, param))
+                    entries.append(self._entry(optimizer, index, rule, param, differentiable))
         self._entries = self._keep_order_of_overlaps(entries)
-        if self._request == "cpu":
-            self._refuse_eager(optimizer)
+        if self._request == "cpu" and (entry := next((entry for entry in self._entries if entry.reason), None)):
+            raise RuntimeError(
+                f"{type(optimizer).__name__}: backend='cpu' cannot run {optimizer.name_of(entry.param)}: "
+                f"{entry.reason}. Use backend='auto' to run such parameters eagerly."
+            )
         self._eager = [entry for entry in self._entries if entry.reason and not entry.sparse]
         self._sparse = []
         self._one_by_one: list[_Entry | SparseUpdate] = []  # in the order of the groups: they may share memory
@@ -98,7 +115,14 @@ class Plan:
         self._sort_into_launches(optimizer)
         self._probe: Any = None
 
-    def _entry(self, optimizer: FirstOrder, index: int, rule: Any, param: Tensor) -> _Entry:
+    def _listed(self, groups: list[dict[str, Any]]) -> list[tuple[int, dict[str, Any], list[Tensor]]]:
+        """The groups this plan is about, each with its index and those of its parameters that are meant."""
+        if self._place is None:
+            return [(index, group, group["params"]) for index, group in enumerate(groups)]
+        index, position = self._place
+        return [(index, group, group["params"][position : position + 1]) for group in groups[index : index + 1]]
+
+    def _entry(self, optimizer: FirstOrder, index: int, rule: Any, param: Tensor, differentiable: bool) -> _Entry:
         optimizer.check_param(param, optimizer.param_groups[index])
         found = dict.get(self._state, param) or {}
         names = signature(rule).state
@@ -110,7 +134,7 @@ class Plan:
                     "(untyped_storage().resize_). Restore it before the step, or set the gradient to None."
                 )
         sparse = optimizer.meaning_of_sparse(param, optimizer.param_groups[index])
-        if self._groups[index][2]:
+        if differentiable:
             reason: str | None = "differentiable=True"
         elif self._request == "eager":
             reason = "backend='eager'"
@@ -131,25 +155,10 @@ class Plan:
             for tensor, is_written in ((entry.param, True), (entry.param.grad, False), *((s, True) for s in state)):
                 if tensor is not None and (found := kernels.span(tensor)):
                     spans.append((*found, is_written, i))
-        if not spans:
-            return entries
-        start, end, written, owner = np.array(sorted(spans), np.int64).T
-        # A cluster begins where everything before has ended.
-        begins = np.flatnonzero(np.r_[True, start[1:] >= np.maximum.accumulate(end)[:-1]])
-        members = np.diff(np.r_[begins, len(start)])
-        shared = (members > 1) & (np.add.reduceat(written, begins) > 0)
-        for i in {int(i) for i in owner[np.repeat(shared, members)]}:
+        for i in kernels.meeting(spans):
             if not entries[i].reason:
                 entries[i] = entries[i]._replace(reason="shares memory with another tensor of the step")
         return entries
-
-    def _refuse_eager(self, optimizer: FirstOrder) -> None:
-        for entry in self._entries:
-            if entry.reason:
-                raise RuntimeError(
-                    f"{type(optimizer).__name__}: backend='cpu' cannot run {optimizer.name_of(entry.param)}: "
-                    f"{entry.reason}. Use backend='auto' to run such parameters eagerly."
-                )
 
     def _sort_into_launches(self, optimizer: FirstOrder) -> None:
         sorted_entries: defaultdict[Any, list[_Entry]] = defaultdict(list)
@@ -201,14 +210,23 @@ class Plan:
         # Not finite, or finite with squares that overflow: the slower way can tell.
         return float(clip.norm([entry.param.grad for entry in self._entries], 2.0))  # type: ignore[misc]
 
+    def nonfinite_gradients(self, optimizer: FirstOrder) -> list[str]:
+        """Names of the parameters whose gradients have a NaN or Inf."""
+        return [
+            optimizer.name_of(entry.param)
+            for entry in self._entries
+            if entry.param.grad is not None and not clip.is_finite(entry.param.grad)
+        ]
+
     @torch.no_grad()
     def prepare(self, optimizer: FirstOrder) -> None:
-        """Make the missing state of the parameters that kernels update, and complete the tables."""
+        """Make the missing state of the parameters that kernels update, and complete the tables. Needed once."""
+        if self._is_prepared:
+            return
         cells: dict[Tensor, Cell] = {}
         self._params: list[Tensor] = []
         self._made: list[tuple[Tensor, str, Tensor]] = []
-        steps: list[Tensor] = []
-        kept: list[Tensor] = []
+        steps, kept = list[Tensor](), list[Tensor]()
         for launch, entries, rows, row_of in self._calls:
             tensors = []
             for place, entry in enumerate(entries):
@@ -231,19 +249,21 @@ class Plan:
                 steps.append(state["step"])
             self._params.append(update.param)
         self._steps, self._kept_numbers = StoredNumbers(steps), StoredNumbers(kept)
-        watched = [param for params, _, _ in self._groups for param in params]
+        watched = [param for _, params, _, _ in self._groups for param in params]
         made = [tensor for _, _, tensor in self._made]
         spans = np.concatenate([np.zeros((0, 2), np.int64), *(call.launch.written() for call in self._calls)])
         written = spans[np.argsort(spans[:, 0])]
-        self._probe = make_probe(watched, [cells.get(param) for param in watched], made, written)
+        # A native probe owns its tensors where the garbage collector cannot see it; steps inside backward hang on them.
+        kind = make_probe if self._place is None else PythonProbe
+        self._probe = kind(watched, [cells.get(param) for param in watched], made, written)
+        self._is_prepared = True
 
     def holds(self, optimizer: FirstOrder) -> bool:
         """Whether nothing this plan relies on has changed since it was made."""
-        groups = optimizer.param_groups
-        if len(groups) != len(self._groups) or optimizer.requested_backend() != self._request:
+        groups = self._listed(optimizer.param_groups)
+        if not self._is_prepared or len(groups) != len(self._groups) or optimizer.requested_backend() != self._request:
             return False
-        for group, (params, rule, differentiable) in zip(groups, self._groups, strict=True):
-            listed = group["params"]
+        for (_, group, listed), (_, params, rule, differentiable) in zip(groups, self._groups, strict=True):
             if (
                 len(listed) != len(params)
                 or not all(map(is_, listed, params))
@@ -254,7 +274,7 @@ class Plan:
         if optimizer.state is not self._state:
             return False
         for update in self._sparse:
-            if optimizer.meaning_of_sparse(update.param, groups[update.group]) != update.meaning:
+            if optimizer.meaning_of_sparse(update.param, optimizer.param_groups[update.group]) != update.meaning:
                 return False
         exposed = not isinstance(self._state, State) or self._state.exposed
         if exposed and not self._state_is_ours():
@@ -370,19 +390,6 @@ class Plan:
             )
             for entry in self._entries
         ]
-
-
-def warmup(optimizer: FirstOrder) -> None:
-    """Compile, or load from disk, all that ``optimizer.step`` will need, so that the first step is fast.
-
-    Gradients are assumed to have their parameters' dtypes where there are none yet. State is not touched.
-
-    Example:
-        >>> from descend import AdamW
-        >>> optimizer = AdamW([torch.zeros(3, requires_grad=True)])
-        >>> warmup(optimizer)
-    """
-    Plan(optimizer, only_with_grad=False).warm_up(optimizer)
 
 
 def _signed(scale: float, group: Mapping[str, Any]) -> float:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -44,6 +45,18 @@ def span(tensor: Tensor) -> tuple[int, int] | None:
         return start, start + tensor.nbytes
     last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
     return start, start + (last + 1) * tensor.itemsize
+
+
+def meeting(spans: Sequence[tuple[int, int, bool, int]]) -> set[int]:
+    """Owners of spans of memory ``(start, end, is written, owner)`` that meet others, where at least one is written."""
+    if not spans:
+        return set()
+    start, end, written, owner = np.array(sorted(spans), np.int64).T
+    # A cluster begins where everything before has ended.
+    begins = np.flatnonzero(np.r_[True, start[1:] >= np.maximum.accumulate(end)[:-1]])
+    members = np.diff(np.r_[begins, len(start)])
+    shared = (members > 1) & (np.add.reduceat(written, begins) > 0)
+    return set(owner[np.repeat(shared, members)].tolist())
 
 
 def is_freed(tensor: Tensor) -> bool:
