@@ -25,6 +25,7 @@ from descend.kernels.memory import (
 
 AHEAD = 32  # rows between asking for memory and using it
 TASK = 32  # bytes of a row of the table of sums
+TAKEN = 8  # sums that a thread takes at a time: neighbours, so that it reads what it has asked for
 
 
 def _place_out_of_range(indices: int, places: int, dims: int, sizes: int) -> int:
@@ -189,30 +190,31 @@ def sums_kernel(dtype: torch.dtype) -> str:
         mask, values = (1 << load_int(call, 3)) - 1, load_int(call, 4)
         buffer, length, places = load_int(call, 6), load_int(call, 7), load_int(call, 8)
         while True:
-            number = take(call + 40, 1)
-            if number >= count:
+            begin = take(call + 40, TAKEN)
+            if begin >= count:
                 break
-            task = tasks + TASK * number
-            first, end, target = load_int(task, 0), load_int(task, 0) + load_int(task, 1), load_int(task, 2)
-            is_slots = load_int(task, 3)
-            total = buffer + size * length * target
-            for i in range(first, end):
-                if is_slots == 1:
-                    source = buffer + size * length * i
-                else:
-                    source = values + size * length * (load_int(keys, i) & mask)
-                    if i + AHEAD < places:  # most likely of the next sum
-                        coming = (values + size * length * (load_int(keys, i + AHEAD) & mask),)
-                        for j in range(0, min(length, PREFETCHED), 64 // size):
-                            prefetch(coming, j)
-                where = (total, source)
-                if i == first:
-                    for j in range(length):
-                        store(where, j, load(where, j)[1])
-                else:
-                    for j in range(length):
-                        value = load(where, j)
-                        store(where, j, value[0] + value[1])
+            for number in range(begin, min(begin + TAKEN, count)):
+                task = tasks + TASK * number
+                first, end, target = load_int(task, 0), load_int(task, 0) + load_int(task, 1), load_int(task, 2)
+                is_slots = load_int(task, 3)
+                total = buffer + size * length * target
+                for i in range(first, end):
+                    if is_slots == 1:
+                        source = buffer + size * length * i
+                    else:
+                        source = values + size * length * (load_int(keys, i) & mask)
+                        if i + AHEAD < places:  # most likely of the next sum
+                            coming = (values + size * length * (load_int(keys, i + AHEAD) & mask),)
+                            for j in range(0, min(length, PREFETCHED), 64 // size):
+                                prefetch(coming, j)
+                    where = (total, source)
+                    if i == first:
+                        for j in range(length):
+                            store(where, j, load(where, j)[1])
+                    else:
+                        for j in range(length):
+                            value = load(where, j)
+                            store(where, j, value[0] + value[1])
 
     return assembly(kernel, OPTIONS)
 
