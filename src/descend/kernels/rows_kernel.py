@@ -264,7 +264,8 @@ def stale_kernel() -> str:
                 n_steps += 1
             store_int(rows, n_rows, row)
             n_rows += 1
-            for begin in range(0, length, most):
+            begin = 0
+            while begin < length:
                 if last > 0:
                     chunk = used + ROW * n_used
                     n_used += 1
@@ -277,6 +278,7 @@ def stale_kernel() -> str:
                 store_int(chunk, 3, min(most, length - begin))
                 store_int(chunk, 4, position)
                 store_int(chunk, 5, 1)
+                begin += most
         for i in range(n_steps):
             store_int(positions, load_int(distinct, i) - start, -1)
         store_int(call, 22, n_used)
