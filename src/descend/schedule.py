@@ -22,8 +22,11 @@ from __future__ import annotations
 
 import math
 from array import array
+from typing import Any
 
 import numpy as np
+
+from descend.kernels import loops
 
 BLOCK = 256  # steps whose sums are settled together
 FORGOTTEN = 1e-8  # where so little is left of the first average, a row does not move any more
@@ -122,7 +125,6 @@ class Schedule:
         rows = since - self.start
         return rows, self._later[np.minimum(rows // BLOCK, self._settled)]
 
-    @np.errstate(all="ignore")  # D overflows if lr * weight_decay stays above 2, as the parameters do
     def _update(self) -> None:
         """Settle the blocks that can be, and sum anew up to the current step for the others."""
         if self._until == self.steps:
@@ -132,75 +134,79 @@ class Schedule:
             more = done + done // 2 + BLOCK - self._tables.shape[1]
             self._tables = np.concatenate([self._tables, np.empty((len(self._tables), more, 5))], 1)
         while (first := self._settled * BLOCK) + self._span <= done:
-            sums = self._sums(first, first + self._span)
-            self._between = np.append(self._between * sums[0, -BLOCK, 0], 1.0)
-            self._put(first, sums[:, :BLOCK])
+            self._sum(first, first + self._span)
+            self._between = np.append(self._between * self._tables[0, first + self._span - BLOCK, 0], 1.0)
             self._settled += 1
-        sums = self._sums(first, done)
-        self._put(first, sums)
-        end = self._span - BLOCK  # of the last settled block, in this one's rows
-        self._later = np.append(self._between * (sums[0, end, 0] if first + end < done else 1.0), 1.0)
+        self._sum(first, done)
+        end = first + self._span - BLOCK  # of the sums of the last settled block
+        self._later = np.append(self._between * (self._tables[0, end, 0] if end < done else 1.0), 1.0)
         self._until = self.steps
 
-    def _put(self, first: int, sums: np.ndarray) -> None:
-        if len(sums) > len(self._tables):
+    def _sum(self, first: int, last: int) -> None:
+        """Write what the rows current at steps first..last-1, counted from start, have missed when ``last`` is done."""
+        history = np.array(self._history[2 * first : 2 * last])
+        known = np.array([self.beta1, self.beta2, self.eps, self.start + first, 1.0, 0.0])
+        loops.run(_missed, history, known, self._tables[0, first:last])
+        has_negative = known[5] == 1
+        if has_negative and len(self._tables) == 1:
             self._tables = np.concatenate([self._tables, self._tables])
             self._tables[1] = self._idle
-        rows = self._tables[:, first : first + sums.shape[1]]
-        rows[: len(sums)] = sums
-        rows[len(sums) :] = self._idle
-
-    def _sums(self, first: int, last: int) -> np.ndarray:
-        """What the rows current at steps first..last-1 have missed when step ``last`` is done, counted from start.
-
-        Returns:
-            Shape (1 or 2, last - first, 5): D, weight, e * eps, weight, e * eps; for the weights above and below zero.
-        """
-        lr, weight_decay = np.array(self._history[2 * first : 2 * last]).reshape(-1, 2).T
-        count = np.arange(1.0, last - first + 1)
-        steps = self.start + first + count
-        shrink = np.multiply.accumulate((1 - lr * weight_decay)[::-1])[::-1]
-        bias2 = np.sqrt(-np.expm1(self._log2 * steps))
-        ratio = self.beta1 / math.sqrt(self.beta2)
-        weights = ratio * lr * bias2 / -np.expm1(self._log1 * steps)
-        weights[:-1] *= shrink[1:]
-        # log e as the first row has it; a later row is further to the right by what the second average fades less.
-        places = np.log(bias2) - self._log2 / 2 * count
-        shift = -self._log2 / 2 * (count - 1)
-        low, high = places - shift, np.minimum(places[-1] - shift, LARGEST)
-        right = places - places[-1]
-        powers = np.stack([np.ones_like(right), right, right * right, right * right * right])
-        signs = (1, -1) if (weights < 0).any() else (1,)
-        sums = np.ones((len(signs), last - first, 5))
-        sums[0, :, 0] = shrink
-        for table, sign in zip(sums, signs, strict=True):
-            moments = _discounted(np.maximum(sign * weights, 0) * powers, ratio)
-            shares, nodes = _two_nodes(moments)
-            table[:, 1::2] = (sign * shares * moments[0]).T
-            # Rounding, where only one step counts, must not lead away from it.
-            table[:, 2::2] = self.eps * np.exp(np.clip(nodes + places[-1] - shift, low, high)).T
-        return sums
+        for rows in self._tables[1:, first:last]:
+            if has_negative:
+                known[4] = -1.0
+                loops.run(_missed, history, known, rows)
+                rows[:, 0] = 1.0  # D is in the first table
+            else:
+                rows[:] = self._idle
 
 
-def _discounted(terms: np.ndarray, ratio: float) -> np.ndarray:
-    """Sum over j >= i of ``ratio**(j - i) * terms[..., j]``, for all i.
+def _missed(history: Any, known: Any, table: Any) -> None:
+    """What rows have missed that are current at steps in a row, when the last of these steps is done.
 
-    By doubling the number of summands: a cumulative sum divided by powers of ratio would underflow.
+    It runs at every step that reads rows, so it is compiled: in NumPy it would be sixty operations on short arrays.
+
+    Args:
+        history: lr and weight_decay of n steps.
+        known: beta1, beta2, eps; the number of steps before these; the sign, 1 or -1, of the weights that are summed.
+            One more number is set to 1 if there are weights of the other sign.
+        table: set to n times D, weight, e * eps, weight, e * eps.
     """
-    sums, reach = terms.copy(), 1
-    while reach < terms.shape[-1]:
-        sums[..., :-reach] += ratio * sums[..., reach:]
-        reach, ratio = 2 * reach, ratio * ratio
-    return sums
+    beta1, beta2, eps, before, sign = known[0], known[1], known[2], known[3], known[4]
+    log1, log2 = math.log(beta1) if beta1 > 0 else -math.inf, math.log(beta2)
+    ratio = beta1 / math.sqrt(beta2)
+    steps, shrink, after = len(history) // 2, 1.0, 0.0
+    last = math.log(-math.expm1(log2 * (before + steps))) / 2
+    # Sums of a row's weights, and of their moments: log e, counted from that of the row's first step.
+    total, first, second, third = 0.0, 0.0, 0.0, 0.0
+    for i in range(steps - 1, -1, -1):
+        lr, weight_decay, step = history[2 * i], history[2 * i + 1], before + i + 1
+        bias2 = -math.expm1(log2 * step)
+        low, high = math.log(bias2) / 2 - log2 / 2, min(last - log2 / 2 * (steps - i), LARGEST)
+        # For this row all later steps are further away, and weigh less, than for the row after it.
+        move, after = after - low - log2 / 2, low
+        third = ratio * (third + move * (3 * second + move * (3 * first + move * total)))
+        second = ratio * (second + move * (2 * first + move * total))
+        first = ratio * (first + move * total)
+        weight = sign * ratio * lr * math.sqrt(bias2) / -math.expm1(log1 * step) * shrink
+        total = ratio * total + max(weight, 0.0)
+        if weight < 0:
+            known[5] = 1.0
+        shrink *= 1 - lr * weight_decay
+        share, left, right = _two_nodes(total, first, second, third)
+        table[5 * i] = shrink
+        table[5 * i + 1] = sign * (1 - share) * total
+        # Rounding, where only one step counts, must not lead away from it.
+        table[5 * i + 2] = eps * math.exp(min(max(low + left, low), high))
+        table[5 * i + 3] = sign * share * total
+        table[5 * i + 4] = eps * math.exp(min(max(low + right, low), high))
 
 
-def _two_nodes(moments: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The two-point Gauss quadrature with the moments 0 to 3, shape (4, n): shares of the total, and nodes, (2, n)."""
-    total = np.where(moments[0] == 0, 1.0, moments[0])
-    mean, square, cube = moments[1:] / total
-    variance = np.maximum(square - mean * mean, 1e-30)
-    spread = np.sqrt(variance)
+def _two_nodes(total: float, first: float, second: float, third: float) -> tuple[float, float, float]:
+    """The two-point Gauss quadrature with these moments: the right node's share of the total, and both nodes."""
+    total = total if total != 0 else 1.0
+    mean, square, cube = first / total, second / total, third / total
+    variance = max(square - mean * mean, 1e-30)
+    spread = math.sqrt(variance)
     skew = (cube - (3 * square - 2 * mean * mean) * mean) / (2 * variance * spread)
-    root = np.sqrt(1 + skew * skew)
-    above = 0.5 - 0.5 * skew / root
-    return np.stack([1 - above, above]), mean + spread * np.stack([skew - root, skew + root])
+    root = math.sqrt(1 + skew * skew)
+    return 0.5 - 0.5 * skew / root, mean + spread * (skew - root), mean + spread * (skew + root)

@@ -29,6 +29,7 @@ from numba.core.untyped_passes import IRProcessing
 from descend import ops
 from descend.kernels import native
 from descend.kernels.memory import (
+    arrays_loader,
     chunk_addresses,
     load_double,
     load_int,
@@ -209,6 +210,18 @@ def stored_numbers_kernel(dtype: torch.dtype) -> str:
         store_int(call, 4, 1)
 
     return assembly(kernel, OPTIONS)
+
+
+def loop_kernel(function: Any, arrays: int) -> str:
+    """LLVM assembly of a plain function of float64 arrays. A call receives addresses and lengths, array by array."""
+    exactly = {"error_model": "numpy"}  # what it does must not be less precise than in Python
+    run = retarget(function, {}, njit(**exactly))
+    load = arrays_loader(arrays)
+
+    def kernel(call: int) -> None:
+        run(*load(call))
+
+    return assembly(kernel, exactly)
 
 
 def assembly(kernel: Any, options: dict[str, Any]) -> str:

@@ -89,6 +89,19 @@ def rows(name: str, *dtypes: torch.dtype) -> int:
 
 
 @cache
+def loop(function: FunctionType, arrays: int) -> int:
+    """A plain function of so many float64 arrays, see ``loops``."""
+
+    def compile_loop() -> str:
+        from descend.kernels import cpu
+
+        return cpu.loop_kernel(function, arrays)
+
+    key = f"loop|{_sources()}|{fingerprint(function, _OPS)}|{arrays}"
+    return native.load(function.__name__.strip("_"), key, compile_loop)
+
+
+@cache
 def _sources() -> str:
     """A digest of the code that writes kernels: editing it makes every kernel new."""
     folder = files("descend.kernels")

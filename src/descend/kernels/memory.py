@@ -12,6 +12,7 @@ import numba.extending
 import torch
 from llvmlite import ir as llvm_ir
 from numba.core import cgutils, errors, types
+from numba.np import arrayobj
 
 intrinsic: Any = numba.extending.intrinsic
 
@@ -198,6 +199,32 @@ def numbers_loader(count: int, compute: torch.dtype) -> Any:
             return _pack(context, builder, values, COMPUTED[compute])
 
         return types.UniTuple(COMPUTED[compute], count)(types.int64, types.int64), generate
+
+    return load
+
+
+def arrays_loader(count: int) -> Any:
+    """Arrays of float64, from pairs of address and length."""
+    kind = types.Array(types.float64, 1, "C")
+
+    @intrinsic
+    def load(typing: Any, call: Any) -> Any:
+        def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+            arrays = []
+            for position in range(count):
+                address, length = (
+                    builder.load(_element(builder, args[0], llvm_ir.Constant(_I64, 2 * position + i), _I64))
+                    for i in (0, 1)
+                )
+                array = arrayobj.make_array(kind)(context, builder)
+                size = llvm_ir.Constant(_I64, 8)
+                arrayobj.populate_array(
+                    array, builder.inttoptr(address, _F64.as_pointer()), [length], [size], size, None
+                )
+                arrays.append(array._getvalue())
+            return _pack(context, builder, arrays, kind)
+
+        return types.UniTuple(kind, count)(types.int64), generate
 
     return load
 

@@ -252,7 +252,7 @@ class StaleRows:
             return None
         n_used, n_unused, n_rows, n_steps = numbers[22:]
         self._used, self._unused = used[: 6 * n_used].reshape(-1, 6), unused[: 6 * n_unused].reshape(-1, 6)
-        self.rows = rows[:n_rows]
+        self.rows, self._elements = rows[:n_rows], n_rows * length
         return distinct[:n_steps]
 
     @property
@@ -268,8 +268,9 @@ class StaleRows:
     def coast(self, param: Tensor, state: Sequence[Tensor], numbers: np.ndarray) -> None:
         """Apply ``coast`` to the rows found that have state; ``numbers``: for each distinct step, in each round."""
         chunks, rounds = self._used, len(numbers)
-        chunks[:, 4] *= rounds
-        chunks[:, 5] = rounds
+        if rounds > 1:
+            chunks[:, 4] *= rounds
+            chunks[:, 5] = rounds
         numbers = numbers.transpose(1, 0, 2).reshape(-1, numbers.shape[2])
         self._run(self._coast, chunks, numbers, param, param, *state)
 
@@ -282,7 +283,7 @@ class StaleRows:
             scalars = np.ones((len(numbers), numbers.shape[1] + 1), NUMPY[self._compute])
             scalars[:, 1:] = numbers
             addresses = np.array([[tensor.data_ptr() for tensor in tensors]], np.int64)
-            self._call.describe(chunks, len(chunks), addresses, scalars, int(chunks[:, 3].sum()))
+            self._call.describe(chunks, len(chunks), addresses, scalars, self._elements)
             self._call.run(kernel)
 
 

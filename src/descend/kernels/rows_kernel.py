@@ -25,6 +25,19 @@ from descend.kernels.memory import (
 
 AHEAD = 32  # rows between asking for memory and using it
 TASK = 32  # bytes of a row of the table of sums
+TAKEN = 8  # sums that a thread takes at a time: neighbours, so that it reads what it has asked for
+
+
+def _place_out_of_range(indices: int, places: int, dims: int, sizes: int) -> int:
+    """The first place whose index is out of range; the last if none is."""
+    for place in range(places):
+        for dim in range(dims):
+            if not 0 <= load_int(indices, dim * places + place) < load_int(sizes, dim):
+                return place
+    return places - 1
+
+
+_first_wrong: Any = njit(_place_out_of_range)
 
 
 def _sorted(call: int) -> int:
@@ -39,19 +52,25 @@ def _sorted(call: int) -> int:
     passes, digit = load_int(call, 8), load_int(call, 9)
     mask = (1 << digit) - 1
     store_int(call, 10, -1)
-    is_sorted, previous = True, -1
     for place in range(places):
-        row, is_valid = 0, True
-        for dim in range(dims):
-            index, size = load_int(indices, dim * places + place), load_int(sizes, dim)
-            is_valid = is_valid and 0 <= index < size
-            row = row * size + index
-        if not is_valid:
-            store_int(call, 10, place)
-            return int(keys)
-        is_sorted, previous = is_sorted and previous <= row, row
+        store_int(keys, place, 0)
+    wrong = 0  # negative if any index is; loops without branches are vectorised
+    for dim in range(dims):
+        size = load_int(sizes, dim)
+        for place in range(places):
+            index = load_int(indices, dim * places + place)
+            wrong |= index | size - 1 - index
+            store_int(keys, place, load_int(keys, place) * size + index)
+    if wrong < 0:
+        store_int(call, 10, _first_wrong(indices, places, dims, sizes))
+        return int(keys)
+    falls, previous = 0, 0  # negative if a row is smaller than the one before
+    for place in range(places):
+        row = load_int(keys, place)
+        falls |= row - previous
+        previous = row
         store_int(keys, place, row << bits | place)
-    for turn in range(0 if is_sorted else passes):
+    for turn in range(passes if falls < 0 else 0):
         shift = bits + turn * digit
         for value in range(mask + 1):
             store_int(counts, value, 0)
@@ -135,7 +154,8 @@ def touched_kernel() -> str:
                 slots += 1
             store_int(rows, n_rows, row)
             n_rows += 1
-            for begin in range(0, length, most):
+            begin = 0
+            while begin < length:  # range would divide
                 chunk = chunks + ROW * n_chunks
                 store_int(chunk, 0, tensor)
                 store_int(chunk, 1, row * length + begin)
@@ -144,6 +164,7 @@ def touched_kernel() -> str:
                 store_int(chunk, 4, 0)
                 store_int(chunk, 5, 1)
                 n_chunks += 1
+                begin += most
         store_int(call, 22, n_chunks)
         store_int(call, 23, n_rows)
         store_int(call, 24, n_sums)
@@ -169,30 +190,31 @@ def sums_kernel(dtype: torch.dtype) -> str:
         mask, values = (1 << load_int(call, 3)) - 1, load_int(call, 4)
         buffer, length, places = load_int(call, 6), load_int(call, 7), load_int(call, 8)
         while True:
-            number = take(call + 40, 1)
-            if number >= count:
+            begin = take(call + 40, TAKEN)
+            if begin >= count:
                 break
-            task = tasks + TASK * number
-            first, end, target = load_int(task, 0), load_int(task, 0) + load_int(task, 1), load_int(task, 2)
-            is_slots = load_int(task, 3)
-            total = buffer + size * length * target
-            for i in range(first, end):
-                if is_slots == 1:
-                    source = buffer + size * length * i
-                else:
-                    source = values + size * length * (load_int(keys, i) & mask)
-                    if i + AHEAD < places:  # most likely of the next sum
-                        coming = (values + size * length * (load_int(keys, i + AHEAD) & mask),)
-                        for j in range(0, min(length, PREFETCHED), 64 // size):
-                            prefetch(coming, j)
-                where = (total, source)
-                if i == first:
-                    for j in range(length):
-                        store(where, j, load(where, j)[1])
-                else:
-                    for j in range(length):
-                        value = load(where, j)
-                        store(where, j, value[0] + value[1])
+            for number in range(begin, min(begin + TAKEN, count)):
+                task = tasks + TASK * number
+                first, end, target = load_int(task, 0), load_int(task, 0) + load_int(task, 1), load_int(task, 2)
+                is_slots = load_int(task, 3)
+                total = buffer + size * length * target
+                for i in range(first, end):
+                    if is_slots == 1:
+                        source = buffer + size * length * i
+                    else:
+                        source = values + size * length * (load_int(keys, i) & mask)
+                        if i + AHEAD < places:  # most likely of the next sum
+                            coming = (values + size * length * (load_int(keys, i + AHEAD) & mask),)
+                            for j in range(0, min(length, PREFETCHED), 64 // size):
+                                prefetch(coming, j)
+                    where = (total, source)
+                    if i == first:
+                        for j in range(length):
+                            store(where, j, load(where, j)[1])
+                    else:
+                        for j in range(length):
+                            value = load(where, j)
+                            store(where, j, value[0] + value[1])
 
     return assembly(kernel, OPTIONS)
 
@@ -242,7 +264,8 @@ def stale_kernel() -> str:
                 n_steps += 1
             store_int(rows, n_rows, row)
             n_rows += 1
-            for begin in range(0, length, most):
+            begin = 0
+            while begin < length:
                 if last > 0:
                     chunk = used + ROW * n_used
                     n_used += 1
@@ -255,6 +278,7 @@ def stale_kernel() -> str:
                 store_int(chunk, 3, min(most, length - begin))
                 store_int(chunk, 4, position)
                 store_int(chunk, 5, 1)
+                begin += most
         for i in range(n_steps):
             store_int(positions, load_int(distinct, i) - start, -1)
         store_int(call, 22, n_used)
