@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/ready
 
-.PHONY: demo test test-all check bench clean
+.PHONY: demo test test-all check parity bench clean
 
 demo: $(READY)  ## train a small network on handwritten digits with four optimizers
 	$(BIN)/descend compare digits --out runs/digits
@@ -19,6 +19,9 @@ check: $(READY)  ## format, lint, types
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+
+parity: $(READY)  ## write docs/parity.md anew
+	$(BIN)/python tests/parity/parity_table.py
 
 bench: $(READY)  ## speed against torch.optim, about ten minutes; evaluations against SciPy, about twenty
 	$(BIN)/python benchmarks/step.py
