@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
 from itertools import product
 from typing import Any, NamedTuple
@@ -11,7 +12,7 @@ from torch import Tensor
 
 from descend import SGD, Adam, AdamW, FirstOrder
 
-BACKENDS = ("cpu", "eager")
+BACKENDS = ("cpu", "eager") if "DESCEND_TEST_BACKEND" not in os.environ else (os.environ["DESCEND_TEST_BACKEND"],)
 SHAPES = ((), (0,), (7, 5), (129,))
 
 
