@@ -115,6 +115,7 @@ SHAPES = {
     "6x1": Shape(6 * ((1,),), burst=20, uncounted=5),
 }
 MODEL_SHAPES = ("64M", "gpt2", "resnet50", "1000x1000", "mlp")
+ROW_SHAPES = ("gpt2", "1000x1000")
 PYTHON_SHAPES = ("1000x1", "6x1")
 
 
@@ -124,20 +125,38 @@ class Method(NamedTuple):
     Attributes:
         name: of its class, here and in torch.
         traffic: how many numbers a step reads or writes for each number of the parameter.
+        peers: the ways in which torch runs it.
+        yardstick: the class in torch to time it against, where torch has none of this name.
     """
 
     name: str
     options: dict[str, Any]
     traffic: int
+    peers: tuple[str, ...] = (DEFAULT, FOREACH)
+    yardstick: str | None = None
 
 
+EVERY_PEER = (DEFAULT, FOREACH, FUSED)
 METHODS = {
     # Reads param, grad, exp_avg, exp_avg_sq; writes all but grad.
-    "adamw": Method("AdamW", {}, traffic=7),
-    "adam": Method("Adam", {}, traffic=7),
+    "adamw": Method("AdamW", {}, traffic=7, peers=EVERY_PEER),
+    "adam": Method("Adam", {}, traffic=7, peers=EVERY_PEER),
     # Reads param, grad, momentum_buffer; writes all but grad.
-    "sgd": Method("SGD", {"momentum": 0.9}, traffic=5),
+    "sgd": Method("SGD", {"momentum": 0.9}, traffic=5, peers=EVERY_PEER),
+    # The same with one or two state tensors of other names.
+    "nadam": Method("NAdam", {}, traffic=7),
+    "radam": Method("RAdam", {}, traffic=7),
+    "adamax": Method("Adamax", {}, traffic=7),
+    "adadelta": Method("Adadelta", {}, traffic=7),
+    "rprop": Method("Rprop", {}, traffic=7),
+    "adagrad": Method("Adagrad", {}, traffic=5, peers=EVERY_PEER),
+    "rmsprop": Method("RMSprop", {}, traffic=5),
+    "asgd": Method("ASGD", {}, traffic=5),
+    "lion": Method("Lion", {}, traffic=5, peers=EVERY_PEER, yardstick="AdamW"),
+    "adamwschedulefree": Method("AdamWScheduleFree", {}, traffic=7, peers=EVERY_PEER, yardstick="AdamW"),
 }
+# Timed on every shape and dtype, with and without clipping; the others on float32 in the two shapes that differ most.
+THOROUGH = ("adamw", "adam", "sgd")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
@@ -159,10 +178,9 @@ class Case(NamedTuple):
     def bytes_moved(self, shape: Shape) -> int:
         """Bytes that a step has to move, whoever takes it.
 
-        ``numel * itemsize * traffic``. Adam and AdamW read param, grad, exp_avg and exp_avg_sq and
-        write all but grad: 7. SGD with momentum reads param, grad and momentum_buffer and writes
-        all but grad: 5. Clipping reads grad once more, as the norm has to be known before the first
-        parameter moves.
+        ``numel * itemsize * traffic``. With two state tensors, as in Adam, a step reads param,
+        grad and state and writes all but grad: 7. With one, as in SGD with momentum: 5. Clipping
+        reads grad once more, as the norm has to be known before the first parameter moves.
         """
         traffic = METHODS[self.method].traffic + self.clip
         return shape.numel * DTYPES[self.dtype].itemsize * traffic
@@ -263,9 +281,14 @@ def contender(name: str, case: Case, values: list[Tensor]) -> Contender:
         max_norm = MAX_NORM if case.clip else None
         ours = getattr(descend, method.name)(params, **method.options, max_norm=max_norm)
         return Contender(ours.step, prepare)
-    peer = getattr(torch.optim, method.name)(params, **method.options, **PEERS[name])
+    peer = getattr(torch.optim, method.yardstick or method.name)(params, **method.options, **_flags(method, name))
     step = partial(clip_and_step, params, peer) if case.clip else peer.step
     return Contender(step, prepare)
+
+
+def _flags(method: Method, peer: str) -> dict[str, Any]:
+    """What makes torch run a method in one of its ways; most have no ``fused`` to turn off."""
+    return {flag: value for flag, value in PEERS[peer].items() if flag != "fused" or FUSED in method.peers}
 
 
 def draw_values(shape: Shape, dtype: str) -> list[Tensor]:
@@ -277,7 +300,7 @@ def draw_values(shape: Shape, dtype: str) -> list[Tensor]:
 def time_case(case: Case, shape: Shape, values: list[Tensor], pace: Pace) -> dict[str, Timing]:
     """Time ours and every peer on one case, and give the memory back."""
     gc.freeze()  # else each collection, in a timed step too, walks through all of torch's objects
-    contenders = {name: contender(name, case, values) for name in (OURS, *PEERS)}
+    contenders = {name: contender(name, case, values) for name in (OURS, *METHODS[case.method].peers)}
     timings = interleave(contenders, shape, pace)
     contenders.clear()
     gc.collect()  # gigabytes must not wait for it, should an optimizer be in a reference cycle

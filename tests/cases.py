@@ -2,15 +2,32 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 from collections.abc import Callable, Sequence
 from itertools import product
 from typing import Any, NamedTuple
 
+import textbook
 import torch
 from torch import Tensor
 
-from descend import SGD, Adam, AdamW, FirstOrder
+from descend import (
+    ASGD,
+    SGD,
+    Adadelta,
+    Adagrad,
+    Adam,
+    Adamax,
+    AdamW,
+    AdamWScheduleFree,
+    FirstOrder,
+    Lion,
+    NAdam,
+    RAdam,
+    RMSprop,
+    Rprop,
+)
 
 BACKENDS = ("cpu", "eager") if "DESCEND_TEST_BACKEND" not in os.environ else (os.environ["DESCEND_TEST_BACKEND"],)
 SHAPES = ((), (0,), (7, 5), (129,))
@@ -26,6 +43,10 @@ class Case(NamedTuple):
     def __str__(self) -> str:
         return "-".join([self.ours.__name__, *(f"{key}={value}" for key, value in self.options.items())])
 
+    def takes(self, option: str) -> bool:
+        """Whether the optimizer has an option of this name."""
+        return option in inspect.signature(self.ours).parameters
+
 
 # One line for each rule.
 CASES = [
@@ -36,7 +57,23 @@ CASES = [
     Case(Adam, torch.optim.Adam, dict(lr=0.01, amsgrad=True)),
     Case(AdamW, torch.optim.AdamW, dict(lr=0.01, weight_decay=0.1)),
     Case(AdamW, torch.optim.AdamW, dict(lr=0.01, weight_decay=0.1, amsgrad=True)),
+    Case(NAdam, torch.optim.NAdam, dict(lr=0.01, weight_decay=0.1)),
+    Case(RAdam, torch.optim.RAdam, dict(lr=0.01, weight_decay=0.1)),
+    Case(Adamax, torch.optim.Adamax, dict(lr=0.01, weight_decay=0.1)),
+    Case(Adagrad, torch.optim.Adagrad, dict(lr=0.1, lr_decay=0.1, initial_accumulator_value=0.2)),
+    Case(Adadelta, torch.optim.Adadelta, dict(weight_decay=0.1)),
+    Case(RMSprop, torch.optim.RMSprop, dict(lr=0.01, weight_decay=0.1)),
+    Case(RMSprop, torch.optim.RMSprop, dict(lr=0.01, alpha=0.5, momentum=0.9)),
+    Case(RMSprop, torch.optim.RMSprop, dict(lr=0.01, alpha=0.5, centered=True)),
+    Case(RMSprop, torch.optim.RMSprop, dict(lr=0.01, alpha=0.5, centered=True, momentum=0.5)),
+    Case(Rprop, torch.optim.Rprop, dict(lr=0.1)),
+    Case(ASGD, torch.optim.ASGD, dict(lr=0.1, lambd=0.1, t0=1)),
+    # With such betas no rounding decides about a sign.
+    Case(Lion, textbook.Lion, dict(lr=0.01, betas=(0.5, 0.75), weight_decay=0.1)),
+    Case(AdamWScheduleFree, textbook.AdamWScheduleFree, dict(lr=0.1, weight_decay=0.1, warmup_steps=3)),
 ]
+# What does not start at zero: the numbers in the state of NAdam and ASGD, the sums of Adagrad, the steps of Rprop.
+STARTING = [case for case in CASES if case.ours in (NAdam, Adagrad, Rprop, ASGD)]
 
 # Every combination of options that makes sense.
 EVERY_CASE = [
@@ -63,6 +100,50 @@ EVERY_CASE = [
     Case(Adam, torch.optim.Adam, dict(lr=0.1, betas=(0.0, 0.5), eps=1e-3)),
     Case(AdamW, torch.optim.AdamW, dict(lr=torch.tensor(0.01, dtype=torch.float64), betas=(0.5, 0.0), eps=1.0)),
     Case(SGD, torch.optim.SGD, dict(lr=torch.tensor([[0.1]]), momentum=0.5)),
+    *(
+        Case(ours, theirs, dict(lr=0.01, **decay, maximize=maximize))
+        for (ours, theirs), decay, maximize in product(
+            ((NAdam, torch.optim.NAdam), (RAdam, torch.optim.RAdam)),
+            ({}, dict(weight_decay=0.1), dict(weight_decay=0.1, decoupled_weight_decay=True)),
+            (False, True),
+        )
+    ),
+    Case(NAdam, torch.optim.NAdam, dict(betas=(0.5, 0.8), eps=1e-3, momentum_decay=0.2)),
+    Case(RAdam, torch.optim.RAdam, dict(betas=(0.5, 0.8), eps=1e-3)),
+    Case(RAdam, torch.optim.RAdam, dict(betas=(0.0, 0.5))),  # the variance is never finite
+    *(
+        Case(ours, theirs, dict(weight_decay=weight_decay, maximize=maximize))
+        for (ours, theirs), weight_decay, maximize in product(
+            (
+                (Adamax, torch.optim.Adamax),
+                (Adagrad, torch.optim.Adagrad),
+                (Adadelta, torch.optim.Adadelta),
+                (ASGD, torch.optim.ASGD),
+                (Lion, textbook.Lion),
+                (AdamWScheduleFree, textbook.AdamWScheduleFree),
+            ),
+            (0, 0.1),
+            (False, True),
+        )
+    ),
+    Case(Adamax, torch.optim.Adamax, dict(lr=0.1, betas=(0.5, 0.8), eps=1e-3)),
+    Case(Adagrad, torch.optim.Adagrad, dict(lr_decay=0.2, initial_accumulator_value=0.3, eps=1e-3)),
+    Case(Adadelta, torch.optim.Adadelta, dict(lr=0.5, rho=0.5, eps=1e-3)),
+    *(
+        Case(
+            RMSprop, torch.optim.RMSprop, dict(**kind, momentum=momentum, weight_decay=weight_decay, maximize=maximize)
+        )
+        for kind, momentum, weight_decay, maximize in product(
+            ({}, dict(centered=True)), (0, 0.9), (0, 0.1), (False, True)
+        )
+    ),
+    Case(RMSprop, torch.optim.RMSprop, dict(lr=0.1, alpha=0.5, eps=1e-3)),
+    Case(Rprop, torch.optim.Rprop, dict()),
+    Case(Rprop, torch.optim.Rprop, dict(lr=0.1, etas=(0.3, 1.9), step_sizes=(0.01, 0.2), maximize=True)),
+    Case(ASGD, torch.optim.ASGD, dict(lr=0.1, lambd=0.2, alpha=0.5, t0=10, weight_decay=0.1)),
+    Case(Lion, textbook.Lion, dict(lr=0.01, betas=(0.0, 0.8))),
+    Case(AdamWScheduleFree, textbook.AdamWScheduleFree, dict(lr=0.1, betas=(0.5, 0.8), eps=1e-3, warmup_steps=20)),
+    Case(AdamWScheduleFree, textbook.AdamWScheduleFree, dict(r=2.0, weight_lr_power=1.0, warmup_steps=10)),
 ]
 
 
@@ -129,9 +210,13 @@ def params_of(optimizer: torch.optim.Optimizer) -> list[Tensor]:
 
 
 def state_of(optimizer: torch.optim.Optimizer) -> dict[Any, Any]:
-    """The state of the parameters that are in a group, under their positions; looked at from outside."""
+    """The state of the parameters that are in a group, under their positions; looked at from outside.
+
+    Without that of parameters that have taken no step: torch's Adagrad makes it in the constructor.
+    """
     params = params_of(optimizer)
-    return {index: optimizer.state[param] for index, param in enumerate(params) if param in optimizer.state}
+    found = {index: optimizer.state[param] for index, param in enumerate(params) if param in optimizer.state}
+    return {index: state for index, state in found.items() if float(state.get("step", 1)) > 0}
 
 
 def assert_same_state(ours: dict[Any, Any], theirs: dict[Any, Any], rtol: float, atol: float) -> None:

@@ -63,7 +63,7 @@ def test_compare_trains_every_optimizer_alike(task: str, tmp_path: Path, capsys:
         "adamw:weight_decay=0.1",
         "torch.adamw:weight_decay=0.1",
     ]
-    assert ours["optimizer"] == "descend.first_order.AdamW"
+    assert ours["optimizer"] == "descend.first_order.adam.AdamW"
     assert ours["options"]["lr"] == TASKS[task].lr["adamw"]
     assert ours["options"]["weight_decay"] == 0.1
     assert ours["status"] == "finished"
@@ -123,8 +123,30 @@ def test_failing_optimizer_leaves_the_others(tmp_path: Path, capsys: pytest.Capt
     assert line.startswith("compare: torch.sparseadam failed after 0 steps: RuntimeError: ")
 
 
+def test_exact_curve_lies_on_the_dense_one(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "out"
+    assert main(["compare", "embeddings", "--steps", "10", "--batch-size", "64", "--out", str(out)]) == 0
+    results = read(out)
+    dense, exact, touched, torchs = results["runs"]
+    assert results["reference"] == dense["label"] == "torch.adamw"
+    assert dense["largest_difference"] == 0
+    assert exact["losses"] == pytest.approx(dense["losses"], rel=1e-5)
+    assert exact["test_loss"] == pytest.approx(dense["test_loss"], rel=1e-5)
+    for rows_only in (touched, torchs):
+        assert rows_only["largest_difference"] > 20 * exact["largest_difference"]
+    assert [run["helper"] for run in results["runs"]] == [None, None, None, "torch.optim.adam.Adam"]
+    assert "Largest diff.: of a loss to that of torch.adamw" in " ".join(capsys.readouterr().out.split())
+
+
+def test_dense_runs_have_no_reference(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    results = compare(tmp_path / "out", "digits", "sgd", "torch.adamw")
+    assert results["reference"] is None
+    assert [run["largest_difference"] for run in results["runs"]] == [None, None]
+    assert "diff." not in capsys.readouterr().out
+
+
 BAD = {
-    "digit": ["did you mean digits?", "digits, text"],
+    "digit": ["did you mean digits?", "digits, embeddings, text"],
     "digits --optimizer adamq": ["'adamq'", "did you mean adam", "torch.rmsprop"],
     "digits --optimizer torch.lbfgs": ["'torch.lbfgs'", "torch.adamw"],  # its step needs a closure
     "digits --optimizer firstorder": ["'firstorder'", "adamw"],
@@ -144,7 +166,7 @@ BAD = {
     "digits --stepz 3": ["--stepz", "--steps", "--threads"],
     "digits text": ["text"],
     "digits --out /dev/null/out": ["--out /dev/null/out", "Not a directory"],
-    "": ["TASK", "digits, text"],
+    "": ["TASK", "digits, text, embeddings"],
 }
 
 
@@ -265,6 +287,28 @@ def test_spec_takes_the_options_of_descend() -> None:
     assert found == ("eager", 1.0, "skip", torch.bfloat16)
 
 
+@pytest.mark.parametrize(
+    ("text", "is_sparse", "built"),
+    [
+        ("torch.adamw", False, ["AdamW"]),
+        ("adamw", False, ["AdamW"]),
+        ("adamw:sparse=none", False, ["AdamW"]),
+        ("sgd:lr=1,sparse=touched", True, ["SGD"]),
+        ("adam:sparse=exact", True, ["Adam"]),
+        ("sparseadam", True, ["SparseAdam", "Adam"]),
+        ("torch.sparseadam", True, ["SparseAdam", "Adam"]),
+    ],
+)
+def test_embeddings_have_the_gradients_that_suit(text: str, is_sparse: bool, built: list[str]) -> None:
+    table = torch.nn.Embedding(5, 2, sparse=not is_sparse)
+    [spec] = specs.parse_all([text], LR)
+    optimizers = spec.build_for(torch.nn.Sequential(table, torch.nn.Linear(2, 3)))
+    assert table.sparse == is_sparse
+    assert [type(optimizer).__name__ for optimizer in optimizers] == built
+    assert len({type(optimizer).__module__.partition(".")[0] for optimizer in optimizers}) == 1
+    assert sum(len(group["params"]) for optimizer in optimizers for group in optimizer.param_groups) == 3
+
+
 def test_spec_with_open_bracket_is_refused() -> None:
     with pytest.raises(UsageError, match=r"got '\(0\.8'"):
         specs.parse_all(["torch.adamw:betas=(0.8,0.9"], LR)
@@ -272,6 +316,7 @@ def test_spec_with_open_bracket_is_refused() -> None:
 
 def test_every_listed_optimizer_builds() -> None:
     """``--help`` lists them: each needs nothing but parameters."""
+    assert {"lion", "muon", "torch.muon"} & {*specs.classes()} == {"lion", "torch.muon"}  # no class has two names
     for name in specs.classes():
         [spec] = specs.parse_all([name], {})
         assert spec.build([torch.nn.Parameter(torch.ones(2, 2))]).param_groups

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from cases import CASES, Case, Twins, give_grads, leaves, params_of
+from cases import CASES, STARTING, Case, Twins, give_grads, leaves, params_of
 
 from descend import Adam
 from descend.kernels import probe
@@ -173,7 +173,7 @@ EDITS: list[Callable[[Any], None]] = [
 
 
 @pytest.mark.parametrize("edit", EDITS, ids=lambda edit: edit.__name__)
-@pytest.mark.parametrize("case", [CASES[1], CASES[3], CASES[6]], ids=str)
+@pytest.mark.parametrize("case", [CASES[1], CASES[3], CASES[6], *STARTING], ids=str)
 @pytest.mark.usefixtures("either_probe")
 def test_edit_acts_as_in_torch(case: Case, edit: Callable[[Any], None]) -> None:
     twins = Twins(case)
@@ -193,6 +193,12 @@ TOGGLES = [
     (CASES[2], dict(nesterov=False), False),
     (CASES[2], dict(momentum=0.5), False),
     (CASES[1], dict(dampening=0.0, nesterov=True), False),
+    (CASES[13], dict(momentum=0.0), False),
+    (CASES[15], dict(momentum=0.0), False),
+    (CASES[7], dict(decoupled_weight_decay=True), False),
+    (CASES[7], dict(momentum_decay=0.5), False),
+    (CASES[17], dict(t0=4, alpha=0.5, lambd=0.01), False),
+    (CASES[10], dict(lr_decay=0.5), False),
 ]
 
 
@@ -215,6 +221,23 @@ def test_option_toggled_between_steps_acts_as_in_torch(case: Case, change: dict[
             twins.edit(toggle)
         if seed == 5:
             twins.edit(toggle_back)
+    twins.assert_equal()
+
+
+@pytest.mark.parametrize("change", [dict(momentum=0.9), dict(centered=True)], ids=str)
+def test_rmsprop_starts_at_zero_what_is_turned_on_in_mid_run(change: dict[str, Any]) -> None:
+    twins = Twins(CASES[12])
+    twins.step(0)
+
+    def turn_on(optimizer: Any) -> None:
+        optimizer.param_groups[0].update(change)
+        if isinstance(optimizer, torch.optim.RMSprop):  # torch: KeyError
+            for param, state in optimizer.state.items():
+                state["momentum_buffer" if "momentum" in change else "grad_avg"] = torch.zeros_like(param)
+
+    twins.edit(turn_on)
+    for seed in range(1, 3):
+        twins.step(seed)
     twins.assert_equal()
 
 

@@ -9,7 +9,24 @@ import pytest
 import torch
 from cases import assert_unmoved, give_grads, leaves, params_of, snapshot
 
-from descend import SGD, Adam, AdamW, FirstOrder, from_rule
+import descend
+from descend import (
+    ASGD,
+    SGD,
+    Adadelta,
+    Adagrad,
+    Adam,
+    Adamax,
+    AdamW,
+    AdamWScheduleFree,
+    FirstOrder,
+    Lion,
+    NAdam,
+    RAdam,
+    RMSprop,
+    Rprop,
+    from_rule,
+)
 
 NAN = float("nan")
 
@@ -45,7 +62,48 @@ BAD_OPTIONS = [
             (dict(weight_decay=-1), "Invalid weight_decay value: -1"),
         ]
     ),
+    *(
+        (optimizer, options, message)
+        for optimizer in (NAdam, RAdam, Adamax, Adagrad, RMSprop, Adadelta, Rprop, ASGD)
+        for options, message in [
+            (dict(lr=-1.0), "Invalid learning rate: -1.0"),
+            (dict(lr=torch.ones(2)), "Tensor lr must be 1-element"),
+        ]
+    ),
+    *(
+        (optimizer, options, message)
+        for optimizer in (NAdam, RAdam, Adamax)
+        for options, message in [
+            (dict(betas=(1.0, 0.9)), "Invalid beta parameter at index 0: 1.0"),
+            (dict(betas=(0.9, -0.1)), "Invalid beta parameter at index 1: -0.1"),
+            (dict(eps=-1e-8), "Invalid epsilon value: -1e-08"),
+            (dict(weight_decay=-1), "Invalid weight_decay value: -1"),
+        ]
+    ),
+    (NAdam, dict(momentum_decay=-0.1), "Invalid momentum_decay value: -0.1"),
+    (Adagrad, dict(lr_decay=-0.1), "Invalid lr_decay value: -0.1"),
+    (Adagrad, dict(weight_decay=-0.1), "Invalid weight_decay value: -0.1"),
+    (Adagrad, dict(initial_accumulator_value=-0.1), "Invalid initial_accumulator_value value: -0.1"),
+    (Adagrad, dict(eps=-0.1), "Invalid epsilon value: -0.1"),
+    (RMSprop, dict(eps=-0.1), "Invalid epsilon value: -0.1"),
+    (RMSprop, dict(momentum=-0.1), "Invalid momentum value: -0.1"),
+    (RMSprop, dict(weight_decay=-0.1), "Invalid weight_decay value: -0.1"),
+    (RMSprop, dict(alpha=-0.1), "Invalid alpha value: -0.1"),
+    (Adadelta, dict(rho=-0.1), "Invalid rho value: -0.1"),
+    (Adadelta, dict(rho=1.5), "Invalid rho value: 1.5"),
+    (Adadelta, dict(eps=-0.1), "Invalid epsilon value: -0.1"),
+    (Adadelta, dict(weight_decay=-0.1), "Invalid weight_decay value: -0.1"),
+    (Rprop, dict(etas=(0.0, 1.2)), "Invalid eta values: 0.0, 1.2"),
+    (Rprop, dict(etas=(0.5, 1.0)), "Invalid eta values: 0.5, 1.0"),
+    (ASGD, dict(weight_decay=-0.1), "Invalid weight_decay value: -0.1"),
+    (Lion, dict(lr=-1.0), "Invalid learning rate: -1.0"),
+    (Lion, dict(betas=(1.0, 0.9)), "Invalid beta parameter at index 0: 1.0"),
+    (Lion, dict(weight_decay=-0.1), "Invalid weight_decay value: -0.1"),
+    (AdamWScheduleFree, dict(lr=-1.0), "Invalid learning rate: -1.0"),
+    (AdamWScheduleFree, dict(betas=(0.9, 1.0)), "Invalid beta parameter at index 1: 1.0"),
+    (AdamWScheduleFree, dict(warmup_steps=-1), "Invalid warmup_steps value: -1"),
 ]
+TORCHS = [bad for bad in BAD_OPTIONS if bad[0] not in (Lion, AdamWScheduleFree)]
 OURS_ALONE = [
     (dict(max_norm=0), "max_norm must be a number > 0"),
     (dict(max_norm=-1.0), "max_norm must be a number > 0"),
@@ -76,7 +134,7 @@ def test_bad_option_is_refused_in_torchs_words(
     assert_unmoved(optimizer, before)
 
 
-@pytest.mark.parametrize(("optimizer_class", "options", "message"), BAD_OPTIONS, ids=str)
+@pytest.mark.parametrize(("optimizer_class", "options", "message"), TORCHS, ids=str)
 def test_torch_says_the_same_where_it_checks(
     optimizer_class: type[FirstOrder], options: dict[str, Any], message: str
 ) -> None:
@@ -128,7 +186,7 @@ def test_bad_parameters_are_refused_as_by_torch(name: str, what: str, params: Ca
 
 
 def test_flags_that_exclude_each_other_are_refused_as_by_torch() -> None:
-    for name, ours in (("SGD", SGD), ("Adam", Adam), ("AdamW", AdamW)):
+    for name, ours in (("SGD", SGD), ("Adam", Adam), ("AdamW", AdamW), ("Adagrad", Adagrad)):
         for flags in (dict(fused=True, foreach=True), dict(fused=True, differentiable=True)):
             with pytest.raises(RuntimeError) as theirs:
                 getattr(torch.optim, name)(leaves(), **flags)
@@ -151,18 +209,21 @@ def step_of(kind: Any, params: Callable[[], Any], **options: Any) -> Callable[[]
     return step
 
 
-@pytest.mark.parametrize("name", ["Adam", "AdamW"])
+@pytest.mark.parametrize("name", ["Adam", "AdamW", "NAdam", "RAdam", "Adamax", "RMSprop", "Adadelta", "Rprop", "ASGD"])
 def test_capturable_on_the_cpu_fails_as_in_torch(name: str) -> None:
-    message = "If capturable=True, params and state_steps must be on supported devices"
-    assert_refused(AssertionError, message, step_of(getattr(torch.optim, name), leaves, capturable=True))
-    assert_refused(AssertionError, message, step_of({"Adam": Adam, "AdamW": AdamW}[name], leaves, capturable=True))
+    with pytest.raises(AssertionError) as theirs:
+        step_of(getattr(torch.optim, name), leaves, capturable=True)()
+    message = str(theirs.value).partition(":")[0]
+    assert message.endswith("must be on supported devices")
+    assert_refused(AssertionError, message, step_of(getattr(descend, name), leaves, capturable=True))
 
 
-@pytest.mark.parametrize("name", ["SGD", "Adam", "AdamW"])
+@pytest.mark.parametrize("name", ["SGD", "Adam", "AdamW", "Adagrad"])
 def test_fused_refuses_complex_parameters_as_torch_does(name: str) -> None:
     message = "`fused=True` requires all the params to be floating point Tensors"
-    ours = {"SGD": SGD, "Adam": Adam, "AdamW": AdamW}[name]
-    with pytest.raises(RuntimeError, match="fused_sgd_kernel" if name == "SGD" else message):
+    ours = getattr(descend, name)
+    theirs = {"SGD": "fused_sgd_kernel", "Adagrad": "`fused` does not support sparse grad or complex param"}
+    with pytest.raises(RuntimeError, match=theirs.get(name, message)):
         step_of(getattr(torch.optim, name), complex_params, fused=True)()
     assert_refused(RuntimeError, message, step_of(ours, complex_params, fused=True))
 
@@ -178,6 +239,18 @@ def test_adam_refuses_sparse_gradients_before_anything_moves(optimizer_class: ty
     message = "Adam does not support sparse gradients, please consider SparseAdam instead"
     assert_refused(RuntimeError, message.removeprefix("Adam "), optimizer.step)
     assert_unmoved(optimizer, before)
+
+
+@pytest.mark.parametrize("name", ["NAdam", "RAdam", "Adamax", "RMSprop", "Adadelta", "Rprop", "ASGD"])
+def test_sparse_gradients_are_refused_in_torchs_words(name: str) -> None:
+    def step(kind: Any) -> None:
+        (param,) = leaves([(5, 2)])
+        param.grad = torch.eye(5, 2, dtype=torch.float64).to_sparse()
+        kind([param]).step()
+
+    with pytest.raises(RuntimeError) as theirs:
+        step(getattr(torch.optim, name))
+    assert_refused(RuntimeError, str(theirs.value), lambda: step(getattr(descend, name)))
 
 
 def test_option_spoiled_between_steps_moves_nothing() -> None:

@@ -242,9 +242,10 @@ def test_operations_agree_on_tensors_and_numbers() -> None:
         number, tensor = x, torch.tensor(x, dtype=torch.float64)
         for op in (abs, exp, sign):
             assert float(op(tensor)) == pytest.approx(float(op(number)), rel=1e-15)  # libm against torch
-        for op in (maximum, minimum):
-            assert float(op(tensor, 0.1)) == float(op(number, 0.1))
+        for op, expected in ((maximum, 0.1 if x < 0.1 else x), (minimum, x if x < 0.1 else 0.1)):
+            assert float(op(tensor, 0.1)) == float(op(0.1, tensor)) == float(op(number, 0.1)) == expected
         assert float(where(tensor > 0, tensor, 7.0)) == float(where(number > 0, number, 7.0))
+        assert float(where(tensor > 0, 0.1, 0.7)) == float(where(number > 0, 0.1, 0.7))  # no float32 on the way
 
 
 @pytest.mark.parametrize("op", [maximum, minimum], ids=["maximum", "minimum"])

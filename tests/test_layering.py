@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 
 import descend
 
@@ -20,7 +21,7 @@ ARROWS = {
     "checks": set(),
     "pages": set(),
     "schedule": set(),
-    "state": {"pages"},
+    "state": {"kernels", "pages"},
     "kernels": {"ops", "kernels"},
     "clip": {"kernels"},
     "sparse": {"clip", "kernels", "signature"},
@@ -28,12 +29,11 @@ ARROWS = {
     "settling": {"exact"},
     "plan": {"clip", "kernels", "signature", "sparse", "state"},
     "checkpoint": {"exact", "pages"},
-    "optimizer": {"checkpoint", "checks", "kernels", "pages", "plan", "settling", "signature", "sparse", "state"},
+    "optimizer": {"checkpoint", "checks", "clip", "kernels", "plan", "settling", "signature", "sparse", "state"},
     "from_rule": {"optimizer", "signature"},
-    "first_order": {"checks", "optimizer", "rules"},
-    "sparse_adam": {"optimizer", "rules"},
+    "first_order": {"checks", "first_order", "optimizer", "rules"},
     "second_order": {"checkpoint", "checks", "optimizer", "second_order"},
-    "__init__": {"clip", "first_order", "from_rule", "kernels", "optimizer", "second_order", "sparse_adam"},
+    "__init__": {"clip", "first_order", "from_rule", "kernels", "optimizer", "plan", "second_order"},
     "compare": {"compare", "__init__"},
 }
 
@@ -132,18 +132,26 @@ def test_files_are_short() -> None:
     assert long == {}
 
 
+TORCHS = ("Adafactor", "Muon", "Optimizer", "lr_scheduler", "swa_utils")
+
+
 def test_public_names_are_frozen() -> None:
     names = (
-        "SGD Adam AdamW LBFGS Newton FirstOrder RuleError Progress Result SparseAdam Status clip_grad_norm_ "
-        "clip_grad_value_ clip_grads_with_norm_ from_rule get_total_norm minimize warmup"
+        "SGD ASGD Lion Rprop Adagrad RMSprop Adadelta Adam AdamW Adamax NAdam RAdam AdamWScheduleFree SparseAdam LBFGS "
+        "Newton FirstOrder RuleError Progress Result Status clip_grad_norm_ clip_grad_value_ clip_grads_with_norm_ "
+        "from_rule get_total_norm minimize warmup"
     )
-    assert sorted(descend.__all__) == sorted(names.split())
-    assert all(getattr(descend, name).__doc__ for name in descend.__all__)
+    assert sorted(descend.__all__) == sorted([*names.split(), *TORCHS])
+    assert all(getattr(descend, name).__doc__ for name in names.split())
     assert descend.__version__.count(".") == 2
 
 
+def test_names_that_are_torchs_are_torchs_own() -> None:
+    assert all(getattr(descend, name) is getattr(torch.optim, name) for name in TORCHS)
+
+
 @pytest.mark.parametrize(
-    "name", [name for name in descend.__all__ if name not in ("Progress", "Result", "RuleError", "Status")]
+    "name", [name for name in descend.__all__ if name not in ("Progress", "Result", "RuleError", "Status", *TORCHS)]
 )
 def test_public_functions_show_an_example_or_their_errors(name: str) -> None:
     documentation = getattr(descend, name).__doc__

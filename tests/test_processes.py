@@ -18,7 +18,7 @@ from cases import CASES, Case, give_grads, leaves, params_of, state_of
 from torch import Tensor
 
 import descend
-from descend import AdamW
+from descend import Adagrad, AdamW, AdamWScheduleFree, Rprop
 from descend.kernels import threads
 
 LARGE = [(100_000,), (300, 301), (7,)]  # enough for threads to be used
@@ -161,9 +161,10 @@ def test_forked_child_steps_after_the_parent(parent: str, monkeypatch: pytest.Mo
 
 @needs_fork
 @pytest.mark.usefixtures("forking")
-def test_forked_child_makes_its_first_state() -> None:
+@pytest.mark.parametrize("kind", [AdamW, Rprop, AdamWScheduleFree])  # zeros, a number, a copy
+def test_forked_child_makes_its_first_state(kind: Any) -> None:
     torch.set_num_threads(2)
-    optimizer, straight = (AdamW(leaves(LARGE, torch.float32), max_norm=1.0) for _ in range(2))
+    optimizer, straight = (kind(leaves(LARGE, torch.float32), max_norm=1.0) for _ in range(2))
     for one in (optimizer, straight):
         give_grads(params_of(one), 0)
     straight.step()
@@ -195,3 +196,38 @@ def test_forked_workers_of_multiprocessing_step() -> None:
     worker.join(60)
     assert worker.exitcode == 0
     assert queue.get()
+
+
+def test_processes_share_the_sums_of_adagrad() -> None:
+    params = leaves([(50,), (3, 4)], torch.float32)
+    optimizer, straight = (Adagrad(p, initial_accumulator_value=0.1) for p in (params, leaves([(50,), (3, 4)])))
+    optimizer.share_memory()
+    sums = [state["sum"] for state in optimizer.state.values()]
+    assert all(total.is_shared() for total in sums)
+    assert all(bool((total == 0.1).all()) for total in sums)
+    for one in (optimizer, straight):
+        take_steps(one, range(2))
+    optimizer.share_memory()  # again, in mid-run: nothing is lost
+    for one in (optimizer, straight):
+        take_steps(one, range(2, 4))
+    assert all(state["sum"] is total for state, total in zip(optimizer.state.values(), sums, strict=True))
+    assert all(total.is_shared() for total in sums)
+    for total, theirs in zip(sums, (state["sum"] for state in straight.state.values()), strict=True):
+        torch.testing.assert_close(total.double(), theirs, rtol=1e-5, atol=1e-5)  # float32 gradients
+
+
+@needs_fork
+@pytest.mark.usefixtures("forking")
+def test_forked_child_adds_to_the_sums_of_its_parent() -> None:
+    param = torch.zeros(50, requires_grad=True)
+    optimizer = Adagrad([param])
+    optimizer.share_memory()
+    param.grad = torch.ones(50)
+
+    def steps() -> bool:
+        optimizer.step()
+        return True
+
+    assert in_child(steps)
+    assert bool((optimizer.state[param]["sum"] == 1).all())
+    assert bool((param == 0).all())  # not shared

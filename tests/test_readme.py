@@ -45,4 +45,4 @@ def test_examples_run() -> None:
     assert names["result"].success
     optimizer = names["optimizer"]
     assert isinstance(optimizer, torch.optim.Optimizer)
-    assert type(optimizer).__name__ == "Lion"
+    assert type(optimizer).__name__ == "Signum"

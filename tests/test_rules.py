@@ -9,7 +9,7 @@ import pytest
 import torch
 from cases import BACKENDS, CASES, Case, give_grads, leaves
 
-from descend import SGD, Adam, AdamW, FirstOrder, clip_grad_norm_
+from descend import SGD, Adam, AdamW, FirstOrder, Lion, RMSprop, Rprop, clip_grad_norm_
 
 PARAM = np.array([0.5, -1.0, 2.0, 0.0])
 GRADS = [np.array([0.1, -3.0, 1e-3, 2.0]), np.array([-0.2, 1.0, 5e-3, 0.0]), np.array([0.4, 0.5, -1e-3, -1.0])]
@@ -64,6 +64,21 @@ def test_momentum_is_a_geometric_sum(nesterov: bool, dampening: float) -> None:
         buffer = grad if buffer is None else 0.9 * buffer + (1 - dampening) * grad
         theta = theta - 0.1 * (grad + 0.9 * buffer if nesterov else buffer)
     assert_walks(SGD, dict(lr=0.1, momentum=0.9, dampening=dampening, nesterov=nesterov), theta)
+
+
+def test_lion_is_algorithm_2_of_the_paper() -> None:
+    theta, m = PARAM.copy(), np.zeros(4)
+    for grad in GRADS:
+        c = 0.9 * m + (1 - 0.9) * grad
+        theta = theta - 0.1 * (np.sign(c) + 0.2 * theta)
+        m = 0.99 * m + (1 - 0.99) * grad
+    assert_walks(Lion, dict(lr=0.1, weight_decay=0.2), theta)
+
+
+def test_rprop_grows_while_signs_agree_and_rests_where_they_change() -> None:
+    # Steps of the four weights: 1 and then 0.5 after a change; growth to 1.2; a sign that comes back after a rest.
+    steps = np.array([[1.0, 0.0, 0.5], [-1.0, 0.0, 0.5], [1.0, 1.2, 0.0], [1.0, 0.0, -1.0]])
+    assert_walks(Rprop, dict(lr=0.1), PARAM - 0.1 * steps.sum(axis=1))
 
 
 # The five claims of the field.
@@ -143,6 +158,18 @@ def test_scheduler_scales_adamw_decay() -> None:
         scheduler.step()
         expected *= 1 - lr * 0.5
         torch.testing.assert_close(param.detach(), torch.full_like(param, expected), rtol=1e-14, atol=0)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("alpha", [0.0, 0.9])
+def test_centered_rmsprop_has_no_negative_variance(alpha: float, backend: str) -> None:
+    params = [torch.ones(1000, dtype=torch.float32, requires_grad=True)]
+    optimizer = RMSprop(params, alpha=alpha, centered=True, backend=backend)
+    grad = torch.rand(1000, generator=torch.Generator().manual_seed(0))
+    for _ in range(300):
+        params[0].grad = grad.clone()
+        optimizer.step()
+    assert bool(params[0].isfinite().all())
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)

@@ -24,6 +24,12 @@ HARD = {(0.9, 0.91): 0.12, (0.99, 0.995): 0.12, (0.99, 0.999): 0.04, (0.1, 0.999
 Make = Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]]  # of learning rates and weight decays
 
 
+@pytest.fixture(autouse=True)
+def one_thread() -> None:
+    """A square root of a few numbers waits longer for other threads than it takes; ``conftest.py`` sets them back."""
+    torch.set_num_threads(1)
+
+
 def constant(steps: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return np.full(len(steps), 1e-3), np.full(len(steps), 0.01)
 

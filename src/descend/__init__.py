@@ -6,30 +6,54 @@ Example:
     >>> optimizer = descend.AdamW(model.parameters(), lr=1e-3, max_norm=1.0)
     >>> model(torch.ones(2, 3)).sum().backward()
     >>> optimizer.step()
+
+``Adafactor``, ``Muon``, ``Optimizer``, ``lr_scheduler`` and ``swa_utils`` are torch's own, so that ``import descend as
+optim`` will do where ``from torch import optim`` did.
 """
 
+from torch.optim import Adafactor, Muon, Optimizer, lr_scheduler, swa_utils
+
 from descend.clip import clip_grad_norm_, clip_grad_value_, clip_grads_with_norm_, get_total_norm
-from descend.first_order import SGD, Adam, AdamW
+from descend.first_order.adam import Adam, AdamW
+from descend.first_order.adam_variants import Adamax, NAdam, RAdam
+from descend.first_order.schedule_free import AdamWScheduleFree
+from descend.first_order.sgd import ASGD, SGD
+from descend.first_order.signs import Lion, Rprop
+from descend.first_order.sparse_adam import SparseAdam
+from descend.first_order.squares import Adadelta, Adagrad, RMSprop
 from descend.from_rule import from_rule
 from descend.kernels.library import RuleError
-from descend.optimizer import FirstOrder, warmup
+from descend.optimizer import FirstOrder
+from descend.plan import warmup
 from descend.second_order.lbfgs import LBFGS
 from descend.second_order.minimize import minimize
 from descend.second_order.newton import Newton
 from descend.second_order.result import Progress, Result, Status
-from descend.sparse_adam import SparseAdam
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "ASGD",
     "LBFGS",
     "SGD",
+    "Adadelta",
+    "Adafactor",
+    "Adagrad",
     "Adam",
     "AdamW",
+    "AdamWScheduleFree",
+    "Adamax",
     "FirstOrder",
+    "Lion",
+    "Muon",
+    "NAdam",
     "Newton",
+    "Optimizer",
     "Progress",
+    "RAdam",
+    "RMSprop",
     "Result",
+    "Rprop",
     "RuleError",
     "SparseAdam",
     "Status",
@@ -38,6 +62,8 @@ __all__ = [
     "clip_grads_with_norm_",
     "from_rule",
     "get_total_norm",
+    "lr_scheduler",
     "minimize",
+    "swa_utils",
     "warmup",
 ]

@@ -79,8 +79,14 @@ def _state(optimizer: FirstOrder, state_dict: Mapping[str, Any]) -> defaultdict[
     owner = dict(zip(saved_keys, params, strict=True))
     loaded: defaultdict[Any, Any] = defaultdict(dict)
     for key, saved in state_dict["state"].items():
+        if optimizer.sparse != "exact" and exact.is_behind(saved):
+            raise ValueError(
+                f"{type(optimizer).__name__}: this state has rows that are behind, which only sparse='exact' can "
+                "bring up to date. Call settle() of the optimizer that made it before saving."
+            )
         if key in owner:
             loaded[owner[key]] = {name: _value(optimizer, owner[key], name, value) for name, value in saved.items()}
+            exact.check_loaded(loaded[owner[key]])
         else:
             loaded[key] = deepcopy(saved)
     return loaded
@@ -89,11 +95,13 @@ def _state(optimizer: FirstOrder, state_dict: Mapping[str, Any]) -> defaultdict[
 def _value(optimizer: FirstOrder, param: Tensor, name: str, value: Any) -> Any:
     if not isinstance(value, Tensor):
         return deepcopy(value)
-    if name == "step":
+    if name == "step" or name in optimizer.keeps:
         return value.detach().clone().cpu()
     value = value.detach()
-    if name in exact.STATE:
-        return pages.copied(value)
+    if value.layout != torch.strided:  # torch keeps the momentum of sparse gradients like that
+        value = value.to_dense()
+    if (of_table := exact.loaded(name, value, param)) is not None:
+        return of_table
     if value.is_floating_point() or value.is_complex():
         dtype = torch.promote_types(value.dtype, optimizer.default_state_dtype(param))
         if value.shape != param.shape:

@@ -25,3 +25,32 @@ def check_lr(optimizer: Optimizer, options: Mapping[str, Any]) -> None:
     if isinstance(lr, Tensor) and lr.numel() != 1:
         raise ValueError(f"Tensor lr must be 1-element ({type(optimizer).__name__}: got shape {tuple(lr.shape)})")
     check_at_least_zero(optimizer, "learning rate", "lr", lr)
+
+
+def check_betas(optimizer: Optimizer, betas: Any) -> None:
+    """Raise torch's error unless all are in [0, 1)."""
+    for index, beta in enumerate(betas):
+        if not isinstance(beta, int | float | Tensor) or not 0 <= beta < 1:
+            name = type(optimizer).__name__
+            raise ValueError(
+                f"Invalid beta parameter at index {index}: {beta} ({name}: betas[{index}] must be in [0, 1))"
+            )
+
+
+def check_eps(optimizer: Optimizer, options: Mapping[str, Any]) -> None:
+    """Raise torch's error for a negative ``eps``."""
+    check_at_least_zero(optimizer, "epsilon value", "eps", options["eps"])
+
+
+def check_values(optimizer: Optimizer, options: Mapping[str, Any], *names: str) -> None:
+    """Raise torch's error for a negative option among ``names``."""
+    for name in names:
+        check_at_least_zero(optimizer, f"{name} value", name, options[name])
+
+
+def check_flags(options: Mapping[str, Any]) -> None:
+    """Raise torch's errors for flags that exclude each other."""
+    if options["fused"] and options["differentiable"]:
+        raise RuntimeError("`fused` does not support `differentiable`; leave one of them out.")
+    if options["fused"] and options["foreach"]:
+        raise RuntimeError("`fused` and `foreach` cannot be `True` together.")

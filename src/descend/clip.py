@@ -138,9 +138,8 @@ def clip_grad_value_(parameters: Tensor | Iterable[Tensor], clip_value: float, f
     clip_value = _not_negative("clip_value", clip_value)
     for grad in _grads(parameters):
         if grad.is_sparse:  # what is named twice counts as its sum
-            summed = grad.coalesce()
-            summed.values().clamp_(min=-clip_value, max=clip_value)
-            grad.copy_(summed)
+            values = summed(grad).clamp(min=-clip_value, max=clip_value).to(grad.dtype)
+            grad.copy_(torch.sparse_coo_tensor(grad.coalesce().indices(), values, grad.shape, is_coalesced=True))
         else:
             grad.clamp_(min=-clip_value, max=clip_value)
 
@@ -160,7 +159,9 @@ def _grads(parameters: Tensor | Iterable[Tensor]) -> list[Tensor]:
 def _scale(grads: Sequence[Tensor], coefficient: Tensor) -> None:
     by_kind: defaultdict[tuple[torch.device, torch.dtype], list[Tensor]] = defaultdict(list)
     for grad in grads:
-        by_kind[grad.device, grad.dtype].append(grad)
+        # A sparse tensor scaled as a whole would not count as coalesced any more; expanded values cannot be scaled.
+        in_place = grad._values() if grad.is_sparse and grad._values().is_contiguous() else grad
+        by_kind[grad.device, grad.dtype].append(in_place)
     for (device, _), members in by_kind.items():
         if device.type == "cpu":
             if (factor := coefficient.item()) != 1:
@@ -199,9 +200,16 @@ def _combined(values: Sequence[Tensor]) -> Tensor:
     return torch.stack([value.to(values[0].device) for value in values])
 
 
+def summed(tensor: Tensor) -> Tensor:
+    """The values of a sparse tensor, those named twice summed in float32 or wider; other tensors as they are."""
+    if tensor.layout == torch.strided:
+        return tensor
+    tensor = tensor if tensor.is_sparse else tensor.to_sparse()
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32)).coalesce().values()
+
+
 def _chunks(tensor: Tensor) -> Iterable[Tensor]:
-    if tensor.is_sparse:
-        tensor = tensor.coalesce().values()
+    tensor = summed(tensor)
     flat = tensor.detach().abs().flatten() if tensor.is_complex() else tensor.detach().reshape(-1)
     # Torch sums shorter vectors on one thread, so the result does not depend on their number.
     return torch.split(flat, CHUNK) if flat.device.type == "cpu" else (flat,)

@@ -26,14 +26,44 @@ if TYPE_CHECKING:
     from descend.settling import Settling
 
 # What a table adds to a parameter's state: the step each row is current at (int32; zero or negative while its averages
-# are zero). In checkpoints also: learning rate and weight decay of the steps that rows may have missed (float64, a row
-# a step); beta1, beta2 and eps; and some rows that are behind, with their values.
-ROW_STEP, SCHEDULE, CONSTANTS = "row_step", "schedule", "schedule_constants"
-BEHIND, BEHIND_VALUES = "rows_behind", "rows_behind_values"
-STATE = (ROW_STEP, SCHEDULE, CONSTANTS, BEHIND, BEHIND_VALUES)
+# are zero). In checkpoints also: learning rate and weight decay of the steps that rows may have missed, a row a step;
+# beta1, beta2, eps, the step before the first of these and the last; and a checksum of the weights.
+ROW_STEP, SCHEDULE, CONSTANTS, CHECKSUM = "row_step", "schedule", "schedule_constants", "weights_checksum"
 
 PIECE = 65_536  # rows brought up to date together when all of them are
-SAMPLE = 16  # rows in a checkpoint that tell whether the weights beside it are behind
+
+
+def loaded(name: str, value: Tensor, param: Tensor) -> Tensor | None:
+    """What a checkpoint has under ``name``, copied; None if tables have no such thing.
+
+    Raises:
+        ValueError: if its shape does not fit the parameter.
+    """
+    rows = param.shape[0] if param.dim() else 1
+    expected = {ROW_STEP: (rows,), SCHEDULE: (len(value) if value.dim() else 0, 2), CONSTANTS: (5,), CHECKSUM: ()}
+    dtypes = {ROW_STEP: torch.int32, SCHEDULE: torch.float64, CONSTANTS: torch.float64, CHECKSUM: torch.int64}
+    if name not in expected:
+        return None
+    if value.shape != expected[name]:
+        raise ValueError(f"the loaded {name} has shape {tuple(value.shape)}, expected {expected[name]}.")
+    if name == ROW_STEP and not value.is_cpu:
+        return value.to(dtypes[name], copy=True)
+    return pages.copied(value.cpu(), dtypes[name])
+
+
+def check_loaded(state: Mapping[str, Any]) -> None:
+    """Raise ``ValueError`` if what ``loaded`` returned does not fit together."""
+    if SCHEDULE in state or CONSTANTS in state:
+        if not {ROW_STEP, SCHEDULE, CONSTANTS} <= set(state):
+            raise ValueError(f"the loaded schedule is incomplete: it needs {ROW_STEP}, {SCHEDULE} and {CONSTANTS}.")
+        start, steps = state[CONSTANTS][3:].tolist()
+        if len(state[SCHEDULE]) != steps - start:
+            raise ValueError(f"the loaded schedule has {len(state[SCHEDULE])} steps, expected {steps - start:g}.")
+
+
+def is_behind(state: Mapping[str, Any]) -> bool:
+    """Whether a checkpoint's state has rows that may be behind."""
+    return isinstance(state.get(SCHEDULE), Tensor) and len(state[SCHEDULE]) > 0
 
 
 class Table:
@@ -47,6 +77,7 @@ class Table:
         self.param = param
         self.lock = threading.RLock()
         self.is_attached = False
+        self._rule: Any = None  # of the last step
         self._schedule: Schedule | None = None
         self._stale: tuple[Any, StaleRows] | None = None
 
@@ -68,11 +99,11 @@ class Table:
             )
         optimizer.check_exact(optimizer.param_groups[group])
         found = optimizer.state_of(self.param)
-        schedule, taken = self._schedule_of(optimizer, found), float(found.get("step", 0))
-        if schedule is not None and schedule.steps != taken:
+        schedule = self._schedule_of(optimizer, found)
+        if schedule is not None and not _counts(found["step"], schedule.steps):
             raise RuntimeError(
-                f"{name}: the step count of {which} is {taken:g}, but {schedule.steps} steps are on record. With "
-                "sparse='exact' it cannot be edited; nothing has moved."
+                f"{name}: the step count of {which} is {found['step']:g}, but {schedule.steps} steps are on "
+                "record. With sparse='exact' it cannot be edited; nothing has moved."
             )
 
     def expected_steps(self, optimizer: Settling) -> tuple[Tensor | None, int]:
@@ -105,6 +136,7 @@ class Table:
         constants = float(options["betas"][0]), float(options["betas"][1]), float(options["eps"])
         found = optimizer.state_of(self.param)
         schedule = self._schedule_of(optimizer, found)
+        self._rule = optimizer.rule_for(options)
         if schedule is None or (schedule.beta1, schedule.beta2, schedule.eps) != constants:
             self.settle(optimizer)
             self._schedule = Schedule(*constants, int(found["step"]))
@@ -151,7 +183,7 @@ class Table:
         settle(optimizer, schedule, found[ROW_STEP], [tensor for _, tensor in state], which, moves)
 
     def _state_names(self, optimizer: Settling) -> tuple[str, ...]:
-        return signature(optimizer.rule_for(optimizer.group_of(self.param))).state
+        return signature(self._rule or optimizer.rule_for(optimizer.group_of(self.param))).state
 
     def _settle_native(
         self,
@@ -219,39 +251,58 @@ class Table:
 
     # Checkpoints.
 
-    def _schedule_of(self, optimizer: Settling, found: Mapping[str, Any]) -> Schedule | None:
+    def _schedule_of(self, optimizer: Settling, found: MutableMapping[str, Any]) -> Schedule | None:
         """The schedule; taken from the state after loading, None before the first step."""
-        if self._schedule is None and isinstance(found.get(SCHEDULE), Tensor):
-            history = found[SCHEDULE].cpu().numpy()
-            beta1, beta2, eps = found[CONSTANTS].tolist()
-            self._schedule = Schedule.restored(beta1, beta2, eps, int(found["step"]) - len(history), history)
-            if BEHIND in found:
-                rows = self.param.detach()[found[BEHIND]]
-                saved = found[BEHIND_VALUES].to(rows)
-                if not ((rows == saved) | rows.isnan()).all():
-                    # The weights were saved later than the state, by a state_dict that brought them up to date.
-                    self._settle_all(optimizer, self._schedule, moves=False)
+        if not isinstance(found.get("step"), Tensor):
+            self._schedule = None  # somebody has cleared the state
+        elif self._schedule is None and isinstance(found.get(SCHEDULE), Tensor):
+            history = found[SCHEDULE].numpy()
+            beta1, beta2, eps, start, steps = found[CONSTANTS].tolist()
+            if not _counts(found["step"], steps):  # a dense optimizer has gone on from there: all rows are current
+                for name in (ROW_STEP, SCHEDULE, CONSTANTS):
+                    found.pop(name, None)
+                self.ensure_state(optimizer, found)
+                return None
+            self._schedule = Schedule.restored(beta1, beta2, eps, int(start), history)
+            if len(history) and found.get(CHECKSUM) != self._checksum():
+                # The weights are not those of the state. Those saved after it have been brought up to date.
+                self._settle_all(optimizer, self._schedule, moves=False)
         return self._schedule
 
     def write_schedule(self, found: MutableMapping[str, Any]) -> None:
         """Put into the state what only checkpoints need."""
         schedule = self._schedule
-        if schedule is None:
-            return
-        found[SCHEDULE] = torch.from_numpy(schedule.history())
-        found[CONSTANTS] = torch.tensor([schedule.beta1, schedule.beta2, schedule.eps], dtype=torch.float64)
-        found.pop(BEHIND, None)
-        found.pop(BEHIND_VALUES, None)
-        for piece in found[ROW_STEP].split(PIECE) if schedule.start < schedule.steps else ():
-            rows = ((piece > 0) & (piece < schedule.steps)).nonzero()[:SAMPLE, 0]
-            if len(rows):
-                found[BEHIND] = rows + piece.storage_offset()
-                found[BEHIND_VALUES] = self.param.detach()[found[BEHIND]]
-                break
+        if schedule is not None:
+            constants = (schedule.beta1, schedule.beta2, schedule.eps, schedule.start, schedule.steps)
+            found[SCHEDULE] = torch.from_numpy(schedule.history())
+            found[CONSTANTS] = torch.tensor(constants, dtype=torch.float64)
+            found.pop(CHECKSUM, None)
+            if schedule.start < schedule.steps:
+                found[CHECKSUM] = self._checksum()
+
+    def _checksum(self) -> Tensor:
+        """Of the bits of all weights: the sum, modulo 2^64, of what they are as integers."""
+        integer = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[self.param.itemsize]
+        pieces = torch.split(self.param.detach(), PIECE)
+        return torch.stack([piece.contiguous().view(integer).sum() for piece in pieces]).sum().cpu()
+
+    def refuse_if_behind(self, optimizer: Settling) -> None:
+        """Raise if rows may be behind: a copy that nobody can bring up to date would be wrong."""
+        schedule = self._schedule_of(optimizer, optimizer.state_of(self.param))
+        if schedule is not None and schedule.start < schedule.steps:
+            raise RuntimeError(
+                f"{type(optimizer).__name__}: rows of {optimizer.name_of(self.param)} are behind, so its module cannot "
+                "be pickled. Call optimizer.settle() first, or save model.state_dict(), which does."
+            )
 
     def forget_schedule(self) -> None:
         """Take it from the state when it is next needed: another state has been loaded."""
         self._schedule = None
+
+
+def _counts(step: Tensor, steps: float) -> bool:
+    """Whether a step count stands for ``steps``: in float32 it stands still at 2^24."""
+    return float(step) == steps or (step.dtype == torch.float32 and steps >= float(step) >= 2**24)
 
 
 def _missed(schedule: Schedule, since: np.ndarray, moves: bool) -> np.ndarray:

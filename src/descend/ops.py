@@ -25,7 +25,9 @@ def _unary(on_tensor: Callable[[Tensor], Tensor], on_number: Callable[[float], f
 
 def _binary(on_tensors: Callable[[Tensor, Tensor], Tensor]) -> Any:
     def op(a: Any, b: Any) -> Any:
-        return on_tensors(torch.as_tensor(a), torch.as_tensor(b))
+        # By itself a number would become a float32 tensor, and lose half of its digits.
+        dtype = next((x.dtype for x in (a, b) if isinstance(x, Tensor)), torch.float64)
+        return on_tensors(*(x if isinstance(x, Tensor) else torch.tensor(x, dtype=dtype) for x in (a, b)))
 
     return op
 
@@ -41,4 +43,8 @@ minimum = _binary(torch.minimum)
 
 def where(condition: Any, a: Any, b: Any) -> Any:
     """``a`` where ``condition`` holds, ``b`` elsewhere."""
-    return torch.where(torch.as_tensor(condition), a, b)
+    if not isinstance(condition, Tensor):
+        return a if condition else b
+    if not isinstance(a, Tensor) and not isinstance(b, Tensor):
+        a = torch.tensor(a, dtype=torch.float64)
+    return torch.where(condition, a, b)

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import ctypes
+import inspect
 import math
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, TypedDict
 
 import torch
@@ -14,15 +14,14 @@ from torch._compile import _disable_dynamo
 from torch.optim import Optimizer
 from torch.optim import optimizer as torch_optimizer
 
-from descend import checkpoint, pages
+from descend import checkpoint, clip
 from descend.checks import check_lr
 from descend.kernels import BACKENDS
-from descend.kernels.threads import in_forked_child
 from descend.plan import Placement, Plan
 from descend.settling import Settling
 from descend.signature import signature
 from descend.sparse import check_meaning
-from descend.state import State
+from descend.state import State, new_tensor, stored_number
 
 if TYPE_CHECKING:
     from torch.optim.optimizer import ParamsT
@@ -66,7 +65,9 @@ class FirstOrder(Settling):
     rule: ClassVar[Callable[..., Any]]
     counts_steps: ClassVar[bool] = True  # state has torch's "step", and ``scalars`` depends on it
     step_is_int: ClassVar[bool] = False  # torch's SparseAdam counts in a Python int, all others in a tensor
+    keeps: ClassVar[tuple[str, ...]] = ()  # state that is one number a parameter, see ``scalars_and_kept``
     takes_sparse: ClassVar[bool] = False  # without being told what a sparse gradient means
+    capturable_needs: ClassVar[str] = "params and state_steps"  # on a device, in torch's words
 
     def __init__(
         self,
@@ -118,6 +119,23 @@ class FirstOrder(Settling):
         """
         return tuple(step if name == "step" else group[name] for name in signature(self.rule_for(group)).numbers)
 
+    def scalars_and_kept(
+        self, group: Mapping[str, Any], step: float, kept: Sequence[Tensor]
+    ) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
+        """The numbers of the rule, and those to be kept for the next step in place of ``kept``.
+
+        For optimizers with ``keeps``. ``kept`` are the 0-dim tensors of the state, so that arithmetic with them rounds
+        as it does in torch.
+        """
+        return self.scalars(group, step), ()
+
+    def initial_state(self, name: str, param: Tensor, group: Mapping[str, Any]) -> Any:
+        """What a state called ``name`` starts as: a number, or a tensor like ``param``."""
+        return 0.0
+
+    def end_step(self) -> None:
+        """Called at the end of each step that was not skipped."""
+
     def check_options(self, options: Mapping[str, Any]) -> None:
         """Raise ``ValueError`` if a group's options are out of range."""
         if "lr" in options:
@@ -159,6 +177,13 @@ class FirstOrder(Settling):
         plan = self._plan
         if plan is None or not plan.holds(self):
             plan, self._plan = Plan(self), None  # validates everything, touches nothing
+        try:
+            self._take_step(plan)
+        finally:
+            plan.forget()
+        return loss
+
+    def _take_step(self, plan: Plan) -> None:
         plan.read(self)
         scale = 1.0
         if self.max_norm is not None or self.nonfinite != "step":
@@ -170,8 +195,7 @@ class FirstOrder(Settling):
                         "nonfinite='skip' skips such steps."
                     )
                 self.skipped_steps += 1
-                plan.forget()
-                return loss
+                return
             if self.max_norm is not None:
                 # As torch's clamp: a NaN norm stays NaN. Python's min(1, nan) is 1.
                 coefficient = self.max_norm / (norm + 1e-6)
@@ -182,7 +206,7 @@ class FirstOrder(Settling):
         self._plan = None  # should the step not end
         plan.run(self)
         self._plan = plan
-        return loss
+        self.end_step()
 
     def _nonfinite_gradients(self) -> list[str]:
         """Names of the parameters whose gradients have a NaN or Inf."""
@@ -195,8 +219,10 @@ class FirstOrder(Settling):
 
     # State.
 
-    def ensure_state(self, param: Tensor, rule: Callable[..., Any], in_pages: bool = False) -> dict[str, Any]:
-        """The state of ``param``, made of zeros where missing; ``in_pages``: in memory that costs what is used."""
+    def ensure_state(
+        self, param: Tensor, rule: Callable[..., Any], group: Mapping[str, Any], in_pages: bool = False
+    ) -> dict[str, Any]:
+        """The state of ``param``, made where it is missing; ``in_pages``: zeros in memory that costs what is used."""
         names = signature(rule).state
         if not names and not self.counts_steps:
             return {}
@@ -204,16 +230,20 @@ class FirstOrder(Settling):
         if found is None:
             found = {}
             dict.__setitem__(self.state, param, found)
-        if self.counts_steps and self.step_is_int:
+        if self.step_is_int:
             found.setdefault("step", 0)
-        elif self.counts_steps and not _is_step_count(found.get("step")):
-            dtype = torch.float64 if torch.get_default_dtype() == torch.float64 else torch.float32
-            found["step"] = torch.tensor(float(found.get("step", 0.0)), dtype=dtype, device="cpu")
+        numbers = ("step", *self.keeps) if self.counts_steps and not self.step_is_int else self.keeps
+        found.update(zip(numbers, self.stored_numbers(numbers, param, group, found), strict=True))
         for name, dtype in zip(names, self.state_dtypes(rule, param, found), strict=True):
             if not isinstance(found.get(name), Tensor):
-                is_paged = in_pages and param.is_cpu and param.is_contiguous()
-                found[name] = pages.zeros(param.shape, dtype) if is_paged else _zeros_like(param, dtype)
+                found[name] = new_tensor(param, dtype, self.initial_state(name, param, group), in_pages)
         return found
+
+    def stored_numbers(
+        self, names: Sequence[str], param: Tensor, group: Mapping[str, Any], found: Mapping[str, Any]
+    ) -> list[Tensor]:
+        """The numbers in the state of ``param``: those that exist, and those still to be made."""
+        return [stored_number(found, name, self.initial_state(name, param, group)) for name in names]
 
     def state_dtypes(
         self, rule: Callable[..., Any], param: Tensor, found: Mapping[str, Any]
@@ -256,10 +286,12 @@ class FirstOrder(Settling):
             )
         if group.get("capturable") and param.device.type == "cpu":
             raise AssertionError(
-                "If capturable=True, params and state_steps must be on supported devices (CUDA, XPU, ...), "
+                f"If capturable=True, {self.capturable_needs} must be on supported devices (CUDA, XPU, ...), "
                 f"but {self.name_of(param)} is on {param.device}. Leave `capturable` out."
             )
-        if param in self.tables and param.grad is not None and param.grad.layout == torch.strided:
+        is_attached = param in self.tables and self.tables[param].is_attached
+        # With lr 0, torch.distributed.checkpoint makes the state.
+        if is_attached and param.grad is not None and param.grad.layout == torch.strided and group["lr"] != 0:
             raise RuntimeError(
                 f"{type(self).__name__}: {self.name_of(param)} is a table of sparse='exact', but has a dense gradient: "
                 "something reads all of it (tied weights do). Train it with dense gradients, or untie it."
@@ -346,14 +378,18 @@ class FirstOrder(Settling):
         return {**super().__getstate__(), **{name: getattr(self, name) for name in ours}}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
+        if self.__dict__.get("tables"):
+            self.settle()  # what rows have missed is known to the old state only
         super().__setstate__(state)
         self._plan = None
+        takes = inspect.signature(type(self)).parameters
         self.__dict__.setdefault("sparse", None)
         for table in self.__dict__.setdefault("tables", {}).values():
             table.forget_schedule()
         for group in self.param_groups:
             for key, value in self.defaults.items():
-                group.setdefault(key, value)
+                if key != "differentiable" or key in takes:  # torch adds it to all defaults
+                    group.setdefault(key, value)
         if not isinstance(self.state, State):
             content, self.state = self.state, State.owned_by(self)
             self.state.update(content)  # counts as exposed: whoever made it may still hold it
@@ -363,37 +399,5 @@ _hooked_step = Optimizer.profile_hook_step(FirstOrder._step)
 _untraced_step = _disable_dynamo(FirstOrder.step)
 
 
-def warmup(optimizer: FirstOrder) -> None:
-    """Compile, or load from disk, all that ``optimizer.step`` will need, so that the first step is fast.
-
-    Gradients are assumed to have their parameters' dtypes where there are none yet. State is not touched.
-
-    Example:
-        >>> from descend import AdamW
-        >>> optimizer = AdamW([torch.zeros(3, requires_grad=True)])
-        >>> warmup(optimizer)
-    """
-    Plan(optimizer, only_with_grad=False).warm_up(optimizer)
-
-
-def _zeros_like(param: Tensor, dtype: torch.dtype) -> Tensor:
-    if not (in_forked_child() and param.is_cpu and type(param) in (Tensor, torch.nn.Parameter)):
-        return torch.zeros_like(param, dtype=dtype, memory_format=torch.preserve_format)
-    zeros = torch.empty_like(param, dtype=dtype, memory_format=torch.preserve_format, requires_grad=False)
-    ctypes.memset(zeros.data_ptr(), 0, zeros.nbytes)  # torch would fill it with threads that do not exist here
-    return zeros
-
-
-def _is_step_count(step: Any) -> bool:
-    """Whether the kernels can advance it in place."""
-    return (
-        isinstance(step, Tensor)
-        and step.numel() == 1
-        and step.device.type == "cpu"
-        and step.dtype in (torch.float32, torch.float64)
-    )
-
-
 def _is_finite(grad: Tensor) -> bool:
-    values = grad.coalesce().values() if grad.is_sparse else grad
-    return bool(torch.isfinite(values).all())
+    return bool(torch.isfinite(clip.summed(grad)).all())

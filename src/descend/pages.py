@@ -20,8 +20,8 @@ def zeros(shape: int | Sequence[int], dtype: torch.dtype) -> Tensor:
     """Zeros in memory that is there only where it is written.
 
     ``torch.zeros`` writes all of it. ``numpy.zeros`` asks the system for huge pages: one written byte costs 2 MiB. So
-    the memory is mapped here, and huge pages are declined. Where that cannot be had, and for small tensors, the result
-    is ``torch.zeros``. As with other memory of a process, a forked child gets its own.
+    the memory is mapped here, and huge pages are declined. Where that cannot be had, and for small tensors, it is
+    NumPy's. As with other memory of a process, a forked child gets its own.
 
     Args:
         shape: of the result.
@@ -33,8 +33,12 @@ def zeros(shape: int | Sequence[int], dtype: torch.dtype) -> Tensor:
     """
     shape = torch.Size([shape] if isinstance(shape, int) else shape)
     mapping = _mapped(shape.numel() * dtype.itemsize)
+    if mapping is None and not shape.numel():
+        return torch.empty(shape, dtype=dtype)
     if mapping is None:
-        return torch.zeros(shape, dtype=dtype)
+        # Not torch.zeros, which would wait for its threads in a forked child, where there are none.
+        data = torch.from_numpy(np.zeros(shape.numel() * dtype.itemsize, np.uint8))
+        return data.view(dtype).view(shape)
     # The tensor keeps the mapping alive, and the mapping ends with it.
     return torch.frombuffer(mapping, dtype=dtype).view(shape)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from operator import is_
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -14,10 +14,10 @@ from torch import Tensor
 
 from descend import clip, kernels
 from descend.kernels import eager
-from descend.kernels.chunks import Launch, StepCounts
+from descend.kernels.chunks import Launch, StoredNumbers
 from descend.kernels.probe import Cell, make_probe
 from descend.signature import signature
-from descend.sparse import SparseUpdate
+from descend.sparse import SparseUpdate, warm_up_rows
 from descend.state import State
 
 if TYPE_CHECKING:
@@ -43,12 +43,23 @@ class _Entry(NamedTuple):
     sparse: str | None  # what its gradient means, if that is sparse
 
 
+class _Row:
+    """Parameters of one group that have taken the same steps: they share the numbers of the rule."""
+
+    def __init__(self, group: int, taken: float, kept: Sequence[Tensor]) -> None:
+        self.group = group
+        self.taken = taken
+        self.kept = kept  # those in the state of one of them, once there is any
+        self.kept_next: tuple[Any, ...] = ()
+
+
 class _Call(NamedTuple):
-    """One kernel call: its tables, the parameters in them, and for each row of numbers [group, steps taken]."""
+    """One kernel call: its tables, the parameters in them, and the row of numbers of each."""
 
     launch: Launch
     entries: list[_Entry]
-    rows: list[list[Any]]
+    rows: list[_Row]
+    row_of: np.ndarray
 
 
 class Plan:
@@ -76,11 +87,14 @@ class Plan:
         if self._request == "cpu":
             self._refuse_eager(optimizer)
         self._eager = [entry for entry in self._entries if entry.reason and not entry.sparse]
-        self._sparse = [
-            SparseUpdate(optimizer, entry.param, entry.group, entry.rule, entry.sparse, entry.reason)
-            for entry in self._entries
-            if entry.sparse
-        ]
+        self._sparse = []
+        self._one_by_one: list[_Entry | SparseUpdate] = []  # in the order of the groups: they may share memory
+        for entry in self._entries:
+            if entry.sparse:
+                update = SparseUpdate(optimizer, entry.param, entry.group, entry.rule, entry.sparse, entry.reason)
+                self._sparse.append(update)
+            if entry.reason:
+                self._one_by_one.append(update if entry.sparse else entry)
         self._sort_into_launches(optimizer)
         self._probe: Any = None
 
@@ -146,14 +160,24 @@ class Plan:
                 sorted_entries[entry.rule, (entry.param.dtype, grad.dtype, *dtypes)].append(entry)
         self._calls: list[_Call] = []
         for (rule, dtypes), members in sorted_entries.items():
-            # Parameters of one group that have taken the same number of steps share their numbers.
-            keys = [(entry.group, optimizer.steps_taken(entry.rule, entry.found)) for entry in members]
-            rows = {key: row for row, key in enumerate(dict.fromkeys(keys))}
+            rows: dict[Any, _Row] = {}
+            keys = []
+            for entry in members:
+                taken, kept = optimizer.steps_taken(entry.rule, entry.found), self._kept(optimizer, entry)
+                keys.append((entry.group, taken, *((number.dtype, number.item()) for number in kept)))
+                rows.setdefault(keys[-1], _Row(entry.group, taken, kept))
+            place = {key: row for row, key in enumerate(rows)}
+            row_of = np.array([place[key] for key in keys])
             numbers = len(signature(rule).numbers)
             params = [entry.param for entry in members]
             grads = [param if param.grad is None else param.grad for param in params]
-            launch = Launch(rule, numbers, dtypes, params, grads, [rows[key] for key in keys])
-            self._calls.append(_Call(launch, members, [list(key) for key in rows]))
+            launch = Launch(rule, numbers, dtypes, params, grads, row_of)
+            self._calls.append(_Call(launch, members, list(rows.values()), row_of))
+
+    @staticmethod
+    def _kept(optimizer: FirstOrder, entry: _Entry) -> list[Tensor]:
+        group = optimizer.param_groups[entry.group]
+        return optimizer.stored_numbers(optimizer.keeps, entry.param, group, entry.found)
 
     def read(self, optimizer: FirstOrder) -> None:
         """Check and sum up what sparse gradients hold: unlike memory, that is new at every step."""
@@ -177,32 +201,36 @@ class Plan:
         # Not finite, or finite with squares that overflow: the slower way can tell.
         return float(clip.norm([entry.param.grad for entry in self._entries], 2.0))  # type: ignore[misc]
 
+    @torch.no_grad()
     def prepare(self, optimizer: FirstOrder) -> None:
         """Make the missing state of the parameters that kernels update, and complete the tables."""
         cells: dict[Tensor, Cell] = {}
         self._params: list[Tensor] = []
         self._made: list[tuple[Tensor, str, Tensor]] = []
-        steps = []
-        for launch, entries, _ in self._calls:
+        steps: list[Tensor] = []
+        kept: list[Tensor] = []
+        for launch, entries, rows, row_of in self._calls:
             tensors = []
-            for row, entry in enumerate(entries):
-                state = optimizer.ensure_state(entry.param, entry.rule)
+            for place, entry in enumerate(entries):
+                state = optimizer.ensure_state(entry.param, entry.rule, optimizer.param_groups[entry.group])
                 names = signature(entry.rule).state
                 tensors.append([state[name] for name in names])
-                self._made += [(entry.param, name, state[name]) for name in names]
                 if optimizer.counts_steps:
                     steps.append(state["step"])
-                    self._made.append((entry.param, "step", state["step"]))
-                cells[entry.param] = Cell(launch.addresses, row)
+                    names += ("step",)
+                rows[row_of[place]].kept = [state[name] for name in optimizer.keeps]
+                kept += rows[row_of[place]].kept
+                self._made += [(entry.param, name, state[name]) for name in (*names, *optimizer.keeps)]
+                cells[entry.param] = Cell(launch.addresses, place)
                 self._params.append(entry.param)
             launch.set_state(tensors)
         for update in self._sparse:
             state = update.prepare(optimizer)
             self._made += [(update.param, name, value) for name, value in state.items() if isinstance(value, Tensor)]
-            if optimizer.counts_steps and not optimizer.step_is_int:
+            if optimizer.counts_steps and not optimizer.step_is_int and not update.reason:
                 steps.append(state["step"])
             self._params.append(update.param)
-        self._steps = StepCounts(steps)
+        self._steps, self._kept_numbers = StoredNumbers(steps), StoredNumbers(kept)
         watched = [param for params, _, _ in self._groups for param in params]
         made = [tensor for _, _, tensor in self._made]
         spans = np.concatenate([np.zeros((0, 2), np.int64), *(call.launch.written() for call in self._calls)])
@@ -225,10 +253,13 @@ class Plan:
                 return False
         if optimizer.state is not self._state:
             return False
+        for update in self._sparse:
+            if optimizer.meaning_of_sparse(update.param, groups[update.group]) != update.meaning:
+                return False
         exposed = not isinstance(self._state, State) or self._state.exposed
         if exposed and not self._state_is_ours():
             return False
-        return bool(self._probe.holds(state=exposed)) and self._steps.unchanged()
+        return bool(self._probe.holds(state=exposed)) and self._steps.unchanged() and self._kept_numbers.unchanged()
 
     def _state_is_ours(self) -> bool:
         """Whether every state tensor is still the one that was put there."""
@@ -242,32 +273,54 @@ class Plan:
         """Form every number of the coming step: an option that cannot be used is found before anything moves."""
         groups = optimizer.param_groups
         self._scale = scale
-        for launch, _, rows in self._calls:
-            for row, (group, taken) in enumerate(rows):
-                numbers = optimizer.scalars(groups[group], taken + 1)
-                launch.scalars[row] = (_signed(scale, groups[group]), *map(_number, numbers))
+        for launch, _, rows, _ in self._calls:
+            for values, row in zip(launch.scalars, rows, strict=True):
+                group = groups[row.group]
+                numbers, row.kept_next = optimizer.scalars_and_kept(group, row.taken + 1, row.kept)
+                values[:] = (_signed(scale, group), *map(_number, numbers))
         for update in self._sparse:
-            group = groups[update.group]
-            taken = optimizer.steps_taken(update.rule, optimizer.state_of(update.param))
-            update.set_numbers([_number(x) for x in optimizer.scalars(group, taken + 1)], _signed(scale, group))
+            self._set_numbers(optimizer, update)
         for entry in self._eager:
-            optimizer.scalars(groups[entry.group], 1)
+            optimizer.scalars_and_kept(groups[entry.group], 1, self._kept(optimizer, entry))
 
     def run(self, optimizer: FirstOrder) -> None:
         """Take the step."""
-        for launch, _, rows in self._calls:
+        for launch, _, rows, _ in self._calls:
             launch.update()
-            for key in rows:
-                key[1] += 1
+            for row in rows:
+                row.taken += 1
         for update in self._sparse:
-            update.run(optimizer)
-            if optimizer.step_is_int:
-                optimizer.state_of(update.param)["step"] += 1
+            if not update.reason:
+                update.run(optimizer)
+                if optimizer.step_is_int:
+                    optimizer.state_of(update.param)["step"] += 1
         if self._params:
             self._steps.advance()
+            if optimizer.keeps and self._calls:
+                kept = [[[*map(_number, row.kept_next)] for row in call.rows] for call in self._calls]
+                spread = [
+                    np.array(numbers)[call.row_of].ravel() for numbers, call in zip(kept, self._calls, strict=True)
+                ]
+                self._kept_numbers.write(np.concatenate(spread))
             torch.autograd.graph.increment_version(self._params)
-        for entry in self._eager:
-            self._run_eagerly(optimizer, entry)
+        for each in self._one_by_one:
+            if isinstance(each, SparseUpdate):
+                if optimizer.counts_steps:  # a parameter listed twice has taken a step since
+                    self._set_numbers(optimizer, each)
+                each.run(optimizer)
+                if optimizer.counts_steps:
+                    optimizer.state_of(each.param)["step"] += 1
+            else:
+                self._run_eagerly(optimizer, each)
+
+    def _set_numbers(self, optimizer: FirstOrder, update: SparseUpdate) -> None:
+        group, found = optimizer.param_groups[update.group], optimizer.state_of(update.param)
+        taken = optimizer.steps_taken(update.rule, found)
+        kept = optimizer.stored_numbers(optimizer.keeps, update.param, group, found)
+        numbers, kept_next = optimizer.scalars_and_kept(group, taken + 1, kept)
+        update.set_numbers(
+            [float(_number(value)) for value in numbers], [*map(_number, kept_next)], _signed(self._scale, group)
+        )
 
     def _run_eagerly(self, optimizer: FirstOrder, entry: _Entry) -> None:
         group = optimizer.param_groups[entry.group]
@@ -275,14 +328,19 @@ class Plan:
         with torch.set_grad_enabled(differentiable):
             found = dict.get(optimizer.state, entry.param) or {}
             taken = optimizer.steps_taken(entry.rule, found)
-            state = optimizer.ensure_state(entry.param, entry.rule)
-            numbers = optimizer.scalars(group, taken + 1)
+            state = optimizer.ensure_state(entry.param, entry.rule, group)
+            kept = [state[name] for name in optimizer.keeps]
+            # As in the rule: what a graph has seen is not written to.
+            seen = [number.clone() for number in kept] if differentiable else kept
+            numbers, kept_next = optimizer.scalars_and_kept(group, taken + 1, seen)
             if not differentiable:
                 numbers = tuple(map(_number, numbers))
             tensors = [state[name] for name in signature(entry.rule).state]
             grad = entry.param.grad
             assert grad is not None
             eager.run(entry.rule, entry.param, grad, tensors, numbers, _signed(self._scale, group), differentiable)
+            for number, value in zip(kept, kept_next, strict=True):
+                number.copy_(torch.as_tensor(value).reshape(()))
             if optimizer.counts_steps:
                 state["step"] += 1
 
@@ -294,7 +352,13 @@ class Plan:
                     call.launch.grad_sum_of_squares()
             make_probe([], [], [], np.zeros((0, 2), np.int64))
             if optimizer.counts_steps:
-                StepCounts([torch.zeros(())])
+                StoredNumbers([torch.zeros(())])
+        wants_norm = optimizer.max_norm is not None or optimizer.nonfinite != "step"
+        for update in self._sparse:
+            update.warm_up(wants_norm)
+        if optimizer.sparse is not None:
+            for dtype in {entry.param.dtype for entry in self._entries if entry.reason is None}:
+                warm_up_rows(dtype)
 
     def placements(self, optimizer: FirstOrder) -> list[Placement]:
         """Where each parameter's rule runs, and why."""
@@ -306,6 +370,19 @@ class Plan:
             )
             for entry in self._entries
         ]
+
+
+def warmup(optimizer: FirstOrder) -> None:
+    """Compile, or load from disk, all that ``optimizer.step`` will need, so that the first step is fast.
+
+    Gradients are assumed to have their parameters' dtypes where there are none yet. State is not touched.
+
+    Example:
+        >>> from descend import AdamW
+        >>> optimizer = AdamW([torch.zeros(3, requires_grad=True)])
+        >>> warmup(optimizer)
+    """
+    Plan(optimizer, only_with_grad=False).warm_up(optimizer)
 
 
 def _signed(scale: float, group: Mapping[str, Any]) -> float:

@@ -11,7 +11,7 @@ Throughout, ``gain_i = 1 - beta_i`` and ``bias_i = 1 - beta_i**step``. Averages 
 
 from __future__ import annotations
 
-from descend.ops import maximum, sqrt
+from descend.ops import abs, maximum, minimum, sign, sqrt, where
 
 
 def sgd(param, grad, lr, weight_decay):
@@ -34,6 +34,98 @@ def nesterov(param, grad, momentum_buffer, lr, weight_decay, decay, gain, moment
     grad = grad + weight_decay * param
     momentum_buffer = decay * momentum_buffer + gain * grad
     return param - lr * (grad + momentum * momentum_buffer), momentum_buffer
+
+
+def asgd(param, grad, ax, eta, lambd, weight_decay, mu):
+    """Averaged gradient descent: Polyak & Juditsky 1992; Xu 2011, https://arxiv.org/abs/1107.2490.
+
+    ``ax`` is the average, ``param`` itself until averaging begins: ``mu`` is 1 then.
+    """
+    grad = grad + weight_decay * param
+    param = (1 - lambd * eta) * param - eta * grad
+    return param, (1 - mu) * ax + mu * param
+
+
+def lion(param, grad, exp_avg, lr, gain1, gain2, weight_decay):
+    """Lion: Chen et al. 2023, Algorithm 2, https://arxiv.org/abs/2302.06675; weight decay is decoupled."""
+    update = sign((1 - gain1) * exp_avg + gain1 * grad)
+    exp_avg = (1 - gain2) * exp_avg + gain2 * grad
+    return (1 - lr * weight_decay) * param - lr * update, exp_avg
+
+
+def rprop(param, grad, prev, step_size, eta_minus, eta_plus, smallest, largest):
+    """Rprop: Riedmiller & Braun 1993, in the form iRprop- of Igel & Hüsken 2000.
+
+    A weight's step grows while its gradient keeps its sign; where the sign changes, it shrinks and the weight rests.
+    """
+    agreement = grad * prev
+    grown = where(agreement > 0, eta_plus * step_size, where(agreement < 0, eta_minus * step_size, step_size))
+    step_size = minimum(maximum(grown, smallest), largest)
+    grad = where(agreement < 0, 0.0, grad)
+    return param - sign(grad) * step_size, grad, step_size
+
+
+def adagrad(param, grad, sum, lr, weight_decay, eps):
+    """Adagrad: Duchi, Hazan & Singer 2011, Figure 1 (diagonal), https://jmlr.org/papers/v12/duchi11a.html."""
+    grad = grad + weight_decay * param
+    sum = sum + grad * grad
+    return param - lr * grad / (sqrt(sum) + eps), sum
+
+
+def rmsprop(param, grad, square_avg, lr, gain, eps, weight_decay):
+    """RMSprop: Hinton 2012, lecture 6, https://www.cs.toronto.edu/~tijmen/csc321/slides/lecture_slides_lec6.pdf."""
+    grad = grad + weight_decay * param
+    square_avg = (1 - gain) * square_avg + gain * grad * grad
+    return param - lr * grad / (sqrt(square_avg) + eps), square_avg
+
+
+def rmsprop_momentum(param, grad, square_avg, momentum_buffer, lr, gain, eps, weight_decay, momentum):
+    """RMSprop with momentum: the buffer sums the scaled gradients."""
+    grad = grad + weight_decay * param
+    square_avg = (1 - gain) * square_avg + gain * grad * grad
+    momentum_buffer = momentum * momentum_buffer + grad / (sqrt(square_avg) + eps)
+    return param - lr * momentum_buffer, square_avg, momentum_buffer
+
+
+def rmsprop_centered(param, grad, square_avg, grad_avg, lr, gain, eps, weight_decay):
+    """RMSprop divided by the standard deviation: Graves 2013, equations 38-41, https://arxiv.org/abs/1308.0850.
+
+    Where all gradients are equal, rounding could make the variance negative.
+    """
+    grad = grad + weight_decay * param
+    square_avg = (1 - gain) * square_avg + gain * grad * grad
+    grad_avg = (1 - gain) * grad_avg + gain * grad
+    variance = maximum(square_avg - grad_avg * grad_avg, 0.0)
+    return param - lr * grad / (sqrt(variance) + eps), square_avg, grad_avg
+
+
+def rmsprop_centered_momentum(
+    param, grad, square_avg, momentum_buffer, grad_avg, lr, gain, eps, weight_decay, momentum
+):
+    """RMSprop with both."""
+    grad = grad + weight_decay * param
+    square_avg = (1 - gain) * square_avg + gain * grad * grad
+    grad_avg = (1 - gain) * grad_avg + gain * grad
+    variance = maximum(square_avg - grad_avg * grad_avg, 0.0)
+    momentum_buffer = momentum * momentum_buffer + grad / (sqrt(variance) + eps)
+    return param - lr * momentum_buffer, square_avg, momentum_buffer, grad_avg
+
+
+def adadelta(param, grad, square_avg, acc_delta, lr, gain, eps, weight_decay):
+    """Adadelta: Zeiler 2012, Algorithm 1, https://arxiv.org/abs/1212.5701."""
+    grad = grad + weight_decay * param
+    square_avg = (1 - gain) * square_avg + gain * grad * grad
+    delta = sqrt(acc_delta + eps) / sqrt(square_avg + eps) * grad
+    acc_delta = (1 - gain) * acc_delta + gain * delta * delta
+    return param - lr * delta, square_avg, acc_delta
+
+
+def adamax(param, grad, exp_avg, exp_inf, lr, gain1, beta2, eps, weight_decay, bias1):
+    """Adamax: Kingma & Ba 2015, Algorithm 2, https://arxiv.org/abs/1412.6980: the largest recent gradient."""
+    grad = grad + weight_decay * param
+    exp_avg = (1 - gain1) * exp_avg + gain1 * grad
+    exp_inf = maximum(beta2 * exp_inf, abs(grad) + eps)
+    return param - lr / bias1 * exp_avg / exp_inf, exp_avg, exp_inf
 
 
 def adam(param, grad, exp_avg, exp_avg_sq, lr, gain1, gain2, eps, weight_decay, bias1, bias2):
@@ -101,6 +193,44 @@ def adamw_amsgrad(
     max_exp_avg_sq = maximum(max_exp_avg_sq, exp_avg_sq)
     denom = sqrt(max_exp_avg_sq / bias2) + eps
     return param - lr / bias1 * exp_avg / denom, exp_avg, exp_avg_sq, max_exp_avg_sq
+
+
+def nadam(param, grad, exp_avg, exp_avg_sq, gain1, gain2, eps, weight_decay, decay, bias2, grad_lr, avg_lr):
+    """NAdam: Dozat 2016, Algorithm 2, https://openreview.net/forum?id=OM0jvwB8jIp57ZJjtNEZ.
+
+    Adam whose average looks one step ahead, as in Nesterov's momentum. ``weight_decay`` is L2, ``decay`` decoupled and
+    multiplied by lr; one of them is 0.
+    """
+    param, grad = (1 - decay) * param, grad + weight_decay * param
+    exp_avg = (1 - gain1) * exp_avg + gain1 * grad
+    exp_avg_sq = (1 - gain2) * exp_avg_sq + gain2 * grad * grad
+    denom = sqrt(exp_avg_sq / bias2) + eps
+    return param - (grad_lr * grad + avg_lr * exp_avg) / denom, exp_avg, exp_avg_sq
+
+
+def radam(param, grad, exp_avg, exp_avg_sq, lr, gain1, gain2, eps, weight_decay, decay, bias1, rectification):
+    """RAdam: Liu et al. 2020, Algorithm 2, https://arxiv.org/abs/1908.03265; decay as in ``nadam``.
+
+    ``rectification`` is the paper's r times sqrt(bias2), and 0 as long as the variance of exp_avg_sq is infinite:
+    until then it is momentum alone.
+    """
+    param, grad = (1 - decay) * param, grad + weight_decay * param
+    exp_avg = (1 - gain1) * exp_avg + gain1 * grad
+    exp_avg_sq = (1 - gain2) * exp_avg_sq + gain2 * grad * grad
+    scale = where(rectification > 0, rectification / (sqrt(exp_avg_sq) + eps), 1.0)
+    return param - lr / bias1 * exp_avg * scale, exp_avg, exp_avg_sq
+
+
+def schedule_free_adamw(param, grad, z, exp_avg_sq, lr, gain2, eps, weight_decay, bias2, weight, param_lr):
+    """Schedule-free AdamW: Defazio et al. 2024, Algorithm 1, https://arxiv.org/abs/2405.15682.
+
+    ``param`` is the paper's y, between z, which the steps move, and x, the average of all z so far with ``weight`` for
+    the newest. With x = (y - (1 - beta1) z) / beta1 put in, x need not be stored.
+    """
+    exp_avg_sq = (1 - gain2) * exp_avg_sq + gain2 * grad * grad
+    update = grad / (sqrt(exp_avg_sq / bias2) + eps) + weight_decay * param
+    param = (1 - weight) * param + weight * z - param_lr * update
+    return param, z - lr * update, exp_avg_sq
 
 
 # What a row of an embedding misses while it gets no gradient.

@@ -27,6 +27,7 @@ import numpy as np
 
 BLOCK = 256  # steps whose sums are settled together
 FORGOTTEN = 1e-8  # where so little is left of the first average, a row does not move any more
+SMALLEST = 1.2e-38  # of a fade: zero in float32 would turn an average that has overflowed, Inf, into NaN
 LARGEST = 60.0  # of log e, so that eps is a number in float32 too; where e is larger, w is below exp(-60)
 
 
@@ -95,6 +96,7 @@ class Schedule:
         missed = self.steps - since
         np.exp(missed * self._log1, out=numbers[-1, :, 5])
         np.exp(missed * self._log2, out=numbers[-1, :, 6])
+        np.maximum(numbers[-1, :, 6], SMALLEST, out=numbers[-1, :, 6])
         return numbers
 
     def shrinkage(self, since: np.ndarray) -> np.ndarray:

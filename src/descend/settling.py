@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any, ClassVar
 
 import torch
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch._compile import _disable_dynamo
 from torch.optim import Optimizer
 
-from descend.exact import Table
+from descend.exact import ROW_STEP, Table
 
 
 class Settling(Optimizer):
@@ -63,8 +63,18 @@ class Settling(Optimizer):
 
     def settle(self) -> None:
         """Bring all rows of all tables up to date: a pass over those that are behind. For ``sparse="exact"``."""
+        if self.sparse == "exact":
+            for group in self.param_groups:
+                for param in group["params"]:
+                    if ROW_STEP in self.state_of(param):
+                        self.table_of(param)
         for table in list(self.tables.values()):
             table.settle(self)
+
+    def __del__(self) -> None:
+        with suppress(Exception):  # when the interpreter ends, what it takes may be gone
+            if self.tables:
+                self.settle()  # afterwards nobody could
 
     @contextmanager
     def settled(self) -> Iterator[None]:
@@ -96,20 +106,22 @@ class Settling(Optimizer):
 class SettleRows:
     """A hook of a module that reads a table: the rows about to be read are brought up to date.
 
-    It knows the optimizer weakly, and a copy of the module keeps it without effect: the copy has weights of its own.
+    It knows the optimizer weakly. In a copy of the module it has no effect: the copy has weights of its own, which are
+    current.
     """
 
     def __init__(self, optimizer: Settling | None) -> None:
         self._optimizer = weakref.ref(optimizer) if optimizer is not None else lambda: None
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Before ``forward``: an embedding reads what its input names, other modules everything."""
+        """Before ``forward``: an embedding reads what its input names, other modules may read everything."""
         if torch.compiler.is_compiling():  # a graph break
             _untraced(self, module, args, kwargs)
             return
         inputs = args[0] if args else kwargs.get("input")
-        is_embedding = isinstance(module, nn.Embedding | nn.EmbeddingBag)
-        self._settle(module, inputs if is_embedding and isinstance(inputs, Tensor) else None)
+        looks_up = type(module).forward in (nn.Embedding.forward, nn.EmbeddingBag.forward)
+        is_last = next(reversed(module._forward_pre_hooks.values())) is self  # a later hook may change the input
+        self._settle(module, inputs if looks_up and is_last and isinstance(inputs, Tensor) else None)
 
     def all_rows(self, module: nn.Module, *args: Any) -> None:
         """Before a state dict of the module is made or loaded."""
@@ -126,10 +138,20 @@ class SettleRows:
                 if param is not None and (table := optimizer.tables.get(param)) is not None:
                     table.settle(optimizer, indices)
 
-    def __deepcopy__(self, memo: Any) -> SettleRows:
+    def __deepcopy__(self, memo: dict[int, Any]) -> SettleRows:
+        optimizer = self._optimizer()
+        if optimizer is not None:
+            for param, table in list(optimizer.tables.items()):
+                if id(param) in memo:  # copied already, before it was brought up to date
+                    table.settle(optimizer)
+                    memo[id(param)].data.copy_(param.data)
         return SettleRows(None)
 
     def __reduce__(self) -> Any:
+        optimizer = self._optimizer()
+        if optimizer is not None:
+            for table in list(optimizer.tables.values()):
+                table.refuse_if_behind(optimizer)
         return SettleRows, (None,)
 
 
@@ -163,7 +185,7 @@ def attach(optimizer: Settling, model: nn.Module | Tensor) -> None:
         hooks = module._forward_pre_hooks.values()
         if not any(isinstance(hook, SettleRows) and hook.belongs_to(optimizer) for hook in hooks):
             hook = SettleRows(optimizer)
-            module.register_forward_pre_hook(hook, prepend=True, with_kwargs=True)
+            module.register_forward_pre_hook(hook, with_kwargs=True)
             module.register_state_dict_pre_hook(hook.all_rows)  # type: ignore[no-untyped-call]
             module.register_load_state_dict_pre_hook(hook.all_rows)  # type: ignore[no-untyped-call]
 

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from descend import clip, kernels
 from descend.kernels import eager
-from descend.kernels.rows import TouchedRows
+from descend.kernels.rows import TouchedRows, load_reader
+from descend.kernels.threads import torch_alone
 from descend.signature import signature
 
 if TYPE_CHECKING:
@@ -49,7 +50,9 @@ class SparseUpdate:
         else:
             self._rows = EagerRows(rule, meaning == "all")
         self._numbers: Sequence[Any] = ()
+        self._kept_next: Sequence[float] = ()
         self._scale = 1.0
+        self._is_one_row = False
         self._state: list[Tensor] = []
         self._own = [place for tensor in (param, *_tensors(found)) if (place := kernels.span(tensor))]
 
@@ -57,8 +60,18 @@ class SparseUpdate:
         """Check the gradient and sum what it names twice; nothing but scratch memory is written."""
         grad = self.param.grad
         assert grad is not None
-        grad = grad if grad.is_sparse else grad.to_sparse()  # compressed layouts
-        indices, values = grad._indices().contiguous(), grad._values().to(self._dtype).contiguous()
+        indices, values = grad._indices().contiguous(), grad._values()
+        if kernels.is_freed(values) or kernels.is_freed(indices):
+            raise RuntimeError(
+                f"{type(optimizer).__name__}: {optimizer.name_of(self.param)}: the memory of its gradient has been "
+                "freed (untyped_storage().resize_). Restore it before the step, or set the gradient to None."
+            )
+        with torch_alone():
+            values = values.to(self._dtype).contiguous()
+        sizes = tuple(grad.shape[: grad.sparse_dim()])
+        self._is_one_row = not sizes
+        if self._is_one_row:
+            indices, sizes = indices.new_zeros(1, len(values)), (1,)
         start = values.data_ptr()
         if any(begin < start + values.nbytes and start < end for begin, end in self._own):
             values = values.clone()
@@ -67,7 +80,7 @@ class SparseUpdate:
             self.table.check(optimizer, self.group, grad)
             steps, step = self.table.expected_steps(optimizer)
         try:
-            stale = self._rows.read(indices, values, tuple(grad.shape[: grad.sparse_dim()]), steps, step)
+            stale = self._rows.read(indices, values, sizes, steps, step)
         except IndexError as error:
             raise IndexError(
                 f"{type(optimizer).__name__}: the sparse gradient of {optimizer.name_of(self.param)}: {error}. "
@@ -85,13 +98,14 @@ class SparseUpdate:
         """Of the gradient's values, summed first where a row is named twice."""
         return self._rows.sum_of_squares()
 
-    def set_numbers(self, numbers: Sequence[Any], scale: float) -> None:
-        """Take the numbers of the coming step."""
-        self._numbers, self._scale = numbers, scale
+    def set_numbers(self, numbers: Sequence[Any], kept_next: Sequence[float], scale: float) -> None:
+        """Take the numbers of the coming step, and those to be kept after it."""
+        self._numbers, self._kept_next, self._scale = numbers, kept_next, scale
 
     def prepare(self, optimizer: FirstOrder) -> dict[str, Any]:
         """Make the state that is missing."""
-        found = optimizer.ensure_state(self.param, self.rule, in_pages=self.meaning != "all")
+        group = optimizer.param_groups[self.group]
+        found = optimizer.ensure_state(self.param, self.rule, group, in_pages=self.meaning != "all")
         if self.table is not None:
             self.table.ensure_state(optimizer, found)
         self._state = [found[name] for name in signature(self.rule).state]
@@ -101,17 +115,26 @@ class SparseUpdate:
     def run(self, optimizer: FirstOrder) -> None:
         """Take the step."""
         if self.table is None:
-            self._rows.update(self.param, self._state, self._numbers, self._scale)
+            param, state = self.param.data, self._state
+            if self._is_one_row:  # the gradient has no sparse dimension
+                param, state = param[None], [tensor[None] for tensor in state]
+            self._rows.update(param, state, self._numbers, self._scale)
         else:
             with self.table.lock:
                 self.table.begin_step(optimizer, self.group)
                 self._rows.update(self.param, self._state, self._numbers, self._scale)
                 self.table.end_step(optimizer, self.group, self._rows.rows)
-        self.forget()
+        for name, number in zip(optimizer.keeps, self._kept_next, strict=True):
+            optimizer.state_of(self.param)[name].fill_(number)
 
     def forget(self) -> None:
         """Let go of the gradient."""
         self._rows.forget()
+
+    def warm_up(self, norm: bool) -> None:
+        """Load what a step will call beside what making this has loaded."""
+        if norm and isinstance(self._rows, TouchedRows):
+            self._rows.warm_up_norm()
 
 
 class EagerRows:
@@ -163,6 +186,11 @@ class EagerRows:
 
 def _tensors(state: Mapping[str, Any]) -> list[Tensor]:
     return [value for value in state.values() if isinstance(value, Tensor)]
+
+
+def warm_up_rows(dtype: torch.dtype) -> None:
+    """Load the loops that read gradients of ``dtype``."""
+    load_reader(torch.promote_types(dtype, torch.float32))
 
 
 def check_meaning(optimizer: FirstOrder, meaning: Any) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from copy import deepcopy
 from typing import Any
 
@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 
 from descend import pages
+from descend.kernels.eager import as_real
+from descend.kernels.threads import serial_in_forked_child
 
 
 def _exposing(name: str) -> Callable[..., Any]:
@@ -81,3 +83,40 @@ class State(defaultdict[Any, Any]):
     setdefault = _exposing("setdefault")
     update = _exposing("update")
     values = _exposing("values")
+
+
+def new_tensor(param: Tensor, dtype: torch.dtype, start: Any, in_pages: bool = False) -> Tensor:
+    """A state tensor in the memory order of ``param`` that starts as ``start``: a number, or a tensor like ``param``.
+
+    Both parts of a complex number start as the number: a step treats them as two real ones. ``in_pages``: zeros in
+    memory that costs what is used.
+    """
+    if in_pages and param.is_cpu and param.is_contiguous() and not isinstance(start, Tensor) and start == 0:
+        return pages.zeros(param.shape, dtype)
+    with serial_in_forked_child():
+        tensor = torch.zeros_like(param, dtype=dtype, memory_format=torch.preserve_format)
+        if isinstance(start, Tensor):
+            start = as_real(start)
+            as_real(tensor).copy_(start.reshape(()) if start.numel() == 1 else start)
+        elif start != 0:
+            as_real(tensor).fill_(start)
+    return tensor
+
+
+def stored_number(found: Mapping[str, Any], name: str, start: Any) -> Tensor:
+    """A number of a state, a 0-dim tensor on the CPU as in torch; a new one if there is none that we can write."""
+    value = found.get(name, start)
+    if name in found and _is_number(value):
+        return value  # type: ignore[no-any-return]
+    dtype = torch.float64 if torch.get_default_dtype() == torch.float64 else torch.float32
+    return torch.as_tensor(value, dtype=dtype, device="cpu").reshape(()).clone()
+
+
+def _is_number(value: Any) -> bool:
+    """Whether the kernels can read and write it in place."""
+    return (
+        isinstance(value, Tensor)
+        and value.numel() == 1
+        and value.device.type == "cpu"
+        and value.dtype in (torch.float32, torch.float64)
+    )

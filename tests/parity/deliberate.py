@@ -13,6 +13,7 @@ DELIBERATE = (
     ("SGD", "error", "`lr=nan`", "nan-lr"),
     ("Adam*", "error", "`betas=(tensor*", "betas-of-several-elements"),
     ("AdamW", "error", "step: a sparse gradient", "own-name"),
+    ("Adagrad", "error", "parameters: sparse", "sparse-parameters-of-adagrad"),
     ("LBFGS", "error", "`max_iter=-1.0`", "options-of-lbfgs"),
     ("LBFGS", "error", "`history_size=-1.0`", "options-of-lbfgs"),
     ("LBFGS", "error", "`line_search_fn='newton'`", "options-of-lbfgs"),

@@ -91,6 +91,9 @@ def _body() -> Iterator[str]:
     yield from _table(row for row in rows_of(names[0]) if row in shared)
     for name in names:
         yield f"\n## {name}\n"
+        if pairs()[name][0] is pairs()[name][1]:
+            yield "torch's own class."
+            continue
         if alone := _alone(name):
             yield f"Ours alone: {', '.join(f'`{argument}`' for argument in alone)}.\n"
         yield from _table((row for row in rows_of(name) if row not in shared), name)

@@ -85,7 +85,10 @@ def classes() -> dict[str, type[Optimizer]]:
         prefix + name.lower(): value
         for prefix, module in (("", descend), ("torch.", torch.optim))
         for name, value in vars(module).items()
-        if inspect.isclass(value) and issubclass(value, Optimizer) and _trains_any_model(value)
+        if inspect.isclass(value)
+        and issubclass(value, Optimizer)
+        and value.__module__.startswith(module.__name__)  # descend offers some of torch's own, too
+        and _trains_any_model(value)
     }
 
 

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torch.optim import Optimizer
 
+import descend
 from descend.compare.specs import Spec, embeddings
 from descend.compare.tasks import Batch, Data
 
@@ -175,6 +176,9 @@ def _train(problem: Problem, run: Run, on_step: Callable[[Run], None]) -> None:
         # State only grows. It is not looked at before the end, because a look costs a descend optimizer the proof
         # that nobody has touched its state, and the next steps time.
         run.state_bytes = sum(map(_state_bytes, optimizers))
+    for optimizer in optimizers:
+        if isinstance(optimizer, descend.AdamWScheduleFree):
+            optimizer.eval()
     run.test_loss, run.test_accuracy = _evaluate(model, problem.data.test)
     run.is_complete = True
 

@@ -66,7 +66,11 @@ class Table(Call):
     """
 
     def __init__(
-        self, columns: Sequence[Sequence[Tensor]], width: int, rows: Sequence[int], scalars: np.ndarray
+        self,
+        columns: Sequence[Sequence[Tensor]],
+        width: int,
+        rows: Sequence[int] | np.ndarray,
+        scalars: np.ndarray,
     ) -> None:
         super().__init__()
         self.addresses = np.zeros((len(rows), width), np.int64)
@@ -97,7 +101,7 @@ class Launch(Table):
         dtypes: tuple[torch.dtype, ...],
         params: Sequence[Tensor],
         grads: Sequence[Tensor],
-        rows: Sequence[int],
+        rows: Sequence[int] | np.ndarray,
     ) -> None:
         compute = torch.float64 if torch.float64 in dtypes else torch.float32
         scalars = np.zeros((max(rows) + 1, numbers + 1), NUMPY[compute])
@@ -127,29 +131,35 @@ class Launch(Table):
         return self.sum_of_squares(1, self._dtypes[1])
 
 
-class StepCounts:
-    """The step counts of many parameters, 0-dim tensors each, advanced and checked together."""
+class StoredNumbers:
+    """Numbers of many parameters, step counts for example, in a 0-dim tensor each: checked and set together."""
 
-    def __init__(self, steps: Sequence[Tensor]) -> None:
+    def __init__(self, tensors: Sequence[Tensor]) -> None:
         self._calls = []
-        for dtype in {step.dtype for step in steps}:
-            members = [step for step in steps if step.dtype == dtype]
-            table = np.array([step.data_ptr() for step in members], np.int64)
-            expected = np.array([step.item() for step in members])
+        for dtype in {tensor.dtype for tensor in tensors}:
+            places = np.array([place for place, tensor in enumerate(tensors) if tensor.dtype == dtype])
+            table = np.array([tensors[place].data_ptr() for place in places], np.int64)
+            expected = np.array([tensors[place].item() for place in places])
             call = np.array([table.ctypes.data, expected.ctypes.data, len(table), 0, 0], np.int64)
-            self._calls.append((library.step_counts(dtype), call.ctypes.data, call, (table, expected)))
+            self._calls.append((library.stored_numbers(dtype), call.ctypes.data, call, expected, places, table))
 
     def advance(self) -> None:
-        """One more step for each."""
-        for kernel, address, call, _ in self._calls:
+        """Add one to each."""
+        for kernel, address, call, *_ in self._calls:
             call[3] = 1
             native.call(kernel, address)
-            call[3] = 0
+
+    def write(self, numbers: np.ndarray) -> None:
+        """Set them, in the order of the tensors."""
+        for kernel, address, call, expected, places, _ in self._calls:
+            expected[:] = numbers[places]
+            call[3] = 2
+            native.call(kernel, address)
 
     def unchanged(self) -> bool:
         """Whether nobody else has written any of them."""
-        for kernel, address, call, _ in self._calls:
-            call[4] = 0
+        for kernel, address, call, *_ in self._calls:
+            call[3] = call[4] = 0
             native.call(kernel, address)
             if not call[4]:
                 return False

@@ -186,24 +186,26 @@ def norm_kernel(dtype: torch.dtype, column: int, columns: int) -> str:
     return assembly(kernel, _SUM_OPTIONS)
 
 
-def step_counts_kernel(dtype: torch.dtype) -> str:
-    """LLVM assembly that compares step counts of ``dtype`` with expected ones, or adds one to both.
+def stored_numbers_kernel(dtype: torch.dtype) -> str:
+    """LLVM assembly that compares numbers of ``dtype``, each at its own address, with expected ones, or sets them.
 
-    A call receives the address of five int64 numbers: 0 addresses of the counts, 1 expected counts (float64), 2 how
-    many, 3 whether to add one, 4 set to 1 if all were as expected (or have been advanced).
+    A call receives the address of five int64 numbers: 0 addresses of the numbers, 1 expected numbers (float64), 2 how
+    many, 3 what to do (0 compare, 1 add one to both, 2 store the expected), 4 set to 1 if all were as expected (or
+    have been set). What is expected afterwards is what the dtype could hold.
     """
     load, store = loader((dtype,), torch.float64), storer((dtype, dtype), torch.float64)
 
     def kernel(call: int) -> None:
-        table, expected, advance = load_int(call, 0), load_int(call, 1), load_int(call, 3)
+        table, expected, action = load_int(call, 0), load_int(call, 1), load_int(call, 3)
         for i in range(load_int(call, 2)):
             where = (load_int(table, i),)
-            count = load(where, 0)[0]
-            if advance == 1:
-                store((where[0], 0), 0, count + 1.0)
+            number = load(where, 0)[0]
+            if action == 0:
+                if number != load_double(expected, i):
+                    return
+            else:
+                store((where[0], 0), 0, number + 1.0 if action == 1 else load_double(expected, i))
                 store_double(expected, i, load(where, 0)[0])
-            elif count != load_double(expected, i):
-                return
         store_int(call, 4, 1)
 
     return assembly(kernel, OPTIONS)

@@ -25,9 +25,9 @@ def run(
     """
     if grad.layout != torch.strided:
         grad = grad.to_dense()
-    written = [_real(tensor) for tensor in (param, *state)]
+    written = [as_real(tensor) for tensor in (param, *state)]
     seen = [tensor.clone() for tensor in written] if differentiable else written
-    grad = _real(grad)
+    grad = as_real(grad)
     compute = torch.float32
     for tensor in (grad, *seen):
         compute = torch.promote_types(compute, tensor.dtype)
@@ -62,12 +62,13 @@ def run_rows(
     tables = [tensor.data for tensor in (param, *state)]
     first, *rest = [table[index] for table in tables]
     aligned = [
-        x.view(-1, *[1] * (_real(first).dim() - 1)) if isinstance(x, Tensor) and x.dim() == 1 else x for x in numbers
+        x.view(-1, *[1] * (as_real(first).dim() - 1)) if isinstance(x, Tensor) and x.dim() == 1 else x for x in numbers
     ]
     run(rule, first, first if grad is None else grad, rest, aligned, scale)
     for table, rows in zip(tables, (first, *rest), strict=True):
         table[index] = rows
 
 
-def _real(tensor: Tensor) -> Tensor:
+def as_real(tensor: Tensor) -> Tensor:
+    """Complex numbers as pairs of real ones, in the same memory."""
     return torch.view_as_real(tensor) if tensor.is_complex() else tensor

@@ -53,15 +53,15 @@ def sums_of_squares(dtype: torch.dtype, column: int, columns: int) -> int:
 
 
 @cache
-def step_counts(dtype: torch.dtype) -> int:
-    """The loop that checks or advances step counts of ``dtype``."""
+def stored_numbers(dtype: torch.dtype) -> int:
+    """The loop that checks or sets numbers of ``dtype`` in tensors of their own."""
 
-    def compile_step_counts() -> str:
+    def compile_stored_numbers() -> str:
         from descend.kernels import cpu
 
-        return cpu.step_counts_kernel(dtype)
+        return cpu.stored_numbers_kernel(dtype)
 
-    return native.load("step_counts", f"step_counts|{_sources()}|{dtype}", compile_step_counts)
+    return native.load("stored_numbers", f"stored_numbers|{_sources()}|{dtype}", compile_stored_numbers)
 
 
 @cache

@@ -68,6 +68,12 @@ class _Numbers:
         native.call(self._kernel, self.address)
 
 
+def load_reader(dtype: torch.dtype) -> None:
+    """Load what reads gradients of ``dtype``, float32 or float64."""
+    library.rows("touched")
+    library.rows("sums", dtype)
+
+
 class TouchedRows:
     """The update of the rows that a sparse gradient touches, or of all rows with zeros for the others.
 
@@ -187,6 +193,10 @@ class TouchedRows:
     def forget(self) -> None:
         """Let go of the gradient."""
         self._held = ()
+
+    def warm_up_norm(self) -> None:
+        """Load what ``sum_of_squares`` calls."""
+        library.sums_of_squares(self._dtypes[1], 1, len(self._dtypes))
 
 
 class StaleRows:

@@ -10,7 +10,9 @@ from __future__ import annotations
 
 import ctypes
 import os
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from functools import cache
 from typing import Any
 
@@ -52,9 +54,32 @@ if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_openmp.forget)
 
 
-def in_forked_child() -> bool:
-    """Whether torch's own parallel operations would wait for threads that do not exist."""
-    return _openmp.forked
+@contextmanager
+def serial_in_forked_child() -> Iterator[None]:
+    """Keep torch's own operations on this thread in a forked child, where they would wait for threads that are gone."""
+    count = torch.get_num_threads()
+    if not _openmp.forked or count == 1:
+        yield
+        return
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(count)
+
+
+@contextmanager
+def torch_alone() -> Iterator[None]:
+    """Keep torch on this thread while in a forked child, where it would wait for its others forever."""
+    threads = torch.get_num_threads()
+    if not _openmp.forked or threads == 1:
+        yield
+        return
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def run(address: int, argument: int, elements: int) -> None:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from descend import rules
+from descend.checks import check_at_least_zero, check_lr
 from descend.optimizer import FirstOrder, Options
 
 if TYPE_CHECKING:
@@ -28,7 +29,7 @@ class SparseAdam(FirstOrder):
         betas: decay of the averages of gradient and squared gradient, each in [0, 1). Default: (0.9, 0.999).
         eps: > 0, added to the denominator before bias correction, in units of the gradient. Default: 1e-8.
         maximize: ascend instead. Default: False.
-        options: ``max_norm``, ``nonfinite``, ``backend``, ``state_dtype``: see ``FirstOrder``.
+        options: ``max_norm``, ``nonfinite``, ``backend``, ``state_dtype``, ``sparse``: see ``FirstOrder``.
     Raises:
         ValueError: if an option is out of range, or a parameter is itself sparse.
         RuntimeError: from ``step``, for a dense gradient; nothing has moved then.
@@ -71,16 +72,16 @@ class SparseAdam(FirstOrder):
         return group["lr"], 1 - beta1, 1 - beta2, group["eps"] / bias2**0.5, 0.0, bias1, bias2
 
     def check_options(self, options: Mapping[str, Any]) -> None:
-        name = type(self).__name__
-        lr, eps = options["lr"], options["eps"]
-        if isinstance(lr, torch.Tensor) and lr.numel() != 1:
-            raise ValueError(f"Tensor lr must be 1-element ({name}: got shape {tuple(lr.shape)})")
-        if not lr > 0:
-            raise ValueError(f"Invalid learning rate: {lr} ({name}: lr must be > 0)")
-        if not eps > 0:
-            raise ValueError(f"Invalid epsilon value: {eps} ({name}: eps must be > 0)")
-        for index, beta in enumerate(options["betas"]):
-            if not 0 <= beta < 1:
+        name, betas = type(self).__name__, options["betas"]
+        check_lr(self, options)
+        check_at_least_zero(self, "epsilon value", "eps", options["eps"])
+        for what, key in (("learning rate", "lr"), ("epsilon value", "eps")):
+            if not options[key] > 0:
+                raise ValueError(f"Invalid {what}: {options[key]} ({name}: {key} must be > 0)")
+        if not isinstance(betas, tuple | list) or len(betas) != 2:
+            raise ValueError(f"{name}: betas must be two numbers in [0, 1), got {betas!r}.")
+        for index, beta in enumerate(betas):
+            if not isinstance(beta, int | float | torch.Tensor) or not 0 <= beta < 1:
                 raise ValueError(f"Invalid beta parameter at index {index}: {beta} ({name}: must be in [0, 1))")
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:

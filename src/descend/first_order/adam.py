@@ -1,4 +1,4 @@
-"""The optimizers of ``torch.optim``, in order of complexity: hyper-parameters only, the mathematics is in ``rules``."""
+"""Adam and AdamW."""
 
 from __future__ import annotations
 
@@ -8,103 +8,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from descend import rules
-from descend.checks import check_at_least_zero, check_lr
+from descend.checks import check_betas, check_eps, check_flags, check_lr, check_values
 from descend.optimizer import FirstOrder, Options
 
 if TYPE_CHECKING:
     from torch.optim.optimizer import ParamsT
     from typing_extensions import Unpack
-
-
-class SGD(FirstOrder):
-    """Gradient descent, with momentum (heavy ball or Nesterov), dampening and weight decay if wanted.
-
-    Drop-in for ``torch.optim.SGD``. Weight decay and L2 regularisation are the same thing here; in Adam they are not.
-
-    Args:
-        params: parameters, ``(name, parameter)`` pairs, or dicts that define groups.
-        lr: step size, >= 0; a float or a tensor of one element. Default: 1e-3.
-        momentum: >= 0. Default: 0.
-        dampening: 1 minus the weight of a new gradient in the buffer, from the second step on. Default: 0.
-        weight_decay: >= 0, added to the gradient as ``weight_decay * param``. Default: 0.
-        nesterov: look ahead; needs momentum > 0 and no dampening. Default: False.
-        maximize: ascend instead. Default: False.
-        foreach, fused: accepted and kept in the groups; the backend is chosen by ``backend``.
-        differentiable: let autograd see the step. Default: False.
-        options: ``max_norm``, ``nonfinite``, ``backend``, ``state_dtype``, ``sparse``: see ``FirstOrder``.
-    Raises:
-        ValueError: if an option is out of range.
-    Example:
-        >>> weight = torch.ones(2, requires_grad=True)
-        >>> optimizer = SGD([weight], lr=0.1, momentum=0.9)
-        >>> weight.square().sum().backward()
-        >>> optimizer.step()
-        >>> weight
-        tensor([0.8000, 0.8000], requires_grad=True)
-
-    Source:
-        Sutskever et al. 2013, https://proceedings.mlr.press/v28/sutskever13.html
-    """
-
-    counts_steps = False
-    takes_sparse = True
-
-    def __init__(
-        self,
-        params: ParamsT,
-        lr: float | torch.Tensor = 1e-3,
-        momentum: float = 0,
-        dampening: float = 0,
-        weight_decay: float | torch.Tensor = 0,
-        nesterov: bool = False,
-        *,
-        maximize: bool = False,
-        foreach: bool | None = None,
-        differentiable: bool = False,
-        fused: bool | None = None,
-        **options: Unpack[Options],
-    ) -> None:
-        defaults = {
-            "lr": lr,
-            "momentum": momentum,
-            "dampening": dampening,
-            "weight_decay": weight_decay,
-            "nesterov": nesterov,
-            "maximize": maximize,
-            "foreach": foreach,
-            "differentiable": differentiable,
-            "fused": fused,
-        }
-        super().__init__(params, defaults, **options)
-
-    def rule_for(self, group: Mapping[str, Any]) -> Callable[..., Any]:
-        if group["momentum"] == 0:
-            return rules.sgd
-        return rules.nesterov if group["nesterov"] else rules.momentum
-
-    def meaning_of_sparse(self, param: torch.Tensor, group: Mapping[str, Any]) -> str | None:
-        meaning = super().meaning_of_sparse(param, group)
-        # Without momentum and weight decay nothing happens to a row whose gradient is zero.
-        return "touched" if meaning == "all" and group["momentum"] == 0 and group["weight_decay"] == 0 else meaning
-
-    def scalars(self, group: Mapping[str, Any], step: float) -> tuple[Any, ...]:
-        lr, weight_decay, momentum = group["lr"], group["weight_decay"], group["momentum"]
-        if momentum == 0:
-            return lr, weight_decay
-        # The buffer starts as the first gradient, undamped.
-        decay, gain = (0.0, 1.0) if step == 1 else (momentum, 1 - group["dampening"])
-        return (lr, weight_decay, decay, gain, momentum) if group["nesterov"] else (lr, weight_decay, decay, gain)
-
-    def check_options(self, options: Mapping[str, Any]) -> None:
-        check_lr(self, options)
-        check_at_least_zero(self, "momentum value", "momentum", options["momentum"])
-        check_at_least_zero(self, "weight_decay value", "weight_decay", options["weight_decay"])
-        if options["nesterov"] and (options["momentum"] <= 0 or options["dampening"] != 0):
-            raise ValueError(
-                "Nesterov momentum requires a momentum and zero dampening "
-                f"(SGD: got momentum={options['momentum']}, dampening={options['dampening']})"
-            )
-        _check_flags(options)
 
 
 class Adam(FirstOrder):
@@ -184,17 +93,12 @@ class Adam(FirstOrder):
         return group["lr"], 1 - beta1, 1 - beta2, group["eps"], group["weight_decay"], bias1, bias2
 
     def check_options(self, options: Mapping[str, Any]) -> None:
-        _check_tensors(self, options)
+        _check_tensors(options)
         check_lr(self, options)
-        check_at_least_zero(self, "epsilon value", "eps", options["eps"])
-        for index, beta in enumerate(options["betas"]):
-            if not isinstance(beta, int | float | torch.Tensor) or not 0 <= beta < 1:
-                name = type(self).__name__
-                raise ValueError(
-                    f"Invalid beta parameter at index {index}: {beta} ({name}: betas[{index}] must be in [0, 1))"
-                )
-        check_at_least_zero(self, "weight_decay value", "weight_decay", options["weight_decay"])
-        _check_flags(options)
+        check_eps(self, options)
+        check_betas(self, options["betas"])
+        check_values(self, options, "weight_decay")
+        check_flags(options)
         if self.sparse == "exact":
             self.check_exact(options)
 
@@ -283,14 +187,7 @@ class AdamW(Adam):
             group["decoupled_weight_decay"] = True
 
 
-def _check_flags(options: Mapping[str, Any]) -> None:
-    if options["fused"] and options["differentiable"]:
-        raise RuntimeError("`fused` does not support `differentiable`; leave one of them out.")
-    if options["fused"] and options["foreach"]:
-        raise RuntimeError("`fused` and `foreach` cannot be `True` together.")
-
-
-def _check_tensors(optimizer: FirstOrder, options: Mapping[str, Any]) -> None:
+def _check_tensors(options: Mapping[str, Any]) -> None:
     """Torch's conditions on options given as tensors."""
     betas = options["betas"]
     if not isinstance(betas, tuple | list) or len(betas) != 2 or len({isinstance(b, torch.Tensor) for b in betas}) != 1:

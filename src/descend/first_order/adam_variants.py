@@ -1,0 +1,254 @@
+"""Relatives of Adam: Adamax, NAdam, RAdam."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from descend import rules
+from descend.checks import check_betas, check_eps, check_lr, check_values
+from descend.optimizer import FirstOrder, Options
+
+if TYPE_CHECKING:
+    from torch.optim.optimizer import ParamsT
+    from typing_extensions import Unpack
+
+
+class Adamax(FirstOrder):
+    """Adamax: Adam with the largest recent gradient in place of the root mean square.
+
+    Drop-in for ``torch.optim.Adamax``.
+
+    Args:
+        params: parameters, ``(name, parameter)`` pairs, or dicts that define groups.
+        lr: step size, >= 0; a float or a tensor of one element. Default: 2e-3.
+        betas: decay of the average and of the largest gradient, each in [0, 1). Default: (0.9, 0.999).
+        eps: >= 0, added to each gradient's size, in units of the gradient. Default: 1e-8.
+        weight_decay: >= 0, added to the gradient as ``weight_decay * param``. Default: 0.
+        foreach, capturable: accepted and kept in the groups; the backend is chosen by ``backend``.
+        maximize: ascend instead. Default: False.
+        differentiable: let autograd see the step. Default: False.
+        options: ``max_norm``, ``nonfinite``, ``backend``, ``state_dtype``, ``sparse``: see ``FirstOrder``.
+    Raises:
+        ValueError: if an option is out of range.
+    Example:
+        >>> weight = torch.ones(2, requires_grad=True)
+        >>> optimizer = Adamax([weight], lr=0.1)
+        >>> weight.square().sum().backward()
+        >>> optimizer.step()
+        >>> weight
+        tensor([0.9000, 0.9000], requires_grad=True)
+
+    Source:
+        Kingma & Ba 2015, Algorithm 2, https://arxiv.org/abs/1412.6980
+    """
+
+    rule = staticmethod(rules.adamax)
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float | torch.Tensor = 2e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0,
+        foreach: bool | None = None,
+        *,
+        maximize: bool = False,
+        differentiable: bool = False,
+        capturable: bool = False,
+        **options: Unpack[Options],
+    ) -> None:
+        defaults = {
+            "lr": lr,
+            "betas": betas,
+            "eps": eps,
+            "weight_decay": weight_decay,
+            "foreach": foreach,
+            "maximize": maximize,
+            "differentiable": differentiable,
+            "capturable": capturable,
+        }
+        super().__init__(params, defaults, **options)
+
+    def scalars(self, group: Mapping[str, Any], step: float) -> tuple[Any, ...]:
+        beta1, beta2 = group["betas"]
+        return group["lr"], 1 - beta1, beta2, group["eps"], group["weight_decay"], 1 - beta1**step
+
+    def check_options(self, options: Mapping[str, Any]) -> None:
+        _check_options(self, options)
+
+
+class NAdam(FirstOrder):
+    """NAdam: Adam that looks one step ahead, as Nesterov's momentum does.
+
+    Drop-in for ``torch.optim.NAdam``.
+
+    Args:
+        params: parameters, ``(name, parameter)`` pairs, or dicts that define groups.
+        lr: step size, >= 0; a float or a tensor of one element. Default: 2e-3.
+        betas: decay of the averages of gradient and squared gradient, each in [0, 1). Default: (0.9, 0.999).
+        eps: >= 0, added to the denominator, in units of the gradient. Default: 1e-8.
+        weight_decay: >= 0, L2 regularisation. Default: 0.
+        momentum_decay: >= 0; the momentum of a step is ``betas[0] * (1 - 0.5 * 0.96 ** (step * momentum_decay))``: it
+            grows from half of ``betas[0]`` to all of it. Default: 4e-3.
+        decoupled_weight_decay: decay as ``AdamW`` does. Default: False.
+        foreach, capturable: accepted and kept in the groups; the backend is chosen by ``backend``.
+        maximize: ascend instead. Default: False.
+        differentiable: let autograd see the step. Default: False.
+        options: ``max_norm``, ``nonfinite``, ``backend``, ``state_dtype``, ``sparse``: see ``FirstOrder``.
+    Raises:
+        ValueError: if an option is out of range.
+    Example:
+        >>> weight = torch.ones(2, requires_grad=True)
+        >>> optimizer = NAdam([weight], lr=0.1)
+        >>> weight.square().sum().backward()
+        >>> optimizer.step()
+        >>> weight
+        tensor([0.8944, 0.8944], requires_grad=True)
+
+    Source:
+        Dozat 2016, Algorithm 2, https://openreview.net/forum?id=OM0jvwB8jIp57ZJjtNEZ
+    """
+
+    rule = staticmethod(rules.nadam)
+    keeps = ("mu_product",)
+    capturable_needs = "params, mu_products and state_steps"
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float | torch.Tensor = 2e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0,
+        momentum_decay: float = 4e-3,
+        decoupled_weight_decay: bool = False,
+        *,
+        foreach: bool | None = None,
+        maximize: bool = False,
+        capturable: bool = False,
+        differentiable: bool = False,
+        **options: Unpack[Options],
+    ) -> None:
+        defaults = {
+            "lr": lr,
+            "betas": betas,
+            "eps": eps,
+            "weight_decay": weight_decay,
+            "momentum_decay": momentum_decay,
+            "decoupled_weight_decay": decoupled_weight_decay,
+            "maximize": maximize,
+            "foreach": foreach,
+            "capturable": capturable,
+            "differentiable": differentiable,
+        }
+        super().__init__(params, defaults, **options)
+
+    def scalars_and_kept(
+        self, group: Mapping[str, Any], step: float, kept: Sequence[torch.Tensor]
+    ) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
+        lr, (beta1, beta2) = group["lr"], group["betas"]
+        mu, mu_next = (beta1 * (1 - 0.5 * 0.96 ** (at * group["momentum_decay"])) for at in (step, step + 1))
+        mu_product = kept[0] * mu
+        product = mu_product.double()
+        grad_lr, avg_lr = lr * (1 - mu) / (1 - product), lr * mu_next / (1 - product * mu_next)
+        numbers = 1 - beta1, 1 - beta2, group["eps"], *_decays(group), 1 - beta2**step, grad_lr, avg_lr
+        return numbers, (mu_product,)
+
+    def initial_state(self, name: str, param: torch.Tensor, group: Mapping[str, Any]) -> Any:
+        return 1.0 if name == "mu_product" else 0.0
+
+    def check_options(self, options: Mapping[str, Any]) -> None:
+        _check_options(self, options)
+        check_values(self, options, "momentum_decay")
+
+
+class RAdam(FirstOrder):
+    """RAdam: Adam that waits with its denominator until there are enough gradients to trust it, and then eases it in.
+
+    Drop-in for ``torch.optim.RAdam``. A warm-up of the learning rate has much the same effect.
+
+    Args:
+        params: parameters, ``(name, parameter)`` pairs, or dicts that define groups.
+        lr: step size, >= 0; a float or a tensor of one element. Default: 1e-3.
+        betas: decay of the averages of gradient and squared gradient, each in [0, 1). Default: (0.9, 0.999).
+        eps: >= 0, added to the denominator, in units of the gradient. Default: 1e-8.
+        weight_decay: >= 0, L2 regularisation. Default: 0.
+        decoupled_weight_decay: decay as ``AdamW`` does. Default: False.
+        foreach, capturable: accepted and kept in the groups; the backend is chosen by ``backend``.
+        maximize: ascend instead. Default: False.
+        differentiable: let autograd see the step. Default: False.
+        options: ``max_norm``, ``nonfinite``, ``backend``, ``state_dtype``, ``sparse``: see ``FirstOrder``.
+    Raises:
+        ValueError: if an option is out of range.
+    Example:
+        >>> weight = torch.ones(2, requires_grad=True)
+        >>> optimizer = RAdam([weight], lr=0.1)
+        >>> weight.square().sum().backward()
+        >>> optimizer.step()  # gradient descent in the first steps
+        >>> weight
+        tensor([0.8000, 0.8000], requires_grad=True)
+
+    Source:
+        Liu et al. 2020, Algorithm 2, https://arxiv.org/abs/1908.03265
+    """
+
+    rule = staticmethod(rules.radam)
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float | torch.Tensor = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0,
+        decoupled_weight_decay: bool = False,
+        *,
+        foreach: bool | None = None,
+        maximize: bool = False,
+        capturable: bool = False,
+        differentiable: bool = False,
+        **options: Unpack[Options],
+    ) -> None:
+        defaults = {
+            "lr": lr,
+            "betas": betas,
+            "eps": eps,
+            "weight_decay": weight_decay,
+            "maximize": maximize,
+            "foreach": foreach,
+            "capturable": capturable,
+            "decoupled_weight_decay": decoupled_weight_decay,
+            "differentiable": differentiable,
+        }
+        super().__init__(params, defaults, **options)
+
+    def scalars(self, group: Mapping[str, Any], step: float) -> tuple[Any, ...]:
+        beta1, beta2 = group["betas"]
+        bias1, bias2 = 1 - beta1**step, 1 - beta2**step
+        most = 2 / (1 - beta2) - 1
+        length = most - 2 * step * beta2**step / bias2  # of a simple average as reliable as exp_avg_sq
+        rectification = 0.0
+        if length > 5:
+            r_squared = (length - 4) * (length - 2) * most / ((most - 4) * (most - 2) * length)
+            rectification = (r_squared * bias2) ** 0.5
+        return group["lr"], 1 - beta1, 1 - beta2, group["eps"], *_decays(group), bias1, rectification
+
+    def check_options(self, options: Mapping[str, Any]) -> None:
+        _check_options(self, options)
+
+
+def _decays(group: Mapping[str, Any]) -> tuple[Any, Any]:
+    """Weight decay as L2, and decoupled; one of them is 0."""
+    weight_decay = group["weight_decay"]
+    return (0.0, group["lr"] * weight_decay) if group["decoupled_weight_decay"] else (weight_decay, 0.0)
+
+
+def _check_options(optimizer: FirstOrder, options: Mapping[str, Any]) -> None:
+    check_lr(optimizer, options)
+    check_eps(optimizer, options)
+    check_betas(optimizer, options["betas"])
+    check_values(optimizer, options, "weight_decay")

@@ -1,0 +1,159 @@
+"""AdamW that needs no learning rate schedule."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from descend import rules
+from descend.checks import check_betas, check_eps, check_lr, check_values
+from descend.optimizer import FirstOrder, Options
+
+if TYPE_CHECKING:
+    from torch.optim.optimizer import ParamsT
+    from typing_extensions import Unpack
+
+
+class AdamWScheduleFree(FirstOrder):
+    """Schedule-free AdamW: an average of all steps in place of a learning rate that falls to zero.
+
+    Drop-in for ``AdamWScheduleFree`` of https://github.com/facebookresearch/schedule_free, with its arguments, groups
+    and state. It holds three points: z takes AdamW's steps, x is an average of all z, and gradients are taken at
+    y = (1 - beta1) z + beta1 x. While training, parameters are y; ``eval()`` makes them x, the weights to evaluate and
+    to keep, and ``train()`` makes them y again. A new optimizer is in train mode, as modules are.
+
+    Args:
+        params: parameters, ``(name, parameter)`` pairs, or dicts that define groups.
+        lr: step size, >= 0, held constant; a float or a tensor of one element. Default: 2.5e-3.
+        betas: weight of x in y, in (0, 1), and decay of the average of squared gradients, in [0, 1).
+            Default: (0.9, 0.999).
+        eps: >= 0, added to the denominator, in units of the gradient. Default: 1e-8.
+        weight_decay: >= 0, decoupled, of y, multiplied by ``lr``. Default: 0.
+        warmup_steps: steps during which ``lr`` grows to its value. Default: 0.
+        r: the k-th step counts in the average like k to the power of ``r``. Default: 0.
+        weight_lr_power: and like the largest ``lr`` so far to this power. Default: 2.
+        foreach: accepted and kept in the groups; the backend is chosen by ``backend``.
+        maximize: ascend instead. Default: False.
+        options: ``max_norm``, ``nonfinite``, ``backend``, ``state_dtype``, ``sparse``: see ``FirstOrder``.
+    Raises:
+        ValueError: if an option is out of range.
+        RuntimeError: by ``step()`` in eval mode.
+    Example:
+        >>> weight = torch.ones(2, requires_grad=True)
+        >>> optimizer = AdamWScheduleFree([weight], lr=0.1, betas=(0.5, 0.999))
+        >>> for _ in range(2):
+        ...     weight.grad = torch.ones(2)
+        ...     optimizer.step()
+        >>> optimizer.eval()  # the average of 0.9 and 0.8
+        >>> weight
+        tensor([0.8500, 0.8500], requires_grad=True)
+        >>> optimizer.train()
+        >>> weight
+        tensor([0.8250, 0.8250], requires_grad=True)
+
+    Source:
+        Defazio et al. 2024, Algorithm 1, https://arxiv.org/abs/2405.15682
+    """
+
+    rule = staticmethod(rules.schedule_free_adamw)
+    counts_steps = False  # groups do, as in the original: one average for all of their parameters
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float | torch.Tensor = 0.0025,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0,
+        warmup_steps: int = 0,
+        r: float = 0.0,
+        weight_lr_power: float = 2.0,
+        foreach: bool | None = None,
+        *,
+        maximize: bool = False,
+        **options: Unpack[Options],
+    ) -> None:
+        defaults = {
+            "lr": lr,
+            "betas": betas,
+            "eps": eps,
+            "r": r,
+            "k": 0,
+            "warmup_steps": warmup_steps,
+            "train_mode": True,
+            "weight_sum": 0.0,
+            "lr_max": -1.0,
+            "scheduled_lr": 0.0,
+            "weight_lr_power": weight_lr_power,
+            "weight_decay": weight_decay,
+            "foreach": foreach,
+            "maximize": maximize,
+        }
+        super().__init__(params, defaults, **options)
+
+    def train(self) -> None:
+        """Make the parameters y, where gradients are taken. Without effect in train mode."""
+        self._switch(True)
+
+    def eval(self) -> None:
+        """Make the parameters x, the average: to evaluate, to save, to use. Without effect in eval mode."""
+        self._switch(False)
+
+    @torch.no_grad()
+    def _switch(self, train: bool) -> None:
+        for group in self.param_groups:
+            if group["train_mode"] == train:
+                continue
+            beta1 = group["betas"][0]
+            weight = 1 - beta1 if train else 1 - 1 / beta1  # y = x + (1 - beta1) (z - x), solved for x
+            for param in group["params"]:
+                z = (dict.get(self.state, param) or {}).get("z")
+                if z is not None:
+                    param.copy_(param + weight * (z - param))
+            group["train_mode"] = train
+
+    def scalars(self, group: Mapping[str, Any], step: float) -> tuple[Any, ...]:
+        if not group["train_mode"]:
+            raise RuntimeError(
+                "Optimizer was not in train mode when step is called. Please insert .train() and .eval() calls on the "
+                "optimizer (AdamWScheduleFree: the parameters are the average x; train() makes them y again)"
+            )
+        beta1, beta2 = group["betas"]
+        counted = self._counted(group)
+        lr, weight_sum = counted["scheduled_lr"], counted["weight_sum"]
+        weight = self._weight(group, counted) / weight_sum if weight_sum else 0.0
+        numbers = lr, 1 - beta2, group["eps"], group["weight_decay"], 1 - beta2 ** counted["k"]
+        return *numbers, weight, lr * (1 - beta1 * (1 - weight))
+
+    @staticmethod
+    def _weight(group: Mapping[str, Any], counted: Mapping[str, Any]) -> float:
+        """Weight of a step in the average."""
+        return float(counted["k"] ** group["r"] * counted["lr_max"] ** group["weight_lr_power"])
+
+    def _counted(self, group: Mapping[str, Any]) -> dict[str, Any]:
+        """What a group counts, as it will be after the coming step."""
+        k, warmup_steps = group["k"] + 1, group["warmup_steps"]
+        lr = float(group["lr"]) * (k / warmup_steps if k <= warmup_steps else 1.0)
+        counted = {"k": k, "scheduled_lr": lr, "lr_max": max(lr, group["lr_max"])}
+        return {**counted, "weight_sum": group["weight_sum"] + self._weight(group, counted)}
+
+    def end_step(self) -> None:
+        for group in self.param_groups:
+            if group["train_mode"]:
+                group.update(self._counted(group))
+
+    def initial_state(self, name: str, param: torch.Tensor, group: Mapping[str, Any]) -> Any:
+        return param if name == "z" else 0.0
+
+    def check_options(self, options: Mapping[str, Any]) -> None:
+        check_lr(self, options)
+        check_eps(self, options)
+        check_betas(self, options["betas"])
+        if options["betas"][0] == 0:
+            raise ValueError(
+                "Invalid beta parameter at index 0: 0 (AdamWScheduleFree: betas[0] must be in (0, 1): with 0 all of x "
+                "would be lost in y)"
+            )
+        check_values(self, options, "weight_decay", "warmup_steps")

@@ -1,0 +1,186 @@
+"""Gradient descent, with momentum, and averaged."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from descend import rules
+from descend.checks import check_flags, check_lr, check_values
+from descend.optimizer import FirstOrder, Options
+
+if TYPE_CHECKING:
+    from torch.optim.optimizer import ParamsT
+    from typing_extensions import Unpack
+
+
+class SGD(FirstOrder):
+    """Gradient descent, with momentum (heavy ball or Nesterov), dampening and weight decay if wanted.
+
+    Drop-in for ``torch.optim.SGD``. Weight decay and L2 regularisation are the same thing here; in Adam they are not.
+
+    Args:
+        params: parameters, ``(name, parameter)`` pairs, or dicts that define groups.
+        lr: step size, >= 0; a float or a tensor of one element. Default: 1e-3.
+        momentum: >= 0. Default: 0.
+        dampening: 1 minus the weight of a new gradient in the buffer, from the second step on. Default: 0.
+        weight_decay: >= 0, added to the gradient as ``weight_decay * param``. Default: 0.
+        nesterov: look ahead; needs momentum > 0 and no dampening. Default: False.
+        maximize: ascend instead. Default: False.
+        foreach, fused: accepted and kept in the groups; the backend is chosen by ``backend``.
+        differentiable: let autograd see the step. Default: False.
+        options: ``max_norm``, ``nonfinite``, ``backend``, ``state_dtype``, ``sparse``: see ``FirstOrder``.
+    Raises:
+        ValueError: if an option is out of range.
+    Example:
+        >>> weight = torch.ones(2, requires_grad=True)
+        >>> optimizer = SGD([weight], lr=0.1, momentum=0.9)
+        >>> weight.square().sum().backward()
+        >>> optimizer.step()
+        >>> weight
+        tensor([0.8000, 0.8000], requires_grad=True)
+
+    Source:
+        Sutskever et al. 2013, https://proceedings.mlr.press/v28/sutskever13.html
+    """
+
+    counts_steps = False
+    takes_sparse = True
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float | torch.Tensor = 1e-3,
+        momentum: float = 0,
+        dampening: float = 0,
+        weight_decay: float | torch.Tensor = 0,
+        nesterov: bool = False,
+        *,
+        maximize: bool = False,
+        foreach: bool | None = None,
+        differentiable: bool = False,
+        fused: bool | None = None,
+        **options: Unpack[Options],
+    ) -> None:
+        defaults = {
+            "lr": lr,
+            "momentum": momentum,
+            "dampening": dampening,
+            "weight_decay": weight_decay,
+            "nesterov": nesterov,
+            "maximize": maximize,
+            "foreach": foreach,
+            "differentiable": differentiable,
+            "fused": fused,
+        }
+        super().__init__(params, defaults, **options)
+
+    def rule_for(self, group: Mapping[str, Any]) -> Callable[..., Any]:
+        if group["momentum"] == 0:
+            return rules.sgd
+        return rules.nesterov if group["nesterov"] else rules.momentum
+
+    def meaning_of_sparse(self, param: torch.Tensor, group: Mapping[str, Any]) -> str | None:
+        meaning = super().meaning_of_sparse(param, group)
+        # Without momentum and weight decay nothing happens to a row whose gradient is zero.
+        return "touched" if meaning == "all" and group["momentum"] == 0 and group["weight_decay"] == 0 else meaning
+
+    def scalars(self, group: Mapping[str, Any], step: float) -> tuple[Any, ...]:
+        lr, weight_decay, momentum = group["lr"], group["weight_decay"], group["momentum"]
+        if momentum == 0:
+            return lr, weight_decay
+        # The buffer starts as the first gradient, undamped.
+        decay, gain = (0.0, 1.0) if step == 1 else (momentum, 1 - group["dampening"])
+        return (lr, weight_decay, decay, gain, momentum) if group["nesterov"] else (lr, weight_decay, decay, gain)
+
+    def check_options(self, options: Mapping[str, Any]) -> None:
+        check_lr(self, options)
+        check_values(self, options, "momentum", "weight_decay")
+        if options["nesterov"] and (options["momentum"] <= 0 or options["dampening"] != 0):
+            raise ValueError(
+                "Nesterov momentum requires a momentum and zero dampening "
+                f"(SGD: got momentum={options['momentum']}, dampening={options['dampening']})"
+            )
+        check_flags(options)
+
+
+class ASGD(FirstOrder):
+    """Averaged gradient descent: steps that shrink slowly, and the average of the weights along the way.
+
+    Drop-in for ``torch.optim.ASGD``. The average is ``optimizer.state[param]["ax"]``. The step size is
+    ``lr / (1 + lambd * lr * step) ** alpha``, worked out at the end of each step for the next one: a change of ``lr``
+    acts one step later, as in torch.
+
+    Args:
+        params: parameters, ``(name, parameter)`` pairs, or dicts that define groups.
+        lr: first step size, >= 0; a float or a tensor of one element. Default: 1e-2.
+        lambd: rate at which step sizes shrink, and decay of the weights. Default: 1e-4.
+        alpha: power with which step sizes shrink. Default: 0.75.
+        t0: steps before averaging begins; until then the average is the weight itself. Default: 1e6.
+        weight_decay: >= 0, added to the gradient as ``weight_decay * param``. Default: 0.
+        maximize: ascend instead. Default: False.
+        foreach, capturable: accepted and kept in the groups; the backend is chosen by ``backend``.
+        differentiable: let autograd see the step. Default: False.
+        options: ``max_norm``, ``nonfinite``, ``backend``, ``state_dtype``, ``sparse``: see ``FirstOrder``.
+    Raises:
+        ValueError: if an option is out of range.
+    Example:
+        >>> weight = torch.ones(2, requires_grad=True)
+        >>> optimizer = ASGD([weight], lr=0.1, lambd=0.0, t0=0)
+        >>> for _ in range(3):  # to 0.9, 0.8, 0.7
+        ...     weight.grad = torch.ones(2)
+        ...     optimizer.step()
+        >>> optimizer.state[weight]["ax"]
+        tensor([0.7500, 0.7500])
+
+    Source:
+        Polyak & Juditsky 1992, https://doi.org/10.1137/0330046; Xu 2011, https://arxiv.org/abs/1107.2490
+    """
+
+    rule = staticmethod(rules.asgd)
+    keeps = ("eta", "mu")
+    capturable_needs = "params, mus, etas, and state_steps"
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float | torch.Tensor = 1e-2,
+        lambd: float = 1e-4,
+        alpha: float = 0.75,
+        t0: float = 1e6,
+        weight_decay: float = 0,
+        foreach: bool | None = None,
+        maximize: bool = False,
+        differentiable: bool = False,
+        capturable: bool = False,
+        **options: Unpack[Options],
+    ) -> None:
+        defaults = {
+            "lr": lr,
+            "lambd": lambd,
+            "alpha": alpha,
+            "t0": t0,
+            "weight_decay": weight_decay,
+            "foreach": foreach,
+            "maximize": maximize,
+            "differentiable": differentiable,
+            "capturable": capturable,
+        }
+        super().__init__(params, defaults, **options)
+
+    def scalars_and_kept(
+        self, group: Mapping[str, Any], step: float, kept: Sequence[torch.Tensor]
+    ) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
+        eta, mu = (number.double() for number in kept)
+        lr, lambd = group["lr"], group["lambd"]
+        eta_next, mu_next = lr / (1 + lambd * lr * step) ** group["alpha"], 1 / max(1, step - group["t0"])
+        return (eta, lambd, group["weight_decay"], mu), (eta_next, mu_next)
+
+    def initial_state(self, name: str, param: torch.Tensor, group: Mapping[str, Any]) -> Any:
+        return {"eta": group["lr"], "mu": 1.0}.get(name, 0.0)
+
+    def check_options(self, options: Mapping[str, Any]) -> None:
+        check_lr(self, options)
+        check_values(self, options, "weight_decay")

@@ -1,0 +1,146 @@
+"""Only the sign of the gradient, or of its average, sets the direction: each weight moves by a whole step."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from descend import rules
+from descend.checks import check_betas, check_lr, check_values
+from descend.optimizer import FirstOrder, Options
+
+if TYPE_CHECKING:
+    from torch.optim.optimizer import ParamsT
+    from typing_extensions import Unpack
+
+
+class Lion(FirstOrder):
+    """Lion: every weight moves by ``lr``, along the sign of an average of its gradients.
+
+    Steps are longer than Adam's: the paper takes a 3 to 10 times smaller ``lr``, and a ``weight_decay`` larger by as
+    much. The state is one average, half of Adam's.
+
+    Args:
+        params: parameters, ``(name, parameter)`` pairs, or dicts that define groups.
+        lr: step size, >= 0; a float or a tensor of one element. Default: 1e-4.
+        betas: weight of the past in the step's average, and in the average that is kept, each in [0, 1).
+            Default: (0.9, 0.99).
+        weight_decay: >= 0, decoupled, multiplied by ``lr``. Default: 0.
+        maximize: ascend instead. Default: False.
+        differentiable: let autograd see the step. Default: False.
+        options: ``max_norm``, ``nonfinite``, ``backend``, ``state_dtype``, ``sparse``: see ``FirstOrder``.
+    Raises:
+        ValueError: if an option is out of range.
+    Example:
+        >>> weight = torch.ones(2, requires_grad=True)
+        >>> optimizer = Lion([weight], lr=0.1)
+        >>> weight.square().sum().backward()
+        >>> optimizer.step()
+        >>> weight
+        tensor([0.9000, 0.9000], requires_grad=True)
+
+    Source:
+        Chen et al. 2023, Algorithm 2, https://arxiv.org/abs/2302.06675
+    """
+
+    rule = staticmethod(rules.lion)
+    counts_steps = False
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float | torch.Tensor = 1e-4,
+        betas: tuple[float, float] = (0.9, 0.99),
+        weight_decay: float = 0.0,
+        *,
+        maximize: bool = False,
+        differentiable: bool = False,
+        **options: Unpack[Options],
+    ) -> None:
+        defaults = {
+            "lr": lr,
+            "betas": betas,
+            "weight_decay": weight_decay,
+            "maximize": maximize,
+            "differentiable": differentiable,
+        }
+        super().__init__(params, defaults, **options)
+
+    def scalars(self, group: Mapping[str, Any], step: float) -> tuple[Any, ...]:
+        beta1, beta2 = group["betas"]
+        return group["lr"], 1 - beta1, 1 - beta2, group["weight_decay"]
+
+    def check_options(self, options: Mapping[str, Any]) -> None:
+        check_lr(self, options)
+        check_betas(self, options["betas"])
+        check_values(self, options, "weight_decay")
+
+
+class Rprop(FirstOrder):
+    """Resilient backpropagation: each weight has a step of its own, which grows while its gradient keeps its sign.
+
+    Drop-in for ``torch.optim.Rprop``. For gradients of the whole data set: signs of small batches are mostly noise.
+
+    Args:
+        params: parameters, ``(name, parameter)`` pairs, or dicts that define groups.
+        lr: step size of a weight's first step, >= 0; a float or a tensor of one element. Default: 1e-2.
+        etas: factors by which steps shrink, in (0, 1), and grow, > 1. Default: (0.5, 1.2).
+        step_sizes: shortest and longest step. Default: (1e-6, 50).
+        capturable, foreach: accepted and kept in the groups; the backend is chosen by ``backend``.
+        maximize: ascend instead. Default: False.
+        differentiable: let autograd see the step. Default: False.
+        options: ``max_norm``, ``nonfinite``, ``backend``, ``state_dtype``, ``sparse``: see ``FirstOrder``.
+    Raises:
+        ValueError: if an option is out of range.
+    Example:
+        >>> weight = torch.ones(2, requires_grad=True)
+        >>> optimizer = Rprop([weight], lr=0.1)
+        >>> for _ in range(2):  # by 0.1, then by 0.12
+        ...     weight.grad = torch.tensor([1.0, 1000.0])
+        ...     optimizer.step()
+        >>> weight
+        tensor([0.7800, 0.7800], requires_grad=True)
+
+    Source:
+        Riedmiller & Braun 1993, https://doi.org/10.1109/ICNN.1993.298623; Igel & Hüsken 2000 (iRprop-)
+    """
+
+    rule = staticmethod(rules.rprop)
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float | torch.Tensor = 1e-2,
+        etas: tuple[float, float] = (0.5, 1.2),
+        step_sizes: tuple[float, float] = (1e-6, 50),
+        *,
+        capturable: bool = False,
+        foreach: bool | None = None,
+        maximize: bool = False,
+        differentiable: bool = False,
+        **options: Unpack[Options],
+    ) -> None:
+        defaults = {
+            "lr": lr,
+            "etas": etas,
+            "step_sizes": step_sizes,
+            "foreach": foreach,
+            "maximize": maximize,
+            "differentiable": differentiable,
+            "capturable": capturable,
+        }
+        super().__init__(params, defaults, **options)
+
+    def scalars(self, group: Mapping[str, Any], step: float) -> tuple[Any, ...]:
+        return (*group["etas"], *group["step_sizes"])
+
+    def initial_state(self, name: str, param: torch.Tensor, group: Mapping[str, Any]) -> Any:
+        return group["lr"] if name == "step_size" else 0.0
+
+    def check_options(self, options: Mapping[str, Any]) -> None:
+        check_lr(self, options)
+        smaller, larger = options["etas"]
+        if not 0 < smaller < 1 < larger:
+            raise ValueError(f"Invalid eta values: {smaller}, {larger} (Rprop: need 0 < etas[0] < 1 < etas[1])")
