@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/ready
 
-.PHONY: demo test test-all check bench clean
+.PHONY: demo test test-all test-stack mutate check parity bench clean
 
 demo: $(READY)  ## train a small network on handwritten digits with four optimizers
 	$(BIN)/descend compare digits --out runs/digits
@@ -15,10 +15,22 @@ test: $(READY)  ## tests and doctests
 test-all: $(READY)  ## also every combination of dtypes
 	$(BIN)/python -m pytest -m ''
 
+test-stack: $(READY)  ## with Lightning, Accelerate and transformers
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[stack]'
+	$(BIN)/python -m pytest tests/stack
+
+mutate: $(READY)  ## how many wrong versions of rules, clipping and checkpoints the tests notice
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[mutate]'
+	OMP_NUM_THREADS=1 DESCEND_TEST_BACKEND=eager $(BIN)/mutmut run
+	$(BIN)/mutmut results
+
 check: $(READY)  ## format, lint, types
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+
+parity: $(READY)  ## write docs/parity.md anew
+	$(BIN)/python tests/parity/parity_table.py
 
 bench: $(READY)  ## speed against torch.optim, about ten minutes; evaluations against SciPy, about twenty
 	$(BIN)/python benchmarks/step.py
@@ -30,4 +42,4 @@ $(READY): pyproject.toml constraints.txt
 	touch $@
 
 clean:
-	rm -rf .venv build dist runs
+	rm -rf .venv build dist runs mutants

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import os
 from collections.abc import Callable, Sequence
 from itertools import product
 from typing import Any, NamedTuple
@@ -28,7 +29,7 @@ from descend import (
     Rprop,
 )
 
-BACKENDS = ("cpu", "eager")
+BACKENDS = ("cpu", "eager") if "DESCEND_TEST_BACKEND" not in os.environ else (os.environ["DESCEND_TEST_BACKEND"],)
 SHAPES = ((), (0,), (7, 5), (129,))
 
 

@@ -91,8 +91,11 @@ class FirstOrder(Settling):
         sparse: str | None = None,
         groups: Groups | None = None,
         amp: str | None = None,
+        **unknown: Any,
     ) -> None:
         name = type(self).__name__
+        if unknown:  # Python would name this class, not the one that was called
+            raise TypeError(f"{name}.__init__() got an unexpected keyword argument {next(iter(unknown))!r}")
         if max_norm is not None and not (isinstance(max_norm, int | float) and max_norm > 0):
             raise ValueError(f"{name}: max_norm must be a number > 0, or None not to clip, got {max_norm!r}.")
         if nonfinite not in NONFINITE:

@@ -85,20 +85,17 @@ class SparseAdam(FirstOrder):
                 raise ValueError(f"Invalid beta parameter at index {index}: {beta} ({name}: must be in [0, 1))")
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        if isinstance(param_group, dict) and "params" in param_group:
-            params = param_group["params"]
-            if not isinstance(params, torch.Tensor | list | tuple | set):
-                param_group = {**param_group, "params": (params := list(params))}
-            listed = [params] if isinstance(params, torch.Tensor) else list(params)
-            tensors = [item[1] if isinstance(item, tuple) else item for item in listed]
-            for index, param in enumerate(tensors):
-                if isinstance(param, torch.Tensor) and param.layout != torch.strided:
-                    raise ValueError(f"Sparse params at indices {[index]}: SparseAdam requires dense parameter tensors")
-                if isinstance(param, torch.Tensor) and param.is_complex():
-                    raise ValueError(
-                        f"Complex params at indices {[index]}: SparseAdam does not support complex parameters"
-                    )
         super().add_param_group(param_group)
+        index, params = len(self.param_groups) - 1, self.param_groups[-1]["params"]
+        sparse_params = [[index, place] for place, param in enumerate(params) if param.layout != torch.strided]
+        complex_params = [[index, place] for place, param in enumerate(params) if param.is_complex()]
+        if sparse_params or complex_params:
+            del self.param_groups[-1]
+            raise ValueError(
+                f"Sparse params at indices {sparse_params}: SparseAdam requires dense parameter tensors"
+                if sparse_params
+                else f"Complex params at indices {complex_params}: SparseAdam does not support complex parameters"
+            )
 
     def check_param(self, param: torch.Tensor, group: Mapping[str, Any]) -> None:
         super().check_param(param, group)

@@ -1,0 +1,154 @@
+"""Writes ``docs/parity.md``: ``python tests/parity/parity_table.py``, or ``make parity``."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from deliberate import ABSENT, anchor_of
+from measure import KINDS, START, Item, describe, same, signature_of
+from torch.optim import Optimizer
+
+import descend
+from descend.optimizer import Options
+
+PAGE = Path(__file__).parents[2] / "docs" / "parity.md"
+FUNCTIONS = ("clip_grad_norm_", "clip_grad_value_", "clip_grads_with_norm_", "get_total_norm")
+
+HEAD = """# Parity with torch.optim, measured
+
+Made by `make parity` from the classes themselves; a test fails while this page is not what they are. "yes": ours has it
+and it is the same: an argument's place and default, a method's arguments, the type and shape of a state tensor, a
+group's default, an error's type and the first {start} characters of its text. Every "no" has its reason in
+[differences.md](differences.md). torch {torch}.
+"""
+
+
+class Row(NamedTuple):
+    """What torch's class has, and what ours makes of it."""
+
+    item: Item
+    theirs: str
+    ours: str | None
+    is_same: bool
+
+
+def torch_classes() -> dict[str, type[Optimizer]]:
+    """Every optimizer of ``torch.optim``."""
+    found = {name: getattr(torch.optim, name) for name in torch.optim.__all__}
+    return {
+        name: value
+        for name, value in found.items()
+        if isinstance(value, type) and issubclass(value, Optimizer) and value is not Optimizer
+    }
+
+
+def pairs() -> dict[str, tuple[type[Optimizer], Any]]:
+    """Torch's class and ours, for each that we have."""
+    return {
+        name: (theirs, getattr(descend, name)) for name, theirs in torch_classes().items() if name in descend.__all__
+    }
+
+
+@cache
+def rows_of(name: str) -> tuple[Row, ...]:
+    """All that is measured of one class."""
+    theirs, ours = pairs()[name]
+    expected, found = describe(theirs), describe(ours, like=theirs)
+    return tuple(
+        Row(item, detail, found.get(item), same(item, detail, found.get(item))) for item, detail in expected.items()
+    )
+
+
+def absent() -> list[str]:
+    """Classes of torch that have no counterpart here."""
+    return [name for name in torch_classes() if name not in descend.__all__]
+
+
+def page() -> str:
+    """The whole page."""
+    return "\n".join([HEAD.format(start=START, torch=torch.__version__.split("+")[0]), *_body(), ""])
+
+
+def _body() -> Iterator[str]:
+    names = sorted(pairs(), key=str.lower)
+    yield "| class | " + " | ".join(f"{kind}s" for kind in KINDS) + " |"
+    yield "|---|" + "---|" * len(KINDS)
+    for name in names:
+        counts = []
+        for kind in KINDS:
+            rows = [row for row in rows_of(name) if row.item.kind == kind]
+            counts.append(f"{sum(row.is_same for row in rows)} of {len(rows)}")
+        yield f"| [{name}](#{name.lower()}) | " + " | ".join(counts) + " |"
+    if absent():
+        yield f"\nNot here: {', '.join(absent())} ([why](differences.md#{ABSENT}))."
+    shared = _shared(names)
+    yield "\n## Every class\n"
+    yield from _table(row for row in rows_of(names[0]) if row in shared)
+    for name in names:
+        yield f"\n## {name}\n"
+        if pairs()[name][0] is pairs()[name][1]:
+            yield "torch's own class."
+            continue
+        if alone := _alone(name):
+            yield f"Ours alone: {', '.join(f'`{argument}`' for argument in alone)}.\n"
+        yield from _table((row for row in rows_of(name) if row not in shared), name)
+    yield "\n## Functions of torch.nn.utils\n"
+    yield "| function | arguments | ours |\n|---|---|---|"
+    for name in FUNCTIONS:
+        yield f"| `{name}` | {', '.join(f'`{argument}`' for argument, _ in function_arguments(name)[0])} | yes |"
+
+
+def function_arguments(name: str) -> tuple[list[tuple[str, str]], list[tuple[str, str]]]:
+    """Arguments of a function of ``torch.nn.utils``, and of ours of the same name."""
+    theirs, ours = (inspect.unwrap(getattr(module, name)) for module in (torch.nn.utils, descend))
+    return signature_of(theirs), signature_of(ours)
+
+
+def _shared(names: list[str]) -> set[Row]:
+    """What all classes have alike."""
+    shared = set(rows_of(names[0]))
+    for name in names[1:]:
+        shared &= set(rows_of(name))
+    return {row for row in shared if row.is_same}
+
+
+def _alone(name: str) -> list[str]:
+    theirs, ours = (inspect.signature(side).parameters for side in pairs()[name])
+    named = [argument for argument, parameter in ours.items() if parameter.kind is not parameter.VAR_KEYWORD]
+    options = Options.__annotations__ if len(named) < len(ours) else {}
+    return [argument for argument in (*named, *options) if argument not in theirs]
+
+
+def _table(rows: Iterator[Row], name: str = "") -> Iterator[str]:
+    yield "| | | torch | ours |\n|---|---|---|---|"
+    for row in rows:
+        label = row.item.name if "`" in row.item.name or row.item.kind == "error" else f"`{row.item.name}`"
+        theirs, ours = _cell(_told(row.item, row.theirs)), _cell(_answer(row, name))
+        yield f"| {row.item.kind} | {_cell(label)} | {theirs} | {ours} |"
+
+
+def _answer(row: Row, name: str) -> str:
+    if row.is_same:
+        return "yes"
+    anchor = anchor_of(name, row.item)
+    why = f"[why](differences.md#{anchor})" if anchor else "**a bug**"
+    return f"no, {_told(row.item, row.ours) if row.ours else 'missing'}, {why}"
+
+
+def _told(item: Item, detail: str) -> str:
+    if item.kind != "error" or detail == "accepted":
+        return detail
+    return f"`` {detail} ``" if "`" in detail else f"`{detail}`"
+
+
+def _cell(text: str) -> str:
+    return text.replace("|", "\\|")
+
+
+if __name__ == "__main__":
+    PAGE.write_text(page(), encoding="utf-8")

@@ -1,0 +1,99 @@
+"""The optimizers that the tests of the stack drive, and one way to take a step with any of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from cases import give_grads, params_of
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+import descend
+
+WITH_CLOSURE = ("LBFGS", "Newton")  # these evaluate the loss themselves
+# What shows more of a class than its defaults do.
+OPTIONS: dict[str, dict[str, Any]] = {
+    "SGD": dict(momentum=0.9),
+    "RMSprop": dict(momentum=0.9),
+    "LBFGS": dict(max_iter=3, history_size=4),
+    "Newton": dict(max_iter=2),
+}
+
+
+def public_classes() -> dict[str, Any]:
+    """Every optimizer of this library that is not a base or torch's own."""
+    found = {name: getattr(descend, name) for name in descend.__all__}
+    return {
+        name: value
+        for name, value in found.items()
+        if isinstance(value, type)
+        and issubclass(value, Optimizer)
+        and value is not descend.FirstOrder
+        and value.__module__.startswith("descend")
+    }
+
+
+OURS = public_classes()
+ELEMENTWISE = {name: kind for name, kind in OURS.items() if name not in (*WITH_CLOSURE, "SparseAdam")}
+TWINS = {name: (kind, getattr(torch.optim, name)) for name, kind in OURS.items() if hasattr(torch.optim, name)}
+
+
+def build(kind: Any, params: Any, **options: Any) -> Any:
+    """An optimizer with the options of its row above."""
+    return kind(params, **{**OPTIONS.get(kind.__name__, {}), **options})
+
+
+def advance(optimizer: Any, seed: int) -> Any:
+    """A step with new gradients, or of a new problem, the same for the same seed."""
+    params = params_of(optimizer)
+    names = {base.__name__ for base in type(optimizer).__mro__}
+    if names & set(WITH_CLOSURE):
+        return optimizer.step(_closure(params, seed, must_go_backward="LBFGS" in names))
+    give_grads(params, seed)
+    if "SparseAdam" in names:
+        for param in params:
+            assert param.grad is not None
+            param.grad = param.grad.to_sparse(1)
+    return optimizer.step()
+
+
+def _closure(params: list[Tensor], seed: int, must_go_backward: bool) -> Callable[[], Tensor]:
+    random = torch.Generator().manual_seed(seed)
+    targets = [torch.randn(param.shape, generator=random, dtype=torch.float64).to(param.dtype) for param in params]
+
+    def closure() -> Tensor:
+        for param in params:
+            param.grad = None
+        loss = torch.stack([((p - t) ** 2 + (p - t) ** 4).sum() for p, t in zip(params, targets, strict=True)]).sum()
+        if must_go_backward:
+            loss.backward()
+        return loss
+
+    return closure
+
+
+def network(seed: int = 0) -> nn.Sequential:
+    """A small classifier of four numbers into two classes."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 2))
+
+
+def batch(seed: int, size: int = 16) -> tuple[Tensor, Tensor]:
+    """Inputs and classes."""
+    inputs = torch.randn(size, 4, generator=torch.Generator().manual_seed(seed))
+    return inputs, (inputs[:, 0] * inputs[:, 1] > 0).long()
+
+
+def loss_of(model: nn.Module, seed: int) -> Tensor:
+    """The loss of a model on a batch."""
+    inputs, classes = batch(seed)
+    return nn.functional.cross_entropy(model(inputs), classes)
+
+
+def assert_same_model(ours: nn.Module, theirs: nn.Module) -> None:
+    """Bit for bit."""
+    for name, value in theirs.state_dict().items():
+        assert torch.equal(ours.state_dict()[name], value), name
