@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -175,3 +176,29 @@ def test_backward_in_several_threads() -> None:
             optimizer.zero_grad()
         optimizers.append(optimizer)
     assert_equal(*optimizers)
+
+
+@pytest.mark.parametrize("calls_step", [True, False])
+def test_gradient_that_comes_back_is_an_error(calls_step: bool) -> None:
+    model = network()
+    optimizer = SGD(model.named_parameters())
+    in_backward(optimizer)
+    loss_of(model, 0).backward()
+    model[0].bias.grad = torch.ones(6)
+    with pytest.raises(RuntimeError, match=r"0\.bias has stepped and its gradient was let go, but there is one again"):
+        optimizer.step() if calls_step else loss_of(model, 1).backward()
+
+
+@pytest.mark.skipif(not torch.distributed.is_available(), reason="torch was built without it")
+def test_data_parallel_replicas_do_not_drift_apart_unnoticed(tmp_path: Path) -> None:
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        model = network()
+        replica = nn.parallel.DistributedDataParallel(model)
+        optimizer = SGD(model.parameters())
+        in_backward(optimizer)
+        loss_of(replica, 0).backward()
+        with pytest.raises(RuntimeError, match="DistributedDataParallel does that"):
+            optimizer.step()
+    finally:
+        torch.distributed.destroy_process_group()

@@ -36,6 +36,12 @@ def test_second_order_examples_run_as_told() -> None:
     assert all(f"`{status}`" in path.read_text() for status in descend.Status)
 
 
+def test_training_examples_run() -> None:
+    names = run_examples(ROOT / "docs" / "training.md", 3)
+    assert names["optimizer"].in_backward is None
+    assert all(param.grad is None for param in names["model"].parameters())
+
+
 def test_sparse_examples_run_as_told() -> None:
     names = run_examples(ROOT / "docs" / "sparse.md", 2)
     assert names["optimizer"].state_dict()["state"][0]["row_step"].abs().max() == 3

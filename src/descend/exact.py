@@ -46,8 +46,8 @@ def loaded(name: str, value: Tensor, param: Tensor) -> Tensor | None:
         return None
     if value.shape != expected[name]:
         raise ValueError(f"the loaded {name} has shape {tuple(value.shape)}, expected {expected[name]}.")
-    if name == ROW_STEP and not value.is_cpu:
-        return value.to(dtypes[name], copy=True)
+    if name == ROW_STEP and not param.is_cpu:
+        return value.to(param.device, dtypes[name], copy=True)
     return pages.copied(value.cpu(), dtypes[name])
 
 
@@ -253,7 +253,7 @@ class Table:
 
     def _schedule_of(self, optimizer: Settling, found: MutableMapping[str, Any]) -> Schedule | None:
         """The schedule; taken from the state after loading, None before the first step."""
-        if not isinstance(found.get("step"), Tensor):
+        if "step" not in found:
             self._schedule = None  # somebody has cleared the state
         elif self._schedule is None and isinstance(found.get(SCHEDULE), Tensor):
             history = found[SCHEDULE].numpy()
@@ -282,7 +282,7 @@ class Table:
 
     def _checksum(self) -> Tensor:
         """Of the bits of all weights: the sum, modulo 2^64, of what they are as integers."""
-        integer = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[self.param.itemsize]
+        integer = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[min(self.param.itemsize, 8)]
         pieces = torch.split(self.param.detach(), PIECE)
         return torch.stack([piece.contiguous().view(integer).sum() for piece in pieces]).sum().cpu()
 
@@ -300,9 +300,9 @@ class Table:
         self._schedule = None
 
 
-def _counts(step: Tensor, steps: float) -> bool:
+def _counts(step: Any, steps: float) -> bool:
     """Whether a step count stands for ``steps``: in float32 it stands still at 2^24."""
-    return float(step) == steps or (step.dtype == torch.float32 and steps >= float(step) >= 2**24)
+    return float(step) == steps or (getattr(step, "dtype", None) == torch.float32 and steps >= float(step) >= 2**24)
 
 
 def _missed(schedule: Schedule, since: np.ndarray, moves: bool) -> np.ndarray:

@@ -133,6 +133,7 @@ class InBackward:
             for index, group in enumerate(self.optimizer.param_groups):
                 for position, param in enumerate(group["params"]):
                     if param.grad is not None:
+                        self._check_nothing_came_back(param, self._slots[param])
                         self._take(param, self._slots[param], Place(index, position))
             self._complete()
             self._passes.end()
@@ -173,6 +174,15 @@ class InBackward:
     def _before(self, param: Tensor, slot: _Slot, grad: Tensor) -> None:
         if param.grad is None:  # also where gradients that waited were thrown away
             slot.count = 0
+        self._check_nothing_came_back(param, slot)
+
+    def _check_nothing_came_back(self, param: Tensor, slot: _Slot) -> None:
+        if slot.count == 0 and param in self._stepped and param.grad is not None:
+            raise RuntimeError(
+                f"in_backward: {self.optimizer.name_of(param)} has stepped and its gradient was let go, but there is "
+                "one again. DistributedDataParallel does that: it averages gradients after parameters have stepped, so "
+                "that replicas drift apart. Step after backward there."
+            )
 
     def _place_of(self, param: Tensor, slot: _Slot) -> Place | None:
         groups = self.optimizer.param_groups

@@ -280,8 +280,8 @@ class FirstOrder(Settling):
                 f"but {self.name_of(param)} is on {param.device}. Leave `capturable` out."
             )
         is_attached = param in self.tables and self.tables[param].is_attached
-        # With lr 0, torch.distributed.checkpoint makes the state.
-        if is_attached and param.grad is not None and param.grad.layout == torch.strided and group["lr"] != 0:
+        makes_state = group["lr"] == 0 and not self.state_of(param)  # torch.distributed.checkpoint does
+        if is_attached and param.grad is not None and param.grad.layout == torch.strided and not makes_state:
             raise RuntimeError(
                 f"{type(self).__name__}: {self.name_of(param)} is a table of sparse='exact', but has a dense gradient: "
                 "something reads all of it (tied weights do). Train it with dense gradients, or untie it."

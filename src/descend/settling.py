@@ -119,7 +119,7 @@ class SettleRows:
             _untraced(self, module, args, kwargs)
             return
         inputs = args[0] if args else kwargs.get("input")
-        looks_up = type(module).forward in (nn.Embedding.forward, nn.EmbeddingBag.forward)
+        looks_up = getattr(module.forward, "__func__", None) in (nn.Embedding.forward, nn.EmbeddingBag.forward)
         is_last = next(reversed(module._forward_pre_hooks.values())) is self  # a later hook may change the input
         self._settle(module, inputs if looks_up and is_last and isinstance(inputs, Tensor) else None)
 
