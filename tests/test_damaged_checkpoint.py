@@ -103,7 +103,7 @@ DAMAGES: list[tuple[Path, Any, str]] = [
     (BUFFER, torch.zeros(()), r"has shape \(\), expected \(3, 2\)"),
     (BUFFER, torch.zeros(3, 2, dtype=torch.int64), "must hold numbers as the parameter does.*got torch.int64"),
     (BUFFER, torch.zeros(3, 2, dtype=torch.complex64), "must hold numbers as the parameter does"),
-    (BUFFER, torch.zeros(3, 2).to_sparse_csr(), "must be a dense tensor"),
+    (BUFFER, torch.zeros(3, 2).to_mkldnn(), "must be a dense tensor"),
     (BUFFER, torch.zeros(3, 2, device="meta"), "has no values"),
     (BUFFER, freed, "has no values"),
     ((*STATE, "mine"), torch.zeros(3, device="meta"), "has no values"),
