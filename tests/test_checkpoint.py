@@ -355,7 +355,10 @@ def test_named_checkpoints_go_both_ways(case: Case, ours_has_groups: bool) -> No
         saver.step()
         loader.load_state_dict(through_file(saver.state_dict()))
         found, expected = state_of(loader), state_of(saver)
-        for state in (*found, *expected):  # numbers are cast to the parameter's dtype by torch, and kept by us
+        for state in (
+            *found.values(),
+            *expected.values(),
+        ):  # numbers are cast to the parameter's dtype by torch, and kept by us
             for name in ("mu_product", "eta", "mu"):
                 if name in state:
                     state[name] = state[name].double()

@@ -19,7 +19,7 @@ from torch.distributed.checkpoint.state_dict import (
     set_optimizer_state_dict,
 )
 
-from descend import SGD, AdamW, FirstOrder, from_rule, no_decay
+from descend import SGD, AdamW, FirstOrder, Rprop, from_rule, no_decay
 
 DAMPED = Case(SGD, torch.optim.SGD, dict(lr=0.1, momentum=0.9, dampening=0.5, nesterov=False))
 WITH_STATE = [case for case in CASES if "lr" in case.options and case.options != CASES[0].options]
@@ -37,16 +37,17 @@ def test_init_state_is_that_of_a_first_step_without_taking_it(case: Case) -> Non
     made.init_state()
     assert all(map(torch.equal, params_of(made), leaves()))
     steps(stepped, range(1))
-    assert state_of(made).keys() == state_of(stepped).keys()
+    new = {index: made.state[param] for index, param in enumerate(params_of(made)) if param in made.state}
+    assert new.keys() == state_of(stepped).keys()
     for key, state in state_of(stepped).items():
-        assert list(state_of(made)[key]) == list(state)
-        for name, value in state_of(made)[key].items():
+        assert list(new[key]) == list(state)
+        assert float(new[key].get("step", 0)) == 0
+        for name, value in new[key].items():
             assert (value.dtype, value.shape, value.device) == (
                 state[name].dtype,
                 state[name].shape,
                 state[name].device,
             )
-            assert not value.any()
     made.init_state()  # once more changes nothing
     steps(made, range(4))
     steps(straight, range(4))
@@ -119,6 +120,8 @@ OPTIONS = [dict(), dict(flatten_optimizer_state_dict=True), dict(full_state_dict
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("case", WITH_STATE, ids=str)
 def test_distributed_state_goes_round(case: Case, way: str, options: dict[str, bool]) -> None:
+    if way == "groups" and case.ours is Rprop:
+        pytest.skip("Rprop has no weight decay to leave out")
     how = StateDictOptions(**options)
     first, second, straight = model(), model(), model()
     optimizers = [case.ours(**WAYS[way](each), **case.options) for each in (first, second, straight)]

@@ -170,6 +170,8 @@ class _Reading:
         with unusable_is_value_error(self.who, source):
             self.optimizer.check_options(group)
             kept = [torch.ones(()) for _ in self.optimizer.keeps]
+            if "train_mode" in group:  # a schedule-free optimizer saved between two epochs
+                group = {**group, "train_mode": True}
             # Some options only count from the second step on.
             first, second = (self.optimizer.scalars_and_kept(group, step, kept)[0] for step in (1, 2))
             for number in (*first, *second):
