@@ -155,10 +155,12 @@ def draw_lookups(case: Case, plan: Plan) -> Tensor:
 
 
 class Reader(torch.nn.Embedding):
-    """Reads nothing: of a forward pass only the hooks before it are left."""
+    """An embedding of which only what comes before the forward pass is wanted."""
 
-    def forward(self, input: Tensor) -> Tensor:
-        return input
+    def prepare(self, indices: Tensor) -> None:
+        """Run the hooks before a forward pass."""
+        for hook in self._forward_pre_hooks.values():
+            hook(self, (indices,), {})
 
 
 class Table:
@@ -233,7 +235,7 @@ class Table:
         return torch.sparse_coo_tensor(indices[None], values, self.param.shape, check_invariants=False)
 
     def _read_and_step(self, optimizer: torch.optim.Optimizer) -> None:
-        self.reader(self._indices)
+        self.reader.prepare(self._indices)
         optimizer.step()
 
     def _grad(self) -> Tensor:
