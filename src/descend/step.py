@@ -122,6 +122,7 @@ def warmup(optimizer: FirstOrder) -> None:
     Gradients are assumed to have their parameters' dtypes where there are none yet. State is not touched.
 
     Example:
+        >>> import torch
         >>> from descend import AdamW
         >>> optimizer = AdamW([torch.zeros(3, requires_grad=True)])
         >>> warmup(optimizer)
