@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import io
 import pickle
 import re
 from collections.abc import Callable
@@ -239,9 +240,15 @@ def summarized() -> AdamW:
     return AdamW(Model(), lr=0.01, groups=[("*.bias", DECAY), (re.compile(".*norm.*"), dict(lr=0.5)), (LINEARS, {})])
 
 
-def test_summary_is_a_table() -> None:
+def table_of(optimizer: AdamW) -> list[str]:
+    text = io.StringIO()
+    optimizer.summary(text)
+    return text.getvalue().splitlines()
+
+
+def test_summary_is_a_table(capsys: pytest.CaptureFixture[str]) -> None:
     optimizer = summarized()
-    assert str(optimizer.summary()).splitlines() == [
+    assert table_of(optimizer) == [
         "group  pattern                                         parameters  numbers  state  options that differ",
         "    0  -                                                        1       24    0 B",
         "    1  *.bias                                                   5       22    0 B  weight_decay=0.0",
@@ -251,7 +258,9 @@ def test_summary_is_a_table() -> None:
     ]
     give_grads(params_of(optimizer)[1:6], 0)
     optimizer.step()
+    assert capsys.readouterr().out == ""
     rows = optimizer.summary()
+    assert capsys.readouterr().out.splitlines() == table_of(optimizer)
     assert [row.state_bytes for row in rows] == [0, 22 * 2 * 4 + 5 * 4, 0, 0]
     assert rows[1] == (1, "*.bias", 5, 22, 196, {"weight_decay": 0.0})
     optimizer.param_groups[0]["lr"] = torch.tensor(0.25)
@@ -265,7 +274,7 @@ def test_summary_is_a_table() -> None:
 def test_summary_shows_sizes_readably(numbers: int, shown: str) -> None:
     optimizer = AdamW([torch.zeros(numbers, dtype=torch.bfloat16, requires_grad=True)])
     optimizer.init_state()
-    text = str(optimizer.summary())
+    text = "\n".join(table_of(optimizer))
     assert f"{numbers:,}" in text
     assert shown in text
 
@@ -291,7 +300,7 @@ def through_state_dict(optimizer: AdamW) -> AdamW:
 )
 def test_patterns_survive(duplicate: Callable[[Any], Any]) -> None:
     optimizer = summarized()
-    assert str(duplicate(optimizer).summary()) == str(optimizer.summary())
+    assert table_of(duplicate(optimizer)) == table_of(optimizer)
     assert not any("pattern" in group for group in optimizer.state_dict()["param_groups"])
 
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from typing import TYPE_CHECKING, Any, NamedTuple
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple, TextIO
 
 import torch
 from torch import Tensor
@@ -34,32 +34,16 @@ class Row(NamedTuple):
     options: dict[str, Any]
 
 
-class Summary(tuple[Row, ...]):
-    """The rows of all groups; ``str`` makes a table of them."""
+def summarize(self: FirstOrder, file: TextIO | None = None) -> tuple[Row, ...]:
+    """Print the groups as they are now, as a table.
 
-    __slots__ = ()
-
-    def __str__(self) -> str:
-        heads = ("group", "pattern", "parameters", "numbers", "state", "options that differ")
-        sums = [sum(column) for column in zip(*(row[2:5] for row in self), strict=True)]
-        total = ("total", "", *_sizes(sums), "")
-        lines = [heads, *map(_cells, self), total]
-        widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-        align = (str.rjust, str.ljust, str.rjust, str.rjust, str.rjust, str.ljust)
-        return "\n".join(
-            "  ".join(place(cell, width) for place, cell, width in zip(align, line, widths, strict=True)).rstrip()
-            for line in lines
-        )
-
-    __repr__ = __str__
-
-
-def summarize(self: FirstOrder) -> Summary:
-    """The groups as they are now: a tuple of rows that prints as a table.
-
+    Args:
+        file: where to. Default: standard output.
+    Returns:
+        The rows of the table.
     Example:
         >>> from descend import AdamW
-        >>> AdamW(torch.nn.Linear(2, 3), groups=[("bias", dict(weight_decay=0))]).summary()
+        >>> rows = AdamW(torch.nn.Linear(2, 3), groups=[("bias", dict(weight_decay=0))]).summary()
         group  pattern  parameters  numbers  state  options that differ
             0  -                 1        6    0 B
             1  bias              1        3    0 B  weight_decay=0
@@ -84,7 +68,20 @@ def summarize(self: FirstOrder) -> Summary:
                 },
             )
         )
-    return Summary(rows)
+    print(_table(rows), file=file)
+    return tuple(rows)
+
+
+def _table(rows: Sequence[Row]) -> str:
+    heads = ("group", "pattern", "parameters", "numbers", "state", "options that differ")
+    sums = [sum(column) for column in zip(*(row[2:5] for row in rows), strict=True)]
+    lines = [heads, *map(_cells, rows), ("total", "", *_sizes(sums), "")]
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    align = (str.rjust, str.ljust, str.rjust, str.rjust, str.rjust, str.ljust)
+    return "\n".join(
+        "  ".join(place(cell, width) for place, cell, width in zip(align, line, widths, strict=True)).rstrip()
+        for line in lines
+    )
 
 
 def _tensors(value: Any) -> Iterable[Tensor]:
