@@ -309,6 +309,21 @@ def test_scale_of_a_step_that_raised_is_not_that_of_the_next(stays: bool) -> Non
     assert_same_training(scaled, plain)
 
 
+def test_scale_of_a_step_whose_hook_raised_is_not_that_of_the_next() -> None:
+    scaled, plain = (Training(OPTIMIZERS[5], scale, amp="fused") for scale in (SCALE, None))
+
+    def stop(*_: Any) -> None:
+        raise KeyError("stop")
+
+    scaled.backward(0)
+    with pytest.raises(KeyError), scaled.optimizer.register_step_pre_hook(stop):
+        scaled.scaler.step(scaled.optimizer)
+    scaled.scaler.update()
+    for training in (scaled, plain):
+        training.step(1)
+    assert_same_training(scaled, plain)
+
+
 @pytest.mark.parametrize("value", [0.0, -2.0, math.nan, math.inf])
 def test_scale_set_by_hand_must_be_one(value: float) -> None:
     training = Training(OPTIMIZERS[5], None, amp="fused")

@@ -25,6 +25,7 @@ from descend import (
     RAdam,
     RMSprop,
     Rprop,
+    SparseAdam,
     from_rule,
 )
 
@@ -111,7 +112,28 @@ OURS_ALONE = [
     (dict(nonfinite="ignore"), "nonfinite must be one of"),
     (dict(backend="cuda"), "backend must be one of"),
     (dict(state_dtype=torch.int32), "state_dtype must be a floating point dtype"),
+    (dict(state_dtype="float32"), "state_dtype must be a floating point dtype"),
     (dict(amp="native"), "amp must be one of"),
+]
+
+
+# What torch takes without a word, to fail in a step, half of which may have been taken then.
+OF_ANOTHER_KIND = [
+    (SGD, dict(dampening=None), "dampening must be a number, got None"),
+    (SGD, dict(dampening="0.5"), "dampening must be a number, got '0.5'"),
+    (SGD, dict(momentum=[0.9]), "Invalid momentum value: [0.9]"),
+    (SGD, dict(nesterov=torch.ones(2)), "nesterov must be True or False, got tensor([1., 1.])"),
+    (Adam, dict(amsgrad=torch.ones(2)), "amsgrad must be True or False"),
+    *((kind, dict(betas=0.9), "betas must be 2 numbers, got 0.9") for kind in (NAdam, RAdam, Adamax, Lion)),
+    *((kind, dict(betas=(0.9,)), "betas must be 2 numbers, got (0.9,)") for kind in (AdamWScheduleFree, SparseAdam)),
+    (Rprop, dict(etas=(0.5, "2")), "etas must be 2 numbers, got (0.5, '2')"),
+    (Rprop, dict(step_sizes=(1e-6, 1.0, 50.0)), "step_sizes must be 2 numbers"),
+    (Rprop, dict(step_sizes={1e-6, 50.0}), "step_sizes must be 2 numbers"),
+    (ASGD, dict(lambd=1j), "lambd must be a number, got 1j"),
+    (ASGD, dict(alpha=torch.ones(2)), "alpha must be a number, got tensor([1., 1.])"),
+    (ASGD, dict(t0=torch.ones((), device="meta")), "t0 must be a number"),
+    (AdamWScheduleFree, dict(r=None), "r must be a number, got None"),
+    (RMSprop, dict(alpha=10**400), "alpha must be a number, got 1000"),
 ]
 
 
@@ -121,8 +143,8 @@ def assert_refused(kind: type[Exception], message: str, attempt: Callable[[], An
     assert message in str(caught.value)
 
 
-@pytest.mark.parametrize(("optimizer_class", "options", "message"), BAD_OPTIONS, ids=str)
-def test_bad_option_is_refused_in_torchs_words(
+@pytest.mark.parametrize(("optimizer_class", "options", "message"), [*BAD_OPTIONS, *OF_ANOTHER_KIND], ids=str)
+def test_bad_option_is_refused_in_torchs_words(  # where torch has any
     optimizer_class: type[FirstOrder], options: dict[str, Any], message: str
 ) -> None:
     assert_refused(ValueError, message, lambda: optimizer_class(leaves(), **options))
@@ -256,19 +278,62 @@ def test_sparse_gradients_are_refused_in_torchs_words(name: str) -> None:
     assert_refused(RuntimeError, str(theirs.value), lambda: step(getattr(descend, name)))
 
 
-def test_option_spoiled_between_steps_moves_nothing() -> None:
+@pytest.mark.parametrize("backend", ["auto", "eager"])
+@pytest.mark.parametrize(
+    ("optimizer_class", "options", "name", "value", "message"),
+    [
+        (Adam, {}, "lr", "fast", "Invalid learning rate: fast|lr must be a number, got 'fast'"),
+        (Adam, {}, "betas", (0.9,), "betas must be either both floats|betas must be 2 numbers"),
+        (AdamW, {}, "eps", None, "Invalid epsilon value: None"),
+        (SGD, dict(momentum=0.9), "dampening", None, "dampening must be a number, got None"),
+        (Rprop, {}, "step_sizes", (1e-6,), "step_sizes must be 2 numbers"),
+        (ASGD, {}, "alpha", (0.75,), "alpha must be a number"),
+    ],
+    ids=str,
+)
+def test_option_spoiled_between_steps_moves_nothing(
+    optimizer_class: type[FirstOrder], options: dict[str, Any], name: str, value: Any, message: str, backend: str
+) -> None:
     params = leaves()
-    optimizer = Adam([{"params": params[:2]}, {"params": params[2:]}])
+    optimizer = optimizer_class([{"params": params[:2]}, {"params": params[2:]}], backend=backend, **options)
+    good = optimizer.param_groups[1][name]
+    give_grads(params, 0)
     for first in (True, False):
-        optimizer.param_groups[1]["lr"] = "fast"
+        if first:  # the first step of SGD knows no dampening
+            optimizer.step()
+        optimizer.param_groups[1][name] = value
         before = snapshot(optimizer)
-        give_grads(params, 0)
-        with pytest.raises((TypeError, ValueError)):
+        give_grads(params, 1)
+        with pytest.raises(ValueError, match=message):
             optimizer.step()
         assert_unmoved(optimizer, before)
-        optimizer.param_groups[1]["lr"] = 0.1
-        if first:
-            optimizer.step()
+        optimizer.param_groups[1][name] = good
+        optimizer.step()
+
+
+def test_max_norm_spoiled_between_steps_moves_nothing() -> None:
+    params = leaves()
+    optimizer = SGD(params, max_norm=1.0)
+    give_grads(params, 0)
+    optimizer.max_norm = -1.0
+    before = snapshot(optimizer)
+    with pytest.raises(ValueError, match="max_norm must be a number > 0"):
+        optimizer.step()
+    assert_unmoved(optimizer, before)
+
+
+@pytest.mark.parametrize("backend", ["auto", "eager"])
+@pytest.mark.parametrize("shape", [(1,), (2,), (3, 1), (2, 3)])
+def test_state_of_another_shape_moves_nothing(shape: tuple[int, ...], backend: str) -> None:
+    params = leaves([(3,), (3,)])
+    optimizer = AdamW(params, backend=backend)
+    give_grads(params, 0)
+    optimizer.step()
+    optimizer.state[params[1]]["exp_avg"] = torch.zeros(shape)
+    before = snapshot(optimizer)
+    with pytest.raises(RuntimeError, match=r"exp_avg of .*\[1\] has shape .* expected \(3,\)"):
+        optimizer.step()
+    assert_unmoved(optimizer, before)
 
 
 def test_unknown_backend_in_the_environment_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

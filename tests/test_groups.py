@@ -314,6 +314,12 @@ def test_summary_follows_groups_that_are_moved_and_added() -> None:
     assert optimizer.summary()[0].pattern == f"{', '.join(LINEARS)}, *.bias"
 
 
+def test_summary_shows_a_tensor_that_was_filled_in_place() -> None:
+    optimizer = AdamW(leaves(), lr=torch.tensor(0.5))
+    optimizer.param_groups[0]["lr"].fill_(0.25)
+    assert optimizer.summary()[0].options == {"lr": torch.tensor(0.25)}
+
+
 def test_summary_without_names() -> None:
     assert [row.pattern for row in SGD(leaves()).summary()] == [""]
     assert [row[2:4] for row in SGD([{"params": leaves()}, {"params": leaves([(3,)])}]).summary()] == [(4, 165), (1, 3)]

@@ -82,6 +82,15 @@ def test_refused_and_nothing_changed(
     assert hooks == ([len(p._post_accumulate_grad_hooks or ()) for p in params_of(optimizer)] if optimizer else [])
 
 
+def test_group_that_is_to_be_differentiated_later_is_an_error() -> None:
+    params = leaves([(2,), (3,)])
+    optimizer = SGD([{"params": params[:1]}, {"params": params[1:]}])
+    in_backward(optimizer)
+    optimizer.param_groups[1]["differentiable"] = True
+    with pytest.raises(ValueError, match=r"param_groups\[1\].* cannot be differentiated"):
+        params[1].sum().backward()
+
+
 # Clipping.
 
 

@@ -65,8 +65,9 @@ def test_every_nth_backward_steps_without_step() -> None:
     assert seen == [(0, 1), (0, 2), (-3, None), (-3, 1), (-3, 2), (-6, None), (-6, 1)]
 
 
+@pytest.mark.parametrize("to_none", [True, False])
 @pytest.mark.parametrize("discard", ["optimizer", "model", "attribute"])
-def test_gradients_thrown_away_do_not_count(discard: str) -> None:
+def test_gradients_thrown_away_do_not_count(discard: str, to_none: bool) -> None:
     model = nn.Linear(2, 1, bias=False)
     nn.init.zeros_(model.weight)
     optimizer = SGD(model.parameters(), lr=1.0)
@@ -75,9 +76,9 @@ def test_gradients_thrown_away_do_not_count(discard: str) -> None:
         model(torch.ones(1, 2)).sum().backward()
         assert model.weight[0, 0] == 0
         if discard == "attribute":
-            model.weight.grad = None
+            model.weight.grad = None if to_none else model.weight.grad.zero_()
         else:
-            (optimizer if discard == "optimizer" else model).zero_grad()
+            (optimizer if discard == "optimizer" else model).zero_grad(set_to_none=to_none)
     for _ in range(2):
         model(torch.ones(1, 2)).sum().backward()
     assert model.weight.tolist() == [[-2, -2]]

@@ -31,7 +31,7 @@ ARROWS = {
     "groups": set(),
     "summary": set(),
     "matching": set(),
-    "checkpoint": {"matching"},
+    "checkpoint": {"kernels", "matching"},
     "parameter_checkpoint": {"checkpoint", "exact", "kernels", "matching", "pages", "signature", "state"},
     "step": {"plan"},
     "optimizer": {
@@ -40,7 +40,7 @@ ARROWS = {
     },
     "in_backward": {"optimizer", "plan", "step"},
     "from_rule": {"optimizer", "signature"},
-    "first_order": {"checks", "first_order", "optimizer", "rules"},
+    "first_order": {"checks", "first_order", "optimizer", "rules", "state"},
     "second_order": {"checkpoint", "checks", "groups", "matching", "optimizer", "second_order"},
     "__init__": {
         *("clip", "first_order", "from_rule", "groups", "in_backward", "kernels", "matching", "optimizer"),

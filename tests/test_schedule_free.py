@@ -112,7 +112,7 @@ def test_step_in_eval_mode_is_refused_and_moves_nothing(backend: str) -> None:
     assert optimizer.param_groups[0]["k"] == 4
 
 
-@pytest.mark.parametrize("way", ["file", "deepcopy"])
+@pytest.mark.parametrize("way", ["loaded", "current", "deepcopy"])
 @pytest.mark.parametrize("training", [True, False])
 def test_checkpoint_of_either_mode_goes_on(training: bool, way: str) -> None:
     straight, saved = (AdamWScheduleFree(leaves(), **OPTIONS, max_norm=1.0) for _ in range(2))
@@ -127,14 +127,25 @@ def test_checkpoint_of_either_mode_goes_on(training: bool, way: str) -> None:
         torch.save([copies(saved), saved.state_dict()], file)
         file.seek(0)
         params, state = torch.load(file, weights_only=True)
-        loaded = AdamWScheduleFree([param.requires_grad_() for param in params], max_norm=1.0)
-        loaded.load_state_dict(state)
+        options = OPTIONS if way == "current" else {}
+        loaded = AdamWScheduleFree([param.requires_grad_() for param in params], **options, max_norm=1.0)
+        loaded.load_state_dict(state, hyperparameters=way)
     for optimizer in (straight, loaded):
         optimizer.train()
         walk(optimizer, range(5, 9))
         optimizer.eval()
     assert all(map(torch.equal, params_of(loaded), params_of(straight)))
     assert loaded.param_groups[0]["weight_sum"] == straight.param_groups[0]["weight_sum"]
+
+
+def test_average_of_another_shape_moves_nothing() -> None:
+    optimizer = AdamWScheduleFree(leaves(), **OPTIONS)
+    walk(optimizer, range(3))
+    optimizer.state[params_of(optimizer)[-1]]["z"] = torch.zeros(7, 7, dtype=torch.float64)
+    before = snapshot(optimizer)
+    with pytest.raises(RuntimeError, match=r"z of .* has shape \(7, 7\), expected"):
+        optimizer.eval()
+    assert_unmoved(optimizer, before)
 
 
 def test_skipped_steps_are_not_counted() -> None:

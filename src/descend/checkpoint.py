@@ -11,6 +11,7 @@ from typing import Any
 
 from torch import Tensor
 
+from descend import kernels
 from descend.matching import listed
 
 # How to run is the running program's business, not the file's.
@@ -55,6 +56,8 @@ def restore(
 def copied(value: Any, convert: Callable[[Tensor], Tensor]) -> Any:
     """A copy that shares nothing: tensors as ``convert`` makes them, in whatever lists and dicts they are."""
     if isinstance(value, Tensor):
+        if kernels.is_freed(value):
+            raise RuntimeError("the memory of a tensor has been freed.")
         return convert(value)
     if type(value) in (list, tuple):
         return type(value)(copied(entry, convert) for entry in value)
@@ -86,16 +89,17 @@ def unusable_is_value_error(who: str, group: int) -> Iterator[None]:
         ) from error
 
 
-def step_count(value: Any, what: str) -> Any:
-    """A copy of a finite number >= 0, as it is or in a tensor of one element, which then is on the CPU."""
-    is_scalar = isinstance(value, Tensor) and value.numel() == 1 and not value.is_complex() and not value.is_meta
-    if not (is_scalar or (isinstance(value, int | float) and not isinstance(value, bool))):
-        shown = f"a tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else repr(value)
-        raise ValueError(f"{what} must be a number >= 0, got {shown}.")
-    number = value.item() if isinstance(value, Tensor) else value
-    if not 0 <= number <= sys.float_info.max:
-        raise ValueError(f"{what} must be a number >= 0, got {number!r:.40}.")
-    return value.detach().clone().cpu() if isinstance(value, Tensor) else value
+def number_of(value: Any, what: str, is_count: bool = False) -> Any:
+    """A copy of a finite number, as it is or in a tensor of one element, which then is on the CPU; a count is >= 0."""
+    number = value
+    if isinstance(value, Tensor):
+        is_one = value.numel() == 1 and not value.is_meta
+        value = copied(value, lambda tensor: tensor.detach().clone().cpu()) if is_one else value
+        number = value.item() if is_one else f"a tensor of shape {tuple(value.shape)}"
+    is_number = isinstance(number, int | float) and not isinstance(number, bool)
+    if not is_number or not abs(number) <= sys.float_info.max or (is_count and number < 0):
+        raise ValueError(f"{what} must be a number{' >= 0' if is_count else ''}, got {number!r:.40}.")
+    return value
 
 
 def _check_form(who: str, state_dict: Any) -> None:

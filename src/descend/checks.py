@@ -2,11 +2,55 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import inspect
+from collections.abc import Callable, Mapping
+from functools import lru_cache
 from typing import Any
 
 from torch import Tensor
 from torch.optim import Optimizer
+
+
+def check_kinds(optimizer: Optimizer, options: Mapping[str, Any]) -> None:
+    """Raise ``ValueError`` if an option is not of its default's kind: a number, so many numbers, or a flag."""
+    kind: Any = type(optimizer)
+    for name in _defaults(kind):
+        if name in options:
+            check_kind(optimizer, options, name)
+
+
+def check_kind(optimizer: Optimizer, options: Mapping[str, Any], name: str) -> None:
+    """Raise ``ValueError`` if the option ``name`` is not of its default's kind."""
+    kind: Any = type(optimizer)
+    default, value = _defaults(kind)[name], options[name]
+    if isinstance(default, bool):
+        expected, is_right = "True or False", _converts(bool, value)
+    elif isinstance(default, tuple):
+        expected = f"{len(default)} numbers"
+        is_sequence = isinstance(value, tuple | list) or (isinstance(value, Tensor) and value.dim() == 1)
+        is_right = is_sequence and len(value) == len(default) and all(map(_is_number, value))
+    else:
+        expected, is_right = "a number", _is_number(value)
+    if not is_right:
+        raise ValueError(f"{type(optimizer).__name__}: {name} must be {expected}, got {value!r}.")
+
+
+@lru_cache(maxsize=256)
+def _defaults(kind: Callable[..., Any]) -> dict[str, Any]:
+    parameters = inspect.signature(kind).parameters.values()
+    return {each.name: each.default for each in parameters if isinstance(each.default, bool | int | float | tuple)}
+
+
+def _is_number(value: Any) -> bool:
+    return not isinstance(value, str | bytes) and _converts(float, value)
+
+
+def _converts(kind: type, value: Any) -> bool:
+    try:
+        kind(value)
+    except (TypeError, ValueError, RuntimeError, OverflowError):
+        return False
+    return True
 
 
 def check_at_least_zero(optimizer: Optimizer, what: str, name: str, value: Any) -> None:
@@ -27,10 +71,11 @@ def check_lr(optimizer: Optimizer, options: Mapping[str, Any]) -> None:
     check_at_least_zero(optimizer, "learning rate", "lr", lr)
 
 
-def check_betas(optimizer: Optimizer, betas: Any) -> None:
-    """Raise torch's error unless all are in [0, 1)."""
-    for index, beta in enumerate(betas):
-        if not isinstance(beta, int | float | Tensor) or not 0 <= beta < 1:
+def check_betas(optimizer: Optimizer, options: Mapping[str, Any]) -> None:
+    """Raise torch's error unless both are in [0, 1)."""
+    check_kind(optimizer, options, "betas")
+    for index, beta in enumerate(options["betas"]):
+        if not 0 <= beta < 1:
             name = type(optimizer).__name__
             raise ValueError(
                 f"Invalid beta parameter at index {index}: {beta} ({name}: betas[{index}] must be in [0, 1))"

@@ -7,6 +7,7 @@ import sys
 import threading
 import weakref
 from collections import Counter
+from collections.abc import Mapping
 from functools import partial
 from types import TracebackType
 from typing import Any
@@ -156,6 +157,8 @@ class InBackward:
                 if param in self._stepped:
                     self._complete()
                 self._take(param, slot, place)
+            else:
+                slot.version = param.grad._version
 
     def _watch(self, param: Tensor) -> None:
         slot = self._slots[param] = _Slot()
@@ -172,9 +175,10 @@ class InBackward:
             param.requires_grad_(is_trained)
 
     def _before(self, param: Tensor, slot: _Slot, grad: Tensor) -> None:
-        if param.grad is None:  # also where gradients that waited were thrown away
+        if slot.was_thrown_away(param.grad):
             slot.count = 0
-        self._check_nothing_came_back(param, slot)
+        else:
+            self._check_nothing_came_back(param, slot)
 
     def _check_nothing_came_back(self, param: Tensor, slot: _Slot) -> None:
         if slot.count == 0 and param in self._stepped and param.grad is not None:
@@ -207,13 +211,13 @@ class InBackward:
         plan, slot.plan, slot.place = slot.plan if place == slot.place else None, None, place
         try:
             _check_options(optimizer, self.clip, self.nonfinite)
+            _check_group(optimizer, optimizer.param_groups[place.group])
             slot.plan = advance(optimizer, plan, place, self._norm_to_clip)
         except Exception as error:
             kind = next((kind for kind in _KINDS if isinstance(error, kind)), RuntimeError)
             raise kind(
-                f"in_backward: the step of {optimizer.name_of(param)} failed. Parameters whose gradients came earlier "
-                f"have taken theirs, it and the others have not; zero_grad() lets go of the gradients that are left. "
-                f"{error}"
+                f"in_backward: the step of {optimizer.name_of(param)} failed: {error} Of the others, those whose "
+                "gradients came earlier have taken theirs; zero_grad() lets go of the gradients that are left."
             ) from error
         param.grad = None
         slot.count = 0
@@ -242,9 +246,17 @@ class _Slot:
         self.place: Place | None = None
         self.plan: Plan | None = None
         self.count = 0  # gradients that wait in ``.grad``
+        self.version = 0  # of ``.grad`` since the last of them came
         self.hooks: tuple[Any, ...] = ()
         self.last_pass = -1  # that gave it a gradient
         self.was_nested = False
+
+    def was_thrown_away(self, grad: Tensor | None) -> bool:
+        """Whether gradients that waited in ``grad`` are gone: ``zero_grad``, with ``set_to_none`` or without."""
+        if grad is None:
+            return True
+        was_written = self.count > 0 and grad._version != self.version
+        return was_written and grad.layout is torch.strided and not grad.any()
 
     def remove_hooks(self) -> None:
         for hook in self.hooks:
@@ -353,6 +365,12 @@ def _check_options(optimizer: FirstOrder, clip: str | None, nonfinite: str | Non
         )
 
 
+def _check_group(optimizer: FirstOrder, group: Mapping[str, Any]) -> None:
+    if group.get("differentiable"):
+        name = type(optimizer).__name__
+        raise ValueError(f"in_backward: a step inside backward cannot be differentiated, {name} has differentiable.")
+
+
 def _check_params(optimizer: FirstOrder) -> None:
     """Raise if a parameter cannot step by itself."""
     name = type(optimizer).__name__
@@ -366,8 +384,8 @@ def _check_params(optimizer: FirstOrder) -> None:
                 f"in_backward: {optimizer.name_of(param)} of {name} steps inside backward with another optimizer; "
                 "remove() the handle of that one first."
             )
-    if any(group.get("differentiable") for group in optimizer.param_groups):
-        raise ValueError(f"in_backward: a step inside backward cannot be differentiated, {name} has differentiable.")
+    for group in optimizer.param_groups:
+        _check_group(optimizer, group)
     for placement in optimizer.backends():
         if placement.reason.startswith("shares memory"):
             raise ValueError(f"in_backward: {placement.name} of {name} {placement.reason}; their order would matter.")

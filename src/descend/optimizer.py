@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 from torch.optim import optimizer as torch_optimizer
 
 from descend import parameter_checkpoint
-from descend.checks import check_lr
+from descend.checks import check_kinds, check_lr
 from descend.groups import grouped, named
 from descend.kernels import BACKENDS
 from descend.plan import Placement, Plan
@@ -22,7 +22,7 @@ from descend.settling import Settling
 from descend.signature import signature
 from descend.sparse import check_meaning
 from descend.state import Initial, State, new_tensor, stored_number
-from descend.step import AMP, NONFINITE, advance, forget_scale, refuse_closure
+from descend.step import AMP, NONFINITE, advance, check_max_norm, forget_scale, refuse_closure
 from descend.summary import summarize
 
 if TYPE_CHECKING:
@@ -75,6 +75,7 @@ class FirstOrder(Settling):
     counts_steps: ClassVar[bool] = True  # state has torch's "step", and ``scalars`` depends on it
     step_is_int: ClassVar[bool] = False  # torch's SparseAdam counts in a Python int, all others in a tensor
     keeps: ClassVar[tuple[str, ...]] = ()  # state that is one number a parameter, see ``scalars_and_kept``
+    counts: ClassVar[tuple[str, ...]] = ()  # keys of a group that steps change: state, and no options
     takes_sparse: ClassVar[bool] = False  # without being told what a sparse gradient means
     capturable_needs: ClassVar[str] = "params and state_steps"  # on a device, in torch's words
     in_backward: InBackward | None = None  # while steps are taken inside backward
@@ -96,13 +97,12 @@ class FirstOrder(Settling):
         name = type(self).__name__
         if unknown:  # Python would name this class, not the one that was called
             raise TypeError(f"{name}.__init__() got an unexpected keyword argument {next(iter(unknown))!r}")
-        if max_norm is not None and not (isinstance(max_norm, int | float) and max_norm > 0):
-            raise ValueError(f"{name}: max_norm must be a number > 0, or None not to clip, got {max_norm!r}.")
+        check_max_norm(self, max_norm)
         if nonfinite not in NONFINITE:
             raise ValueError(f"{name}: nonfinite must be one of {NONFINITE}, got {nonfinite!r}.")
         if backend not in BACKENDS:
             raise ValueError(f"{name}: backend must be one of {BACKENDS}, got {backend!r}.")
-        if state_dtype is not None and not state_dtype.is_floating_point:
+        if state_dtype is not None and not (isinstance(state_dtype, torch.dtype) and state_dtype.is_floating_point):
             raise ValueError(f"{name}: state_dtype must be a floating point dtype, got {state_dtype}.")
         check_meaning(self, sparse)
         if amp not in AMP:
@@ -181,26 +181,28 @@ class FirstOrder(Settling):
             or torch_optimizer._global_optimizer_post_hooks
             or torch.autograd.profiler._is_profiler_enabled
         ):
-            return _hooked_step(self) if closure is None else _hooked_step(self, closure)
-        return self._step(closure)
+            hooked = _hooked_step
+        else:
+            hooked = FirstOrder._step
+        try:
+            return hooked(self) if closure is None else hooked(self, closure)
+        except BaseException:
+            forget_scale(self)
+            raise
 
     step.hooked = True  # type: ignore[attr-defined]
 
     def _step(self, closure: Callable[[], Any] | None = None) -> Any:
         loss = None
-        try:
-            if closure is not None:
-                refuse_closure(self)
-                with torch.enable_grad():
-                    loss = closure()
-            if self.in_backward is not None:
-                self.in_backward.finish()
-            else:
-                plan, self._plan = self._plan, None  # should the step not end
-                self._plan = advance(self, plan)
-        except BaseException:
-            forget_scale(self)
-            raise
+        if closure is not None:
+            refuse_closure(self)
+            with torch.enable_grad():
+                loss = closure()
+        if self.in_backward is not None:
+            self.in_backward.finish()
+        else:
+            plan, self._plan = self._plan, None  # should the step not end
+            self._plan = advance(self, plan)
         return loss
 
     # State.
@@ -255,10 +257,21 @@ class FirstOrder(Settling):
 
     # Groups.
 
+    def check_group(self, options: Mapping[str, Any]) -> None:
+        """Raise ``ValueError`` if a group's options are of another kind than their defaults, or out of range."""
+        try:
+            self.check_options(options)
+        except ValueError:  # torch's words
+            raise
+        except Exception:
+            check_kinds(self, options)
+            raise
+        check_kinds(self, options)
+
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group of parameters, its options checked first. See ``torch.optim.Optimizer.add_param_group``."""
         if isinstance(param_group, dict):
-            self.check_options({**self.defaults, **param_group})
+            self.check_group({**self.defaults, **param_group})
         # torch's wrapper imports all of torch._dynamo, a second, to keep the compiler out of here.
         inherited = Optimizer.add_param_group
         if not torch.compiler.is_compiling():

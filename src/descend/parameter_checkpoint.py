@@ -10,7 +10,16 @@ import torch
 from torch import Tensor
 
 from descend import exact, kernels, pages
-from descend.checkpoint import Groups, States, cloned, copied, options_of, restore, step_count, unusable_is_value_error
+from descend.checkpoint import (
+    Groups,
+    States,
+    cloned,
+    copied,
+    number_of,
+    options_of,
+    restore,
+    unusable_is_value_error,
+)
 from descend.matching import IncompatibleKeys, Matching, check_choices, listed
 from descend.signature import signature
 from descend.state import Initial
@@ -135,10 +144,12 @@ class _Reading:
 
     def _groups(self, saved_groups: list[Mapping[str, Any]], matching: Matching) -> Groups:
         groups: Groups = [{**group} for group in self.optimizer.param_groups]
-        if self.takes_options:
+        counts = self.optimizer.counts
+        if self.takes_options or counts:
             for group, source in zip(groups, matching.group_sources(self.strict), strict=True):
                 if source is not None:
-                    group.update(self._options(saved_groups[source], source))
+                    options = self._options(saved_groups[source], source)
+                    group.update(options if self.takes_options else {key: options[key] for key in counts})
                     self._check_options(group, source)
         names = matching.saved.own_names
         if names and None not in matching.sources and all("param_names" in group for group in saved_groups):
@@ -168,7 +179,7 @@ class _Reading:
                     f"got {value!r}."
                 )
         with unusable_is_value_error(self.who, source):
-            self.optimizer.check_options(group)
+            self.optimizer.check_group(group)
             kept = [torch.ones(()) for _ in self.optimizer.keeps]
             if "train_mode" in group:  # a schedule-free optimizer saved between two epochs
                 group = {**group, "train_mode": True}
@@ -276,9 +287,9 @@ class _Reading:
     def _entry(self, param: Tensor, key: str, value: Any, is_rules: bool, name: str) -> Any:
         what = f"{self.who}: the loaded {key} of {name}"
         if key == "step" and self.optimizer.counts_steps:
-            return step_count(value, what)
-        if key in self.optimizer.keeps and isinstance(value, Tensor) and value.numel() == 1:
-            return value.detach().clone().cpu()
+            return number_of(value, what, is_count=True)
+        if key in self.optimizer.keeps and value is not None:
+            return number_of(value, what)
         if not isinstance(value, Tensor):
             if is_rules and value is not None:
                 raise ValueError(f"{what} must be a tensor, got {type(value).__name__}.")

@@ -18,7 +18,7 @@ from descend.kernels.chunks import Launch, StoredNumbers
 from descend.kernels.probe import Cell, PythonProbe, make_probe
 from descend.signature import signature
 from descend.sparse import SparseUpdate, warm_up_rows
-from descend.state import State
+from descend.state import State, state_tensors
 
 if TYPE_CHECKING:
     from descend.optimizer import FirstOrder
@@ -125,14 +125,7 @@ class Plan:
     def _entry(self, optimizer: FirstOrder, index: int, rule: Any, param: Tensor, differentiable: bool) -> _Entry:
         optimizer.check_param(param, optimizer.param_groups[index])
         found = dict.get(self._state, param) or {}
-        names = signature(rule).state
-        state = [(name, found[name]) for name in names if isinstance(found.get(name), Tensor)]
-        for name, tensor in (("it", param), ("its gradient", param.grad), *state):
-            if tensor is not None and kernels.is_freed(tensor):
-                raise RuntimeError(
-                    f"{type(optimizer).__name__}: {optimizer.name_of(param)}: the memory of {name} has been freed "
-                    "(untyped_storage().resize_). Restore it before the step, or set the gradient to None."
-                )
+        state = state_tensors(optimizer, param, signature(rule).state, found)
         sparse = optimizer.meaning_of_sparse(param, optimizer.param_groups[index])
         if differentiable:
             reason: str | None = "differentiable=True"
@@ -172,7 +165,8 @@ class Plan:
             rows: dict[Any, _Row] = {}
             keys = []
             for entry in members:
-                taken, kept = optimizer.steps_taken(entry.rule, entry.found), self._kept(optimizer, entry)
+                group, taken = optimizer.param_groups[entry.group], optimizer.steps_taken(entry.rule, entry.found)
+                kept = optimizer.stored_numbers(optimizer.keeps, entry.param, group, entry.found)
                 keys.append((entry.group, taken, *((number.dtype, number.item()) for number in kept)))
                 rows.setdefault(keys[-1], _Row(entry.group, taken, kept))
             place = {key: row for row, key in enumerate(rows)}
@@ -182,11 +176,6 @@ class Plan:
             grads = [param if param.grad is None else param.grad for param in params]
             launch = Launch(rule, numbers, dtypes, params, grads, row_of)
             self._calls.append(_Call(launch, members, list(rows.values()), row_of))
-
-    @staticmethod
-    def _kept(optimizer: FirstOrder, entry: _Entry) -> list[Tensor]:
-        group = optimizer.param_groups[entry.group]
-        return optimizer.stored_numbers(optimizer.keeps, entry.param, group, entry.found)
 
     def read(self, optimizer: FirstOrder) -> None:
         """Check and sum up what sparse gradients hold: unlike memory, that is new at every step."""
@@ -291,17 +280,30 @@ class Plan:
 
     def set_scalars(self, optimizer: FirstOrder, scale: float) -> None:
         """Form every number of the coming step: an option that cannot be used is found before anything moves."""
-        groups = optimizer.param_groups
         self._scale = scale
+        try:
+            self._form_numbers(optimizer, scale)
+        except Exception:
+            for group in optimizer.param_groups:
+                optimizer.check_group(group)  # says which option it was
+            raise
+
+    def _form_numbers(self, optimizer: FirstOrder, scale: float) -> None:
+        groups = optimizer.param_groups
         for launch, _, rows, _ in self._calls:
             for values, row in zip(launch.scalars, rows, strict=True):
                 group = groups[row.group]
-                numbers, row.kept_next = optimizer.scalars_and_kept(group, row.taken + 1, row.kept)
-                values[:] = (_signed(scale, group), *map(_number, numbers))
+                numbers, kept_next = optimizer.scalars_and_kept(group, row.taken + 1, row.kept)
+                values[:] = (_signed(scale, group), *map(float, map(_number, numbers)))
+                row.kept_next = tuple(map(_number, kept_next))
         for update in self._sparse:
             self._set_numbers(optimizer, update)
         for entry in self._eager:
-            optimizer.scalars_and_kept(groups[entry.group], 1, self._kept(optimizer, entry))
+            takes = signature(entry.rule)
+            state_tensors(optimizer, entry.param, takes.state, optimizer.state_of(entry.param))
+            numbers, kept_next = self._next_numbers(optimizer, entry)
+            for _, number in zip((*takes.numbers, *optimizer.keeps), (*numbers, *kept_next), strict=True):
+                float(_number(number))
 
     def run(self, optimizer: FirstOrder) -> None:
         """Take the step."""
@@ -317,11 +319,8 @@ class Plan:
         if self._params:
             self._steps.advance()
             if optimizer.keeps and self._calls:
-                kept = [[[*map(_number, row.kept_next)] for row in call.rows] for call in self._calls]
-                spread = [
-                    np.array(numbers)[call.row_of].ravel() for numbers, call in zip(kept, self._calls, strict=True)
-                ]
-                self._kept_numbers.write(np.concatenate(spread))
+                kept = [np.array([row.kept_next for row in call.rows])[call.row_of].ravel() for call in self._calls]
+                self._kept_numbers.write(np.concatenate(kept))
             torch.autograd.graph.increment_version(self._params)
         for each in self._one_by_one:
             if isinstance(each, SparseUpdate):
@@ -334,13 +333,15 @@ class Plan:
                 self._run_eagerly(optimizer, each)
 
     def _set_numbers(self, optimizer: FirstOrder, update: SparseUpdate) -> None:
-        group, found = optimizer.param_groups[update.group], optimizer.state_of(update.param)
-        taken = optimizer.steps_taken(update.rule, found)
-        kept = optimizer.stored_numbers(optimizer.keeps, update.param, group, found)
-        numbers, kept_next = optimizer.scalars_and_kept(group, taken + 1, kept)
-        update.set_numbers(
-            [float(_number(value)) for value in numbers], [*map(_number, kept_next)], _signed(self._scale, group)
-        )
+        numbers, kept_next = self._next_numbers(optimizer, update)
+        scale = _signed(self._scale, optimizer.param_groups[update.group])
+        update.set_numbers([float(_number(value)) for value in numbers], [*map(_number, kept_next)], scale)
+
+    @staticmethod
+    def _next_numbers(optimizer: FirstOrder, each: _Entry | SparseUpdate) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
+        group, found = optimizer.param_groups[each.group], optimizer.state_of(each.param)
+        kept = optimizer.stored_numbers(optimizer.keeps, each.param, group, found)
+        return optimizer.scalars_and_kept(group, optimizer.steps_taken(each.rule, found) + 1, kept)
 
     def _run_eagerly(self, optimizer: FirstOrder, entry: _Entry) -> None:
         group = optimizer.param_groups[entry.group]
@@ -366,14 +367,13 @@ class Plan:
 
     def warm_up(self, optimizer: FirstOrder) -> None:
         """Load what a step will call beside the updates, which making the plan has loaded."""
+        wants_norm = optimizer.max_norm is not None or optimizer.nonfinite != "step"
+        for call in self._calls if wants_norm else ():
+            call.launch.grad_sum_of_squares()
         if self._calls:
-            for call in self._calls:
-                if optimizer.max_norm is not None or optimizer.nonfinite != "step":
-                    call.launch.grad_sum_of_squares()
             make_probe([], [], [], np.zeros((0, 2), np.int64))
             if optimizer.counts_steps:
                 StoredNumbers([torch.zeros(())])
-        wants_norm = optimizer.max_norm is not None or optimizer.nonfinite != "step"
         for update in self._sparse:
             update.warm_up(wants_norm)
         if optimizer.sparse is not None:

@@ -5,14 +5,14 @@ from __future__ import annotations
 import copy
 import weakref
 from collections import defaultdict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from copy import deepcopy
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from descend import pages
+from descend import kernels, pages
 from descend.kernels.eager import as_real
 from descend.kernels.threads import serial_in_forked_child
 
@@ -108,11 +108,36 @@ def new_tensor(param: Tensor, dtype: torch.dtype, start: Any, in_pages: bool = F
     return tensor
 
 
+def state_tensors(
+    optimizer: Any, param: Tensor, names: Sequence[str], found: Mapping[str, Any]
+) -> list[tuple[str, Tensor]]:
+    """The state tensors that exist of those called ``names``.
+
+    Raises:
+        RuntimeError: if one has not the parameter's shape, or its memory, the parameter's or the gradient's is gone.
+    """
+    state = [(name, found[name]) for name in names if isinstance(found.get(name), Tensor)]
+    for name, tensor in state:
+        if tensor.shape != param.shape:
+            raise RuntimeError(
+                f"{type(optimizer).__name__}: {name} of {optimizer.name_of(param)} has shape {tuple(tensor.shape)}, "
+                f"expected {tuple(param.shape)}. Nothing has moved."
+            )
+    for name, tensor in (("it", param), ("its gradient", param.grad), *state):
+        if tensor is not None and kernels.is_freed(tensor):
+            raise RuntimeError(
+                f"{type(optimizer).__name__}: {optimizer.name_of(param)}: the memory of {name} has been freed "
+                "(untyped_storage().resize_). Restore it before the step, or set the gradient to None."
+            )
+    return state
+
+
 def stored_number(found: Mapping[str, Any], name: str, start: Any) -> Tensor:
     """A number of a state, a 0-dim tensor on the CPU as in torch; a new one if there is none that we can write."""
-    value = found.get(name, start)
-    if name in found and _is_number(value):
+    value: Any = found.get(name)
+    if _is_number(value):
         return value  # type: ignore[no-any-return]
+    value = start if value is None else value
     dtype = torch.float64 if torch.get_default_dtype() == torch.float64 else torch.float32
     return torch.as_tensor(value, dtype=dtype, device="cpu").reshape(()).clone()
 

@@ -50,6 +50,7 @@ def advance(
 
 def _take(optimizer: FirstOrder, plan: Plan, scale: float, norm_to_clip: Callable[[float], float] | None) -> bool:
     plan.read(optimizer)
+    check_max_norm(optimizer, optimizer.max_norm)  # it may have been edited
     if optimizer.max_norm is not None or optimizer.nonfinite != "step":
         norm = plan.total_norm() * scale
         if norm_to_clip is None:
@@ -72,6 +73,13 @@ def _take(optimizer: FirstOrder, plan: Plan, scale: float, norm_to_clip: Callabl
     plan.prepare(optimizer)
     plan.run(optimizer)
     return True
+
+
+def check_max_norm(optimizer: FirstOrder, max_norm: Any) -> None:
+    """Raise ``ValueError`` unless it is a number > 0, or None."""
+    if max_norm is not None and not (isinstance(max_norm, int | float) and max_norm > 0):
+        name = type(optimizer).__name__
+        raise ValueError(f"{name}: max_norm must be a number > 0, or None not to clip, got {max_norm!r}.")
 
 
 def is_scaled(optimizer: FirstOrder) -> bool:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple, TextIO
 
-import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
@@ -22,8 +21,8 @@ class Row(NamedTuple):
         pattern: that sorted its parameters into it; empty without ``groups``, and for what no pattern matched.
         parameters: how many tensors.
         numbers: how many numbers they hold together.
-        state_bytes: memory of the state that exists now.
-        options: those that are not the optimizer's defaults, now.
+        state_bytes: memory of the state that exists now; all of it, where untouched pages cost nothing.
+        options: those that are not the optimizer's defaults, now; and all that are tensors.
     """
 
     group: int
@@ -93,9 +92,8 @@ def _tensors(value: Any) -> Iterable[Tensor]:
 
 
 def _are_equal(a: Any, b: Any) -> bool:
-    if isinstance(a, Tensor) or isinstance(b, Tensor):
-        return isinstance(a, Tensor) and isinstance(b, Tensor) and torch.equal(a, b)
-    return bool(a == b)
+    # A tensor may have been filled in place, and the default with it.
+    return not isinstance(a, Tensor) and not isinstance(b, Tensor) and bool(a == b)
 
 
 def _cells(row: Row) -> tuple[str, ...]:

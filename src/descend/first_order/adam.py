@@ -97,7 +97,7 @@ class Adam(FirstOrder):
         _check_tensors(options)
         check_lr(self, options)
         check_eps(self, options)
-        check_betas(self, options["betas"])
+        check_betas(self, options)
         check_values(self, options, "weight_decay")
         check_flags(options)
         if self.sparse == "exact":

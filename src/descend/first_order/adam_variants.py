@@ -12,8 +12,9 @@ from descend.checks import check_betas, check_eps, check_lr, check_values
 from descend.optimizer import FirstOrder, Options
 
 if TYPE_CHECKING:
-    from torch.optim.optimizer import ParamsT
     from typing_extensions import Unpack
+
+    from descend.groups import ParamsT
 
 
 class Adamax(FirstOrder):
@@ -250,5 +251,5 @@ def _decays(group: Mapping[str, Any]) -> tuple[Any, Any]:
 def _check_options(optimizer: FirstOrder, options: Mapping[str, Any]) -> None:
     check_lr(optimizer, options)
     check_eps(optimizer, options)
-    check_betas(optimizer, options["betas"])
+    check_betas(optimizer, options)
     check_values(optimizer, options, "weight_decay")

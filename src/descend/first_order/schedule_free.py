@@ -10,10 +10,12 @@ import torch
 from descend import rules
 from descend.checks import check_betas, check_eps, check_lr, check_values
 from descend.optimizer import FirstOrder, Options
+from descend.state import state_tensors
 
 if TYPE_CHECKING:
-    from torch.optim.optimizer import ParamsT
     from typing_extensions import Unpack
+
+    from descend.groups import ParamsT
 
 
 class AdamWScheduleFree(FirstOrder):
@@ -93,6 +95,8 @@ class AdamWScheduleFree(FirstOrder):
         }
         super().__init__(params, defaults, **options)
 
+    counts = ("k", "train_mode", "weight_sum", "lr_max", "scheduled_lr")
+
     def train(self) -> None:
         """Make the parameters y, where gradients are taken. Without effect in train mode."""
         self._switch(True)
@@ -104,12 +108,15 @@ class AdamWScheduleFree(FirstOrder):
     @torch.no_grad()
     def _switch(self, train: bool) -> None:
         for group in self.param_groups:
+            for param in group["params"]:
+                state_tensors(self, param, ("z",), self.state_of(param))
+        for group in self.param_groups:
             if group["train_mode"] == train:
                 continue
             beta1 = group["betas"][0]
             weight = 1 - beta1 if train else 1 - 1 / beta1  # y = x + (1 - beta1) (z - x), solved for x
             for param in group["params"]:
-                z = (dict.get(self.state, param) or {}).get("z")
+                z = self.state_of(param).get("z")
                 if z is not None:
                     param.copy_(param + weight * (z - param))
             group["train_mode"] = train
@@ -150,7 +157,7 @@ class AdamWScheduleFree(FirstOrder):
     def check_options(self, options: Mapping[str, Any]) -> None:
         check_lr(self, options)
         check_eps(self, options)
-        check_betas(self, options["betas"])
+        check_betas(self, options)
         if options["betas"][0] == 0:
             raise ValueError(
                 "Invalid beta parameter at index 0: 0 (AdamWScheduleFree: betas[0] must be in (0, 1): with 0 all of x "

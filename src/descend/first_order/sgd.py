@@ -12,8 +12,9 @@ from descend.checks import check_flags, check_lr, check_values
 from descend.optimizer import FirstOrder, Options
 
 if TYPE_CHECKING:
-    from torch.optim.optimizer import ParamsT
     from typing_extensions import Unpack
+
+    from descend.groups import ParamsT
 
 
 class SGD(FirstOrder):

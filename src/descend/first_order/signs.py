@@ -8,12 +8,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from descend import rules
-from descend.checks import check_betas, check_lr, check_values
+from descend.checks import check_betas, check_kind, check_lr, check_values
 from descend.optimizer import FirstOrder, Options
 
 if TYPE_CHECKING:
-    from torch.optim.optimizer import ParamsT
     from typing_extensions import Unpack
+
+    from descend.groups import ParamsT
 
 
 class Lion(FirstOrder):
@@ -74,7 +75,7 @@ class Lion(FirstOrder):
 
     def check_options(self, options: Mapping[str, Any]) -> None:
         check_lr(self, options)
-        check_betas(self, options["betas"])
+        check_betas(self, options)
         check_values(self, options, "weight_decay")
 
 
@@ -141,6 +142,7 @@ class Rprop(FirstOrder):
 
     def check_options(self, options: Mapping[str, Any]) -> None:
         check_lr(self, options)
+        check_kind(self, options, "etas")
         smaller, larger = options["etas"]
         if not 0 < smaller < 1 < larger:
             raise ValueError(f"Invalid eta values: {smaller}, {larger} (Rprop: need 0 < etas[0] < 1 < etas[1])")

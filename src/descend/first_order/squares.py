@@ -12,8 +12,9 @@ from descend.checks import check_at_least_zero, check_eps, check_flags, check_lr
 from descend.optimizer import FirstOrder, Options
 
 if TYPE_CHECKING:
-    from torch.optim.optimizer import ParamsT
     from typing_extensions import Unpack
+
+    from descend.groups import ParamsT
 
 
 class Adagrad(FirstOrder):

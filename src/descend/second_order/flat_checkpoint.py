@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import torch
 from torch import Tensor
 
-from descend.checkpoint import copied, options_of, restore, step_count, unusable_is_value_error
+from descend.checkpoint import copied, number_of, options_of, restore, unusable_is_value_error
 from descend.matching import Listing, Matching, check_choices
 from descend.second_order.parameters import FlatParameters
 
@@ -110,7 +110,7 @@ def _check_numbers(saved: Mapping[str, Any], who: str) -> None:
         raise ValueError(f"{who}: the loaded state lacks n_iter: is it another optimizer's?")
     for name in _COUNTS:
         if name in saved:
-            step_count(saved[name], f"{who}: the loaded {name}")
+            number_of(saved[name], f"{who}: the loaded {name}", is_count=True)
 
 
 def _check_learned(learned: Any, numel: int, who: str) -> None:
