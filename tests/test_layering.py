@@ -35,7 +35,7 @@ ARROWS = {
     "parameter_checkpoint": {"checkpoint", "exact", "kernels", "matching", "pages", "signature", "state"},
     "step": {"plan"},
     "optimizer": {
-        *("checks", "groups", "kernels", "parameter_checkpoint", "plan"),
+        *("checkpoint", "checks", "groups", "kernels", "parameter_checkpoint", "plan"),
         *("settling", "signature", "sparse", "state", "step", "summary"),
     },
     "in_backward": {"optimizer", "plan", "step"},

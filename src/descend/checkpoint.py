@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from torch import Tensor
+from torch.optim import Optimizer
 
 from descend.matching import listed
 
@@ -50,6 +51,14 @@ def restore(
     optimizer.__setstate__({"state": state, "param_groups": groups})
     for post_hook in optimizer._optimizer_load_state_dict_post_hooks.values():
         post_hook(optimizer)
+
+
+def set_state(optimizer: Optimizer, state: Mapping[str, Any]) -> None:
+    """Torch's ``__setstate__``, without the ``differentiable`` that it adds to the defaults of every class."""
+    has_flag = "differentiable" in state.get("defaults", optimizer.__dict__.get("defaults", {}))
+    Optimizer.__setstate__(optimizer, {**state})
+    if not has_flag:
+        del optimizer.defaults["differentiable"]
 
 
 def copied(value: Any, convert: Callable[[Tensor], Tensor]) -> Any:

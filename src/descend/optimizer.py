@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import os
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, TypedDict
@@ -14,6 +13,7 @@ from torch.optim import Optimizer
 from torch.optim import optimizer as torch_optimizer
 
 from descend import parameter_checkpoint
+from descend.checkpoint import set_state
 from descend.checks import check_lr
 from descend.groups import grouped, named
 from descend.kernels import BACKENDS
@@ -357,9 +357,8 @@ class FirstOrder(Settling):
     def __setstate__(self, state: dict[str, Any]) -> None:
         if self.__dict__.get("tables"):
             self.settle()  # what rows have missed is known to the old state only
-        super().__setstate__(state)
+        set_state(self, state)
         self._plan = None
-        takes = inspect.signature(type(self)).parameters
         self.__dict__.setdefault("sparse", None)
         self._step_supports_amp_scaling = (
             self.__dict__.setdefault("amp", None) == "fused" or self.in_backward is not None
@@ -368,8 +367,7 @@ class FirstOrder(Settling):
             table.forget_schedule()
         for group in self.param_groups:
             for key, value in self.defaults.items():
-                if key != "differentiable" or key in takes:  # torch adds it to all defaults
-                    group.setdefault(key, value)
+                group.setdefault(key, value)
         if not isinstance(self.state, State):
             content, self.state = self.state, State.owned_by(self)
             self.state.update(content)  # counts as exposed: whoever made it may still hold it

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch._compile import _disable_dynamo
 from torch.optim import Optimizer
 
+from descend.checkpoint import set_state
 from descend.checks import check_at_least_zero, check_lr
 from descend.groups import named
 from descend.second_order import flat_checkpoint
@@ -290,7 +291,7 @@ class LBFGS(Optimizer):
         return {**super().__getstate__(), **{name: getattr(self, name) for name in _OWN}}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
+        set_state(self, state)
         for name, default in (_OWN | _TRANSIENT).items():
             self.__dict__.setdefault(name, default)
         for group in self.param_groups:
