@@ -6,8 +6,10 @@ import copy
 import io
 import pickle
 from collections.abc import Callable
+from types import MappingProxyType
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from cases import (
@@ -244,6 +246,17 @@ def test_integers_and_foreign_values_are_kept() -> None:
     assert optimizer.state["global"] == {"x": 1}
 
 
+@pytest.mark.parametrize("name", OURS)
+def test_what_a_program_keeps_in_the_state_beside_parameters_stays(name: str) -> None:
+    optimizer = build(OURS[name], leaves([(3,)]))
+    optimizer.state["epochs"] = 3
+    advance(optimizer, 0)
+    twin = build(OURS[name], leaves([(3,)]))
+    twin.load_state_dict(MappingProxyType(optimizer.state_dict()))  # any mapping will do
+    advance(twin, 1)
+    assert twin.state["epochs"] == twin.state_dict()["state"]["epochs"] == 3
+
+
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_loaded_state_is_copied_not_shared(case: Case) -> None:
     params = leaves()
@@ -263,7 +276,10 @@ def test_loaded_state_is_copied_not_shared(case: Case) -> None:
     assert_same_bits(state_of(loaded[0]), state_of(loaded[1]))
 
 
-@pytest.mark.parametrize("step", [3, 3.0, torch.tensor(3), torch.tensor([3.0]), torch.tensor(3.0, dtype=torch.float64)])
+STEPS = [3, 3.0, np.int64(3), torch.tensor(3), torch.tensor([3.0]), torch.tensor(3.0, dtype=torch.float64)]
+
+
+@pytest.mark.parametrize("step", STEPS)
 def test_steps_of_other_programs_are_understood(step: Any) -> None:
     twins = Twins(CASES[3])
     for seed in range(3):

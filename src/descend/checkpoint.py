@@ -7,6 +7,7 @@ import sys
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from numbers import Real
 from typing import Any
 
 from torch import Tensor
@@ -38,7 +39,7 @@ def restore(
     who = type(optimizer).__name__
     if not isinstance(state_dict, Mapping):
         raise TypeError(f"{who}: load_state_dict takes a dictionary, got {type(state_dict).__name__}.")
-    state_dict = copy.copy(state_dict)
+    state_dict = state_dict.copy() if hasattr(state_dict, "copy") else {**state_dict}
     for pre_hook in optimizer._optimizer_load_state_dict_pre_hooks.values():
         replaced = pre_hook(optimizer, state_dict)
         if replaced is not None:
@@ -98,7 +99,7 @@ def unusable_is_value_error(who: str, group: int) -> Iterator[None]:
 def step_count(value: Any, what: str) -> Any:
     """A copy of a finite number >= 0, as it is or in a tensor of one element, which then is on the CPU."""
     is_scalar = isinstance(value, Tensor) and value.numel() == 1 and not value.is_complex() and not value.is_meta
-    if not (is_scalar or (isinstance(value, int | float) and not isinstance(value, bool))):
+    if not (is_scalar or (isinstance(value, Real) and not isinstance(value, bool))):
         shown = f"a tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else repr(value)
         raise ValueError(f"{what} must be a number >= 0, got {shown}.")
     number = value.item() if isinstance(value, Tensor) else value
@@ -129,6 +130,7 @@ def _check_form(who: str, state_dict: Any) -> None:
             )
     if not isinstance(state, Mapping):
         raise ValueError(f"{who}: state of a state dict is a dictionary, got {type(state).__name__}.")
+    keys = {key for group in groups for key in group["params"]}
     for key, content in state.items():
-        if not isinstance(content, Mapping):
+        if key in keys and not isinstance(content, Mapping):  # what others hold is their business
             raise ValueError(f"{who}: the loaded state of {key!r} is a {type(content).__name__}, not a dictionary.")
