@@ -323,6 +323,8 @@ class FirstOrder(Settling):
             backend = os.environ.get("DESCEND_BACKEND", backend)
         if backend not in BACKENDS:
             raise ValueError(f"DESCEND_BACKEND must be one of {BACKENDS}, got {backend!r}.")
+        if backend == "auto" and torch._C._len_torch_dispatch_stack():
+            return "eager"  # make_fx, FakeTensorMode and other modes would see nothing of a kernel
         return backend
 
     def backends(self) -> list[Placement]:
