@@ -145,6 +145,8 @@ def test_files_are_short() -> None:
 
 
 TORCHS = ("Adafactor", "Muon", "Optimizer", "lr_scheduler", "swa_utils")
+if torch.__version__ >= "2.13":
+    TORCHS += ("swap_in_optimizer_params_and_state",)
 
 
 def test_public_names_are_frozen() -> None:

@@ -76,6 +76,7 @@ class FirstOrder(Settling):
     step_is_int: ClassVar[bool] = False  # torch's SparseAdam counts in a Python int, all others in a tensor
     keeps: ClassVar[tuple[str, ...]] = ()  # state that is one number a parameter, see ``scalars_and_kept``
     takes_sparse: ClassVar[bool] = False  # without being told what a sparse gradient means
+    foreach_is_differentiable: ClassVar[bool] = False  # in torch only SGD's is
     capturable_needs: ClassVar[str] = "params and state_steps"  # on a device, in torch's words
     in_backward: InBackward | None = None  # while steps are taken inside backward
 
@@ -279,6 +280,10 @@ class FirstOrder(Settling):
                 f"If capturable=True, {self.capturable_needs} must be on supported devices (CUDA, XPU, ...), "
                 f"but {self.name_of(param)} is on {param.device}. Leave `capturable` out."
             )
+        if group.get("foreach") and group.get("differentiable") and not self.foreach_is_differentiable:
+            raise AssertionError(
+                f"_foreach ops don't support autograd ({type(self).__name__}: leave foreach or differentiable out)"
+            )
         is_attached = param in self.tables and self.tables[param].is_attached
         makes_state = group["lr"] == 0 and not self.state_of(param)  # torch.distributed.checkpoint does
         if is_attached and param.grad is not None and param.grad.layout == torch.strided and not makes_state:
@@ -302,6 +307,11 @@ class FirstOrder(Settling):
             raise RuntimeError(
                 f"{type(self).__name__} does not support sparse gradients, please consider SparseAdam instead, or say "
                 f"what they mean: {cures} ({self.name_of(param)} has a gradient of layout {grad.layout})"
+            )
+        if param.layout != torch.strided:
+            raise RuntimeError(
+                f"{type(self).__name__}: gradients may be sparse, parameters may not, but {self.name_of(param)} is of "
+                f"layout {param.layout}: store it dense."
             )
         return self.sparse or "all"
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -98,7 +99,8 @@ def _tensors(value: Any) -> Iterable[Tensor]:
 def _are_equal(a: Any, b: Any) -> bool:
     if isinstance(a, Tensor) or isinstance(b, Tensor):
         return isinstance(a, Tensor) and isinstance(b, Tensor) and torch.equal(a, b)
-    return bool(a == b)
+    equal = a == b
+    return bool(equal if isinstance(equal, bool) else np.all(equal))
 
 
 def _cells(row: Row) -> tuple[str, ...]:

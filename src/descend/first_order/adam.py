@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from descend import rules
-from descend.checks import check_betas, check_eps, check_flags, check_lr, check_values
+from descend.checks import check_betas, check_eps, check_flags, check_lr, check_pair, check_values
 from descend.optimizer import FirstOrder, Options
 
 if TYPE_CHECKING:
@@ -94,7 +94,7 @@ class Adam(FirstOrder):
         return group["lr"], 1 - beta1, 1 - beta2, group["eps"], group["weight_decay"], bias1, bias2
 
     def check_options(self, options: Mapping[str, Any]) -> None:
-        _check_tensors(options)
+        _check_tensors(self, options)
         check_lr(self, options)
         check_eps(self, options)
         check_betas(self, options["betas"])
@@ -188,10 +188,14 @@ class AdamW(Adam):
             group["decoupled_weight_decay"] = True
 
 
-def _check_tensors(options: Mapping[str, Any]) -> None:
+def _check_tensors(optimizer: FirstOrder, options: Mapping[str, Any]) -> None:
     """Torch's conditions on options given as tensors."""
     betas = options["betas"]
-    if not isinstance(betas, tuple | list) or len(betas) != 2 or len({isinstance(b, torch.Tensor) for b in betas}) != 1:
+    try:
+        check_pair(optimizer, "betas", betas)
+    except ValueError as error:
+        raise ValueError(f"betas must be either both floats or both Tensors ({error})") from None
+    if len({isinstance(beta, torch.Tensor) for beta in betas}) != 1:
         raise ValueError(f"betas must be either both floats or both Tensors, got {betas!r}")
     for name, value in (("lr", options["lr"]), ("betas[0]", betas[0]), ("betas[1]", betas[1])):
         if isinstance(value, torch.Tensor):

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from descend import rules
-from descend.checks import check_betas, check_lr, check_values
+from descend.checks import check_betas, check_lr, check_pair, check_values
 from descend.optimizer import FirstOrder, Options
 
 if TYPE_CHECKING:
@@ -141,6 +141,8 @@ class Rprop(FirstOrder):
 
     def check_options(self, options: Mapping[str, Any]) -> None:
         check_lr(self, options)
+        check_pair(self, "etas", options["etas"])
+        check_pair(self, "step_sizes", options["step_sizes"])
         smaller, larger = options["etas"]
         if not 0 < smaller < 1 < larger:
             raise ValueError(f"Invalid eta values: {smaller}, {larger} (Rprop: need 0 < etas[0] < 1 < etas[1])")

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from descend import rules
-from descend.checks import check_at_least_zero, check_lr
+from descend.checks import check_at_least_zero, check_betas, check_lr
 from descend.optimizer import FirstOrder, Options
 
 if TYPE_CHECKING:
@@ -72,17 +72,13 @@ class SparseAdam(FirstOrder):
         return group["lr"], 1 - beta1, 1 - beta2, group["eps"] / bias2**0.5, 0.0, bias1, bias2
 
     def check_options(self, options: Mapping[str, Any]) -> None:
-        name, betas = type(self).__name__, options["betas"]
+        name = type(self).__name__
         check_lr(self, options)
         check_at_least_zero(self, "epsilon value", "eps", options["eps"])
         for what, key in (("learning rate", "lr"), ("epsilon value", "eps")):
             if not options[key] > 0:
                 raise ValueError(f"Invalid {what}: {options[key]} ({name}: {key} must be > 0)")
-        if not isinstance(betas, tuple | list) or len(betas) != 2:
-            raise ValueError(f"{name}: betas must be two numbers in [0, 1), got {betas!r}.")
-        for index, beta in enumerate(betas):
-            if not isinstance(beta, int | float | torch.Tensor) or not 0 <= beta < 1:
-                raise ValueError(f"Invalid beta parameter at index {index}: {beta} ({name}: must be in [0, 1))")
+        check_betas(self, options["betas"])
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         super().add_param_group(param_group)
