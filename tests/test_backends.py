@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
-from cases import CASES, Twins, complex_grads, leaves
+from cases import BACKENDS, CASES, Case, Twins, complex_grads, give_grads, leaves, params_of
+from torch import Tensor
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from descend import Adam
+from descend import SGD, Adam
 
 
 def test_backends_tell_where_and_why(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -37,6 +42,53 @@ def test_environment_variable_acts_at_the_next_step(monkeypatch: pytest.MonkeyPa
         monkeypatch.setenv("DESCEND_BACKEND", backend)
         twins.step(seed)
     twins.assert_equal()
+
+
+class Watch(TorchDispatchMode):
+    """Counts what writes to a tensor."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.writes = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.writes += func._schema.is_mutable
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_mode_that_watches_torchs_operations_sees_the_step(case: Case) -> None:
+    twins = Twins(case)
+    twins.step(0)
+    with Watch() as watch:
+        twins.ours.step()
+    twins.theirs.step()
+    assert watch.writes >= len(params_of(twins.ours))
+    twins.step(1)
+    twins.assert_equal()
+    assert twins.ours.backends()[2].backend == BACKENDS[0]
+
+
+def test_step_becomes_a_graph() -> None:
+    params, twin = leaves([(3, 2)]), leaves([(3, 2)])
+    optimizer, other = SGD(params, lr=0.1, momentum=0.9), SGD(twin, lr=0.1, momentum=0.9)
+    for each in (optimizer, other):
+        give_grads(params_of(each), 0)
+        each.step()
+    before = params[0].detach().clone(), optimizer.state[params[0]]["momentum_buffer"].clone()
+
+    def step(grad: Tensor) -> None:
+        params[0].grad = grad
+        optimizer.step()
+
+    (grad,) = (param.grad for param in params)
+    graph = make_fx(step)(grad)
+    with torch.no_grad():
+        params[0].copy_(before[0])
+        optimizer.state[params[0]]["momentum_buffer"].copy_(before[1])
+        graph(grad)
+    other.step()
+    torch.testing.assert_close(params[0], twin[0], rtol=1e-12, atol=1e-12)  # float64, eager and fused
 
 
 def test_backend_cpu_refuses_what_it_cannot_run_before_anything_moves() -> None:

@@ -6,8 +6,10 @@ import copy
 import io
 import pickle
 from collections.abc import Callable
+from types import MappingProxyType
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from cases import (
@@ -22,10 +24,13 @@ from cases import (
     snapshot,
     state_of,
 )
+from programs import OURS, advance, build
 from torch import Tensor
 from torch.optim.lr_scheduler import CosineAnnealingLR, OneCycleLR
 
 from descend import SGD, Adam, AdamW, FirstOrder, no_decay
+
+COUNTED = ("k", "weight_sum", "lr_max", "scheduled_lr")  # what groups of AdamWScheduleFree count
 
 
 def through_file(value: Any) -> Any:
@@ -73,6 +78,27 @@ def test_going_on_equals_not_stopping_bit_for_bit(
     assert all(map(torch.equal, params_of(optimizer), params_of(other)))
     assert_same_bits(state_of(other), state_of(optimizer))
     assert optimizer.grad_norm == other.grad_norm
+
+
+@pytest.mark.parametrize("first", ["load", "deepcopy", "pickle"])
+@pytest.mark.parametrize("name", OURS)
+def test_state_loads_into_what_was_loaded_or_copied_before(name: str, first: str) -> None:
+    optimizer = build(OURS[name], leaves([(3, 2)]))
+    advance(optimizer, 0)
+    options = {key: value for key, value in optimizer.param_groups[0].items() if key != "params"}
+    defaults = dict(optimizer.defaults)
+    twin: Any = {"load": lambda o: o, "deepcopy": copy.deepcopy, "pickle": lambda o: pickle.loads(pickle.dumps(o))}[
+        first
+    ](optimizer)
+    for _ in range(2):
+        twin.load_state_dict(optimizer.state_dict())
+    twin.add_param_group({"params": leaves([(2,)])})
+    assert twin.defaults == defaults  # torch adds "differentiable" to those of classes without it
+    for group in twin.param_groups:
+        assert {key: group[key] for key in group if key != "params"} == options | {
+            key: group[key] for key in COUNTED if key in group
+        }
+    advance(twin, 1)
 
 
 @pytest.mark.parametrize("way", WAYS[1:], ids=["deepcopy", "pickle"])
@@ -220,6 +246,17 @@ def test_integers_and_foreign_values_are_kept() -> None:
     assert optimizer.state["global"] == {"x": 1}
 
 
+@pytest.mark.parametrize("name", OURS)
+def test_what_a_program_keeps_in_the_state_beside_parameters_stays(name: str) -> None:
+    optimizer = build(OURS[name], leaves([(3,)]))
+    optimizer.state["epochs"] = 3
+    advance(optimizer, 0)
+    twin = build(OURS[name], leaves([(3,)]))
+    twin.load_state_dict(MappingProxyType(optimizer.state_dict()))  # any mapping will do
+    advance(twin, 1)
+    assert twin.state["epochs"] == twin.state_dict()["state"]["epochs"] == 3
+
+
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_loaded_state_is_copied_not_shared(case: Case) -> None:
     params = leaves()
@@ -239,7 +276,10 @@ def test_loaded_state_is_copied_not_shared(case: Case) -> None:
     assert_same_bits(state_of(loaded[0]), state_of(loaded[1]))
 
 
-@pytest.mark.parametrize("step", [3, 3.0, torch.tensor(3), torch.tensor([3.0]), torch.tensor(3.0, dtype=torch.float64)])
+STEPS = [3, 3.0, np.int64(3), torch.tensor(3), torch.tensor([3.0]), torch.tensor(3.0, dtype=torch.float64)]
+
+
+@pytest.mark.parametrize("step", STEPS)
 def test_steps_of_other_programs_are_understood(step: Any) -> None:
     twins = Twins(CASES[3])
     for seed in range(3):

@@ -108,6 +108,7 @@ DAMAGES: list[tuple[Path, Any, str]] = [
     (BUFFER, DELETED, "lacks 'exp_avg'"),
     (BUFFER, 0.5, "loaded exp_avg of .* must be a tensor, got float"),
     (BUFFER, [0.0] * 6, "must be a tensor, got list"),
+    (STATE, {"step": None, "exp_avg": None, "exp_avg_sq": None}, "lacks 'exp_avg', 'exp_avg_sq', 'step'"),
     (BUFFER, torch.zeros(2, 3), r"has shape \(2, 3\), expected \(3, 2\). Were the parameters in another order"),
     (BUFFER, torch.zeros(()), r"has shape \(\), expected \(3, 2\)"),
     (BUFFER, torch.zeros(3, 2, dtype=torch.int64), "must hold numbers as the parameter does.*got torch.int64"),
@@ -133,6 +134,7 @@ def test_damage_is_named_and_changes_nothing(path: Path, value: Any, message: st
     with pytest.raises(ValueError, match=message) as caught:
         optimizer.load_state_dict(saved)
     assert_unmoved(optimizer, before)
+    assert caught.type is ValueError
     assert "Adam" in str(caught.value) or str(caught.value).startswith(("Invalid", "betas"))
 
 

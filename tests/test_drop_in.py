@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from cases import BACKENDS, CASES, STARTING, Case, Twins, complex_grads, give_grads, leaves, params_of
@@ -63,6 +64,26 @@ def test_tensor_betas_act_as_in_torch() -> None:
     for seed in range(5):
         twins.step(seed)
     twins.assert_equal()
+
+
+PAIRS = [
+    (CASES[3], [0.8, 0.95]),
+    (CASES[3], np.array([0.8, 0.95])),
+    (CASES[3], torch.tensor([0.8, 0.95], dtype=torch.float64)),
+    (CASES[7], (np.float32(0.75), np.float64(0.95))),
+    (CASES[8], np.array([0.8, 0.95])),
+    (CASES[9], np.array([0.8, 0.95])),
+]
+
+
+@pytest.mark.parametrize(("case", "betas"), PAIRS, ids=lambda value: str(value))
+def test_any_pair_of_numbers_is_betas_as_in_torch(case: Case, betas: Any) -> None:
+    twins = Twins(case._replace(options=dict(lr=0.01, betas=betas)))
+    for seed in range(3):
+        twins.step(seed)
+    twins.assert_equal(rtol=1e-7, atol=1e-7)  # numpy's arithmetic with a float32 is in float32
+    twins.ours.load_state_dict(twins.ours.state_dict())
+    assert ("betas" in twins.ours.summary()[0].options) == isinstance(betas, torch.Tensor)  # which may be filled
 
 
 class Tampering(SGD):

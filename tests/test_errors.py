@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from cases import assert_unmoved, give_grads, leaves, params_of, snapshot
@@ -12,6 +13,7 @@ from cases import assert_unmoved, give_grads, leaves, params_of, snapshot
 import descend
 from descend import (
     ASGD,
+    LBFGS,
     SGD,
     Adadelta,
     Adagrad,
@@ -104,6 +106,14 @@ BAD_OPTIONS = [
     (AdamWScheduleFree, dict(betas=(0.9, 1.0)), "Invalid beta parameter at index 1: 1.0"),
     (AdamWScheduleFree, dict(warmup_steps=-1), "Invalid warmup_steps value: -1"),
 ]
+BETAS = (None, 0.9, "ab", (0.9,), (0.9, 0.99, 0.999), {0.9, 0.99}, (0.9, None), ("0.9", 0.99), iter((0.9, 0.99)))
+# What torch would stumble over later, or never.
+NO_PAIRS = [
+    *((optimizer, dict(betas=betas)) for optimizer in (Adam, NAdam, RAdam, Adamax, Lion) for betas in BETAS),
+    (Rprop, dict(etas=(0.5, 1.2, 1.3))),
+    (Rprop, dict(step_sizes=(None, None))),
+    (Rprop, dict(step_sizes=0.1)),
+]
 TORCHS = [bad for bad in BAD_OPTIONS if bad[0] not in (Lion, AdamWScheduleFree)]
 OURS_ALONE = [
     (dict(max_norm=0), "max_norm must be a number > 0"),
@@ -170,6 +180,42 @@ def test_torch_says_the_same_where_it_checks(
         return  # an accident of torch's: it compares before it checks
     else:
         assert "nan" in message  # what torch lets through
+
+
+@pytest.mark.parametrize(("optimizer_class", "options"), NO_PAIRS, ids=str)
+def test_what_is_no_pair_of_numbers_is_refused(optimizer_class: type[FirstOrder], options: dict[str, Any]) -> None:
+    (name,) = options
+    with pytest.raises(ValueError, match=f"{name} must be (2 numbers|either both floats or both Tensors), got "):
+        optimizer_class(leaves(), **options)
+
+
+@pytest.mark.parametrize("optimizer_class", [SGD, Adam, LBFGS])
+def test_lr_that_is_no_number_is_refused(optimizer_class: Any) -> None:
+    for lr in ("0.1", None, [0.1], 0.1j, np.array([0.1, 0.2])):
+        assert_refused(ValueError, "Invalid learning rate: ", lambda lr=lr: optimizer_class(leaves(), lr=lr))
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
+@pytest.mark.parametrize(
+    "name", ["SGD", "Adam", "AdamW", "NAdam", "RAdam", "Adamax", "RMSprop", "Adadelta", "Rprop", "ASGD"]
+)
+def test_foreach_with_differentiable_is_refused_by_the_step_as_in_torch(name: str) -> None:
+    outcomes = []
+    for kind in (getattr(descend, name), getattr(torch.optim, name)):
+        params = [param.clone() for param in leaves()]
+        optimizer = kind(params, foreach=True, differentiable=True)
+        for param in params:
+            param.grad = torch.ones_like(param)
+        before = snapshot(optimizer)
+        try:
+            optimizer.step()
+        except AssertionError as error:
+            if kind.__module__.startswith("descend"):  # torch has counted the step
+                assert_unmoved(optimizer, before)
+            outcomes.append(str(error).partition(" (")[0])
+        else:
+            outcomes.append("a step")
+    assert outcomes[0] == outcomes[1] == ("a step" if name == "SGD" else "_foreach ops don't support autograd")
 
 
 @pytest.mark.parametrize(("options", "message"), OURS_ALONE, ids=str)

@@ -35,7 +35,7 @@ ARROWS = {
     "parameter_checkpoint": {"checkpoint", "exact", "kernels", "matching", "pages", "signature", "state"},
     "step": {"plan"},
     "optimizer": {
-        *("checks", "groups", "kernels", "parameter_checkpoint", "plan"),
+        *("checkpoint", "checks", "groups", "kernels", "parameter_checkpoint", "plan"),
         *("settling", "signature", "sparse", "state", "step", "summary"),
     },
     "in_backward": {"optimizer", "plan", "step"},
@@ -145,6 +145,8 @@ def test_files_are_short() -> None:
 
 
 TORCHS = ("Adafactor", "Muon", "Optimizer", "lr_scheduler", "swa_utils")
+if torch.__version__ >= "2.13":
+    TORCHS += ("swap_in_optimizer_params_and_state",)
 
 
 def test_public_names_are_frozen() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from lbfgs_cases import (
@@ -94,6 +95,20 @@ def test_scheduled_tensor_lr_leaves_the_last_step_as_it_was() -> None:
         ours.optimizer.param_groups[0]["lr"].fill_(0.25)
         theirs.optimizer.param_groups[0]["lr"] = torch.tensor(0.25, dtype=torch.float64)
     assert_same_points(ours.points, theirs.points)
+
+
+@pytest.mark.parametrize("line_search_fn", [*SEARCHES, "hager_zhang"])
+def test_zero_lr_moves_nothing(line_search_fn: str | None) -> None:
+    param = torch.full((3,), 2.0, dtype=torch.float64, requires_grad=True)
+    optimizer = LBFGS([param], lr=0, line_search_fn=line_search_fn, history_size=np.int64(4))
+    for _ in range(2):  # a warm-up begins like this
+        optimizer.step(lambda: ((param - 1) ** 4).sum())
+        assert param.tolist() == [2.0, 2.0, 2.0]
+    if line_search_fn == "hager_zhang":
+        assert optimizer.result.message == "lr is 0, so that nothing moves."
+    optimizer.param_groups[0]["lr"] = 1.0
+    optimizer.step(lambda: ((param - 1) ** 4).sum())
+    assert param.tolist() != [2.0, 2.0, 2.0]
 
 
 @pytest.mark.parametrize("line_search_fn", SEARCHES)

@@ -7,7 +7,8 @@ Example:
     >>> model(torch.ones(2, 3)).sum().backward()
     >>> optimizer.step()
 
-``Adafactor``, ``Muon``, ``Optimizer``, ``lr_scheduler`` and ``swa_utils`` are torch's own, so that ``import descend as
+``Adafactor``, ``Muon``, ``Optimizer``, ``lr_scheduler``, ``swa_utils`` and (of torch 2.13)
+``swap_in_optimizer_params_and_state`` are torch's own, so that ``import descend as
 optim`` will do where ``from torch import optim`` did.
 """
 
@@ -73,3 +74,10 @@ __all__ = [
     "swa_utils",
     "warmup",
 ]
+
+try:
+    from torch.optim import swap_in_optimizer_params_and_state
+except ImportError:  # new in torch 2.13
+    pass
+else:
+    __all__ += ["swap_in_optimizer_params_and_state"]

@@ -7,9 +7,11 @@ import sys
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from numbers import Real
 from typing import Any
 
 from torch import Tensor
+from torch.optim import Optimizer
 
 from descend import kernels
 from descend.matching import listed
@@ -38,7 +40,7 @@ def restore(
     who = type(optimizer).__name__
     if not isinstance(state_dict, Mapping):
         raise TypeError(f"{who}: load_state_dict takes a dictionary, got {type(state_dict).__name__}.")
-    state_dict = copy.copy(state_dict)
+    state_dict = state_dict.copy() if hasattr(state_dict, "copy") else {**state_dict}
     for pre_hook in optimizer._optimizer_load_state_dict_pre_hooks.values():
         replaced = pre_hook(optimizer, state_dict)
         if replaced is not None:
@@ -51,6 +53,14 @@ def restore(
     optimizer.__setstate__({"state": state, "param_groups": groups})
     for post_hook in optimizer._optimizer_load_state_dict_post_hooks.values():
         post_hook(optimizer)
+
+
+def set_state(optimizer: Optimizer, state: Mapping[str, Any]) -> None:
+    """Torch's ``__setstate__``, without the ``differentiable`` that it adds to the defaults of every class."""
+    has_flag = "differentiable" in state.get("defaults", optimizer.__dict__.get("defaults", {}))
+    Optimizer.__setstate__(optimizer, {**state})
+    if not has_flag:
+        del optimizer.defaults["differentiable"]
 
 
 def copied(value: Any, convert: Callable[[Tensor], Tensor]) -> Any:
@@ -96,7 +106,7 @@ def number_of(value: Any, what: str, is_count: bool = False) -> Any:
         is_one = value.numel() == 1 and not value.is_meta
         value = copied(value, lambda tensor: tensor.detach().clone().cpu()) if is_one else value
         number = value.item() if is_one else f"a tensor of shape {tuple(value.shape)}"
-    is_number = isinstance(number, int | float) and not isinstance(number, bool)
+    is_number = isinstance(number, Real) and not isinstance(number, bool)
     if not is_number or not abs(number) <= sys.float_info.max or (is_count and number < 0):
         raise ValueError(f"{what} must be a number{' >= 0' if is_count else ''}, got {number!r:.40}.")
     return value
@@ -124,6 +134,7 @@ def _check_form(who: str, state_dict: Any) -> None:
             )
     if not isinstance(state, Mapping):
         raise ValueError(f"{who}: state of a state dict is a dictionary, got {type(state).__name__}.")
+    keys = {key for group in groups for key in group["params"]}
     for key, content in state.items():
-        if not isinstance(content, Mapping):
+        if key in keys and not isinstance(content, Mapping):  # what others hold is their business
             raise ValueError(f"{who}: the loaded state of {key!r} is a {type(content).__name__}, not a dictionary.")

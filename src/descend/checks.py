@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Set
 from functools import lru_cache
 from typing import Any
 
@@ -27,8 +27,7 @@ def check_kind(optimizer: Optimizer, options: Mapping[str, Any], name: str) -> N
         expected, is_right = "True or False", _converts(bool, value)
     elif isinstance(default, tuple):
         expected = f"{len(default)} numbers"
-        is_sequence = isinstance(value, tuple | list) or (isinstance(value, Tensor) and value.dim() == 1)
-        is_right = is_sequence and len(value) == len(default) and all(map(_is_number, value))
+        is_right = are_in_order(value, len(default)) and all(map(_is_number, value))
     else:
         expected, is_right = "a number", _is_number(value)
     if not is_right:
@@ -41,11 +40,16 @@ def _defaults(kind: Callable[..., Any]) -> dict[str, Any]:
     return {each.name: each.default for each in parameters if isinstance(each.default, bool | int | float | tuple)}
 
 
+def are_in_order(values: Any, count: int) -> bool:
+    """Whether these are so many values in a tuple, a list or an array."""
+    return _converts(len, values) and len(values) == count and not isinstance(values, str | bytes | Set | Mapping)
+
+
 def _is_number(value: Any) -> bool:
     return not isinstance(value, str | bytes) and _converts(float, value)
 
 
-def _converts(kind: type, value: Any) -> bool:
+def _converts(kind: Callable[[Any], Any], value: Any) -> bool:
     try:
         kind(value)
     except (TypeError, ValueError, RuntimeError, OverflowError):
@@ -57,7 +61,7 @@ def check_at_least_zero(optimizer: Optimizer, what: str, name: str, value: Any) 
     """Raise torch's error if an option is negative, NaN or no number at all."""
     try:
         valid = bool(value >= 0)
-    except (TypeError, RuntimeError):
+    except (TypeError, RuntimeError, ValueError):  # of several numbers, too
         valid = False
     if not valid:
         raise ValueError(f"Invalid {what}: {value} ({type(optimizer).__name__}: {name} must be a number >= 0)")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import os
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, TypedDict
@@ -14,6 +13,7 @@ from torch.optim import Optimizer
 from torch.optim import optimizer as torch_optimizer
 
 from descend import parameter_checkpoint
+from descend.checkpoint import set_state
 from descend.checks import check_kinds, check_lr
 from descend.groups import grouped, named
 from descend.kernels import BACKENDS
@@ -77,6 +77,7 @@ class FirstOrder(Settling):
     keeps: ClassVar[tuple[str, ...]] = ()  # state that is one number a parameter, see ``scalars_and_kept``
     counts: ClassVar[tuple[str, ...]] = ()  # keys of a group that steps change: state, and no options
     takes_sparse: ClassVar[bool] = False  # without being told what a sparse gradient means
+    foreach_is_differentiable: ClassVar[bool] = False  # in torch only SGD's is
     capturable_needs: ClassVar[str] = "params and state_steps"  # on a device, in torch's words
     in_backward: InBackward | None = None  # while steps are taken inside backward
 
@@ -174,18 +175,16 @@ class FirstOrder(Settling):
             return _untraced_step(self, closure)
         # torch wraps every ``step`` for hooks and the profiler at 6 us a call; this one does so only when needed. A
         # subclass with a step of its own has been wrapped by torch already.
-        if type(self).step is FirstOrder.step and (
+        is_hooked = type(self).step is FirstOrder.step and (
             self._optimizer_step_pre_hooks
             or self._optimizer_step_post_hooks
             or torch_optimizer._global_optimizer_pre_hooks
             or torch_optimizer._global_optimizer_post_hooks
             or torch.autograd.profiler._is_profiler_enabled
-        ):
-            hooked = _hooked_step
-        else:
-            hooked = FirstOrder._step
+        )
+        take = _hooked_step if is_hooked else FirstOrder._step
         try:
-            return hooked(self) if closure is None else hooked(self, closure)
+            return take(self) if closure is None else take(self, closure)
         except BaseException:
             forget_scale(self)
             raise
@@ -292,6 +291,10 @@ class FirstOrder(Settling):
                 f"If capturable=True, {self.capturable_needs} must be on supported devices (CUDA, XPU, ...), "
                 f"but {self.name_of(param)} is on {param.device}. Leave `capturable` out."
             )
+        if group.get("foreach") and group.get("differentiable") and not self.foreach_is_differentiable:
+            raise AssertionError(
+                f"_foreach ops don't support autograd ({type(self).__name__}: leave foreach or differentiable out)"
+            )
         is_attached = param in self.tables and self.tables[param].is_attached
         makes_state = group["lr"] == 0 and not self.state_of(param)  # torch.distributed.checkpoint does
         if is_attached and param.grad is not None and param.grad.layout == torch.strided and not makes_state:
@@ -316,6 +319,11 @@ class FirstOrder(Settling):
                 f"{type(self).__name__} does not support sparse gradients, please consider SparseAdam instead, or say "
                 f"what they mean: {cures} ({self.name_of(param)} has a gradient of layout {grad.layout})"
             )
+        if param.layout != torch.strided:
+            raise RuntimeError(
+                f"{type(self).__name__}: gradients may be sparse, parameters may not, but {self.name_of(param)} is of "
+                f"layout {param.layout}: store it dense."
+            )
         return self.sparse or "all"
 
     def name_of(self, param: Tensor) -> str:
@@ -336,6 +344,8 @@ class FirstOrder(Settling):
             backend = os.environ.get("DESCEND_BACKEND", backend)
         if backend not in BACKENDS:
             raise ValueError(f"DESCEND_BACKEND must be one of {BACKENDS}, got {backend!r}.")
+        if backend == "auto" and torch._C._len_torch_dispatch_stack():
+            return "eager"  # make_fx, FakeTensorMode and other modes would see nothing of a kernel
         return backend
 
     def backends(self) -> list[Placement]:
@@ -370,9 +380,8 @@ class FirstOrder(Settling):
     def __setstate__(self, state: dict[str, Any]) -> None:
         if self.__dict__.get("tables"):
             self.settle()  # what rows have missed is known to the old state only
-        super().__setstate__(state)
+        set_state(self, state)
         self._plan = None
-        takes = inspect.signature(type(self)).parameters
         self.__dict__.setdefault("sparse", None)
         self._step_supports_amp_scaling = (
             self.__dict__.setdefault("amp", None) == "fused" or self.in_backward is not None
@@ -381,8 +390,7 @@ class FirstOrder(Settling):
             table.forget_schedule()
         for group in self.param_groups:
             for key, value in self.defaults.items():
-                if key != "differentiable" or key in takes:  # torch adds it to all defaults
-                    group.setdefault(key, value)
+                group.setdefault(key, value)
         if not isinstance(self.state, State):
             content, self.state = self.state, State.owned_by(self)
             self.state.update(content)  # counts as exposed: whoever made it may still hold it

@@ -6,6 +6,7 @@ from collections import defaultdict
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -173,7 +174,7 @@ class _Reading:
     def _check_options(self, group: Mapping[str, Any], source: int) -> None:
         for name, default in self.optimizer.defaults.items():
             value = group.get(name)
-            if isinstance(default, bool) and not (isinstance(value, int) and value in (0, 1)):
+            if isinstance(default, bool) and not (isinstance(value, int | np.bool_) and value in (0, 1)):
                 raise ValueError(
                     f"{self.who}: {name} of group {source} of the loaded state dict must be True or False, "
                     f"got {value!r}."
@@ -212,9 +213,9 @@ class _Reading:
                     rule, name = self.optimizer.rule_for(groups[owner]), matching.here.place(i)
                     loaded[param] = self._param_state(param, rule, needed[owner], saved_state[keys[source]], name)
                     self._check_rows(loaded[param], name)
-            except _MisfitError:
+            except _MisfitError as error:
                 if self.strict:
-                    raise
+                    raise ValueError(str(error)) from None
                 self.missing.append(matching.here.place(i))
                 if source is not None:
                     unexpected.add(source)
@@ -252,7 +253,7 @@ class _Reading:
     def _param_state(
         self, param: Tensor, rule: Callable[..., Any], needed: set[str], saved: Mapping[str, Any], name: str
     ) -> dict[str, Any]:
-        if all(value is None for value in saved.values()):
+        if all(value is None for value in saved.values()) and not ("step" in saved and self.optimizer.counts_steps):
             return dict(saved)
         if lacking := sorted(key for key in needed if saved.get(key) is None):
             raise _MisfitError(

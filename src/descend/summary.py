@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple, TextIO
 
+import numpy as np
 from torch import Tensor
 
 if TYPE_CHECKING:
@@ -92,8 +93,10 @@ def _tensors(value: Any) -> Iterable[Tensor]:
 
 
 def _are_equal(a: Any, b: Any) -> bool:
-    # A tensor may have been filled in place, and the default with it.
-    return not isinstance(a, Tensor) and not isinstance(b, Tensor) and bool(a == b)
+    if isinstance(a, Tensor) or isinstance(b, Tensor):
+        return False  # it may have been filled in place, and the default with it
+    equal = a == b
+    return bool(equal if isinstance(equal, bool) else np.all(equal))
 
 
 def _cells(row: Row) -> tuple[str, ...]:

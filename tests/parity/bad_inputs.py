@@ -65,6 +65,12 @@ def _plain() -> Tensor:
     return torch.ones(3, 2, requires_grad=True)
 
 
+def _not_leaf() -> Tensor:
+    made = _plain().clone()
+    made.retain_grad()
+    return made
+
+
 def _load(change: Callable[[dict[str, Any]], Any]) -> Callable[[Optimizer], None]:
     def attempt(optimizer: Optimizer) -> None:
         saved = optimizer.state_dict()
@@ -90,11 +96,18 @@ BAD_INPUTS = (
     option(betas=(0.9, 1.0)),
     option(betas=(0.9, torch.tensor(0.9))),
     option(betas=(torch.ones(2), torch.tensor(0.9))),
+    option(betas=(0, 0.9)),
+    option(betas=(0.9,)),
+    option(betas=(0.5, 0.9, 0.999)),
+    option(etas=(0.5, 1.2, 1.5)),
+    option(lr="0.1"),
+    option(lr=torch.tensor(True)),
     option(etas=(1.5, 1.2)),
     option(step_sizes=(1.0, 0.5)),
     option(nesterov=True),
     option(nesterov=True, momentum=0.9, dampening=0.5),
     option(line_search_fn="newton"),
+    option(history_size=True),
     option(fused=True, foreach=True),
     option(fused=True, differentiable=True),
     BadInput("an unknown option", (), lambda optimizer_class: optimizer_class(params(), speed=1.0)),
@@ -120,8 +133,10 @@ BAD_INPUTS = (
     later("`load_state_dict`: no groups", _load(lambda saved: saved.pop("param_groups"))),
     later("`load_state_dict`: no state", _load(lambda saved: saved.pop("state"))),
     gradient("a sparse gradient", lambda param: torch.ones_like(param).to_sparse(1), _plain),
+    gradient("a sparse parameter", torch.ones_like, lambda: torch.eye(3).to_sparse().requires_grad_()),
     gradient("a dense gradient", torch.ones_like, _plain),
     gradient("`capturable` on the CPU", torch.ones_like, _plain, capturable=True),
+    gradient("`foreach` and `differentiable`", torch.ones_like, _not_leaf, foreach=True, differentiable=True),
     gradient("a complex parameter", torch.ones_like, lambda: torch.ones(2, dtype=torch.complex64, requires_grad=True)),
     gradient(
         "`fused`, a complex parameter",

@@ -28,6 +28,15 @@ group's default, an error's type and the first {start} characters of its text. E
 """
 
 
+# What ``torch.optim`` has beside its optimizers.
+OTHERS = tuple(
+    name
+    for name in torch.optim.__all__
+    if not (isinstance(found := getattr(torch.optim, name), type) and issubclass(found, Optimizer))
+    or found is Optimizer
+)
+
+
 class Row(NamedTuple):
     """What torch's class has, and what ours makes of it."""
 
@@ -97,10 +106,20 @@ def _body() -> Iterator[str]:
         if alone := _alone(name):
             yield f"Ours alone: {', '.join(f'`{argument}`' for argument in alone)}.\n"
         yield from _table((row for row in rows_of(name) if row not in shared), name)
+    yield "\n## Other names of torch.optim\n"
+    yield "| name | ours |\n|---|---|"
+    for name in OTHERS:
+        ours = "torch's own" if is_torchs_own(name) else "**missing**"
+        yield f"| `{name}` | {ours} |"
     yield "\n## Functions of torch.nn.utils\n"
     yield "| function | arguments | ours |\n|---|---|---|"
     for name in FUNCTIONS:
         yield f"| `{name}` | {', '.join(f'`{argument}`' for argument, _ in function_arguments(name)[0])} | yes |"
+
+
+def is_torchs_own(name: str) -> bool:
+    """Whether a name of ``torch.optim`` is also ours, for the same object."""
+    return name in descend.__all__ and getattr(descend, name) is getattr(torch.optim, name)
 
 
 def function_arguments(name: str) -> tuple[list[tuple[str, str]], list[tuple[str, str]]]:

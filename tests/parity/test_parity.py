@@ -10,7 +10,7 @@ import pytest
 import torch
 from deliberate import ABSENT, DELIBERATE, anchor_of
 from measure import describe, same
-from parity_table import FUNCTIONS, PAGE, absent, function_arguments, page, pairs, rows_of
+from parity_table import FUNCTIONS, OTHERS, PAGE, absent, function_arguments, is_torchs_own, page, pairs, rows_of
 
 DIFFERENCES = (Path(__file__).parents[2] / "docs" / "differences.md").read_text(encoding="utf-8")
 ANCHORS = re.findall(r'<a id="([^"]+)"></a>', DIFFERENCES)
@@ -58,6 +58,11 @@ def test_what_is_broken_is_noticed() -> None:
         ("group key", "lr"),
         ("error", "`lr=-1.0`"),
     }
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_other_names_of_torch_are_here(name: str) -> None:
+    assert is_torchs_own(name)
 
 
 @pytest.mark.parametrize("name", FUNCTIONS)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from descend import rules
-from descend.checks import check_betas, check_eps, check_flags, check_lr, check_values
+from descend.checks import are_in_order, check_betas, check_eps, check_flags, check_lr, check_values
 from descend.optimizer import FirstOrder, Options
 
 if TYPE_CHECKING:
@@ -191,7 +191,7 @@ class AdamW(Adam):
 def _check_tensors(options: Mapping[str, Any]) -> None:
     """Torch's conditions on options given as tensors."""
     betas = options["betas"]
-    if not isinstance(betas, tuple | list) or len(betas) != 2 or len({isinstance(b, torch.Tensor) for b in betas}) != 1:
+    if not are_in_order(betas, 2) or len({isinstance(beta, torch.Tensor) for beta in betas}) != 1:
         raise ValueError(f"betas must be either both floats or both Tensors, got {betas!r}")
     for name, value in (("lr", options["lr"]), ("betas[0]", betas[0]), ("betas[1]", betas[1])):
         if isinstance(value, torch.Tensor):

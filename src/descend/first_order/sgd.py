@@ -49,6 +49,7 @@ class SGD(FirstOrder):
 
     counts_steps = False
     takes_sparse = True
+    foreach_is_differentiable = True
 
     def __init__(
         self,

@@ -143,7 +143,7 @@ def _layout(tensor: Tensor | None) -> tuple[Any, ...]:
     if tensor.layout != torch.strided:
         return (tensor.layout, tensor.dtype, tensor.device, None)  # what it holds is read at every step
     facts = (type(tensor), tensor.dtype, tensor.device, tensor.is_neg(), tensor.shape, tensor.stride())
-    return (*facts, tensor.data_ptr() if tensor.device.type == "cpu" else None)
+    return (*facts, tensor.data_ptr() if tensor.device.type == "cpu" and _is_plain(tensor) else None)
 
 
 def make_probe(
@@ -154,8 +154,8 @@ def make_probe(
     return kind(params, cells, state, written)
 
 
-def _is_plain(param: Tensor) -> bool:
-    return type(param) in (Tensor, torch.nn.Parameter)
+def _is_plain(tensor: Tensor) -> bool:
+    return type(tensor) in (Tensor, torch.nn.Parameter)  # others no kernel takes; some have no address
 
 
 def _handles(tensors: list[Tensor]) -> list[int]:

@@ -7,6 +7,7 @@ import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from numbers import Integral, Real
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -14,6 +15,7 @@ from torch import Tensor
 from torch._compile import _disable_dynamo
 from torch.optim import Optimizer
 
+from descend.checkpoint import set_state
 from descend.checks import check_at_least_zero, check_lr
 from descend.groups import named
 from descend.second_order import flat_checkpoint
@@ -29,6 +31,7 @@ if TYPE_CHECKING:
 
 LINE_SEARCHES = (None, "strong_wolfe", "hager_zhang")
 CHECKS = 10  # steps whose first evaluation is compared with the one before; what is random differs soon
+STILL = "lr is 0, so that nothing moves."
 TORCH_MESSAGES = {
     **MESSAGES,
     Status.converged: "The largest absolute entry of the gradient is at most tolerance_grad.",
@@ -166,7 +169,8 @@ class LBFGS(Optimizer):
         first = partial(self._first_evaluation, function, self._is_at_endpoint(point))
         loss, run, status = modern_step(function, first, point, bounds, options, state)
         self._is_loose, self._endpoint = False, (run.best.value, _marks(point))
-        self._report(function, began, status, MESSAGES[status], run.best, run.n_iter, run.history)
+        message = MESSAGES[status] if options.lr or status is not Status.max_iter else STILL
+        self._report(function, began, status, message, run.best, run.n_iter, run.history)
         return loss
 
     def _step_as_torch(self, function: ClosureFunction, point: FlatParameters) -> Any:
@@ -290,7 +294,7 @@ class LBFGS(Optimizer):
         return {**super().__getstate__(), **{name: getattr(self, name) for name in _OWN}}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
+        set_state(self, state)
         for name, default in (_OWN | _TRANSIENT).items():
             self.__dict__.setdefault(name, default)
         for group in self.param_groups:
@@ -321,15 +325,18 @@ class LBFGS(Optimizer):
         """Raise ``ValueError`` if a group's options are out of range."""
         name = type(self).__name__
         check_lr(self, options)
+        if isinstance(options["lr"], Tensor) and options["lr"].dtype == torch.bool:
+            raise ValueError(f"Invalid learning rate: {options['lr']} ({name}: lr must be a number >= 0)")
         for option in ("max_iter", "max_eval"):
             check_at_least_zero(self, f"{option} value", option, options[option])
         if "weight_decay" in options:
             check_at_least_zero(self, "weight_decay value", "weight_decay", options["weight_decay"])
         for option in ("tolerance_grad", "tolerance_change"):
-            if not (isinstance(options[option], int | float) and options[option] == options[option]):
+            if not (isinstance(options[option], Real) and options[option] == options[option]):
                 raise ValueError(f"{name}: {option} must be a number, got {options[option]!r}.")
-        if not (isinstance(options["history_size"], int) and options["history_size"] >= 1):
-            raise ValueError(f"{name}: history_size must be an integer >= 1, got {options['history_size']!r}.")
+        size = options["history_size"]
+        if not (isinstance(size, Integral) and not isinstance(size, bool) and int(size) >= 1):
+            raise ValueError(f"{name}: history_size must be an integer >= 1, got {size!r}.")
         if options["line_search_fn"] not in LINE_SEARCHES:
             raise ValueError(
                 f"{name}: line_search_fn must be one of {LINE_SEARCHES}, got {options['line_search_fn']!r}."

@@ -38,7 +38,10 @@ def modern_step(
         The closure's first loss, the run and why it stopped.
     """
     objective = ClosureObjective(function, first, point, bounds)
-    run = Run(objective, tol=options.tolerance_grad, max_iter=options.max_iter, max_eval=max(1, options.max_eval))
+    lr = float(options.lr)
+    # With lr=0, as when a warm-up begins, nothing moves: not in the first iteration either, which has its own length.
+    max_iter = options.max_iter if lr else 0
+    run = Run(objective, tol=options.tolerance_grad, max_iter=max_iter, max_eval=max(1, options.max_eval))
     learner: CompactInverse | CompactHessian
     if bounds is None:
         learner = CompactInverse(point.numel, options.history_size, point.dtype, point.device)
@@ -50,9 +53,9 @@ def modern_step(
     try:
         start = run.start(x if bounds is None else x.clamp(*bounds), state.get("scale"))
         if isinstance(learner, CompactInverse):
-            status = descend(run, start, learner, float(options.lr))
+            status = descend(run, start, learner, lr)
         else:
-            status = descend_in_box(run, start, learner, float(options.lr))
+            status = descend_in_box(run, start, learner, lr)
     finally:
         point.scatter_(run.best.x if run.history else x)
         state["func_evals"] += function.n_eval

@@ -10,6 +10,7 @@ import torch
 from torch._compile import _disable_dynamo
 from torch.optim import Optimizer
 
+from descend.checkpoint import set_state
 from descend.checks import check_at_least_zero
 from descend.groups import named
 from descend.second_order import flat_checkpoint
@@ -220,7 +221,7 @@ class Newton(Optimizer):
         return {**super().__getstate__(), "result": self.result}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
+        set_state(self, state)
         self.__dict__.setdefault("result", None)
         for group in self.param_groups:
             for name, default in self.defaults.items():
