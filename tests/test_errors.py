@@ -121,8 +121,9 @@ OURS_ALONE = [
     (dict(max_norm=NAN), "max_norm must be a number > 0"),
     (dict(nonfinite="ignore"), "nonfinite must be one of"),
     (dict(backend="cuda"), "backend must be one of"),
-    (dict(state_dtype=torch.int32), "state_dtype must be a floating point dtype"),
-    (dict(state_dtype="float32"), "state_dtype must be a floating point dtype"),
+    (dict(state_dtype=torch.int32), "state_dtype must be one of (None, torch.float16"),
+    (dict(state_dtype="float32"), "state_dtype must be one of (None, torch.float16"),
+    (dict(state_dtype=torch.float8_e4m3fn), "state_dtype must be one of (None, torch.float16"),
     (dict(amp="native"), "amp must be one of"),
 ]
 
@@ -393,7 +394,28 @@ def test_unknown_backend_in_the_environment_is_refused(monkeypatch: pytest.Monke
     assert_unmoved(optimizer, before)
 
 
+def test_a_rule_needs_no_learning_rate() -> None:
+    def rule(param, grad, rate):
+        return param - rate * grad
+
+    (param,) = leaves([(3,)])
+    before = param.detach().clone()
+    param.grad = torch.ones_like(param)
+    from_rule(rule, "Rule", rate=0.5)([param]).step()
+    assert torch.equal(param, before - 0.5)
+
+
+def test_whole_numbers_cannot_be_trained() -> None:
+    param = torch.zeros(3, dtype=torch.int64)
+    param.grad = torch.ones_like(param)
+    with pytest.raises(RuntimeError, match=r"makes fractions.* torch\.int64"):
+        SGD([param]).step()
+
+
 def test_from_rule_refuses_what_does_not_fit() -> None:
+    def no_number(param, grad, max_norm):
+        return param - max_norm * grad
+
     def rule(param, grad, lr, rate):
         return param - lr * rate * grad
 
@@ -402,4 +424,6 @@ def test_from_rule_refuses_what_does_not_fit() -> None:
     optimizer_class = from_rule(rule, "Rule", rate=1.0)
     assert_refused(TypeError, "Rule has no option ['speed']", lambda: optimizer_class(leaves(), speed=1.0))
     assert_refused(TypeError, "at most 2", lambda: optimizer_class(leaves(), 0.1, 0.2, 0.3))
+    assert_refused(TypeError, "multiple values for ['lr']", lambda: optimizer_class(leaves(), 0.1, lr=0.2))
+    assert_refused(ValueError, "a number called ['max_norm']", lambda: from_rule(no_number, "Rule", max_norm=1.0))
     assert_refused(ValueError, "Invalid learning rate: -1", lambda: optimizer_class(leaves(), lr=-1))

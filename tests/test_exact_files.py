@@ -27,7 +27,7 @@ from exact_cases import (
 )
 from torch import Tensor
 
-from descend import Adam, AdamW
+from descend import Adam, AdamW, from_rule
 
 
 @pytest.fixture(autouse=True)
@@ -165,6 +165,51 @@ def test_a_file_that_does_not_fit_is_refused_and_changes_nothing(spoil: Callable
         with pytest.raises(ValueError, match=name):
             new.ours.load_state_dict(wrong)
         assert_unmoved(new.ours, before)
+
+
+NAN = float("nan")
+NO_SCHEDULE = "the loaded schedule is none"
+IMPOSSIBLE: list[tuple[str, Callable[[Tensor], Any], str]] = [
+    ("row_step", lambda rows: rows.fill_(2**31 - 1), "row at step 2147483647, which is to come"),
+    ("row_step", lambda rows: rows.fill_(-1000), "row at step 1000, which is to come"),
+    ("row_step", lambda rows: rows.double().add_(0.5), "the loaded row_step has fractions of steps"),
+    ("schedule", lambda history: history.fill_(NAN), NO_SCHEDULE),
+    ("schedule_constants", lambda constants: constants[0].fill_(NAN), NO_SCHEDULE),
+    ("schedule_constants", lambda constants: constants[0].fill_(1.0), NO_SCHEDULE),
+    ("schedule_constants", lambda constants: constants[1].fill_(2.0), NO_SCHEDULE),
+    ("schedule_constants", lambda constants: constants[2].fill_(0.0), NO_SCHEDULE),
+    ("schedule_constants", lambda constants: constants[3:].sub_(9.0), NO_SCHEDULE),
+    ("schedule_constants", lambda constants: constants[3].fill_(0.5), "the loaded schedule has"),
+    ("schedule_constants", lambda constants: constants[4].fill_(float("inf")), "the loaded schedule has"),
+]
+
+
+@pytest.mark.parametrize(("name", "spoil", "message"), IMPOSSIBLE)
+def test_a_file_that_cannot_be_true_is_refused(name: str, spoil: Callable[[Tensor], Tensor], message: str) -> None:
+    run = usual()
+    saved = through_file(run.ours.state_dict())
+    value = saved["state"][0][name]
+    spoiled = spoil(value)
+    saved["state"][0][name] = spoiled if spoiled.shape == value.shape else value  # or a part of it, in place
+    new = run.replaced()
+    before = snapshot(new.ours)
+    with pytest.raises(ValueError, match=message):
+        new.ours.load_state_dict(saved)
+    assert_unmoved(new.ours, before)
+
+
+def test_names_of_a_rules_state_are_its_own() -> None:
+    def rule(param, grad, row_step, schedule, lr):
+        return param - lr * grad, row_step + grad, schedule + 0.5
+
+    Named = from_rule(rule, "Named")  # noqa: N806
+    weight = torch.ones(3, requires_grad=True)
+    optimizer = Named([weight])
+    weight.grad = torch.full((3,), 0.25)
+    optimizer.step()
+    optimizer.load_state_dict(through_file(optimizer.state_dict()))
+    state = optimizer.state[weight]
+    assert (state["row_step"].tolist(), state["schedule"].tolist()) == ([0.25] * 3, [0.5] * 3)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)

@@ -210,6 +210,7 @@ DECAYS: list[tuple[Callable[[], Any], list[str]]] = [
     (lambda: nn.MultiheadAttention(4, 2, add_bias_kv=True), ["in_proj_bias", "bias_k", "bias_v", "out_proj.bias"]),
     (lambda: nn.LSTM(2, 3), ["bias_ih_l0", "bias_hh_l0"]),
     (lambda: nn.Embedding(3, 2), []),
+    (lambda: [("unbiased_kernel", torch.ones(2, 2)), ("q_bias", torch.ones(2, 2))], ["q_bias"]),
     (lambda: nn.PReLU(), ["weight"]),
     (Model, sorted([*BIASES, *NORMS], key=NAMES.index)),
     (lambda: list(Model().named_parameters())[2:], sorted([*BIASES, *NORMS], key=NAMES.index)[1:]),

@@ -92,6 +92,7 @@ PARTIAL: list[tuple[str, str, dict[str, Any], str, str, list[str], list[str]]] =
     ("a b", "a|b", CURRENT, "a b", "- -", [], []),
     ("a b", "c d", {}, "- -", "0", ["c", "d"], ["a", "b"]),
     ("a module.b", "b c", {}, "b -", "0", ["c"], ["a"]),
+    ("e.module.b", "e.b e.module.b", {}, "- b", "0", ["e.b"], []),
     ("~a b c", "~a b", {}, "a b", "0", [], [f"{PLACE}[2]"]),
     ("~a b", "~a b c", {}, "a b -", "0", [f"{PLACE}[2]"], []),
     ("~a b", "~a|b", CURRENT, "a -", "- -", ["param_groups[1]['params'][0]"], [f"{PLACE}[1]"]),

@@ -46,6 +46,7 @@ def are_in_order(values: Any, count: int) -> bool:
 
 
 def _is_number(value: Any) -> bool:
+    value = value.detach() if isinstance(value, Tensor) else value
     return not isinstance(value, str | bytes) and _converts(float, value)
 
 

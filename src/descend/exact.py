@@ -30,6 +30,8 @@ if TYPE_CHECKING:
 # beta1, beta2, eps, the step before the first of these and the last; and a checksum of the weights.
 ROW_STEP, SCHEDULE, CONSTANTS, CHECKSUM = "row_step", "schedule", "schedule_constants", "weights_checksum"
 
+NAMES = frozenset({ROW_STEP, SCHEDULE, CONSTANTS, CHECKSUM})
+
 PIECE = 65_536  # rows brought up to date together when all of them are
 
 
@@ -46,6 +48,8 @@ def loaded(name: str, value: Tensor, param: Tensor) -> Tensor | None:
         return None
     if value.shape != expected[name]:
         raise ValueError(f"the loaded {name} has shape {tuple(value.shape)}, expected {expected[name]}.")
+    if name == ROW_STEP and value.is_floating_point() and not torch.equal(value, value.round()):
+        raise ValueError(f"the loaded {name} has fractions of steps.")
     if name == ROW_STEP and not param.is_cpu:
         return value.to(param.device, dtypes[name], copy=True)
     return pages.copied(value.cpu(), dtypes[name])
@@ -56,9 +60,19 @@ def check_loaded(state: Mapping[str, Any]) -> None:
     if SCHEDULE in state or CONSTANTS in state:
         if not {ROW_STEP, SCHEDULE, CONSTANTS} <= set(state):
             raise ValueError(f"the loaded schedule is incomplete: it needs {ROW_STEP}, {SCHEDULE} and {CONSTANTS}.")
-        start, steps = state[CONSTANTS][3:].tolist()
+        beta1, beta2, eps, start, steps = state[CONSTANTS].tolist()
         if len(state[SCHEDULE]) != steps - start:
             raise ValueError(f"the loaded schedule has {len(state[SCHEDULE])} steps, expected {steps - start:g}.")
+        is_possible = 0 <= beta1 < beta2 < 1 and 0 < eps < math.inf and start >= 0 and start.is_integer()
+        if not is_possible or not state[SCHEDULE].isfinite().all():
+            raise ValueError(
+                f"the loaded schedule is none: it needs 0 <= beta1 < beta2 < 1, eps > 0, whole steps and finite "
+                f"numbers, and has {state[CONSTANTS].tolist()}."
+            )
+    if isinstance(rows := state.get(ROW_STEP), Tensor) and len(rows):
+        lowest, highest = (int(end) for end in torch.aminmax(rows))
+        if max(-lowest, highest) > state.get("step", 0):
+            raise ValueError(f"the loaded {ROW_STEP} has a row at step {max(-lowest, highest)}, which is to come.")
 
 
 def is_behind(state: Mapping[str, Any]) -> bool:

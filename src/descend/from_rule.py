@@ -26,7 +26,8 @@ def from_rule(rule: Callable[..., Any], name: str, **defaults: Any) -> type[Firs
     Returns:
         A subclass of ``FirstOrder``: ``Class(params, lr=..., ..., max_norm=None, nonfinite="step", ...)``.
     Raises:
-        ValueError: if a number has no default, or a default belongs to no number.
+        ValueError: if a number has no default, or has the name of an option that every optimizer has; or if a default
+            belongs to no number.
     Example:
         >>> import torch
         >>> from descend.ops import sign
@@ -42,6 +43,8 @@ def from_rule(rule: Callable[..., Any], name: str, **defaults: Any) -> type[Firs
     """
     takes = signature(rule)
     options = [number for number in takes.numbers if number != "step"]
+    if taken := {"params", "maximize", *Options.__annotations__}.intersection(options):
+        raise ValueError(f"from_rule: {name} cannot have a number called {sorted(taken)}: every optimizer has one.")
     values = {"lr": 1e-3, **takes.defaults, **defaults}
     if unknown := set(defaults) - set(options):
         raise ValueError(f"from_rule: {name} has the numbers {options}, but defaults came for {sorted(unknown)}.")
@@ -54,7 +57,10 @@ def from_rule(rule: Callable[..., Any], name: str, **defaults: Any) -> type[Firs
     def initialize(self: FirstOrder, params: ParamsT, *args: Any, maximize: bool = False, **given: Any) -> None:
         if len(args) > len(group):
             raise TypeError(f"{name} takes at most {len(group)} options by position, got {len(args)}.")
-        chosen = {**group, **dict(zip(group, args, strict=False))}
+        positional = dict(zip(group, args, strict=False))
+        if twice := positional.keys() & given.keys():
+            raise TypeError(f"{name} got multiple values for {sorted(twice)}.")
+        chosen = {**group, **positional}
         chosen.update({key: given.pop(key) for key in list(given) if key in group})
         if unknown := set(given) - set(Options.__annotations__):
             raise TypeError(

@@ -19,6 +19,7 @@ Pattern: TypeAlias = str | re.Pattern[str] | Collection[str]
 Groups: TypeAlias = Sequence[tuple[Pattern, Mapping[str, Any]]]
 
 _SHOWN = 3  # names in a message
+_BIAS = re.compile(r"(^|_)bias(es)?($|_)")  # bias, in_proj_bias, bias_ih_l0
 
 
 def named(params: Any) -> Any:
@@ -50,7 +51,9 @@ def grouped(
     chosen = []
     for entry in groups:
         pattern, values = entry if isinstance(entry, tuple | list) and len(entry) == 2 else (entry, None)
-        if not (isinstance(pattern, str | re.Pattern | Collection) and isinstance(values, Mapping)):
+        is_bytes = isinstance(pattern, bytes) or isinstance(getattr(pattern, "pattern", None), bytes)
+        is_pattern = isinstance(pattern, str | re.Pattern | Collection) and not is_bytes
+        if not (is_pattern and isinstance(values, Mapping)):
             raise ValueError(
                 f"{who}: groups takes pairs of a pattern (text, regular expression or names) and a dict of options, "
                 f"got {entry!r}."
@@ -82,6 +85,8 @@ def no_decay(params: nn.Module | Iterable[tuple[str, Tensor]]) -> Groups:
         params: a module; or ``(name, parameter)`` pairs, of which norms are known by having one dimension.
     Returns:
         An entry for ``groups``, in a list: the names, and ``weight_decay=0``. An empty list if there are none.
+    Raises:
+        ValueError: if the parameters have no names.
     Example:
         >>> from descend import AdamW
         >>> model = nn.Sequential(nn.Linear(2, 3), nn.LayerNorm(3))
@@ -99,7 +104,7 @@ def no_decay(params: nn.Module | Iterable[tuple[str, Tensor]]) -> Groups:
     names = tuple(
         name
         for name, param in _pairs("no_decay", params)
-        if param.ndim <= 1 or "bias" in name.rpartition(".")[2] or name in of_norms
+        if param.ndim <= 1 or _BIAS.search(name.rpartition(".")[2]) or name in of_norms
     )
     return [(names, {"weight_decay": 0.0})] if names else []
 

@@ -6,7 +6,7 @@ Knows groups as dictionaries, and nothing of what they hold besides ``params`` a
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Hashable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 MATCHES = ("auto", "name", "order")
@@ -40,27 +40,27 @@ class Listing:
     Attributes:
         groups: the group of each parameter.
         positions: and where it stands there.
+        places: both.
         own_names: as given; None if some have none.
-        names: without what wrappers add; None if they do not tell the parameters apart.
+        names: the same; None if they do not tell the parameters apart.
+        bare_names: without what wrappers add; None if these do not.
         are_keys: the names were found in ``params``.
     """
 
     def __init__(self, groups: Groups, names_in_keys: bool = False) -> None:
         self.groups = [index for index, group in enumerate(groups) for _ in group["params"]]
         self.positions = [position for group in groups for position, _ in enumerate(group["params"])]
+        self.places = list(zip(self.groups, self.positions, strict=True))
         keys = [key for group in groups for key in group["params"]]
         self.are_keys = names_in_keys and bool(keys) and all(isinstance(key, str) for key in keys)
         found = keys if self.are_keys else [name for group in groups for name in group.get("param_names", ())]
         has_all = len(found) == len(keys) > 0 and all(isinstance(name, str) for name in found)
         self.own_names: list[str] | None = found if has_all else None
-        self.names = _distinct(map(_bare, found)) or _distinct(found) if has_all else None
+        self.names = _distinct(found) if has_all else None
+        self.bare_names = _distinct(map(_bare, found)) if has_all else None
 
     def __len__(self) -> int:
         return len(self.groups)
-
-    def keys(self, by_name: bool) -> Sequence[Hashable]:
-        """What tells the parameters apart."""
-        return self.names if by_name and self.names else list(zip(self.groups, self.positions, strict=True))
 
     def place(self, index: int) -> str:
         """The parameter's name, or where it stands."""
@@ -88,25 +88,30 @@ class Matching:
         self.sizes = [len(group["params"]) for group in groups]
         self.saved_sizes = [len(group["params"]) for group in saved_groups]
         self.here, self.saved = Listing(groups), Listing(saved_groups, names_in_keys=True)
-        self.by_name = self._has_names(match)
-        keys, saved_keys = self.here.keys(self.by_name), self.saved.keys(self.by_name)
+        names = self._names(match)
+        self.by_name = names is not None
+        keys, saved_keys = names or (self.here.places, self.saved.places)
         index = {key: i for i, key in enumerate(saved_keys)}
         self.sources: list[int | None] = [index.get(key) for key in keys]
 
-    def _has_names(self, match: str) -> bool:
+    def _names(self, match: str) -> tuple[list[str], list[str]] | None:
+        """The names to go by, here and there; None to go by order."""
         if match == "order":
-            return False
-        here, saved = self.here.names, self.saved.names
+            return None
+        here, saved = self.here.bare_names, self.saved.bare_names
+        if not (here and saved):
+            here, saved = self.here.names, self.saved.names
         if here and saved:
             # Keys of torch.distributed stand in this optimizer's order, whatever it calls its parameters.
-            return match == "name" or not self.saved.are_keys or not set(here).isdisjoint(saved)
+            is_order = match == "auto" and self.saved.are_keys and set(here).isdisjoint(saved)
+            return None if is_order else (here, saved)
         if match == "name":
             lacking = "this optimizer" if not here else "the state dict"
             raise ValueError(
                 f"{self.who}: match='name' needs a name of its own for every parameter, which {lacking} has not. Give "
                 "the parameters as model.named_parameters(), before saving and before loading."
             )
-        return False
+        return None
 
     @property
     def missing(self) -> list[int]:

@@ -21,7 +21,7 @@ from descend.plan import Placement, Plan
 from descend.settling import Settling
 from descend.signature import signature
 from descend.sparse import check_meaning
-from descend.state import Initial, State, new_tensor, stored_number
+from descend.state import STATE_DTYPES, Initial, State, new_tensor, stored_number
 from descend.step import AMP, NONFINITE, advance, check_max_norm, forget_scale, refuse_closure
 from descend.summary import summarize
 
@@ -103,8 +103,8 @@ class FirstOrder(Settling):
             raise ValueError(f"{name}: nonfinite must be one of {NONFINITE}, got {nonfinite!r}.")
         if backend not in BACKENDS:
             raise ValueError(f"{name}: backend must be one of {BACKENDS}, got {backend!r}.")
-        if state_dtype is not None and not (isinstance(state_dtype, torch.dtype) and state_dtype.is_floating_point):
-            raise ValueError(f"{name}: state_dtype must be a floating point dtype, got {state_dtype}.")
+        if state_dtype not in STATE_DTYPES:
+            raise ValueError(f"{name}: state_dtype must be one of {STATE_DTYPES}, got {state_dtype!r}.")
         check_meaning(self, sparse)
         if amp not in AMP:
             raise ValueError(f"{name}: amp must be one of {AMP}, got {amp!r}.")
@@ -296,7 +296,7 @@ class FirstOrder(Settling):
                 f"_foreach ops don't support autograd ({type(self).__name__}: leave foreach or differentiable out)"
             )
         is_attached = param in self.tables and self.tables[param].is_attached
-        makes_state = group["lr"] == 0 and not self.state_of(param)  # torch.distributed.checkpoint does
+        makes_state = group.get("lr") == 0 and not self.state_of(param)  # torch.distributed.checkpoint does
         if is_attached and param.grad is not None and param.grad.layout == torch.strided and not makes_state:
             raise RuntimeError(
                 f"{type(self).__name__}: {self.name_of(param)} is a table of sparse='exact', but has a dense gradient: "

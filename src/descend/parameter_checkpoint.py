@@ -212,7 +212,8 @@ class _Reading:
                 if keys[source] in saved_state:
                     rule, name = self.optimizer.rule_for(groups[owner]), matching.here.place(i)
                     loaded[param] = self._param_state(param, rule, needed[owner], saved_state[keys[source]], name)
-                    self._check_rows(loaded[param], name)
+                    if exact.NAMES.isdisjoint(signature(rule).state):
+                        self._check_rows(loaded[param], name)
             except _MisfitError as error:
                 if self.strict:
                     raise ValueError(str(error)) from None
@@ -298,12 +299,13 @@ class _Reading:
         if value.is_sparse:  # torch keeps the momentum of sparse gradients like that
             value = value.to_dense()
         _check_memory(value, param, what)
-        try:
-            of_table = exact.loaded(key, value.detach(), param)
-        except ValueError as error:
-            raise ValueError(f"{what}: {error}") from None
-        if of_table is not None:
-            return of_table
+        if not is_rules:
+            try:
+                of_table = exact.loaded(key, value.detach(), param)
+            except ValueError as error:
+                raise ValueError(f"{what}: {error}") from None
+            if of_table is not None:
+                return of_table
         is_number = value.is_floating_point() or (value.is_complex() and param.is_complex())
         if is_rules and not is_number:
             raise ValueError(f"{what} must hold numbers as the parameter does ({param.dtype}), got {value.dtype}.")

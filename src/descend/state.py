@@ -16,6 +16,8 @@ from descend import kernels, pages
 from descend.kernels.eager import as_real
 from descend.kernels.threads import serial_in_forked_child
 
+STATE_DTYPES = (None, torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
 
 def _exposing(name: str) -> Callable[..., Any]:
     method = getattr(defaultdict, name)
@@ -114,8 +116,14 @@ def state_tensors(
     """The state tensors that exist of those called ``names``.
 
     Raises:
-        RuntimeError: if one has not the parameter's shape, or its memory, the parameter's or the gradient's is gone.
+        RuntimeError: if one has not the parameter's shape, or its memory, the parameter's or the gradient's is gone;
+            or if the parameter cannot hold what a step makes of it.
     """
+    if not (param.is_floating_point() or param.is_complex()):
+        raise RuntimeError(
+            f"{type(optimizer).__name__}: a step makes fractions, which {optimizer.name_of(param)} cannot hold: it is "
+            f"{param.dtype}. Nothing has moved."
+        )
     state = [(name, found[name]) for name in names if isinstance(found.get(name), Tensor)]
     for name, tensor in state:
         if tensor.shape != param.shape:

@@ -24,7 +24,9 @@ class AdamWScheduleFree(FirstOrder):
     Drop-in for ``AdamWScheduleFree`` of https://github.com/facebookresearch/schedule_free, with its arguments, groups
     and state. It holds three points: z takes AdamW's steps, x is an average of all z, and gradients are taken at
     y = (1 - beta1) z + beta1 x. While training, parameters are y; ``eval()`` makes them x, the weights to evaluate and
-    to keep, and ``train()`` makes them y again. A new optimizer is in train mode, as modules are.
+    to keep, and ``train()`` makes them y again. A new optimizer is in train mode, as modules are. A state dict says in
+    which mode it was saved, and belongs to weights saved in the same. With ``OneCycleLR`` pass
+    ``cycle_momentum=False``: betas[0] is what x is got back by.
 
     Args:
         params: parameters, ``(name, parameter)`` pairs, or dicts that define groups.
@@ -38,7 +40,8 @@ class AdamWScheduleFree(FirstOrder):
         weight_lr_power: and like the largest ``lr`` so far to this power. Default: 2.
         foreach: accepted and kept in the groups; the backend is chosen by ``backend``.
         maximize: ascend instead. Default: False.
-        options: ``max_norm``, ``nonfinite``, ``backend``, ``state_dtype``, ``sparse``: see ``FirstOrder``.
+        options: ``max_norm``, ``nonfinite``, ``backend``, ``state_dtype``, ``sparse``, ``groups``, ``amp``: see
+            ``FirstOrder``.
     Raises:
         ValueError: if an option is out of range.
         RuntimeError: by ``step()`` in eval mode.
