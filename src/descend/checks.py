@@ -98,6 +98,14 @@ def check_values(optimizer: Optimizer, options: Mapping[str, Any], *names: str) 
         check_at_least_zero(optimizer, f"{name} value", name, options[name])
 
 
+def check_adam(optimizer: Optimizer, options: Mapping[str, Any]) -> None:
+    """Raise torch's errors for the options that all relatives of Adam have."""
+    check_lr(optimizer, options)
+    check_eps(optimizer, options)
+    check_betas(optimizer, options)
+    check_values(optimizer, options, "weight_decay")
+
+
 def check_flags(options: Mapping[str, Any]) -> None:
     """Raise torch's errors for flags that exclude each other."""
     if options["fused"] and options["differentiable"]:

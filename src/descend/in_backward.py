@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import sys
 import threading
 import weakref
 from collections import Counter
@@ -15,8 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch._compile import _disable_dynamo
-from torch.autograd.function import BackwardCFunction
 
+from descend.backward_passes import Passes, Seen
 from descend.optimizer import FirstOrder
 from descend.plan import Place, Plan
 from descend.step import advance, is_scaled
@@ -92,7 +91,7 @@ class InBackward:
         self.optimizer, self.accumulate, self.clip, self.nonfinite = optimizer, accumulate, clip, nonfinite
         self._lock = threading.RLock()  # the gradients of several devices come on several threads
         self._slots: dict[Tensor, _Slot] = {}
-        self._passes = _Passes()
+        self._passes = Passes()
         self._stepped: set[Tensor] = set()  # since the last step was completed
         self._norm: float | None = None  # of the gradients they stepped with
         self._previous_norm = 0.0
@@ -145,7 +144,7 @@ class InBackward:
             slot = self._slots.get(param)
             if slot is None or param.grad is None or (place := self._place_of(param, slot)) is None:
                 return
-            if self._passes.gives_part(slot):
+            if self._passes.gives_part(slot.seen):
                 raise RuntimeError(
                     f"in_backward: {self.optimizer.name_of(param)} got its gradient in several parts in one backward "
                     "pass, and may have stepped with the first. Reentrant checkpointing of a parameter that several "
@@ -248,8 +247,7 @@ class _Slot:
         self.count = 0  # gradients that wait in ``.grad``
         self.version = 0  # of ``.grad`` since the last of them came
         self.hooks: tuple[Any, ...] = ()
-        self.last_pass = -1  # that gave it a gradient
-        self.was_nested = False
+        self.seen = Seen()
 
     def was_thrown_away(self, grad: Tensor | None) -> bool:
         """Whether gradients that waited in ``grad`` are gone: ``zero_grad``, with ``set_to_none`` or without."""
@@ -281,51 +279,6 @@ class _Arrival:
 
 
 _untraced = _disable_dynamo(_Arrival.__call__)
-
-
-class _Passes:
-    """Tells one backward pass from the next, of which reentrant checkpointing nests many in one.
-
-    Torch numbers passes in the order in which they begin, nested ones too, but does not say in which one another is
-    nested. A pass that is not nested ends all that came before.
-    """
-
-    def __init__(self) -> None:
-        self._current = 0
-        self._task = self._latest = -1
-        self._is_nested = False
-
-    def gives_part(self, slot: _Slot) -> bool:
-        """Whether the gradient that came is not the parameter's first in this pass."""
-        self._enter()
-        is_part = slot.last_pass == self._current and (slot.was_nested or self._is_nested)
-        slot.last_pass, slot.was_nested = self._current, self._is_nested
-        return is_part
-
-    def end(self) -> None:
-        """The pass is over."""
-        self._current += 1
-
-    def _enter(self) -> None:
-        task = torch._C._current_graph_task_id()
-        if task == self._task or task < 0:
-            return
-        self._task, self._is_nested = task, _is_nested()
-        if not self._is_nested:
-            if task > self._latest:
-                self.end()
-            torch.autograd.Variable._execution_engine.queue_callback(self.end)
-        self._latest = max(self._latest, task)
-
-
-def _is_nested() -> bool:
-    """Whether this backward pass was started by a function's ``backward``, inside of another one."""
-    frame = sys._getframe()
-    while frame.f_back is not None:
-        frame = frame.f_back
-        if frame.f_code is BackwardCFunction.apply.__code__:
-            return True
-    return False
 
 
 _NO_SCALER = (

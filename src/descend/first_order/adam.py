@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from descend import rules
-from descend.checks import are_in_order, check_betas, check_eps, check_flags, check_lr, check_values
+from descend.checks import are_in_order, check_adam, check_flags
 from descend.optimizer import FirstOrder, Options
 
 if TYPE_CHECKING:
@@ -96,10 +96,7 @@ class Adam(FirstOrder):
 
     def check_options(self, options: Mapping[str, Any]) -> None:
         _check_tensors(options)
-        check_lr(self, options)
-        check_eps(self, options)
-        check_betas(self, options)
-        check_values(self, options, "weight_decay")
+        check_adam(self, options)
         check_flags(options)
         if self.sparse == "exact":
             self.check_exact(options)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from descend import rules
-from descend.checks import check_betas, check_eps, check_lr, check_values
+from descend.checks import check_adam, check_values
 from descend.optimizer import FirstOrder, Options
 
 if TYPE_CHECKING:
@@ -80,7 +80,7 @@ class Adamax(FirstOrder):
         return group["lr"], 1 - beta1, beta2, group["eps"], group["weight_decay"], 1 - beta1**step
 
     def check_options(self, options: Mapping[str, Any]) -> None:
-        _check_options(self, options)
+        check_adam(self, options)
 
 
 class NAdam(FirstOrder):
@@ -165,7 +165,7 @@ class NAdam(FirstOrder):
         return 1.0 if name == "mu_product" else 0.0
 
     def check_options(self, options: Mapping[str, Any]) -> None:
-        _check_options(self, options)
+        check_adam(self, options)
         check_values(self, options, "momentum_decay")
 
 
@@ -242,17 +242,10 @@ class RAdam(FirstOrder):
         return group["lr"], 1 - beta1, 1 - beta2, group["eps"], *_decays(group), bias1, rectification
 
     def check_options(self, options: Mapping[str, Any]) -> None:
-        _check_options(self, options)
+        check_adam(self, options)
 
 
 def _decays(group: Mapping[str, Any]) -> tuple[Any, Any]:
     """Weight decay as L2, and decoupled; one of them is 0."""
     weight_decay = group["weight_decay"]
     return (0.0, group["lr"] * weight_decay) if group["decoupled_weight_decay"] else (weight_decay, 0.0)
-
-
-def _check_options(optimizer: FirstOrder, options: Mapping[str, Any]) -> None:
-    check_lr(optimizer, options)
-    check_eps(optimizer, options)
-    check_betas(optimizer, options)
-    check_values(optimizer, options, "weight_decay")

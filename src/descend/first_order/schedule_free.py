@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from descend import rules
-from descend.checks import check_betas, check_eps, check_lr, check_values
+from descend.checks import check_adam, check_values
 from descend.optimizer import FirstOrder, Options
 from descend.state import state_tensors
 
@@ -158,12 +158,10 @@ class AdamWScheduleFree(FirstOrder):
         return param if name == "z" else 0.0
 
     def check_options(self, options: Mapping[str, Any]) -> None:
-        check_lr(self, options)
-        check_eps(self, options)
-        check_betas(self, options)
+        check_adam(self, options)
         if options["betas"][0] == 0:
             raise ValueError(
                 "Invalid beta parameter at index 0: 0 (AdamWScheduleFree: betas[0] must be in (0, 1): with 0 all of x "
                 "would be lost in y)"
             )
-        check_values(self, options, "weight_decay", "warmup_steps")
+        check_values(self, options, "warmup_steps")
