@@ -50,7 +50,6 @@ def advance(
 
 def _take(optimizer: FirstOrder, plan: Plan, scale: float, norm_to_clip: Callable[[float], float] | None) -> bool:
     plan.read(optimizer)
-    check_max_norm(optimizer, optimizer.max_norm)  # it may have been edited
     if optimizer.max_norm is not None or optimizer.nonfinite != "step":
         norm = plan.total_norm() * scale
         if norm_to_clip is None:
@@ -66,6 +65,7 @@ def _take(optimizer: FirstOrder, plan: Plan, scale: float, norm_to_clip: Callabl
         if norm_to_clip is not None:
             norm = norm_to_clip(norm)
         if optimizer.max_norm is not None:
+            check_max_norm(optimizer, optimizer.max_norm)  # it may have been edited
             # As torch's clamp: a NaN norm stays NaN. Python's min(1, nan) is 1.
             coefficient = optimizer.max_norm / (norm + 1e-6)
             scale *= 1.0 if coefficient > 1 else coefficient
