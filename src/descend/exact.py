@@ -220,14 +220,16 @@ class Table:
         since = stale.find(which, (self.param.shape[0],), length, steps, schedule.steps, schedule.start)
         if since is None or not len(since):
             return
-        if stale.has_used:
-            stale.coast(self.param, state, _missed(schedule, since, moves))
+        numbers = _missed(schedule, since, moves) if stale.has_used else None
         factors = schedule.shrinkage(since) if moves and stale.has_unused else np.ones(1)
-        if (factors != 1).any():
+        decays = bool((factors != 1).any())
+        if numbers is not None or decays or isinstance(which, Tensor):
+            # Where a range has none of these, the schedule begins anew: a note would only cost memory.
+            mark(stale.rows, steps, schedule.steps, have_state=False)  # while these are still in the caches
+        if numbers is not None:
+            stale.coast(self.param, state, numbers)
+        if decays:
             stale.decay(self.param, factors)
-        elif isinstance(which, range) and not stale.has_used:
-            return  # a note would only cost memory: the schedule begins anew when all rows are settled
-        mark(stale.rows, steps, schedule.steps, have_state=False)
 
     def _settle_eagerly(
         self,

@@ -28,7 +28,7 @@ import numpy as np
 
 from descend.kernels import loops
 
-BLOCK = 256  # steps whose sums are settled together
+BLOCK = 64  # steps whose sums are settled together
 FORGOTTEN = 1e-8  # where so little is left of the first average, a row does not move any more
 SMALLEST = 1.2e-38  # of a fade: zero in float32 would turn an average that has overflowed, Inf, into NaN
 LARGEST = 60.0  # of log e, so that eps is a number in float32 too; where e is larger, w is below exp(-60)

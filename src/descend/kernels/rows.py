@@ -216,6 +216,7 @@ class StaleRows:
         self._decay = library.update(decay, 1, (param, param), self._compute)
         self._numbers, self._call = _Numbers(library.rows("stale"), 26), Call()
         self._positions = np.full(0, -1, np.int64)
+        self._no_grad = torch.zeros(CHUNK, dtype=param)  # what every chunk has in place of a gradient
 
     def find(
         self, which: Tensor | range, sizes: tuple[int, ...], length: int, steps: Tensor, now: int, start: int
@@ -272,17 +273,17 @@ class StaleRows:
             chunks[:, 4] *= rounds
             chunks[:, 5] = rounds
         numbers = numbers.transpose(1, 0, 2).reshape(-1, numbers.shape[2])
-        self._run(self._coast, chunks, numbers, param, param, *state)
+        self._run(self._coast, chunks, numbers, param, *state)
 
     def decay(self, param: Tensor, factors: np.ndarray) -> None:
         """Apply ``decay`` to the rows found that have none, with a factor for each distinct step."""
-        self._run(self._decay, self._unused, factors[:, None], param, param)
+        self._run(self._decay, self._unused, factors[:, None], param)
 
-    def _run(self, kernel: int, chunks: np.ndarray, numbers: np.ndarray, *tensors: Tensor) -> None:
+    def _run(self, kernel: int, chunks: np.ndarray, numbers: np.ndarray, param: Tensor, *state: Tensor) -> None:
         if len(chunks):
             scalars = np.ones((len(numbers), numbers.shape[1] + 1), NUMPY[self._compute])
             scalars[:, 1:] = numbers
-            addresses = np.array([[tensor.data_ptr() for tensor in tensors]], np.int64)
+            addresses = np.array([[tensor.data_ptr() for tensor in (param, self._no_grad, *state)]], np.int64)
             self._call.describe(chunks, len(chunks), addresses, scalars, self._elements)
             self._call.run(kernel)
 

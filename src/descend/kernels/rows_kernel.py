@@ -274,7 +274,7 @@ def stale_kernel() -> str:
                     n_unused += 1
                 store_int(chunk, 0, 0)
                 store_int(chunk, 1, row * length + begin)
-                store_int(chunk, 2, row * length + begin)
+                store_int(chunk, 2, 0)
                 store_int(chunk, 3, min(most, length - begin))
                 store_int(chunk, 4, position)
                 store_int(chunk, 5, 1)
