@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 import time
 import warnings
@@ -325,8 +326,8 @@ class LBFGS(Optimizer):
         """Raise ``ValueError`` if a group's options are out of range."""
         name = type(self).__name__
         check_lr(self, options)
-        if isinstance(options["lr"], Tensor) and options["lr"].dtype == torch.bool:
-            raise ValueError(f"Invalid learning rate: {options['lr']} ({name}: lr must be a number >= 0)")
+        if (isinstance(options["lr"], Tensor) and options["lr"].dtype == torch.bool) or math.isinf(options["lr"]):
+            raise ValueError(f"Invalid learning rate: {options['lr']} ({name}: lr must be a finite number >= 0)")
         for option in ("max_iter", "max_eval"):
             check_at_least_zero(self, f"{option} value", option, options[option])
         if "weight_decay" in options:
