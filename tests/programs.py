@@ -93,6 +93,33 @@ def loss_of(model: nn.Module, seed: int) -> Tensor:
     return nn.functional.cross_entropy(model(inputs), classes)
 
 
+class Words(nn.Module):
+    """A small classifier of bags of words, whose table gives sparse gradients."""
+
+    def __init__(self, is_sparse: bool = True) -> None:
+        super().__init__()
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            self.table = nn.EmbeddingBag(60, 4, sparse=is_sparse)
+            self.head = nn.Linear(4, 2)
+
+    def forward(self, words: Tensor, labels: Tensor) -> dict[str, Tensor]:
+        return {"loss": nn.functional.cross_entropy(self.head(self.table(words)), labels)}
+
+
+def bags(size: int = 32) -> tuple[Tensor, Tensor]:
+    """Bags of three words, and their classes; most words are rare."""
+    words = (60 * torch.rand(size, 3, generator=torch.Generator().manual_seed(0)) ** 3).long()
+    return words, words.sum(1) % 2
+
+
+def exact_adamw(model: Words, **options: Any) -> descend.AdamW:
+    """An AdamW for which the table's gradients are as if they were dense."""
+    optimizer = descend.AdamW(model.parameters(), lr=0.01, weight_decay=0.1, sparse="exact", **options)
+    optimizer.attach(model.table)
+    return optimizer
+
+
 def assert_same_model(ours: nn.Module, theirs: nn.Module) -> None:
     """Bit for bit."""
     for name, value in theirs.state_dict().items():

@@ -212,6 +212,8 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     (dict(lr=torch.ones(2)), "Tensor lr must be 1-element"),
     (dict(max_iter=-1), "max_iter must be a number >= 0"),
     (dict(max_eval=-1), "max_eval must be a number >= 0"),
+    (dict(lr=math.inf), "Invalid learning rate: inf"),
+    (dict(lr=torch.tensor([math.inf])), "Invalid learning rate: tensor"),
     (dict(lr=torch.tensor(True)), "Invalid learning rate: True"),
     (dict(history_size=0), "history_size must be an integer >= 1, got 0"),
     (dict(history_size=True), "history_size must be an integer >= 1, got True"),

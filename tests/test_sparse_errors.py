@@ -194,3 +194,18 @@ def test_freed_memory_of_a_gradient_is_an_error(backend: str) -> None:
         return False
 
     assert in_child(is_refused)
+
+
+@pytest.mark.parametrize("options", [{}, dict(momentum=0.9), dict(sparse="touched"), dict(backend="eager")], ids=str)
+@pytest.mark.parametrize("layout", [torch.sparse_coo, torch.sparse_csr], ids=str)
+@pytest.mark.filterwarnings("ignore:Sparse CSR tensor support is in beta state")
+def test_sparse_parameters_are_refused_before_anything_moves(layout: torch.layout, options: dict[str, Any]) -> None:
+    (dense,) = leaves([(3,)])
+    param = torch.eye(3).to_sparse(layout=layout).requires_grad_()
+    optimizer = SGD([dense, param], lr=0.1, **options)
+    dense.grad, param.grad = torch.ones_like(dense), param.detach().clone()
+    before = dense.detach().clone()
+    with pytest.raises(RuntimeError, match="gradients may be sparse, parameters may not"):
+        optimizer.step()
+    assert torch.equal(dense, before)
+    assert torch.equal(param.to_dense(), torch.eye(3))

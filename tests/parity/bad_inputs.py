@@ -133,7 +133,9 @@ BAD_INPUTS = (
     later("`load_state_dict`: no groups", _load(lambda saved: saved.pop("param_groups"))),
     later("`load_state_dict`: no state", _load(lambda saved: saved.pop("state"))),
     gradient("a sparse gradient", lambda param: torch.ones_like(param).to_sparse(1), _plain),
-    gradient("a sparse parameter", torch.ones_like, lambda: torch.eye(3).to_sparse().requires_grad_()),
+    gradient(
+        "a sparse parameter", lambda param: param.detach().clone(), lambda: torch.eye(3).to_sparse().requires_grad_()
+    ),
     gradient("a dense gradient", torch.ones_like, _plain),
     gradient("`capturable` on the CPU", torch.ones_like, _plain, capturable=True),
     gradient("`foreach` and `differentiable`", torch.ones_like, _not_leaf, foreach=True, differentiable=True),

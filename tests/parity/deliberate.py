@@ -18,7 +18,7 @@ DELIBERATE = (
     ("*", "method", "load_state_dict", "more-of-load-state-dict"),
     ("SGD", "error", "`lr=nan`", "nan-lr"),
     ("*", "error", "`betas=(tensor*", "betas-of-several-elements"),
-    ("AdamW", "error", "step: a sparse gradient", "own-name"),
+    ("AdamW", "error", "step: a sparse *", "own-name"),
     ("Adagrad", "error", "parameters: sparse", "sparse-parameters"),
     ("SGD", "error", "step: a sparse parameter", "sparse-parameters"),
     ("Adagrad", "error", "step: a sparse parameter", "sparse-parameters"),

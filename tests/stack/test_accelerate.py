@@ -8,14 +8,15 @@ from typing import Any
 
 import pytest
 import torch
-from programs import ELEMENTWISE, assert_same_model, build, loss_of, network
+from programs import ELEMENTWISE, Words, assert_same_model, bags, build, exact_adamw, loss_of, network
 from torch import nn
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
     accelerate = pytest.importorskip("accelerate", reason="needs pip install 'descend[stack]'")
 
-pytestmark = pytest.mark.filterwarnings("ignore")
+# Their advice, and their dependencies' deprecations; but not what we say, nor schedulers that see no step.
+pytestmark = pytest.mark.filterwarnings("ignore", "error:::descend", "error:Detected call of `lr_scheduler.step")
 
 
 def prepared(kind: Any, **options: Any) -> tuple[Any, nn.Module, Any, Any]:
@@ -79,6 +80,23 @@ def test_parameters_swapped_after_construction_are_the_ones_that_move(name: str)
     loss_of(plain, 0).backward()
     build(ELEMENTWISE[name], plain.parameters(), lr=0.01).step()
     assert_same_model(model, plain)
+
+
+def test_exact_sparse_training_is_dense_training() -> None:
+    models = [Words(is_sparse) for is_sparse in (True, False)]
+    ours, theirs = exact_adamw(models[0]), torch.optim.AdamW(models[1].parameters(), lr=0.01, weight_decay=0.1)
+    accelerator = accelerate.Accelerator(cpu=True)
+    model, optimizer = accelerator.prepare(models[0], ours)
+    for first in range(0, 32, 4):
+        words, labels = (part[first : first + 4] for part in bags())
+        optimizer.zero_grad()
+        accelerator.backward(model(words, labels)["loss"])
+        optimizer.step()
+        theirs.zero_grad()
+        models[1](words, labels)["loss"].backward()
+        theirs.step()
+    ours.settle()
+    torch.testing.assert_close(models[0].state_dict(), models[1].state_dict(), rtol=1e-4, atol=1e-5)  # float32, 8 steps
 
 
 def test_accelerate_clips() -> None:

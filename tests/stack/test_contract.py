@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from cases import assert_same_bits, give_grads, leaves, params_of, state_of
+from cases import assert_same_bits, assert_same_state, give_grads, leaves, params_of, state_of
 from programs import ELEMENTWISE, OURS, TWINS, advance, assert_same_model, batch, build, loss_of, network
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import (
@@ -18,6 +18,8 @@ from torch.distributed.checkpoint.state_dict import (
 )
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn, update_bn
+
+import descend
 
 # Hooks.
 
@@ -183,6 +185,26 @@ def test_averaged_models_follow_as_with_torch(name: str, make_average: Any) -> N
     (model, average), (their_model, their_average) = (averaged_run(kind, make_average) for kind in TWINS[name])
     for ours, theirs in ((model, their_model), (average, their_average)):
         torch.testing.assert_close(ours.state_dict(), theirs.state_dict(), rtol=1e-9, atol=1e-11)  # through BatchNorm
+
+
+@pytest.mark.skipif(torch.__version__ < "2.13", reason="new in torch 2.13")
+@pytest.mark.parametrize("name", [name for name in TWINS if name != "LBFGS"])  # torch's keeps a list of its own
+def test_swapped_in_parameters_step_as_in_torch_and_the_others_stay(name: str) -> None:
+    results = []
+    for kind in TWINS[name]:
+        optimizer = build(kind, leaves([(3, 2), (4, 1)]))
+        advance(optimizer, 0)
+        before = [param.detach().clone() for param in params_of(optimizer)]
+        others, saved = leaves([(3, 2), (4, 1)], seed=5), copy.deepcopy(optimizer.state_dict())
+        saved["param_groups"][0]["lr"] = 0.5
+        with descend.swap_in_optimizer_params_and_state(optimizer, dict(zip("ab", others, strict=True)), saved):
+            advance(optimizer, 1)
+        assert all(map(torch.equal, params_of(optimizer), before))
+        assert optimizer.param_groups[0]["lr"] != 0.5
+        advance(optimizer, 2)
+        results.append(([*others, *params_of(optimizer)], saved["state"]))
+    torch.testing.assert_close(results[0][0], results[1][0], rtol=1e-12, atol=1e-12)  # float64, two steps
+    assert_same_state(results[0][1], results[1][1], rtol=1e-12, atol=1e-12)
 
 
 # Distributed checkpoints, in one process.

@@ -88,6 +88,17 @@ def test_scheduler_drives_ours_as_torchs(optimizer: str, name: str, tensor_lr: b
         assert_same_state(ours[2], theirs[2], rtol=1e-11, atol=1e-11)
 
 
+@pytest.mark.parametrize("name", SCHEDULERS)
+@pytest.mark.parametrize("optimizer", ["Lion", "AdamWScheduleFree"])
+def test_scheduler_gives_what_torch_has_not_the_rates_of_torchs_adamw(optimizer: str, name: str) -> None:
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="The epoch parameter")  # torch's SequentialLR, to itself
+        ours, theirs = (outcome(kind, SCHEDULERS[name], LR) for kind in (OURS[optimizer], torch.optim.AdamW))
+    assert ours[0] == theirs[0]
+    assert ours[3] == theirs[3]
+    assert all(param.isfinite().all() for param in ours[1])
+
+
 @pytest.mark.parametrize("name", [name for name in OURS if name not in TWINS])
 def test_scheduler_drives_what_torch_has_not(name: str) -> None:
     optimizer = build(OURS[name], leaves([(3, 2)]))

@@ -11,12 +11,15 @@ import torch
 from programs import ELEMENTWISE, TWINS, assert_same_model, build
 from torch import Tensor
 
+from descend import AdamW
+
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
     transformers = pytest.importorskip("transformers", reason="needs pip install 'descend[stack]'")
     pytest.importorskip("accelerate", reason="needs pip install 'descend[stack]'")
 
-pytestmark = pytest.mark.filterwarnings("ignore")
+# Their advice, and their dependencies' deprecations; but not what we say, nor schedulers that see no step.
+pytestmark = pytest.mark.filterwarnings("ignore", "error:::descend", "error:Detected call of `lr_scheduler.step")
 
 STEPS = 6
 
@@ -43,10 +46,8 @@ def tiny_model() -> Any:
     return transformers.GPT2LMHeadModel(config)
 
 
-def train(kind: Any, folder: Path, resume: str | None = None, **options: Any) -> Any:
-    """Train and return the trainer; a checkpoint is written half-way."""
-    model = tiny_model()
-    arguments = transformers.TrainingArguments(
+def arguments(folder: Path, **options: Any) -> Any:
+    return transformers.TrainingArguments(
         output_dir=str(folder),
         max_steps=STEPS,
         save_steps=STEPS // 2,
@@ -58,12 +59,34 @@ def train(kind: Any, folder: Path, resume: str | None = None, **options: Any) ->
         logging_strategy="no",
         **options,
     )
+
+
+def train(kind: Any, folder: Path, resume: str | None = None) -> Any:
+    """Train and return the trainer; a checkpoint is written half-way."""
+    model = tiny_model()
     optimizer = build(kind, model.parameters(), lr=0.01)
-    trainer = transformers.Trainer(model=model, args=arguments, train_dataset=Sentences(), optimizers=(optimizer, None))
+    trainer = transformers.Trainer(
+        model=model, args=arguments(folder), train_dataset=Sentences(), optimizers=(optimizer, None)
+    )
     trainer.train(resume_from_checkpoint=resume)
     assert type(trainer.optimizer.optimizer) is kind  # Accelerate's wrapper holds it
     assert not any(map(torch.equal, model.parameters(), tiny_model().parameters()))
     return trainer
+
+
+def test_trainer_makes_the_optimizer_of_a_class_it_is_given(tmp_path: Path) -> None:
+    trainer = transformers.Trainer(
+        model=tiny_model(),
+        args=arguments(tmp_path, weight_decay=0.1),
+        train_dataset=Sentences(),
+        optimizer_cls_and_kwargs=(AdamW, dict(lr=0.01, max_norm=1.0, nonfinite="raise")),
+    )
+    trainer.train()
+    optimizer = trainer.optimizer.optimizer
+    assert type(optimizer) is AdamW
+    assert (optimizer.max_norm, optimizer.nonfinite) == (1.0, "raise")
+    assert [group["weight_decay"] for group in optimizer.param_groups] == [0.1, 0.0]  # the Trainer's own groups
+    assert all(float(state["step"]) == STEPS for state in optimizer.state.values())
 
 
 @pytest.mark.parametrize("name", [name for name in ELEMENTWISE if name in TWINS])

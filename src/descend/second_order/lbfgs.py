@@ -7,7 +7,6 @@ import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from numbers import Integral, Real
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -16,7 +15,7 @@ from torch._compile import _disable_dynamo
 from torch.optim import Optimizer
 
 from descend.checkpoint import set_state
-from descend.checks import check_at_least_zero, check_lr
+from descend.checks import check_at_least_zero
 from descend.groups import named
 from descend.second_order import flat_checkpoint
 from descend.second_order.modern_lbfgs import modern_step
@@ -24,12 +23,11 @@ from descend.second_order.objective import Point
 from descend.second_order.parameter_bounds import flat_bounds
 from descend.second_order.parameters import ClosureFunction, Evaluation, FlatParameters
 from descend.second_order.result import MESSAGES, Iteration, Result, Status
-from descend.second_order.torch_lbfgs import Memory, Options, TorchSteps
+from descend.second_order.torch_lbfgs import Memory, Options, TorchSteps, check
 
 if TYPE_CHECKING:
     from descend.groups import ParamsT
 
-LINE_SEARCHES = (None, "strong_wolfe", "hager_zhang")
 CHECKS = 10  # steps whose first evaluation is compared with the one before; what is random differs soon
 STILL = "lr is 0, so that nothing moves."
 TORCH_MESSAGES = {
@@ -323,24 +321,7 @@ class LBFGS(Optimizer):
 
     def check_options(self, options: Mapping[str, Any]) -> None:
         """Raise ``ValueError`` if a group's options are out of range."""
-        name = type(self).__name__
-        check_lr(self, options)
-        if isinstance(options["lr"], Tensor) and options["lr"].dtype == torch.bool:
-            raise ValueError(f"Invalid learning rate: {options['lr']} ({name}: lr must be a number >= 0)")
-        for option in ("max_iter", "max_eval"):
-            check_at_least_zero(self, f"{option} value", option, options[option])
-        if "weight_decay" in options:
-            check_at_least_zero(self, "weight_decay value", "weight_decay", options["weight_decay"])
-        for option in ("tolerance_grad", "tolerance_change"):
-            if not (isinstance(options[option], Real) and options[option] == options[option]):
-                raise ValueError(f"{name}: {option} must be a number, got {options[option]!r}.")
-        size = options["history_size"]
-        if not (isinstance(size, Integral) and not isinstance(size, bool) and int(size) >= 1):
-            raise ValueError(f"{name}: history_size must be an integer >= 1, got {size!r}.")
-        if options["line_search_fn"] not in LINE_SEARCHES:
-            raise ValueError(
-                f"{name}: line_search_fn must be one of {LINE_SEARCHES}, got {options['line_search_fn']!r}."
-            )
+        check(self, options)
 
     def check_agreement(self, groups: Sequence[Mapping[str, Any]]) -> None:
         """Raise ``ValueError`` if an option that all groups share differs between them."""

@@ -8,16 +8,21 @@ take the place of 0-dimensional tensors, which round alike.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from numbers import Integral, Real
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.optim import Optimizer
 
+from descend.checks import check_at_least_zero, check_lr
 from descend.second_order.parameters import ClosureFunction, Evaluation, FlatParameters, largest
 from descend.second_order.result import Iteration, Status
 from descend.second_order.torch_line_search import Scalar, Trial, strong_wolfe
 
+LINE_SEARCHES = (None, "strong_wolfe", "hager_zhang")
 CURVATURE = 1e-10  # a pair with a smaller y's is not kept
 CUT = 0.1  # a fixed step that leads to NaN or infinity is tried again this much shorter
 
@@ -38,6 +43,26 @@ class Options(NamedTuple):
         """Read a group's options."""
         lr = group["lr"]
         return cls(lr.reshape(()) if isinstance(lr, Tensor) else lr, *(group[name] for name in cls._fields[1:]))
+
+
+def check(optimizer: Optimizer, options: Mapping[str, Any]) -> None:
+    """Raise ``ValueError`` if options of ``LBFGS`` are out of range."""
+    name = type(optimizer).__name__
+    check_lr(optimizer, options)
+    if (isinstance(options["lr"], Tensor) and options["lr"].dtype == torch.bool) or math.isinf(options["lr"]):
+        raise ValueError(f"Invalid learning rate: {options['lr']} ({name}: lr must be a finite number >= 0)")
+    for option in ("max_iter", "max_eval"):
+        check_at_least_zero(optimizer, f"{option} value", option, options[option])
+    if "weight_decay" in options:
+        check_at_least_zero(optimizer, "weight_decay value", "weight_decay", options["weight_decay"])
+    for option in ("tolerance_grad", "tolerance_change"):
+        if not (isinstance(options[option], Real) and options[option] == options[option]):
+            raise ValueError(f"{name}: {option} must be a number, got {options[option]!r}.")
+    size = options["history_size"]
+    if not (isinstance(size, Integral) and not isinstance(size, bool) and int(size) >= 1):
+        raise ValueError(f"{name}: history_size must be an integer >= 1, got {size!r}.")
+    if options["line_search_fn"] not in LINE_SEARCHES:
+        raise ValueError(f"{name}: line_search_fn must be one of {LINE_SEARCHES}, got {options['line_search_fn']!r}.")
 
 
 @dataclass
