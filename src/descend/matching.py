@@ -55,9 +55,6 @@ class Listing:
         self.own_names: list[str] | None = found if has_all else None
         self.names = _distinct(map(_bare, found)) or _distinct(found) if has_all else None
 
-    def __len__(self) -> int:
-        return len(self.groups)
-
     def keys(self, by_name: bool) -> Sequence[Hashable]:
         """What tells the parameters apart."""
         return self.names if by_name and self.names else list(zip(self.groups, self.positions, strict=True))
@@ -79,6 +76,8 @@ class Matching:
         match: ``"auto"``, ``"name"`` or ``"order"``.
     Attributes:
         sources: for each parameter here, in order, which one of the dictionary it is; None for none.
+        missing: parameters here that the dictionary lacks.
+        unexpected: parameters of the dictionary that are not here.
     Raises:
         ValueError: if there are no names to match.
     """
@@ -92,6 +91,8 @@ class Matching:
         keys, saved_keys = self.here.keys(self.by_name), self.saved.keys(self.by_name)
         index = {key: i for i, key in enumerate(saved_keys)}
         self.sources: list[int | None] = [index.get(key) for key in keys]
+        self.missing = [i for i, source in enumerate(self.sources) if source is None]
+        self.unexpected = sorted(set(range(len(saved_keys))) - set(self.sources))
 
     def _has_names(self, match: str) -> bool:
         if match == "order":
@@ -107,16 +108,6 @@ class Matching:
                 "the parameters as model.named_parameters(), before saving and before loading."
             )
         return False
-
-    @property
-    def missing(self) -> list[int]:
-        """Parameters here that the dictionary lacks."""
-        return [i for i, source in enumerate(self.sources) if source is None]
-
-    @property
-    def unexpected(self) -> list[int]:
-        """Parameters of the dictionary that are not here."""
-        return sorted(set(range(len(self.saved))) - set(self.sources))
 
     def require_all(self) -> None:
         """Raise ``ValueError`` unless every parameter, here and there, has its counterpart."""
