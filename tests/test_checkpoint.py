@@ -5,7 +5,9 @@ from __future__ import annotations
 import copy
 import io
 import pickle
+from collections import defaultdict
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,6 +17,7 @@ from cases import (
     Case,
     Twins,
     assert_same_bits,
+    assert_same_state,
     assert_unmoved,
     give_grads,
     leaves,
@@ -180,20 +183,22 @@ WIDTHS = [
     (torch.float32, torch.bfloat16, torch.float32),
     (torch.float32, torch.float64, torch.float64),
     (torch.float16, torch.float16, torch.float32),
+    (torch.bfloat16, torch.float16, torch.float32),
     (torch.float64, torch.float32, torch.float64),
 ]
 
 
 @pytest.mark.parametrize(("param_dtype", "saved_dtype", "expected"), WIDTHS, ids=str)
+@pytest.mark.parametrize("sparse", [None, "touched"])
 def test_loaded_state_is_widened_and_never_narrowed(
-    param_dtype: torch.dtype, saved_dtype: torch.dtype, expected: torch.dtype
+    param_dtype: torch.dtype, saved_dtype: torch.dtype, expected: torch.dtype, sparse: str | None
 ) -> None:
     source = leaves(dtype=saved_dtype)
     saving = Adam(source, state_dtype=saved_dtype)
     give_grads(source, 0)
     saving.step()
     saved = saving.state_dict()
-    optimizer = Adam(leaves(dtype=param_dtype))
+    optimizer = Adam(leaves(dtype=param_dtype), sparse=sparse)
     optimizer.load_state_dict(saved)
     for index, state in state_of(optimizer).items():
         for name in ("exp_avg", "exp_avg_sq"):
@@ -208,16 +213,18 @@ def test_loaded_state_is_widened_and_never_narrowed(
 
 def test_integers_and_foreign_values_are_kept() -> None:
     saved = SGD(leaves([(3,)])).state_dict()
-    counts = torch.tensor([1, 2**40, 3])
-    saved["state"] = {0: {"counts": counts, "note": "kept", "mask": torch.tensor([True])}, "global": {"x": 1}}
+    counts, foreign = torch.tensor([1, 2**40, 3]), SimpleNamespace(content=[1])
+    saved["state"] = {0: {"counts": counts, "note": "kept", "mask": torch.tensor([True])}, "global": {"x": foreign}}
     optimizer = SGD(leaves([(3,)]))
     optimizer.load_state_dict(saved)
+    optimizer.load_state_dict(optimizer.state_dict())
     state = optimizer.state[params_of(optimizer)[0]]
     assert state["counts"].dtype == torch.int64
     assert torch.equal(state["counts"], counts)
     assert state["note"] == "kept"
     assert state["mask"].dtype == torch.bool
-    assert optimizer.state["global"] == {"x": 1}
+    assert optimizer.state["global"] == {"x": foreign}
+    assert optimizer.state["global"]["x"].content is not foreign.content
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
@@ -288,11 +295,12 @@ def test_eight_bit_floats_are_widened() -> None:
     assert (buffer.dtype, buffer.tolist()) == (torch.float32, [1.0, -2.0, 0.5])
 
 
-def test_state_follows_the_memory_order_of_its_parameter() -> None:
+@pytest.mark.parametrize("sparse", [None, "touched"])
+def test_state_follows_the_memory_order_of_its_parameter(sparse: str | None) -> None:
     params = [leaves([(4, 3)])[0].detach().mT.requires_grad_()]
     saved = AdamW(leaves([(3, 4)]))
     saved.init_state()
-    optimizer = AdamW(params)
+    optimizer = AdamW(params, sparse=sparse)
     optimizer.load_state_dict(saved.state_dict())
     assert optimizer.state[params[0]]["exp_avg"].stride() == params[0].stride()
 
@@ -405,10 +413,12 @@ def test_state_dict_hooks_run_as_in_torch() -> None:
         optimizer.register_state_dict_post_hook(lambda o, saved, seen=seen: {**saved, "extra": seen.append("saved")})
         optimizer.register_load_state_dict_pre_hook(lambda o, saved, seen=seen: {**saved, "got": seen.append("load")})
         optimizer.register_load_state_dict_post_hook(lambda o, seen=seen: seen.append("loaded"))
+        optimizer.register_load_state_dict_pre_hook(lambda o, saved, seen=seen: seen.append(sorted(saved)))
         saved = optimizer.state_dict()
         assert "extra" in saved
         optimizer.load_state_dict(saved)
-        assert seen == ["save", "saved", "load", "loaded"]
+        assert seen == ["save", "saved", "load", ["extra", "got", "param_groups", "state"], "loaded"]
+        assert "got" not in saved
 
 
 def test_state_dict_is_a_live_view_as_in_torch() -> None:
@@ -421,3 +431,35 @@ def test_state_dict_is_a_live_view_as_in_torch() -> None:
     give_grads(params, 1)
     optimizer.step()
     assert torch.equal(saved, optimizer.state[params[0]]["momentum_buffer"])
+    assert saved is not optimizer.state[params[0]]["momentum_buffer"]  # nobody can exchange its memory
+
+
+def test_what_a_hook_has_seen_of_the_state_can_be_edited_as_in_torch() -> None:
+    twins = Twins(CASES[1])
+    twins.step(0)
+    seen: list[dict[str, Any]] = []
+    for optimizer in twins.both:
+        optimizer.register_state_dict_post_hook(lambda optimizer, saved: seen.append(saved["state"][0]))
+        optimizer.state_dict()
+        seen.pop()["momentum_buffer"] = torch.zeros((), dtype=torch.float64)
+    twins.step(1)
+    twins.assert_equal()
+
+
+def test_state_in_a_dictionary_of_another_kind_is_saved() -> None:
+    twins = Twins(CASES[1])
+    twins.step(0)
+    for optimizer in twins.both:
+        optimizer.state = defaultdict(dict, optimizer.state)
+    assert_same_state(*(optimizer.state_dict()["state"] for optimizer in twins.both), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
+def test_saved_state_of_a_differentiable_step_is_differentiable() -> None:
+    start = torch.ones(2, requires_grad=True)
+    param = start.clone()
+    optimizer = SGD([param], momentum=0.9, differentiable=True)
+    param.grad = 3 * start
+    optimizer.step()
+    (gradient,) = torch.autograd.grad(optimizer.state_dict()["state"][0]["momentum_buffer"].sum(), start)
+    assert gradient.tolist() == [3.0, 3.0]

@@ -34,6 +34,9 @@ def step(optimizer: Any, seed: int) -> None:
 
 
 def put(dictionary: dict[str, Any], path: Path, value: Any) -> None:
+    if not path:
+        dictionary.clear()
+        return
     *way, last = path
     inner: Any = dictionary
     for key in way:
@@ -59,6 +62,7 @@ def freed() -> Tensor:
 
 # Of Adam: what is put where, and what is said.
 DAMAGES: list[tuple[Path, Any, str]] = [
+    ((), {}, "lacks 'param_groups', 'state'"),
     (("state",), DELETED, "lacks 'state'"),
     (("param_groups",), DELETED, "lacks 'param_groups'"),
     (("state",), None, "state of a state dict is a dictionary, got NoneType"),
@@ -72,10 +76,19 @@ DAMAGES: list[tuple[Path, Any, str]] = [
     ((*GROUP, "params"), [0], r"group 0 has 1 parameters there, 2 here"),
     ((*GROUP, "params"), [0, 1, 2], r"group 0 has 3 parameters there, 2 here"),
     ((*GROUP, "params"), [0, 0], "one state for several parameters"),
-    ((*GROUP, "params"), [0, 7], "state for parameter 1, which is in none of its groups"),
-    ((*GROUP, "param_names"), ["a"], "must be a list of 2 names"),
+    (
+        (*GROUP, "params"),
+        [0, 7],
+        "state for parameter 1, which is in none of its groups. strict=False leaves it aside.$",
+    ),
+    ((*GROUP, "param_names"), ["a"], "must be a list of 2 names, one for each of its parameters.$"),
     ((*GROUP, "param_names"), "ab", "must be a list of 2 names"),
-    ((*GROUP, "lr"), DELETED, "group 0 of the loaded state dict lacks 'lr'"),
+    (
+        (*GROUP, "lr"),
+        DELETED,
+        "group 0 of the loaded state dict lacks 'lr': is it another optimizer's. hyperparameters='current' keeps this "
+        "optimizer's options, strict=False those that lack.$",
+    ),
     ((*GROUP, "lr"), None, "Invalid learning rate: None"),
     ((*GROUP, "lr"), NAN, "Invalid learning rate: nan"),
     ((*GROUP, "betas"), (2.0, 0.9), "Invalid beta parameter at index 0: 2.0"),
@@ -87,7 +100,7 @@ DAMAGES: list[tuple[Path, Any, str]] = [
     (STATE, {"momentum_buffer": torch.zeros(3, 2)}, "lacks 'exp_avg', 'exp_avg_sq', 'step', and has 'momentum_buffer'"),
     (("state", 9), {"step": 1}, "state for parameter 9"),
     ((*STATE, "step"), DELETED, "lacks 'step'"),
-    ((*STATE, "step"), None, "lacks 'step'"),
+    ((*STATE, "step"), None, "lacks 'step'.* is it another optimizer's. strict=False leaves such state aside.$"),
     ((*STATE, "step"), "1", "loaded step of .* must be a number >= 0, got '1'"),
     ((*STATE, "step"), True, "must be a number >= 0, got True"),
     ((*STATE, "step"), -1, "must be a number >= 0, got -1"),
@@ -95,12 +108,14 @@ DAMAGES: list[tuple[Path, Any, str]] = [
     ((*STATE, "step"), torch.tensor(NAN), "must be a number >= 0, got nan"),
     ((*STATE, "step"), float("inf"), "must be a number >= 0, got inf"),
     ((*STATE, "step"), 10**400, "must be a number >= 0, got 1000"),
-    ((*STATE, "step"), torch.ones(3), r"must be a number >= 0, got a tensor of shape \(3,\)"),
+    ((*STATE, "step"), torch.ones(3), r"must be a number >= 0, got a tensor of shape [(]3,[)]"),
+    ((*STATE, "step"), torch.tensor(1j), r"must be a number >= 0, got a tensor of shape [(][)]"),
+    ((*STATE, "step"), torch.zeros((), device="meta"), r"must be a number >= 0, got a tensor of shape [(][)]"),
     (BUFFER, DELETED, "lacks 'exp_avg'"),
     (BUFFER, 0.5, "loaded exp_avg of .* must be a tensor, got float"),
     (BUFFER, [0.0] * 6, "must be a tensor, got list"),
-    (BUFFER, torch.zeros(2, 3), r"has shape \(2, 3\), expected \(3, 2\). Were the parameters in another order"),
-    (BUFFER, torch.zeros(()), r"has shape \(\), expected \(3, 2\)"),
+    (BUFFER, torch.zeros(2, 3), r"has shape [(]2, 3[)], expected [(]3, 2[)]. Were the parameters in another order.$"),
+    (BUFFER, torch.zeros(()), r"has shape [(][)], expected [(]3, 2[)]"),
     (BUFFER, torch.zeros(3, 2, dtype=torch.int64), "must hold numbers as the parameter does.*got torch.int64"),
     (BUFFER, torch.zeros(3, 2, dtype=torch.complex64), "must hold numbers as the parameter does"),
     (BUFFER, torch.zeros(3, 2).to_mkldnn(), "must be a dense tensor"),
