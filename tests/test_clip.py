@@ -155,6 +155,9 @@ def test_empty_gradients_add_nothing(order: float) -> None:  # torch refuses the
     grads = [torch.zeros(0), torch.tensor([3.0]), torch.zeros(0, 4)]
     assert float(descend.get_total_norm(grads, order)) == 3.0
     assert float(descend.get_total_norm(grads[:1], order)) == 0.0
+    assert float(descend.get_total_norm([torch.zeros(3)], order)) == 0.0
+    tiny = torch.full((16,), 1e-200, dtype=torch.float64)
+    assert float(descend.get_total_norm([tiny], order)) == pytest.approx(1e-200 * 16 ** (1 / order), rel=1e-14)
 
 
 def test_clip_grad_norm_leaves_small_gradients_alone() -> None:
@@ -246,6 +249,8 @@ def test_norms_of_another_device_stay_there_and_need_no_values(order: float) -> 
     assert descend.get_total_norm(grads, order).is_meta
     assert descend.get_total_norm(grads[:1], order).is_meta
     assert descend.clip_grad_norm_(param, 1.0, order).is_meta
+    with torch.device("meta"):  # what is made where nobody says so
+        assert descend.get_total_norm([torch.ones(3, device="cpu")], order).is_cpu
 
 
 def test_norm_of_complex_gradients_is_torchs() -> None:

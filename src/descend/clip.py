@@ -48,11 +48,10 @@ def get_total_norm(
         raise ValueError(f"norm_type must be 1, 2, another p > 0 or inf, got {norm_type}.")
     if not tensors:
         return torch.tensor(0.0)
-    total = norm(tensors, norm_type)
     dtype = torch.float32
     for tensor in tensors:
         dtype = torch.promote_types(dtype, tensor.dtype.to_real())
-    total = torch.as_tensor(total, dtype=torch.float64).to(device=tensors[0].device, dtype=dtype)
+    total = torch.as_tensor(norm(tensors, norm_type), dtype=dtype, device=tensors[0].device)
     if error_if_nonfinite and not torch.isfinite(total):
         raise RuntimeError(
             f"The total norm of order {norm_type} for gradients from `parameters` is non-finite ({total.item()}), "
@@ -186,7 +185,7 @@ def norm(tensors: Sequence[Tensor], norm_type: float) -> Tensor | float:
     if math.isinf(norm_type):
         return largest
     # Divided by the largest element no power overflows; 0, Inf and NaN are their own norms.
-    unit = torch.where((largest > 0) & largest.isfinite(), largest, 1.0)
+    unit = torch.where(largest > 0, largest, 1.0)
     total_power = _combined([_power_sum(tensor, norm_type, unit) for tensor in tensors]).sum()
     return torch.where(largest.isfinite(), unit * total_power ** (1 / norm_type), largest)
 
