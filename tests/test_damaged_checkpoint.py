@@ -95,8 +95,15 @@ DAMAGES: list[tuple[Path, Any, str]] = [
     ((*GROUP, "betas"), "no", "betas must be either both floats or both Tensors"),
     ((*GROUP, "weight_decay"), "a bit", "Invalid weight_decay value: a bit"),
     ((*GROUP, "amsgrad"), "yes", "amsgrad of group 0 of the loaded state dict must be True or False, got 'yes'"),
+    ((*GROUP, "amsgrad"), 2, "must be True or False, got 2"),
     ((*GROUP, "maximize"), None, "maximize of group 0"),
-    (STATE, None, "the loaded state of 0 is a NoneType, not a dictionary"),
+    ((*GROUP, "maximize"), 1.0, "must be True or False, got 1.0"),
+    (
+        (*GROUP, "weight_decay"),
+        10**400,
+        "Adam: the options of group 0 of the loaded state dict cannot be used: int too",
+    ),
+    (STATE, [1], "the loaded state of 0 is a list, not a dictionary"),
     (STATE, {"momentum_buffer": torch.zeros(3, 2)}, "lacks 'exp_avg', 'exp_avg_sq', 'step', and has 'momentum_buffer'"),
     (("state", 9), {"step": 1}, "state for parameter 9"),
     ((*STATE, "step"), DELETED, "lacks 'step'"),
@@ -141,7 +148,7 @@ def test_damage_is_named_and_changes_nothing(path: Path, value: Any, message: st
 @pytest.mark.parametrize("what", [None, [], "state", 3, torch.zeros(2)], ids=str)
 def test_what_is_no_dictionary_is_a_type_error(what: Any) -> None:
     for optimizer in (SGD(leaves()), LBFGS(leaves()), Newton(leaves())):
-        with pytest.raises(TypeError, match="load_state_dict takes a dictionary, got"):
+        with pytest.raises(TypeError, match=f"load_state_dict takes a dictionary, got {type(what).__name__}"):
             optimizer.load_state_dict(what)
         handle = optimizer.register_load_state_dict_pre_hook(lambda opt, saved: 5)
         with pytest.raises(TypeError, match="a hook replaced the state dict by a int"):

@@ -51,7 +51,7 @@ class Listing:
         keys = [key for group in groups for key in group["params"]]
         self.are_keys = names_in_keys and bool(keys) and all(isinstance(key, str) for key in keys)
         found = keys if self.are_keys else [name for group in groups for name in group.get("param_names", ())]
-        has_all = len(found) == len(keys) > 0 and all(isinstance(name, str) for name in found)
+        has_all = len(found) == len(keys) and all(isinstance(name, str) for name in found)
         self.own_names: list[str] | None = found if has_all else None
         self.names = _distinct(map(_bare, found)) or _distinct(found) if has_all else None
 
