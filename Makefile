@@ -21,8 +21,10 @@ test-stack: $(READY)  ## with Lightning, Accelerate and transformers
 
 mutate: $(READY)  ## how many wrong versions of rules, clipping and checkpoints the tests notice
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[mutate]'
+	rm -rf mutants
 	OMP_NUM_THREADS=1 DESCEND_TEST_BACKEND=eager $(BIN)/mutmut run
 	$(BIN)/mutmut results
+	$(BIN)/python tests/mutation_rate.py
 
 check: $(READY)  ## format, lint, types
 	$(BIN)/ruff format --check .

@@ -5,8 +5,10 @@ from __future__ import annotations
 import copy
 import io
 import pickle
+import sys
+from collections import defaultdict
 from collections.abc import Callable
-from types import MappingProxyType
+from types import MappingProxyType, SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -17,6 +19,7 @@ from cases import (
     Case,
     Twins,
     assert_same_bits,
+    assert_same_state,
     assert_unmoved,
     give_grads,
     leaves,
@@ -150,16 +153,17 @@ def test_checkpoints_go_both_ways_between_torch_and_us(case: Case, from_torch: b
     assert ours_groups == theirs_groups
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64], ids=str)
 @pytest.mark.parametrize("case", [case for case in CASES if case.ours.keeps], ids=str)
-def test_numbers_of_the_state_keep_their_dtype(case: Case) -> None:
-    twins = Twins(case, lambda: leaves(dtype=torch.bfloat16))
+def test_numbers_of_the_state_keep_their_dtype(case: Case, dtype: torch.dtype) -> None:
+    twins = Twins(case, lambda: leaves(dtype=dtype))
     for seed in range(3):
         twins.step(seed)
     twins.edit(lambda optimizer: optimizer.load_state_dict(through_file(optimizer.state_dict())))
     for name in case.ours.keeps:
         ours, theirs = ({state[name].dtype for state in state_of(optimizer).values()} for optimizer in twins.both)
         assert ours == {torch.float32}
-        assert theirs == {torch.bfloat16}  # a running product with two digits
+        assert theirs == {dtype}  # in bfloat16 a running product with two digits
         for state in twins.ours.state.values():
             state[name] = state[name].bfloat16()
     give_grads(params_of(twins.ours), 3)
@@ -206,20 +210,22 @@ WIDTHS = [
     (torch.float32, torch.bfloat16, torch.float32),
     (torch.float32, torch.float64, torch.float64),
     (torch.float16, torch.float16, torch.float32),
+    (torch.bfloat16, torch.float16, torch.float32),
     (torch.float64, torch.float32, torch.float64),
 ]
 
 
 @pytest.mark.parametrize(("param_dtype", "saved_dtype", "expected"), WIDTHS, ids=str)
+@pytest.mark.parametrize("sparse", [None, "touched"])
 def test_loaded_state_is_widened_and_never_narrowed(
-    param_dtype: torch.dtype, saved_dtype: torch.dtype, expected: torch.dtype
+    param_dtype: torch.dtype, saved_dtype: torch.dtype, expected: torch.dtype, sparse: str | None
 ) -> None:
     source = leaves(dtype=saved_dtype)
     saving = Adam(source, state_dtype=saved_dtype)
     give_grads(source, 0)
     saving.step()
     saved = saving.state_dict()
-    optimizer = Adam(leaves(dtype=param_dtype))
+    optimizer = Adam(leaves(dtype=param_dtype), sparse=sparse)
     optimizer.load_state_dict(saved)
     for index, state in state_of(optimizer).items():
         for name in ("exp_avg", "exp_avg_sq"):
@@ -234,16 +240,23 @@ def test_loaded_state_is_widened_and_never_narrowed(
 
 def test_integers_and_foreign_values_are_kept() -> None:
     saved = SGD(leaves([(3,)])).state_dict()
-    counts = torch.tensor([1, 2**40, 3])
-    saved["state"] = {0: {"counts": counts, "note": "kept", "mask": torch.tensor([True])}, "global": {"x": 1}}
+    counts, foreign = torch.tensor([1, 2**40, 3]), SimpleNamespace(content=[1])
+    content = {"counts": counts, "note": "kept", "mask": torch.tensor([True]), "list": [counts]}
+    saved["state"] = {0: content, "global": {"x": foreign, "counts": counts}}
     optimizer = SGD(leaves([(3,)]))
     optimizer.load_state_dict(saved)
+    optimizer.load_state_dict(optimizer.state_dict())
     state = optimizer.state[params_of(optimizer)[0]]
     assert state["counts"].dtype == torch.int64
     assert torch.equal(state["counts"], counts)
     assert state["note"] == "kept"
+    assert torch.equal(state["list"][0], counts)
+    assert state["list"][0].data_ptr() != counts.data_ptr()
     assert state["mask"].dtype == torch.bool
-    assert optimizer.state["global"] == {"x": 1}
+    assert optimizer.state["global"]["x"] == foreign
+    assert optimizer.state["global"]["x"].content is not foreign.content
+    assert torch.equal(optimizer.state["global"]["counts"], counts)
+    assert optimizer.state["global"]["counts"].data_ptr() != counts.data_ptr()
 
 
 @pytest.mark.parametrize("name", OURS)
@@ -292,13 +305,20 @@ def test_steps_of_other_programs_are_understood(step: Any) -> None:
         twins.step(seed)
     for ours, theirs in zip(params_of(twins.ours), params_of(twins.theirs), strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)  # float64, 5 steps
+    for state in saved["state"].values():
+        state["step"] = sys.float_info.max
+    twins.ours.load_state_dict(saved)
 
 
-def test_state_turned_on_just_before_saving_is_no_damage() -> None:
-    twins = Twins(CASES[3])
+TURNED_ON = [(CASES[3], "amsgrad", True), (CASES[12], "momentum", 0.9), (CASES[12], "centered", True)]
+
+
+@pytest.mark.parametrize(("case", "option", "value"), TURNED_ON, ids=str)
+def test_state_turned_on_just_before_saving_is_no_damage(case: Case, option: str, value: Any) -> None:
+    twins = Twins(case)
     twins.step(0)
-    twins.ours.param_groups[0]["amsgrad"] = True
-    fresh = Twins(CASES[3], lambda: [param.detach().clone().requires_grad_() for param in params_of(twins.ours)])
+    twins.ours.param_groups[0][option] = value
+    fresh = Twins(case, lambda: [param.detach().clone().requires_grad_() for param in params_of(twins.ours)])
     fresh.ours.load_state_dict(through_file(twins.ours.state_dict()))
     for optimizer in (twins.ours, fresh.ours):
         give_grads(params_of(optimizer), 1)
@@ -319,20 +339,22 @@ def test_parameter_without_state_begins_afresh(value: Any) -> None:
     assert_same_bits(state_of(optimizer), state_of(fresh))
 
 
-def test_eight_bit_floats_are_widened() -> None:
+@pytest.mark.parametrize("made", [lambda buffer: buffer.to(torch.float8_e4m3fn), Tensor.to_sparse], ids=["8", "sparse"])
+def test_eight_bit_floats_are_widened_and_sparse_momentum_is_made_dense(made: Callable[[Tensor], Tensor]) -> None:
     saved = SGD(leaves([(3,)]), momentum=0.9).state_dict()
-    saved["state"] = {0: {"momentum_buffer": torch.tensor([1.0, -2.0, 0.5]).to(torch.float8_e4m3fn)}}
+    saved["state"] = {0: {"momentum_buffer": made(torch.tensor([1.0, -2.0, 0.5]))}}
     optimizer = SGD(leaves([(3,)], torch.float32), momentum=0.9)
     optimizer.load_state_dict(saved)
     buffer = optimizer.state[params_of(optimizer)[0]]["momentum_buffer"]
     assert (buffer.dtype, buffer.tolist()) == (torch.float32, [1.0, -2.0, 0.5])
 
 
-def test_state_follows_the_memory_order_of_its_parameter() -> None:
+@pytest.mark.parametrize("sparse", [None, "touched"])
+def test_state_follows_the_memory_order_of_its_parameter(sparse: str | None) -> None:
     params = [leaves([(4, 3)])[0].detach().mT.requires_grad_()]
     saved = AdamW(leaves([(3, 4)]))
     saved.init_state()
-    optimizer = AdamW(params)
+    optimizer = AdamW(params, sparse=sparse)
     optimizer.load_state_dict(saved.state_dict())
     assert optimizer.state[params[0]]["exp_avg"].stride() == params[0].stride()
 
@@ -440,15 +462,17 @@ def test_bad_dictionary_is_refused_and_changes_nothing(spoil: Callable[[dict[str
 
 def test_state_dict_hooks_run_as_in_torch() -> None:
     for optimizer in Twins(CASES[5]).both:
-        seen: list[str] = []
+        seen: list[Any] = []
         optimizer.register_state_dict_pre_hook(lambda o, seen=seen: seen.append("save"))
         optimizer.register_state_dict_post_hook(lambda o, saved, seen=seen: {**saved, "extra": seen.append("saved")})
-        optimizer.register_load_state_dict_pre_hook(lambda o, saved, seen=seen: {**saved, "got": seen.append("load")})
-        optimizer.register_load_state_dict_post_hook(lambda o, seen=seen: seen.append("loaded"))
+        optimizer.register_load_state_dict_pre_hook(lambda o, saved, seen=seen: {**saved, "got": seen.append(o)})
+        optimizer.register_load_state_dict_post_hook(lambda o, seen=seen: seen.append(o))
+        optimizer.register_load_state_dict_pre_hook(lambda o, saved, seen=seen: seen.append(sorted(saved)))
         saved = optimizer.state_dict()
         assert "extra" in saved
         optimizer.load_state_dict(saved)
-        assert seen == ["save", "saved", "load", "loaded"]
+        assert seen == ["save", "saved", optimizer, ["extra", "got", "param_groups", "state"], optimizer]
+        assert "got" not in saved
 
 
 def test_state_dict_is_a_live_view_as_in_torch() -> None:
@@ -461,3 +485,41 @@ def test_state_dict_is_a_live_view_as_in_torch() -> None:
     give_grads(params, 1)
     optimizer.step()
     assert torch.equal(saved, optimizer.state[params[0]]["momentum_buffer"])
+    assert saved is not optimizer.state[params[0]]["momentum_buffer"]  # nobody can exchange its memory
+
+
+def test_what_others_have_seen_of_the_state_can_be_edited_as_in_torch() -> None:
+    twins = Twins(CASES[1])
+    twins.step(0)
+    seen: list[dict[str, Any]] = []
+    for optimizer in twins.both:
+        handle = optimizer.register_state_dict_post_hook(lambda optimizer, saved: seen.append(saved["state"][0]))
+        optimizer.state_dict()
+        handle.remove()
+        seen.pop()["momentum_buffer"] = torch.ones((), dtype=torch.float64)
+    twins.step(1)
+    states = [optimizer.state[params_of(optimizer)[0]] for optimizer in twins.both]
+    twins.edit(lambda optimizer: optimizer.state_dict())
+    for state in states:
+        state["momentum_buffer"] = torch.ones((), dtype=torch.float64)
+    twins.step(2)
+    twins.assert_equal()
+
+
+def test_state_in_a_dictionary_of_another_kind_is_saved() -> None:
+    twins = Twins(CASES[1])
+    twins.step(0)
+    for optimizer in twins.both:
+        optimizer.state = defaultdict(dict, optimizer.state)
+    assert_same_state(*(optimizer.state_dict()["state"] for optimizer in twins.both), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
+def test_saved_state_of_a_differentiable_step_is_differentiable() -> None:
+    start = torch.ones(2, requires_grad=True)
+    param = start.clone()
+    optimizer = SGD([param], momentum=0.9, differentiable=True)
+    param.grad = 3 * start
+    optimizer.step()
+    (gradient,) = torch.autograd.grad(optimizer.state_dict()["state"][0]["momentum_buffer"].sum(), start)
+    assert gradient.tolist() == [3.0, 3.0]

@@ -155,13 +155,21 @@ def test_empty_gradients_add_nothing(order: float) -> None:  # torch refuses the
     grads = [torch.zeros(0), torch.tensor([3.0]), torch.zeros(0, 4)]
     assert float(descend.get_total_norm(grads, order)) == 3.0
     assert float(descend.get_total_norm(grads[:1], order)) == 0.0
+    assert float(descend.get_total_norm([torch.zeros(3)], order)) == 0.0
+    # Of order 2 the squares are summed first: these would be 0, as in torch.
+    tiny = torch.full((16,), 1e-150 if order == 2 else 1e-200, dtype=torch.float64)
+    assert float(descend.get_total_norm([tiny], order)) == pytest.approx(
+        float(tiny[0]) * 16 ** (1 / order), rel=1e-14, abs=0
+    )
 
 
 def test_clip_grad_norm_leaves_small_gradients_alone() -> None:
     ours, _ = twice(torch.float32)
-    before = [param.grad.clone() for param in ours]
+    before = [(param.grad.clone(), param.grad._version) for param in ours]
     descend.clip_grad_norm_(ours, 1e6)
-    assert all(torch.equal(param.grad, grad) for param, grad in zip(ours, before, strict=True))
+    for param, (grad, version) in zip(ours, before, strict=True):
+        assert torch.equal(param.grad, grad)
+        assert param.grad._version == version  # not even multiplied by 1
 
 
 @pytest.mark.parametrize("dtype", NORM_TOLERANCE, ids=str)
@@ -193,7 +201,11 @@ def test_error_if_nonfinite_comes_before_anything_is_scaled(bad: float, order: f
     ours, _ = twice(torch.float32)
     ours[1].grad[0, 0] = bad
     before = [param.grad.clone() for param in ours]
-    with pytest.raises(RuntimeError, match=r"The total norm of order .* for gradients from `parameters` is non-finite"):
+    message = (
+        rf"The total norm of order {float(order)} for gradients from `parameters` is non-finite \({bad}\), "
+        r"so it cannot be clipped\. Look for the cause, or pass `error_if_nonfinite=False` to clip anyway\."
+    )
+    with pytest.raises(RuntimeError, match=message):
         descend.clip_grad_norm_(ours, 1.0, order, error_if_nonfinite=True)
     torch.testing.assert_close([param.grad for param in ours], before, rtol=0, atol=0, equal_nan=True)
 
@@ -209,8 +221,39 @@ def test_functions_take_what_torchs_take() -> None:
     for clip in (descend.clip_grad_norm_, utils.clip_grad_norm_):
         assert clip((p for p in [param]), max_norm=1e9, norm_type=2, foreach=True).dtype == torch.float64
     assert descend.clip_grad_norm_([param], 1e9, "inf") == utils.clip_grad_norm_([param], 1e9, "inf")
+    descend.clip_grad_value_(param, 0.25)
+    assert param.grad.abs().max() == 0.25
     assert descend.clip_grad_norm_([param], 0.0) > 0
     assert not bool(param.grad.any())
+    assert descend.get_total_norm(torch.tensor(-3.0)) == 3
+    assert math.isnan(descend.get_total_norm([torch.tensor(math.nan)]))
+
+
+def test_gradients_of_gradients_are_clipped_as_in_torch() -> None:
+    for module in (descend, utils):
+        (param,) = leaves([(2,)])
+        for clip, expected in (
+            (lambda p, m=module: m.clip_grad_norm_(p, 2.0**0.5), 1.0),
+            (lambda p, m=module: m.clip_grads_with_norm_(p, 1.0, torch.tensor(10.0)), 0.2),
+            (lambda p, m=module: m.clip_grad_value_(p, 0.5), 0.5),
+        ):
+            param.grad = torch.full((2,), 2.0, dtype=torch.float64, requires_grad=True)
+            clip(param)
+            torch.testing.assert_close(param.grad.tolist(), [expected] * 2, rtol=1e-6, atol=0)  # 1e-6 is added
+            assert param.grad.is_leaf
+        assert not module.get_total_norm([param.grad.square()]).requires_grad
+
+
+@pytest.mark.parametrize("order", ORDERS)
+def test_norms_of_another_device_stay_there_and_need_no_values(order: float) -> None:
+    param = torch.ones(3, device="meta", requires_grad=True)
+    param.grad = torch.ones(3, device="meta")
+    grads = [torch.zeros(0, device="meta"), param.grad]
+    assert descend.get_total_norm(grads, order).is_meta
+    assert descend.get_total_norm(grads[:1], order).is_meta
+    assert descend.clip_grad_norm_(param, 1.0, order).is_meta
+    with torch.device("meta"):  # what is made where nobody says so
+        assert descend.get_total_norm([torch.ones(3, device="cpu")], order).is_cpu
 
 
 def test_norm_of_complex_gradients_is_torchs() -> None:
@@ -230,16 +273,27 @@ def test_sparse_gradients_are_clipped_with_duplicates_summed() -> None:
 def test_negative_limits_are_errors_and_scale_nothing(limit: float) -> None:
     ours, _ = twice(torch.float32)
     before = [param.grad.clone() for param in ours]
-    for clip in (
-        lambda: descend.clip_grad_norm_(ours, limit),
-        lambda: descend.clip_grad_value_(ours, limit),
-        lambda: descend.clip_grads_with_norm_(ours, limit, torch.tensor(1.0)),
-        lambda: AdamW(ours, max_norm=limit),
-        lambda: descend.clip_grad_norm_(ours, 1.0, norm_type=-abs(limit)),
+    for name, clip in (
+        ("max_norm", lambda: descend.clip_grad_norm_(ours, limit)),
+        ("clip_value", lambda: descend.clip_grad_value_(ours, limit)),
+        ("max_norm", lambda: descend.clip_grads_with_norm_(ours, limit, torch.tensor(1.0))),
+        ("max_norm", lambda: AdamW(ours, max_norm=limit)),
+        ("norm_type", lambda: descend.clip_grad_norm_(ours, 1.0, norm_type=-abs(limit))),
+        ("norm_type", lambda: descend.clip_grad_norm_(ours, 1.0, norm_type=0)),
     ):
-        with pytest.raises(ValueError, match="must be"):
+        with pytest.raises(ValueError, match=f"{name} must be"):
             clip()
     assert all(torch.equal(param.grad, grad) for param, grad in zip(ours, before, strict=True))
+
+
+@pytest.mark.parametrize("order", ORDERS)
+def test_norms_do_not_depend_on_the_number_of_threads(order: float) -> None:
+    values = torch.randn(1_000_003, dtype=torch.float64)
+    norms = []
+    for threads in (1, 2, 3):
+        torch.set_num_threads(threads)
+        norms.append(float(descend.get_total_norm([values, torch.tensor(math.e)], order)))
+    assert norms == norms[:1] * 3
 
 
 def test_norms_do_not_depend_on_layout_or_backend() -> None:

@@ -34,6 +34,9 @@ def step(optimizer: Any, seed: int) -> None:
 
 
 def put(dictionary: dict[str, Any], path: Path, value: Any) -> None:
+    if not path:
+        dictionary.clear()
+        return
     *way, last = path
     inner: Any = dictionary
     for key in way:
@@ -68,6 +71,7 @@ def without_values(value: Any) -> Any:
 
 # Of Adam: what is put where, and what is said.
 DAMAGES: list[tuple[Path, Any, str]] = [
+    ((), {}, "lacks 'param_groups', 'state'"),
     (("state",), DELETED, "lacks 'state'"),
     (("param_groups",), DELETED, "lacks 'param_groups'"),
     (("state",), None, "state of a state dict is a dictionary, got NoneType"),
@@ -81,22 +85,38 @@ DAMAGES: list[tuple[Path, Any, str]] = [
     ((*GROUP, "params"), [0], r"group 0 has 1 parameters there, 2 here"),
     ((*GROUP, "params"), [0, 1, 2], r"group 0 has 3 parameters there, 2 here"),
     ((*GROUP, "params"), [0, 0], "one state for several parameters"),
-    ((*GROUP, "params"), [0, 7], "state for parameter 1, which is in none of its groups"),
-    ((*GROUP, "param_names"), ["a"], "must be a list of 2 names"),
+    (
+        (*GROUP, "params"),
+        [0, 7],
+        "state for parameter 1, which is in none of its groups. strict=False leaves it aside.$",
+    ),
+    ((*GROUP, "param_names"), ["a"], "must be a list of 2 names, one for each of its parameters.$"),
     ((*GROUP, "param_names"), "ab", "must be a list of 2 names"),
-    ((*GROUP, "lr"), DELETED, "group 0 of the loaded state dict lacks 'lr'"),
+    (
+        (*GROUP, "lr"),
+        DELETED,
+        "group 0 of the loaded state dict lacks 'lr': is it another optimizer's. hyperparameters='current' keeps this "
+        "optimizer's options, strict=False those that lack.$",
+    ),
     ((*GROUP, "lr"), None, "Invalid learning rate: None"),
     ((*GROUP, "lr"), NAN, "Invalid learning rate: nan"),
     ((*GROUP, "betas"), (2.0, 0.9), "Invalid beta parameter at index 0: 2.0"),
     ((*GROUP, "betas"), "no", "betas must be either both floats or both Tensors"),
     ((*GROUP, "weight_decay"), "a bit", "Invalid weight_decay value: a bit"),
     ((*GROUP, "amsgrad"), "yes", "amsgrad of group 0 of the loaded state dict must be True or False, got 'yes'"),
+    ((*GROUP, "amsgrad"), 2, "must be True or False, got 2"),
     ((*GROUP, "maximize"), None, "maximize of group 0"),
-    (STATE, None, "the loaded state of 0 is a NoneType, not a dictionary"),
+    ((*GROUP, "maximize"), 1.0, "must be True or False, got 1.0"),
+    (
+        (*GROUP, "weight_decay"),
+        10**400,
+        r"Adam: weight_decay must be a number, got 10+[.] [(]group 0 of the loaded state dict[)]",
+    ),
+    (STATE, [1], "the loaded state of 0 is a list, not a dictionary"),
     (STATE, {"momentum_buffer": torch.zeros(3, 2)}, "lacks 'exp_avg', 'exp_avg_sq', 'step', and has 'momentum_buffer'"),
     (("state", 9), {"step": 1}, "state for parameter 9"),
     ((*STATE, "step"), DELETED, "lacks 'step'"),
-    ((*STATE, "step"), None, "lacks 'step'"),
+    ((*STATE, "step"), None, "lacks 'step'.* is it another optimizer's. strict=False leaves such state aside.$"),
     ((*STATE, "step"), "1", "loaded step of .* must be a number >= 0, got '1'"),
     ((*STATE, "step"), True, "must be a number >= 0, got True"),
     ((*STATE, "step"), -1, "must be a number >= 0, got -1"),
@@ -104,13 +124,15 @@ DAMAGES: list[tuple[Path, Any, str]] = [
     ((*STATE, "step"), torch.tensor(NAN), "must be a number >= 0, got nan"),
     ((*STATE, "step"), float("inf"), "must be a number >= 0, got inf"),
     ((*STATE, "step"), 10**400, "must be a number >= 0, got 1000"),
-    ((*STATE, "step"), torch.ones(3), r"must be a number >= 0, got .a tensor of shape \(3,\)"),
+    ((*STATE, "step"), torch.ones(3), r"must be a number >= 0, got .a tensor of shape [(]3,[)]"),
+    ((*STATE, "step"), torch.tensor(1j), "must be a number >= 0, got 1j"),
+    ((*STATE, "step"), torch.zeros((), device="meta"), r"must be a number >= 0, got .a tensor of shape [(][)]"),
     (BUFFER, DELETED, "lacks 'exp_avg'"),
     (BUFFER, 0.5, "loaded exp_avg of .* must be a tensor, got float"),
     (BUFFER, [0.0] * 6, "must be a tensor, got list"),
     (STATE, {"step": None, "exp_avg": None, "exp_avg_sq": None}, "lacks 'exp_avg', 'exp_avg_sq', 'step'"),
-    (BUFFER, torch.zeros(2, 3), r"has shape \(2, 3\), expected \(3, 2\). Were the parameters in another order"),
-    (BUFFER, torch.zeros(()), r"has shape \(\), expected \(3, 2\)"),
+    (BUFFER, torch.zeros(2, 3), r"has shape [(]2, 3[)], expected [(]3, 2[)]. Were the parameters in another order.$"),
+    (BUFFER, torch.zeros(()), r"has shape [(][)], expected [(]3, 2[)]"),
     (BUFFER, torch.zeros(3, 2, dtype=torch.int64), "must hold numbers as the parameter does.*got torch.int64"),
     (BUFFER, torch.zeros(3, 2, dtype=torch.complex64), "must hold numbers as the parameter does"),
     (BUFFER, torch.zeros(3, 2).to_mkldnn(), "must be a dense tensor"),
@@ -141,7 +163,7 @@ def test_damage_is_named_and_changes_nothing(path: Path, value: Any, message: st
 @pytest.mark.parametrize("what", [None, [], "state", 3, torch.zeros(2)], ids=str)
 def test_what_is_no_dictionary_is_a_type_error(what: Any) -> None:
     for optimizer in (SGD(leaves()), LBFGS(leaves()), Newton(leaves())):
-        with pytest.raises(TypeError, match="load_state_dict takes a dictionary, got"):
+        with pytest.raises(TypeError, match=f"load_state_dict takes a dictionary, got {type(what).__name__}"):
             optimizer.load_state_dict(what)
         handle = optimizer.register_load_state_dict_pre_hook(lambda opt, saved: 5)
         with pytest.raises(TypeError, match="a hook replaced the state dict by a int"):

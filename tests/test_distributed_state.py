@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
-from cases import CASES, Case, assert_same_bits, give_grads, leaves, params_of, state_of
+from cases import BACKENDS, CASES, Case, assert_same_bits, give_grads, leaves, params_of, state_of
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
@@ -55,7 +55,7 @@ def test_init_state_is_that_of_a_first_step_without_taking_it(case: Case) -> Non
     assert_same_bits(state_of(made), state_of(straight))
 
 
-@pytest.mark.parametrize("backend", ["cpu", "eager"])
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda o: pickle.loads(pickle.dumps(o))], ids=["copy", "pickle"])
 def test_copies_before_the_first_step_know_that_it_is_the_first(duplicate: Callable[[Any], Any], backend: str) -> None:
     made, straight = (SGD(leaves(), backend=backend, **DAMPED.options) for _ in range(2))

@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+from cases import BACKENDS
 from exact_cases import LR, OPTIONS, ORDERS, Run, embedding, load, save, through_file, train, usual
 from sparse_cases import coo
 from torch import nn
@@ -183,7 +184,9 @@ def attached(run: Run, layer: nn.Embedding, optimizer: Any) -> Run:
 
 
 @pytest.mark.parametrize(
-    ("dtype", "backend"), [(torch.float32, "cpu"), (torch.bfloat16, "cpu"), (torch.float64, "eager")], ids=str
+    ("dtype", "backend"),
+    [(torch.float32, BACKENDS[0]), (torch.bfloat16, BACKENDS[0]), (torch.float64, "eager")],
+    ids=str,
 )
 @pytest.mark.parametrize("make", WAYS.values(), ids=WAYS)
 def test_going_on_equals_not_stopping_bit_for_bit(make: Callable[[Run], Run], dtype: torch.dtype, backend: str) -> None:

@@ -96,7 +96,7 @@ DAMAGES: list[tuple[Callable[[dict[str, Any]], Any], str]] = [
     (lambda d: d["param_groups"].append(d["param_groups"][0]), "different number of parameter groups"),
     (lambda d: d["param_groups"][0]["params"].pop(), "doesn't match the size"),
     (lambda d: d["param_groups"][0].update(history_size=0), "history_size"),
-    (lambda d: d["state"][0].update(d=torch.zeros(3)), r"loaded d has shape \(3,\)"),
+    (lambda d: d["state"][0].update(d=torch.zeros(3)), "loaded d has shape [(]3,[)]"),
     (lambda d: d["state"][0].update(old_dirs=[torch.zeros(1)]), "old_dirs"),
     (lambda d: d["state"][0].update(old_dirs=None), "one length"),
     (lambda d: d["state"][0]["ro"].pop(), "one length"),

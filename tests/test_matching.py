@@ -120,18 +120,43 @@ def test_not_strict_loads_what_matches_and_tells_the_rest(
 REFUSED: list[tuple[str, str, dict[str, Any], str]] = [
     ("a b", "a c", {}, r"SGD: the names differ: expected 'c', which.*; it has 'b' instead"),
     ("a b", "a b c", {}, "expected 'c', which.*; it has none instead"),
+    ("a b c d e f", "a", {}, "it has 'b', 'c', 'd', 'e', 'f' instead"),
     ("a b c d e f g", "a", {}, "it has 'b', 'c', 'd', 'e', 'f', 1 more instead"),
-    ("a b c", "a b|c", {}, r"different number of parameter groups \(SGD: 1 there, 2 here\)"),
-    ("a|b|c", "a b|c", dict(strict=False), r"group 0 were in the groups \[0, 1\] of the loaded"),
-    ("a b c e|d", "a b|c e d", {}, r"group 1 were in the groups \[0, 1\] of the loaded state dict: whose options"),
-    ("~a b|c", "~a|b c", {}, r"doesn't match the size.*group 0 has 2 parameters there, 1 here"),
+    (
+        "a b c",
+        "a b|c",
+        {},
+        "^loaded state dict has a different number of parameter groups .SGD: 1 there, 2 here.[.] Where parameters have "
+        "names, hyperparameters='current' loads the state and leaves the groups.$",
+    ),
+    ("a|b|c", "a b|c", dict(strict=False), "group 0 were in the groups .0, 1. of the loaded"),
+    (
+        "a b c e|d",
+        "a b|c e d",
+        {},
+        "group 1 were in the groups .0, 1. of the loaded state dict: whose options shall it have. "
+        "hyperparameters='current' keeps those of this optimizer.$",
+    ),
+    (
+        "~a b|c",
+        "~a|b c",
+        {},
+        "^loaded state dict contains a parameter group that doesn't match the size of optimizer's group "
+        ".SGD: group 0 has 2 parameters there, 1 here.$",
+    ),
     ("~a b|c", "~a b c", {}, "different number of parameter groups"),
     ("~a b|c", "~a b c", dict(strict=False), "different number of parameter groups"),
-    ("~a b", "a b", dict(match="name"), "match='name' needs a name.*the state dict has not"),
+    (
+        "~a b",
+        "a b",
+        dict(match="name"),
+        "match='name' needs a name.*the state dict has not. Give the parameters as model.named_parameters.., before "
+        "saving and before loading.$",
+    ),
     ("a b", "~a b", dict(match="name"), "match='name' needs a name.*this optimizer has not"),
     ("a a", "a a", dict(match="name"), "a name of its own"),
-    ("a", "a", dict(match="names"), "match must be one of"),
-    ("a", "a", dict(hyperparameters="new"), "hyperparameters must be one of"),
+    ("a", "a", dict(match="names"), "SGD: match must be one of"),
+    ("a", "a", dict(hyperparameters="new"), "SGD: hyperparameters must be one of"),
 ]
 
 
@@ -146,6 +171,41 @@ def test_mismatch_is_an_error_that_changes_nothing(
     with pytest.raises(ValueError, match=message):
         optimizer.load_state_dict(saved(source), **options)
     assert_unmoved(optimizer, before)
+
+
+def test_state_under_a_name_that_no_group_has_is_refused_and_other_keys_are_kept() -> None:
+    content = saved("a b")
+    content["param_groups"][0]["params"] = ["a", "b"]  # as torch.distributed has it
+    content["state"] = {"a": content["state"][0], "b": content["state"][1], 7: {"x": 1}}
+    optimizer = made("b a")
+    optimizer.load_state_dict(content)
+    assert found_in(optimizer) == ("b a", "0")
+    assert optimizer.state[7] == {"x": 1}
+    content["state"]["c"] = content["state"]["a"]
+    with pytest.raises(ValueError, match="state for parameter 'c', which is in none of its groups"):
+        optimizer.load_state_dict(content)
+    assert optimizer.load_state_dict(content, strict=False) == ([], ["state['c']"])
+
+
+def test_names_of_torch_distributed_count_where_some_are_known_or_it_is_asked_for() -> None:
+    content = saved("a b")
+    content["param_groups"][0]["params"] = ["x", "y"]
+    content["state"] = {"x": content["state"][0], "y": content["state"][1]}
+    optimizer = made("b a")
+    optimizer.load_state_dict(content)
+    assert found_in(optimizer) == ("a b", "0")
+    with pytest.raises(ValueError, match=r"the names differ: expected 'b', 'a'.* it has 'x', 'y' instead"):
+        optimizer.load_state_dict(content, match="name")
+
+
+def test_names_of_some_parameters_tell_nothing() -> None:
+    content = saved("a|b c")
+    del content["param_groups"][1]["param_names"]
+    optimizer = made("b|c a")
+    optimizer.load_state_dict(content)
+    assert found_in(optimizer) == ("a b c", "0 1")
+    told = made("~a|b").load_state_dict(content, strict=False)
+    assert told == ([], ["param_groups[1]['params'][1]"])
 
 
 def test_names_of_the_file_name_what_has_none() -> None:
@@ -210,7 +270,7 @@ def test_training_goes_on_with_a_new_head() -> None:
     tuned[0].load_state_dict(model[0].state_dict())
     new = AdamW(tuned, lr=1e-4, groups=[("2.*", dict(lr=0.1))])
     before = snapshot(new)
-    with pytest.raises(ValueError, match=r"loaded exp_avg of 2\.weight has shape \(5, 8\), expected \(3, 8\)"):
+    with pytest.raises(ValueError, match=r"loaded exp_avg of 2\.weight has shape \(5, 8\), expected \(3, 8\)\.$"):
         new.load_state_dict(optimizer.state_dict(), hyperparameters="current")
     assert_unmoved(new, before)
     told = new.load_state_dict(optimizer.state_dict(), strict=False, hyperparameters="current")

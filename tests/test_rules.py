@@ -172,6 +172,19 @@ def test_centered_rmsprop_has_no_negative_variance(alpha: float, backend: str) -
     assert bool(params[0].isfinite().all())
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_zero_gradients_move_nothing_without_decay(case: Case, backend: str) -> None:
+    params = leaves()
+    none = {name: 0 for name in ("weight_decay", "lambd") if case.takes(name)}
+    optimizer = case.ours(params, **{**case.options, **none}, backend=backend)
+    for _ in range(2):
+        for param in params:
+            param.grad = torch.zeros_like(param)
+        optimizer.step()
+    torch.testing.assert_close(params, leaves(), rtol=1e-15, atol=0)  # the average of a number with itself rounds
+
+
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_maximize_is_minimizing_the_negative(case: Case) -> None:
     if case.options.get("weight_decay"):

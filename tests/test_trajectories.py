@@ -146,7 +146,7 @@ def test_any_layout_and_any_coming_and_going_is_torchs(
 @settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(case=st.sampled_from(CASES), presence=st.lists(st.tuples(*[st.booleans()] * len(SHAPES)), max_size=8))
 def test_fused_steps_survive_gradients_that_come_and_go(case: Case, presence: list[tuple[bool, ...]]) -> None:
-    twins = Twins(case, backend="cpu")
+    twins = Twins(case, backend=BACKENDS[0])
     for seed, here in enumerate(presence):
 
         def grads(params: list[Tensor], seed: int, here: tuple[bool, ...] = here) -> None:

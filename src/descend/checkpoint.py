@@ -92,7 +92,7 @@ def unusable_is_value_error(who: str, group: int) -> Iterator[None]:
     try:
         yield
     except ValueError as error:
-        raise ValueError(f"{error}, in group {group} of the loaded state dict") from None
+        raise ValueError(f"{error} (group {group} of the loaded state dict)") from None
     except Exception as error:  # what arithmetic says to strings, None and tensors
         raise ValueError(
             f"{who}: the options of group {group} of the loaded state dict cannot be used: {error}"

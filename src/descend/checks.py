@@ -31,7 +31,7 @@ def check_kind(optimizer: Optimizer, options: Mapping[str, Any], name: str) -> N
     else:
         expected, is_right = "a number", _is_number(value)
     if not is_right:
-        raise ValueError(f"{type(optimizer).__name__}: {name} must be {expected}, got {value!r}.")
+        raise ValueError(f"{type(optimizer).__name__}: {name} must be {expected}, got {value!r:.80}.")
 
 
 @lru_cache(maxsize=256)

@@ -48,11 +48,10 @@ def get_total_norm(
         raise ValueError(f"norm_type must be 1, 2, another p > 0 or inf, got {norm_type}.")
     if not tensors:
         return torch.tensor(0.0)
-    total = norm(tensors, norm_type)
     dtype = torch.float32
     for tensor in tensors:
-        dtype = torch.promote_types(dtype, tensor.dtype.to_real() if tensor.is_complex() else tensor.dtype)
-    total = torch.as_tensor(total, dtype=torch.float64).to(device=tensors[0].device, dtype=dtype)
+        dtype = torch.promote_types(dtype, tensor.dtype.to_real())
+    total = torch.as_tensor(norm(tensors, norm_type), dtype=dtype, device=tensors[0].device)
     if error_if_nonfinite and not torch.isfinite(total):
         raise RuntimeError(
             f"The total norm of order {norm_type} for gradients from `parameters` is non-finite ({total.item()}), "
@@ -84,7 +83,6 @@ def clip_grads_with_norm_(
     _scale(_grads(parameters), coefficient)
 
 
-@torch.no_grad()
 def clip_grad_norm_(
     parameters: Tensor | Iterable[Tensor],
     max_norm: float,
@@ -119,7 +117,6 @@ def clip_grad_norm_(
     return total_norm
 
 
-@torch.no_grad()
 def clip_grad_value_(parameters: Tensor | Iterable[Tensor], clip_value: float, foreach: bool | None = None) -> None:
     """Limit every element of the gradients, in place, to [-clip_value, clip_value].
 
@@ -136,12 +133,13 @@ def clip_grad_value_(parameters: Tensor | Iterable[Tensor], clip_value: float, f
         tensor([ 1.0000, -0.5000])
     """
     clip_value = _not_negative("clip_value", clip_value)
-    for grad in _grads(parameters):
-        if grad.is_sparse:  # what is named twice counts as its sum
-            values = summed(grad).clamp(min=-clip_value, max=clip_value).to(grad.dtype)
-            grad.copy_(torch.sparse_coo_tensor(grad.coalesce().indices(), values, grad.shape, is_coalesced=True))
-        else:
-            grad.clamp_(min=-clip_value, max=clip_value)
+    with torch.no_grad():
+        for grad in _grads(parameters):
+            if grad.is_sparse:  # what is named twice counts as its sum
+                values = summed(grad).clamp(-clip_value, clip_value)
+                grad.copy_(torch.sparse_coo_tensor(grad.coalesce().indices(), values, grad.shape, is_coalesced=True))
+            else:
+                grad.clamp_(-clip_value, clip_value)
 
 
 def _not_negative(name: str, value: float) -> float:
@@ -162,15 +160,15 @@ def _scale(grads: Sequence[Tensor], coefficient: Tensor) -> None:
         # A sparse tensor scaled as a whole would not count as coalesced any more; expanded values cannot be scaled.
         in_place = grad._values() if grad.is_sparse and grad._values().is_contiguous() else grad
         by_kind[grad.device, grad.dtype].append(in_place)
-    for (device, _), members in by_kind.items():
-        if device.type == "cpu":
-            if (factor := coefficient.item()) != 1:
-                torch._foreach_mul_(members, factor)
-        else:  # no waiting for the device
-            torch._foreach_mul_(members, coefficient.to(device))
+    with torch.no_grad():
+        for (device, _), members in by_kind.items():
+            if device.type == "cpu":
+                if (factor := coefficient.item()) != 1:
+                    torch._foreach_mul_(members, factor)
+            else:  # no waiting for the device
+                torch._foreach_mul_(members, coefficient.to(device))
 
 
-@torch.no_grad()
 def norm(tensors: Sequence[Tensor], norm_type: float) -> Tensor | float:
     """The norm of all tensors together, in float64 where the device has it."""
     if norm_type == 2 and all(map(_has_kernel, tensors)):
@@ -187,7 +185,7 @@ def norm(tensors: Sequence[Tensor], norm_type: float) -> Tensor | float:
     if math.isinf(norm_type):
         return largest
     # Divided by the largest element no power overflows; 0, Inf and NaN are their own norms.
-    unit = torch.where((largest > 0) & largest.isfinite(), largest, 1.0)
+    unit = torch.where(largest > 0, largest, 1.0)
     total_power = _combined([_power_sum(tensor, norm_type, unit) for tensor in tensors]).sum()
     return torch.where(largest.isfinite(), unit * total_power ** (1 / norm_type), largest)
 
@@ -204,8 +202,7 @@ def summed(tensor: Tensor) -> Tensor:
     """The values of a sparse tensor, those named twice summed in float32 or wider; other tensors as they are."""
     if tensor.layout == torch.strided:
         return tensor
-    tensor = tensor if tensor.is_sparse else tensor.to_sparse()
-    return tensor.to(torch.promote_types(tensor.dtype, torch.float32)).coalesce().values()
+    return tensor.to_sparse().to(torch.promote_types(tensor.dtype, torch.float32)).coalesce().values()
 
 
 def is_finite(grad: Tensor) -> bool:
@@ -221,16 +218,11 @@ def _chunks(tensor: Tensor) -> Iterable[Tensor]:
 
 
 def _largest(tensor: Tensor) -> Tensor:
-    parts = [torch.linalg.vector_norm(part, math.inf, dtype=_wide(part)) for part in _chunks(tensor) if part.numel()]
-    return torch.stack(parts).max() if parts else torch.zeros((), dtype=_wide(tensor), device=tensor.device)
+    parts = [torch.linalg.vector_norm(part, math.inf) for part in _chunks(tensor) if part.numel()]
+    return torch.stack(parts).max() if parts else torch.zeros((), device=tensor.device)
 
 
 def _power_sum(tensor: Tensor, power: float, unit: Tensor) -> Tensor:
-    parts = [
-        ((part.to(_wide(part)).abs() / unit.to(part.device)) ** power).sum() for part in _chunks(tensor) if part.numel()
-    ]
-    return torch.stack(parts).sum() if parts else torch.zeros((), dtype=_wide(tensor), device=tensor.device)
-
-
-def _wide(tensor: Tensor) -> torch.dtype:
-    return torch.float32 if tensor.device.type == "mps" else torch.float64  # Apple's GPUs have no float64
+    wide = torch.float32 if tensor.device.type == "mps" else torch.float64  # Apple's GPUs have no float64
+    unit = unit.to(tensor.device)
+    return torch.stack([((part.to(wide).abs() / unit) ** power).sum() for part in _chunks(tensor)]).sum()

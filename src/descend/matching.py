@@ -54,13 +54,10 @@ class Listing:
         keys = [key for group in groups for key in group["params"]]
         self.are_keys = names_in_keys and bool(keys) and all(isinstance(key, str) for key in keys)
         found = keys if self.are_keys else [name for group in groups for name in group.get("param_names", ())]
-        has_all = len(found) == len(keys) > 0 and all(isinstance(name, str) for name in found)
+        has_all = len(found) == len(keys) and all(isinstance(name, str) for name in found)
         self.own_names: list[str] | None = found if has_all else None
         self.names = _distinct(found) if has_all else None
         self.bare_names = _distinct(map(_bare, found)) if has_all else None
-
-    def __len__(self) -> int:
-        return len(self.groups)
 
     def place(self, index: int) -> str:
         """The parameter's name, or where it stands."""
@@ -79,6 +76,8 @@ class Matching:
         match: ``"auto"``, ``"name"`` or ``"order"``.
     Attributes:
         sources: for each parameter here, in order, which one of the dictionary it is; None for none.
+        missing: parameters here that the dictionary lacks.
+        unexpected: parameters of the dictionary that are not here.
     Raises:
         ValueError: if there are no names to match.
     """
@@ -93,6 +92,8 @@ class Matching:
         keys, saved_keys = names or (self.here.places, self.saved.places)
         index = {key: i for i, key in enumerate(saved_keys)}
         self.sources: list[int | None] = [index.get(key) for key in keys]
+        self.missing = [i for i, source in enumerate(self.sources) if source is None]
+        self.unexpected = sorted(set(range(len(saved_keys))) - set(self.sources))
 
     def _names(self, match: str) -> tuple[list[str], list[str]] | None:
         """The names to go by, here and there; None to go by order."""
@@ -112,16 +113,6 @@ class Matching:
                 "the parameters as model.named_parameters(), before saving and before loading."
             )
         return None
-
-    @property
-    def missing(self) -> list[int]:
-        """Parameters here that the dictionary lacks."""
-        return [i for i, source in enumerate(self.sources) if source is None]
-
-    @property
-    def unexpected(self) -> list[int]:
-        """Parameters of the dictionary that are not here."""
-        return sorted(set(range(len(self.saved))) - set(self.sources))
 
     def require_all(self) -> None:
         """Raise ``ValueError`` unless every parameter, here and there, has its counterpart."""

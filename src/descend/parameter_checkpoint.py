@@ -185,8 +185,7 @@ class _Reading:
             if "train_mode" in group:  # a schedule-free optimizer saved between two epochs
                 group = {**group, "train_mode": True}
             # Some options only count from the second step on.
-            first, second = (self.optimizer.scalars_and_kept(group, step, kept)[0] for step in (1, 2))
-            for number in (*first, *second):
+            for number in self.optimizer.scalars_and_kept(group, 2, kept)[0]:
                 float(number.item() if isinstance(number, Tensor) else number)
 
     # State.
@@ -223,7 +222,7 @@ class _Reading:
                 kept = dict.get(self.optimizer.state, param)
                 if kept is not None:
                     loaded[param] = kept
-        self.unexpected = [matching.saved.place(i) for i in sorted(unexpected)]
+        self.unexpected.extend(map(matching.saved.place, sorted(unexpected)))
         self._read_others(saved_state, set(keys), matching.saved.are_keys, loaded)
         return loaded
 
@@ -281,9 +280,8 @@ class _Reading:
         optimizer = self.optimizer
         needed = set(signature(optimizer.rule_for(group)).state)
         for name in optimizer.defaults:
-            other = not group[name] if isinstance(group[name], bool) else 0
             if isinstance(group[name], int | float):
-                needed &= set(signature(optimizer.rule_for({**group, name: other})).state)
+                needed &= set(signature(optimizer.rule_for({**group, name: 0})).state)
         return needed | {"step"} if optimizer.counts_steps else needed
 
     def _entry(self, param: Tensor, key: str, value: Any, is_rules: bool, name: str) -> Any:
@@ -323,7 +321,7 @@ class _Reading:
         if self.optimizer.sparse is not None and param.is_cpu and param.is_contiguous():
             return pages.copied(value, dtype)
         # In the parameter's memory order, which is the one kernels walk.
-        return torch.empty_like(param, dtype=dtype, requires_grad=False).copy_(value)
+        return torch.empty_like(param, dtype=dtype).copy_(value)
 
 
 def _check_memory(value: Tensor, param: Tensor, what: str) -> None:

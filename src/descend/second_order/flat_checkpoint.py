@@ -165,6 +165,7 @@ def _is_readable(value: Any) -> bool:
 
 
 def _widened(tensor: Tensor, point: FlatParameters) -> Tensor:
-    is_wide = tensor.is_floating_point() and tensor.itemsize > 1  # torch promotes no float8
-    dtype = torch.promote_types(tensor.dtype, point.dtype) if is_wide else tensor.dtype
+    dtype = tensor.dtype
+    if dtype.is_floating_point:  # torch promotes no float8, and everything is wider
+        dtype = torch.promote_types(dtype, point.dtype) if dtype.itemsize > 1 else point.dtype
     return tensor.detach().to(point.device, dtype, copy=True)
