@@ -249,6 +249,7 @@ def test_integers_and_foreign_values_are_kept() -> None:
     state = optimizer.state[params_of(optimizer)[0]]
     assert state["counts"].dtype == torch.int64
     assert torch.equal(state["counts"], counts)
+    assert state["counts"].data_ptr() != counts.data_ptr()
     assert state["note"] == "kept"
     assert torch.equal(state["list"][0], counts)
     assert state["list"][0].data_ptr() != counts.data_ptr()
