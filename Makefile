@@ -37,6 +37,7 @@ parity: $(READY)  ## write docs/parity.md anew
 bench: $(READY)  ## speed against torch.optim, about ten minutes; evaluations against SciPy, about twenty
 	$(BIN)/python benchmarks/step.py
 	$(BIN)/python benchmarks/sparse.py
+	$(BIN)/python benchmarks/in_backward.py
 	$(BIN)/python benchmarks/minimize.py
 
 $(READY): pyproject.toml constraints.txt
