@@ -150,7 +150,9 @@ class _Reading:
             for group, source in zip(groups, matching.group_sources(self.strict), strict=True):
                 if source is not None:
                     options = self._options(saved_groups[source], source)
-                    group.update(options if self.takes_options else {key: options[key] for key in counts})
+                    group.update(
+                        options if self.takes_options else {key: options[key] for key in counts if key in options}
+                    )
                     self._check_options(group, source)
         names = matching.saved.own_names
         if names and None not in matching.sources and all("param_names" in group for group in saved_groups):
