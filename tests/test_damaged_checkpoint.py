@@ -12,6 +12,7 @@ from cases import CASES, Case, assert_unmoved, give_grads, leaves, params_of, sn
 from torch import Tensor
 
 from descend import ASGD, LBFGS, SGD, Adam, AdamW, AdamWScheduleFree, NAdam, Newton, Rprop, from_rule
+from descend.checkpoint import number_of
 
 SHAPES = [(3, 2), (2,)]
 Path = tuple[Any, ...]
@@ -138,10 +139,10 @@ DAMAGES: list[tuple[Path, Any, str]] = [
     (BUFFER, torch.zeros(3, 2).to_mkldnn(), "must be a dense tensor"),
     (BUFFER, torch.zeros(3, 2, device="meta"), "has no values"),
     (BUFFER, freed, "has no values"),
-    ((*STATE, "step"), freed, "memory of a tensor has been freed"),
-    ((*GROUP, "lr"), freed, "memory of a tensor has been freed"),
-    ((*GROUP, "mine"), [freed], "memory of a tensor has been freed"),
-    (("state", "all"), {"mine": freed}, "memory of a tensor has been freed"),
+    ((*STATE, "step"), freed, r"cannot be copied: the memory of a tensor has been freed[.]$"),
+    ((*GROUP, "lr"), freed, r"cannot be copied: the memory of a tensor has been freed[.]$"),
+    ((*GROUP, "mine"), [freed], r"cannot be copied: the memory of a tensor has been freed[.]$"),
+    (("state", "all"), {"mine": freed}, r"cannot be copied: the memory of a tensor has been freed[.]$"),
     ((*STATE, "mine"), torch.zeros(3, device="meta"), "has no values"),
     ((*STATE, "mine"), [torch.zeros(3, device="meta")], "cannot be copied"),
 ]
@@ -199,6 +200,39 @@ def test_not_strict_leaves_the_state_of_another_optimizer_aside() -> None:
     extra = optimizer.state_dict()
     extra["state"][7] = {"step": 1}
     assert optimizer.load_state_dict(extra, strict=False) == ([], ["state[7]"])
+
+
+@pytest.mark.parametrize(
+    ("value", "is_count", "message"),
+    [
+        (-1.0, True, "it must be a number >= 0, got -1.0."),
+        (NAN, False, "it must be a number, got nan."),
+        (torch.tensor(float("inf")), False, "it must be a number, got inf."),
+        ("1", False, "it must be a number, got '1'."),
+    ],
+)
+def test_what_is_no_number_is_named(value: Any, is_count: bool, message: str) -> None:
+    with pytest.raises(ValueError) as caught:  # noqa: PT011
+        number_of(value, "it", is_count)
+    assert str(caught.value) == message
+    assert number_of(-1.0, "it") == -1.0
+
+
+def test_damaged_numbers_of_a_state_are_named() -> None:
+    saved = stepped(NAdam).state_dict()
+    saved["state"][0]["mu_product"] = None
+    stepped(NAdam, seed=1).load_state_dict(saved)  # made anew
+    saved["state"][0]["mu_product"] = "x"
+    with pytest.raises(ValueError, match=r"NAdam: the loaded mu_product of param_groups.* must be a number, got 'x'"):
+        stepped(NAdam, seed=1).load_state_dict(saved)
+
+
+def test_options_of_a_rule_that_are_no_numbers_are_refused() -> None:
+    kind = from_rule(lambda p, g, lr, rate: p - lr * rate * g, "Rule", rate=0.5)
+    saved = stepped(kind).state_dict()
+    saved["param_groups"][0]["rate"] = None
+    with pytest.raises(ValueError, match="Rule: the options of group 0 of the loaded state dict cannot be used"):
+        stepped(kind, seed=1).load_state_dict(saved)
 
 
 # Everything, everywhere.

@@ -40,7 +40,7 @@ def restore(
     who = type(optimizer).__name__
     if not isinstance(state_dict, Mapping):
         raise TypeError(f"{who}: load_state_dict takes a dictionary, got {type(state_dict).__name__}.")
-    state_dict = state_dict.copy() if hasattr(state_dict, "copy") else {**state_dict}
+    state_dict = {**state_dict}
     for pre_hook in optimizer._optimizer_load_state_dict_pre_hooks.values():
         replaced = pre_hook(optimizer, state_dict)
         if replaced is not None:
@@ -57,7 +57,7 @@ def restore(
 
 def set_state(optimizer: Optimizer, state: Mapping[str, Any]) -> None:
     """Torch's ``__setstate__``, without the ``differentiable`` that it adds to the defaults of every class."""
-    has_flag = "differentiable" in state.get("defaults", optimizer.__dict__.get("defaults", {}))
+    has_flag = "differentiable" in {**optimizer.__dict__, **state}["defaults"]
     Optimizer.__setstate__(optimizer, {**state})
     if not has_flag:
         del optimizer.defaults["differentiable"]
