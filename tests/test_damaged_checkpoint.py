@@ -227,6 +227,15 @@ def test_damaged_numbers_of_a_state_are_named() -> None:
         stepped(NAdam, seed=1).load_state_dict(saved)
 
 
+def test_an_empty_state_is_that_of_a_parameter_that_has_not_stepped() -> None:
+    saved = stepped(Adam).state_dict()
+    saved["state"][0] = {}
+    optimizer = stepped(Adam, seed=1)
+    optimizer.load_state_dict(saved)
+    step(optimizer, 2)
+    assert [int(state["step"]) for state in optimizer.state_dict()["state"].values()] == [1, 2]
+
+
 def test_options_of_a_rule_that_are_no_numbers_are_refused() -> None:
     kind = from_rule(lambda p, g, lr, rate: p - lr * rate * g, "Rule", rate=0.5)
     saved = stepped(kind).state_dict()
