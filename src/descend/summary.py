@@ -42,6 +42,7 @@ def summarize(self: FirstOrder, file: TextIO | None = None) -> tuple[Row, ...]:
     Returns:
         The rows of the table.
     Example:
+        >>> import torch
         >>> from descend import AdamW
         >>> rows = AdamW(torch.nn.Linear(2, 3), groups=[("bias", dict(weight_decay=0))]).summary()
         group  pattern  parameters  numbers  state  options that differ
