@@ -183,6 +183,18 @@ def test_torch_says_the_same_where_it_checks(
         assert "nan" in message  # what torch lets through
 
 
+@pytest.mark.parametrize("optimizer_class", sorted({bad[0] for bad in [*BAD_OPTIONS, *OF_ANOTHER_KIND]}, key=str))
+def test_a_subclass_with_its_own_constructor_is_checked_alike(optimizer_class: Any) -> None:
+    class Mine(optimizer_class):
+        def __init__(self, params: Any, **options: Any) -> None:
+            super().__init__(params, **options)
+
+    Mine(leaves([(3,)]))
+    for kind, options, message in OF_ANOTHER_KIND:
+        if kind is optimizer_class:
+            assert_refused(ValueError, message, lambda options=options: Mine(leaves([(3,)]), **options))
+
+
 @pytest.mark.parametrize(("optimizer_class", "options"), NO_PAIRS, ids=str)
 def test_what_is_no_pair_of_numbers_is_refused(optimizer_class: type[FirstOrder], options: dict[str, Any]) -> None:
     (name,) = options

@@ -35,8 +35,9 @@ def check_kind(optimizer: Optimizer, options: Mapping[str, Any], name: str) -> N
 
 
 @lru_cache(maxsize=256)
-def _defaults(kind: Callable[..., Any]) -> dict[str, Any]:
-    parameters = inspect.signature(kind).parameters.values()
+def _defaults(kind: Any) -> dict[str, Any]:
+    """Of all constructors of a class: a subclass may take ``**options`` and pass them on."""
+    parameters = [each for base in kind.__mro__ for each in inspect.signature(base.__init__).parameters.values()]
     return {each.name: each.default for each in parameters if isinstance(each.default, bool | int | float | tuple)}
 
 

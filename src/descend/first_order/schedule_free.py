@@ -64,6 +64,7 @@ class AdamWScheduleFree(FirstOrder):
 
     rule = staticmethod(rules.schedule_free_adamw)
     counts_steps = False  # groups do, as in the original: one average for all of their parameters
+    counts = ("k", "train_mode", "weight_sum", "lr_max", "scheduled_lr")
 
     def __init__(
         self,
@@ -97,8 +98,6 @@ class AdamWScheduleFree(FirstOrder):
             "maximize": maximize,
         }
         super().__init__(params, defaults, **options)
-
-    counts = ("k", "train_mode", "weight_sum", "lr_max", "scheduled_lr")
 
     def train(self) -> None:
         """Make the parameters y, where gradients are taken. Without effect in train mode."""
