@@ -50,8 +50,8 @@ from step import environment, print_row
 from torch import Tensor
 
 import descend
-from descend.kernels import threads
-from descend.kernels.memory import intrinsic, load_int, prefetcher, take
+from descend.backends.cpu import threads
+from descend.backends.cpu.intrinsics import intrinsic, load_int, prefetcher, take
 
 TOUCHED, EXACT, TORCH, DENSE, FLOOR = "touched", "exact", "torch", "dense", "floor"
 CONTENDERS = (TOUCHED, EXACT, TORCH, DENSE, FLOOR)

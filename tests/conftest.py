@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from descend.kernels import probe
+from descend.backends.cpu import probe
 
 
 @pytest.fixture(autouse=True)

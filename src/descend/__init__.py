@@ -14,25 +14,25 @@ optim`` will do where ``from torch import optim`` did.
 
 from torch.optim import Adafactor, Muon, Optimizer, lr_scheduler, swa_utils
 
-from descend.clip import clip_grad_norm_, clip_grad_value_, clip_grads_with_norm_, get_total_norm
+from descend.backends.cpu.library import RuleError
+from descend.checkpoint.matching import IncompatibleKeys
+from descend.core.groups import no_decay
 from descend.first_order.adam import Adam, AdamW
 from descend.first_order.adam_variants import Adamax, NAdam, RAdam
+from descend.first_order.from_rule import from_rule
+from descend.first_order.optimizer import FirstOrder
 from descend.first_order.schedule_free import AdamWScheduleFree
 from descend.first_order.sgd import ASGD, SGD
 from descend.first_order.signs import Lion, Rprop
 from descend.first_order.sparse_adam import SparseAdam
 from descend.first_order.squares import Adadelta, Adagrad, RMSprop
-from descend.from_rule import from_rule
-from descend.groups import no_decay
-from descend.in_backward import in_backward
-from descend.kernels.library import RuleError
-from descend.matching import IncompatibleKeys
-from descend.optimizer import FirstOrder
+from descend.norms.clip import clip_grad_norm_, clip_grad_value_, clip_grads_with_norm_, get_total_norm
 from descend.second_order.lbfgs import LBFGS
 from descend.second_order.minimize import minimize
 from descend.second_order.newton import Newton
 from descend.second_order.result import Progress, Result, Status
-from descend.step import warmup
+from descend.step.in_backward import in_backward
+from descend.step.take import warmup
 
 __version__ = "0.1.0"
 

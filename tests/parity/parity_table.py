@@ -14,7 +14,7 @@ from measure import KINDS, START, Item, describe, same, signature_of
 from torch.optim import Optimizer
 
 import descend
-from descend.optimizer import Options
+from descend.first_order.optimizer import Options
 
 PAGE = Path(__file__).parents[2] / "docs" / "parity.md"
 FUNCTIONS = ("clip_grad_norm_", "clip_grad_value_", "clip_grads_with_norm_", "get_total_norm")

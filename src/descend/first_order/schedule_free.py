@@ -8,14 +8,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from descend import rules
-from descend.checks import check_adam, check_values
-from descend.optimizer import FirstOrder, Options
-from descend.state import state_tensors
+from descend.core.checks import check_adam, check_values
+from descend.first_order.optimizer import FirstOrder, Options
+from descend.state.container import state_tensors
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
-    from descend.groups import ParamsT
+    from descend.core.groups import ParamsT
 
 
 class AdamWScheduleFree(FirstOrder):

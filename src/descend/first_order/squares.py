@@ -8,13 +8,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from descend import rules
-from descend.checks import check_at_least_zero, check_eps, check_flags, check_lr, check_values
-from descend.optimizer import FirstOrder, Options
+from descend.core.checks import check_at_least_zero, check_eps, check_flags, check_lr, check_values
+from descend.first_order.optimizer import FirstOrder, Options
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
-    from descend.groups import ParamsT
+    from descend.core.groups import ParamsT
 
 
 class Adagrad(FirstOrder):

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import torch
 from torch import Tensor
 
-from descend.checkpoint import copied, number_of, options_of, restore, unusable_is_value_error
-from descend.matching import Listing, Matching, check_choices
+from descend.checkpoint.matching import Listing, Matching, check_choices
+from descend.checkpoint.reading import copied, number_of, options_of, restore, unusable_is_value_error
 from descend.second_order.parameters import FlatParameters
 
 if TYPE_CHECKING:

@@ -14,9 +14,9 @@ from torch import Tensor
 from torch._compile import _disable_dynamo
 from torch.optim import Optimizer
 
-from descend.checkpoint import set_state
-from descend.checks import check_at_least_zero
-from descend.groups import named
+from descend.checkpoint.reading import set_state
+from descend.core.checks import check_at_least_zero
+from descend.core.groups import named
 from descend.second_order import flat_checkpoint
 from descend.second_order.modern_lbfgs import modern_step
 from descend.second_order.objective import Point
@@ -26,7 +26,7 @@ from descend.second_order.result import MESSAGES, Iteration, Result, Status
 from descend.second_order.torch_lbfgs import Memory, Options, TorchSteps, check
 
 if TYPE_CHECKING:
-    from descend.groups import ParamsT
+    from descend.core.groups import ParamsT
 
 CHECKS = 10  # steps whose first evaluation is compared with the one before; what is random differs soon
 STILL = "lr is 0, so that nothing moves."

@@ -10,9 +10,9 @@ import torch
 from torch._compile import _disable_dynamo
 from torch.optim import Optimizer
 
-from descend.checkpoint import set_state
-from descend.checks import check_at_least_zero
-from descend.groups import named
+from descend.checkpoint.reading import set_state
+from descend.core.checks import check_at_least_zero
+from descend.core.groups import named
 from descend.second_order import flat_checkpoint
 from descend.second_order.directions import CompactInverse
 from descend.second_order.newton_descent import PAIRS, Conjugate, Dense, Method, trust_region
@@ -23,7 +23,7 @@ from descend.second_order.result import MESSAGES, Result
 from descend.second_order.run import Run
 
 if TYPE_CHECKING:
-    from descend.groups import ParamsT
+    from descend.core.groups import ParamsT
 
 SOLVERS = ("auto", "cholesky", "cg")
 MOST_DENSE = 200  # parameters up to which "auto" takes the dense Hessian: beyond, it costs many times the time

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from descend.checks import check_at_least_zero, check_lr
+from descend.core.checks import check_at_least_zero, check_lr
 from descend.second_order.parameters import ClosureFunction, Evaluation, FlatParameters, largest
 from descend.second_order.result import Iteration, Status
 from descend.second_order.torch_line_search import Scalar, Trial, strong_wolfe

@@ -1,0 +1,177 @@
+"""Tables for one kernel call: which memory, cut into which chunks, with which numbers."""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from descend.backends.cpu import library, object_files, threads
+
+# Elements in a chunk: small enough to share the work evenly, large enough that taking one costs nothing. Norms are
+# summed chunk by chunk, so this number, not the number of threads, decides their last bits.
+CHUNK = 16_384
+
+NUMPY = {torch.float32: np.float32, torch.float64: np.float64}
+
+
+class Call:
+    """The numbers that a compiled loop over chunks takes, see ``cpu``."""
+
+    def __init__(self) -> None:
+        self._call = array("q", bytes(56))
+        self._address = self._call.buffer_info()[0]
+        self._held: dict[int, np.ndarray] = {}
+        self._elements = 0
+        self._sums: np.ndarray | None = None
+
+    def describe(
+        self, chunks: np.ndarray, count: int, addresses: np.ndarray, scalars: np.ndarray, elements: int
+    ) -> None:
+        """Say what the next calls work on: the first ``count`` rows of ``chunks``, ``elements`` numbers in all."""
+        self._elements = elements
+        self._call[1], self._call[4] = count, max(1, count // 64)
+        for position, table in ((0, chunks), (2, addresses), (3, scalars)):
+            if self._held.get(position) is not table:  # asking an array for its address takes a microsecond
+                self._held[position] = table
+                self._call[position] = table.ctypes.data
+
+    def run(self, kernel: int) -> None:
+        """Call a compiled loop."""
+        self._call[5] = 0
+        threads.run(kernel, self._address, self._elements)
+
+    def sum_of_squares(self, column: int, dtype: torch.dtype) -> float:
+        """Of one column of the address table, in float64, over fixed chunks in a fixed order."""
+        addresses = self._held[2]
+        if self._sums is None or len(self._sums) < self._call[1]:
+            self._sums = np.zeros(self._call[1])
+        self._call[6] = self._sums.ctypes.data
+        self.run(library.sums_of_squares(dtype, column, addresses.shape[1]))
+        return float(self._sums[: self._call[1]].sum())
+
+
+class Table(Call):
+    """Tensors of equal dtypes, a row each: where they are, and the chunks they are cut into.
+
+    Args:
+        columns: the tensors, column by column; at least one column, each of one dtype, all of equal shapes per row.
+        width: number of columns, later ones being filled in by the caller.
+        rows: for each row of tensors, its row in the scalars table.
+        scalars: the scalars table.
+    """
+
+    def __init__(
+        self,
+        columns: Sequence[Sequence[Tensor]],
+        width: int,
+        rows: Sequence[int] | np.ndarray,
+        scalars: np.ndarray,
+    ) -> None:
+        super().__init__()
+        self.addresses = np.zeros((len(rows), width), np.int64)
+        for column, tensors in enumerate(columns):
+            self.addresses[:, column] = [tensor.data_ptr() for tensor in tensors]
+        self._sizes = np.array([tensor.numel() for tensor in columns[0]], np.int64)
+        self.scalars = scalars
+        chunks = chunk_table(self._sizes, np.asarray(rows, np.int64))
+        self.describe(chunks, len(chunks), self.addresses, scalars, int(self._sizes.sum()))
+
+
+class Launch(Table):
+    """One kernel call for all parameters that share a rule and dtypes.
+
+    Args:
+        rule: the function to apply.
+        numbers: how many numbers it takes.
+        dtypes: of the parameter, the gradient and the state tensors.
+        params: the parameters.
+        grads: their gradients, in the parameters' layout.
+        rows: for each parameter, its row in the scalars table.
+    """
+
+    def __init__(
+        self,
+        rule: Any,
+        numbers: int,
+        dtypes: tuple[torch.dtype, ...],
+        params: Sequence[Tensor],
+        grads: Sequence[Tensor],
+        rows: Sequence[int] | np.ndarray,
+    ) -> None:
+        compute = torch.float64 if torch.float64 in dtypes else torch.float32
+        scalars = np.zeros((max(rows) + 1, numbers + 1), NUMPY[compute])
+        super().__init__([params, grads], len(dtypes), rows, scalars)
+        self._update = library.update(rule, numbers, dtypes, compute)
+        self._dtypes = dtypes
+
+    def set_state(self, tensors: Sequence[Sequence[Tensor]]) -> None:
+        """Take the addresses of the state tensors, one sequence a parameter."""
+        for row, state in zip(self.addresses, tensors, strict=True):
+            row[2:] = [tensor.data_ptr() for tensor in state]
+
+    def written(self) -> np.ndarray:
+        """First and last addresses (exclusive) of all that an update writes, shape (n, 2)."""
+        columns = [column for column in range(len(self._dtypes)) if column != 1]
+        starts = self.addresses[:, columns]
+        ends = starts + self._sizes[:, None] * np.array([self._dtypes[column].itemsize for column in columns])
+        spans = np.stack([starts.ravel(), ends.ravel()], axis=1)
+        return spans[spans[:, 0] < spans[:, 1]]
+
+    def update(self) -> None:
+        """Apply the rule to everything."""
+        self.run(self._update)
+
+    def grad_sum_of_squares(self) -> float:
+        """Of all gradients."""
+        return self.sum_of_squares(1, self._dtypes[1])
+
+
+class StoredNumbers:
+    """Numbers of many parameters, step counts for example, in a 0-dim tensor each: checked and set together."""
+
+    def __init__(self, tensors: Sequence[Tensor]) -> None:
+        self._calls = []
+        for dtype in {tensor.dtype for tensor in tensors}:
+            places = np.array([place for place, tensor in enumerate(tensors) if tensor.dtype == dtype])
+            table = np.array([tensors[place].data_ptr() for place in places], np.int64)
+            expected = np.array([tensors[place].item() for place in places])
+            call = np.array([table.ctypes.data, expected.ctypes.data, len(table), 0, 0], np.int64)
+            self._calls.append((library.stored_numbers(dtype), call.ctypes.data, call, expected, places, table))
+
+    def advance(self) -> None:
+        """Add one to each."""
+        for kernel, address, call, *_ in self._calls:
+            call[3] = 1
+            object_files.call(kernel, address)
+
+    def write(self, numbers: np.ndarray) -> None:
+        """Set them, in the order of the tensors."""
+        for kernel, address, call, expected, places, _ in self._calls:
+            expected[:] = numbers[places]
+            call[3] = 2
+            object_files.call(kernel, address)
+
+    def unchanged(self) -> bool:
+        """Whether nobody else has written any of them."""
+        for kernel, address, call, *_ in self._calls:
+            call[3] = call[4] = 0
+            object_files.call(kernel, address)
+            if not call[4]:
+                return False
+        return True
+
+
+def chunk_table(sizes: np.ndarray, rows: np.ndarray) -> np.ndarray:
+    """Chunks of tensors of these sizes, with each tensor's row of scalars."""
+    counts = -(-sizes // CHUNK)
+    tensor = np.repeat(np.arange(len(sizes)), counts)
+    first = np.cumsum(counts) - counts
+    offset = (np.arange(counts.sum()) - first[tensor]) * CHUNK
+    length = np.minimum(sizes[tensor] - offset, CHUNK)
+    once = np.ones_like(tensor)
+    return np.ascontiguousarray(np.stack([tensor, offset, offset, length, rows[tensor], once], axis=1))

@@ -1,0 +1,123 @@
+"""Addresses of compiled functions, each compiled at most once per machine; Numba is imported only to compile."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from functools import cache
+from importlib.resources import files
+from types import FunctionType
+
+import torch
+
+from descend import ops
+from descend.backends.cpu import object_files
+from descend.backends.retarget import fingerprint
+
+_OPS = {getattr(ops, name): name for name in ops.__all__}
+
+
+class RuleError(TypeError):
+    """A rule that a backend cannot compile; the message says why and where."""
+
+
+@cache
+def update(rule: FunctionType, numbers: int, dtypes: tuple[torch.dtype, ...], compute: torch.dtype) -> int:
+    """The loop that applies ``rule`` to the chunks of tensors of ``dtypes`` (parameter, gradient, state)."""
+    try:
+        key = f"update|{_sources()}|{fingerprint(rule, _OPS)}|{numbers}|{dtypes}|{compute}"
+    except RecursionError as error:
+        raise RuleError(_explain(rule, TypeError("its helpers call each other in a circle"))) from error
+
+    def compile_update() -> str:
+        from descend.backends.cpu import kernels
+
+        try:
+            return kernels.update_kernel(rule, numbers, dtypes, compute)
+        except Exception as error:  # Numba raises many kinds, all of them about the rule
+            raise RuleError(_explain(rule, error)) from error
+
+    return object_files.load(rule.__name__.strip("<>"), key, compile_update)
+
+
+@cache
+def sums_of_squares(dtype: torch.dtype, column: int, columns: int) -> int:
+    """The loop that sums the squares of each chunk of the tensors in one column of the address table."""
+
+    def compile_norm() -> str:
+        from descend.backends.cpu import kernels
+
+        return kernels.norm_kernel(dtype, column, columns)
+
+    return object_files.load("norm", f"norm|{_sources()}|{dtype}|{column}|{columns}", compile_norm)
+
+
+@cache
+def stored_numbers(dtype: torch.dtype) -> int:
+    """The loop that checks or sets numbers of ``dtype`` in tensors of their own."""
+
+    def compile_stored_numbers() -> str:
+        from descend.backends.cpu import kernels
+
+        return kernels.stored_numbers_kernel(dtype)
+
+    return object_files.load("stored_numbers", f"stored_numbers|{_sources()}|{dtype}", compile_stored_numbers)
+
+
+@cache
+def probe() -> int:
+    """The loop behind ``probe.NativeProbe``."""
+
+    def compile_probe() -> str:
+        from descend.backends.cpu import probe_kernel
+
+        return probe_kernel.probe_kernel()
+
+    return object_files.load("probe", f"probe|{_sources()}", compile_probe)
+
+
+@cache
+def rows(name: str, *dtypes: torch.dtype) -> int:
+    """A loop of ``rows_kernel`` by name: touched, sums, stale or mark."""
+
+    def compile_rows() -> str:
+        from descend.backends.cpu import rows_kernel
+
+        return str(getattr(rows_kernel, f"{name}_kernel")(*dtypes))
+
+    return object_files.load(f"rows_{name}", f"rows|{name}|{_sources()}|{dtypes}", compile_rows)
+
+
+@cache
+def loop(function: FunctionType, arrays: int) -> int:
+    """A plain function of so many float64 arrays, see ``loops``."""
+
+    def compile_loop() -> str:
+        from descend.backends.cpu import kernels
+
+        return kernels.loop_kernel(function, arrays)
+
+    key = f"loop|{_sources()}|{fingerprint(function, _OPS)}|{arrays}"
+    return object_files.load(function.__name__.strip("_"), key, compile_loop)
+
+
+@cache
+def _sources() -> str:
+    """A digest of the code that writes kernels: editing it makes every kernel new."""
+    folder = files("descend.backends")
+    names = ("cpu/intrinsics.py", "cpu/kernels.py", "cpu/probe_kernel.py", "cpu/rows_kernel.py", "retarget.py")
+    texts = [folder.joinpath(name).read_bytes() for name in names]
+    return hashlib.sha256(b"".join(texts)).hexdigest()
+
+
+def _explain(rule: FunctionType, error: Exception) -> str:
+    text = str(error)
+    lines = re.findall(r'File "([^"]*)", line (\d+)', text)
+    file, line = lines[0] if lines else (rule.__code__.co_filename, rule.__code__.co_firstlineno)
+    said = [line for line in text.splitlines() if line.strip() and not line.startswith("Failed in nopython mode")]
+    return (
+        f"the rule {rule.__name__} cannot be compiled for the CPU ({file}, line {line}): "
+        f"{said[0] if said else repr(error)}\n"
+        "A rule may use arithmetic, comparisons, the functions of descend.ops imported by name, and helpers made of "
+        "these. To run it as it is on tensors, pass backend='eager'."
+    )

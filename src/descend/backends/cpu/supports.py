@@ -1,0 +1,65 @@
+"""Which tensors the compiled CPU backend can take, and why not the others."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from descend.core.memory import PLAIN
+
+_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+def why_not_cpu(param: Tensor, grad: Tensor | None, state: Sequence[tuple[str, Tensor]]) -> str | None:
+    """Why the compiled CPU backend cannot run this parameter; None if it can."""
+    if reason := _unsuitable(param):
+        return reason
+    if not _is_dense(param):
+        return f"not dense in memory (stride {param.stride()})"
+    for name, tensor in state if grad is None else (("gradient", grad), *state):
+        if reason := _unsuitable(tensor):
+            return f"{name}: {reason}"
+        if tensor.shape != param.shape or not _same_order(tensor, param):
+            return f"{name}: shape {tuple(tensor.shape)} stride {tensor.stride()} differs from the parameter's"
+    return None
+
+
+def why_not_rows(param: Tensor, state: Sequence[tuple[str, Tensor]]) -> str | None:
+    """Why the compiled CPU backend cannot run single rows of this parameter; None if it can."""
+    for _, tensor in (("", param), *state):
+        if not tensor.is_contiguous():
+            return f"rows that are not contiguous (stride {tensor.stride()})"
+    return why_not_cpu(param, None, state)
+
+
+def _unsuitable(tensor: Tensor) -> str | None:
+    if type(tensor) not in PLAIN:
+        return f"a {type(tensor).__name__}"
+    if not tensor.is_cpu:
+        return f"on {tensor.device}"
+    if tensor.layout is not torch.strided:
+        return f"layout {tensor.layout}"
+    if tensor.dtype not in _DTYPES:
+        return f"dtype {tensor.dtype}"
+    return "an inference tensor or a lazy negation" if tensor.is_inference() or tensor.is_neg() else None
+
+
+def _same_order(a: Tensor, b: Tensor) -> bool:
+    """Whether equal offsets in memory are equal elements."""
+    if a.stride() == b.stride() or (a.is_contiguous() and b.is_contiguous()):
+        return True
+    return all(s == t for size, s, t in zip(a.shape, a.stride(), b.stride(), strict=True) if size > 1)
+
+
+def _is_dense(tensor: Tensor) -> bool:
+    """Whether the tensor's elements fill one block of memory, each place once."""
+    if tensor.is_contiguous():
+        return True
+    expected = 1
+    for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
+        if size > 1 and stride != expected:
+            return False
+        expected *= size
+    return True

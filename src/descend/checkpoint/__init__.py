@@ -1,0 +1,1 @@
+"""State dictionaries: matched, checked, loaded."""

@@ -1,0 +1,140 @@
+"""Loading state dictionaries of any optimizer: validated as a whole, copied, and only then put in place."""
+
+from __future__ import annotations
+
+import copy
+import sys
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from numbers import Real
+from typing import Any
+
+from torch import Tensor
+from torch.optim import Optimizer
+
+from descend.checkpoint.matching import listed
+from descend.core import memory
+
+# How to run is the running program's business, not the file's.
+_RUN_TIME = ("foreach", "fused", "capturable", "differentiable")
+_NOT_OPTIONS = ("params", "param_names")
+
+Groups = list[dict[str, Any]]
+States = defaultdict[Any, dict[str, Any]]
+
+
+def restore(
+    optimizer: Any, state_dict: Mapping[str, Any], read: Callable[[Mapping[str, Any]], tuple[Groups, States]]
+) -> None:
+    """Run the hooks around loading, and change the optimizer only after everything has been read and checked.
+
+    Args:
+        optimizer: any.
+        state_dict: what its hooks get.
+        read: makes groups and state of what the hooks give; its form has been checked, nothing else.
+    Raises:
+        TypeError: if it is no dictionary.
+        ValueError: if it is no state dictionary.
+    """
+    who = type(optimizer).__name__
+    if not isinstance(state_dict, Mapping):
+        raise TypeError(f"{who}: load_state_dict takes a dictionary, got {type(state_dict).__name__}.")
+    state_dict = {**state_dict}
+    for pre_hook in optimizer._optimizer_load_state_dict_pre_hooks.values():
+        replaced = pre_hook(optimizer, state_dict)
+        if replaced is not None:
+            state_dict = replaced
+    _check_form(who, state_dict)
+    try:
+        groups, state = read(state_dict)
+    except RuntimeError as error:  # torch's, of a tensor without values, say
+        raise ValueError(f"{who}: the loaded state dict cannot be copied: {error}") from error
+    optimizer.__setstate__({"state": state, "param_groups": groups})
+    for post_hook in optimizer._optimizer_load_state_dict_post_hooks.values():
+        post_hook(optimizer)
+
+
+def set_state(optimizer: Optimizer, state: Mapping[str, Any]) -> None:
+    """Torch's ``__setstate__``, without the ``differentiable`` that it adds to the defaults of every class."""
+    has_flag = "differentiable" in {**optimizer.__dict__, **state}["defaults"]
+    Optimizer.__setstate__(optimizer, {**state})
+    if not has_flag:
+        del optimizer.defaults["differentiable"]
+
+
+def copied(value: Any, convert: Callable[[Tensor], Tensor]) -> Any:
+    """A copy that shares nothing: tensors as ``convert`` makes them, in whatever lists and dicts they are."""
+    if isinstance(value, Tensor):
+        if memory.is_freed(value):
+            raise RuntimeError("the memory of a tensor has been freed.")
+        return convert(value)
+    if type(value) in (list, tuple):
+        return type(value)(copied(entry, convert) for entry in value)
+    if isinstance(value, Mapping):
+        return {key: copied(entry, convert) for key, entry in value.items()}
+    return copy.deepcopy(value)
+
+
+def cloned(tensor: Tensor) -> Tensor:
+    """A leaf with the same values."""
+    return tensor.detach().clone().requires_grad_(tensor.requires_grad)
+
+
+def options_of(saved: Mapping[str, Any]) -> dict[str, Any]:
+    """Copies of a saved group's options, but not of how to run."""
+    return {name: copied(value, cloned) for name, value in saved.items() if name not in (*_NOT_OPTIONS, *_RUN_TIME)}
+
+
+@contextmanager
+def unusable_is_value_error(who: str, group: int) -> Iterator[None]:
+    """Whatever goes wrong while options are tried is a ``ValueError``."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"{error} (group {group} of the loaded state dict)") from None
+    except Exception as error:  # what arithmetic says to strings, None and tensors
+        raise ValueError(
+            f"{who}: the options of group {group} of the loaded state dict cannot be used: {error}"
+        ) from error
+
+
+def number_of(value: Any, what: str, is_count: bool = False) -> Any:
+    """A copy of a finite number, as it is or in a tensor of one element, which then is on the CPU; a count is >= 0."""
+    number = value
+    if isinstance(value, Tensor):
+        is_one = value.numel() == 1 and not value.is_meta
+        value = copied(value, lambda tensor: tensor.detach().clone().cpu()) if is_one else value
+        number = value.item() if is_one else f"a tensor of shape {tuple(value.shape)}"
+    is_number = isinstance(number, Real) and not isinstance(number, bool)
+    if not is_number or not abs(number) <= sys.float_info.max or (is_count and number < 0):
+        raise ValueError(f"{what} must be a number{' >= 0' if is_count else ''}, got {number!r:.40}.")
+    return value
+
+
+def _check_form(who: str, state_dict: Any) -> None:
+    if not isinstance(state_dict, Mapping):
+        raise TypeError(f"{who}: a hook replaced the state dict by a {type(state_dict).__name__}.")
+    if missing := sorted({"state", "param_groups"} - set(state_dict)):
+        raise ValueError(f"{who}: a state dict has 'state' and 'param_groups', this one lacks {listed(missing)}.")
+    state, groups = state_dict["state"], state_dict["param_groups"]
+    if not isinstance(groups, list | tuple):
+        raise ValueError(f"{who}: param_groups of a state dict is a list, got {type(groups).__name__}.")
+    for index, group in enumerate(groups):
+        params = group.get("params") if isinstance(group, Mapping) else None
+        if not isinstance(params, list | tuple) or not all(isinstance(key, int | str) for key in params):
+            raise ValueError(f"{who}: group {index} of the loaded state dict has no list 'params' of numbers or names.")
+        names = group.get("param_names", params)
+        # Where params are names torch.distributed has made them, and has left these as they were saved.
+        are_keys = all(isinstance(key, str) for key in params)
+        if not are_keys and (not isinstance(names, list | tuple) or len(names) != len(params)):
+            raise ValueError(
+                f"{who}: param_names of group {index} of the loaded state dict must be a list of {len(params)} names, "
+                "one for each of its parameters."
+            )
+    if not isinstance(state, Mapping):
+        raise ValueError(f"{who}: state of a state dict is a dictionary, got {type(state).__name__}.")
+    keys = {key for group in groups for key in group["params"]}
+    for key, content in state.items():
+        if key in keys and not isinstance(content, Mapping):  # what others hold is their business
+            raise ValueError(f"{who}: the loaded state of {key!r} is a {type(content).__name__}, not a dictionary.")

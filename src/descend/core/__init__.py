@@ -1,0 +1,1 @@
+"""What the engine knows of a method: its base class, options, groups, signatures."""

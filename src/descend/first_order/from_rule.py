@@ -1,0 +1,78 @@
+"""A complete optimizer from a plain function."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from descend.core.signature import signature
+from descend.first_order.optimizer import FirstOrder, Options
+
+if TYPE_CHECKING:
+    from descend.core.groups import ParamsT
+
+
+def from_rule(rule: Callable[..., Any], name: str, **defaults: Any) -> type[FirstOrder]:
+    """A complete optimizer class from a rule.
+
+    Args:
+        rule: ``rule(param, grad, *state, *numbers)`` returning the new parameter and the new state, written with
+            arithmetic and the functions of ``descend.ops``. As many arguments after ``grad`` are state as values are
+            returned beyond the parameter; they start as zeros. The others are numbers: options of the optimizer. A
+            number called ``step`` receives the parameter's step count, from 1.
+        name: name of the class. To pickle its optimizers assign it to the same name in the rule's module.
+        defaults: values of the numbers, beside or instead of defaults in the rule's own signature; ``lr`` is 1e-3
+            if nothing else is said.
+    Returns:
+        A subclass of ``FirstOrder``: ``Class(params, lr=..., ..., max_norm=None, nonfinite="step", ...)``.
+    Raises:
+        ValueError: if a number has no default, or has the name of an option that every optimizer has; or if a default
+            belongs to no number.
+    Example:
+        >>> import torch
+        >>> from descend.ops import sign
+        >>> def lion(param, grad, exp_avg, lr, beta1, beta2, weight_decay):
+        ...     update = sign(exp_avg + (1 - beta1) * (grad - exp_avg))
+        ...     exp_avg = exp_avg + (1 - beta2) * (grad - exp_avg)
+        ...     return param - lr * (update + weight_decay * param), exp_avg
+        >>> Lion = from_rule(lion, "Lion", lr=1e-4, beta1=0.9, beta2=0.99, weight_decay=0.0)
+        >>> weight = torch.ones(2, requires_grad=True); weight.sum().backward()
+        >>> Lion([weight], lr=0.1).step()
+        >>> weight
+        tensor([0.9000, 0.9000], requires_grad=True)
+    """
+    takes = signature(rule)
+    options = [number for number in takes.numbers if number != "step"]
+    if taken := {"params", "maximize", *Options.__annotations__}.intersection(options):
+        raise ValueError(f"from_rule: {name} cannot have a number called {sorted(taken)}: every optimizer has one.")
+    values = {"lr": 1e-3, **takes.defaults, **defaults}
+    if unknown := set(defaults) - set(options):
+        raise ValueError(f"from_rule: {name} has the numbers {options}, but defaults came for {sorted(unknown)}.")
+    if missing := [number for number in options if number not in values]:
+        raise ValueError(
+            f"from_rule: {name} needs a default for {missing}: from_rule(rule, {name!r}, {missing[0]}=...)."
+        )
+    group = {number: values[number] for number in options}
+
+    def initialize(self: FirstOrder, params: ParamsT, *args: Any, maximize: bool = False, **given: Any) -> None:
+        if len(args) > len(group):
+            raise TypeError(f"{name} takes at most {len(group)} options by position, got {len(args)}.")
+        positional = dict(zip(group, args, strict=False))
+        if twice := positional.keys() & given.keys():
+            raise TypeError(f"{name} got multiple values for {sorted(twice)}.")
+        chosen = {**group, **positional}
+        chosen.update({key: given.pop(key) for key in list(given) if key in group})
+        if unknown := set(given) - set(Options.__annotations__):
+            raise TypeError(
+                f"{name} has no option {sorted(unknown)}; it takes {[*group, 'maximize', *Options.__annotations__]}."
+            )
+        FirstOrder.__init__(self, params, {**chosen, "maximize": maximize}, **given)
+
+    members = {
+        "__init__": initialize,
+        "__doc__": rule.__doc__,
+        "__module__": rule.__module__,
+        "rule": staticmethod(rule),
+        "counts_steps": "step" in takes.numbers,
+    }
+    return type(name, (FirstOrder,), members)

@@ -1,0 +1,1 @@
+"""Norms over tensors, and clipping as functions."""

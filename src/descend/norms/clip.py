@@ -1,0 +1,228 @@
+"""Norms and clipping as functions: torch's signatures and results, without its overflows.
+
+All norms are summed in float64 over fixed chunks in a fixed order, so that they do not depend on the number of
+threads. In an optimizer's step the same norm is applied inside the update instead, see ``max_norm``.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from descend.backends.cpu import supports
+from descend.backends.cpu.launch import CHUNK, Table
+
+_NO_SCALARS = np.zeros(0)
+
+
+def get_total_norm(
+    tensors: Tensor | Iterable[Tensor],
+    norm_type: float = 2.0,
+    error_if_nonfinite: bool = False,
+    foreach: bool | None = None,
+) -> Tensor:
+    """Norm of all tensors together, as if they were one vector.
+
+    Args:
+        tensors: any number of tensors, of any shapes and devices.
+        norm_type: 1, 2, any other p > 0, or ``inf``. Default: 2.
+        error_if_nonfinite: raise if the norm is NaN or infinite. Default: False.
+        foreach: accepted for compatibility; how it runs is decided here.
+    Returns:
+        The norm; shape (), device of the first tensor, the widest dtype of all, at least float32.
+    Raises:
+        ValueError: if ``norm_type`` is not positive.
+        RuntimeError: if the norm is not finite and ``error_if_nonfinite``.
+    Example:
+        >>> get_total_norm([torch.tensor([3.0]), torch.tensor([[4.0]])])
+        tensor(5.)
+    """
+    tensors = [tensors] if isinstance(tensors, Tensor) else list(tensors)
+    norm_type = float(norm_type)
+    if not norm_type > 0:
+        raise ValueError(f"norm_type must be 1, 2, another p > 0 or inf, got {norm_type}.")
+    if not tensors:
+        return torch.tensor(0.0)
+    dtype = torch.float32
+    for tensor in tensors:
+        dtype = torch.promote_types(dtype, tensor.dtype.to_real())
+    total = torch.as_tensor(norm(tensors, norm_type), dtype=dtype, device=tensors[0].device)
+    if error_if_nonfinite and not torch.isfinite(total):
+        raise RuntimeError(
+            f"The total norm of order {norm_type} for gradients from `parameters` is non-finite ({total.item()}), "
+            "so it cannot be clipped. Look for the cause, or pass `error_if_nonfinite=False` to clip anyway."
+        )
+    return total
+
+
+def clip_grads_with_norm_(
+    parameters: Tensor | Iterable[Tensor], max_norm: float, total_norm: Tensor, foreach: bool | None = None
+) -> None:
+    """Scale gradients in place by ``min(1, max_norm / (total_norm + 1e-6))``; a NaN norm makes them NaN.
+
+    Args:
+        parameters: parameters whose ``.grad`` is scaled; those without one are skipped.
+        max_norm: largest allowed norm, >= 0, in the units of the gradient.
+        total_norm: the norm, as ``get_total_norm`` gives it.
+        foreach: accepted for compatibility; how it runs is decided here.
+    Raises:
+        ValueError: if ``max_norm`` is negative or NaN.
+    Example:
+        >>> weight = torch.zeros(2, requires_grad=True); weight.grad = torch.tensor([3.0, 4.0])
+        >>> clip_grads_with_norm_(weight, max_norm=1.0, total_norm=torch.tensor(10.0))
+        >>> weight.grad
+        tensor([0.3000, 0.4000])
+    """
+    max_norm = _not_negative("max_norm", max_norm)
+    coefficient = (max_norm / (total_norm.double() + 1e-6)).clamp(max=1.0)
+    _scale(_grads(parameters), coefficient)
+
+
+def clip_grad_norm_(
+    parameters: Tensor | Iterable[Tensor],
+    max_norm: float,
+    norm_type: float = 2.0,
+    error_if_nonfinite: bool = False,
+    foreach: bool | None = None,
+) -> Tensor:
+    """Scale gradients in place so that their joint norm is at most ``max_norm``.
+
+    Args:
+        parameters: parameters whose ``.grad`` is scaled; those without one are skipped.
+        max_norm: largest allowed norm, >= 0, in the units of the gradient.
+        norm_type: 1, 2, any other p > 0, or ``inf``. Default: 2.
+        error_if_nonfinite: raise, before anything is scaled, if the norm is NaN or infinite. Default: False.
+        foreach: accepted for compatibility; how it runs is decided here.
+    Returns:
+        Norm before clipping; shape (), device of the gradients, their widest dtype, at least float32.
+    Raises:
+        ValueError: if ``max_norm`` is negative or NaN, or ``norm_type`` is not positive.
+        RuntimeError: if the norm is not finite and ``error_if_nonfinite``.
+    Example:
+        >>> weight = torch.zeros(2, requires_grad=True); weight.grad = torch.tensor([3.0, 4.0])
+        >>> clip_grad_norm_([weight], max_norm=1.0)
+        tensor(5.)
+
+    Source: Pascanu et al. 2013, https://arxiv.org/abs/1211.5063
+    """
+    max_norm = _not_negative("max_norm", max_norm)
+    parameters = [parameters] if isinstance(parameters, Tensor) else list(parameters)
+    total_norm = get_total_norm(_grads(parameters), norm_type, error_if_nonfinite)
+    clip_grads_with_norm_(parameters, max_norm, total_norm)
+    return total_norm
+
+
+def clip_grad_value_(parameters: Tensor | Iterable[Tensor], clip_value: float, foreach: bool | None = None) -> None:
+    """Limit every element of the gradients, in place, to [-clip_value, clip_value].
+
+    Args:
+        parameters: parameters whose ``.grad`` is limited; those without one are skipped.
+        clip_value: largest allowed magnitude, >= 0, in the units of the gradient.
+        foreach: accepted for compatibility; how it runs is decided here.
+    Raises:
+        ValueError: if ``clip_value`` is negative or NaN.
+    Example:
+        >>> weight = torch.zeros(2, requires_grad=True); weight.grad = torch.tensor([3.0, -0.5])
+        >>> clip_grad_value_(weight, 1.0)
+        >>> weight.grad
+        tensor([ 1.0000, -0.5000])
+    """
+    clip_value = _not_negative("clip_value", clip_value)
+    with torch.no_grad():
+        for grad in _grads(parameters):
+            if grad.is_sparse:  # what is named twice counts as its sum
+                values = summed(grad).clamp(-clip_value, clip_value)
+                grad.copy_(torch.sparse_coo_tensor(grad.coalesce().indices(), values, grad.shape, is_coalesced=True))
+            else:
+                grad.clamp_(-clip_value, clip_value)
+
+
+def _not_negative(name: str, value: float) -> float:
+    value = float(value)
+    if not value >= 0:
+        raise ValueError(f"{name} must be a number >= 0, got {value}: a negative one would flip the gradients.")
+    return value
+
+
+def _grads(parameters: Tensor | Iterable[Tensor]) -> list[Tensor]:
+    parameters = [parameters] if isinstance(parameters, Tensor) else parameters
+    return [p.grad for p in parameters if p.grad is not None]
+
+
+def _scale(grads: Sequence[Tensor], coefficient: Tensor) -> None:
+    by_kind: defaultdict[tuple[torch.device, torch.dtype], list[Tensor]] = defaultdict(list)
+    for grad in grads:
+        # A sparse tensor scaled as a whole would not count as coalesced any more; expanded values cannot be scaled.
+        in_place = grad._values() if grad.is_sparse and grad._values().is_contiguous() else grad
+        by_kind[grad.device, grad.dtype].append(in_place)
+    with torch.no_grad():
+        for (device, _), members in by_kind.items():
+            if device.type == "cpu":
+                if (factor := coefficient.item()) != 1:
+                    torch._foreach_mul_(members, factor)
+            else:  # no waiting for the device
+                torch._foreach_mul_(members, coefficient.to(device))
+
+
+def norm(tensors: Sequence[Tensor], norm_type: float) -> Tensor | float:
+    """The norm of all tensors together, in float64 where the device has it."""
+    if norm_type == 2 and all(map(_has_kernel, tensors)):
+        by_dtype: defaultdict[torch.dtype, list[Tensor]] = defaultdict(list)
+        for tensor in tensors:
+            by_dtype[tensor.dtype].append(tensor)
+        total = sum(
+            Table([members], 1, [0] * len(members), _NO_SCALARS).sum_of_squares(0, dtype)
+            for dtype, members in by_dtype.items()
+        )
+        if math.isfinite(total):
+            return math.sqrt(total)
+    largest = _combined([_largest(tensor) for tensor in tensors]).max()
+    if math.isinf(norm_type):
+        return largest
+    # Divided by the largest element no power overflows; 0, Inf and NaN are their own norms.
+    unit = torch.where(largest > 0, largest, 1.0)
+    total_power = _combined([_power_sum(tensor, norm_type, unit) for tensor in tensors]).sum()
+    return torch.where(largest.isfinite(), unit * total_power ** (1 / norm_type), largest)
+
+
+def _has_kernel(tensor: Tensor) -> bool:
+    return supports.why_not_cpu(tensor, None, ()) is None
+
+
+def _combined(values: Sequence[Tensor]) -> Tensor:
+    return torch.stack([value.to(values[0].device) for value in values])
+
+
+def summed(tensor: Tensor) -> Tensor:
+    """The values of a sparse tensor, those named twice summed in float32 or wider; other tensors as they are."""
+    if tensor.layout == torch.strided:
+        return tensor
+    return tensor.to_sparse().to(torch.promote_types(tensor.dtype, torch.float32)).coalesce().values()
+
+
+def is_finite(grad: Tensor) -> bool:
+    """Whether no value is NaN or infinite."""
+    return bool(torch.isfinite(summed(grad)).all())
+
+
+def _chunks(tensor: Tensor) -> Iterable[Tensor]:
+    tensor = summed(tensor)
+    flat = tensor.detach().abs().flatten() if tensor.is_complex() else tensor.detach().reshape(-1)
+    # Torch sums shorter vectors on one thread, so the result does not depend on their number.
+    return torch.split(flat, CHUNK) if flat.device.type == "cpu" else (flat,)
+
+
+def _largest(tensor: Tensor) -> Tensor:
+    parts = [torch.linalg.vector_norm(part, math.inf) for part in _chunks(tensor) if part.numel()]
+    return torch.stack(parts).max() if parts else torch.zeros((), device=tensor.device)
+
+
+def _power_sum(tensor: Tensor, power: float, unit: Tensor) -> Tensor:
+    wide = torch.float32 if tensor.device.type == "mps" else torch.float64  # Apple's GPUs have no float64
+    unit = unit.to(tensor.device)
+    return torch.stack([((part.to(wide).abs() / unit) ** power).sum() for part in _chunks(tensor)]).sum()

@@ -1,0 +1,1 @@
+"""What a sparse gradient means: touched rows, and tables that catch up."""

@@ -1,0 +1,1 @@
+"""Optimizer state: the container, new tensors, lazily committed memory."""

@@ -1,0 +1,1 @@
+"""One step: planned, validated, taken."""

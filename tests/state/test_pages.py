@@ -1,0 +1,249 @@
+"""Zeros that cost what is written, and copies that keep it so."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import io
+import mmap
+import os
+import subprocess
+import sys
+import textwrap
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from descend.state import lazy_memory
+
+DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.complex64, torch.int32, torch.bool)
+MIB = 2**20
+has_pages = pytest.mark.skipif(
+    not (sys.platform.startswith("linux") and hasattr(mmap, "MADV_NOHUGEPAGE") and mmap.PAGESIZE == 4096),
+    reason="needs Linux with pages of 4 KiB",
+)
+
+
+def measured(code: str) -> list[float]:
+    """What ``code`` prints in a process of its own; there ``grown()`` is the MB it got since the last call."""
+    prelude = """
+        import os, torch
+        from descend.state import lazy_memory
+        torch.set_num_threads(1)
+        def resident():
+            with open("/proc/self/statm") as file:
+                return int(file.read().split()[1]) * os.sysconf("SC_PAGESIZE") / 1e6
+        torch.zeros(1000).add_(1).sum().item(); torch.randperm(1000); lazy_memory.copied(torch.ones(2**19))
+        last = resident()
+        def grown():
+            global last
+            before, last = last, resident()
+            return last - before
+        """
+    source = textwrap.dedent(prelude) + textwrap.dedent(code)
+    # Arenas of malloc would count as well.
+    environment = {**os.environ, "MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_THRESHOLD_": "65536"}
+    done = subprocess.run([sys.executable, "-c", source], capture_output=True, text=True, env=environment, timeout=250)
+    assert done.returncode == 0, done.stderr
+    return [float(line) for line in done.stdout.split()]
+
+
+@has_pages
+def test_a_table_costs_the_rows_that_are_written() -> None:
+    total = 10_000_000 * 64 * 4 / 1e6  # MB
+    unused, neighbours, scattered = measured("""
+        table = lazy_memory.zeros((10_000_000, 64), torch.float32)
+        print(grown())
+        table[5_000_000:5_100_000] = 1
+        print(grown())
+        rows = torch.arange(0, 10_000_000, 100)
+        grown()
+        table.index_fill_(0, rows, 2.0)
+        print(grown())
+        """)
+    assert unused < 1
+    assert 0.0099 * total < neighbours < 0.0105 * total
+    assert 0.15 * total < scattered < 0.165 * total  # a page each
+
+
+@has_pages
+def test_copies_cost_what_the_source_does() -> None:
+    same, wider, narrower, unused = measured("""
+        table = lazy_memory.zeros((1_000_000, 64), torch.float32)
+        table[500_000:600_000] = 1
+        grown()
+        kept = lazy_memory.copied(table)
+        print(grown())
+        kept = lazy_memory.copied(table, torch.float64)
+        print(grown() + 25.6)
+        kept = lazy_memory.copied(table, torch.bfloat16)
+        print(grown() + 51.2)
+        del kept
+        grown()
+        kept = lazy_memory.copied(lazy_memory.zeros((10_000_000, 64), torch.float32))
+        print(grown())
+        """)
+    for cost, expected in ((same, 25.6), (wider, 51.2), (narrower, 12.8)):
+        assert abs(cost - expected) < 2
+    assert unused < 2
+
+
+@has_pages
+def test_memory_is_given_back() -> None:
+    filled, freed = measured("""
+        table = lazy_memory.zeros(50_000_000, torch.float32)
+        view = table[10:].fill_(1)
+        del table
+        print(grown())
+        del view
+        print(grown())
+        """)
+    assert filled > 199
+    assert freed < -199
+
+
+@has_pages
+def test_nothing_of_the_size_of_a_tensor_is_made_on_the_way() -> None:
+    """The peak, with a dense copy that must be converted piece by piece and a transposed one."""
+    (peak,) = measured("""
+        import resource
+        source = lazy_memory.zeros((64, 1_000_000), torch.float32)
+        source[:, :100] = 1
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        kept = lazy_memory.copied(source.t(), torch.float64)
+        print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1e3)
+        """)
+    assert peak < 100  # of 512 MB
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+def test_a_forked_child_writes_to_its_own() -> None:
+    table = lazy_memory.zeros(MIB, torch.float32)
+    table[:10] = 1
+    child = os.fork()
+    if child == 0:
+        table.numpy()[:] = 7
+        os._exit(0)
+    assert os.waitpid(child, 0)[1] == 0
+    assert table.sum() == 10
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", [(), (0,), (1,), (1023,), (0, 5), (3, 4), (1023, 1025), (2**20 + 1,), (1, 2**20)])
+def test_zeros_are_zeros(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    table = lazy_memory.zeros(shape, dtype)
+    expected = torch.zeros(shape, dtype=dtype)
+    assert (table.shape, table.dtype, table.is_contiguous()) == (expected.shape, expected.dtype, True)
+    assert torch.equal(table, expected)
+    table.fill_(1)
+    assert torch.equal(table, torch.ones(shape, dtype=dtype))
+
+
+def test_zeros_take_one_size() -> None:
+    assert lazy_memory.zeros(3, torch.int64).shape == (3,)
+    assert lazy_memory.zeros(torch.Size([2, 3]), torch.int64).shape == (2, 3)
+
+
+def test_tables_are_tensors_like_others() -> None:
+    table = lazy_memory.zeros((1000, 1000), torch.float32)
+    table[3] = 5
+    file = io.BytesIO()
+    torch.save(table, file)
+    file.seek(0)
+    expected = torch.zeros(1000, 1000)
+    expected[3] = 5
+    for other in (torch.load(file), copy.deepcopy(table), table.clone(), table.to(torch.float64).float()):
+        assert torch.equal(other, expected)
+    row = table[3]
+    del table
+    gc.collect()
+    assert row.sum() == 5000  # a view keeps the memory
+
+
+def sparsely(shape: tuple[int, ...], dtype: torch.dtype, used: float) -> torch.Tensor:
+    """Zeros but for some stretches."""
+    if used == 1:
+        return torch.randn(shape).to(dtype)
+    tensor = torch.zeros(shape, dtype=dtype)
+    flat = tensor.view(-1)
+    for first in torch.randint(max(1, len(flat)), (int(used * len(flat) / 500),)).tolist():
+        flat[first : first + 500] = torch.randn(len(flat[first : first + 500])).to(dtype)
+    return tensor
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("used", [0.0, 0.01, 0.5, 1.0])
+@pytest.mark.parametrize("shape", [(), (0,), (1,), (1023,), (2_000_003,), (500_001, 3)])
+def test_copies_are_equal(shape: tuple[int, ...], used: float, dtype: torch.dtype) -> None:
+    source = sparsely(shape, dtype, used)
+    copied = lazy_memory.copied(source)
+    assert copied.dtype == dtype
+    assert torch.equal(copied, source)
+    assert copied.numel() == 0 or copied.data_ptr() != source.data_ptr()
+
+
+@pytest.mark.parametrize("target", DTYPES[:4], ids=str)
+@pytest.mark.parametrize("dtype", [*DTYPES[:4], torch.bool], ids=str)
+def test_copies_convert(dtype: torch.dtype, target: torch.dtype) -> None:
+    source = sparsely((3_000_001,), dtype, 0.1)
+    assert torch.equal(lazy_memory.copied(source, target), source.to(target))
+
+
+STRIDED = {
+    "transposed": lambda: sparsely((3000, 2001), torch.float32, 0.1).t(),
+    "every third": lambda: sparsely((9_000_000,), torch.float32, 0.1)[1::3],
+    "shifted by a byte": lambda: sparsely((3_000_001,), torch.bool, 0.1)[1:],
+    "expanded": lambda: torch.zeros(1, 1).expand(3000, 1001),
+    "long and thin": lambda: sparsely((2, 3_000_000), torch.float64, 0.1).t(),
+    "one row": lambda: sparsely((7_000_000, 2), torch.float64, 0.1)[None, :, 1],
+    "permuted": lambda: sparsely((30, 400, 500), torch.float32, 0.1).permute(2, 0, 1),
+    "conjugate": lambda: sparsely((3_000_000,), torch.complex64, 0.1).conj(),
+    "with a gradient": lambda: sparsely((3_000_000,), torch.float32, 0.1).requires_grad_(),
+}
+
+
+@pytest.mark.parametrize("make", STRIDED.values(), ids=STRIDED)
+def test_copies_are_contiguous(make: Any) -> None:
+    source = make()
+    for dtype in (source.dtype, torch.complex128):
+        copied = lazy_memory.copied(source, dtype)
+        assert copied.is_contiguous()
+        assert not copied.requires_grad
+        assert torch.equal(copied, source.detach().to(dtype).contiguous())
+
+
+@pytest.mark.parametrize("at", [0, 1023, 5000, 999_999])
+def test_negative_zero_is_kept(at: int) -> None:
+    source = torch.zeros(MIB)
+    source[at] = -0.0
+    for dtype in (torch.float32, torch.float64, torch.bfloat16):
+        assert np.signbit(lazy_memory.copied(source, dtype).double().numpy()).nonzero()[0].tolist() == [at]
+
+
+def test_what_is_not_zero_gets_ordinary_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    made = []
+    monkeypatch.setattr(lazy_memory, "zeros", lambda *args: made.append(args) or torch.zeros(args[0], dtype=args[1]))
+    dense = torch.ones(MIB)
+    assert torch.equal(lazy_memory.copied(dense), dense)
+    assert not made
+    dense[: MIB // 5] = 0
+    assert torch.equal(lazy_memory.copied(dense), dense)
+    assert made
+
+
+def test_without_mappings_all_is_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(mmap, "MADV_NOHUGEPAGE", raising=False)
+    test_zeros_are_zeros((1023, 1025), torch.float32)
+    test_copies_are_equal((2_000_003,), 0.01, torch.float32)
+
+
+@has_pages
+def test_a_refused_mapping_is_ordinary_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*args: object, **kwargs: object) -> None:
+        raise OSError("no")
+
+    monkeypatch.setattr(mmap, "mmap", refuse)
+    test_zeros_are_zeros((1023, 1025), torch.float32)
