@@ -20,7 +20,8 @@ from descend.core.groups import no_decay
 from descend.first_order.adam import Adam, AdamW
 from descend.first_order.adam_variants import Adamax, NAdam, RAdam
 from descend.first_order.from_rule import from_rule
-from descend.first_order.optimizer import FirstOrder
+from descend.first_order.in_backward import in_backward
+from descend.first_order.optimizer import FirstOrder, warmup
 from descend.first_order.schedule_free import AdamWScheduleFree
 from descend.first_order.sgd import ASGD, SGD
 from descend.first_order.signs import Lion, Rprop
@@ -31,8 +32,6 @@ from descend.second_order.lbfgs import LBFGS
 from descend.second_order.minimize import minimize
 from descend.second_order.newton import Newton
 from descend.second_order.result import Progress, Result, Status
-from descend.step.in_backward import in_backward
-from descend.step.take import warmup
 
 __version__ = "0.1.0"
 

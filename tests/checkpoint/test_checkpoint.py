@@ -134,7 +134,7 @@ def test_copies_are_independent() -> None:
 @pytest.mark.parametrize("from_torch", [True, False])
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_checkpoints_go_both_ways_between_torch_and_us(case: Case, from_torch: bool) -> None:
-    if case.ours.keeps:  # torch casts them to the parameters' dtype: let it be theirs from the start
+    if case.ours.scalar_state:  # torch casts them to the parameters' dtype: let it be theirs from the start
         torch.set_default_dtype(torch.float64)
     twins = Twins(case)
     for seed in range(3):
@@ -154,13 +154,13 @@ def test_checkpoints_go_both_ways_between_torch_and_us(case: Case, from_torch: b
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64], ids=str)
-@pytest.mark.parametrize("case", [case for case in CASES if case.ours.keeps], ids=str)
+@pytest.mark.parametrize("case", [case for case in CASES if case.ours.scalar_state], ids=str)
 def test_numbers_of_the_state_keep_their_dtype(case: Case, dtype: torch.dtype) -> None:
     twins = Twins(case, lambda: leaves(dtype=dtype))
     for seed in range(3):
         twins.step(seed)
     twins.edit(lambda optimizer: optimizer.load_state_dict(through_file(optimizer.state_dict())))
-    for name in case.ours.keeps:
+    for name in case.ours.scalar_state:
         ours, theirs = ({state[name].dtype for state in state_of(optimizer).values()} for optimizer in twins.both)
         assert ours == {torch.float32}
         assert theirs == {dtype}  # in bfloat16 a running product with two digits

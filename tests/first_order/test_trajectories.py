@@ -65,7 +65,7 @@ def test_state_has_torchs_dtypes_and_layout(case: Case) -> None:
             name: (type(t), t.dtype, t.shape, t.device) for name, t in theirs.items()
         }
     for param, state in twins.ours.state.items():
-        numbers = ("step", *twins.ours.keeps)
+        numbers = ("step", *twins.ours.scalar_state)
         assert {t.stride() for name, t in state.items() if name not in numbers} <= {param.stride()}
 
 

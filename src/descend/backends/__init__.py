@@ -1,3 +1,35 @@
-"""How a rule runs: eagerly on tensors, or compiled for CPUs. A backend receives rules and imports none."""
+"""How a rule runs: eagerly on tensors, or compiled for CPUs. A backend receives rules and imports none.
 
-BACKENDS = ("auto", "eager", "cpu")
+The engine asks ``available`` which backends to try, in order of preference; eager takes whatever the others decline.
+"""
+
+from __future__ import annotations
+
+from descend.backends.backend import Backend
+from descend.backends.cpu.backend import CpuBackend
+from descend.backends.eager import EagerBackend
+from descend.core.options import BACKENDS
+
+EAGER: Backend = EagerBackend()
+_compiled: list[Backend] = [CpuBackend()]
+
+
+def register(backend: Backend) -> None:
+    """Let ``backend="auto"`` try one more backend, before those that are there, and let options name it."""
+    _compiled.insert(0, backend)
+    BACKENDS.append(backend.name)
+
+
+def unregister(backend: Backend) -> None:
+    """Undo ``register``."""
+    _compiled.remove(backend)
+    BACKENDS.remove(backend.name)
+
+
+def available(requested: str) -> list[Backend]:
+    """The backends to try before the eager one.
+
+    Args:
+        requested: a name, or ``"auto"`` for all.
+    """
+    return [backend for backend in _compiled if requested in ("auto", backend.name)]

@@ -5,8 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
+
+from descend.core.signature import Kind
+
+_NO_MEMORY = np.zeros((0, 2), np.int64)
 
 
 def run(
@@ -14,7 +19,7 @@ def run(
     param: Tensor,
     grad: Tensor,
     state: Sequence[Tensor],
-    numbers: Sequence[Any],
+    scalars: Sequence[Any],
     scale: float,
     differentiable: bool = False,
 ) -> None:
@@ -33,7 +38,7 @@ def run(
         compute = torch.promote_types(compute, tensor.dtype)
     first, *rest = [tensor.to(compute) for tensor in seen]
     grad = grad.to(compute)
-    results = rule(first, grad if scale == 1 else grad * scale, *rest, *numbers)
+    results = rule(first, grad if scale == 1 else grad * scale, *rest, *scalars)
     for tensor, result in zip(written, results if state else (results,), strict=True):
         tensor.copy_(result)
 
@@ -44,7 +49,7 @@ def run_rows(
     index: tuple[Tensor, ...],
     grad: Tensor | None,
     state: Sequence[Tensor],
-    numbers: Sequence[Any],
+    scalars: Sequence[Any],
     scale: float = 1.0,
 ) -> None:
     """Apply ``rule`` to the rows of ``param`` and of the state tensors that ``index`` names, each once.
@@ -55,14 +60,14 @@ def run_rows(
         index: a list of indices for each of the first dimensions.
         grad: gradients of the rows; None for a rule that does not use them.
         state: state tensors.
-        numbers: one value for all rows, or a tensor with one a row.
+        scalars: one value for all rows, or a tensor with one a row.
         scale: of the gradient.
     """
     # Not seen by autograd: rows may be brought up to date between a forward pass and its backward pass.
     tables = [tensor.data for tensor in (param, *state)]
     first, *rest = [table[index] for table in tables]
     aligned = [
-        x.view(-1, *[1] * (as_real(first).dim() - 1)) if isinstance(x, Tensor) and x.dim() == 1 else x for x in numbers
+        x.view(-1, *[1] * (as_real(first).dim() - 1)) if isinstance(x, Tensor) and x.dim() == 1 else x for x in scalars
     ]
     run(rule, first, first if grad is None else grad, rest, aligned, scale)
     for table, rows in zip(tables, (first, *rest), strict=True):
@@ -72,3 +77,228 @@ def run_rows(
 def as_real(tensor: Tensor) -> Tensor:
     """Complex numbers as pairs of real ones, in the same memory."""
     return torch.view_as_real(tensor) if tensor.is_complex() else tensor
+
+
+class EagerBackend:
+    """The reference: takes everything, one tensor after the other."""
+
+    name = "eager"
+
+    def why_not(
+        self, kind: Kind, param: Tensor, grad: Tensor | None, state: Sequence[tuple[str, Tensor]]
+    ) -> str | None:
+        return None
+
+    def why_not_rows(self, kind: Kind, param: Tensor, state: Sequence[tuple[str, Tensor]]) -> str | None:
+        return None
+
+    def launch(
+        self,
+        rule: Callable[..., Any],
+        scalars: int,
+        dtypes: tuple[torch.dtype, ...],
+        params: Sequence[Tensor],
+        rows: Sequence[int] | np.ndarray,
+    ) -> EagerLaunch:
+        return EagerLaunch(rule, params, rows)
+
+    def scalar_state(self, tensors: Sequence[Tensor]) -> EagerScalarState:
+        return EagerScalarState(tensors)
+
+    def run(
+        self,
+        launches: Sequence[EagerLaunch],
+        counters: EagerScalarState,
+        scalar_state: EagerScalarState,
+        values: np.ndarray,
+    ) -> None:
+        with torch.no_grad():
+            for launch in launches:
+                launch.run()
+            counters.add_one()
+            scalar_state.write(values)
+
+    def rows(
+        self, rule: Callable[..., Any], scalars: int, dtypes: tuple[torch.dtype, ...], all_rows: bool
+    ) -> EagerRows:
+        return EagerRows(rule, all_rows)
+
+    def catch_up(
+        self,
+        with_state: Callable[..., Any],
+        without_state: Callable[..., Any],
+        scalars: int,
+        dtypes: tuple[torch.dtype, ...],
+    ) -> EagerCatchUp:
+        return EagerCatchUp(with_state, without_state)
+
+    def sum_of_squares(self, tensors: Sequence[Tensor]) -> float:
+        return sum(_sum_of_squares(tensor) for tensor in tensors)
+
+
+class EagerLaunch:
+    """See ``backend.Launch``."""
+
+    addresses = None
+
+    def __init__(self, rule: Callable[..., Any], params: Sequence[Tensor], rows: Sequence[int] | np.ndarray) -> None:
+        self._rule, self._params, self._rows = rule, params, rows
+        self._state: Sequence[Sequence[Tensor]] = ()
+        self._scalars: dict[int, tuple[float, Sequence[float]]] = {}
+
+    def compile(self, wants_norm: bool) -> None:
+        """Nothing needs to be compiled."""
+
+    def set_state(self, tensors: Sequence[Sequence[Tensor]]) -> None:
+        self._state = tensors
+
+    def set_scalars(self, row: int, scale: float, scalars: Sequence[float]) -> None:
+        self._scalars[row] = scale, scalars
+
+    def sum_of_squares(self) -> float:
+        return sum(_sum_of_squares(param.grad) for param in self._params if param.grad is not None)
+
+    def written(self) -> np.ndarray:
+        return _NO_MEMORY
+
+    def run(self) -> None:
+        """Apply the rule to one parameter after the other."""
+        for param, row, state in zip(self._params, self._rows, self._state, strict=True):
+            scale, scalars = self._scalars[row]
+            assert param.grad is not None
+            run(self._rule, param, param.grad, state, scalars, scale)
+
+
+class EagerScalarState:
+    """See ``backend.ScalarState``."""
+
+    def __init__(self, tensors: Sequence[Tensor]) -> None:
+        self._tensors = tensors
+        self._expected = [tensor.item() for tensor in tensors]
+
+    def is_unchanged(self) -> bool:
+        return self._expected == [tensor.item() for tensor in self._tensors]
+
+    def add_one(self) -> None:
+        """Add one to each."""
+        for tensor in self._tensors:
+            tensor += 1
+        self._expected = [tensor.item() for tensor in self._tensors]
+
+    def write(self, values: np.ndarray) -> None:
+        """Set them, in the order of the tensors."""
+        for tensor, value in zip(self._tensors, values, strict=True):
+            tensor.fill_(value)
+        self._expected = [tensor.item() for tensor in self._tensors]
+
+
+class EagerRows:
+    """See ``backend.Rows``."""
+
+    def __init__(self, rule: Callable[..., Any], all_rows: bool) -> None:
+        self._rule, self._all_rows = rule, all_rows
+        self._grad: Tensor | None = None
+        self.rows = np.empty(0, np.int64)
+
+    def compile(self, wants_norm: bool) -> None:
+        """Nothing needs to be compiled."""
+
+    def read(
+        self, indices: Tensor, values: Tensor, sizes: tuple[int, ...], steps: Tensor | None, step: int
+    ) -> int | None:
+        limits = torch.tensor(sizes, device=indices.device)[:, None]
+        wrong = ((indices < 0) | (indices >= limits)).any(0)
+        if wrong.any():
+            index = tuple(indices[:, int(wrong.nonzero()[0])].tolist())
+            raise IndexError(f"index {index} is out of range for a table of {sizes} rows")
+        grad = torch.sparse_coo_tensor(indices, values, (*sizes, *values.shape[1:]), check_invariants=False)
+        self._grad = grad.coalesce()
+        rows = self._grad.indices()[0]
+        self.rows = rows.cpu().numpy()
+        if steps is None:
+            return None
+        late = rows[steps[rows].abs() != step]
+        return int(late[0]) if len(late) else None
+
+    def sum_of_squares(self) -> float:
+        assert self._grad is not None
+        return _sum_of_squares(self._grad.values())
+
+    def run(
+        self,
+        param: Tensor,
+        state: Sequence[Tensor],
+        scalars: Sequence[float],
+        scale: float,
+        counters: Any,
+        mark: tuple[Tensor, int] | None,
+    ) -> None:
+        assert self._grad is not None
+        with torch.no_grad():
+            if self._all_rows:
+                run(self._rule, param, self._grad, state, scalars, scale)
+            elif self._grad._nnz():
+                index = tuple(self._grad.indices())
+                run_rows(self._rule, param, index, self._grad.values(), state, scalars, scale)
+            if mark is not None:
+                steps, step = mark
+                steps[self._grad.indices()[0]] = step
+            if counters is not None:
+                counters.add_one()
+
+    def release(self) -> None:
+        self._grad = None
+
+
+class EagerCatchUp:
+    """See ``backend.CatchUp``."""
+
+    def __init__(self, with_state: Callable[..., Any], without_state: Callable[..., Any]) -> None:
+        self._with_state, self._without_state = with_state, without_state
+
+    def compile(self) -> None:
+        """Nothing needs to be compiled."""
+
+    def find(
+        self, which: Tensor | range, sizes: tuple[int, ...], steps: Tensor, now: int, start: int
+    ) -> tuple[np.ndarray, bool, bool] | None:
+        if isinstance(which, range):
+            rows = torch.arange(which.start, which.stop, device=steps.device)
+        else:
+            rows = torch.unique(which.reshape(-1).long()).to(steps.device)
+            if len(rows) and (rows[0] < 0 or rows[-1] >= len(steps)):
+                return None
+        since = steps[rows].abs().clamp(min=start)
+        self._rows, since = rows[since < now], since[since < now]
+        distinct, self._position = torch.unique(since.long(), return_inverse=True)
+        self._steps, self._now = steps, now
+        self._has_state = steps[self._rows] > 0
+        return distinct.cpu().numpy(), bool(self._has_state.any()), not bool(self._has_state.all())
+
+    def run(
+        self,
+        param: Tensor,
+        state: Sequence[Tensor],
+        scalars: np.ndarray | None,
+        factors: np.ndarray | None,
+        mark: bool,
+    ) -> None:
+        with torch.no_grad():
+            rows, has_state, device = self._rows, self._has_state, self._steps.device
+            for each in () if scalars is None else scalars:
+                table = torch.from_numpy(each).to(device)[self._position[has_state]]
+                run_rows(self._with_state, param, (rows[has_state],), None, state, list(table.unbind(1)))
+            if factors is not None:
+                table = torch.from_numpy(factors).to(device)[self._position[~has_state]]
+                run_rows(self._without_state, param, (rows[~has_state],), None, [], [table])
+            if mark:
+                self._steps[rows] = torch.where(has_state, self._now, -self._now).to(self._steps.dtype)
+
+
+def _sum_of_squares(tensor: Tensor) -> float:
+    """In float64, or float32 where the device has nothing wider; may overflow to Inf."""
+    if tensor.layout != torch.strided:
+        tensor = tensor.to_sparse().to(torch.promote_types(tensor.dtype, torch.float32)).coalesce().values()
+    flat = as_real(tensor.detach())
+    flat = flat.to(torch.float32 if tensor.device.type == "mps" else torch.float64)
+    return float((flat * flat).sum())

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -22,20 +22,18 @@ from descend.checkpoint.reading import (
     unusable_is_value_error,
 )
 from descend.core import memory
+from descend.core.method import Method
 from descend.core.signature import signature
 from descend.sparse import table
 from descend.state import lazy_memory
 from descend.state.container import Initial
-
-if TYPE_CHECKING:
-    from descend.first_order.optimizer import FirstOrder
 
 
 class _MisfitError(ValueError):
     """A parameter's saved state that may be in order, but is not this parameter's."""
 
 
-def save(optimizer: FirstOrder, pack: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+def save(optimizer: Method, pack: Callable[[], dict[str, Any]]) -> dict[str, Any]:
     """Torch's dictionary, which ``pack`` makes, without handing out what the optimizer itself holds."""
     exposed = getattr(optimizer.state, "exposed", True)
     packed = pack()
@@ -56,68 +54,14 @@ def _aliases(state: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value.detach() if isinstance(value, Tensor) else value for name, value in state.items()}
 
 
-def load_state_dict(
-    self: FirstOrder,
-    state_dict: Mapping[str, Any],
-    strict: bool = True,
-    match: str = "auto",
-    hyperparameters: str = "loaded",
+def load(
+    method: Method, state_dict: Mapping[str, Any], strict: bool, match: str, hyperparameters: str
 ) -> IncompatibleKeys | None:
-    """Load what ``state_dict`` (this library's or torch's) returned.
-
-    Everything is copied. A state tensor gets the wider of its saved dtype and the one this optimizer would make;
-    integers stay as they are. How to run (``foreach``, ``fused``, ``capturable``, ``differentiable``) is not taken
-    from the dictionary.
-
-    Args:
-        state_dict: a dictionary.
-        strict: whether every parameter, here and there, must have its counterpart. Otherwise what matches is loaded,
-            and the other parameters keep the state they have. Default: True.
-        match: ``"name"``, an error where names are missing; ``"order"``; or ``"auto"``: by name if every parameter
-            has one on both sides, else by order. Default: ``"auto"``.
-        hyperparameters: options of the groups: ``"loaded"`` takes them from the dictionary, ``"current"`` keeps lr,
-            weight decay and the rest as they are. Default: ``"loaded"``.
-    Returns:
-        None; with ``strict=False`` what was not loaded: ``(missing_keys, unexpected_keys)``.
-    Raises:
-        TypeError, ValueError: if something does not fit or is damaged; nothing has been changed then.
-    Example:
-        >>> from descend import AdamW
-        >>> old, new = torch.nn.Linear(2, 1), torch.nn.Linear(2, 1)
-        >>> optimizer = AdamW(new, lr=0.1)
-        >>> optimizer.load_state_dict(AdamW(old, lr=0.5).state_dict(), strict=False, hyperparameters="current")
-        IncompatibleKeys(missing_keys=[], unexpected_keys=[])
-        >>> optimizer.param_groups[0]["lr"]
-        0.1
-    """
-    check_choices(type(self).__name__, match, hyperparameters)
-    reading = _Reading(self, strict, match, hyperparameters)
-    restore(self, state_dict, reading)
+    """See ``FirstOrder.load_state_dict``."""
+    check_choices(type(method).__name__, match, hyperparameters)
+    reading = _Reading(method, strict, match, hyperparameters)
+    restore(method, state_dict, reading)
     return None if strict else IncompatibleKeys(reading.missing, reading.unexpected)
-
-
-def init_state(self: FirstOrder) -> None:
-    """Make the state of all parameters that require gradients, without a step.
-
-    ``torch.distributed.checkpoint`` loads into the state that is there; where there is none, it takes a step to get it.
-    The next step is the first one all the same.
-
-    Example:
-        >>> from descend import AdamW
-        >>> optimizer = AdamW([torch.zeros(2, requires_grad=True)])
-        >>> optimizer.init_state()
-        >>> optimizer.state_dict()["state"][0]
-        {'step': tensor(0.), 'exp_avg': tensor([0., 0.]), 'exp_avg_sq': tensor([0., 0.])}
-    """
-    for group in self.param_groups:
-        rule = self.rule_for(group)
-        for param in group["params"]:
-            if param.requires_grad:
-                found = dict.get(self.state, param)
-                made = self.ensure_state(param, rule, group, in_pages=self.sparse is not None)
-                if made and not self.counts_steps and (not found or type(found) is Initial):
-                    dict.__setitem__(self.state, param, Initial(made))
-    self._plan = None
 
 
 class _Reading:
@@ -127,7 +71,7 @@ class _Reading:
         missing, unexpected: as in ``IncompatibleKeys``.
     """
 
-    def __init__(self, optimizer: FirstOrder, strict: bool, match: str, hyperparameters: str) -> None:
+    def __init__(self, optimizer: Method, strict: bool, match: str, hyperparameters: str) -> None:
         self.optimizer, self.strict, self.match = optimizer, strict, match
         self.takes_options = hyperparameters == "loaded"
         self.who = type(optimizer).__name__
@@ -147,7 +91,7 @@ class _Reading:
 
     def _groups(self, saved_groups: list[Mapping[str, Any]], matching: Matching) -> Groups:
         groups: Groups = [{**group} for group in self.optimizer.param_groups]
-        counts = self.optimizer.counts
+        counts = self.optimizer.group_state
         if self.takes_options or counts:
             for group, source in zip(groups, matching.group_sources(self.strict), strict=True):
                 if source is not None:
@@ -185,11 +129,11 @@ class _Reading:
                 )
         with unusable_is_value_error(self.who, source):
             self.optimizer.check_group(group)
-            kept = [torch.ones(()) for _ in self.optimizer.keeps]
+            kept = [torch.ones(()) for _ in self.optimizer.scalar_state]
             if "train_mode" in group:  # a schedule-free optimizer saved between two epochs
                 group = {**group, "train_mode": True}
             # Some options only count from the second step on.
-            for number in self.optimizer.scalars_and_kept(group, 2, kept)[0]:
+            for number in self.optimizer.scalars_and_state(group, 2, kept)[0]:
                 float(number.item() if isinstance(number, Tensor) else number)
 
     # State.
@@ -273,7 +217,7 @@ class _Reading:
             table.check_loaded(state)
         except ValueError as error:
             raise ValueError(f"{self.who}: the state of {name}: {error}") from None
-        if self.optimizer.sparse != "exact" and table.is_behind(state):
+        if self.optimizer.options.sparse != "exact" and table.is_behind(state):
             raise ValueError(
                 f"{self.who}: the loaded state of {name} has rows that are behind, which only sparse='exact' "
                 "can bring up to date. Call settle() of the optimizer that made it before saving."
@@ -292,7 +236,7 @@ class _Reading:
         what = f"{self.who}: the loaded {key} of {name}"
         if key == "step" and self.optimizer.counts_steps:
             return number_of(value, what, is_count=True)
-        if key in self.optimizer.keeps and value is not None:
+        if key in self.optimizer.scalar_state and value is not None:
             return number_of(value, what)
         if not isinstance(value, Tensor):
             if is_rules and value is not None:
@@ -322,7 +266,7 @@ class _Reading:
         dtype = self.optimizer.default_state_dtype(param)
         if value.itemsize > 1:  # torch promotes no float8, and everything is wider
             dtype = torch.promote_types(value.dtype, dtype)
-        if self.optimizer.sparse is not None and param.is_cpu and param.is_contiguous():
+        if self.optimizer.options.sparse is not None and param.is_cpu and param.is_contiguous():
             return lazy_memory.copied(value, dtype)
         # In the parameter's memory order, which is the one kernels walk.
         return torch.empty_like(param, dtype=dtype).copy_(value)

@@ -6,14 +6,12 @@ import difflib
 import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import Any, TypeAlias
 
 from torch import Tensor, nn
+from torch.optim.optimizer import ParamsT as TorchParamsT
 
-if TYPE_CHECKING:
-    from torch.optim.optimizer import ParamsT as TorchParamsT
-
-    ParamsT: TypeAlias = TorchParamsT | nn.Module
+ParamsT: TypeAlias = TorchParamsT | nn.Module
 
 Pattern: TypeAlias = str | re.Pattern[str] | Collection[str]
 Groups: TypeAlias = Sequence[tuple[Pattern, Mapping[str, Any]]]

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple, TextIO
+from typing import Any, NamedTuple, TextIO
 
 import numpy as np
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from descend.first_order.optimizer import FirstOrder
+from descend.core.method import Method
 
 _UNITS = ("B", "KiB", "MiB", "GiB", "TiB")
 
@@ -34,27 +33,13 @@ class Row(NamedTuple):
     options: dict[str, Any]
 
 
-def summarize(self: FirstOrder, file: TextIO | None = None) -> tuple[Row, ...]:
-    """Print the groups as they are now, as a table.
-
-    Args:
-        file: where to. Default: standard output.
-    Returns:
-        The rows of the table.
-    Example:
-        >>> import torch
-        >>> from descend import AdamW
-        >>> rows = AdamW(torch.nn.Linear(2, 3), groups=[("bias", dict(weight_decay=0))]).summary()
-        group  pattern  parameters  numbers  state  options that differ
-            0  -                 1        6    0 B
-            1  bias              1        3    0 B  weight_decay=0
-        total                    2        9    0 B
-    """
+def summarize(method: Method, patterns: Mapping[str, str], file: TextIO | None) -> tuple[Row, ...]:
+    """See ``FirstOrder.summary``; ``patterns``: the pattern that has matched each parameter, by name."""
     rows = []
-    for index, group in enumerate(self.param_groups):
-        found = dict.fromkeys(self._patterns.get(name, "") for name in group.get("param_names", ()))
+    for index, group in enumerate(method.param_groups):
+        found = dict.fromkeys(patterns.get(name, "") for name in group.get("param_names", ()))
         # ``dict.get`` reads the state without counting as a look from outside.
-        state = [dict.get(self.state, param) or {} for param in group["params"]]
+        state = [dict.get(method.state, param) or {} for param in group["params"]]
         rows.append(
             Row(
                 group=index,
@@ -64,7 +49,7 @@ def summarize(self: FirstOrder, file: TextIO | None = None) -> tuple[Row, ...]:
                 state_bytes=sum(tensor.nbytes for content in state for tensor in _tensors(content)),
                 options={
                     name: group[name]
-                    for name, default in self.defaults.items()
+                    for name, default in method.defaults.items()
                     if name in group and not _are_equal(group[name], default)
                 },
             )

@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
+from typing_extensions import Unpack
 
 from descend import rules
 from descend.core.checks import are_in_order, check_adam, check_flags
-from descend.first_order.optimizer import FirstOrder, Options
-
-if TYPE_CHECKING:
-    from typing_extensions import Unpack
-
-    from descend.core.groups import ParamsT
+from descend.core.groups import ParamsT
+from descend.core.options import Options
+from descend.first_order.optimizer import FirstOrder
 
 
 class Adam(FirstOrder):
@@ -82,7 +80,7 @@ class Adam(FirstOrder):
         }
         super().__init__(params, defaults, **options)
 
-    coasting = (rules.coast, rules.decay)
+    catch_up_rules = (rules.coast, rules.decay)
 
     def rule_for(self, group: Mapping[str, Any]) -> Callable[..., Any]:
         if group["amsgrad"]:

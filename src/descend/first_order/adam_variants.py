@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
+from typing_extensions import Unpack
 
 from descend import rules
 from descend.core.checks import check_adam, check_values
-from descend.first_order.optimizer import FirstOrder, Options
-
-if TYPE_CHECKING:
-    from typing_extensions import Unpack
-
-    from descend.core.groups import ParamsT
+from descend.core.groups import ParamsT
+from descend.core.options import Options
+from descend.first_order.optimizer import FirstOrder
 
 
 class Adamax(FirstOrder):
@@ -117,7 +115,7 @@ class NAdam(FirstOrder):
     """
 
     rule = staticmethod(rules.nadam)
-    keeps = ("mu_product",)
+    scalar_state = ("mu_product",)
     capturable_needs = "params, mu_products and state_steps"
 
     def __init__(
@@ -150,7 +148,7 @@ class NAdam(FirstOrder):
         }
         super().__init__(params, defaults, **options)
 
-    def scalars_and_kept(
+    def scalars_and_state(
         self, group: Mapping[str, Any], step: float, kept: Sequence[torch.Tensor]
     ) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
         lr, (beta1, beta2) = group["lr"], group["betas"]

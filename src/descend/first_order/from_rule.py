@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from descend.core.groups import ParamsT
+from descend.core.options import Options
 from descend.core.signature import signature
-from descend.first_order.optimizer import FirstOrder, Options
-
-if TYPE_CHECKING:
-    from descend.core.groups import ParamsT
+from descend.first_order.optimizer import FirstOrder
 
 
 def from_rule(rule: Callable[..., Any], name: str, **defaults: Any) -> type[FirstOrder]:
@@ -42,7 +41,7 @@ def from_rule(rule: Callable[..., Any], name: str, **defaults: Any) -> type[Firs
         tensor([0.9000, 0.9000], requires_grad=True)
     """
     takes = signature(rule)
-    options = [number for number in takes.numbers if number != "step"]
+    options = [number for number in takes.scalars if number != "step"]
     if taken := {"params", "maximize", *Options.__annotations__}.intersection(options):
         raise ValueError(f"from_rule: {name} cannot have a number called {sorted(taken)}: every optimizer has one.")
     values = {"lr": 1e-3, **takes.defaults, **defaults}
@@ -73,6 +72,6 @@ def from_rule(rule: Callable[..., Any], name: str, **defaults: Any) -> type[Firs
         "__doc__": rule.__doc__,
         "__module__": rule.__module__,
         "rule": staticmethod(rule),
-        "counts_steps": "step" in takes.numbers,
+        "counts_steps": "step" in takes.scalars,
     }
     return type(name, (FirstOrder,), members)

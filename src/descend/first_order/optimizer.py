@@ -1,48 +1,35 @@
-"""The optimizer around a rule: groups, state, step, checkpoints. Knows no mathematics and no backend."""
+"""The base of the element-wise optimizers: a method, and the engine that steps it."""
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, ClassVar, TypedDict
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch._compile import _disable_dynamo
 from torch.optim import Optimizer
 from torch.optim import optimizer as torch_optimizer
+from typing_extensions import Unpack
 
-from descend.backends import BACKENDS
 from descend.checkpoint import per_parameter
+from descend.checkpoint.matching import IncompatibleKeys
 from descend.checkpoint.reading import set_state
-from descend.core.checks import check_kinds, check_lr
-from descend.core.groups import grouped, named
-from descend.core.signature import signature
-from descend.diagnostics.summary import summarize
-from descend.sparse.attach import Settling
-from descend.sparse.update import check_meaning
-from descend.state.container import STATE_DTYPES, Initial, State, new_tensor, stored_number
+from descend.core.groups import ParamsT, grouped, named
+from descend.core.method import Method
+from descend.core.options import Options, StepOptions
+from descend.diagnostics.summary import Row, summarize
+from descend.sparse.attach import Tables, attach
+from descend.state.container import State
+from descend.state.make import init_state
+from descend.step.driver import Driver, WholeStep
+from descend.step.in_backward import InBackward
 from descend.step.plan import Placement, Plan
-from descend.step.take import AMP, NONFINITE, advance, check_max_norm, forget_scale, refuse_closure
-
-if TYPE_CHECKING:
-    from descend.core.groups import Groups, ParamsT
-    from descend.step.in_backward import InBackward
+from descend.step.scaling import forget_scale, refuse_closure
 
 
-class Options(TypedDict, total=False):
-    """What every optimizer of this library takes beyond torch's arguments; keyword-only, never in a group."""
-
-    max_norm: float | None
-    nonfinite: str
-    backend: str
-    state_dtype: torch.dtype | None
-    sparse: str | None
-    groups: Groups | None
-    amp: str | None
-
-
-class FirstOrder(Settling):
+class FirstOrder(Method):
     """Base of all element-wise optimizers: a subclass names a rule and says which numbers it gets.
 
     Args:
@@ -71,93 +58,21 @@ class FirstOrder(Settling):
         ValueError: if an option is out of range; nothing has been changed then.
     """
 
-    rule: ClassVar[Callable[..., Any]]
-    counts_steps: ClassVar[bool] = True  # state has torch's "step", and ``scalars`` depends on it
-    step_is_int: ClassVar[bool] = False  # torch's SparseAdam counts in a Python int, all others in a tensor
-    keeps: ClassVar[tuple[str, ...]] = ()  # state that is one number a parameter, see ``scalars_and_kept``
-    counts: ClassVar[tuple[str, ...]] = ()  # keys of a group that steps change: state, and no options
-    takes_sparse: ClassVar[bool] = False  # without being told what a sparse gradient means
-    foreach_is_differentiable: ClassVar[bool] = False  # in torch only SGD's is
-    capturable_needs: ClassVar[str] = "params and state_steps"  # on a device, in torch's words
-    in_backward: InBackward | None = None  # while steps are taken inside backward
-
-    def __init__(
-        self,
-        params: ParamsT,
-        defaults: dict[str, Any],
-        *,
-        max_norm: float | None = None,
-        nonfinite: str = "step",
-        backend: str = "auto",
-        state_dtype: torch.dtype | None = None,
-        sparse: str | None = None,
-        groups: Groups | None = None,
-        amp: str | None = None,
-        **unknown: Any,
-    ) -> None:
+    def __init__(self, params: ParamsT, defaults: dict[str, Any], **options: Unpack[Options]) -> None:
         name = type(self).__name__
-        if unknown:  # Python would name this class, not the one that was called
-            raise TypeError(f"{name}.__init__() got an unexpected keyword argument {next(iter(unknown))!r}")
-        check_max_norm(self, max_norm)
-        if nonfinite not in NONFINITE:
-            raise ValueError(f"{name}: nonfinite must be one of {NONFINITE}, got {nonfinite!r}.")
-        if backend not in BACKENDS:
-            raise ValueError(f"{name}: backend must be one of {BACKENDS}, got {backend!r}.")
-        if state_dtype not in STATE_DTYPES:
-            raise ValueError(f"{name}: state_dtype must be one of {STATE_DTYPES}, got {state_dtype!r}.")
-        check_meaning(self, sparse)
-        if amp not in AMP:
-            raise ValueError(f"{name}: amp must be one of {AMP}, got {amp!r}.")
-        self.max_norm = max_norm
-        self.nonfinite = nonfinite
-        self.backend = backend
-        self.state_dtype = state_dtype
-        self.sparse = sparse
-        self.amp = amp
-        self._step_supports_amp_scaling = amp == "fused"  # what GradScaler asks
-        self.tables = {}
+        for key in options:
+            if key not in Options.__annotations__:  # Python would name this class, not the one that was called
+                raise TypeError(f"{name}.__init__() got an unexpected keyword argument {key!r}")
+        groups = options.pop("groups", None)
+        self.options = StepOptions(**options)  # type: ignore[misc] # groups are gone
+        self.check_step_options()
         self.skipped_steps = 0
-        self.grad_norm: float | None = None
-        self._plan: Plan | None = None
+        self.grad_norm = None
+        self._tables = Tables()
+        self._use(WholeStep(self._tables))
         params, self._patterns = (named(params), {}) if groups is None else grouped(name, params, groups, defaults)
         super().__init__(params, defaults)
         self.state = State.owned_by(self)
-
-    # What a subclass defines.
-
-    def rule_for(self, group: Mapping[str, Any]) -> Callable[..., Any]:
-        """The rule of a group, chosen by its options."""
-        return self.rule
-
-    def scalars(self, group: Mapping[str, Any], step: float) -> tuple[Any, ...]:
-        """The numbers of the rule, in its order, for a parameter's ``step``-th step (1 is the first).
-
-        By default each number is the group's option of that name, and ``step`` is the step itself. With
-        ``counts_steps = False`` all that ``step`` tells is whether this is the first (1) or a later one.
-        """
-        return tuple(step if name == "step" else group[name] for name in signature(self.rule_for(group)).numbers)
-
-    def scalars_and_kept(
-        self, group: Mapping[str, Any], step: float, kept: Sequence[Tensor]
-    ) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
-        """The numbers of the rule, and those to be kept for the next step in place of ``kept``.
-
-        For optimizers with ``keeps``. ``kept`` are the 0-dim tensors of the state, so that arithmetic with them rounds
-        as it does in torch.
-        """
-        return self.scalars(group, step), ()
-
-    def initial_state(self, name: str, param: Tensor, group: Mapping[str, Any]) -> Any:
-        """What a state called ``name`` starts as: a number, or a tensor like ``param``."""
-        return 0.0
-
-    def end_step(self) -> None:
-        """Called at the end of each step that was not skipped."""
-
-    def check_options(self, options: Mapping[str, Any]) -> None:
-        """Raise ``ValueError`` if a group's options are out of range."""
-        if "lr" in options:
-            check_lr(self, options)
 
     # The step.
 
@@ -182,9 +97,9 @@ class FirstOrder(Settling):
             or torch_optimizer._global_optimizer_post_hooks
             or torch.autograd.profiler._is_profiler_enabled
         )
-        take = _hooked_step if is_hooked else FirstOrder._step
+        run = _hooked_step if is_hooked else FirstOrder._step
         try:
-            return take(self) if closure is None else take(self, closure)
+            return run(self) if closure is None else run(self, closure)
         except BaseException:
             forget_scale(self)
             raise
@@ -197,75 +112,33 @@ class FirstOrder(Settling):
             refuse_closure(self)
             with torch.enable_grad():
                 loss = closure()
-        if self.in_backward is not None:
-            self.in_backward.finish()
-        else:
-            plan, self._plan = self._plan, None  # should the step not end
-            self._plan = advance(self, plan)
+        self._driver.step(self)
         return loss
 
-    # State.
+    def _use(self, driver: Driver) -> None:
+        """Leave the steps to ``driver``."""
+        self._driver = driver
+        self._step_supports_amp_scaling = driver.takes_scaler or self.options.amp == "fused"  # what GradScaler asks
 
-    def ensure_state(
-        self, param: Tensor, rule: Callable[..., Any], group: Mapping[str, Any], in_pages: bool = False
-    ) -> dict[str, Any]:
-        """The state of ``param``, made where it is missing; ``in_pages``: zeros in memory that costs what is used."""
-        names = signature(rule).state
-        if not names and not self.counts_steps:
-            return {}
-        found = dict.get(self.state, param)
-        if found is None or type(found) is Initial:
-            found = dict(found or {})
-            dict.__setitem__(self.state, param, found)
-        if self.step_is_int:
-            found.setdefault("step", 0)
-        numbers = ("step", *self.keeps) if self.counts_steps and not self.step_is_int else self.keeps
-        found.update(zip(numbers, self.stored_numbers(numbers, param, group, found), strict=True))
-        for name, dtype in zip(names, self.state_dtypes(rule, param, found), strict=True):
-            if not isinstance(found.get(name), Tensor):
-                found[name] = new_tensor(param, dtype, self.initial_state(name, param, group), in_pages)
-        return found
+    @property
+    def in_backward(self) -> InBackward | None:
+        """The handle of ``descend.in_backward`` while steps are taken inside backward, else None."""
+        return self._driver.handle  # type: ignore[no-any-return]
 
-    def stored_numbers(
-        self, names: Sequence[str], param: Tensor, group: Mapping[str, Any], found: Mapping[str, Any]
-    ) -> list[Tensor]:
-        """The numbers in the state of ``param``: those that exist, and those still to be made."""
-        return [stored_number(found, name, self.initial_state(name, param, group)) for name in names]
+    def step_in_backward(self, accumulate: int, clip: str | None, nonfinite: str | None) -> InBackward:
+        """Take steps inside backward from now on, see ``descend.in_backward``."""
+        ordinary = self._driver
 
-    def state_dtypes(
-        self, rule: Callable[..., Any], param: Tensor, found: Mapping[str, Any]
-    ) -> tuple[torch.dtype, ...]:
-        """Dtypes of the state tensors: of those that exist, and of those still to be made."""
-        default = self.default_state_dtype(param)
-        tensors = (found.get(name) for name in signature(rule).state)
-        return tuple(tensor.dtype if isinstance(tensor, Tensor) else default for tensor in tensors)
+        def restore() -> None:
+            if self._driver is handle:
+                self._use(ordinary)
+                ordinary.forget_plan()
 
-    def default_state_dtype(self, param: Tensor) -> torch.dtype:
-        """Dtype of new state tensors of ``param``."""
-        if not param.is_floating_point():
-            return param.dtype
-        return self.state_dtype or (torch.float32 if param.dtype == torch.float16 else param.dtype)
-
-    def steps_taken(self, rule: Callable[..., Any], found: Mapping[str, Any]) -> float:
-        """Steps a parameter has taken; without step counts, 0 before the first and 1 after."""
-        if self.counts_steps:
-            return float(found.get("step", 0.0))
-        return float(
-            type(found) is not Initial and all(isinstance(found.get(name), Tensor) for name in signature(rule).state)
-        )
+        handle = InBackward(self, self._tables, accumulate, clip, nonfinite, restore)
+        self._use(handle)
+        return handle
 
     # Groups.
-
-    def check_group(self, options: Mapping[str, Any]) -> None:
-        """Raise ``ValueError`` if a group's options are of another kind than their defaults, or out of range."""
-        try:
-            self.check_options(options)
-        except ValueError:  # torch's words
-            raise
-        except Exception:
-            check_kinds(self, options)
-            raise
-        check_kinds(self, options)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group of parameters, its options checked first. See ``torch.optim.Optimizer.add_param_group``."""
@@ -276,80 +149,53 @@ class FirstOrder(Settling):
         if not torch.compiler.is_compiling():
             inherited = getattr(inherited, "__wrapped__", inherited)
         inherited(self, param_group)
-        if self.in_backward is not None:
-            self.in_backward.watch()
+        self._driver.watch()
 
-    def check_param(self, param: Tensor, group: Mapping[str, Any]) -> None:
-        """Raise torch's errors for parameters that a group's options do not allow."""
-        if group.get("fused") and not param.is_floating_point():
-            raise RuntimeError(
-                "`fused=True` requires all the params to be floating point Tensors of supported devices, "
-                f"but {self.name_of(param)} is {param.dtype} on {param.device.type}. Leave `fused` out."
-            )
-        if group.get("capturable") and param.device.type == "cpu":
-            raise AssertionError(
-                f"If capturable=True, {self.capturable_needs} must be on supported devices (CUDA, XPU, ...), "
-                f"but {self.name_of(param)} is on {param.device}. Leave `capturable` out."
-            )
-        if group.get("foreach") and group.get("differentiable") and not self.foreach_is_differentiable:
-            raise AssertionError(
-                f"_foreach ops don't support autograd ({type(self).__name__}: leave foreach or differentiable out)"
-            )
-        is_attached = param in self.tables and self.tables[param].is_attached
-        makes_state = group.get("lr") == 0 and not self.state_of(param)  # torch.distributed.checkpoint does
-        if is_attached and param.grad is not None and param.grad.layout == torch.strided and not makes_state:
-            raise RuntimeError(
-                f"{type(self).__name__}: {self.name_of(param)} is a table of sparse='exact', but has a dense gradient: "
-                "something reads all of it (tied weights do). Train it with dense gradients, or untie it."
-            )
+    # Tables in exact mode.
 
-    def meaning_of_sparse(self, param: Tensor, group: Mapping[str, Any]) -> str | None:
-        """What a parameter's gradient means if it is sparse: "touched", "exact" or "all", zeros for the other rows."""
-        grad = param.grad
-        if grad is None or grad.layout == torch.strided:
-            return None
-        if group.get("differentiable"):
-            raise RuntimeError(
-                f"{type(self).__name__}: `differentiable` does not support sparse gradients, but {self.name_of(param)} "
-                f"has one of layout {grad.layout}."
-            )
-        if self.sparse is None and not self.takes_sparse:
-            cures = "sparse='touched'" if self.coasting is None else "sparse='exact' or sparse='touched'"
-            raise RuntimeError(
-                f"{type(self).__name__} does not support sparse gradients, please consider SparseAdam instead, or say "
-                f"what they mean: {cures} ({self.name_of(param)} has a gradient of layout {grad.layout})"
-            )
-        if param.layout != torch.strided:
-            raise RuntimeError(
-                f"{type(self).__name__}: gradients may be sparse, parameters may not, but {self.name_of(param)} is of "
-                f"layout {param.layout}: store it dense."
-            )
-        return self.sparse or "all"
+    def attach(self, model: nn.Module | Tensor) -> None:
+        """Bring rows up to date before ``model`` reads them. Call it once, before training with ``sparse="exact"``.
 
-    def name_of(self, param: Tensor) -> str:
-        """The parameter's name if it was given with one, else where it stands in the groups."""
-        for index, group in enumerate(self.param_groups):
-            for position, candidate in enumerate(group["params"]):
-                if candidate is param:
-                    names = group.get("param_names")
-                    return str(names[position]) if names else f"param_groups[{index}]['params'][{position}]"
-        return "a parameter that is in no group"
+        Embeddings (``nn.Embedding``, ``nn.EmbeddingBag`` with ``sparse=True``) settle the rows that their input names,
+        before each forward pass. Other modules that own the same weight settle all rows. So do ``state_dict`` and
+        ``load_state_dict`` of the modules: a pass over all rows that are behind. The model does not keep the optimizer
+        alive, and its copies are not attached.
 
-    # Backends.
+        Args:
+            model: the model; or a single parameter that code of yours reads after calling ``settle`` itself.
+        Raises:
+            RuntimeError: if ``sparse`` is not ``"exact"``, or another such optimizer has a table and one of them decays
+                it.
+            ValueError: if there is nothing to attach.
+        Example:
+            >>> from descend import AdamW
+            >>> model = torch.nn.EmbeddingBag(1000, 4, sparse=True)
+            >>> optimizer = AdamW(model.parameters(), sparse="exact")
+            >>> optimizer.attach(model)
+            >>> model(torch.tensor([[1, 2, 2]])).sum().backward()
+            >>> optimizer.step()
+        """
+        attach(self, self._tables, model)
 
-    def requested_backend(self) -> str:
-        """The backend asked for: by the constructor, else by ``DESCEND_BACKEND``, else ``"auto"``."""
-        backend = self.backend
-        if backend == "auto":
-            backend = os.environ.get("DESCEND_BACKEND", backend)
-        if backend not in BACKENDS:
-            raise ValueError(f"DESCEND_BACKEND must be one of {BACKENDS}, got {backend!r}.")
-        if backend == "auto" and torch._C._len_torch_dispatch_stack():
-            return "eager"  # make_fx, FakeTensorMode and other modes would see nothing of a kernel
-        return backend
+    def settle(self) -> None:
+        """Bring all rows of all tables up to date: a pass over those that are behind. For ``sparse="exact"``."""
+        self._tables.settle(self)
+
+    @contextmanager
+    def settled(self) -> Iterator[None]:
+        """For code that reads or writes the weights itself: all rows are brought up to date first."""
+        self.settle()
+        yield
+
+    def __del__(self) -> None:
+        with suppress(Exception):  # when the interpreter ends, what it takes may be gone
+            if self._tables:
+                self.settle()  # afterwards nobody could
+
+    # What it holds, and where it runs.
 
     def backends(self) -> list[Placement]:
-        """Where each parameter's rule would run now, and why, in the groups' order.
+        """Where each parameter's rule would run now, and why, in the groups' order. Compiles nothing.
 
         Example:
             >>> from descend import SGD
@@ -357,37 +203,102 @@ class FirstOrder(Settling):
             >>> SGD([("weight", weight)]).backends()
             [Placement(name='weight', backend='cpu', reason='float32')]
         """
-        return Plan(self, only_with_grad=False).placements(self)
+        return Plan(self, self._tables, only_with_grad=False).placements(self)
 
-    summary = summarize
+    def summary(self, file: Any = None) -> tuple[Row, ...]:
+        """Print the groups as they are now, as a table.
+
+        Args:
+            file: where to, a text file. Default: standard output.
+        Returns:
+            The rows of the table.
+        Example:
+            >>> from descend import AdamW
+            >>> rows = AdamW(torch.nn.Linear(2, 3), groups=[("bias", dict(weight_decay=0))]).summary()
+            group  pattern  parameters  numbers  state  options that differ
+                0  -                 1        6    0 B
+                1  bias              1        3    0 B  weight_decay=0
+            total                    2        9    0 B
+        """
+        return summarize(self, self._patterns, file)
 
     # Checkpoints.
 
+    def init_state(self) -> None:
+        """Make the state of all parameters that require gradients, without a step.
+
+        ``torch.distributed.checkpoint`` loads into the state that is there; where there is none, it takes a step to get
+        it. The next step is the first one all the same.
+
+        Example:
+            >>> from descend import AdamW
+            >>> optimizer = AdamW([torch.zeros(2, requires_grad=True)])
+            >>> optimizer.init_state()
+            >>> optimizer.state_dict()["state"][0]
+            {'step': tensor(0.), 'exp_avg': tensor([0., 0.]), 'exp_avg_sq': tensor([0., 0.])}
+        """
+        init_state(self)
+        self._driver.forget_plan()
+
     def state_dict(self) -> dict[str, Any]:
         """State and options as a dictionary in torch's format; its tensors share memory with the state."""
-        self.write_schedules()
+        self._tables.write_schedules(self)
         return per_parameter.save(self, super().state_dict)
 
-    load_state_dict = per_parameter.load_state_dict  # type: ignore[assignment]  # takes more than torch's, may return
-    init_state = per_parameter.init_state
+    def load_state_dict(  # type: ignore[override]  # takes more than torch's, and may return what it left out
+        self,
+        state_dict: Mapping[str, Any],
+        strict: bool = True,
+        match: str = "auto",
+        hyperparameters: str = "loaded",
+    ) -> IncompatibleKeys | None:
+        """Load what ``state_dict`` (this library's or torch's) returned.
+
+        Everything is copied. A state tensor gets the wider of its saved dtype and the one this optimizer would make;
+        integers stay as they are. How to run (``foreach``, ``fused``, ``capturable``, ``differentiable``) is not taken
+        from the dictionary.
+
+        Args:
+            state_dict: a dictionary.
+            strict: whether every parameter, here and there, must have its counterpart. Otherwise what matches is
+                loaded, and the other parameters keep the state they have. Default: True.
+            match: ``"name"``, an error where names are missing; ``"order"``; or ``"auto"``: by name if every
+                parameter has one on both sides, else by order. Default: ``"auto"``.
+            hyperparameters: options of the groups: ``"loaded"`` takes them from the dictionary, ``"current"`` keeps
+                lr, weight decay and the rest as they are. Default: ``"loaded"``.
+        Returns:
+            None; with ``strict=False`` what was not loaded: ``(missing_keys, unexpected_keys)``.
+        Raises:
+            TypeError, ValueError: if something does not fit or is damaged; nothing has been changed then.
+        Example:
+            >>> from descend import AdamW
+            >>> old, new = torch.nn.Linear(2, 1), torch.nn.Linear(2, 1)
+            >>> optimizer = AdamW(new, lr=0.1)
+            >>> optimizer.load_state_dict(AdamW(old, lr=0.5).state_dict(), strict=False, hyperparameters="current")
+            IncompatibleKeys(missing_keys=[], unexpected_keys=[])
+            >>> optimizer.param_groups[0]["lr"]
+            0.1
+        """
+        return per_parameter.load(self, state_dict, strict, match, hyperparameters)
 
     def __getstate__(self) -> dict[str, Any]:
-        self.write_schedules()
-        options = ("max_norm", "nonfinite", "backend", "state_dtype", "sparse", "amp")
-        ours = (*options, "skipped_steps", "grad_norm", "_patterns")
-        return {**super().__getstate__(), **{name: getattr(self, name) for name in ours}}
+        self._tables.write_schedules(self)
+        ours = ("skipped_steps", "grad_norm", "_patterns")
+        return {**super().__getstate__(), **vars(self.options), **{name: getattr(self, name) for name in ours}}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        if self.__dict__.get("tables"):
-            self.settle()  # what rows have missed is known to the old state only
-        set_state(self, state)
-        self._plan = None
-        self.__dict__.setdefault("sparse", None)
-        self._step_supports_amp_scaling = (
-            self.__dict__.setdefault("amp", None) == "fused" or self.in_backward is not None
-        )
-        for table in self.__dict__.setdefault("tables", {}).values():
-            table.forget_schedule()
+        if "_tables" in self.__dict__:
+            self.settle()  # first: the steps that rows have missed are on record only in the state about to be replaced
+        options = {key: state[key] for key in StepOptions.__dataclass_fields__ if key in state}
+        set_state(self, {key: value for key, value in state.items() if key not in options})
+        if "options" not in self.__dict__:
+            self.options = StepOptions(**options)
+        if "_tables" not in self.__dict__:
+            self._tables = Tables()
+            self._driver = WholeStep(self._tables)
+        self._use(self._driver)
+        self._driver.forget_plan()
+        self._tables.forget_schedules()
         for group in self.param_groups:
             for key, value in self.defaults.items():
                 group.setdefault(key, value)
@@ -398,3 +309,20 @@ class FirstOrder(Settling):
 
 _hooked_step = Optimizer.profile_hook_step(FirstOrder._step)
 _untraced_step = _disable_dynamo(FirstOrder.step)
+
+
+def warmup(optimizer: FirstOrder) -> None:
+    """Compile, or load from disk, all that ``optimizer.step`` will need, so that the first step is fast.
+
+    Gradients are assumed to have their parameters' dtypes where there are none yet. State is not touched.
+
+    Example:
+        >>> import torch
+        >>> from descend import AdamW
+        >>> optimizer = AdamW([torch.zeros(3, requires_grad=True)])
+        >>> warmup(optimizer)
+    """
+    plan = Plan(optimizer, optimizer._tables, only_with_grad=False)
+    plan.compile()
+    if optimizer.options.sparse is not None:
+        plan.compile_rows(optimizer)

@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
+from typing_extensions import Unpack
 
 from descend import rules
 from descend.core.checks import check_adam, check_values
-from descend.first_order.optimizer import FirstOrder, Options
-from descend.state.container import state_tensors
-
-if TYPE_CHECKING:
-    from typing_extensions import Unpack
-
-    from descend.core.groups import ParamsT
+from descend.core.groups import ParamsT
+from descend.core.options import Options
+from descend.first_order.optimizer import FirstOrder
+from descend.state.container import checked_state
 
 
 class AdamWScheduleFree(FirstOrder):
@@ -64,7 +62,7 @@ class AdamWScheduleFree(FirstOrder):
 
     rule = staticmethod(rules.schedule_free_adamw)
     counts_steps = False  # groups do, as in the original: one average for all of their parameters
-    counts = ("k", "train_mode", "weight_sum", "lr_max", "scheduled_lr")
+    group_state = ("k", "train_mode", "weight_sum", "lr_max", "scheduled_lr")
 
     def __init__(
         self,
@@ -111,7 +109,7 @@ class AdamWScheduleFree(FirstOrder):
     def _switch(self, train: bool) -> None:
         for group in self.param_groups:
             for param in group["params"]:
-                state_tensors(self, param, ("z",), self.state_of(param))
+                checked_state(self, param, ("z",), group, self.state_of(param))
         for group in self.param_groups:
             if group["train_mode"] == train:
                 continue

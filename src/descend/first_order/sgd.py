@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
+from typing_extensions import Unpack
 
 from descend import rules
 from descend.core.checks import check_flags, check_lr, check_values
-from descend.first_order.optimizer import FirstOrder, Options
-
-if TYPE_CHECKING:
-    from typing_extensions import Unpack
-
-    from descend.core.groups import ParamsT
+from descend.core.groups import ParamsT
+from descend.core.options import Options
+from descend.first_order.optimizer import FirstOrder
 
 
 class SGD(FirstOrder):
@@ -144,7 +142,7 @@ class ASGD(FirstOrder):
     """
 
     rule = staticmethod(rules.asgd)
-    keeps = ("eta", "mu")
+    scalar_state = ("eta", "mu")
     capturable_needs = "params, mus, etas, and state_steps"
 
     def __init__(
@@ -174,7 +172,7 @@ class ASGD(FirstOrder):
         }
         super().__init__(params, defaults, **options)
 
-    def scalars_and_kept(
+    def scalars_and_state(
         self, group: Mapping[str, Any], step: float, kept: Sequence[torch.Tensor]
     ) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
         eta, mu = (number.double() for number in kept)

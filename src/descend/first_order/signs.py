@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
+from typing_extensions import Unpack
 
 from descend import rules
 from descend.core.checks import check_betas, check_kind, check_lr, check_values
-from descend.first_order.optimizer import FirstOrder, Options
-
-if TYPE_CHECKING:
-    from typing_extensions import Unpack
-
-    from descend.core.groups import ParamsT
+from descend.core.groups import ParamsT
+from descend.core.options import Options
+from descend.first_order.optimizer import FirstOrder
 
 
 class Lion(FirstOrder):

@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
+from typing_extensions import Unpack
 
 from descend import rules
 from descend.core.checks import check_at_least_zero, check_eps, check_flags, check_lr, check_values
-from descend.first_order.optimizer import FirstOrder, Options
-
-if TYPE_CHECKING:
-    from typing_extensions import Unpack
-
-    from descend.core.groups import ParamsT
+from descend.core.groups import ParamsT
+from descend.core.options import Options
+from descend.first_order.optimizer import FirstOrder
+from descend.state.make import ensure_state
 
 
 class Adagrad(FirstOrder):
@@ -89,10 +88,10 @@ class Adagrad(FirstOrder):
 
     def share_memory(self) -> None:
         """Move the sums to shared memory, for several processes that update them; sums still missing are made."""
-        self._plan = None
+        self._driver.forget_plan()
         for group in self.param_groups:
             for param in group["params"]:
-                self.ensure_state(param, self.rule, group)["sum"].share_memory_()
+                ensure_state(self, param, self.rule, group)["sum"].share_memory_()
 
     def meaning_of_sparse(self, param: torch.Tensor, group: Mapping[str, Any]) -> str | None:
         meaning = super().meaning_of_sparse(param, group)

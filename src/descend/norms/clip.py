@@ -9,15 +9,17 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
+from typing import TypeVar
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from descend.backends.cpu import supports
-from descend.backends.cpu.launch import CHUNK, Table
+from descend.backends import available
+from descend.backends.backend import Backend
 
-_NO_SCALARS = np.zeros(0)
+CHUNK = 16_384  # torch sums shorter vectors on one thread, so that results do not depend on their number
+
+Norm = TypeVar("Norm", float, Tensor)
 
 
 def get_total_norm(
@@ -79,8 +81,15 @@ def clip_grads_with_norm_(
         tensor([0.3000, 0.4000])
     """
     max_norm = _not_negative("max_norm", max_norm)
-    coefficient = (max_norm / (total_norm.double() + 1e-6)).clamp(max=1.0)
-    _scale(_grads(parameters), coefficient)
+    _scale(_grads(parameters), clip_coefficient(max_norm, total_norm.double()))
+
+
+def clip_coefficient(max_norm: float, total_norm: Norm) -> Norm:
+    """``min(1, max_norm / (total_norm + 1e-6))``, as in torch; NaN for a NaN norm."""
+    coefficient = max_norm / (total_norm + 1e-6)
+    if isinstance(coefficient, Tensor):
+        return coefficient.clamp(max=1.0)
+    return 1.0 if coefficient > 1 else coefficient  # Python's min(1, nan) is 1
 
 
 def clip_grad_norm_(
@@ -171,14 +180,8 @@ def _scale(grads: Sequence[Tensor], coefficient: Tensor) -> None:
 
 def norm(tensors: Sequence[Tensor], norm_type: float) -> Tensor | float:
     """The norm of all tensors together, in float64 where the device has it."""
-    if norm_type == 2 and all(map(_has_kernel, tensors)):
-        by_dtype: defaultdict[torch.dtype, list[Tensor]] = defaultdict(list)
-        for tensor in tensors:
-            by_dtype[tensor.dtype].append(tensor)
-        total = sum(
-            Table([members], 1, [0] * len(members), _NO_SCALARS).sum_of_squares(0, dtype)
-            for dtype, members in by_dtype.items()
-        )
+    if norm_type == 2 and (backend := _compiled_for(tensors)) is not None:
+        total = backend.sum_of_squares(tensors)
         if math.isfinite(total):
             return math.sqrt(total)
     largest = _combined([_largest(tensor) for tensor in tensors]).max()
@@ -190,8 +193,12 @@ def norm(tensors: Sequence[Tensor], norm_type: float) -> Tensor | float:
     return torch.where(largest.isfinite(), unit * total_power ** (1 / norm_type), largest)
 
 
-def _has_kernel(tensor: Tensor) -> bool:
-    return supports.why_not_cpu(tensor, None, ()) is None
+def _compiled_for(tensors: Sequence[Tensor]) -> Backend | None:
+    """A backend that can sum the squares of all of these."""
+    for backend in available("auto"):
+        if all(backend.why_not("element", tensor, None, ()) is None for tensor in tensors):
+            return backend
+    return None
 
 
 def _combined(values: Sequence[Tensor]) -> Tensor:
@@ -213,7 +220,6 @@ def is_finite(grad: Tensor) -> bool:
 def _chunks(tensor: Tensor) -> Iterable[Tensor]:
     tensor = summed(tensor)
     flat = tensor.detach().abs().flatten() if tensor.is_complex() else tensor.detach().reshape(-1)
-    # Torch sums shorter vectors on one thread, so the result does not depend on their number.
     return torch.split(flat, CHUNK) if flat.device.type == "cpu" else (flat,)
 
 

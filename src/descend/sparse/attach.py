@@ -1,117 +1,69 @@
-"""How tables in exact mode are read: what an optimizer offers for it, and the hooks that do it by themselves."""
+"""The tables of an optimizer in exact mode, and the hooks that bring rows up to date before a module reads them."""
 
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
-from typing import Any, ClassVar
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch._compile import _disable_dynamo
-from torch.optim import Optimizer
 
+from descend.core.method import Method
 from descend.sparse.table import ROW_STEP, Table
 
 
-class Settling(Optimizer):
-    """The part of an optimizer that keeps tables in exact mode."""
+class Tables(dict[Tensor, Table]):
+    """The parameters that an optimizer keeps in exact mode."""
 
-    coasting: ClassVar[tuple[Callable[..., Any], Callable[..., Any]] | None] = None  # rules for sparse="exact"
+    def of(self, param: Tensor) -> Table:
+        """What is known of the rows of ``param``."""
+        if param not in self:
+            self[param] = Table(param)
+        return self[param]
 
-    sparse: str | None
-    tables: dict[Tensor, Table]  # the parameters in exact mode
-
-    def rule_for(self, group: Mapping[str, Any]) -> Callable[..., Any]:
-        """The rule of a group."""
-        raise NotImplementedError
-
-    def requested_backend(self) -> str:
-        """The backend asked for."""
-        raise NotImplementedError
-
-    def name_of(self, param: Tensor) -> str:
-        """The parameter's name."""
-        raise NotImplementedError
-
-    def check_exact(self, options: Mapping[str, Any]) -> None:
-        """Raise ``ValueError`` if steps that a row misses with these options have no closed form."""
-
-    def attach(self, model: torch.nn.Module | Tensor) -> None:
-        """Bring rows up to date before ``model`` reads them. Call it once, before training with ``sparse="exact"``.
-
-        Embeddings (``nn.Embedding``, ``nn.EmbeddingBag`` with ``sparse=True``) settle the rows that their input names,
-        before each forward pass. Other modules that own the same weight settle all rows. So do ``state_dict`` and
-        ``load_state_dict`` of the modules: a pass over all rows that are behind. The model does not keep the optimizer
-        alive, and its copies are not attached.
-
-        Args:
-            model: the model; or a single parameter that code of yours reads after calling ``settle`` itself.
-        Raises:
-            RuntimeError: if ``sparse`` is not ``"exact"``.
-            ValueError: if there is nothing to attach.
-        Example:
-            >>> from descend import AdamW
-            >>> model = torch.nn.EmbeddingBag(1000, 4, sparse=True)
-            >>> optimizer = AdamW(model.parameters(), sparse="exact")
-            >>> optimizer.attach(model)
-            >>> model(torch.tensor([[1, 2, 2]])).sum().backward()
-            >>> optimizer.step()
-        """
-        attach(self, model)
-
-    def settle(self) -> None:
-        """Bring all rows of all tables up to date: a pass over those that are behind. For ``sparse="exact"``."""
-        if self.sparse == "exact":
-            for group in self.param_groups:
+    def settle(self, method: Method) -> None:
+        """Bring all rows of all tables up to date."""
+        if method.options.sparse == "exact":
+            for group in method.param_groups:
                 for param in group["params"]:
-                    if ROW_STEP in self.state_of(param):
-                        self.table_of(param)
-        for table in list(self.tables.values()):
-            table.settle(self)
+                    if ROW_STEP in method.state_of(param):
+                        self.of(param)
+        for table in list(self.values()):
+            table.settle(method)
 
-    def __del__(self) -> None:
-        with suppress(Exception):  # when the interpreter ends, what it takes may be gone
-            if self.tables:
-                self.settle()  # afterwards nobody could
-
-    @contextmanager
-    def settled(self) -> Iterator[None]:
-        """For code that reads the weights itself: they are up to date until the next step."""
-        self.settle()
-        yield
-
-    def table_of(self, param: Tensor) -> Table:
-        """What is known of the rows of ``param``, a parameter in exact mode."""
-        if param not in self.tables:
-            self.tables[param] = Table(param)
-        return self.tables[param]
-
-    def state_of(self, param: Tensor) -> dict[str, Any]:
-        """The state of ``param`` as it is, read without being exposed."""
-        return dict.get(self.state, param) or {}
-
-    def group_of(self, param: Tensor) -> dict[str, Any]:
-        """The group that ``param`` is in."""
-        return next(group for group in self.param_groups if any(candidate is param for candidate in group["params"]))
-
-    def write_schedules(self) -> None:
+    def write_schedules(self, method: Method) -> None:
         """Put into the state what a checkpoint needs to know of steps that rows have missed."""
-        for param, table in self.tables.items():
-            if found := self.state_of(param):
-                table.write_schedule(found)
+        for table in self.values():
+            table.write_schedule(method)
+
+    def forget_schedules(self) -> None:
+        """Take them from the state when they are next needed."""
+        for table in self.values():
+            table.forget_schedule()
+
+    def check_dense(self, method: Method, param: Tensor, group: Mapping[str, Any]) -> None:
+        """Raise ``RuntimeError`` if an attached table has a dense gradient."""
+        is_attached = param in self and self[param].is_attached
+        makes_state = group.get("lr") == 0 and not method.state_of(param)  # torch.distributed.checkpoint does
+        if is_attached and param.grad is not None and param.grad.layout == torch.strided and not makes_state:
+            raise RuntimeError(
+                f"{type(method).__name__}: {method.name_of(param)} is a table of sparse='exact', but has a dense "
+                "gradient: something reads all of it (tied weights do). Train it with dense gradients, or untie it."
+            )
 
 
 class SettleRows:
     """A hook of a module that reads a table: the rows about to be read are brought up to date.
 
-    It knows the optimizer weakly. In a copy of the module it has no effect: the copy has weights of its own, which are
-    current.
+    It does not keep the optimizer alive. In a copy of the module it has no effect: the copy has weights of its own,
+    which are current.
     """
 
-    def __init__(self, optimizer: Settling | None) -> None:
-        self._optimizer = weakref.ref(optimizer) if optimizer is not None else lambda: None
+    def __init__(self, method: Method | None, tables: Tables) -> None:
+        self._method = weakref.ref(method) if method is not None else lambda: None
+        self._tables = tables
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Before ``forward``: an embedding reads what its input names, other modules may read everything."""
@@ -127,70 +79,114 @@ class SettleRows:
         """Before a state dict of the module is made or loaded."""
         self._settle(module, None)
 
-    def belongs_to(self, optimizer: Settling) -> bool:
-        """Whether this hook is of ``optimizer``."""
-        return self._optimizer() is optimizer
+    def after_forward(self, module: nn.Module, *args: Any) -> None:
+        """An embedding with ``max_norm`` has scaled the rows it was about to read, which were current."""
+        for table in self._tables_in(module):
+            table.note_version()
+
+    def belongs_to(self, method: Method) -> bool:
+        """Whether this hook is of ``method``."""
+        return self._method() is method
+
+    def give_up(self, param: Tensor, method: Method) -> None:
+        """Leave ``param`` to ``method``, another optimizer, if nothing of it is behind.
+
+        Raises:
+            RuntimeError: if rows may be behind, and either of the two decays them.
+        """
+        other, table = self._method(), self._tables.get(param)
+        if other is None or other is method or table is None:
+            return
+        if table.is_settled(other):
+            table.is_attached = False
+        elif any(each.group_of(param)["weight_decay"] for each in (method, other)):
+            raise RuntimeError(
+                f"{type(method).__name__}: {method.name_of(param)} is a table of another {type(other).__name__} with "
+                "sparse='exact', and weight decay of one of them does not commute with steps of the other. Use one "
+                "optimizer, set weight_decay to 0 in both, or call settle() of the other one, which then gives it up."
+            )
+
+    def _tables_in(self, module: nn.Module) -> Iterator[Table]:
+        for param in module._parameters.values():
+            if param is not None and (table := self._tables.get(param)) is not None:
+                yield table
 
     def _settle(self, module: nn.Module, indices: Tensor | None) -> None:
-        optimizer = self._optimizer()
-        if optimizer is not None:
-            for param in module._parameters.values():
-                if param is not None and (table := optimizer.tables.get(param)) is not None:
-                    table.settle(optimizer, indices)
+        method = self._method()
+        if method is not None:
+            for table in self._tables_in(module):
+                table.settle(method, indices)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> SettleRows:
-        optimizer = self._optimizer()
-        if optimizer is not None:
-            for param, table in list(optimizer.tables.items()):
+        method = self._method()
+        if method is not None:
+            for param, table in list(self._tables.items()):
                 if id(param) in memo:  # copied already, before it was brought up to date
-                    table.settle(optimizer)
+                    table.settle(method)
                     memo[id(param)].data.copy_(param.data)
-        return SettleRows(None)
+        return SettleRows(None, Tables())
 
     def __reduce__(self) -> Any:
-        optimizer = self._optimizer()
-        if optimizer is not None:
-            for table in list(optimizer.tables.values()):
-                table.refuse_if_behind(optimizer)
-        return SettleRows, (None,)
+        method = self._method()
+        if method is not None:
+            for table in list(self._tables.values()):
+                table.refuse_if_behind(method)
+        return SettleRows, (None, Tables())
 
 
 _untraced = _disable_dynamo(SettleRows.__call__)
 
 
-def attach(optimizer: Settling, model: nn.Module | Tensor) -> None:
-    """See ``Settling.attach``."""
-    name = type(optimizer).__name__
-    if optimizer.sparse != "exact":
-        raise RuntimeError(f"{name}: attach is for sparse='exact', this optimizer has sparse={optimizer.sparse!r}.")
-    owned = {param for group in optimizer.param_groups for param in group["params"]}
+def attach(method: Method, tables: Tables, model: nn.Module | Tensor) -> None:
+    """See ``FirstOrder.attach``."""
+    name = type(method).__name__
+    if method.options.sparse != "exact":
+        raise RuntimeError(
+            f"{name}: attach is for sparse='exact', this optimizer has sparse={method.options.sparse!r}."
+        )
+    owned = {param for group in method.param_groups for param in group["params"]}
     if isinstance(model, Tensor):
         if model not in owned:
             raise ValueError(f"{name}: attach got a tensor that is not one of this optimizer's parameters.")
-        optimizer.table_of(model).is_attached = True
+        _attach(tables.of(model))
         return
-    tables: set[Tensor] = {
+    params: set[Tensor] = {
         module.weight
         for module in model.modules()
         if isinstance(module, nn.Embedding | nn.EmbeddingBag) and module.sparse and module.weight in owned
     }
-    if not tables:
+    if not params:
         raise ValueError(
             f"{name}: attach found no nn.Embedding or nn.EmbeddingBag with sparse=True in {type(model).__name__} whose "
             "weight is one of this optimizer's parameters. To read a table in your own code, pass the parameter itself."
         )
-    for param in tables:
-        optimizer.table_of(param).is_attached = True
-    for module in _readers(model, tables):
-        hooks = module._forward_pre_hooks.values()
-        if not any(isinstance(hook, SettleRows) and hook.belongs_to(optimizer) for hook in hooks):
-            hook = SettleRows(optimizer)
+    readers = list(_readers(model, params))
+    for module in readers:
+        for hook in _hooks_of(module):
+            for param in params.intersection(module._parameters.values()):
+                hook.give_up(param, method)
+    for param in params:
+        _attach(tables.of(param))
+    for module in readers:
+        if not any(hook.belongs_to(method) for hook in _hooks_of(module)):
+            hook = SettleRows(method, tables)
             module.register_forward_pre_hook(hook, with_kwargs=True)
             module.register_state_dict_pre_hook(hook.all_rows)  # type: ignore[no-untyped-call]
             module.register_load_state_dict_pre_hook(hook.all_rows)  # type: ignore[no-untyped-call]
+            if getattr(module, "max_norm", None) is not None:
+                module.register_forward_hook(hook.after_forward)
 
 
-def _readers(model: nn.Module, tables: set[Tensor]) -> Iterator[nn.Module]:
+def _attach(table: Table) -> None:
+    table.is_attached = True
+    table.note_version()
+
+
+def _hooks_of(module: nn.Module) -> list[SettleRows]:
+    return [hook for hook in module._forward_pre_hooks.values() if isinstance(hook, SettleRows)]
+
+
+def _readers(model: nn.Module, params: set[Tensor]) -> Iterator[nn.Module]:
     for module in model.modules():
-        if any(param in tables for param in module._parameters.values() if param is not None):
+        if any(param in params for param in module._parameters.values() if param is not None):
             yield module

@@ -57,7 +57,6 @@ class Schedule:
         self.beta2 = beta2
         self.eps = eps
         self.start = start
-        self.steps = start
         self._history = array("d")  # lr, weight_decay, lr, weight_decay, ...
         self._log1 = math.log(beta1) if beta1 else -math.inf
         self._log2 = math.log(beta2)
@@ -72,10 +71,23 @@ class Schedule:
         self._between = np.empty(0)  # D from where the sums of a block end to where those of the last block do
         self._later = np.ones(1)  # D from there to _until; 1 for what is not settled
 
+    @property
+    def steps(self) -> int:
+        """Steps on record, those before ``start`` included."""
+        return self.start + len(self._history) // 2
+
+    @property
+    def is_behind(self) -> bool:
+        """Whether there is a step that rows may have missed."""
+        return len(self._history) > 0
+
     def append(self, lr: float, weight_decay: float) -> None:
-        """One more step of the optimizer has been taken."""
+        """Put one more step of the optimizer on record."""
         self._history.extend((lr, weight_decay))
-        self.steps += 1
+
+    def drop_last(self) -> None:
+        """Take the last step off the record: it was not taken."""
+        del self._history[-2:]
 
     def missed(self, since: np.ndarray) -> np.ndarray:
         """The numbers of ``rules.coast`` that bring rows up to date.
@@ -117,7 +129,6 @@ class Schedule:
         """The schedule whose ``history()`` this was."""
         schedule = cls(beta1, beta2, eps, start)
         schedule._history.frombytes(np.ascontiguousarray(history, np.float64).tobytes())
-        schedule.steps += len(history)
         return schedule
 
     def _find(self, since: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

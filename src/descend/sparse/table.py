@@ -10,21 +10,20 @@ from __future__ import annotations
 import math
 import threading
 from collections.abc import Mapping, MutableMapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.utils.weak import WeakIdKeyDictionary
 
-from descend.backends import eager
-from descend.backends.cpu import supports
-from descend.backends.cpu.rows import StaleRows, mark
+from descend.backends import EAGER, available
+from descend.backends.backend import CatchUp
+from descend.core.interrupts import Held
+from descend.core.method import Method
 from descend.core.signature import signature
 from descend.sparse.missed_steps import Schedule
 from descend.state import lazy_memory
-
-if TYPE_CHECKING:
-    from descend.sparse.attach import Settling
 
 # What a table adds to a parameter's state: the step each row is current at (int32; zero or negative while its averages
 # are zero). In checkpoints also: learning rate and weight decay of the steps that rows may have missed, a row a step;
@@ -34,6 +33,9 @@ ROW_STEP, SCHEDULE, CONSTANTS, CHECKSUM = "row_step", "schedule", "schedule_cons
 NAMES = frozenset({ROW_STEP, SCHEDULE, CONSTANTS, CHECKSUM})
 
 PIECE = 65_536  # rows brought up to date together when all of them are
+
+# The version counters of tables after the last write that was one of ours, whichever optimizer's it was.
+_versions: Any = WeakIdKeyDictionary()
 
 
 def loaded(name: str, value: Tensor, param: Tensor) -> Tensor | None:
@@ -84,6 +86,9 @@ def is_behind(state: Mapping[str, Any]) -> bool:
 class Table:
     """One parameter whose rows may be behind.
 
+    A step is put on record before it is taken, and rows, their marks and the step count move in one native call. So
+    wherever an exception falls, ``_schedule_of`` can tell whether the last step on record was taken.
+
     Args:
         param: the parameter; its first dimension counts rows.
     """
@@ -94,14 +99,15 @@ class Table:
         self.is_attached = False
         self._rule: Any = None  # of the last step
         self._schedule: Schedule | None = None
-        self._stale: tuple[Any, StaleRows] | None = None
+        self._is_stepping = False  # the last step on record may not have been taken
+        self._catch_up: tuple[Any, CatchUp] | None = None
 
     # What a step asks.
 
-    def check(self, optimizer: Settling, group: int, grad: Tensor) -> None:
+    def check(self, method: Method, group: int, grad: Tensor) -> None:
         """Raise if the coming step is not one that rows could miss."""
-        name = type(optimizer).__name__
-        which = optimizer.name_of(self.param)
+        name = type(method).__name__
+        which = method.name_of(self.param)
         if not self.is_attached:
             raise RuntimeError(
                 f"{name}: {which} gets sparse gradients with sparse='exact', so its rows must be brought up to date "
@@ -112,190 +118,173 @@ class Table:
                 f"{name}: sparse='exact' takes gradients with one sparse dimension, that of {which} has "
                 f"{grad.sparse_dim()}. Use sparse='touched'; nothing has moved."
             )
-        optimizer.check_exact(optimizer.param_groups[group])
-        found = optimizer.state_of(self.param)
-        schedule = self._schedule_of(optimizer, found)
-        if schedule is not None and not _counts(found["step"], schedule.steps):
+        method.check_exact(method.param_groups[group])
+        state = method.state_of(self.param)
+        schedule = self._schedule_of(method, state)
+        if schedule is not None and not _counts(state["step"], schedule.steps):
             raise RuntimeError(
-                f"{name}: the step count of {which} is {found['step']:g}, but {schedule.steps} steps are on "
+                f"{name}: the step count of {which} is {state['step']:g}, but {schedule.steps} steps are on "
                 "record. With sparse='exact' it cannot be edited; nothing has moved."
             )
+        self._check_version(method, schedule)
 
-    def expected_steps(self, optimizer: Settling) -> tuple[Tensor | None, int]:
+    def expected_steps(self, method: Method) -> tuple[Tensor | None, int]:
         """The step each row is current at, and the one that rows with a gradient must be; None if all are."""
-        found = optimizer.state_of(self.param)
-        schedule = self._schedule_of(optimizer, found)
-        if schedule is None or schedule.start == schedule.steps:
+        state = method.state_of(self.param)
+        schedule = self._schedule_of(method, state)
+        if schedule is None or not schedule.is_behind:
             return None, 0
-        return found[ROW_STEP], schedule.steps
+        return state[ROW_STEP], schedule.steps
 
-    def ensure_state(self, optimizer: Settling, found: MutableMapping[str, Any]) -> None:
+    def ensure_state(self, method: Method, state: MutableMapping[str, Any]) -> None:
         """Make what a table adds to the state. Where there is state already, a dense optimizer's, it is current."""
-        if isinstance(found.get(ROW_STEP), Tensor):
+        if isinstance(state.get(ROW_STEP), Tensor):
             return
-        rows, taken = self.param.shape[0], int(found["step"])
+        rows, taken = self.param.shape[0], int(state["step"])
         is_on_cpu = self.param.device.type == "cpu"
         steps = lazy_memory.zeros((rows,), torch.int32) if is_on_cpu else self.param.new_zeros(rows, dtype=torch.int32)
         for first in range(0, rows if taken else 0, PIECE):
             piece = slice(first, first + PIECE)
             used = [
-                found[name][piece].view(-1, math.prod(self.param.shape[1:])).any(1)
-                for name in self._state_names(optimizer)
+                state[name][piece].view(-1, math.prod(self.param.shape[1:])).any(1)
+                for name in self._state_names(method)
             ]
             steps[piece] = torch.stack(used).any(0) * taken
-        found[ROW_STEP] = steps
+        state[ROW_STEP] = steps
 
-    def begin_step(self, optimizer: Settling, group: int) -> None:
-        """Start a schedule if there is none, or if betas or eps have changed: all rows are settled first then."""
-        options = optimizer.param_groups[group]
+    def begin_step(self, method: Method, group: int) -> tuple[Tensor, int]:
+        """Put the coming step on record; return the step each row is current at, and the number of this step.
+
+        A new schedule begins if there is none, or if betas or eps have changed: all rows are settled first then.
+        """
+        options = method.param_groups[group]
         constants = float(options["betas"][0]), float(options["betas"][1]), float(options["eps"])
-        found = optimizer.state_of(self.param)
-        schedule = self._schedule_of(optimizer, found)
-        self._rule = optimizer.rule_for(options)
+        state = method.state_of(self.param)
+        schedule = self._schedule_of(method, state)
+        self._rule = method.rule_for(options)
         if schedule is None or (schedule.beta1, schedule.beta2, schedule.eps) != constants:
-            self.settle(optimizer)
-            self._schedule = Schedule(*constants, int(found["step"]))
+            self.settle(method)
+            schedule = self._schedule = Schedule(*constants, int(state["step"]))
+        self._is_stepping = True
+        schedule.append(float(options["lr"]), float(options["weight_decay"]))
+        return state[ROW_STEP], schedule.steps
 
-    def end_step(self, optimizer: Settling, group: int, rows: np.ndarray) -> None:
-        """Note which rows have been touched, and what the others have missed."""
-        options = optimizer.param_groups[group]
-        assert self._schedule is not None
-        self._schedule.append(float(options["lr"]), float(options["weight_decay"]))
-        steps = optimizer.state_of(self.param)[ROW_STEP]
-        if steps.device.type == "cpu":
-            mark(rows, steps, self._schedule.steps, have_state=True)
-        else:
-            steps[torch.from_numpy(rows).to(steps.device)] = self._schedule.steps
+    def end_step(self) -> None:
+        """The step has been taken."""
+        self._is_stepping = False
+        self.note_version()
+
+    def note_version(self) -> None:
+        """Remember that all that was written to the parameter until now was written to current rows."""
+        _versions[self.param] = self.param._version
+
+    def _check_version(self, method: Method, schedule: Schedule | None) -> None:
+        """Raise if somebody has written to the parameter while rows were behind."""
+        if schedule is None or not schedule.is_behind or self.param.is_inference():
+            return
+        if self.param._version != _versions.setdefault(self.param, self.param._version):
+            name = method.name_of(self.param)
+            raise RuntimeError(
+                f"{type(method).__name__}: {name} has been written to while rows of it were behind, so the steps they "
+                "missed cannot be made up for any more. Call optimizer.settle() before such writes, or make them in "
+                "`with optimizer.settled():`. To go on from the weights as they are now, call optimizer.attach again."
+            )
 
     # Reading.
 
-    def settle(self, optimizer: Settling, indices: Tensor | None = None) -> None:
+    def settle(self, method: Method, indices: Tensor | None = None) -> None:
         """Bring rows up to date: those that ``indices`` names, or all.
 
         Indices out of range are left to whoever reads the rows.
         """
-        with self.lock:
-            schedule = self._schedule_of(optimizer, optimizer.state_of(self.param))
-            if schedule is None or schedule.start == schedule.steps:
+        with self.lock, Held():
+            schedule = self._schedule_of(method, method.state_of(self.param))
+            if schedule is None or not schedule.is_behind:
                 return
+            self._check_version(method, schedule)
             if indices is None:
-                self._settle_all(optimizer, schedule)
+                self._settle_all(method, schedule)
             else:
-                self._settle_some(optimizer, schedule, indices)
+                self._settle_some(method, schedule, indices)
 
-    def _settle_all(self, optimizer: Settling, schedule: Schedule, moves: bool = True) -> None:
+    def _settle_all(self, method: Method, schedule: Schedule, moves: bool = True) -> None:
         rows = self.param.shape[0]
         for first in range(0, rows, PIECE):
-            self._settle_some(optimizer, schedule, range(first, min(first + PIECE, rows)), moves)
+            self._settle_some(method, schedule, range(first, min(first + PIECE, rows)), moves)
         self._schedule = Schedule(schedule.beta1, schedule.beta2, schedule.eps, start=schedule.steps)
 
-    def _settle_some(self, optimizer: Settling, schedule: Schedule, which: Tensor | range, moves: bool = True) -> None:
+    def _settle_some(self, method: Method, schedule: Schedule, which: Tensor | range, moves: bool = True) -> None:
         """``moves``: whether the parameter is behind too, and not its averages alone."""
-        found = optimizer.state_of(self.param)
-        state = [(name, found[name]) for name in self._state_names(optimizer)]
-        is_native = optimizer.requested_backend() != "eager" and supports.why_not_rows(self.param, state) is None
-        settle = self._settle_native if is_native else self._settle_eagerly
-        settle(optimizer, schedule, found[ROW_STEP], [tensor for _, tensor in state], which, moves)
-
-    def _state_names(self, optimizer: Settling) -> tuple[str, ...]:
-        return signature(self._rule or optimizer.rule_for(optimizer.group_of(self.param))).state
-
-    def _settle_native(
-        self,
-        optimizer: Settling,
-        schedule: Schedule,
-        steps: Tensor,
-        state: list[Tensor],
-        which: Tensor | range,
-        moves: bool,
-    ) -> None:
-        dtypes = (self.param.dtype, *(tensor.dtype for tensor in state))
-        if self._stale is None or self._stale[0] != dtypes:
-            assert optimizer.coasting is not None
-            coast, decay = optimizer.coasting
-            self._stale = dtypes, StaleRows(coast, decay, len(signature(coast).numbers), dtypes)
-        stale = self._stale[1]
-        length = math.prod(self.param.shape[1:])
-        if isinstance(which, Tensor):
-            which = which.reshape(1, -1).long().contiguous()
-        since = stale.find(which, (self.param.shape[0],), length, steps, schedule.steps, schedule.start)
-        if since is None or not len(since):
+        whole = method.state_of(self.param)
+        state = [(name, whole[name]) for name in self._state_names(method)]
+        catch_up = self._catch_up_with(method, state)
+        stale = catch_up.find(which, tuple(self.param.shape), whole[ROW_STEP], schedule.steps, schedule.start)
+        if stale is None or not len(stale[0]):
             return
-        numbers = _missed(schedule, since, moves) if stale.has_used else None
-        factors = schedule.shrinkage(since) if moves and stale.has_unused else np.ones(1)
-        decays = bool((factors != 1).any())
-        if numbers is not None or decays or isinstance(which, Tensor):
-            # Where a range has none of these, the schedule begins anew: a note would only cost memory.
-            mark(stale.rows, steps, schedule.steps, have_state=False)  # while these are still in the caches
-        if numbers is not None:
-            stale.coast(self.param, state, numbers)
-        if decays:
-            stale.decay(self.param, factors)
+        since, has_state, has_none = stale
+        scalars = _missed(schedule, since, moves) if has_state else None
+        factors = schedule.shrinkage(since) if moves and has_none else None
+        if factors is not None and not (factors != 1).any():
+            factors = None
+        # Where a range has neither, the schedule begins anew: a mark would only cost memory.
+        marks = scalars is not None or factors is not None or isinstance(which, Tensor)
+        catch_up.run(self.param, [tensor for _, tensor in state], scalars, factors, marks)
 
-    def _settle_eagerly(
-        self,
-        optimizer: Settling,
-        schedule: Schedule,
-        steps: Tensor,
-        state: list[Tensor],
-        which: Tensor | range,
-        moves: bool,
-    ) -> None:
-        device = steps.device
-        if isinstance(which, range):
-            rows = torch.arange(which.start, which.stop, device=device)
-        else:
-            rows = torch.unique(which.reshape(-1).long()).to(device)
-            if len(rows) and (rows[0] < 0 or rows[-1] >= len(steps)):
-                return
-        since = steps[rows].abs().clamp(min=schedule.start)
-        rows, since = rows[since < schedule.steps], since[since < schedule.steps]
-        if not len(rows):
-            return
-        steps_missed, where = torch.unique(since.long(), return_inverse=True)
-        distinct = steps_missed.cpu().numpy()
-        used = steps[rows] > 0
-        assert optimizer.coasting is not None
-        coast, decay = optimizer.coasting
-        with torch.no_grad():
-            for numbers in _missed(schedule, distinct, moves):
-                table = torch.from_numpy(numbers).to(device)[where[used]]
-                eager.run_rows(coast, self.param, (rows[used],), None, state, list(table.unbind(1)))
-            if moves:
-                factors = torch.from_numpy(schedule.shrinkage(distinct)).to(device)[where[~used]]
-                eager.run_rows(decay, self.param, (rows[~used],), None, [], [factors])
-            steps[rows] = torch.where(used, schedule.steps, -schedule.steps).int()
+    def _state_names(self, method: Method) -> tuple[str, ...]:
+        return signature(self._rule or method.rule_for(method.group_of(self.param))).state
+
+    def _catch_up_with(self, method: Method, state: list[tuple[str, Tensor]]) -> CatchUp:
+        """What brings rows up to date, on the backend that takes them."""
+        dtypes = (self.param.dtype, *(tensor.dtype for _, tensor in state))
+        backends = available(method.requested_backend())
+        backend = next((b for b in backends if b.why_not_rows("element", self.param, state) is None), EAGER)
+        if self._catch_up is None or self._catch_up[0] != (backend, dtypes):
+            assert method.catch_up_rules is not None
+            with_state, without_state = method.catch_up_rules
+            catch_up = backend.catch_up(with_state, without_state, len(signature(with_state).scalars), dtypes)
+            catch_up.compile()
+            self._catch_up = (backend, dtypes), catch_up
+        return self._catch_up[1]
 
     # Checkpoints.
 
-    def _schedule_of(self, optimizer: Settling, found: MutableMapping[str, Any]) -> Schedule | None:
+    def _schedule_of(self, method: Method, state: MutableMapping[str, Any]) -> Schedule | None:
         """The schedule; taken from the state after loading, None before the first step."""
-        if "step" not in found:
+        if "step" not in state:
             self._schedule = None  # somebody has cleared the state
-        elif self._schedule is None and isinstance(found.get(SCHEDULE), Tensor):
-            history = found[SCHEDULE].numpy()
-            beta1, beta2, eps, start, steps = found[CONSTANTS].tolist()
-            if not _counts(found["step"], steps):  # a dense optimizer has gone on from there: all rows are current
+        elif self._schedule is None and isinstance(state.get(SCHEDULE), Tensor):
+            history = state[SCHEDULE].numpy()
+            beta1, beta2, eps, start, steps = state[CONSTANTS].tolist()
+            if not _counts(state["step"], steps):  # a dense optimizer has gone on from there: all rows are current
                 for name in (ROW_STEP, SCHEDULE, CONSTANTS):
-                    found.pop(name, None)
-                self.ensure_state(optimizer, found)
+                    state.pop(name, None)
+                self.ensure_state(method, state)
                 return None
             self._schedule = Schedule.restored(beta1, beta2, eps, int(start), history)
-            if len(history) and found.get(CHECKSUM) != self._checksum():
+            if len(history) and state.get(CHECKSUM) != self._checksum():
                 # The weights are not those of the state. Those saved after it have been brought up to date.
-                self._settle_all(optimizer, self._schedule, moves=False)
+                self._settle_all(method, self._schedule, moves=False)
+            self.note_version()
+        if self._is_stepping and self._schedule is not None:
+            self._is_stepping = False
+            if float(state["step"]) == self._schedule.steps - 1:
+                self._schedule.drop_last()
+            self.note_version()
         return self._schedule
 
-    def write_schedule(self, found: MutableMapping[str, Any]) -> None:
+    def write_schedule(self, method: Method) -> None:
         """Put into the state what only checkpoints need."""
-        schedule = self._schedule
+        state = method.state_of(self.param)
+        if not state:
+            return
+        schedule = self._schedule_of(method, state)
         if schedule is not None:
             constants = (schedule.beta1, schedule.beta2, schedule.eps, schedule.start, schedule.steps)
-            found[SCHEDULE] = torch.from_numpy(schedule.history())
-            found[CONSTANTS] = torch.tensor(constants, dtype=torch.float64)
-            found.pop(CHECKSUM, None)
-            if schedule.start < schedule.steps:
-                found[CHECKSUM] = self._checksum()
+            state[SCHEDULE] = torch.from_numpy(schedule.history())
+            state[CONSTANTS] = torch.tensor(constants, dtype=torch.float64)
+            state.pop(CHECKSUM, None)
+            if schedule.is_behind:
+                state[CHECKSUM] = self._checksum()
 
     def _checksum(self) -> Tensor:
         """Of the bits of all weights: the sum, modulo 2^64, of what they are as integers."""
@@ -303,18 +292,24 @@ class Table:
         pieces = torch.split(self.param.detach(), PIECE)
         return torch.stack([piece.contiguous().view(integer).sum() for piece in pieces]).sum().cpu()
 
-    def refuse_if_behind(self, optimizer: Settling) -> None:
+    def is_settled(self, method: Method) -> bool:
+        """Whether steps have been taken, and all rows are up to date."""
+        schedule = self._schedule_of(method, method.state_of(self.param))
+        return schedule is not None and not schedule.is_behind
+
+    def refuse_if_behind(self, method: Method) -> None:
         """Raise if rows may be behind: a copy that nobody can bring up to date would be wrong."""
-        schedule = self._schedule_of(optimizer, optimizer.state_of(self.param))
-        if schedule is not None and schedule.start < schedule.steps:
+        schedule = self._schedule_of(method, method.state_of(self.param))
+        if schedule is not None and schedule.is_behind:
             raise RuntimeError(
-                f"{type(optimizer).__name__}: rows of {optimizer.name_of(self.param)} are behind, so its module cannot "
+                f"{type(method).__name__}: rows of {method.name_of(self.param)} are behind, so its module cannot "
                 "be pickled. Call optimizer.settle() first, or save model.state_dict(), which does."
             )
 
     def forget_schedule(self) -> None:
         """Take it from the state when it is next needed: another state has been loaded."""
         self._schedule = None
+        self._is_stepping = False
 
 
 def _counts(step: Any, steps: float) -> bool:
@@ -323,7 +318,7 @@ def _counts(step: Any, steps: float) -> bool:
 
 
 def _missed(schedule: Schedule, since: np.ndarray, moves: bool) -> np.ndarray:
-    """The numbers of ``rules.coast``; those that do not move the parameter if it is current."""
+    """The scalars of ``rules.coast``; those that do not move the parameter if it is current."""
     numbers = schedule.missed(since)
     if not moves:
         shrink, pace1, pace2 = 0, 1, 3

@@ -1,70 +1,74 @@
-"""Sparse gradients in a plan: which rows they touch, and what is done to the others."""
+"""The part of a step for one parameter with a sparse gradient."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Mapping
+from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from descend.backends import eager
-from descend.backends.cpu.rows import TouchedRows, load_reader
+from descend.backends.backend import Backend
 from descend.backends.cpu.threads import serial_in_forked_child
 from descend.core import memory
+from descend.core.method import Method
 from descend.core.signature import signature
-from descend.norms import clip
-
-if TYPE_CHECKING:
-    from descend.first_order.optimizer import FirstOrder
-    from descend.sparse.table import Table
-
-# What a sparse gradient means. "all": zero for every row it does not name, as in torch's SGD.
-MEANINGS = (None, "touched", "exact")
+from descend.core.update import Update, number, signed
+from descend.sparse.table import Table
+from descend.state.make import ensure_state, scalar_tensors, state_dtypes, steps_taken
 
 
-class SparseUpdate:
+class SparseUpdate(Update):
     """One parameter with a sparse gradient.
 
     Args:
-        optimizer: whose step it is.
+        method: the optimizer.
         param: the parameter.
-        group: the position of its group.
+        group: the index of its group.
         rule: the rule to apply.
-        meaning: "all", "touched" or "exact".
-        reason: why no kernel can run it; None if one can.
+        meaning: what happens to rows that the gradient does not name: "all" (a gradient of zero), "touched"
+            (nothing) or "exact" (a gradient of zero, when they are next read).
+        backend: runs the rule.
+        table: the parameter's rows, for "exact".
     """
 
     def __init__(
-        self, optimizer: FirstOrder, param: Tensor, group: int, rule: Any, meaning: str, reason: str | None
+        self,
+        method: Method,
+        param: Tensor,
+        group: int,
+        rule: Any,
+        meaning: str,
+        backend: Backend,
+        table: Table | None,
     ) -> None:
-        self.param, self.group, self.rule, self.meaning, self.reason = param, group, rule, meaning, reason
-        self.table: Table | None = optimizer.table_of(param) if meaning == "exact" else None
-        self._rows: TouchedRows | EagerRows
+        self.params = [param]
+        self._param, self._group, self._rule, self._meaning, self._table = param, group, rule, meaning, table
+        self._backend = backend
         assert param.grad is not None
         self._dtype = torch.promote_types(param.grad.dtype, torch.float32)  # sums need the digits
-        found = optimizer.state_of(param)
-        if reason is None:
-            dtypes = (param.dtype, self._dtype, *optimizer.state_dtypes(rule, param, found))
-            self._rows = TouchedRows(rule, len(signature(rule).numbers), dtypes, meaning == "all")
-        else:
-            self._rows = EagerRows(rule, meaning == "all")
-        self._numbers: Sequence[Any] = ()
-        self._kept_next: Sequence[float] = ()
+        state = method.state_of(param)
+        dtypes = (param.dtype, self._dtype, *state_dtypes(method, param, rule, state))
+        self._rows = backend.rows(rule, len(signature(rule).scalars), dtypes, meaning == "all")
         self._scale = 1.0
+        self._scalars: list[float] = []
+        self._next_state: list[float] = []
         self._is_one_row = False
-        self._state: list[Tensor] = []
-        self._own = [place for tensor in (param, *_tensors(found)) if (place := memory.span(tensor))]
+        self._state: dict[str, Any] = state
+        self._counters: Any = None
+        self._own_memory = _spans(param, state)
 
-    def read(self, optimizer: FirstOrder) -> None:
-        """Check the gradient and sum what it names twice; nothing but scratch memory is written."""
-        grad = self.param.grad
+    def compile(self, wants_norm: bool) -> None:
+        self._rows.compile(wants_norm)
+
+    def read(self, method: Method) -> None:
+        grad = self._param.grad
         assert grad is not None
+        who, name = type(method).__name__, method.name_of
         indices, values = grad._indices().contiguous(), grad._values()
         if memory.is_freed(values) or memory.is_freed(indices):
             raise RuntimeError(
-                f"{type(optimizer).__name__}: {optimizer.name_of(self.param)}: the memory of its gradient has been "
+                f"{who}: {name(self._param)}: the memory of its gradient has been "
                 "freed (untyped_storage().resize_). Restore it before the step, or set the gradient to None."
             )
         with serial_in_forked_child():
@@ -74,132 +78,81 @@ class SparseUpdate:
         if self._is_one_row:
             indices, sizes = indices.new_zeros(1, len(values)), (1,)
         start = values.data_ptr()
-        if any(begin < start + values.nbytes and start < end for begin, end in self._own):
+        if any(begin < start + values.nbytes and start < end for begin, end in self._own_memory):
             values = values.clone()
         steps, step = None, 0
-        if self.table is not None:
-            self.table.check(optimizer, self.group, grad)
-            steps, step = self.table.expected_steps(optimizer)
+        if self._table is not None:
+            self._table.check(method, self._group, grad)
+            steps, step = self._table.expected_steps(method)
         try:
             stale = self._rows.read(indices, values, sizes, steps, step)
         except IndexError as error:
             raise IndexError(
-                f"{type(optimizer).__name__}: the sparse gradient of {optimizer.name_of(self.param)}: {error}. "
-                "Nothing has moved."
+                f"{who}: the sparse gradient of {name(self._param)}: {error}. Nothing has moved."
             ) from None
         if stale is not None:
             raise RuntimeError(
-                f"{type(optimizer).__name__}: row {stale} of {optimizer.name_of(self.param)} has a gradient, but was "
+                f"{who}: row {stale} of {name(self._param)} has a gradient, but was "
                 "not brought up to date before it was read. Embeddings that optimizer.attach(model) has seen do so by "
                 "themselves; code that reads the weight itself must call optimizer.settle() first, or run in "
                 "`with optimizer.settled():`. Nothing has moved."
             )
 
     def sum_of_squares(self) -> float:
-        """Of the gradient's values, summed first where a row is named twice."""
         return self._rows.sum_of_squares()
 
-    def set_numbers(self, numbers: Sequence[Any], kept_next: Sequence[float], scale: float) -> None:
-        """Take the numbers of the coming step, and those to be kept after it."""
-        self._numbers, self._kept_next, self._scale = numbers, kept_next, scale
+    def set_scalars(self, method: Method, scale: float) -> None:
+        self._scale = scale
+        group, state = method.param_groups[self._group], method.state_of(self._param)
+        scalar_state = scalar_tensors(method, method.scalar_state, self._param, group, state)
+        step = steps_taken(method, self._rule, state) + 1
+        scalars, next_state = method.scalars_and_state(group, step, scalar_state)
+        self._scalars = [float(number(value)) for value in scalars]
+        self._next_state = [*map(number, next_state)]
 
-    def prepare(self, optimizer: FirstOrder) -> dict[str, Any]:
-        """Make the state that is missing."""
-        group = optimizer.param_groups[self.group]
-        found = optimizer.ensure_state(self.param, self.rule, group, in_pages=self.meaning != "all")
-        if self.table is not None:
-            self.table.ensure_state(optimizer, found)
-        self._state = [found[name] for name in signature(self.rule).state]
-        self._own = [place for tensor in (self.param, *_tensors(found)) if (place := memory.span(tensor))]
-        return found
+    def make_state(self, method: Method) -> None:
+        group = method.param_groups[self._group]
+        self._state = ensure_state(method, self._param, self._rule, group, lazy=self._meaning != "all")
+        if self._table is not None:
+            self._table.ensure_state(method, self._state)
+        has_counter = method.counts_steps and not method.step_is_int
+        self._counters = self._backend.scalar_state([self._state["step"]] if has_counter else [])
+        self._own_memory = _spans(self._param, self._state)
 
-    def run(self, optimizer: FirstOrder) -> None:
-        """Take the step."""
-        if self.table is None:
-            param, state = self.param.data, self._state
+    def run(self, method: Method) -> None:
+        if method.counts_steps:
+            self.set_scalars(method, self._scale)  # a parameter that is listed twice has taken a step since
+        state = [self._state[name] for name in signature(self._rule).state]
+        if self._table is None:
+            torch.autograd.graph.increment_version(self.params)
+            param = self._param.data
             if self._is_one_row:  # the gradient has no sparse dimension
                 param, state = param[None], [tensor[None] for tensor in state]
-            self._rows.update(param, state, self._numbers, self._scale)
+            self._rows.run(param, state, self._scalars, self._scale_of(method), self._counters, None)
         else:
-            with self.table.lock:
-                self.table.begin_step(optimizer, self.group)
-                self._rows.update(self.param, self._state, self._numbers, self._scale)
-                self.table.end_step(optimizer, self.group, self._rows.rows)
-        for name, number in zip(optimizer.keeps, self._kept_next, strict=True):
-            optimizer.state_of(self.param)[name].fill_(number)
+            with self._table.lock:
+                mark = self._table.begin_step(method, self._group)
+                torch.autograd.graph.increment_version(self.params)
+                self._rows.run(self._param, state, self._scalars, self._scale_of(method), self._counters, mark)
+                self._table.end_step()
+        for name, value in zip(method.scalar_state, self._next_state, strict=True):
+            self._state[name].fill_(value)
+        if method.counts_steps and method.step_is_int:
+            self._state["step"] += 1
 
-    def forget(self) -> None:
-        """Let go of the gradient."""
-        self._rows.forget()
+    def release(self) -> None:
+        self._rows.release()
 
-    def warm_up(self, norm: bool) -> None:
-        """Load what a step will call beside what making this has loaded."""
-        if norm and isinstance(self._rows, TouchedRows):
-            self._rows.warm_up_norm()
+    def is_valid(self, method: Method) -> bool:
+        return method.meaning_of_sparse(self._param, method.param_groups[self._group]) == self._meaning
 
+    def state_tensors(self) -> list[tuple[Tensor, str, Tensor]]:
+        return [(self._param, name, value) for name, value in self._state.items() if isinstance(value, Tensor)]
 
-class EagerRows:
-    """What ``TouchedRows`` does, on tensors: any device, any dtype, any strides."""
-
-    def __init__(self, rule: Any, all_rows: bool) -> None:
-        self._rule, self._all_rows = rule, all_rows
-        self._grad: Tensor | None = None
-        self.rows = np.empty(0, np.int64)
-
-    def read(
-        self, indices: Tensor, values: Tensor, sizes: tuple[int, ...], steps: Tensor | None, step: int
-    ) -> int | None:
-        """See ``TouchedRows.read``."""
-        limits = torch.tensor(sizes, device=indices.device)[:, None]
-        wrong = ((indices < 0) | (indices >= limits)).any(0)
-        if wrong.any():
-            index = tuple(indices[:, int(wrong.nonzero()[0])].tolist())
-            raise IndexError(f"index {index} is out of range for a table of {sizes} rows")
-        grad = torch.sparse_coo_tensor(indices, values, (*sizes, *values.shape[1:]), check_invariants=False)
-        self._grad = grad.coalesce()
-        rows = self._grad.indices()[0]
-        self.rows = rows.cpu().numpy()
-        if steps is None:
-            return None
-        late = rows[steps[rows].abs() != step]
-        return int(late[0]) if len(late) else None
-
-    def sum_of_squares(self) -> float:
-        """See ``TouchedRows.sum_of_squares``."""
-        assert self._grad is not None
-        norm = float(clip.norm([self._grad.values()], 2.0)) if self._grad._nnz() else 0.0
-        return norm * norm
-
-    def update(self, param: Tensor, state: Sequence[Tensor], numbers: Sequence[Any], scale: float) -> None:
-        """Apply the rule."""
-        assert self._grad is not None
-        if self._all_rows:
-            with torch.no_grad():
-                eager.run(self._rule, param, self._grad, state, numbers, scale)
-        elif self._grad._nnz():
-            index = tuple(self._grad.indices())
-            eager.run_rows(self._rule, param, index, self._grad.values(), state, numbers, scale)
-
-    def forget(self) -> None:
-        """Let go of the gradient."""
-        self._grad = None
+    def _scale_of(self, method: Method) -> float:
+        return signed(self._scale, method.param_groups[self._group])
 
 
-def _tensors(state: Mapping[str, Any]) -> list[Tensor]:
-    return [value for value in state.values() if isinstance(value, Tensor)]
-
-
-def warm_up_rows(dtype: torch.dtype) -> None:
-    """Load the loops that read gradients of ``dtype``."""
-    load_reader(torch.promote_types(dtype, torch.float32))
-
-
-def check_meaning(optimizer: FirstOrder, meaning: Any) -> None:
-    """Raise ``ValueError`` for a ``sparse`` that is none, or that this optimizer cannot keep."""
-    name = type(optimizer).__name__
-    if meaning not in MEANINGS:
-        raise ValueError(f"{name}: sparse must be one of {MEANINGS}, got {meaning!r}.")
-    if meaning == "exact" and optimizer.coasting is None:
-        raise ValueError(
-            f"{name}: sparse='exact' is for Adam and AdamW, whose missed steps have a closed form; try 'touched'."
-        )
+def _spans(param: Tensor, state: Mapping[str, Any]) -> list[tuple[int, int]]:
+    tensors = [param, *(value for value in state.values() if isinstance(value, Tensor))]
+    return [span for tensor in tensors if (span := memory.span(tensor))]

@@ -15,6 +15,7 @@ from torch import Tensor
 from descend.backends.cpu.threads import serial_in_forked_child
 from descend.backends.eager import as_real
 from descend.core import memory
+from descend.core.method import Method, StateSpec
 from descend.state import lazy_memory
 
 STATE_DTYPES = (None, torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -93,52 +94,63 @@ class State(defaultdict[Any, Any]):
     values = _exposing("values")
 
 
-def new_tensor(param: Tensor, dtype: torch.dtype, start: Any, in_pages: bool = False) -> Tensor:
-    """A state tensor in the memory order of ``param`` that starts as ``start``: a number, or a tensor like ``param``.
+def new_tensor(param: Tensor, spec: StateSpec, lazy: bool = False) -> Tensor:
+    """A new state tensor, in the memory order of ``param`` where it has its shape.
 
-    Both parts of a complex number start as the number: a step treats them as two real ones. ``in_pages``: zeros in
-    memory that costs what is used.
+    Both parts of a complex number start as the number: a step treats them as two real ones.
+
+    Args:
+        param: the parameter.
+        spec: what to make.
+        lazy: whether zeros lie in lazily committed memory.
     """
-    if in_pages and param.is_cpu and param.is_contiguous() and not isinstance(start, Tensor) and start == 0:
-        return lazy_memory.zeros(param.shape, dtype)
+    start = spec.start
+    is_zero = not isinstance(start, Tensor) and start == 0
+    if lazy and is_zero and param.is_cpu and param.is_contiguous():
+        return lazy_memory.zeros(spec.shape, spec.dtype)
     with serial_in_forked_child():
-        tensor = torch.zeros_like(param, dtype=dtype, memory_format=torch.preserve_format)
+        if spec.shape == param.shape:
+            tensor = torch.zeros_like(param, dtype=spec.dtype, memory_format=torch.preserve_format)
+        else:
+            tensor = torch.zeros(spec.shape, dtype=spec.dtype, device=param.device)
         if isinstance(start, Tensor):
             start = as_real(start)
             as_real(tensor).copy_(start.reshape(()) if start.numel() == 1 else start)
-        elif start != 0:
+        elif not is_zero:
             as_real(tensor).fill_(start)
     return tensor
 
 
-def state_tensors(
-    optimizer: Any, param: Tensor, names: Sequence[str], found: Mapping[str, Any]
+def checked_state(
+    method: Method, param: Tensor, names: Sequence[str], group: Mapping[str, Any], state: Mapping[str, Any]
 ) -> list[tuple[str, Tensor]]:
     """The state tensors that exist of those called ``names``.
 
     Raises:
-        RuntimeError: if one has not the parameter's shape, or its memory, the parameter's or the gradient's is gone;
-            or if the parameter cannot hold what a step makes of it.
+        RuntimeError: if one has not the shape it should have, or its memory, the parameter's or the gradient's is
+            gone; or if the parameter cannot hold what a step makes of it.
     """
+    who = type(method).__name__
     if not (param.is_floating_point() or param.is_complex()):
         raise RuntimeError(
-            f"{type(optimizer).__name__}: a step makes fractions, which {optimizer.name_of(param)} cannot hold: it is "
+            f"{who}: a step makes fractions, which {method.name_of(param)} cannot hold: it is "
             f"{param.dtype}. Nothing has moved."
         )
-    state = [(name, found[name]) for name in names if isinstance(found.get(name), Tensor)]
-    for name, tensor in state:
-        if tensor.shape != param.shape:
+    tensors = [(name, state[name]) for name in names if isinstance(state.get(name), Tensor)]
+    for name, tensor in tensors:
+        expected = method.state_shape(name, param, group)
+        if tensor.shape != expected:
             raise RuntimeError(
-                f"{type(optimizer).__name__}: {name} of {optimizer.name_of(param)} has shape {tuple(tensor.shape)}, "
-                f"expected {tuple(param.shape)}. Nothing has moved."
+                f"{who}: {name} of {method.name_of(param)} has shape {tuple(tensor.shape)}, "
+                f"expected {tuple(expected)}. Nothing has moved."
             )
-    for name, tensor in (("it", param), ("its gradient", param.grad), *state):
+    for name, tensor in (("it", param), ("its gradient", param.grad), *tensors):
         if tensor is not None and memory.is_freed(tensor):
             raise RuntimeError(
-                f"{type(optimizer).__name__}: {optimizer.name_of(param)}: the memory of {name} has been freed "
+                f"{who}: {method.name_of(param)}: the memory of {name} has been freed "
                 "(untyped_storage().resize_). Restore it before the step, or set the gradient to None."
             )
-    return state
+    return tensors
 
 
 def stored_number(found: Mapping[str, Any], name: str, start: Any) -> Tensor:

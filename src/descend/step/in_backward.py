@@ -6,7 +6,7 @@ import math
 import threading
 import weakref
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from types import TracebackType
 from typing import Any
@@ -15,10 +15,13 @@ import torch
 from torch import Tensor
 from torch._compile import _disable_dynamo
 
-from descend.first_order.optimizer import FirstOrder
+from descend.core.method import Method
+from descend.sparse.attach import Tables
 from descend.step.backward_passes import Passes, Seen
-from descend.step.plan import Place, Plan
-from descend.step.take import advance, is_scaled
+from descend.step.driver import Driver
+from descend.step.plan import Plan, Position
+from descend.step.scaling import is_scaled
+from descend.step.take import take_step
 
 CLIPS = (None, "previous", "parameter")
 
@@ -26,69 +29,33 @@ CLIPS = (None, "previous", "parameter")
 _KINDS = (FloatingPointError, IndexError, TypeError, ValueError)
 
 
-def in_backward(
-    optimizer: FirstOrder, accumulate: int = 1, *, clip: str | None = None, nonfinite: str | None = None
-) -> InBackward:
-    """Take the steps of ``optimizer`` inside ``backward``: each parameter as soon as its gradient is complete.
-
-    The gradient is let go at once, so that gradients never take more memory than that of one parameter. Where the
-    program calls ``optimizer.step()``, the step is completed: parameters whose gradients still wait take theirs, step
-    hooks run, and the loss of a closure is returned. As long as a parameter gets at most ``accumulate`` gradients
-    between two calls of ``step()``, every result is that of the ordinary optimizer, bit for bit. Without calls of
-    ``step()`` a parameter steps at every ``accumulate``-th gradient.
+class InBackward(Driver):
+    """Each parameter steps as soon as its gradient is complete. What ``in_backward`` returns.
 
     Args:
-        optimizer: of this library, not ``LBFGS`` or ``Newton``. Parameters added to it later are included.
-        accumulate: gradients of a parameter that are summed before it steps, >= 1. Default: 1.
-        clip: how ``max_norm`` is kept, since the joint norm of all gradients is only known when all have come.
-            ``"previous"``: by the norm of the step before, or by that of the gradients that have come so far, if that
-            is larger, as it always is in a first step. ``"parameter"``: each parameter by its own norm. Default: None,
-            an error if there is a ``max_norm``.
-        nonfinite: ``"parameter"``: what ``nonfinite="skip"`` and ``"raise"`` of the optimizer do, they do to single
-            parameters, whose gradients come one after the other. Default: None, an error if they are asked for.
-    Returns:
-        A handle: ``remove()``, or the end of a ``with`` block, makes the optimizer ordinary again.
-    Raises:
-        TypeError: if the optimizer is of another kind, or its class has a ``step`` of its own.
-        ValueError: if an option cannot be kept in one pass.
-        RuntimeError: if the optimizer, or another one with the same parameters, is in backward already.
-    Example:
-        >>> from descend import SGD
-        >>> weight = torch.ones(2, requires_grad=True)
-        >>> optimizer = SGD([weight], lr=0.1)
-        >>> with in_backward(optimizer):
-        ...     weight.square().sum().backward()
-        >>> weight, weight.grad
-        (tensor([0.8000, 0.8000], requires_grad=True), None)
+        method: the optimizer.
+        tables: its parameters in exact mode.
+        accumulate: gradients of a parameter that are summed before it steps.
+        clip: how ``max_norm`` is kept.
+        nonfinite: whether ``nonfinite`` is about single parameters.
+        on_remove: called when the optimizer becomes ordinary again.
     """
-    _check_kind(optimizer)
-    name = type(optimizer).__name__
-    if not isinstance(accumulate, int) or isinstance(accumulate, bool) or accumulate < 1:
-        raise ValueError(f"in_backward: accumulate must be a whole number >= 1, got {accumulate!r}.")
-    if clip not in CLIPS:
-        raise ValueError(f"in_backward: clip must be one of {CLIPS}, got {clip!r}.")
-    if nonfinite not in (None, "parameter"):
-        raise ValueError(f"in_backward: nonfinite must be None or 'parameter', got {nonfinite!r}.")
-    if optimizer.in_backward is not None:
-        raise RuntimeError(f"in_backward: this {name} is in backward already; remove() its handle first.")
-    if clip is not None and optimizer.max_norm is None:
-        raise ValueError(f"in_backward: clip={clip!r} says how max_norm is kept, but this {name} has none.")
-    if nonfinite is not None and optimizer.nonfinite == "step":
-        raise ValueError(
-            f"in_backward: nonfinite='parameter' is for nonfinite='skip' or 'raise', but this {name} has 'step'."
-        )
-    if optimizer.amp is not None:
-        raise ValueError(f"in_backward: {name} has amp={optimizer.amp!r}. {_NO_SCALER}")
-    _check_options(optimizer, clip, nonfinite)
-    _check_params(optimizer)
-    return InBackward(optimizer, accumulate, clip, nonfinite)
 
+    takes_scaler = True  # so that a GradScaler calls step, which then refuses it
 
-class InBackward:
-    """What ``in_backward`` returns."""
-
-    def __init__(self, optimizer: FirstOrder, accumulate: int, clip: str | None, nonfinite: str | None) -> None:
-        self.optimizer, self.accumulate, self.clip, self.nonfinite = optimizer, accumulate, clip, nonfinite
+    def __init__(
+        self,
+        method: Method,
+        tables: Tables,
+        accumulate: int,
+        clip: str | None,
+        nonfinite: str | None,
+        on_remove: Callable[[], None],
+    ) -> None:
+        _check_step_options(method, clip, nonfinite)
+        _check_params(method, tables)
+        self.optimizer, self.accumulate, self.clip, self.nonfinite = method, accumulate, clip, nonfinite
+        self._tables, self._on_remove = tables, on_remove
         self._lock = threading.RLock()  # the gradients of several devices come on several threads
         self._slots: dict[Tensor, _Slot] = {}
         self._passes = Passes()
@@ -96,18 +63,17 @@ class InBackward:
         self._norm: float | None = None  # of the gradients they stepped with
         self._previous_norm = 0.0
         self.watch()
-        optimizer.in_backward = self
-        optimizer._step_supports_amp_scaling = True  # so that a GradScaler calls step, which then refuses it
-        optimizer._plan = None
+
+    @property
+    def handle(self) -> InBackward:
+        return self
 
     def remove(self) -> None:
         """Make the optimizer ordinary again. Gradients that wait for others stay, for its next step."""
         for slot in self._slots.values():
             slot.remove_hooks()
         self._slots.clear()
-        if self.optimizer.in_backward is self:
-            self.optimizer.in_backward = None
-            self.optimizer._step_supports_amp_scaling = False
+        self._on_remove()
 
     def __enter__(self) -> InBackward:
         return self
@@ -124,17 +90,21 @@ class InBackward:
                 if param not in self._slots:
                     self._watch(param)
 
-    def finish(self) -> None:
-        """Complete a step, see ``FirstOrder.step``: parameters that still have a gradient take theirs."""
+    def forget_plan(self) -> None:
+        for slot in self._slots.values():
+            slot.plan = None
+
+    def step(self, method: Method) -> None:
+        """Complete a step: parameters that still have a gradient take theirs."""
         if is_scaled(self.optimizer):
-            raise RuntimeError(f"{type(self.optimizer).__name__} has stepped with scaled gradients. {_NO_SCALER}")
+            raise RuntimeError(f"{type(self.optimizer).__name__} has stepped with scaled gradients. {NO_SCALER}")
         with self._lock:
             self.watch()
             for index, group in enumerate(self.optimizer.param_groups):
                 for position, param in enumerate(group["params"]):
                     if param.grad is not None:
                         self._check_nothing_came_back(param, self._slots[param])
-                        self._take(param, self._slots[param], Place(index, position))
+                        self._take(param, self._slots[param], Position(index, position))
             self._complete()
             self._passes.end()
 
@@ -142,7 +112,7 @@ class InBackward:
         """A gradient of ``param`` is complete; called inside ``backward``."""
         with self._lock:
             slot = self._slots.get(param)
-            if slot is None or param.grad is None or (place := self._place_of(param, slot)) is None:
+            if slot is None or param.grad is None or (position := self._position_of(param, slot)) is None:
                 return
             if self._passes.gives_part(slot.seen):
                 raise RuntimeError(
@@ -155,7 +125,7 @@ class InBackward:
             if slot.count >= self.accumulate:
                 if param in self._stepped:
                     self._complete()
-                self._take(param, slot, place)
+                self._take(param, slot, position)
             else:
                 slot.version = param.grad._version
 
@@ -187,16 +157,16 @@ class InBackward:
                 "that replicas drift apart. Step after backward there."
             )
 
-    def _place_of(self, param: Tensor, slot: _Slot) -> Place | None:
+    def _position_of(self, param: Tensor, slot: _Slot) -> Position | None:
         groups = self.optimizer.param_groups
-        if slot.place is not None:
-            index, position = slot.place
+        if slot.position is not None:
+            index, position = slot.position
             params = groups[index]["params"] if index < len(groups) else ()
             if position < len(params) and params[position] is param:
-                return slot.place
+                return slot.position
         return next(
             (
-                Place(index, position)
+                Position(index, position)
                 for index, group in enumerate(groups)
                 for position, candidate in enumerate(group["params"])
                 if candidate is param
@@ -204,14 +174,14 @@ class InBackward:
             None,
         )
 
-    def _take(self, param: Tensor, slot: _Slot, place: Place) -> None:
+    def _take(self, param: Tensor, slot: _Slot, position: Position) -> None:
         """The step of one parameter."""
         optimizer = self.optimizer
-        plan, slot.plan, slot.place = slot.plan if place == slot.place else None, None, place
+        plan, slot.plan, slot.position = slot.plan if position == slot.position else None, None, position
         try:
-            _check_options(optimizer, self.clip, self.nonfinite)
-            _check_group(optimizer, optimizer.param_groups[place.group])
-            slot.plan = advance(optimizer, plan, place, self._norm_to_clip)
+            _check_step_options(optimizer, self.clip, self.nonfinite)
+            _check_group(optimizer, optimizer.param_groups[position.group])
+            slot.plan = take_step(optimizer, self._tables, plan, position, self._norm_to_clip)
         except Exception as error:
             kind = next((kind for kind in _KINDS if isinstance(error, kind)), RuntimeError)
             raise kind(
@@ -242,7 +212,7 @@ class _Slot:
     """What is known of one parameter."""
 
     def __init__(self) -> None:
-        self.place: Place | None = None
+        self.position: Position | None = None
         self.plan: Plan | None = None
         self.count = 0  # gradients that wait in ``.grad``
         self.version = 0  # of ``.grad`` since the last of them came
@@ -281,30 +251,13 @@ class _Arrival:
 _untraced = _disable_dynamo(_Arrival.__call__)
 
 
-_NO_SCALER = (
+NO_SCALER = (
     "A GradScaler finds out whether gradients overflowed when all of them have come, which is too late here: use "
     "bfloat16 or float32, or step after backward."
 )
 
 
-def _check_kind(optimizer: Any) -> None:
-    kind = type(optimizer)
-    if not isinstance(optimizer, FirstOrder):
-        raise TypeError(
-            f"in_backward takes an optimizer of descend that updates each parameter by itself (SGD, Adam, AdamW, "
-            f"SparseAdam, classes of from_rule), got {kind.__module__}.{kind.__name__}."
-        )
-    if kind.end_step is not FirstOrder.end_step:
-        raise TypeError(
-            f"in_backward: {kind.__name__} counts for all parameters together, which inside backward are never there."
-        )
-    if kind.step is not FirstOrder.step:
-        raise TypeError(
-            f"in_backward: {kind.__name__} has a step of its own, which gradients inside backward would never reach."
-        )
-
-
-def _check_options(optimizer: FirstOrder, clip: str | None, nonfinite: str | None) -> None:
+def _check_step_options(optimizer: Method, clip: str | None, nonfinite: str | None) -> None:
     """Raise if an option would silently do something else. They may be edited at any time."""
     if optimizer.max_norm is not None and clip is None:
         raise ValueError(
@@ -318,13 +271,13 @@ def _check_options(optimizer: FirstOrder, clip: str | None, nonfinite: str | Non
         )
 
 
-def _check_group(optimizer: FirstOrder, group: Mapping[str, Any]) -> None:
+def _check_group(optimizer: Method, group: Mapping[str, Any]) -> None:
     if group.get("differentiable"):
         name = type(optimizer).__name__
         raise ValueError(f"in_backward: a step inside backward cannot be differentiated, {name} has differentiable.")
 
 
-def _check_params(optimizer: FirstOrder) -> None:
+def _check_params(optimizer: Method, tables: Tables) -> None:
     """Raise if a parameter cannot step by itself."""
     name = type(optimizer).__name__
     counts = Counter(param for group in optimizer.param_groups for param in group["params"])
@@ -339,6 +292,6 @@ def _check_params(optimizer: FirstOrder) -> None:
             )
     for group in optimizer.param_groups:
         _check_group(optimizer, group)
-    for placement in optimizer.backends():
+    for placement in Plan(optimizer, tables, only_with_grad=False).placements(optimizer):
         if placement.reason.startswith("shares memory"):
             raise ValueError(f"in_backward: {placement.name} of {name} {placement.reason}; their order would matter.")

@@ -274,3 +274,16 @@ def call_address(typing: Any, function: Any, first: Any, second: Any) -> Any:
         return builder.call(builder.inttoptr(args[0], prototype.as_pointer()), args[1:])
 
     return types.int64(types.int64, types.int64, types.int64), generate
+
+
+@intrinsic
+def call_parallel(typing: Any, parallel: Any, function: Any, argument: Any, threads: Any) -> Any:
+    """Call ``GOMP_parallel``, which is at the address ``parallel``: ``function(argument)`` on so many threads."""
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        prototype = llvm_ir.FunctionType(llvm_ir.VoidType(), [_I64, _I64, _I32, _I32])
+        target = builder.inttoptr(args[0], prototype.as_pointer())
+        builder.call(target, [args[1], args[2], builder.trunc(args[3], _I32), llvm_ir.Constant(_I32, 0)])
+        return context.get_dummy_value()
+
+    return types.void(types.int64, types.int64, types.int64, types.int64), generate

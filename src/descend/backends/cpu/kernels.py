@@ -30,6 +30,8 @@ from descend import ops
 from descend.backends.cpu import object_files
 from descend.backends.cpu.intrinsics import (
     arrays_loader,
+    call_address,
+    call_parallel,
     chunk_addresses,
     load_double,
     load_int,
@@ -208,6 +210,25 @@ def stored_numbers_kernel(dtype: torch.dtype) -> str:
                 store((where[0], 0), 0, number + 1.0 if action == 1 else load_double(expected, i))
                 store_double(expected, i, load(where, 0)[0])
         store_int(call, 4, 1)
+
+    return assembly(kernel, OPTIONS)
+
+
+def sequence_kernel() -> str:
+    """LLVM assembly that makes one call after the other.
+
+    A call receives the address of int64 numbers: ``GOMP_parallel``, how many calls, and for each of them the address of
+    a kernel, its argument, and on how many threads to run it.
+    """
+
+    def kernel(call: int) -> None:
+        parallel = load_int(call, 0)
+        for i in range(load_int(call, 1)):
+            address, argument, threads = load_int(call, 3 * i + 2), load_int(call, 3 * i + 3), load_int(call, 3 * i + 4)
+            if threads > 1:
+                call_parallel(parallel, address, argument, threads)
+            else:
+                call_address(address, argument, 0)
 
     return assembly(kernel, OPTIONS)
 

@@ -42,8 +42,12 @@ class Call:
 
     def run(self, kernel: int) -> None:
         """Call a compiled loop."""
+        threads.run(*self.call(kernel))
+
+    def call(self, kernel: int) -> tuple[int, int, int]:
+        """What ``threads.run`` needs to call a compiled loop once."""
         self._call[5] = 0
-        threads.run(kernel, self._address, self._elements)
+        return kernel, self._address, self._elements
 
     def sum_of_squares(self, column: int, dtype: torch.dtype) -> float:
         """Of one column of the address table, in float64, over fixed chunks in a fixed order."""
@@ -83,31 +87,40 @@ class Table(Call):
 
 
 class Launch(Table):
-    """One kernel call for all parameters that share a rule and dtypes.
+    """One kernel call for all parameters that share a rule and dtypes, see ``backend.Launch``.
 
     Args:
         rule: the function to apply.
-        numbers: how many numbers it takes.
+        scalars: how many scalars it takes.
         dtypes: of the parameter, the gradient and the state tensors.
-        params: the parameters.
-        grads: their gradients, in the parameters' layout.
+        params: the parameters; gradients in their layout.
         rows: for each parameter, its row in the scalars table.
     """
 
     def __init__(
         self,
         rule: Any,
-        numbers: int,
+        scalars: int,
         dtypes: tuple[torch.dtype, ...],
         params: Sequence[Tensor],
-        grads: Sequence[Tensor],
         rows: Sequence[int] | np.ndarray,
     ) -> None:
-        compute = torch.float64 if torch.float64 in dtypes else torch.float32
-        scalars = np.zeros((max(rows) + 1, numbers + 1), NUMPY[compute])
-        super().__init__([params, grads], len(dtypes), rows, scalars)
-        self._update = library.update(rule, numbers, dtypes, compute)
-        self._dtypes = dtypes
+        self._compute = torch.float64 if torch.float64 in dtypes else torch.float32
+        table = np.zeros((max(rows) + 1, scalars + 1), NUMPY[self._compute])
+        grads = [param if param.grad is None else param.grad for param in params]
+        super().__init__([params, grads], len(dtypes), rows, table)
+        self._rule, self._n_scalars, self._dtypes = rule, scalars, dtypes
+        self._update = 0
+
+    def compile(self, wants_norm: bool) -> None:
+        self._update = library.update(self._rule, self._n_scalars, self._dtypes, self._compute)
+        for dtype in (torch.float32, torch.get_default_dtype()):
+            library.stored_numbers(dtype)
+        if wants_norm:
+            library.sums_of_squares(self._dtypes[1], 1, len(self._dtypes))
+
+    def set_scalars(self, row: int, scale: float, scalars: Sequence[float]) -> None:
+        self.scalars[row] = (scale, *scalars)
 
     def set_state(self, tensors: Sequence[Sequence[Tensor]]) -> None:
         """Take the addresses of the state tensors, one sequence a parameter."""
@@ -122,13 +135,13 @@ class Launch(Table):
         spans = np.stack([starts.ravel(), ends.ravel()], axis=1)
         return spans[spans[:, 0] < spans[:, 1]]
 
-    def update(self) -> None:
-        """Apply the rule to everything."""
-        self.run(self._update)
+    def update_call(self) -> tuple[int, int, int]:
+        """The call that applies the rule to everything."""
+        return self.call(self._update)
 
-    def grad_sum_of_squares(self) -> float:
+    def sum_of_squares(self, column: int = 1, dtype: torch.dtype | None = None) -> float:
         """Of all gradients."""
-        return self.sum_of_squares(1, self._dtypes[1])
+        return super().sum_of_squares(column, dtype or self._dtypes[1])
 
 
 class StoredNumbers:
@@ -143,20 +156,20 @@ class StoredNumbers:
             call = np.array([table.ctypes.data, expected.ctypes.data, len(table), 0, 0], np.int64)
             self._calls.append((library.stored_numbers(dtype), call.ctypes.data, call, expected, places, table))
 
-    def advance(self) -> None:
-        """Add one to each."""
-        for kernel, address, call, *_ in self._calls:
+    def add_one_calls(self) -> list[tuple[int, int, int]]:
+        """The calls that add one to each."""
+        for _, _, call, *_ in self._calls:
             call[3] = 1
-            object_files.call(kernel, address)
+        return [(kernel, address, 0) for kernel, address, *_ in self._calls]
 
-    def write(self, numbers: np.ndarray) -> None:
-        """Set them, in the order of the tensors."""
-        for kernel, address, call, expected, places, _ in self._calls:
-            expected[:] = numbers[places]
+    def write_calls(self, values: np.ndarray) -> list[tuple[int, int, int]]:
+        """The calls that set them, in the order of the tensors."""
+        for _, _, call, expected, order, _ in self._calls:
+            expected[:] = values[order]
             call[3] = 2
-            object_files.call(kernel, address)
+        return [(kernel, address, 0) for kernel, address, *_ in self._calls]
 
-    def unchanged(self) -> bool:
+    def is_unchanged(self) -> bool:
         """Whether nobody else has written any of them."""
         for kernel, address, call, *_ in self._calls:
             call[3] = call[4] = 0

@@ -65,6 +65,18 @@ def stored_numbers(dtype: torch.dtype) -> int:
 
 
 @cache
+def sequence() -> int:
+    """The loop that makes several calls one after the other, see ``threads.run_together``."""
+
+    def compile_sequence() -> str:
+        from descend.backends.cpu import kernels
+
+        return kernels.sequence_kernel()
+
+    return object_files.load("sequence", f"sequence|{_sources()}", compile_sequence)
+
+
+@cache
 def probe() -> int:
     """The loop behind ``probe.NativeProbe``."""
 

@@ -17,13 +17,14 @@ import ctypes
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from descend.backends.cpu import library
+from descend.core.update import Cell
 
 _TESTED = ("2.13.",)
 _SHIMS = (
@@ -39,13 +40,6 @@ _SHIMS = (
 _IS_NEG = "_ZN2at6native6is_negERKNS_6TensorE"  # bool at::native::is_neg(const Tensor&)
 _GRAD = "_ZNK3c1010TensorImpl4gradEv"  # const Tensor& c10::TensorImpl::grad() const
 _NO_TABLE, _STATE = 0, -1
-
-
-class Cell(NamedTuple):
-    """Where a gradient's address is kept: ``table[row, 1]``."""
-
-    table: np.ndarray
-    row: int
 
 
 class NativeProbe:

@@ -29,7 +29,7 @@ class _Numbers:
     An ``array`` instead of NumPy's: reading and writing single numbers takes a third of the time.
     """
 
-    def __init__(self, kernel: int, count: int) -> None:
+    def __init__(self, kernel: str, count: int) -> None:
         self._kernel = kernel
         self.array = array("q", bytes(8 * count))
         self.address = self.array.buffer_info()[0]
@@ -65,13 +65,7 @@ class _Numbers:
 
     def call(self) -> None:
         """Run the loop on this thread."""
-        object_files.call(self._kernel, self.address)
-
-
-def load_reader(dtype: torch.dtype) -> None:
-    """Load what reads gradients of ``dtype``, float32 or float64."""
-    library.rows("touched")
-    library.rows("sums", dtype)
+        object_files.call(library.rows(self._kernel), self.address)
 
 
 class TouchedRows:
@@ -85,16 +79,15 @@ class TouchedRows:
     """
 
     def __init__(self, rule: Any, numbers: int, dtypes: tuple[torch.dtype, ...], all_rows: bool) -> None:
-        compute = torch.float64 if torch.float64 in dtypes else torch.float32
-        self._scalars = np.zeros((1, numbers + 1), NUMPY[compute])
-        self._update = library.update(rule, numbers, dtypes, compute)
-        self._dtypes, self._all_rows = dtypes, all_rows
+        self._compute = torch.float64 if torch.float64 in dtypes else torch.float32
+        self._scalars = np.zeros((1, numbers + 1), NUMPY[self._compute])
+        self._rule, self._n_scalars, self._dtypes, self._all_rows = rule, numbers, dtypes, all_rows
+        self._update = self._sums = 0
         self._addresses = np.zeros((3, len(dtypes)), np.int64)
         self._call = Call()
-        self._numbers = _Numbers(library.rows("touched"), 27)
+        self._numbers = _Numbers("touched", 27)
         self._numbers.array[13], self._numbers.array[14] = CHUNK, BLOCK
-        self._sums = library.rows("sums", dtypes[1])
-        self._sum_numbers = _Numbers(self._sums, 9)
+        self._sum_numbers = _Numbers("sums", 9)
         self._buffer = np.empty(0, np.int64)
         self._zeros = np.zeros(CHUNK if all_rows else 0, NUMPY[dtypes[1]])
         self._addresses[_ZERO, 1] = self._zeros.ctypes.data
@@ -103,23 +96,19 @@ class TouchedRows:
         self._places: list[int] = []
         self._held: tuple[Any, ...] = ()
         self.rows = np.empty(0, np.int64)
+        self._mark = array("q", bytes(40))
+
+    def compile(self, wants_norm: bool) -> None:
+        self._update = library.update(self._rule, self._n_scalars, self._dtypes, self._compute)
+        self._sums = library.rows("sums", self._dtypes[1])
+        for name in ("touched", "mark"):
+            library.rows(name)
+        if wants_norm:
+            library.sums_of_squares(self._dtypes[1], 1, len(self._dtypes))
 
     def read(
         self, indices: Tensor, values: Tensor, sizes: tuple[int, ...], steps: Tensor | None, step: int
     ) -> int | None:
-        """Take in a gradient: its rows sorted, those named twice summed. Nothing but scratch memory is written.
-
-        Args:
-            indices: of shape (sparse dimensions, places), contiguous.
-            values: of shape (places, ...), contiguous, float32 or float64.
-            sizes: of the sparse dimensions.
-            steps: int32, the step each row is current at, if that is to be checked; a sign plays no part.
-            step: the step it must be.
-        Returns:
-            A row that is current at another step; None if there is none.
-        Raises:
-            IndexError: if an index is out of range.
-        """
         places, length = len(values), math.prod(values.shape[1:])
         self._numbers.take_indices(indices, places, sizes)
         chunks, rows = self._ready(places, length)
@@ -178,68 +167,71 @@ class TouchedRows:
         return chunks
 
     def sum_of_squares(self) -> float:
-        """Of the gradient's rows, summed first where they are named twice."""
         return self._call.sum_of_squares(1, self._dtypes[1])
 
-    def update(self, param: Tensor, state: Sequence[Tensor], numbers: Sequence[Any], scale: float) -> None:
-        """Apply the rule to the gradient times ``scale``."""
-        self._scalars[0] = (scale, *numbers)
+    def run(
+        self,
+        param: Tensor,
+        state: Sequence[Tensor],
+        scalars: Sequence[float],
+        scale: float,
+        counters: Any,
+        mark: tuple[Tensor, int] | None,
+    ) -> None:
+        self._scalars[0] = (scale, *scalars)
         places = [param.data_ptr(), *(tensor.data_ptr() for tensor in state)]
         if places != self._places:
             self._places = places
             self._addresses[:, 0], self._addresses[:, 2:] = places[0], places[1:]
-        self._call.run(self._update)
+        calls = [self._call.call(self._update)]
+        if mark is not None:
+            steps, step = mark
+            calls.append(_mark_call(self._mark, self.rows, steps, step, have_state=True))
+        threads.run_together([*calls, *counters.add_one_calls()])
 
-    def forget(self) -> None:
-        """Let go of the gradient."""
+    def release(self) -> None:
         self._held = ()
-
-    def warm_up_norm(self) -> None:
-        """Load what ``sum_of_squares`` calls."""
-        library.sums_of_squares(self._dtypes[1], 1, len(self._dtypes))
 
 
 class StaleRows:
-    """Brings rows up to date that have missed steps: one kernel for rows with state, one for rows without.
+    """Brings rows up to date that have missed steps, see ``backend.CatchUp``.
 
     Args:
-        coast: the rule for rows with state.
-        decay: the rule for rows whose state is zero, it takes one number.
-        numbers: how many numbers ``coast`` takes.
+        with_state: the rule for rows with state.
+        without_state: the rule for rows whose state is zero; it takes one scalar.
+        scalars: how many scalars ``with_state`` takes.
         dtypes: of the parameter and the state tensors.
     """
 
-    def __init__(self, coast: Any, decay: Any, numbers: int, dtypes: tuple[torch.dtype, ...]) -> None:
-        param, *state = dtypes
+    def __init__(self, with_state: Any, without_state: Any, scalars: int, dtypes: tuple[torch.dtype, ...]) -> None:
+        self._rules, self._n_scalars, self._dtypes = (with_state, without_state), scalars, dtypes
         self._compute = torch.float64 if torch.float64 in dtypes else torch.float32
-        self._coast = library.update(coast, numbers, (param, param, *state), self._compute)
-        self._decay = library.update(decay, 1, (param, param), self._compute)
-        self._numbers, self._call = _Numbers(library.rows("stale"), 26), Call()
+        self._numbers = _Numbers("stale", 26)
+        self._calls, self._mark = (Call(), Call()), array("q", bytes(40))
+        self._kernels = 0, 0
         self._positions = np.full(0, -1, np.int64)
-        self._no_grad = torch.zeros(CHUNK, dtype=param)  # what every chunk has in place of a gradient
+        self._no_grad = torch.zeros(CHUNK, dtype=dtypes[0])  # what every chunk has in place of a gradient
+
+    def compile(self) -> None:
+        param, *state = self._dtypes
+        self._kernels = (
+            library.update(self._rules[0], self._n_scalars, (param, param, *state), self._compute),
+            library.update(self._rules[1], 1, (param, param), self._compute),
+        )
+        for name in ("stale", "mark"):
+            library.rows(name)
 
     def find(
-        self, which: Tensor | range, sizes: tuple[int, ...], length: int, steps: Tensor, now: int, start: int
-    ) -> np.ndarray | None:
-        """The distinct steps at which stale rows are current, among those named or in a range of rows.
-
-        Args:
-            which: indices of rows, int64 of shape (1, n), contiguous; or a range of rows.
-            sizes: how many rows there are, a tuple of one.
-            length: numbers in a row.
-            steps: int32, the step each row is current at; negative while its state is zero.
-            now: the step to bring rows to.
-            start: no row is further behind than this step.
-        Returns:
-            None if an index is out of range.
-        """
-        numbers = self._numbers.array
+        self, which: Tensor | range, sizes: tuple[int, ...], steps: Tensor, now: int, start: int
+    ) -> tuple[np.ndarray, bool, bool] | None:
+        numbers, length = self._numbers.array, math.prod(sizes[1:])
         if isinstance(which, range):
             places = len(which)
             numbers[0], numbers[1], numbers[11] = 0, places, which.start
         else:
+            which = which.reshape(1, -1).long().contiguous()
             places = which.shape[1]
-            self._numbers.take_indices(which, places, sizes)
+            self._numbers.take_indices(which, places, sizes[:1])
         if len(self._positions) <= now - start:
             self._positions = np.full(2 * (now - start) + 64, -1, np.int64)
             numbers[17] = self._positions.ctypes.data
@@ -253,42 +245,44 @@ class StaleRows:
             return None
         n_used, n_unused, n_rows, n_steps = numbers[22:]
         self._used, self._unused = used[: 6 * n_used].reshape(-1, 6), unused[: 6 * n_unused].reshape(-1, 6)
-        self.rows, self._elements = rows[:n_rows], n_rows * length
-        return distinct[:n_steps]
+        self._rows, self._elements = rows[:n_rows], n_rows * length
+        self._steps, self._now = steps, now
+        return distinct[:n_steps], n_used > 0, n_unused > 0
 
-    @property
-    def has_used(self) -> bool:
-        """Whether any of the rows found has state."""
-        return len(self._used) > 0
+    def run(
+        self,
+        param: Tensor,
+        state: Sequence[Tensor],
+        scalars: np.ndarray | None,
+        factors: np.ndarray | None,
+        mark: bool,
+    ) -> None:
+        calls = []
+        if mark:  # first, while the marks are still in the caches
+            calls.append(_mark_call(self._mark, self._rows, self._steps, self._now, have_state=False))
+        if scalars is not None:
+            chunks, rounds = self._used, len(scalars)
+            if rounds > 1:
+                chunks[:, 4] *= rounds
+                chunks[:, 5] = rounds
+            table = scalars.transpose(1, 0, 2).reshape(-1, scalars.shape[2])
+            calls.append(self._call(0, chunks, table, param, *state))
+        if factors is not None:
+            calls.append(self._call(1, self._unused, factors[:, None], param))
+        threads.run_together(calls)
 
-    @property
-    def has_unused(self) -> bool:
-        """Whether any of the rows found has none."""
-        return len(self._unused) > 0
-
-    def coast(self, param: Tensor, state: Sequence[Tensor], numbers: np.ndarray) -> None:
-        """Apply ``coast`` to the rows found that have state; ``numbers``: for each distinct step, in each round."""
-        chunks, rounds = self._used, len(numbers)
-        if rounds > 1:
-            chunks[:, 4] *= rounds
-            chunks[:, 5] = rounds
-        numbers = numbers.transpose(1, 0, 2).reshape(-1, numbers.shape[2])
-        self._run(self._coast, chunks, numbers, param, *state)
-
-    def decay(self, param: Tensor, factors: np.ndarray) -> None:
-        """Apply ``decay`` to the rows found that have none, with a factor for each distinct step."""
-        self._run(self._decay, self._unused, factors[:, None], param)
-
-    def _run(self, kernel: int, chunks: np.ndarray, numbers: np.ndarray, param: Tensor, *state: Tensor) -> None:
-        if len(chunks):
-            scalars = np.ones((len(numbers), numbers.shape[1] + 1), NUMPY[self._compute])
-            scalars[:, 1:] = numbers
-            addresses = np.array([[tensor.data_ptr() for tensor in (param, self._no_grad, *state)]], np.int64)
-            self._call.describe(chunks, len(chunks), addresses, scalars, self._elements)
-            self._call.run(kernel)
+    def _call(
+        self, index: int, chunks: np.ndarray, numbers: np.ndarray, param: Tensor, *state: Tensor
+    ) -> tuple[int, int, int]:
+        """The call of one of the two kernels."""
+        scalars = np.ones((len(numbers), numbers.shape[1] + 1), NUMPY[self._compute])
+        scalars[:, 1:] = numbers
+        addresses = np.array([[tensor.data_ptr() for tensor in (param, self._no_grad, *state)]], np.int64)
+        self._calls[index].describe(chunks, len(chunks), addresses, scalars, self._elements)
+        return self._calls[index].call(self._kernels[index])
 
 
-def mark(rows: np.ndarray, steps: Tensor, step: int, have_state: bool) -> None:
-    """Note that ``rows`` are current at ``step``; those without state keep their negative sign."""
-    call = np.array([rows.ctypes.data, len(rows), steps.data_ptr(), step, have_state], np.int64)
-    object_files.call(library.rows("mark"), call.ctypes.data)
+def _mark_call(call: Any, rows: np.ndarray, steps: Tensor, step: int, have_state: bool) -> tuple[int, int, int]:
+    """The call that notes that ``rows`` are current at ``step``; those without state keep their negative sign."""
+    call[:] = array("q", (rows.ctypes.data, len(rows), steps.data_ptr(), step, have_state))
+    return library.rows("mark"), call.buffer_info()[0], 0

@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import ctypes
 import os
-from collections.abc import Iterator
+from array import array
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import cache
@@ -18,7 +19,7 @@ from typing import Any
 
 import torch
 
-from descend.backends.cpu import object_files
+from descend.backends.cpu import library, object_files
 
 # Below this many elements waking a second thread costs more than it saves.
 SERIAL_BELOW = 32_768
@@ -30,16 +31,18 @@ class _OpenMP:
     def __init__(self) -> None:
         self.forked = False
         self.parallel: Any = None
+        self.address = 0
         try:
             self.parallel = ctypes.CDLL(None).GOMP_parallel
         except (AttributeError, OSError, TypeError):  # no such symbol, or Windows
             return
         self.parallel.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint]
         self.parallel.restype = None
+        self.address = ctypes.cast(self.parallel, ctypes.c_void_p).value or 0
 
     def forget(self) -> None:
         """Called in a forked child."""
-        self.forked, self.parallel = True, None
+        self.forked, self.parallel, self.address = True, None, 0
 
 
 _openmp = _OpenMP()
@@ -84,3 +87,22 @@ def run(address: int, argument: int, elements: int) -> None:
         object_files.call(address, argument)
         for other in others:
             other.result()
+
+
+def run_together(calls: Sequence[tuple[int, int, int]]) -> None:
+    """``run`` one call after the other, as one native call: no exception can fall between two of them.
+
+    Where there is no OpenMP runtime, calls large enough for several threads are made one by one.
+
+    Args:
+        calls: address of the kernel, argument, and number of elements of each.
+    """
+    most = torch.get_num_threads()
+    if len(calls) <= 1 or (_openmp.parallel is None and any(elements >= SERIAL_BELOW for *_, elements in calls)):
+        for call in calls:
+            run(*call)
+        return
+    table = array("q", (_openmp.address, len(calls)))
+    for address, argument, elements in calls:
+        table.extend((address, argument, 1 if elements < SERIAL_BELOW else most))
+    object_files.call(library.sequence(), table.buffer_info()[0])

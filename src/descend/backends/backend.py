@@ -1,0 +1,193 @@
+"""What a backend offers to the engine, which knows backends through this protocol alone."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol, TypeAlias
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from descend.core.signature import Kind
+
+Rule: TypeAlias = Callable[..., Any]
+Dtypes: TypeAlias = tuple[torch.dtype, ...]  # of the parameter, the gradient and the state tensors
+
+
+class Launch(Protocol):
+    """One rule on many tensors of equal dtypes."""
+
+    @property
+    def addresses(self) -> np.ndarray | None:
+        """A row a parameter, its gradient's address in column 1; None if no addresses are kept."""
+
+    def compile(self, wants_norm: bool) -> None:
+        """Compile, or load from disk, all that the other methods call. May raise ``RuleError``."""
+
+    def set_state(self, tensors: Sequence[Sequence[Tensor]]) -> None:
+        """Take the state tensors, one sequence a parameter."""
+
+    def set_scalars(self, row: int, scale: float, scalars: Sequence[float]) -> None:
+        """Set a row of the scalars table: what the gradient is multiplied by, and the rule's scalars."""
+
+    def sum_of_squares(self) -> float:
+        """Of all gradients, in float64; may overflow to Inf."""
+
+    def written(self) -> np.ndarray:
+        """First and last addresses (exclusive) of the memory that ``run`` writes through kept addresses, (n, 2)."""
+
+
+class ScalarState(Protocol):
+    """State that is a 0-dim tensor a parameter, such as step counts: checked and set together."""
+
+    def is_unchanged(self) -> bool:
+        """Whether nobody else has written any of them."""
+
+
+class Rows(Protocol):
+    """One rule on the rows that a sparse gradient touches, or on all rows with zeros for the others.
+
+    Attributes:
+        rows: int64, those of the gradient that was read, each once, in ascending order.
+    """
+
+    rows: np.ndarray
+
+    def compile(self, wants_norm: bool) -> None:
+        """Compile, or load from disk, all that the other methods call. May raise ``RuleError``."""
+
+    def read(
+        self, indices: Tensor, values: Tensor, sizes: tuple[int, ...], steps: Tensor | None, step: int
+    ) -> int | None:
+        """Take in a gradient: its rows sorted, those named twice summed. Only scratch memory is written.
+
+        Args:
+            indices: int64 of shape (sparse dimensions, entries), contiguous.
+            values: of shape (entries, ...), contiguous, float32 or wider.
+            sizes: of the sparse dimensions.
+            steps: int32, the step each row is current at, if that is to be checked; the sign is ignored.
+            step: the step it must be.
+        Returns:
+            A row that is current at another step; None if there is none.
+        Raises:
+            IndexError: if an index is out of range.
+        """
+
+    def sum_of_squares(self) -> float:
+        """Of the gradient's rows, summed first where they are named twice."""
+
+    def run(
+        self,
+        param: Tensor,
+        state: Sequence[Tensor],
+        scalars: Sequence[float],
+        scale: float,
+        counters: ScalarState | None,
+        mark: tuple[Tensor, int] | None,
+    ) -> None:
+        """Apply the rule to the gradient times ``scale``.
+
+        Args:
+            param: the parameter.
+            state: its state tensors.
+            scalars: of the rule.
+            scale: what the gradient is multiplied by.
+            counters: one is added to each of these.
+            mark: int32, the step each row is current at; and the step that the updated rows are current at now.
+        """
+
+    def release(self) -> None:
+        """Drop the gradient."""
+
+
+class CatchUp(Protocol):
+    """Brings rows up to date that have missed steps."""
+
+    def compile(self) -> None:
+        """Compile, or load from disk, all that the other methods call."""
+
+    def find(
+        self, which: Tensor | range, sizes: tuple[int, ...], steps: Tensor, now: int, start: int
+    ) -> tuple[np.ndarray, bool, bool] | None:
+        """The distinct steps at which stale rows are current, among those named or in a range of rows.
+
+        Args:
+            which: indices of rows, of any shape; or a range of rows.
+            sizes: of the parameter's dimensions.
+            steps: int32, the step each row is current at; negative while its state is zero.
+            now: the step to bring rows to.
+            start: no row is further behind than this step.
+        Returns:
+            The steps, whether any of the rows has state, and whether any has none; None if an index is out of range.
+        """
+
+    def run(
+        self,
+        param: Tensor,
+        state: Sequence[Tensor],
+        scalars: np.ndarray | None,
+        factors: np.ndarray | None,
+        mark: bool,
+    ) -> None:
+        """Update the rows found, and note that they are current.
+
+        Args:
+            param: the parameter.
+            state: its state tensors.
+            scalars: (rounds, steps, scalars of the first rule), for rows with state; None to leave them alone.
+            factors: (steps,), the scalar of the second rule, for rows without; None to leave them alone.
+            mark: whether to note it row by row.
+        """
+
+
+class Backend(Protocol):
+    """A way to run rules.
+
+    Attributes:
+        name: what ``backend=`` calls it.
+    """
+
+    name: str
+
+    def why_not(
+        self, kind: Kind, param: Tensor, grad: Tensor | None, state: Sequence[tuple[str, Tensor]]
+    ) -> str | None:
+        """Why it cannot run a rule of this kind on this parameter; None if it can."""
+
+    def why_not_rows(self, kind: Kind, param: Tensor, state: Sequence[tuple[str, Tensor]]) -> str | None:
+        """Why it cannot run a rule on single rows of this parameter; None if it can."""
+
+    def launch(
+        self, rule: Rule, scalars: int, dtypes: Dtypes, params: Sequence[Tensor], rows: Sequence[int] | np.ndarray
+    ) -> Launch:
+        """Prepare to apply ``rule`` to the gradients of ``params``. Compiles nothing.
+
+        Args:
+            rule: the function to apply.
+            scalars: how many scalars it takes.
+            dtypes: of parameters, gradients and state.
+            params: the parameters.
+            rows: for each parameter, its row in the scalars table.
+        """
+
+    def scalar_state(self, tensors: Sequence[Tensor]) -> ScalarState:
+        """Keep these 0-dim CPU tensors together."""
+
+    def run(
+        self,
+        launches: Sequence[Any],
+        counters: Any,
+        scalar_state: Any,
+        values: np.ndarray,
+    ) -> None:
+        """Run launches of this backend, add one to each counter, and set the scalar state, all or nothing."""
+
+    def rows(self, rule: Rule, scalars: int, dtypes: Dtypes, all_rows: bool) -> Rows:
+        """Prepare to apply ``rule`` to rows. Compiles nothing."""
+
+    def catch_up(self, with_state: Rule, without_state: Rule, scalars: int, dtypes: Dtypes) -> CatchUp:
+        """Prepare to catch up with two rules; ``dtypes`` of the parameter and the state. Compiles nothing."""
+
+    def sum_of_squares(self, tensors: Sequence[Tensor]) -> float:
+        """Of tensors that ``why_not`` takes as parameters, in float64; its bits do not depend on threads."""

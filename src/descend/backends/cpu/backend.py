@@ -1,0 +1,82 @@
+"""The compiled CPU backend, as the engine sees it."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from descend.backends.cpu import supports, threads
+from descend.backends.cpu.launch import Launch, StoredNumbers, Table
+from descend.backends.cpu.rows import StaleRows, TouchedRows
+from descend.core.signature import Kind
+
+_NO_SCALARS = np.zeros(0)
+
+
+class CpuBackend:
+    """Rules compiled by Numba, run on torch's threads."""
+
+    name = "cpu"
+
+    def why_not(
+        self, kind: Kind, param: Tensor, grad: Tensor | None, state: Sequence[tuple[str, Tensor]]
+    ) -> str | None:
+        return _why_not_kind(kind) or supports.why_not_cpu(param, grad, state)
+
+    def why_not_rows(self, kind: Kind, param: Tensor, state: Sequence[tuple[str, Tensor]]) -> str | None:
+        return _why_not_kind(kind) or supports.why_not_rows(param, state)
+
+    def launch(
+        self,
+        rule: Callable[..., Any],
+        scalars: int,
+        dtypes: tuple[torch.dtype, ...],
+        params: Sequence[Tensor],
+        rows: Sequence[int] | np.ndarray,
+    ) -> Launch:
+        return Launch(rule, scalars, dtypes, params, rows)
+
+    def scalar_state(self, tensors: Sequence[Tensor]) -> StoredNumbers:
+        return StoredNumbers(tensors)
+
+    def run(
+        self,
+        launches: Sequence[Launch],
+        counters: StoredNumbers,
+        scalar_state: StoredNumbers,
+        values: np.ndarray,
+    ) -> None:
+        updates = [launch.update_call() for launch in launches]
+        threads.run_together([*updates, *counters.add_one_calls(), *scalar_state.write_calls(values)])
+
+    def rows(
+        self, rule: Callable[..., Any], scalars: int, dtypes: tuple[torch.dtype, ...], all_rows: bool
+    ) -> TouchedRows:
+        return TouchedRows(rule, scalars, dtypes, all_rows)
+
+    def catch_up(
+        self,
+        with_state: Callable[..., Any],
+        without_state: Callable[..., Any],
+        scalars: int,
+        dtypes: tuple[torch.dtype, ...],
+    ) -> StaleRows:
+        return StaleRows(with_state, without_state, scalars, dtypes)
+
+    def sum_of_squares(self, tensors: Sequence[Tensor]) -> float:
+        by_dtype: defaultdict[torch.dtype, list[Tensor]] = defaultdict(list)
+        for tensor in tensors:
+            by_dtype[tensor.dtype].append(tensor)
+        return sum(
+            Table([members], 1, [0] * len(members), _NO_SCALARS).sum_of_squares(0, dtype)
+            for dtype, members in by_dtype.items()
+        )
+
+
+def _why_not_kind(kind: Kind) -> str | None:
+    return "a rule of whole matrices" if kind == "matrix" else None

@@ -1,0 +1,57 @@
+"""Ctrl-C waits while tensors are half-way between two steps."""
+
+from __future__ import annotations
+
+import signal
+import threading
+from types import FrameType, TracebackType
+from typing import Any
+
+# Signals whose handlers programs write in Python. A handler that raises, as Ctrl-C's does, would leave half a step.
+_SIGNALS = [
+    getattr(signal, name)
+    for name in ("SIGINT", "SIGTERM", "SIGALRM", "SIGHUP", "SIGUSR1", "SIGUSR2", "SIGVTALRM", "SIGPROF", "SIGBREAK")
+    if hasattr(signal, name)
+]
+
+
+class Held:
+    """Holds back Python's signal handlers until the block ends; then they run, and may raise.
+
+    Python runs handlers in its main thread only, so in other threads there is nothing to hold.
+    """
+
+    def __enter__(self) -> None:
+        self._handlers: dict[int, Any] = {}
+        self._arrived: list[tuple[int, FrameType | None]] = []
+        if threading.get_ident() != threading.main_thread().ident:
+            return
+        try:
+            for number in _SIGNALS:
+                if callable(handler := signal.getsignal(number)):
+                    self._handlers[number] = handler
+                    signal.signal(number, self._note)
+        except BaseException:
+            self._give_back()
+            raise
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        handlers = dict(self._handlers)
+        self._give_back()
+        for number, frame in self._arrived:
+            handlers[number](number, frame)
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        self._arrived.append((number, frame))
+
+    def _give_back(self) -> None:
+        try:
+            while self._handlers:
+                number, handler = next(iter(self._handlers.items()))
+                signal.signal(number, handler)
+                del self._handlers[number]
+        finally:  # a handler given back first may have raised
+            if self._handlers:
+                self._give_back()

@@ -1,0 +1,92 @@
+"""A part of a step: parameters that are updated together."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+from torch import Tensor
+
+from descend.core.method import Method
+
+
+class Cell(NamedTuple):
+    """Where a gradient's address is kept: ``table[row, 1]``."""
+
+    table: np.ndarray
+    row: int
+
+
+class Update(ABC):
+    """What a plan asks of each of its parts, in this order.
+
+    Once: ``compile``. At every step: ``read``, ``sum_of_squares`` if a norm is wanted, ``set_scalars``; before the
+    first, ``make_state``; then ``run``, and ``release`` in any case. Nothing before ``run`` moves a parameter.
+
+    Attributes:
+        params: the parameters it updates.
+        is_atomic: whether ``run`` cannot be interrupted half-way.
+    """
+
+    params: Sequence[Tensor]
+    is_atomic = False
+
+    def compile(self, wants_norm: bool) -> None:  # noqa: B027 most need nothing
+        """Compile, or load from disk, all that the other methods call. May raise ``RuleError``."""
+
+    def read(self, method: Method) -> None:  # noqa: B027
+        """Check what the gradients hold. May raise ``IndexError`` and ``RuntimeError``."""
+
+    @abstractmethod
+    def sum_of_squares(self) -> float:
+        """Of the gradients, in float64; may overflow to Inf."""
+
+    @abstractmethod
+    def set_scalars(self, method: Method, scale: float) -> None:
+        """Form the scalars of the coming step. May raise whatever an option that cannot be used makes raise.
+
+        Args:
+            method: the optimizer.
+            scale: what gradients are multiplied by, before ``maximize``.
+        """
+
+    @abstractmethod
+    def make_state(self, method: Method) -> None:
+        """Make the state that is missing, and take the addresses of all of it."""
+
+    @abstractmethod
+    def run(self, method: Method) -> None:
+        """Update the parameters, their state and their step counts."""
+
+    def release(self) -> None:  # noqa: B027
+        """Drop the gradients that were read."""
+
+    # How the plan knows that the next step may use the same update.
+
+    def is_valid(self, method: Method) -> bool:
+        """Whether what only this update knows is as it was left. Tensors themselves are watched by the plan."""
+        return True
+
+    def state_tensors(self) -> list[tuple[Tensor, str, Tensor]]:
+        """Parameter, name and tensor of each state whose address was taken."""
+        return []
+
+    def cells(self) -> dict[Tensor, Cell]:
+        """Where the addresses of the parameters' gradients are kept."""
+        return {}
+
+    def written(self) -> np.ndarray:
+        """First and last addresses (exclusive) of the memory written through kept addresses, shape (n, 2)."""
+        return np.zeros((0, 2), np.int64)
+
+
+def signed(scale: float, group: Mapping[str, Any]) -> float:
+    """What the gradients of a group are multiplied by, ``maximize`` included."""
+    return -scale if group.get("maximize") else scale
+
+
+def number(value: Any) -> Any:
+    """A number, out of the tensor that it may be in."""
+    return value.item() if isinstance(value, Tensor) else value

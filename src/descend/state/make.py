@@ -1,0 +1,84 @@
+"""State of one parameter: what it has, and making what it lacks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from descend.core.method import Method
+from descend.core.signature import signature
+from descend.state.container import Initial, new_tensor, stored_number
+
+
+def ensure_state(
+    method: Method, param: Tensor, rule: Callable[..., Any], group: Mapping[str, Any], lazy: bool = False
+) -> dict[str, Any]:
+    """The state of ``param``, made where it is missing.
+
+    Args:
+        method: the optimizer.
+        param: the parameter.
+        rule: the rule that will use the state.
+        group: the parameter's group.
+        lazy: whether new tensors of zeros lie in lazily committed memory.
+    """
+    names = signature(rule).state
+    if not names and not method.counts_steps:
+        return {}
+    state = dict.get(method.state, param)
+    if state is None or type(state) is Initial:
+        state = dict(state or {})
+        dict.__setitem__(method.state, param, state)
+    if method.step_is_int:
+        state.setdefault("step", 0)
+    scalars = scalar_names(method)
+    state.update(zip(scalars, scalar_tensors(method, scalars, param, group, state), strict=True))
+    for name in names:
+        if not isinstance(state.get(name), Tensor):
+            state[name] = new_tensor(param, method.state_spec(name, param, group), lazy)
+    return state
+
+
+def scalar_names(method: Method) -> tuple[str, ...]:
+    """The state that is a 0-dim tensor a parameter: the step count, where it is one, and ``scalar_state``."""
+    return ("step", *method.scalar_state) if method.counts_steps and not method.step_is_int else method.scalar_state
+
+
+def scalar_tensors(
+    method: Method, names: Sequence[str], param: Tensor, group: Mapping[str, Any], state: Mapping[str, Any]
+) -> list[Tensor]:
+    """The 0-dim tensors called ``names``: those in ``state``, new ones for those that are missing."""
+    return [stored_number(state, name, method.initial_state(name, param, group)) for name in names]
+
+
+def state_dtypes(
+    method: Method, param: Tensor, rule: Callable[..., Any], state: Mapping[str, Any]
+) -> tuple[torch.dtype, ...]:
+    """Dtypes of the rule's state tensors: of those in ``state``, and of those still to be made."""
+    default = method.default_state_dtype(param)
+    tensors = (state.get(name) for name in signature(rule).state)
+    return tuple(tensor.dtype if isinstance(tensor, Tensor) else default for tensor in tensors)
+
+
+def steps_taken(method: Method, rule: Callable[..., Any], state: Mapping[str, Any]) -> float:
+    """Steps a parameter has taken; without step counts, 0 before the first and 1 after."""
+    if method.counts_steps:
+        return float(state.get("step", 0.0))
+    return float(
+        type(state) is not Initial and all(isinstance(state.get(name), Tensor) for name in signature(rule).state)
+    )
+
+
+def init_state(method: Method) -> None:
+    """Make the state of all parameters that require gradients."""
+    for group in method.param_groups:
+        rule = method.rule_for(group)
+        for param in group["params"]:
+            if param.requires_grad:
+                state = dict.get(method.state, param)
+                made = ensure_state(method, param, rule, group, lazy=method.options.sparse is not None)
+                if made and not method.counts_steps and (not state or type(state) is Initial):
+                    dict.__setitem__(method.state, param, Initial(made))

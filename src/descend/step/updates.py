@@ -1,0 +1,232 @@
+"""The parts of a step for dense gradients: launches of a backend, and single parameters in their order."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from descend.backends import eager
+from descend.backends.backend import Backend, Launch
+from descend.core.method import Method
+from descend.core.signature import signature
+from descend.core.update import Cell, Update, number, signed
+from descend.norms import clip
+from descend.state.make import ensure_state, scalar_tensors, state_dtypes, steps_taken
+
+
+class Entry(NamedTuple):
+    """One parameter with a gradient.
+
+    Attributes:
+        param: the parameter.
+        group: the index of its group.
+        rule: the rule to apply.
+        state: its state when the plan was made.
+        backend: what runs the rule.
+        reason: why it runs eagerly; None for a compiled backend.
+        sparse: what its gradient means, if that is sparse: "all", "touched" or "exact".
+        in_order: whether it must be updated by itself, in the order of the groups.
+    """
+
+    param: Tensor
+    group: int
+    rule: Any
+    state: Mapping[str, Any]
+    backend: Backend
+    reason: str | None
+    sparse: str | None
+    in_order: bool
+
+
+class _Row:
+    """A row of the scalars table: parameters of one group that have taken the same steps share it."""
+
+    def __init__(self, group: int, taken: float, state: Sequence[Tensor]) -> None:
+        self.group = group
+        self.taken = taken
+        self.state = state  # the scalar state of one of them
+        self.next_state: tuple[float, ...] = ()
+
+
+class _Batch(NamedTuple):
+    """One launch: the parameters in it, the rows of its scalars table, and the row of each parameter."""
+
+    launch: Launch
+    entries: list[Entry]
+    rows: list[_Row]
+    row_of: np.ndarray
+
+
+class LaunchUpdate(Update):
+    """All parameters with dense gradients that one backend takes, sorted into launches by rule and dtypes.
+
+    Args:
+        method: the optimizer.
+        backend: runs the rules.
+        entries: the parameters.
+    """
+
+    is_atomic = True
+
+    def __init__(self, method: Method, backend: Backend, entries: Sequence[Entry]) -> None:
+        self._backend = backend
+        self._batches = [
+            _batch(method, backend, rule, dtypes, members)
+            for (rule, dtypes), members in _by_signature(method, entries).items()
+        ]
+        self._launches = [batch.launch for batch in self._batches]
+        self.params = [entry.param for batch in self._batches for entry in batch.entries]
+        self._state_tensors: list[tuple[Tensor, str, Tensor]] = []
+        self._cells: dict[Tensor, Cell] = {}
+        self._counters: Any = None
+        self._scalar_state: Any = None
+
+    def compile(self, wants_norm: bool) -> None:
+        for launch in self._launches:
+            launch.compile(wants_norm)
+
+    def sum_of_squares(self) -> float:
+        return sum(launch.sum_of_squares() for launch in self._launches)
+
+    def set_scalars(self, method: Method, scale: float) -> None:
+        groups = method.param_groups
+        for launch, _, rows, _ in self._batches:
+            for index, row in enumerate(rows):
+                group = groups[row.group]
+                scalars, next_state = method.scalars_and_state(group, row.taken + 1, row.state)
+                launch.set_scalars(index, signed(scale, group), [float(number(value)) for value in scalars])
+                row.next_state = tuple(map(number, next_state))
+
+    def make_state(self, method: Method) -> None:
+        counters, scalar_state = list[Tensor](), list[Tensor]()
+        for launch, entries, rows, row_of in self._batches:
+            tensors = []
+            for position, entry in enumerate(entries):
+                state = ensure_state(method, entry.param, entry.rule, method.param_groups[entry.group])
+                names = signature(entry.rule).state
+                tensors.append([state[name] for name in names])
+                if method.counts_steps:
+                    counters.append(state["step"])
+                    names += ("step",)
+                row = rows[row_of[position]]
+                row.state = [state[name] for name in method.scalar_state]
+                scalar_state += row.state
+                self._state_tensors += [(entry.param, name, state[name]) for name in (*names, *method.scalar_state)]
+                if launch.addresses is not None:
+                    self._cells[entry.param] = Cell(launch.addresses, position)
+            launch.set_state(tensors)
+        self._counters = self._backend.scalar_state(counters)
+        self._scalar_state = self._backend.scalar_state(scalar_state)
+
+    def run(self, method: Method) -> None:
+        values = [np.array([row.next_state for row in batch.rows])[batch.row_of].ravel() for batch in self._batches]
+        torch.autograd.graph.increment_version(self.params)
+        self._backend.run(self._launches, self._counters, self._scalar_state, np.concatenate(values))
+        for batch in self._batches:
+            for row in batch.rows:
+                row.taken += 1
+
+    def is_valid(self, method: Method) -> bool:
+        return self._counters.is_unchanged() and self._scalar_state.is_unchanged()  # type: ignore[no-any-return]
+
+    def state_tensors(self) -> list[tuple[Tensor, str, Tensor]]:
+        return self._state_tensors
+
+    def cells(self) -> dict[Tensor, Cell]:
+        return self._cells
+
+    def written(self) -> np.ndarray:
+        return np.concatenate([launch.written() for launch in self._launches])
+
+
+class SingleUpdate(Update):
+    """One parameter, updated eagerly from the state as it is then.
+
+    It may share memory with another, or be listed twice. It is also what ``differentiable`` needs: autograd sees every
+    operation, on the scalars too.
+
+    Args:
+        entry: the parameter.
+        differentiable: whether autograd shall see the step.
+    """
+
+    def __init__(self, entry: Entry, differentiable: bool) -> None:
+        self._entry, self._differentiable = entry, differentiable
+        self.params = [entry.param]
+        self._scale = 1.0
+
+    def sum_of_squares(self) -> float:
+        norm = float(clip.norm([self._grad], 2.0))
+        return norm * norm
+
+    def set_scalars(self, method: Method, scale: float) -> None:
+        self._scale = scale
+        group, state = method.param_groups[self._entry.group], method.state_of(self._entry.param)
+        scalar_state = scalar_tensors(method, method.scalar_state, self._entry.param, group, state)
+        scalars, next_state = method.scalars_and_state(group, self._taken(method) + 1, scalar_state)
+        takes = signature(self._entry.rule)
+        for _, value in zip((*takes.scalars, *method.scalar_state), (*scalars, *next_state), strict=True):
+            float(number(value))  # raises for what cannot be used, before anything moves
+
+    def make_state(self, method: Method) -> None:
+        """The state is made when the update runs: another update of the step may share it."""
+
+    def run(self, method: Method) -> None:
+        entry, differentiable = self._entry, self._differentiable
+        group = method.param_groups[entry.group]
+        with torch.set_grad_enabled(differentiable):
+            taken = self._taken(method)
+            state = ensure_state(method, entry.param, entry.rule, group)
+            scalar_state = [state[name] for name in method.scalar_state]
+            # As in the rule: what a graph has seen is not written to.
+            seen = [value.clone() for value in scalar_state] if differentiable else scalar_state
+            scalars, next_state = method.scalars_and_state(group, taken + 1, seen)
+            if not differentiable:
+                scalars = tuple(map(number, scalars))
+            tensors = [state[name] for name in signature(entry.rule).state]
+            scale = signed(self._scale, group)
+            eager.run(entry.rule, entry.param, self._grad, tensors, scalars, scale, differentiable)
+            for tensor, value in zip(scalar_state, next_state, strict=True):
+                tensor.copy_(torch.as_tensor(value).reshape(()))
+            if method.counts_steps:
+                state["step"] += 1
+
+    @property
+    def _grad(self) -> Tensor:
+        assert self._entry.param.grad is not None
+        return self._entry.param.grad
+
+    def _taken(self, method: Method) -> float:
+        state = dict.get(method.state, self._entry.param) or {}
+        return steps_taken(method, self._entry.rule, state)
+
+
+def _by_signature(method: Method, entries: Sequence[Entry]) -> dict[Any, list[Entry]]:
+    found: defaultdict[Any, list[Entry]] = defaultdict(list)
+    for entry in entries:
+        grad = entry.param if entry.param.grad is None else entry.param.grad
+        dtypes = entry.param.dtype, grad.dtype, *state_dtypes(method, entry.param, entry.rule, entry.state)
+        found[entry.rule, dtypes].append(entry)
+    return found
+
+
+def _batch(
+    method: Method, backend: Backend, rule: Any, dtypes: tuple[torch.dtype, ...], entries: list[Entry]
+) -> _Batch:
+    rows: dict[Any, _Row] = {}
+    keys = []
+    for entry in entries:
+        group, taken = method.param_groups[entry.group], steps_taken(method, rule, entry.state)
+        state = scalar_tensors(method, method.scalar_state, entry.param, group, entry.state)
+        keys.append((entry.group, taken, *((tensor.dtype, tensor.item()) for tensor in state)))
+        rows.setdefault(keys[-1], _Row(entry.group, taken, state))
+    index = {key: row for row, key in enumerate(rows)}
+    row_of = np.array([index[key] for key in keys])
+    params = [entry.param for entry in entries]
+    launch = backend.launch(rule, len(signature(rule).scalars), dtypes, params, row_of)
+    return _Batch(launch, entries, list(rows.values()), row_of)
