@@ -375,8 +375,7 @@ def test_a_cleared_state_begins_anew(clear: Callable[[Any], None]) -> None:
         twins.step((rows, ones[: len(rows)]))
     twins.settle()
     twins.edit(clear)
-    twins.lrs[0].clear()
-    twins.last[0][:], twins.largest[0][:] = 0, 0
+    twins.bounds[0].forget_steps()
     for rows in ([0, 2], [1], [1]):
         twins.step((rows, ones[: len(rows)]))
     twins.assert_close()
