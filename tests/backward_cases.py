@@ -25,6 +25,6 @@ def loss_of(model: nn.Module, seed: int) -> Tensor:
     return torch.tanh(model(inputs(seed, dtype)).float()).square().sum()
 
 
-def assert_equal(one: FirstOrder, other: FirstOrder) -> None:
+def assert_same_params_and_state(one: FirstOrder, other: FirstOrder) -> None:
     assert all(map(torch.equal, params_of(one), params_of(other)))
     assert_same_bits(state_of(one), state_of(other))

@@ -73,10 +73,10 @@ CASES = [
     Case(AdamWScheduleFree, textbook.AdamWScheduleFree, dict(lr=0.1, weight_decay=0.1, warmup_steps=3)),
 ]
 # What does not start at zero: the numbers in the state of NAdam and ASGD, the sums of Adagrad, the steps of Rprop.
-STARTING = [case for case in CASES if case.ours in (NAdam, Adagrad, Rprop, ASGD)]
+NONZERO_START = [case for case in CASES if case.ours in (NAdam, Adagrad, Rprop, ASGD)]
 
 # Those whose parameters know nothing of each other.
-ALONE = [case for case in CASES if case.ours.end_step is FirstOrder.end_step]
+INDEPENDENT = [case for case in CASES if case.ours.end_step is FirstOrder.end_step]
 
 # Every combination of options that makes sense.
 EVERY_CASE = [
@@ -262,7 +262,7 @@ def assert_same_bits(ours: dict[Any, Any], theirs: dict[Any, Any]) -> None:
     assert_same_state(ours, theirs, rtol=0, atol=0)
 
 
-class Tampering(SGD):
+class WithOwnStep(SGD):
     """A subclass with a step of its own."""
 
     def step(self, closure: Any = None) -> Any:

@@ -204,7 +204,7 @@ class ExactTwins:
             assert not state[name][torch.from_numpy(bound.largest_grad == 0)].any()
 
 
-class Neighbours(nn.Module):
+class TableReader(nn.Module):
     """Owns the table and reads all of it, without a gradient."""
 
     def __init__(self, table: nn.Embedding) -> None:
@@ -215,7 +215,7 @@ class Neighbours(nn.Module):
         return vectors @ self.table.detach().T
 
 
-class Both(nn.Module):
+class TiedEmbeddings(nn.Module):
     """Two embeddings with one weight, and a module that reads all of it."""
 
     def __init__(self, table: Tensor, sparse: bool = True) -> None:
@@ -223,13 +223,13 @@ class Both(nn.Module):
         self.source = embedding(table, sparse)
         self.target = embedding(table, sparse)
         self.target.weight = self.source.weight
-        self.neighbours = Neighbours(self.source)
+        self.neighbours = TableReader(self.source)
 
     def forward(self, rows: Tensor) -> Tensor:
         return self.source(rows) * self.target(rows.flip(0) + 1)
 
 
-def exact(model: nn.Module, **options: Any) -> AdamW:
+def exact_adamw(model: nn.Module, **options: Any) -> AdamW:
     """An optimizer in exact mode, attached."""
     optimizer = AdamW(model.parameters(), sparse="exact", **{**OPTIONS, **options})
     optimizer.attach(model)
@@ -245,11 +245,11 @@ def train(optimizer: Any, model: Callable[[Tensor], Tensor], rows: Any, steps: i
         optimizer.step()
 
 
-def behind(**options: Any) -> tuple[nn.Embedding, AdamW, Tensor]:
+def embedding_behind(**options: Any) -> tuple[nn.Embedding, AdamW, Tensor]:
     """An embedding of which rows 1 to 3 are 30 steps behind, its optimizer, and what its rows should be."""
     (table,) = random_tables((6, 2))
     layer, dense = embedding(table), embedding(table, sparse=False)
-    ours, theirs = exact(layer, **options), torch.optim.AdamW(dense.parameters(), **OPTIONS)
+    ours, theirs = exact_adamw(layer, **options), torch.optim.AdamW(dense.parameters(), **OPTIONS)
     for model, optimizer in ((layer, ours), (dense, theirs)):
         train(optimizer, model, [0, 1, 2, 3], steps=4)
         train(optimizer, model, [0], steps=30)
@@ -299,7 +299,7 @@ class Run:
             torch.testing.assert_close(state[name].double(), expected[name].double(), rtol=rtol, atol=1e-9)
 
 
-def usual() -> Run:
+def run_behind() -> Run:
     """Rows 1 to 3 are 30 steps behind."""
     return Run().train([0, 1, 2, 3], steps=4).train([0], steps=30)
 

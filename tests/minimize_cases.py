@@ -118,7 +118,7 @@ def slope(fun: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
     return torch.autograd.grad(fun(leaf), leaf)[0]
 
 
-def measured(fun: Callable[[Tensor], Tensor], x: Tensor, bounds: Any = None) -> float:
+def projected_grad_norm(fun: Callable[[Tensor], Tensor], x: Tensor, bounds: Any = None) -> float:
     """The largest entry of the (projected) gradient."""
     grad = slope(fun, x)
     if bounds is not None:  # x - clamp(x - grad), without the rounding of x - grad
@@ -126,7 +126,7 @@ def measured(fun: Callable[[Tensor], Tensor], x: Tensor, bounds: Any = None) -> 
     return grad.abs().max().item()
 
 
-def assert_honest(result: Result, recorder: Recorder, x0: Tensor, tol: float, bounds: Any = None) -> None:
+def assert_result_is_true(result: Result, recorder: Recorder, x0: Tensor, tol: float, bounds: Any = None) -> None:
     """What a result says is true: measured again, and compared with every evaluation."""
     fun = recorder.fun
     assert result.n_eval == len(recorder.values)
@@ -136,9 +136,9 @@ def assert_honest(result: Result, recorder: Recorder, x0: Tensor, tol: float, bo
     assert result.fun <= recorder.least + 1e-14 * abs(result.fun)
     assert torch.equal(result.grad, slope(fun, result.x))
     start = x0 if bounds is None else x0.clamp(*bounds)
-    reached = measured(fun, result.x, bounds)
+    reached = projected_grad_norm(fun, result.x, bounds)
     assert result.grad_norm == pytest.approx(reached, rel=1e-12)
-    is_small = reached <= tol * max(1.0, measured(fun, start, bounds)) * (1 + 1e-12)
+    is_small = reached <= tol * max(1.0, projected_grad_norm(fun, start, bounds)) * (1 + 1e-12)
     assert result.success == (result.status is Status.converged)
     assert not result.success or is_small
     assert result.status == str(result.status)
@@ -146,13 +146,13 @@ def assert_honest(result: Result, recorder: Recorder, x0: Tensor, tol: float, bo
     assert any(word in result.message for word in ("limit", "gradient", "function", "callback"))
 
 
-def assert_inside(recorder: Recorder, lower: Any, upper: Any) -> None:
+def assert_evaluated_within_bounds(recorder: Recorder, lower: Any, upper: Any) -> None:
     """No point that was evaluated is outside the bounds."""
     for x in recorder.points:
         assert bool(((x >= lower) & (x <= upper)).all())
 
 
-def assert_alike(ours: Any, theirs: Any) -> None:
+def assert_same_structure(ours: Any, theirs: Any) -> None:
     """The same structure, and the same shapes, dtypes and devices in it."""
     assert pytree.tree_structure(ours) == pytree.tree_structure(theirs)
     for a, b in zip(pytree.tree_leaves(ours), pytree.tree_leaves(theirs), strict=True):

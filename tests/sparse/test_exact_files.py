@@ -19,11 +19,11 @@ from exact_cases import (
     assert_unmoved,
     load,
     random_tables,
+    run_behind,
     save,
     snapshot,
     through_file,
     train,
-    usual,
 )
 from torch import Tensor
 
@@ -54,7 +54,7 @@ def test_a_checkpoint_of_torch_is_current(backend: str) -> None:
 
 
 def test_a_checkpoint_of_torch_replaces_a_state_with_rows_behind() -> None:
-    run = usual()
+    run = run_behind()
     other = Run().train([4, 2], steps=3)
     run.ours.load_state_dict(through_file(other.theirs.state_dict()))
     run.layer.load_state_dict(other.dense.state_dict())
@@ -102,7 +102,7 @@ def test_a_dense_optimizer_takes_over_and_gives_back(
 @pytest.mark.parametrize("other", [dense_ours, touched])
 def test_rows_behind_are_not_taken_for_current(other: Callable[[Run], torch.optim.Optimizer]) -> None:
     """An optimizer that cannot bring rows up to date must not be given some that are behind."""
-    run = usual()
+    run = run_behind()
     saved = through_file(run.ours.state_dict())
     try:
         loaded = other(run)
@@ -118,7 +118,7 @@ def test_rows_behind_are_not_taken_for_current(other: Callable[[Run], torch.opti
 
 def test_steps_of_touched_rows_in_between_are_no_steps_missed() -> None:
     """``touched`` leaves other rows alone; what it has left is where ``exact`` begins."""
-    run = usual()
+    run = run_behind()
     run.ours.settle()
     between = touched(run)
     between.load_state_dict(through_file(run.ours.state_dict()))
@@ -131,7 +131,7 @@ def test_steps_of_touched_rows_in_between_are_no_steps_missed() -> None:
 
 
 def test_adam_takes_decoupled_decay_from_a_checkpoint_and_refuses_l2() -> None:
-    run = usual()
+    run = run_behind()
     adam: Any = Adam(run.layer.parameters(), sparse="exact")
     adam.load_state_dict(run.ours.state_dict())
     assert adam.param_groups[0]["decoupled_weight_decay"] is True
@@ -156,7 +156,7 @@ SPOILS: list[Callable[[Tensor], Tensor]] = [
 @pytest.mark.parametrize("spoil", SPOILS, ids=["short", "long", "deep"])
 def test_a_file_that_does_not_fit_is_refused_and_changes_nothing(spoil: Callable[[Tensor], Tensor]) -> None:
     """Not at the next step, where memory outside the table would be read."""
-    run = usual()
+    run = run_behind()
     saved = through_file(run.ours.state_dict())
     for name in set(saved["state"][0]) - set(OTHERS):
         wrong = copy.deepcopy(saved)
@@ -187,7 +187,7 @@ IMPOSSIBLE: list[tuple[str, Callable[[Tensor], Any], str]] = [
 
 @pytest.mark.parametrize(("name", "spoil", "message"), IMPOSSIBLE)
 def test_a_file_that_cannot_be_true_is_refused(name: str, spoil: Callable[[Tensor], Tensor], message: str) -> None:
-    run = usual()
+    run = run_behind()
     saved = through_file(run.ours.state_dict())
     value = saved["state"][0][name]
     spoiled = spoil(value)
@@ -216,7 +216,7 @@ def test_names_of_a_rules_state_are_its_own() -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 def test_files_of_another_dtype_are_understood(dtype: torch.dtype) -> None:
     """Torch's optimizers cast all that they load, but step, to the parameter's dtype."""
-    run = usual()
+    run = run_behind()
     weights, saved = save(run, "model optimizer")
     for name in set(saved["state"][0]) - set(OTHERS):
         saved["state"][0][name] = saved["state"][0][name].to(dtype)
@@ -228,7 +228,7 @@ def test_files_of_another_dtype_are_understood(dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("are_behind", [True, False], ids=["rows are behind", "rows are current"])
 @pytest.mark.parametrize("step", [34, 34.0, torch.tensor([34.0]), torch.tensor(34)], ids=repr)
 def test_steps_of_other_programs_are_understood(step: Any, are_behind: bool) -> None:
-    run = usual()
+    run = run_behind()
     if not are_behind:
         run.ours.settle()
     saved = through_file(run.ours.state_dict())
