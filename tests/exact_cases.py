@@ -171,7 +171,7 @@ class ExactTwins:
         """Assert that all rows and averages are within the bounds of the dense optimizer's.
 
         Returns:
-            The largest error as a share of ``ErrorBound.absolute``, over rows where that exceeds the rounding of weights.
+            The largest error as a share of ``ErrorBound.absolute``, over rows where that exceeds the rounding.
         """
         self.settle()
         worst = 0.0
@@ -205,7 +205,7 @@ class ExactTwins:
 
 
 class TableReader(nn.Module):
-    """Owns the table and reads all of it, without a gradient."""
+    """A module that owns a table and reads all of it, without a gradient."""
 
     def __init__(self, table: nn.Embedding) -> None:
         super().__init__()
@@ -216,7 +216,7 @@ class TableReader(nn.Module):
 
 
 class TiedEmbeddings(nn.Module):
-    """Two embeddings with one weight, and a module that reads all of it."""
+    """Two embeddings that share one weight, and a module that reads all of it."""
 
     def __init__(self, table: Tensor, sparse: bool = True) -> None:
         super().__init__()
@@ -230,14 +230,14 @@ class TiedEmbeddings(nn.Module):
 
 
 def exact_adamw(model: nn.Module, **options: Any) -> AdamW:
-    """An optimizer in exact mode, attached."""
+    """Return an optimizer in exact mode, attached to the model."""
     optimizer = AdamW(model.parameters(), sparse="exact", **{**OPTIONS, **options})
     optimizer.attach(model)
     return optimizer
 
 
 def train(optimizer: Any, model: Callable[[Tensor], Tensor], rows: Any, steps: int = 1) -> None:
-    """Steps that touch ``rows``."""
+    """Take steps that touch ``rows``."""
     for _ in range(steps):
         optimizer.zero_grad()
         output = model(torch.as_tensor(rows))
@@ -246,7 +246,7 @@ def train(optimizer: Any, model: Callable[[Tensor], Tensor], rows: Any, steps: i
 
 
 def embedding_behind(**options: Any) -> tuple[nn.Embedding, AdamW, Tensor]:
-    """An embedding of which rows 1 to 3 are 30 steps behind, its optimizer, and what its rows should be."""
+    """Return an embedding whose rows 1 to 3 are 30 steps behind, its optimizer, and the dense optimizer's weight."""
     (table,) = random_tables((6, 2))
     layer, dense = embedding(table), embedding(table, sparse=False)
     ours, theirs = exact_adamw(layer, **options), torch.optim.AdamW(dense.parameters(), **OPTIONS)
@@ -258,12 +258,12 @@ def embedding_behind(**options: Any) -> tuple[nn.Embedding, AdamW, Tensor]:
 
 
 def assert_current(weight: Tensor, expected: Tensor) -> None:
-    """As far apart as one coast may leave them."""
+    """Assert that rows are up to date: they differ by no more than catching up once allows."""
     torch.testing.assert_close(weight.detach(), expected, rtol=0, atol=ALLOWED * LR)
 
 
 class Run:
-    """A table in exact mode and a dense one that torch trains."""
+    """A table in exact mode, and a dense copy that torch trains with the same rows."""
 
     def __init__(
         self, rows: int = 6, dtype: torch.dtype = torch.float64, backend: str = "auto", **options: Any
@@ -281,16 +281,17 @@ class Run:
         return self
 
     def replaced(self, **options: Any) -> Run:
-        """The same dense table, beside an untrained one in exact mode."""
+        """Return a run with this run's dense table beside a new, untrained table in exact mode."""
         new = Run(len(self.dense.weight), self.layer.weight.dtype, self.ours.backend, **{**self.options, **options})
         with torch.no_grad():
             new.layer.weight.uniform_()
         new.dense, new.theirs = self.dense, self.theirs
         return new
 
-    def assert_close(self, coasts: int = 1) -> None:
+    def assert_close(self, catch_ups: int = 1) -> None:
+        """Assert that weights and averages agree after each row has caught up at most ``catch_ups`` times."""
         self.ours.settle()
-        tolerance = coasts * ALLOWED * LR + 100 * torch.finfo(self.layer.weight.dtype).eps
+        tolerance = catch_ups * ALLOWED * LR + 100 * torch.finfo(self.layer.weight.dtype).eps
         torch.testing.assert_close(self.layer.weight.double(), self.dense.weight, rtol=0, atol=tolerance)
         state, expected = self.ours.state[self.layer.weight], self.theirs.state[self.dense.weight]
         assert float(state["step"]) == float(expected["step"])
@@ -300,12 +301,12 @@ class Run:
 
 
 def run_behind() -> Run:
-    """Rows 1 to 3 are 30 steps behind."""
+    """Return a run whose rows 1 to 3 are 30 steps behind."""
     return Run().train([0, 1, 2, 3], steps=4).train([0], steps=30)
 
 
 def through_file(value: Any) -> Any:
-    """Saved and loaded."""
+    """Return ``value`` after saving and loading it."""
     file = io.BytesIO()
     torch.save(value, file)
     file.seek(0)
@@ -313,7 +314,7 @@ def through_file(value: Any) -> Any:
 
 
 def save(run: Run, order: str) -> tuple[Any, Any]:
-    """State dicts of model and optimizer, each written before the next one is made."""
+    """Return state dicts of model and optimizer, made and saved in this order, one after the other."""
     saved = {}
     for name in order.split():
         saved[name] = through_file((run.layer if name == "model" else run.ours).state_dict())
@@ -321,7 +322,7 @@ def save(run: Run, order: str) -> tuple[Any, Any]:
 
 
 def load(run: Run, saved: tuple[Any, Any], order: str, **options: Any) -> Run:
-    """Both loaded by new ones."""
+    """Return a new run that has loaded both state dicts, in this order."""
     new = run.replaced(**options)
     for name in order.split():
         if name == "model":
@@ -332,14 +333,14 @@ def load(run: Run, saved: tuple[Any, Any], order: str, **options: Any) -> Run:
 
 
 def snapshot(optimizer: Any) -> Any:
-    """Copies of parameters and state, taken without a state dict, which may bring rows up to date."""
+    """Return copies of parameters and state, taken without a state dict, because that may bring rows up to date."""
     params = [param for group in optimizer.param_groups for param in group["params"]]
     states = [dict(optimizer.state[param]) if param in optimizer.state else {} for param in params]
     return copy.deepcopy(([param.detach() for param in params], states))
 
 
 def assert_unmoved(optimizer: Any, before: Any) -> None:
-    """Parameters and state are bit for bit what ``snapshot`` found."""
+    """Assert that parameters and state are bit for bit those of the snapshot ``before``."""
     params, states = snapshot(optimizer)
     assert all(map(torch.equal, params, before[0]))
     assert_same_bits(dict(enumerate(states)), dict(enumerate(before[1])))

@@ -90,7 +90,7 @@ def imported(path: Path) -> set[str]:
 @pytest.mark.parametrize("path", modules(), ids=lambda path: str(path.relative_to(ROOT)))
 def test_arrows_point_one_way(path: Path) -> None:
     shelves = {name.split(".")[0] or "__init__" for name in imported(path)}
-    assert shelves <= ARROWS[shelf(path)], "see DESIGN: mathematics, then kernels, then optimizers, then the command"
+    assert shelves <= ARROWS[shelf(path)], "docs/design.md says what may import what"
 
 
 def assert_no_circle(arrows: dict[str, set[str]]) -> None:

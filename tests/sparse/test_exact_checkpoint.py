@@ -219,7 +219,7 @@ def test_saving_and_loading_itself_changes_nothing() -> None:
     run.train([0], steps=3)
     run.ours.load_state_dict(through_file(run.ours.state_dict()))
     run.train([0, 2], steps=3)
-    run.assert_close(coasts=4)
+    run.assert_close(catch_ups=4)
 
 
 def test_a_state_of_old_replaces_averages_and_not_weights() -> None:
@@ -229,7 +229,7 @@ def test_a_state_of_old_replaces_averages_and_not_weights() -> None:
     for optimizer, saved in zip((run.ours, run.theirs), old, strict=True):
         optimizer.load_state_dict(saved)
     run.assert_close()
-    run.train([0], steps=3).assert_close(coasts=2)
+    run.train([0], steps=3).assert_close(catch_ups=2)
 
 
 @pytest.mark.parametrize("attach_first", [True, False])
@@ -266,7 +266,7 @@ def test_a_distributed_checkpoint_is_loaded(attach_first: bool) -> None:
     set_state_dict(new.layer, new.ours, model_state_dict=weights, optim_state_dict=saved)
     new.ours.attach(new.layer)
     new.train([0], steps=9)
-    new.assert_close(coasts=2)
+    new.assert_close(catch_ups=2)
 
 
 # A process that dies.

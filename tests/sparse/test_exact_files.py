@@ -46,7 +46,7 @@ def test_a_checkpoint_of_torch_is_current(backend: str) -> None:
     new = run.replaced()
     new.ours.load_state_dict(through_file(run.theirs.state_dict()))
     new.layer.load_state_dict(run.dense.state_dict())
-    new.assert_close(coasts=0)
+    new.assert_close(catch_ups=0)
     before = new.layer.weight.detach().clone()
     assert torch.equal(new.layer(torch.arange(6)), before)
     new.train([0], steps=30)
@@ -95,7 +95,7 @@ def test_a_dense_optimizer_takes_over_and_gives_back(
     run.ours.attach(run.layer)
     run.ours.load_state_dict(saved)
     run.train([3], steps=10)
-    run.assert_close(coasts=3)
+    run.assert_close(catch_ups=3)
     assert exact.sparse == "exact"
 
 
@@ -222,7 +222,7 @@ def test_files_of_another_dtype_are_understood(dtype: torch.dtype) -> None:
         saved["state"][0][name] = saved["state"][0][name].to(dtype)
     new = load(run, (weights, saved), "model optimizer")
     new.train([1], steps=20)
-    new.assert_close(coasts=2)
+    new.assert_close(catch_ups=2)
 
 
 @pytest.mark.parametrize("are_behind", [True, False], ids=["rows are behind", "rows are current"])
@@ -238,7 +238,7 @@ def test_steps_of_other_programs_are_understood(step: Any, are_behind: bool) -> 
         new.layer(torch.tensor([1, 5])), run.dense(torch.tensor([1, 5])), rtol=0, atol=ALLOWED * LR
     )
     new.train([1], steps=20)
-    new.assert_close(coasts=2)
+    new.assert_close(catch_ups=2)
 
 
 def test_a_long_run_counts_on() -> None:
@@ -252,7 +252,7 @@ def test_a_long_run_counts_on() -> None:
         optimizer.load_state_dict(saved)
     run.train([0], steps=6)
     run.train([1], steps=2)
-    run.assert_close(coasts=2)
+    run.assert_close(catch_ups=2)
 
 
 def test_another_dtype_of_the_model_may_be_loaded() -> None:
@@ -279,7 +279,7 @@ def test_betas_of_a_file_and_of_rows_behind_may_differ() -> None:
     new.ours.load_state_dict(saved)
     new.layer.weight.data.copy_(run.layer.weight.data)
     new.train([0], steps=10)
-    new.assert_close(coasts=2)
+    new.assert_close(catch_ups=2)
 
 
 # What a checkpoint costs.
