@@ -1,4 +1,4 @@
-"""A small model and its loss, for what happens inside backward."""
+"""A small model and its loss, for tests of steps inside backward."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from descend import FirstOrder
 
 
 def network(dtype: torch.dtype = torch.float32) -> nn.Module:
-    """A few layers, one of them used twice."""
+    """Return a few layers, one of them used twice."""
     torch.manual_seed(0)
     shared = nn.Linear(6, 6)
     return nn.Sequential(nn.Linear(5, 6), shared, nn.Tanh(), shared, nn.Linear(6, 3)).to(dtype)
@@ -25,6 +25,7 @@ def loss_of(model: nn.Module, seed: int) -> Tensor:
     return torch.tanh(model(inputs(seed, dtype)).float()).square().sum()
 
 
-def assert_equal(one: FirstOrder, other: FirstOrder) -> None:
+def assert_same_params_and_state(one: FirstOrder, other: FirstOrder) -> None:
+    """Assert that parameters and state of two optimizers are equal bit for bit."""
     assert all(map(torch.equal, params_of(one), params_of(other)))
     assert_same_bits(state_of(one), state_of(other))

@@ -1,4 +1,4 @@
-"""The table of cases that drives the tests, and the two optimizers side by side that most of them watch."""
+"""The table of cases that most tests run over, and a pair of optimizers that take the same steps."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ SHAPES = ((), (0,), (7, 5), (129,))
 
 
 class Case(NamedTuple):
-    """An optimizer, torch's counterpart, and the options that both get."""
+    """An optimizer, torch's counterpart, and the options of both."""
 
     ours: type[FirstOrder]
     theirs: type[torch.optim.Optimizer]
@@ -48,7 +48,7 @@ class Case(NamedTuple):
         return option in inspect.signature(self.ours).parameters
 
 
-# One line for each rule.
+# At least one line for each rule.
 CASES = [
     Case(SGD, torch.optim.SGD, dict(lr=0.1, weight_decay=0.1)),
     Case(SGD, torch.optim.SGD, dict(lr=0.1, momentum=0.9, dampening=0.5)),
@@ -68,17 +68,17 @@ CASES = [
     Case(RMSprop, torch.optim.RMSprop, dict(lr=0.01, alpha=0.5, centered=True, momentum=0.5)),
     Case(Rprop, torch.optim.Rprop, dict(lr=0.1)),
     Case(ASGD, torch.optim.ASGD, dict(lr=0.1, lambd=0.1, t0=1)),
-    # With such betas no rounding decides about a sign.
+    # These betas keep rounding from changing the sign of an update.
     Case(Lion, textbook.Lion, dict(lr=0.01, betas=(0.5, 0.75), weight_decay=0.1)),
     Case(AdamWScheduleFree, textbook.AdamWScheduleFree, dict(lr=0.1, weight_decay=0.1, warmup_steps=3)),
 ]
-# What does not start at zero: the numbers in the state of NAdam and ASGD, the sums of Adagrad, the steps of Rprop.
-STARTING = [case for case in CASES if case.ours in (NAdam, Adagrad, Rprop, ASGD)]
+# State that does not start at zero: NAdam's and ASGD's scalars, Adagrad's sums, Rprop's step sizes.
+NONZERO_START = [case for case in CASES if case.ours in (NAdam, Adagrad, Rprop, ASGD)]
 
-# Those whose parameters know nothing of each other.
-ALONE = [case for case in CASES if case.ours.end_step is FirstOrder.end_step]
+# Optimizers that update each parameter independently of the others.
+INDEPENDENT = [case for case in CASES if case.ours.end_step is FirstOrder.end_step]
 
-# Every combination of options that makes sense.
+# Every sensible combination of options.
 EVERY_CASE = [
     *(
         Case(SGD, torch.optim.SGD, dict(lr=0.1, **kind, weight_decay=weight_decay, maximize=maximize))
@@ -153,14 +153,14 @@ EVERY_CASE = [
 def leaves(
     shapes: Sequence[tuple[int, ...]] = SHAPES, dtype: torch.dtype = torch.float64, seed: int = 0
 ) -> list[Tensor]:
-    """Random parameters."""
+    """Return random parameters, the same for the same seed."""
     random = torch.Generator().manual_seed(seed)
     values = [torch.randn(shape, generator=random, dtype=torch.float64) for shape in shapes]
     return [value.to(dtype).requires_grad_() for value in values]
 
 
 def give_grads(params: Sequence[Tensor], seed: int) -> None:
-    """Random gradients, the same for the same seed, each in new memory."""
+    """Set random gradients, the same for the same seed, each in new memory."""
     random = torch.Generator().manual_seed(1000 + seed)
     for param in params:
         grad = torch.randn(param.shape, generator=random, dtype=torch.float64)
@@ -168,14 +168,14 @@ def give_grads(params: Sequence[Tensor], seed: int) -> None:
 
 
 def complex_grads(params: Sequence[Tensor], seed: int) -> None:
-    """Random gradients, complex where the parameter is, of the parameter's own class."""
+    """Set random gradients of each parameter's dtype and class."""
     random = torch.Generator().manual_seed(seed)
     for param in params:
         param.grad = torch.randn(param.shape, generator=random, dtype=param.dtype).as_subclass(type(param))
 
 
 class Twins:
-    """Ours and torch's for-loop on equal parameters: every edit, gradient and step happens to both."""
+    """Our optimizer and torch's for-loop on equal parameters; every edit, gradient and step is applied to both."""
 
     def __init__(
         self,
@@ -195,27 +195,27 @@ class Twins:
             change(optimizer)
 
     def step(self, seed: int, grads: Callable[[Sequence[Tensor], int], None] = give_grads) -> None:
-        """A step of both with the same new gradients."""
+        """Take a step with both, with the same new gradients."""
         for optimizer in self.both:
             grads(params_of(optimizer), seed)
             optimizer.step()
 
     def assert_equal(self, rtol: float = 1e-12, atol: float = 1e-12) -> None:
-        """Parameters and state agree; the default tolerance is float64's rounding, grown over some tens of steps."""
+        """Assert that parameters and state agree; the default tolerance covers float64 rounding over tens of steps."""
         for ours, theirs in zip(params_of(self.ours), params_of(self.theirs), strict=True):
             torch.testing.assert_close(ours, theirs, rtol=rtol, atol=atol, equal_nan=True)
         assert_same_state(*map(state_of, self.both), rtol, atol)
 
 
 def params_of(optimizer: torch.optim.Optimizer) -> list[Tensor]:
-    """All parameters, in order."""
+    """Return all parameters, in order."""
     return [param for group in optimizer.param_groups for param in group["params"]]
 
 
 def state_of(optimizer: torch.optim.Optimizer) -> dict[Any, Any]:
-    """The state of the parameters that are in a group, under their positions; looked at from outside.
+    """Return the state of all parameters by position, read as a user does: it counts as exposed from then on.
 
-    Without that of parameters that have taken no step: torch's Adagrad makes it in the constructor.
+    Parameters that have taken no step are left out, because torch's Adagrad creates state in its constructor.
     """
     params = params_of(optimizer)
     found = {index: optimizer.state[param] for index, param in enumerate(params) if param in optimizer.state}
@@ -223,7 +223,7 @@ def state_of(optimizer: torch.optim.Optimizer) -> dict[Any, Any]:
 
 
 def assert_same_state(ours: dict[Any, Any], theirs: dict[Any, Any], rtol: float, atol: float) -> None:
-    """The same keys (the names of each parameter's in the same order), types and dtypes, close values."""
+    """Assert that two states have the same keys in the same order, the same types and dtypes, and close values."""
     assert ours.keys() == theirs.keys()
     for key, state in theirs.items():
         assert list(ours[key]) == list(state)
@@ -236,7 +236,7 @@ def assert_same_state(ours: dict[Any, Any], theirs: dict[Any, Any], rtol: float,
 
 
 def snapshot(optimizer: torch.optim.Optimizer) -> Any:
-    """Copies of parameters and state."""
+    """Return copies of parameters, state and group options."""
     params = [param.detach().clone() for param in params_of(optimizer)]
     state = {
         index: {name: value.clone() if isinstance(value, Tensor) else value for name, value in content.items()}
@@ -250,7 +250,7 @@ def snapshot(optimizer: torch.optim.Optimizer) -> Any:
 
 
 def assert_unmoved(optimizer: torch.optim.Optimizer, before: Any) -> None:
-    """Parameters, state and groups are bit for bit what ``snapshot`` found."""
+    """Assert that parameters, state and groups are bit for bit those of the snapshot ``before``."""
     params, state, groups = snapshot(optimizer)
     assert all(map(torch.equal, params, before[0]))
     assert_same_bits(state, before[1])
@@ -258,11 +258,11 @@ def assert_unmoved(optimizer: torch.optim.Optimizer, before: Any) -> None:
 
 
 def assert_same_bits(ours: dict[Any, Any], theirs: dict[Any, Any]) -> None:
-    """Two states are equal bit for bit."""
+    """Assert that two states are equal bit for bit."""
     assert_same_state(ours, theirs, rtol=0, atol=0)
 
 
-class Tampering(SGD):
+class WithOwnStep(SGD):
     """A subclass with a step of its own."""
 
     def step(self, closure: Any = None) -> Any:

@@ -1,4 +1,4 @@
-"""Every test starts from the same random numbers and leaves torch's settings as it found them."""
+"""Every test starts with the same random seed, and torch's settings are restored after it."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from descend.backends.cpu import probe
 
 @pytest.fixture(autouse=True)
 def clean_torch(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    if "DESCEND_TEST_BACKEND" in os.environ:  # mutants of rules are wrapped, which no compiler takes: see `make mutate`
+    if "DESCEND_TEST_BACKEND" in os.environ:  # `make mutate` wraps rules in functions that cannot be compiled
         monkeypatch.setenv("DESCEND_BACKEND", os.environ["DESCEND_TEST_BACKEND"])
     else:
         monkeypatch.delenv("DESCEND_BACKEND", raising=False)
     threads, dtype = torch.get_num_threads(), torch.get_default_dtype()
     torch.manual_seed(0)
-    # Torch warns once per process about sparse tensors until somebody decides.
+    # Otherwise torch warns once per process that sparse tensors are not checked.
     torch.sparse.check_sparse_tensor_invariants.disable()
     yield
     torch.set_num_threads(threads)
@@ -28,7 +28,7 @@ def clean_torch(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 @pytest.fixture(params=["native", "python"])
 def either_probe(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Run a test with the probe in native code, and with the one in Python."""
+    """Run a test twice: with the native probe and with the Python probe."""
     if request.param == "python":
         monkeypatch.setattr(probe, "_native", lambda: None)
     return request.param

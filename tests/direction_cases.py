@@ -1,4 +1,4 @@
-"""Pairs of steps and changes of a gradient, and what the tests of what learns from them share."""
+"""Curvature pairs (steps and the gradient changes they cause), for tests of quasi-Newton directions."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ Array = NDArray[np.float64]
 Pair = tuple[Tensor, Tensor]
 CPU = torch.device("cpu")
 NUMEL = 9
-# Rounding, grown by the condition of the pairs.
+# Rounding, amplified by the condition number of the curvature.
 RTOL = {torch.float64: 1e-9, torch.float32: 2e-3}
 DTYPES = pytest.mark.parametrize("dtype", RTOL, ids=str)
 
 
 @pytest.fixture(autouse=True)
 def one_thread() -> None:
-    """The vectors are short: threads only wait for each other. They are restored by ``conftest.py``."""
+    """With short vectors threads only wait for each other. ``conftest.py`` restores their number."""
     torch.set_num_threads(1)
 
 
@@ -32,7 +32,7 @@ def random(seed: int) -> Callable[..., Tensor]:
 
 
 def pairs(dtype: torch.dtype, seed: int = 0, numel: int = NUMEL) -> Iterator[Pair]:
-    """Steps, and what they change in the gradient of a function whose curvature varies from 1 to 100."""
+    """Yield steps and the gradient changes they cause in a function whose curvature ranges from 1 to 100."""
     normal = random(seed)
     basis = torch.linalg.qr(normal(numel, numel)).Q
     while True:
@@ -47,4 +47,5 @@ def double(values: Any) -> Array:
 
 
 def assert_near(ours: Any, reference: Array, rtol: float) -> None:
+    """Assert that the error is at most ``rtol`` times the largest entry of the reference."""
     np.testing.assert_allclose(double(ours), reference, rtol=0, atol=rtol * np.abs(reference).max())

@@ -1,4 +1,4 @@
-"""What programs do to parameters, gradients, state and groups between two steps."""
+"""Edits that programs make to parameters, state and groups between two steps."""
 
 from __future__ import annotations
 

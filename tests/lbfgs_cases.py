@@ -1,4 +1,4 @@
-"""Problems for LBFGS, and the two optimizers side by side that most of its tests watch."""
+"""Problems for LBFGS, and pairs of optimizers, ours and torch's, that solve them."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ TORCH_KEYS = ["func_evals", "n_iter", "d", "t", "old_dirs", "old_stps", "ro", "H
 SEARCHES = (None, "strong_wolfe")
 
 
-# Problems: parameters, and the loss of the k-th call of ``step``.
+# A problem returns its parameters, and a function that computes the loss for the k-th call of ``step``.
 
 
 def rosenbrock(dtype: torch.dtype = torch.float64) -> tuple[list[Tensor], Loss]:
@@ -59,7 +59,7 @@ PROBLEMS: list[Problem] = [rosenbrock, single, logistic, network]
 
 
 class Twin(NamedTuple):
-    """An optimizer on a problem of its own."""
+    """An optimizer with its own copy of a problem; it records every point where the loss is evaluated."""
 
     optimizer: Any
     params: list[Tensor]
@@ -91,7 +91,7 @@ def flat(params: list[Tensor]) -> Tensor:
 
 
 def twin(cls: Any, problem: Problem, dtype: torch.dtype = torch.float64, **options: Any) -> Twin:
-    torch.set_num_threads(1)  # small matrices do not wait for a second core
+    torch.set_num_threads(1)  # with small matrices threads only wait for each other
     params, loss = problem(dtype)
     if isinstance(options.get("lr"), Tensor):
         options["lr"] = options["lr"].clone()
@@ -103,7 +103,7 @@ def twins(problem: Problem, **options: Any) -> tuple[Twin, Twin]:
 
 
 def assert_same_points(ours: list[Tensor], theirs: list[Tensor]) -> None:
-    """Every evaluation was at the same point, bit for bit."""
+    """Assert that both evaluated the loss at the same points, bit for bit."""
     assert len(ours) == len(theirs)
     assert [k for k, (a, b) in enumerate(zip(ours, theirs, strict=True)) if not torch.equal(a, b)] == []
 

@@ -1,4 +1,4 @@
-"""Functions to minimize, all solvers, and what must be true of each result; the tests of `minimize` share them."""
+"""Functions to minimize, all solvers, and the checks of every result, for the tests of `minimize`."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ from torch.utils import _pytree as pytree
 from descend import Result, Status
 
 METHODS = ("gd", "bfgs", "l-bfgs", "newton-cg", "newton")
-# With bounds another solver is at work; these bounds are far away.
+# Bounds select another solver; these are too far away to matter.
 SOLVERS = {**{method: dict(method=method) for method in METHODS}, "l-bfgs-b": dict(bounds=(-1e300, math.inf))}
-QUICK = [name for name in SOLVERS if name != "gd"]  # those that solve everything here in few evaluations
+QUICK = [name for name in SOLVERS if name != "gd"]  # solvers that need few evaluations for every function here
 each_solver = pytest.mark.parametrize("options", SOLVERS.values(), ids=SOLVERS)
 each_method = pytest.mark.parametrize("method", METHODS)
 
 
 @pytest.fixture(autouse=True)
 def one_thread() -> None:
-    """The problems are small: threads only wait for each other. They are restored by ``conftest.py``."""
+    """With small problems threads only wait for each other. ``conftest.py`` restores their number."""
     torch.set_num_threads(1)
 
 
@@ -44,27 +44,27 @@ def quartic(x: Tensor) -> Tensor:
 
 
 def waves(x: Tensor) -> Tensor:
-    """Many minima; from a hilltop no way is the right one."""
+    """Many local minima and maxima."""
     return torch.sin(3 * x).sum() + 0.02 * (x - 1).square().sum()
 
 
 def trap(x: Tensor) -> Tensor:
-    """A line search looks into the deep hole on its way to the shallow minimum behind it."""
+    """A line search evaluates a deep, narrow minimum on its way to a shallow one behind it."""
     return ((2 * x - 1) ** 4).sum() / 100 + torch.cos(5 * x).sum()
 
 
 def logarithms(x: Tensor) -> Tensor:
-    """NaN for any x <= 0, and steep towards it."""
+    """NaN if any x <= 0, and steep close to 0."""
     return (x - 0.01 * x.log()).sum() + x.square().sum()
 
 
 def wall(x: Tensor) -> Tensor:
-    """Infinite beyond 2, where it still falls."""
+    """Decreasing up to 2 and infinite beyond."""
     return torch.where(x < 2, -x, torch.inf).sum() + 0.1 * (x**2).sum()
 
 
 def distance(tree: Any) -> Tensor:
-    """The square of the distance from 1, or 1 + 2i."""
+    """Return the squared distance of all leaves from 1, or from 1 + 2i if they are complex."""
     total: Any = 0.0
     for leaf in pytree.tree_leaves(tree):
         center = 1 + 2j if leaf.is_complex() else 1
@@ -92,7 +92,7 @@ each_setting = pytest.mark.parametrize("setting", SETTINGS, ids=str)
 
 
 class Recorder:
-    """A function whose calls are watched from outside."""
+    """A function that records the point, value and finiteness of each call."""
 
     def __init__(self, fun: Callable[[Tensor], Tensor]) -> None:
         self.fun = fun
@@ -118,16 +118,16 @@ def slope(fun: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
     return torch.autograd.grad(fun(leaf), leaf)[0]
 
 
-def measured(fun: Callable[[Tensor], Tensor], x: Tensor, bounds: Any = None) -> float:
-    """The largest entry of the (projected) gradient."""
+def projected_grad_norm(fun: Callable[[Tensor], Tensor], x: Tensor, bounds: Any = None) -> float:
+    """Return the largest absolute entry of the gradient, projected on the bounds if there are any."""
     grad = slope(fun, x)
     if bounds is not None:  # x - clamp(x - grad), without the rounding of x - grad
         grad = grad.clamp(x - bounds[1], x - bounds[0])
     return grad.abs().max().item()
 
 
-def assert_honest(result: Result, recorder: Recorder, x0: Tensor, tol: float, bounds: Any = None) -> None:
-    """What a result says is true: measured again, and compared with every evaluation."""
+def assert_result_is_true(result: Result, recorder: Recorder, x0: Tensor, tol: float, bounds: Any = None) -> None:
+    """Assert that each field of a result is true, by computing it again and comparing it with every evaluation."""
     fun = recorder.fun
     assert result.n_eval == len(recorder.values)
     assert len(result.history) == result.n_iter + 1
@@ -136,9 +136,9 @@ def assert_honest(result: Result, recorder: Recorder, x0: Tensor, tol: float, bo
     assert result.fun <= recorder.least + 1e-14 * abs(result.fun)
     assert torch.equal(result.grad, slope(fun, result.x))
     start = x0 if bounds is None else x0.clamp(*bounds)
-    reached = measured(fun, result.x, bounds)
+    reached = projected_grad_norm(fun, result.x, bounds)
     assert result.grad_norm == pytest.approx(reached, rel=1e-12)
-    is_small = reached <= tol * max(1.0, measured(fun, start, bounds)) * (1 + 1e-12)
+    is_small = reached <= tol * max(1.0, projected_grad_norm(fun, start, bounds)) * (1 + 1e-12)
     assert result.success == (result.status is Status.converged)
     assert not result.success or is_small
     assert result.status == str(result.status)
@@ -146,21 +146,21 @@ def assert_honest(result: Result, recorder: Recorder, x0: Tensor, tol: float, bo
     assert any(word in result.message for word in ("limit", "gradient", "function", "callback"))
 
 
-def assert_inside(recorder: Recorder, lower: Any, upper: Any) -> None:
-    """No point that was evaluated is outside the bounds."""
+def assert_evaluated_within_bounds(recorder: Recorder, lower: Any, upper: Any) -> None:
+    """Assert that no evaluated point is outside the bounds."""
     for x in recorder.points:
         assert bool(((x >= lower) & (x <= upper)).all())
 
 
-def assert_alike(ours: Any, theirs: Any) -> None:
-    """The same structure, and the same shapes, dtypes and devices in it."""
+def assert_same_structure(ours: Any, theirs: Any) -> None:
+    """Assert that two trees have the same structure, and leaves of the same shapes, dtypes and devices."""
     assert pytree.tree_structure(ours) == pytree.tree_structure(theirs)
     for a, b in zip(pytree.tree_leaves(ours), pytree.tree_leaves(theirs), strict=True):
         assert (a.shape, a.dtype, a.device) == (b.shape, b.dtype, b.device)
 
 
 def for_scipy(fun: Callable[[Tensor], Tensor]) -> Callable[[Any], tuple[float, Any]]:
-    """The same function, with its gradient, of arrays."""
+    """Return the function for SciPy: it takes an array and returns value and gradient."""
 
     def value_and_slope(x: Any) -> tuple[float, Any]:
         point = torch.as_tensor(x)

@@ -1,4 +1,4 @@
-"""Work in forked children."""
+"""Running a function in a forked child process."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ needs_fork = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 
 
 def in_child(work: Callable[[], bool]) -> bool:
-    """Whether ``work``, run in a forked child, returns true within half a minute."""
+    """Return whether ``work`` returns true in a forked child within half a minute."""
     child = os.fork()
     if child == 0:
         ended = 1

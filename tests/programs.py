@@ -1,4 +1,4 @@
-"""The optimizers that the tests of the stack drive, and one way to take a step with any of them."""
+"""All public optimizers, one way to take a step with any of them, and small models to train."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from torch.optim import Optimizer
 
 import descend
 
-WITH_CLOSURE = ("LBFGS", "Newton")  # these evaluate the loss themselves
-# What shows more of a class than its defaults do.
+WITH_CLOSURE = ("LBFGS", "Newton")  # their step needs a closure
+# Options that exercise more of a class than its defaults.
 OPTIONS: dict[str, dict[str, Any]] = {
     "SGD": dict(momentum=0.9),
     "RMSprop": dict(momentum=0.9),
@@ -23,7 +23,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
 
 
 def public_classes() -> dict[str, Any]:
-    """Every optimizer of this library that is not a base or torch's own."""
+    """Return every optimizer class of this library by name, without base classes and torch's own."""
     found = {name: getattr(descend, name) for name in descend.__all__}
     return {
         name: value
@@ -41,12 +41,12 @@ TWINS = {name: (kind, getattr(torch.optim, name)) for name, kind in OURS.items()
 
 
 def build(kind: Any, params: Any, **options: Any) -> Any:
-    """An optimizer with the options of its row above."""
+    """Return an optimizer with its entry of ``OPTIONS``."""
     return kind(params, **{**OPTIONS.get(kind.__name__, {}), **options})
 
 
 def advance(optimizer: Any, seed: int) -> Any:
-    """A step with new gradients, or of a new problem, the same for the same seed."""
+    """Take a step with new gradients, or with a new problem for classes that need a closure; fixed by the seed."""
     params = params_of(optimizer)
     names = {base.__name__ for base in type(optimizer).__mro__}
     if names & set(WITH_CLOSURE):
@@ -75,26 +75,26 @@ def _closure(params: list[Tensor], seed: int, must_go_backward: bool) -> Callabl
 
 
 def network(seed: int = 0) -> nn.Sequential:
-    """A small classifier of four numbers into two classes."""
+    """Return a small classifier with four inputs and two classes."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 2))
 
 
 def batch(seed: int, size: int = 16) -> tuple[Tensor, Tensor]:
-    """Inputs and classes."""
+    """Return random inputs and their classes."""
     inputs = torch.randn(size, 4, generator=torch.Generator().manual_seed(seed))
     return inputs, (inputs[:, 0] * inputs[:, 1] > 0).long()
 
 
 def loss_of(model: nn.Module, seed: int) -> Tensor:
-    """The loss of a model on a batch."""
+    """Return the loss of a model on the batch of a seed."""
     inputs, classes = batch(seed)
     return nn.functional.cross_entropy(model(inputs), classes)
 
 
 class Words(nn.Module):
-    """A small classifier of bags of words, whose table gives sparse gradients."""
+    """A small classifier of bags of words whose embedding table has sparse gradients."""
 
     def __init__(self, is_sparse: bool = True) -> None:
         super().__init__()
@@ -108,19 +108,19 @@ class Words(nn.Module):
 
 
 def bags(size: int = 32) -> tuple[Tensor, Tensor]:
-    """Bags of three words, and their classes; most words are rare."""
+    """Return bags of three words and their classes; most words are rare."""
     words = (60 * torch.rand(size, 3, generator=torch.Generator().manual_seed(0)) ** 3).long()
     return words, words.sum(1) % 2
 
 
 def exact_adamw(model: Words, **options: Any) -> descend.AdamW:
-    """An AdamW for which the table's gradients are as if they were dense."""
+    """Return an AdamW in exact mode, attached to the table."""
     optimizer = descend.AdamW(model.parameters(), lr=0.01, weight_decay=0.1, sparse="exact", **options)
     optimizer.attach(model.table)
     return optimizer
 
 
 def assert_same_model(ours: nn.Module, theirs: nn.Module) -> None:
-    """Bit for bit."""
+    """Assert that two models have the same parameters and buffers, bit for bit."""
     for name, value in theirs.state_dict().items():
         assert torch.equal(ours.state_dict()[name], value), name

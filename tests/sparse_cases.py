@@ -1,4 +1,4 @@
-"""Sparse gradients of many kinds, and what ``sparse="touched"`` does to a table, written down without the library."""
+"""Sparse gradients of many kinds, and a reference for ``sparse="touched"`` that does not use the library."""
 
 from __future__ import annotations
 
@@ -15,34 +15,34 @@ from descend import SGD, Adam, AdamW, FirstOrder, from_rule
 
 @pytest.fixture(autouse=True)
 def one_thread() -> None:
-    """Torch's sparse operations wake all threads for a handful of numbers; tests of threads ask for them."""
+    """Torch's sparse operations wake all threads for a handful of numbers; tests that need threads set their own."""
     torch.set_num_threads(1)
 
 
 def table(rows: int = 9, dim: int = 4, dtype: torch.dtype = torch.float64) -> Tensor:
-    """A random table, the same for the same shape."""
+    """Return a random table, the same for the same shape."""
     return leaves([(rows, dim)], dtype)[0]
 
 
 def versions(optimizer: FirstOrder) -> list[int]:
-    """How often each parameter has been written."""
+    """Return the version counter of each parameter."""
     return [param._version for param in params_of(optimizer)]
 
 
 def coo(indices: Any, values: Tensor, shape: Sequence[int], coalesced: bool | None = None) -> Tensor:
-    """A sparse tensor; ``indices`` of one sparse dimension may be a plain list. Nothing is checked."""
+    """Return a sparse tensor without checking it; ``indices`` of one sparse dimension may be a plain list."""
     indices = torch.as_tensor(indices, dtype=torch.int64)
     indices = indices[None] if indices.dim() == 1 else indices
     return torch.sparse_coo_tensor(indices, values, tuple(shape), is_coalesced=coalesced, check_invariants=False)
 
 
 def random_indices(sizes: Sequence[int], count: int, random: torch.Generator) -> Tensor:
-    """Places that are often named twice."""
+    """Return random indices; some of them repeat if ``count`` is not small."""
     return torch.stack([torch.randint(max(size, 1), (count,), generator=random) for size in sizes])
 
 
 def zipf_indices(rows: int, count: int, random: torch.Generator) -> Tensor:
-    """The row of rank r with a probability proportional to r**-1.2, ranks strewn over the table."""
+    """Return random rows: that of rank r has a probability proportional to r**-1.2, and ranks are shuffled."""
     weights = torch.arange(1, rows + 1, dtype=torch.float64) ** -1.2
     ranks = torch.multinomial(weights, count, replacement=True, generator=random)
     return torch.randperm(rows, generator=random)[ranks]
@@ -51,7 +51,7 @@ def zipf_indices(rows: int, count: int, random: torch.Generator) -> Tensor:
 def random_sparse(
     shape: Sequence[int], count: int, seed: int, dtype: torch.dtype = torch.float64, sparse_dim: int = 1
 ) -> Tensor:
-    """``count`` random rows at random places, the same for the same seed."""
+    """Return a sparse tensor with ``count`` random rows at random indices, the same for the same seed."""
     random = torch.Generator().manual_seed(1000 + seed)
     indices = random_indices(shape[:sparse_dim], count, random)
     values = torch.randn((count, *shape[sparse_dim:]), generator=random, dtype=torch.float64)
@@ -59,7 +59,7 @@ def random_sparse(
 
 
 def give_sparse_grads(params: Sequence[Tensor], seed: int) -> None:
-    """Sparse gradients for parameters with rows, the same for the same seed; dense ones for the others."""
+    """Set sparse gradients for parameters with rows and dense ones for the others, the same for the same seed."""
     random = torch.Generator().manual_seed(2000 + seed)
     for number, param in enumerate(params):
         if param.dim() > 1 and param.numel():
@@ -69,7 +69,7 @@ def give_sparse_grads(params: Sequence[Tensor], seed: int) -> None:
 
 
 def summed(grad: Tensor) -> tuple[tuple[Tensor, ...], Tensor]:
-    """The distinct places of a sparse gradient, as an index, and its values there, summed in float64."""
+    """Return the distinct indices of a sparse gradient, and its values there, summed in float64."""
     grad = grad if grad.is_sparse else grad.to_sparse()
     indices, values = grad._indices(), grad._values()
     wide = torch.promote_types(values.dtype, torch.float64)
@@ -80,14 +80,14 @@ def summed(grad: Tensor) -> tuple[tuple[Tensor, ...], Tensor]:
 
 
 class ByHand:
-    """A float64 table of which torch's own optimizer updates the touched rows, gathered into a small tensor.
+    """A float64 table whose touched rows are gathered into a small tensor, which a dense optimizer then updates.
 
-    What is gathered with them are their rows of the state and the parameter's step count, which counts all its steps.
+    Their rows of the state are gathered too. The step count is that of the whole table.
 
     Args:
-        table: where to begin.
-        theirs: torch's optimizer, or any other of its kind.
-        options: what it gets.
+        table: initial values.
+        theirs: the dense optimizer, torch's or a similar one.
+        options: its options.
     """
 
     def __init__(self, table: Tensor, theirs: Callable[..., Any], options: dict[str, Any]) -> None:
@@ -113,7 +113,7 @@ class ByHand:
                 self.state[name] = value
 
     def assert_equal(self, optimizer: FirstOrder, param: Tensor, rtol: float = 1e-12, atol: float = 1e-12) -> None:
-        """The parameter and its state agree; the default tolerance is float64's rounding over some tens of steps."""
+        """Assert that parameter and state agree; the default tolerance covers float64 rounding over tens of steps."""
         torch.testing.assert_close(param.detach(), self.table.to(param.dtype), rtol=rtol, atol=atol)
         found = optimizer.state[param]
         assert found.keys() == self.state.keys()
@@ -123,7 +123,7 @@ class ByHand:
 
 
 def signs(param, grad, exp_avg, lr, beta, weight_decay):
-    """A rule of one's own: signed steps with momentum and weight decay."""
+    """A user's rule: bounded steps along the momentum, with weight decay."""
     exp_avg = beta * exp_avg + (1 - beta) * grad
     return param - lr * (exp_avg / (1 + exp_avg * exp_avg) + weight_decay * param), exp_avg
 
@@ -132,7 +132,7 @@ Signs = from_rule(signs, "Signs", lr=0.1, beta=0.5, weight_decay=0.1)
 
 
 class SignsByHand(torch.optim.Optimizer):
-    """The same, as people write it."""
+    """The same method as an ordinary optimizer class."""
 
     def __init__(self, params: Any, lr: float = 0.1, beta: float = 0.5, weight_decay: float = 0.1) -> None:
         super().__init__(params, dict(lr=lr, beta=beta, weight_decay=weight_decay))
@@ -148,7 +148,7 @@ class SignsByHand(torch.optim.Optimizer):
 
 
 class Touched(NamedTuple):
-    """An optimizer with ``sparse="touched"``, what does the same on gathered rows, and the options both get."""
+    """An optimizer with ``sparse="touched"``, a dense one for the gathered rows, and the options of both."""
 
     ours: type[FirstOrder]
     theirs: Callable[..., Any]
@@ -171,7 +171,7 @@ TOUCHED = [
 
 ADAMW, NESTEROV = TOUCHED[5], TOUCHED[2]
 
-# Without weight decay: with it torch's SGD takes no sparse gradients.
+# Without weight decay, because torch's SGD with weight decay does not take sparse gradients.
 SGD_CASES = [
     Case(SGD, torch.optim.SGD, dict(lr=0.1)),
     Case(SGD, torch.optim.SGD, dict(lr=0.1, momentum=0.9, dampening=0.5)),

@@ -1,4 +1,4 @@
-"""What README and documentation show runs, from top to bottom, as a newcomer would paste it."""
+"""The examples in the README and the documentation run, pasted from top to bottom."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def run_examples(path: Path, least: int) -> dict[str, Any]:
     assert len(blocks) >= least
     names: dict[str, Any] = {}
     for block in blocks:
-        exec(compile(block, path.name, "exec"), names)  # the project's own text
+        exec(compile(block, path.name, "exec"), names)
     return names
 
 

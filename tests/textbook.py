@@ -1,4 +1,4 @@
-"""Optimizers that torch does not have, written as their papers do: what ours are compared with."""
+"""References for optimizers that torch does not have, written step by step as in their papers."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class Lion(torch.optim.Optimizer):
 
 
 class AdamWScheduleFree(torch.optim.Optimizer):
-    """Defazio et al. 2024, Algorithm 1, its three points one by one; x is worked out of y and z where it is needed."""
+    """Defazio et al. 2024, Algorithm 1, with its points x, y and z; x is computed from y and z when it is needed."""
 
     def __init__(
         self,

@@ -1,4 +1,6 @@
-"""descend: optimizers for PyTorch whose mathematics is written once and runs fast everywhere.
+"""descend: optimizers for PyTorch, each written once as a plain function.
+
+The function runs eagerly on tensors of any device, and compiled on CPUs.
 
 Example:
     >>> import torch, descend
@@ -7,9 +9,9 @@ Example:
     >>> model(torch.ones(2, 3)).sum().backward()
     >>> optimizer.step()
 
-``Adafactor``, ``Muon``, ``Optimizer``, ``lr_scheduler``, ``swa_utils`` and (of torch 2.13)
-``swap_in_optimizer_params_and_state`` are torch's own, so that ``import descend as
-optim`` will do where ``from torch import optim`` did.
+``Adafactor``, ``Muon``, ``Optimizer``, ``lr_scheduler``, ``swa_utils`` and (from torch 2.13)
+``swap_in_optimizer_params_and_state`` are torch's own, so that ``import descend as optim`` can replace
+``from torch import optim``.
 """
 
 from torch.optim import Adafactor, Muon, Optimizer, lr_scheduler, swa_utils

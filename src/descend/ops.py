@@ -1,7 +1,7 @@
-"""The only functions a rule may call.
+"""The only functions that a rule may call.
 
-Here they act on tensors (and on plain numbers); a compiled backend rebinds them by name, see
-``kernels/retarget.py``. Arithmetic and comparison operators need no entry: they are the same everywhere.
+The versions here act on tensors and plain numbers. A compiled backend rebinds the names to its own versions, see
+``backends/retarget.py``. Arithmetic and comparison operators need no entry: they mean the same everywhere.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ def _unary(on_tensor: Callable[[Tensor], Tensor], on_number: Callable[[float], f
 
 def _binary(on_tensors: Callable[[Tensor, Tensor], Tensor]) -> Any:
     def op(a: Any, b: Any) -> Any:
-        # By itself a number would become a float32 tensor, and lose half of its digits.
+        # By default torch.tensor makes a number float32, which loses half of its digits.
         dtype = next((x.dtype for x in (a, b) if isinstance(x, Tensor)), torch.float64)
         return on_tensors(*(x if isinstance(x, Tensor) else torch.tensor(x, dtype=dtype) for x in (a, b)))
 
@@ -42,7 +42,7 @@ minimum = _binary(torch.minimum)
 
 
 def where(condition: Any, a: Any, b: Any) -> Any:
-    """``a`` where ``condition`` holds, ``b`` elsewhere."""
+    """Return ``a`` where ``condition`` holds and ``b`` elsewhere."""
     if not isinstance(condition, Tensor):
         return a if condition else b
     if not isinstance(a, Tensor) and not isinstance(b, Tensor):

@@ -1,12 +1,12 @@
 """The mathematics of first-order methods, in order of complexity.
 
 A rule takes a parameter, its gradient, its state tensors, then numbers; it returns the new parameter and the new
-state. It changes nothing and knows nothing of devices, dtypes, threads, clipping or ``maximize`` (the gradient
+state. It modifies nothing, and it is independent of devices, dtypes, threads, clipping and ``maximize`` (the gradient
 arrives already scaled). The same functions run eagerly on tensors and compiled on single elements.
 
-Numbers are formed in float64 by the caller: in float32, 1 - 0.999 is already wrong by 1e-5.
+The caller computes the numbers in float64: in float32, 1 - 0.999 is already wrong by 1e-5.
 Throughout, ``gain_i = 1 - beta_i`` and ``bias_i = 1 - beta_i**step``. Averages are ``(1 - gain) * a + gain * x``: with
-``a + gain * (x - a)`` a square that once overflowed would turn into NaN at the next step (Inf - Inf).
+``a + gain * (x - a)`` a square that has overflowed would become NaN at the next step (Inf - Inf).
 """
 
 from __future__ import annotations
@@ -15,14 +15,14 @@ from descend.ops import abs, maximum, minimum, sign, sqrt, where
 
 
 def sgd(param, grad, lr, weight_decay):
-    """Gradient descent: Robbins & Monro 1951. Weight decay and L2 are the same thing here."""
+    """Gradient descent: Robbins & Monro 1951. Here weight decay is the same as an L2 penalty."""
     return param - lr * (grad + weight_decay * param)
 
 
 def momentum(param, grad, momentum_buffer, lr, weight_decay, decay, gain):
     """Heavy ball: Polyak 1964; Sutskever et al. 2013. ``decay`` is the momentum, ``gain`` is 1 - dampening.
 
-    On a parameter's first step the caller passes decay 0 and gain 1: the buffer starts as the gradient, undamped.
+    For a parameter's first step the caller passes decay 0 and gain 1, so the buffer starts as the undamped gradient.
     """
     grad = grad + weight_decay * param
     momentum_buffer = decay * momentum_buffer + gain * grad
@@ -39,7 +39,7 @@ def nesterov(param, grad, momentum_buffer, lr, weight_decay, decay, gain, moment
 def asgd(param, grad, ax, eta, lambd, weight_decay, mu):
     """Averaged gradient descent: Polyak & Juditsky 1992; Xu 2011, https://arxiv.org/abs/1107.2490.
 
-    ``ax`` is the average, ``param`` itself until averaging begins: ``mu`` is 1 then.
+    ``ax`` is the average. Until averaging begins, ``mu`` is 1 and ``ax`` equals ``param``.
     """
     grad = grad + weight_decay * param
     param = (1 - lambd * eta) * param - eta * grad
@@ -56,7 +56,8 @@ def lion(param, grad, exp_avg, lr, gain1, gain2, weight_decay):
 def rprop(param, grad, prev, step_size, eta_minus, eta_plus, smallest, largest):
     """Rprop: Riedmiller & Braun 1993, in the form iRprop- of Igel & Hüsken 2000.
 
-    A weight's step grows while its gradient keeps its sign; where the sign changes, it shrinks and the weight rests.
+    A weight's step size grows while its gradient keeps its sign. When the sign changes, the step size shrinks and the
+    weight stays where it is for one step.
     """
     agreement = grad * prev
     grown = where(agreement > 0, eta_plus * step_size, where(agreement < 0, eta_minus * step_size, step_size))
@@ -90,7 +91,7 @@ def rmsprop_momentum(param, grad, square_avg, momentum_buffer, lr, gain, eps, we
 def rmsprop_centered(param, grad, square_avg, grad_avg, lr, gain, eps, weight_decay):
     """RMSprop divided by the standard deviation: Graves 2013, equations 38-41, https://arxiv.org/abs/1308.0850.
 
-    Where all gradients are equal, rounding could make the variance negative.
+    The variance is clamped to zero: if all gradients are equal, rounding could make it negative.
     """
     grad = grad + weight_decay * param
     square_avg = (1 - gain) * square_avg + gain * grad * grad
@@ -102,7 +103,7 @@ def rmsprop_centered(param, grad, square_avg, grad_avg, lr, gain, eps, weight_de
 def rmsprop_centered_momentum(
     param, grad, square_avg, momentum_buffer, grad_avg, lr, gain, eps, weight_decay, momentum
 ):
-    """RMSprop with both."""
+    """Centered RMSprop with momentum: the buffer sums the scaled gradients."""
     grad = grad + weight_decay * param
     square_avg = (1 - gain) * square_avg + gain * grad * grad
     grad_avg = (1 - gain) * grad_avg + gain * grad
@@ -121,7 +122,7 @@ def adadelta(param, grad, square_avg, acc_delta, lr, gain, eps, weight_decay):
 
 
 def adamax(param, grad, exp_avg, exp_inf, lr, gain1, beta2, eps, weight_decay, bias1):
-    """Adamax: Kingma & Ba 2015, Algorithm 2, https://arxiv.org/abs/1412.6980: the largest recent gradient."""
+    """Adamax: Kingma & Ba 2015, Algorithm 2, https://arxiv.org/abs/1412.6980; ``exp_inf`` is a decaying maximum."""
     grad = grad + weight_decay * param
     exp_avg = (1 - gain1) * exp_avg + gain1 * grad
     exp_inf = maximum(beta2 * exp_inf, abs(grad) + eps)
@@ -129,7 +130,7 @@ def adamax(param, grad, exp_avg, exp_inf, lr, gain1, beta2, eps, weight_decay, b
 
 
 def adam(param, grad, exp_avg, exp_avg_sq, lr, gain1, gain2, eps, weight_decay, bias1, bias2):
-    """Adam: Kingma & Ba 2015, Algorithm 1, https://arxiv.org/abs/1412.6980; weight decay is L2, in the gradient."""
+    """Adam: Kingma & Ba 2015, Algorithm 1, https://arxiv.org/abs/1412.6980; weight decay is L2."""
     grad = grad + weight_decay * param
     exp_avg = (1 - gain1) * exp_avg + gain1 * grad
     exp_avg_sq = (1 - gain2) * exp_avg_sq + gain2 * grad * grad
@@ -140,7 +141,7 @@ def adam(param, grad, exp_avg, exp_avg_sq, lr, gain1, gain2, eps, weight_decay, 
 def adamw(param, grad, exp_avg, exp_avg_sq, lr, gain1, gain2, eps, weight_decay, bias1, bias2):
     """AdamW: Loshchilov & Hutter 2019, Algorithm 2, https://arxiv.org/abs/1711.05101.
 
-    As in PyTorch, weight_decay is multiplied by lr; it never meets the gradient.
+    As in PyTorch, weight_decay is multiplied by lr. It does not enter the gradient.
     """
     param = (1 - lr * weight_decay) * param
     exp_avg = (1 - gain1) * exp_avg + gain1 * grad
@@ -198,8 +199,8 @@ def adamw_amsgrad(
 def nadam(param, grad, exp_avg, exp_avg_sq, gain1, gain2, eps, weight_decay, decay, bias2, grad_lr, avg_lr):
     """NAdam: Dozat 2016, Algorithm 2, https://openreview.net/forum?id=OM0jvwB8jIp57ZJjtNEZ.
 
-    Adam whose average looks one step ahead, as in Nesterov's momentum. ``weight_decay`` is L2, ``decay`` decoupled and
-    multiplied by lr; one of them is 0.
+    Adam with a first average that looks one step ahead, as in Nesterov momentum. ``weight_decay`` is L2; ``decay`` is
+    decoupled and already multiplied by lr. One of them is 0.
     """
     param, grad = (1 - decay) * param, grad + weight_decay * param
     exp_avg = (1 - gain1) * exp_avg + gain1 * grad
@@ -211,8 +212,8 @@ def nadam(param, grad, exp_avg, exp_avg_sq, gain1, gain2, eps, weight_decay, dec
 def radam(param, grad, exp_avg, exp_avg_sq, lr, gain1, gain2, eps, weight_decay, decay, bias1, rectification):
     """RAdam: Liu et al. 2020, Algorithm 2, https://arxiv.org/abs/1908.03265; decay as in ``nadam``.
 
-    ``rectification`` is the paper's r times sqrt(bias2), and 0 as long as the variance of exp_avg_sq is infinite:
-    until then it is momentum alone.
+    ``rectification`` is the paper's r times sqrt(bias2). It is 0 while the variance of the adaptive learning rate is
+    infinite; the step then uses momentum alone.
     """
     param, grad = (1 - decay) * param, grad + weight_decay * param
     exp_avg = (1 - gain1) * exp_avg + gain1 * grad
@@ -224,8 +225,8 @@ def radam(param, grad, exp_avg, exp_avg_sq, lr, gain1, gain2, eps, weight_decay,
 def schedule_free_adamw(param, grad, z, exp_avg_sq, lr, gain2, eps, weight_decay, bias2, weight, param_lr):
     """Schedule-free AdamW: Defazio et al. 2024, Algorithm 1, https://arxiv.org/abs/2405.15682.
 
-    ``param`` is the paper's y, between z, which the steps move, and x, the average of all z so far with ``weight`` for
-    the newest. With x = (y - (1 - beta1) z) / beta1 put in, x need not be stored.
+    ``param`` is the paper's y, which lies between z, the point that the steps move, and x, the average of all z so far,
+    where the newest has weight ``weight``. x is not stored: it is substituted as (y - (1 - beta1) z) / beta1.
     """
     exp_avg_sq = (1 - gain2) * exp_avg_sq + gain2 * grad * grad
     update = grad / (sqrt(exp_avg_sq / bias2) + eps) + weight_decay * param
@@ -233,13 +234,13 @@ def schedule_free_adamw(param, grad, z, exp_avg_sq, lr, gain2, eps, weight_decay
     return param, z - lr * update, exp_avg_sq
 
 
-# What a row of an embedding misses while it gets no gradient.
+# The steps that a row of an embedding misses while it gets no gradient.
 
 
 def coast(param, grad, exp_avg, exp_avg_sq, shrink, pace1, eps1, pace2, eps2, fade1, fade2):
-    """Many steps of Adam or AdamW without a gradient at once; the numbers are made in ``schedule.py``.
+    """Many steps of Adam or AdamW without a gradient, in one; ``sparse/missed_steps.py`` computes the numbers.
 
-    ``grad`` is not used: a rule takes one, so that whatever runs rules runs this one too.
+    ``grad`` is unused. It is there so that this function has the signature of a rule.
     """
     root = sqrt(exp_avg_sq)
     param = shrink * param - pace1 * exp_avg / (root + eps1) - pace2 * exp_avg / (root + eps2)
@@ -247,5 +248,5 @@ def coast(param, grad, exp_avg, exp_avg_sq, shrink, pace1, eps1, pace2, eps2, fa
 
 
 def decay(param, grad, factor):
-    """The same where both averages are zero; ``grad`` is not used."""
+    """``coast`` for a row whose averages are both zero; ``grad`` is unused."""
     return factor * param

@@ -40,7 +40,7 @@ def compare(out: Path, task: str, *optimizers: str, steps: int = 3, seed: int = 
 
 
 def read(out: Path) -> dict[str, Any]:
-    """Return ``results.json``, which must be JSON by the standard: it has no NaN."""
+    """Return the contents of ``results.json``; assert that it is standard JSON, without NaN, and that a PNG exists."""
     assert sorted(path.name for path in out.iterdir()) == ["curves.png", "results.json"]
     assert (out / "curves.png").read_bytes().startswith(b"\x89PNG")
     results: dict[str, Any] = json.loads((out / "results.json").read_text(), parse_constant=pytest.fail)
@@ -116,7 +116,7 @@ def test_divergence_is_reported_and_valid_json(tmp_path: Path, capsys: pytest.Ca
     assert f"diverged at step {wild['diverged_at']}" in capsys.readouterr().out
 
 
-def test_failing_optimizer_leaves_the_others(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_failing_optimizer_does_not_stop_the_others(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     failed, finished = compare(tmp_path / "out", "digits", "torch.sparseadam", "sgd", status=1)["runs"]
     assert (failed["status"], failed["steps"], finished["status"]) == ("failed", 0, "finished")
     [line] = capsys.readouterr().err.splitlines()
@@ -135,7 +135,7 @@ def test_exact_curve_lies_on_the_dense_one(tmp_path: Path, capsys: pytest.Captur
     for rows_only in (touched, torchs):
         assert rows_only["largest_difference"] > 20 * exact["largest_difference"]
     assert [run["helper"] for run in results["runs"]] == [None, None, None, "torch.optim.adam.Adam"]
-    assert "Largest diff.: of a loss to that of torch.adamw" in " ".join(capsys.readouterr().out.split())
+    assert "the largest difference between a loss and that of torch.adamw" in " ".join(capsys.readouterr().out.split())
 
 
 def test_dense_runs_have_no_reference(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -204,7 +204,7 @@ def test_help(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
 def test_missing_extra_is_one_line(
     module: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(sys.modules, module, None)  # what makes Python's import raise
+    monkeypatch.setitem(sys.modules, module, None)  # makes its import raise
     monkeypatch.chdir(tmp_path)
     assert main(["compare", "digits", "--steps", "1"]) == 2
     name = {"sklearn": "scikit-learn"}.get(module, module)
@@ -212,7 +212,7 @@ def test_missing_extra_is_one_line(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_extra_is_imported_by_need_only() -> None:
+def test_extra_is_imported_only_when_needed() -> None:
     code = (
         "import sys, descend; import descend.compare.cli; "
         "extra = {'typer', 'rich', 'matplotlib', 'sklearn', 'descend.compare.app'}; print(extra & {*sys.modules})"
@@ -231,15 +231,15 @@ def test_interrupt_keeps_what_was_measured(tmp_path: Path) -> None:
     out = tmp_path / "out"
     arguments = ["compare", "digits", "--optimizer", "sgd", "--optimizer", "torch.adamw", "--optimizer", "torch.adam"]
     steps = ["--steps", "400", "--batch-size", "32", "--out", str(out)]
-    terminal = {**os.environ, "FORCE_COLOR": "1"}  # live bars, though this is no terminal
-    # A background job starts with Ctrl-C ignored; at a terminal it is not.
+    terminal = {**os.environ, "FORCE_COLOR": "1"}  # shows live bars, although stdout is a pipe
+    # A background job starts with SIGINT ignored, unlike a command in a terminal.
     listening = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); "
     command = [*COMMAND[:-1], listening + COMMAND[-1], *arguments, *steps]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=terminal) as process:
         assert process.stdout is not None
         assert process.stderr is not None
         shown = ""
-        # The first optimizer is through and the second has begun.
+        # Wait until the first optimizer has finished and the second has started.
         while not re.search(r"400/400.*\b(?!400/)[1-9]\d*/400", shown, re.DOTALL):
             part = os.read(process.stdout.fileno(), 4096)
             assert part, "the command ended before it could be interrupted"
@@ -262,7 +262,7 @@ LR = {"sgd": 0.2, "adamw": 3e-3}
 SPECS: dict[str, tuple[type[torch.optim.Optimizer], dict[str, Any]]] = {
     "torch.adamw": (torch.optim.AdamW, {"lr": 3e-3}),
     "torch.AdamW:lr=1e-2": (torch.optim.AdamW, {"lr": 1e-2}),
-    "torch.adam": (torch.optim.Adam, {}),  # no rate for it: the class's own
+    "torch.adam": (torch.optim.Adam, {}),  # not in LR: the class's default
     "torch.sgd:momentum=0.9": (torch.optim.SGD, {"lr": 0.02, "momentum": 0.9}),
     "torch.sgd:momentum=0.9,lr=1": (torch.optim.SGD, {"lr": 1, "momentum": 0.9}),
     "torch.sgd:nesterov=true,lr=1": (torch.optim.SGD, {"lr": 1, "nesterov": True}),
@@ -299,7 +299,7 @@ def test_spec_takes_the_options_of_descend() -> None:
         ("torch.sparseadam", True, ["SparseAdam", "Adam"]),
     ],
 )
-def test_embeddings_have_the_gradients_that_suit(text: str, is_sparse: bool, built: list[str]) -> None:
+def test_embeddings_get_gradients_that_suit_the_optimizer(text: str, is_sparse: bool, built: list[str]) -> None:
     table = torch.nn.Embedding(5, 2, sparse=not is_sparse)
     [spec] = specs.parse_all([text], LR)
     optimizers = spec.build_for(torch.nn.Sequential(table, torch.nn.Linear(2, 3)))
@@ -315,7 +315,7 @@ def test_spec_with_open_bracket_is_refused() -> None:
 
 
 def test_every_listed_optimizer_builds() -> None:
-    """``--help`` lists them: each needs nothing but parameters."""
+    """Each optimizer that ``--help`` lists can be built from parameters alone."""
     assert {"lion", "muon", "torch.muon"} & {*specs.classes()} == {"lion", "torch.muon"}  # no class has two names
     for name in specs.classes():
         [spec] = specs.parse_all([name], {})

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from cases import BACKENDS, CASES, STARTING, Case, Tampering, Twins, complex_grads, give_grads, leaves, params_of
+from cases import BACKENDS, CASES, NONZERO_START, Case, Twins, WithOwnStep, complex_grads, give_grads, leaves, params_of
 from torch import Tensor
 from torch.optim import lr_scheduler
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
@@ -87,7 +87,7 @@ def test_any_pair_of_numbers_is_betas_as_in_torch(case: Case, betas: Any) -> Non
 
 
 @pytest.mark.parametrize("first", [False, True], ids=["fresh", "after the parent was used"])
-@pytest.mark.parametrize("optimizer_class", [torch.optim.SGD, SGD, Tampering], ids=lambda c: c.__qualname__)
+@pytest.mark.parametrize("optimizer_class", [torch.optim.SGD, SGD, WithOwnStep], ids=lambda c: c.__qualname__)
 def test_hooks_run_once_in_torchs_order(optimizer_class: Any, first: bool) -> None:
     params = leaves([(2,)])
     if first:
@@ -281,7 +281,7 @@ def test_group_of_adagrad_starts_where_it_says() -> None:
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("case", [*STARTING, CASES[19]], ids=str)
+@pytest.mark.parametrize("case", [*NONZERO_START, CASES[19]], ids=str)
 def test_sparse_gradient_that_names_all_rows_is_a_dense_one(case: Case, backend: str) -> None:
     twins = Twins(case, lambda: leaves([(5, 2)]), backend=backend, sparse="touched")
     for seed in range(4):

@@ -11,8 +11,8 @@ import scipy.optimize
 import torch
 from minimize_cases import (
     Recorder,
-    assert_honest,
-    assert_inside,
+    assert_evaluated_within_bounds,
+    assert_result_is_true,
     bowl,
     for_scipy,
     one_thread,  # noqa: F401
@@ -56,9 +56,9 @@ def test_bounds_are_never_violated(fun: Callable[[Tensor], Tensor], bounds: tupl
         recorder, kept = Recorder(fun), x0.clone()
         result = minimize(recorder, x0, bounds=bounds)
         tensors = as_tensors(bounds, x0)
-        assert_inside(recorder, *tensors)
+        assert_evaluated_within_bounds(recorder, *tensors)
         assert torch.equal(recorder.points[0], x0.clamp(*tensors))
-        assert_honest(result, recorder, x0, 1e-6, tensors)
+        assert_result_is_true(result, recorder, x0, 1e-6, tensors)
         assert result.success
         assert torch.equal(x0, kept)
 
@@ -77,7 +77,7 @@ def test_gradient_below_the_rounding_of_x_is_no_success() -> None:
     # At x = 1e12, x - (x - 1e-5) is 0.
     recorder, x0, bounds = Recorder(lambda x: 5e-5 * ((x - 1e12) ** 2).sum()), vector(1e12 + 0.1), (0.0, INF)
     result = minimize(recorder, x0, bounds=bounds)
-    assert_honest(result, recorder, x0, 1e-6, (torch.tensor(0.0), torch.tensor(INF)))
+    assert_result_is_true(result, recorder, x0, 1e-6, (torch.tensor(0.0), torch.tensor(INF)))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
@@ -124,8 +124,8 @@ def test_bounded_minimum_is_as_low_as_scipys(problem: Problem) -> None:
     bounds = problem.lower, problem.upper
     recorder = Recorder(problem.fun)
     result = minimize(recorder, problem.x0, bounds=bounds, tol=1e-7, max_eval=3000)
-    assert_inside(recorder, *bounds)
-    assert_honest(result, recorder, problem.x0, 1e-7, bounds)
+    assert_evaluated_within_bounds(recorder, *bounds)
+    assert_result_is_true(result, recorder, problem.x0, 1e-7, bounds)
 
     theirs = scipy.optimize.minimize(
         for_scipy(problem.fun),

@@ -11,8 +11,8 @@ from minimize_cases import (
     QUICK,
     SOLVERS,
     Recorder,
-    assert_alike,
-    assert_honest,
+    assert_result_is_true,
+    assert_same_structure,
     bowl,
     distance,
     each_method,
@@ -191,8 +191,8 @@ def test_callback_sees_the_structure_of_x0() -> None:
     seen: list[Progress] = []
     minimize(distance, x0, callback=seen.append, tol=1e-12)
     assert seen
-    assert_alike(seen[0].x, x0)
-    assert_alike(seen[0].grad, x0)
+    assert_same_structure(seen[0].x, x0)
+    assert_same_structure(seen[0].grad, x0)
 
 
 def stop(progress: Progress) -> bool:
@@ -210,7 +210,7 @@ def test_callback_stops(callback: Callable[[Progress], Any], options: dict[str, 
     recorder, x0 = Recorder(rosenbrock), vector(-1.2, 1.0)
     result = minimize(recorder, x0, callback=callback, **options)
     assert (result.status, result.n_iter) == (Status.stopped_by_callback, 2)
-    assert_honest(result, recorder, x0, 1e-6)
+    assert_result_is_true(result, recorder, x0, 1e-6)
 
 
 def test_callback_may_use_autograd() -> None:

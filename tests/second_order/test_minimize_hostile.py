@@ -10,7 +10,7 @@ import pytest
 import torch
 from minimize_cases import (
     Recorder,
-    assert_honest,
+    assert_result_is_true,
     bowl,
     each_method,
     each_solver,
@@ -62,7 +62,7 @@ def test_falling_into_a_wall_is_no_success(options: dict[str, Any]) -> None:
     recorder, x0 = Recorder(wall), vector(0.0, 1.0)
     result = minimize(recorder, x0, **options)
     assert result.status in (Status.non_finite, Status.line_search_failed, Status.precision_limit)
-    assert_honest(result, recorder, x0, 1e-6)
+    assert_result_is_true(result, recorder, x0, 1e-6)
     assert result.fun < -2.5
     assert result.n_eval < 1000
 
@@ -101,7 +101,7 @@ def test_unbounded_is_no_success(fun: Callable[[Tensor], Tensor], options: dict[
 def test_kink_is_an_honest_failure(tilt: float, options: dict[str, Any]) -> None:
     recorder, x0 = Recorder(lambda x: (x.abs() + tilt * x).sum()), vector(1.3, -0.7)
     result = minimize(recorder, x0, max_eval=500, **options)
-    assert_honest(result, recorder, x0, 1e-6, options.get("bounds"))
+    assert_result_is_true(result, recorder, x0, 1e-6, options.get("bounds"))
     # A quadratic model is blind to kinks; line searches see them.
     assert result.fun < (0.1 if options.get("method", "").startswith("newton") else 1e-3)
 
@@ -156,7 +156,7 @@ def test_numbers_near_the_limits_are_honest(
 ) -> None:
     recorder, x0 = Recorder(lambda x: factor * bowl(x / unit)), (vector(3.0, -1.0) * unit).to(dtype)
     result = minimize(recorder, x0, tol=0.0, max_eval=300, **options)
-    assert_honest(result, recorder, x0, 0.0)
+    assert_result_is_true(result, recorder, x0, 0.0)
 
 
 @pytest.mark.parametrize("max_eval", range(1, 12))

@@ -12,7 +12,7 @@ from minimize_cases import (
     QUICK,
     SOLVERS,
     Recorder,
-    assert_alike,
+    assert_same_structure,
     bowl,
     distance,
     each_solver,
@@ -63,13 +63,13 @@ def test_structure_comes_back(name: str, options: dict[str, Any]) -> None:
     kept = [leaf.clone() for leaf in leaves]
 
     def fun(tree: Any) -> Tensor:
-        assert_alike(tree, x0)
+        assert_same_structure(tree, x0)
         return distance(tree)
 
     result = minimize(fun, x0, **options)
     assert result.success
-    assert_alike(result.x, x0)
-    assert_alike(result.grad, x0)
+    assert_same_structure(result.x, x0)
+    assert_same_structure(result.grad, x0)
     assert all(map(torch.equal, leaves, kept))
     assert float(distance(result.x)) < 1e-4  # half precision
     assert not any(leaf.requires_grad for leaf in pytree.tree_leaves(result.x))

@@ -17,13 +17,13 @@ from exact_cases import (
     ALLOWED,
     LR,
     OPTIONS,
-    Both,
     ExactTwins,
+    TiedEmbeddings,
     assert_current,
     assert_unmoved,
-    behind,
     embedding,
-    exact,
+    embedding_behind,
+    exact_adamw,
     random_tables,
     snapshot,
     train,
@@ -45,7 +45,7 @@ def one_thread() -> None:
 
 
 def test_the_model_does_not_keep_the_optimizer_alive() -> None:
-    layer, optimizer, _ = behind()
+    layer, optimizer, _ = embedding_behind()
     reference = weakref.ref(optimizer)
     layer(torch.tensor([1]))
     del optimizer
@@ -53,13 +53,13 @@ def test_the_model_does_not_keep_the_optimizer_alive() -> None:
     assert reference() is None
     layer(torch.tensor([1]))
     layer.load_state_dict(layer.state_dict())
-    train(exact(layer), layer, [1, 2], steps=3)
+    train(exact_adamw(layer), layer, [1, 2], steps=3)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_an_optimizer_that_ends_leaves_no_row_behind(backend: str) -> None:
     """A function that trains and returns the model: nobody could bring its rows up to date any more."""
-    layer, optimizer, expected = behind(backend=backend)
+    layer, optimizer, expected = embedding_behind(backend=backend)
     del optimizer
     gc.collect()
     assert_current(layer(torch.tensor([1])), expected[[1]])
@@ -74,8 +74,8 @@ def hooks_of(module: nn.Module) -> int:
 
 
 def test_attaching_twice_is_attaching_once() -> None:
-    model = Both(*random_tables((9, 2)))
-    optimizer = exact(model)
+    model = TiedEmbeddings(*random_tables((9, 2)))
+    optimizer = exact_adamw(model)
     before = [hooks_of(module) for module in model.modules()]
     optimizer.attach(model)
     optimizer.attach(nn.Sequential(model))
@@ -103,7 +103,7 @@ def test_groups_added_later_are_attached_later() -> None:
     tables = random_tables((6, 2), (4, 2))
     layers = [embedding(table) for table in tables]
     dense = [embedding(table, sparse=False) for table in tables]
-    ours, theirs = exact(layers[0]), torch.optim.AdamW(dense[0].parameters(), **OPTIONS)
+    ours, theirs = exact_adamw(layers[0]), torch.optim.AdamW(dense[0].parameters(), **OPTIONS)
     for step in range(20):
         if step == 7:
             for optimizer, models in ((ours, layers), (theirs, dense)):
@@ -163,7 +163,7 @@ def test_copies_of_the_model_have_no_optimizer() -> None:
         twin(torch.tensor([1, 2]))
         twin.load_state_dict(twin.state_dict())
         assert torch.equal(twin.weight, before)
-        own = exact(twin)  # may be attached to an optimizer of its own
+        own = exact_adamw(twin)  # may be attached to an optimizer of its own
         train(own, twin, [1, 2], steps=3)
         train(own, twin, [1], steps=3)
         assert torch.equal(twin(torch.tensor([2])), twin.state_dict()["weight"][[2]])
@@ -187,7 +187,7 @@ COPIES = {
 @pytest.mark.parametrize("way", COPIES.values(), ids=COPIES)
 def test_a_copy_is_current_or_refused(way: Callable[[nn.Module], Any]) -> None:
     """Nobody can tell later that rows of a copy are behind: ``best = deepcopy(model)`` is common."""
-    layer, _, expected = behind()
+    layer, _, expected = embedding_behind()
     model = nn.Sequential(nn.Sequential(layer), nn.Linear(2, 1))
     try:
         twin = way(model)
@@ -200,7 +200,7 @@ def test_a_copy_is_current_or_refused(way: Callable[[nn.Module], Any]) -> None:
 def test_an_average_of_settled_weights_is_that_of_dense_ones() -> None:
     (table,) = random_tables((6, 2))
     layer, dense = embedding(table), embedding(table, sparse=False)
-    ours, theirs = exact(layer), torch.optim.AdamW(dense.parameters(), **OPTIONS)
+    ours, theirs = exact_adamw(layer), torch.optim.AdamW(dense.parameters(), **OPTIONS)
     averages = [AveragedModel(model) for model in (layer, dense)]
     for step in range(40):
         train(ours, layer, [step // 8])
@@ -249,7 +249,7 @@ def test_a_row_that_was_read_too_early_stops_the_step(read: Callable[[nn.Embeddi
 
 
 def test_a_gradient_that_comes_a_step_late_is_refused() -> None:
-    layer, optimizer, _ = behind()
+    layer, optimizer, _ = embedding_behind()
     loss = layer(torch.tensor([1, 2])).sum()
     train(optimizer, layer, [2, 3])
     optimizer.zero_grad()
@@ -287,7 +287,7 @@ def test_a_dense_gradient_of_a_table_is_refused(attached: bool) -> None:
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_a_dense_gradient_is_refused_while_lr_is_zero_too(backend: str) -> None:
     """It would be a step that rows have missed and nobody has noted; zeros before the first step are not."""
-    layer, optimizer, expected = behind(backend=backend)
+    layer, optimizer, expected = embedding_behind(backend=backend)
     optimizer.param_groups[0]["lr"] = 0.0
     layer.weight.grad = torch.ones_like(layer.weight)
     before = snapshot(optimizer)
@@ -340,7 +340,7 @@ def test_a_table_may_be_dense_before_it_is_attached() -> None:
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_a_gradient_with_two_sparse_dimensions_is_refused(backend: str) -> None:
-    layer, optimizer, _ = behind(backend=backend)
+    layer, optimizer, _ = embedding_behind(backend=backend)
     layer.weight.grad = torch.ones(6, 2, dtype=torch.float64).to_sparse()
     before = snapshot(optimizer)
     with pytest.raises(RuntimeError, match="one sparse dimension"):
@@ -349,7 +349,7 @@ def test_a_gradient_with_two_sparse_dimensions_is_refused(backend: str) -> None:
 
 
 def test_a_step_count_cannot_be_edited() -> None:
-    layer, optimizer, _ = behind()
+    layer, optimizer, _ = embedding_behind()
     layer.weight.grad = coo([0], torch.ones(1, 2, dtype=torch.float64), (6, 2))
     optimizer.state[layer.weight]["step"].fill_(3)
     before = snapshot(optimizer)
@@ -375,15 +375,14 @@ def test_a_cleared_state_begins_anew(clear: Callable[[Any], None]) -> None:
         twins.step((rows, ones[: len(rows)]))
     twins.settle()
     twins.edit(clear)
-    twins.lrs[0].clear()
-    twins.last[0][:], twins.largest[0][:] = 0, 0
+    twins.bounds[0].forget_steps()
     for rows in ([0, 2], [1], [1]):
         twins.step((rows, ones[: len(rows)]))
     twins.assert_close()
 
 
 def test_a_state_cleared_while_rows_are_behind_leaves_them_there() -> None:
-    layer, optimizer, _ = behind()
+    layer, optimizer, _ = embedding_behind()
     optimizer.state.clear()
     before = layer.weight.detach().clone()
     layer(torch.tensor([1, 2]))
@@ -393,7 +392,7 @@ def test_a_state_cleared_while_rows_are_behind_leaves_them_there() -> None:
 
 
 def test_a_parameter_taken_out_of_its_group_is_still_brought_up_to_date() -> None:
-    layer, optimizer, expected = behind()
+    layer, optimizer, expected = embedding_behind()
     optimizer.param_groups[0]["params"].clear()
     assert_current(layer(torch.tensor([1])), expected[[1]])
     optimizer.settle()

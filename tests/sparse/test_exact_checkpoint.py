@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 from cases import BACKENDS
-from exact_cases import LR, OPTIONS, ORDERS, Run, embedding, load, save, through_file, train, usual
+from exact_cases import LR, OPTIONS, ORDERS, Run, embedding, load, run_behind, save, through_file, train
 from sparse_cases import coo
 from torch import nn
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
@@ -62,7 +62,7 @@ def some_rows_are_not_numbers() -> Run:
 
 
 def nothing_is_behind() -> Run:
-    run = usual()
+    run = run_behind()
     run.ours.settle()
     return run
 
@@ -72,7 +72,7 @@ def no_step_was_taken() -> Run:
 
 
 SITUATIONS = [
-    usual,
+    run_behind,
     others_only_decay,
     first_rows_have_come_to_rest,
     first_rows_had_zero_gradients,
@@ -107,7 +107,7 @@ def assert_same_averages(ours: Run, theirs: Run) -> None:
 @pytest.mark.parametrize("order", ["model optimizer", "optimizer model"])
 def test_one_file_may_hold_both(order: str) -> None:
     """Tensors in a state dict are alive until they are written."""
-    run = usual()
+    run = run_behind()
     both = {name: (run.layer if name == "model" else run.ours).state_dict() for name in order.split()}
     saved = through_file(both)
     new = load(run, (saved["model"], saved["optimizer"]), "model optimizer")
@@ -214,12 +214,12 @@ def test_going_on_equals_not_stopping_bit_for_bit(make: Callable[[Run], Run], dt
 
 
 def test_saving_and_loading_itself_changes_nothing() -> None:
-    run = usual()
+    run = run_behind()
     run.ours.load_state_dict(run.ours.state_dict())
     run.train([0], steps=3)
     run.ours.load_state_dict(through_file(run.ours.state_dict()))
     run.train([0, 2], steps=3)
-    run.assert_close(coasts=4)
+    run.assert_close(catch_ups=4)
 
 
 def test_a_state_of_old_replaces_averages_and_not_weights() -> None:
@@ -229,12 +229,12 @@ def test_a_state_of_old_replaces_averages_and_not_weights() -> None:
     for optimizer, saved in zip((run.ours, run.theirs), old, strict=True):
         optimizer.load_state_dict(saved)
     run.assert_close()
-    run.train([0], steps=3).assert_close(coasts=2)
+    run.train([0], steps=3).assert_close(catch_ups=2)
 
 
 @pytest.mark.parametrize("attach_first", [True, False])
 def test_a_fresh_optimizer_brings_loaded_rows_up_to_date(attach_first: bool) -> None:
-    run = usual()
+    run = run_behind()
     saved = through_file(run.ours.state_dict())
     weight = run.layer.weight.detach().clone().requires_grad_()
     optimizer = AdamW([weight], sparse="exact", **OPTIONS)
@@ -248,7 +248,7 @@ def test_a_fresh_optimizer_brings_loaded_rows_up_to_date(attach_first: bool) -> 
 
 @pytest.mark.parametrize("make", [copy.deepcopy, lambda optimizer: pickle.loads(pickle.dumps(optimizer))])
 def test_a_copy_can_be_settled_before_it_is_attached(make: Callable[[Any], Any]) -> None:
-    run = usual()
+    run = run_behind()
     twin = make(run.ours)
     twin.settle()
     run.ours.settle()
@@ -258,7 +258,7 @@ def test_a_copy_can_be_settled_before_it_is_attached(make: Callable[[Any], Any])
 @pytest.mark.parametrize("attach_first", [True, False])
 def test_a_distributed_checkpoint_is_loaded(attach_first: bool) -> None:
     """It makes the state by a step with dense zeros."""
-    run = usual()
+    run = run_behind()
     weights, saved = get_state_dict(run.layer, run.ours)
     new = run.replaced()
     if not attach_first:
@@ -266,7 +266,7 @@ def test_a_distributed_checkpoint_is_loaded(attach_first: bool) -> None:
     set_state_dict(new.layer, new.ours, model_state_dict=weights, optim_state_dict=saved)
     new.ours.attach(new.layer)
     new.train([0], steps=9)
-    new.assert_close(coasts=2)
+    new.assert_close(catch_ups=2)
 
 
 # A process that dies.
@@ -326,7 +326,7 @@ def test_a_killed_run_is_resumed_bit_for_bit(tmp_path: Path) -> None:
 
 
 def test_a_sparse_step_after_loading_needs_rows_that_were_read_since() -> None:
-    run = usual()
+    run = run_behind()
     new = load(run, save(run, "model optimizer"), "model optimizer")
     train(new.ours, new.layer, [0])
     new.layer.weight.grad = coo([1], torch.ones((1, 2), dtype=torch.float64), (6, 2))

@@ -19,11 +19,11 @@ from exact_cases import (
     assert_unmoved,
     load,
     random_tables,
+    run_behind,
     save,
     snapshot,
     through_file,
     train,
-    usual,
 )
 from torch import Tensor
 
@@ -46,7 +46,7 @@ def test_a_checkpoint_of_torch_is_current(backend: str) -> None:
     new = run.replaced()
     new.ours.load_state_dict(through_file(run.theirs.state_dict()))
     new.layer.load_state_dict(run.dense.state_dict())
-    new.assert_close(coasts=0)
+    new.assert_close(catch_ups=0)
     before = new.layer.weight.detach().clone()
     assert torch.equal(new.layer(torch.arange(6)), before)
     new.train([0], steps=30)
@@ -54,7 +54,7 @@ def test_a_checkpoint_of_torch_is_current(backend: str) -> None:
 
 
 def test_a_checkpoint_of_torch_replaces_a_state_with_rows_behind() -> None:
-    run = usual()
+    run = run_behind()
     other = Run().train([4, 2], steps=3)
     run.ours.load_state_dict(through_file(other.theirs.state_dict()))
     run.layer.load_state_dict(other.dense.state_dict())
@@ -95,14 +95,14 @@ def test_a_dense_optimizer_takes_over_and_gives_back(
     run.ours.attach(run.layer)
     run.ours.load_state_dict(saved)
     run.train([3], steps=10)
-    run.assert_close(coasts=3)
+    run.assert_close(catch_ups=3)
     assert exact.sparse == "exact"
 
 
 @pytest.mark.parametrize("other", [dense_ours, touched])
 def test_rows_behind_are_not_taken_for_current(other: Callable[[Run], torch.optim.Optimizer]) -> None:
     """An optimizer that cannot bring rows up to date must not be given some that are behind."""
-    run = usual()
+    run = run_behind()
     saved = through_file(run.ours.state_dict())
     try:
         loaded = other(run)
@@ -118,7 +118,7 @@ def test_rows_behind_are_not_taken_for_current(other: Callable[[Run], torch.opti
 
 def test_steps_of_touched_rows_in_between_are_no_steps_missed() -> None:
     """``touched`` leaves other rows alone; what it has left is where ``exact`` begins."""
-    run = usual()
+    run = run_behind()
     run.ours.settle()
     between = touched(run)
     between.load_state_dict(through_file(run.ours.state_dict()))
@@ -131,7 +131,7 @@ def test_steps_of_touched_rows_in_between_are_no_steps_missed() -> None:
 
 
 def test_adam_takes_decoupled_decay_from_a_checkpoint_and_refuses_l2() -> None:
-    run = usual()
+    run = run_behind()
     adam: Any = Adam(run.layer.parameters(), sparse="exact")
     adam.load_state_dict(run.ours.state_dict())
     assert adam.param_groups[0]["decoupled_weight_decay"] is True
@@ -156,7 +156,7 @@ SPOILS: list[Callable[[Tensor], Tensor]] = [
 @pytest.mark.parametrize("spoil", SPOILS, ids=["short", "long", "deep"])
 def test_a_file_that_does_not_fit_is_refused_and_changes_nothing(spoil: Callable[[Tensor], Tensor]) -> None:
     """Not at the next step, where memory outside the table would be read."""
-    run = usual()
+    run = run_behind()
     saved = through_file(run.ours.state_dict())
     for name in set(saved["state"][0]) - set(OTHERS):
         wrong = copy.deepcopy(saved)
@@ -187,7 +187,7 @@ IMPOSSIBLE: list[tuple[str, Callable[[Tensor], Any], str]] = [
 
 @pytest.mark.parametrize(("name", "spoil", "message"), IMPOSSIBLE)
 def test_a_file_that_cannot_be_true_is_refused(name: str, spoil: Callable[[Tensor], Tensor], message: str) -> None:
-    run = usual()
+    run = run_behind()
     saved = through_file(run.ours.state_dict())
     value = saved["state"][0][name]
     spoiled = spoil(value)
@@ -216,19 +216,19 @@ def test_names_of_a_rules_state_are_its_own() -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 def test_files_of_another_dtype_are_understood(dtype: torch.dtype) -> None:
     """Torch's optimizers cast all that they load, but step, to the parameter's dtype."""
-    run = usual()
+    run = run_behind()
     weights, saved = save(run, "model optimizer")
     for name in set(saved["state"][0]) - set(OTHERS):
         saved["state"][0][name] = saved["state"][0][name].to(dtype)
     new = load(run, (weights, saved), "model optimizer")
     new.train([1], steps=20)
-    new.assert_close(coasts=2)
+    new.assert_close(catch_ups=2)
 
 
 @pytest.mark.parametrize("are_behind", [True, False], ids=["rows are behind", "rows are current"])
 @pytest.mark.parametrize("step", [34, 34.0, torch.tensor([34.0]), torch.tensor(34)], ids=repr)
 def test_steps_of_other_programs_are_understood(step: Any, are_behind: bool) -> None:
-    run = usual()
+    run = run_behind()
     if not are_behind:
         run.ours.settle()
     saved = through_file(run.ours.state_dict())
@@ -238,7 +238,7 @@ def test_steps_of_other_programs_are_understood(step: Any, are_behind: bool) -> 
         new.layer(torch.tensor([1, 5])), run.dense(torch.tensor([1, 5])), rtol=0, atol=ALLOWED * LR
     )
     new.train([1], steps=20)
-    new.assert_close(coasts=2)
+    new.assert_close(catch_ups=2)
 
 
 def test_a_long_run_counts_on() -> None:
@@ -252,7 +252,7 @@ def test_a_long_run_counts_on() -> None:
         optimizer.load_state_dict(saved)
     run.train([0], steps=6)
     run.train([1], steps=2)
-    run.assert_close(coasts=2)
+    run.assert_close(catch_ups=2)
 
 
 def test_another_dtype_of_the_model_may_be_loaded() -> None:
@@ -279,7 +279,7 @@ def test_betas_of_a_file_and_of_rows_behind_may_differ() -> None:
     new.ours.load_state_dict(saved)
     new.layer.weight.data.copy_(run.layer.weight.data)
     new.train([0], steps=10)
-    new.assert_close(coasts=2)
+    new.assert_close(catch_ups=2)
 
 
 # What a checkpoint costs.

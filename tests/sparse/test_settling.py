@@ -11,7 +11,18 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 from cases import BACKENDS
-from exact_cases import ALLOWED, LR, OPTIONS, Both, assert_current, behind, embedding, exact, random_tables, train
+from exact_cases import (
+    ALLOWED,
+    LR,
+    OPTIONS,
+    TiedEmbeddings,
+    assert_current,
+    embedding,
+    embedding_behind,
+    exact_adamw,
+    random_tables,
+    train,
+)
 from sparse_cases import coo
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -69,7 +80,7 @@ def test_every_lookup_reads_what_a_dense_table_holds(lookup: Lookup, backend: st
     torch.manual_seed(0)
     layer, dense = (lookup.make(sparse=sparse, dtype=torch.float64) for sparse in (True, False))
     dense.load_state_dict(layer.state_dict())
-    ours, theirs = exact(layer, backend=backend), torch.optim.AdamW(dense.parameters(), **OPTIONS)
+    ours, theirs = exact_adamw(layer, backend=backend), torch.optim.AdamW(dense.parameters(), **OPTIONS)
     random = torch.Generator().manual_seed(5)
     for step in range(40):
         rows = torch.randint(0, 4, (6,), generator=random) + step // 4 % 5
@@ -87,7 +98,7 @@ def test_every_lookup_reads_what_a_dense_table_holds(lookup: Lookup, backend: st
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_only_what_is_read_is_brought_up_to_date(backend: str) -> None:
-    layer, optimizer, expected = behind(backend=backend)
+    layer, optimizer, expected = embedding_behind(backend=backend)
     before, version = layer.weight.detach().clone(), layer.weight._version
     output = layer(torch.tensor([[2, 0], [2, 2]]))
     assert_current(output[0, 0], expected[2])
@@ -110,7 +121,7 @@ def test_only_what_is_read_is_brought_up_to_date(backend: str) -> None:
 def test_it_does_not_matter_who_brings_a_row_up_to_date(backend: str) -> None:
     weights = []
     for way in range(3):
-        layer, optimizer, _ = behind(backend=backend)
+        layer, optimizer, _ = embedding_behind(backend=backend)
         if way == 0:
             layer(torch.tensor([1, 4]))
             layer(torch.tensor([3]))
@@ -122,7 +133,7 @@ def test_it_does_not_matter_who_brings_a_row_up_to_date(backend: str) -> None:
 
 
 def test_other_indices_than_rows_are_left_to_torch() -> None:
-    layer, optimizer, expected = behind()
+    layer, optimizer, expected = embedding_behind()
     for rows in ([2, 6], [-1]):
         with pytest.raises(IndexError, match="out of range"):
             layer(torch.tensor(rows))
@@ -134,8 +145,8 @@ def test_other_indices_than_rows_are_left_to_torch() -> None:
 
 def test_a_module_that_owns_the_table_reads_current_rows() -> None:
     (table,) = random_tables((9, 2))
-    models, outputs = (Both(table), Both(table, sparse=False)), []
-    optimizers = exact(models[0]), torch.optim.AdamW(models[1].parameters(), **OPTIONS)
+    models, outputs = (TiedEmbeddings(table), TiedEmbeddings(table, sparse=False)), []
+    optimizers = exact_adamw(models[0]), torch.optim.AdamW(models[1].parameters(), **OPTIONS)
     for model, optimizer in zip(models, optimizers, strict=True):
         for step in range(20):
             train(optimizer, model, [step // 3, 0, step // 5])
@@ -161,7 +172,7 @@ class Scaled(nn.Embedding):
 
 def assert_settles(layer: nn.Module, read: Callable[[], Tensor]) -> None:
     """What ``layer`` reads is what it reads after ``settle``."""
-    optimizer = exact(layer)
+    optimizer = exact_adamw(layer)
     for step in range(12):
         layer.weight.grad = coo([0, 1, 2] if step < 3 else [0], torch.ones(3 if step < 3 else 1, 2), (4, 2))
         optimizer.step()
@@ -190,12 +201,12 @@ def test_hooks_that_change_what_is_looked_up_do_not_hide_it() -> None:
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_state_dict_of_the_model_is_current(backend: str) -> None:
-    layer, _, expected = behind(backend=backend)
+    layer, _, expected = embedding_behind(backend=backend)
     assert_current(nn.Sequential(nn.Sequential(layer)).state_dict()["0.0.weight"], expected)
 
 
 def test_loading_weights_replaces_what_rows_have_missed() -> None:
-    layer, optimizer, _ = behind()
+    layer, optimizer, _ = embedding_behind()
     (table,) = random_tables((6, 2))
     layer.load_state_dict({"weight": table})
     optimizer.settle()
@@ -205,7 +216,7 @@ def test_loading_weights_replaces_what_rows_have_missed() -> None:
 def test_weights_may_be_written_when_settled() -> None:
     (table,) = random_tables((6, 2))
     layer, dense = embedding(table), embedding(table, sparse=False)
-    ours, theirs = exact(layer), torch.optim.AdamW(dense.parameters(), **OPTIONS)
+    ours, theirs = exact_adamw(layer), torch.optim.AdamW(dense.parameters(), **OPTIONS)
     for model, optimizer in ((layer, ours), (dense, theirs)):
         train(optimizer, model, [0, 1, 2, 3], steps=4)
         train(optimizer, model, [0], steps=30)
@@ -218,7 +229,7 @@ def test_weights_may_be_written_when_settled() -> None:
 
 
 def test_settled_is_a_place_to_read_in() -> None:
-    layer, optimizer, expected = behind()
+    layer, optimizer, expected = embedding_behind()
     with optimizer.settled():
         assert_current(layer.weight, expected)
     with pytest.raises(KeyError, match="mine"), optimizer.settled():
@@ -286,7 +297,7 @@ def test_what_no_kernel_takes_is_settled_eagerly(table: Tensor) -> None:
 def test_the_model_may_change_its_dtype() -> None:
     (table,) = random_tables((6, 2))
     layer, dense = embedding(table), embedding(table, sparse=False)
-    ours, theirs = exact(layer), AdamW(dense.parameters(), **OPTIONS)
+    ours, theirs = exact_adamw(layer), AdamW(dense.parameters(), **OPTIONS)
     for model, optimizer in ((layer, ours), (dense, theirs)):
         train(optimizer, model, [0, 1, 2, 3], steps=4)
         train(optimizer, model, [0], steps=5)
@@ -301,8 +312,8 @@ def test_the_model_may_change_its_dtype() -> None:
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_several_forward_passes_before_one_backward_pass(backend: str) -> None:
     (table,) = random_tables((9, 2))
-    models = Both(table), Both(table, sparse=False)
-    optimizers = exact(models[0], backend=backend), torch.optim.AdamW(models[1].parameters(), **OPTIONS)
+    models = TiedEmbeddings(table), TiedEmbeddings(table, sparse=False)
+    optimizers = exact_adamw(models[0], backend=backend), torch.optim.AdamW(models[1].parameters(), **OPTIONS)
     for step in range(30):
         for model, optimizer in zip(models, optimizers, strict=True):
             optimizer.zero_grad()
@@ -321,7 +332,7 @@ def test_several_forward_passes_before_one_backward_pass(backend: str) -> None:
 
 def test_autograd_sees_no_write() -> None:
     """A weight that a graph has saved is settled before its backward pass."""
-    layer, optimizer, _ = behind()
+    layer, optimizer, _ = embedding_behind()
     optimizer.settle()
     rows = layer.weight[:2] * layer.weight[:2]  # saves the weight
     layer.weight.grad = None
@@ -329,7 +340,7 @@ def test_autograd_sees_no_write() -> None:
     layer.state_dict()
     rows.sum().backward()
     for backend in BACKENDS:
-        layer, optimizer, _ = behind(backend=backend)
+        layer, optimizer, _ = embedding_behind(backend=backend)
         product = layer.weight.square().sum()
         optimizer.settle()
         product.backward()
@@ -343,7 +354,7 @@ def test_a_bag_that_reads_its_rows_in_the_backward_pass(backend: str) -> None:
     found = []
     for sparse in (True, False):
         bag = nn.EmbeddingBag.from_pretrained(table.clone(), freeze=False, mode="sum", sparse=sparse)
-        optimizer = exact(bag, backend=backend) if sparse else torch.optim.AdamW(bag.parameters(), **OPTIONS)
+        optimizer = exact_adamw(bag, backend=backend) if sparse else torch.optim.AdamW(bag.parameters(), **OPTIONS)
         for step in range(12):
             weights = torch.ones((1, 3), dtype=torch.float64, requires_grad=True)
             optimizer.zero_grad()
@@ -358,7 +369,7 @@ def test_a_bag_that_reads_its_rows_in_the_backward_pass(backend: str) -> None:
 def test_gradients_may_accumulate_over_forward_passes() -> None:
     (table,) = random_tables((9, 2))
     layer, dense = embedding(table), embedding(table, sparse=False)
-    ours, theirs = exact(layer), torch.optim.AdamW(dense.parameters(), **OPTIONS)
+    ours, theirs = exact_adamw(layer), torch.optim.AdamW(dense.parameters(), **OPTIONS)
     for step in range(20):
         for model, optimizer in ((layer, ours), (dense, theirs)):
             for turn in range(3):
@@ -373,7 +384,7 @@ def test_activations_may_be_recomputed(reentrant: bool) -> None:
     (table,) = random_tables((9, 2))
     layer, dense = embedding(table), embedding(table, sparse=False)
     anchor = torch.ones((), dtype=torch.float64, requires_grad=True)
-    ours, theirs = exact(layer), torch.optim.AdamW(dense.parameters(), **OPTIONS)
+    ours, theirs = exact_adamw(layer), torch.optim.AdamW(dense.parameters(), **OPTIONS)
     for step in range(20):
         rows = torch.tensor([step // 2 % 8, 0])
         for model, optimizer in ((layer, ours), (dense, theirs)):
@@ -389,11 +400,11 @@ def test_activations_may_be_recomputed(reentrant: bool) -> None:
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
 def test_reading_without_gradients_is_reading(mode: Callable[[], Any], backend: str) -> None:
-    layer, optimizer, expected = behind(backend=backend)
+    layer, optimizer, expected = embedding_behind(backend=backend)
     with mode():
         assert_current(layer(torch.tensor([1, 5])), expected[[1, 5]])
     train(optimizer, layer, [1, 2])
-    layer, optimizer, expected = behind(backend=backend)
+    layer, optimizer, expected = embedding_behind(backend=backend)
     with mode():
         optimizer.settle()
     assert_current(layer.weight, expected)
@@ -404,7 +415,7 @@ def test_reading_without_gradients_is_reading(mode: Callable[[], Any], backend: 
 def test_threads_read_what_one_thread_would(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
     (table,) = random_tables((300, 8))
     layers = [embedding(table) for _ in range(2)]
-    optimizers = [exact(layer, backend=backend) for layer in layers]
+    optimizers = [exact_adamw(layer, backend=backend) for layer in layers]
     random = torch.Generator().manual_seed(0)
     interval = sys.getswitchinterval()
     sys.setswitchinterval(1e-5)
@@ -431,7 +442,7 @@ def test_threads_read_what_one_thread_would(backend: str, monkeypatch: pytest.Mo
 def test_a_compiled_model_breaks_its_graph() -> None:
     (table,) = random_tables((6, 2))
     layer, dense = embedding(table), embedding(table, sparse=False)
-    optimizer, theirs = exact(layer), torch.optim.AdamW(dense.parameters(), **OPTIONS)
+    optimizer, theirs = exact_adamw(layer), torch.optim.AdamW(dense.parameters(), **OPTIONS)
     model = nn.Sequential(layer, nn.Tanh())
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch's compiler warns of its own affairs
@@ -446,7 +457,7 @@ def test_a_compiled_model_breaks_its_graph() -> None:
 
 
 def test_a_functional_call_reads_the_parameters_it_is_given() -> None:
-    layer, _, expected = behind()
+    layer, _, expected = embedding_behind()
     rows = torch.tensor([1, 2])
     assert_current(torch.func.functional_call(layer, dict(layer.named_parameters()), (rows,)), expected[rows])
     other = torch.zeros(6, 2)

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from cases import CASES, STARTING, Case, Twins, give_grads, leaves, params_of
+from cases import CASES, NONZERO_START, Case, Twins, give_grads, leaves, params_of
 from edits import EDITS
 
 from descend import Adam
@@ -27,7 +27,7 @@ def test_probe_is_the_one_asked_for(request: pytest.FixtureRequest) -> None:
 
 
 @pytest.mark.parametrize("edit", EDITS, ids=lambda edit: edit.__name__)
-@pytest.mark.parametrize("case", [CASES[1], CASES[3], CASES[6], *STARTING], ids=str)
+@pytest.mark.parametrize("case", [CASES[1], CASES[3], CASES[6], *NONZERO_START], ids=str)
 @pytest.mark.usefixtures("either_probe")
 def test_edit_acts_as_in_torch(case: Case, edit: Callable[[Any], None]) -> None:
     twins = Twins(case)

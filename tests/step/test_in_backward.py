@@ -12,8 +12,8 @@ from typing import Any
 
 import pytest
 import torch
-from backward_cases import assert_equal, loss_of, network
-from cases import ALONE, BACKENDS, CASES, Case, params_of
+from backward_cases import assert_same_params_and_state, loss_of, network
+from cases import BACKENDS, CASES, INDEPENDENT, Case, params_of
 from torch import Tensor, nn
 from torch.optim import lr_scheduler
 
@@ -93,13 +93,13 @@ def groups_of(model: nn.Module) -> list[dict[str, Any]]:
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("case", [*ALONE, Case(Own, SGD, {})], ids=str)
+@pytest.mark.parametrize("case", [*INDEPENDENT, Case(Own, SGD, {})], ids=str)
 def test_steps_are_the_ordinary_ones(case: Case, dtype: torch.dtype, backend: str) -> None:
     assert_ordinary(case, dtype, backend, ordinary_loop)
 
 
 @pytest.mark.parametrize("loop", [without_step, with_closure], ids=lambda loop: loop.__name__)
-@pytest.mark.parametrize("case", ALONE, ids=str)
+@pytest.mark.parametrize("case", INDEPENDENT, ids=str)
 def test_every_kind_of_loop_goes_on_working(case: Case, loop: Loop) -> None:
     assert_ordinary(case, torch.float32, "cpu", loop)
 
@@ -115,7 +115,7 @@ def assert_ordinary(case: Case, dtype: torch.dtype, backend: str, loop: Loop) ->
         run(model, optimizer, loop if inside else ordinary_loop)
         assert all((param.grad is None) == inside for param in model.parameters())
         optimizers.append(optimizer)
-    assert_equal(*optimizers)
+    assert_same_params_and_state(*optimizers)
 
 
 @pytest.mark.parametrize("kind", [Mixed, network], ids=["mixed", "network"])
@@ -139,7 +139,7 @@ def test_groups_schedules_and_dtypes_go_on_working(
             in_backward(optimizer)
         run(model, optimizer, ordinary_loop, schedule)
         optimizers.append(optimizer)
-    assert_equal(*optimizers)
+    assert_same_params_and_state(*optimizers)
 
 
 SPARSE: list[tuple[type[FirstOrder], dict[str, Any]]] = [
@@ -172,7 +172,7 @@ def test_sparse_gradients_step_too(ours: type[FirstOrder], options: dict[str, An
         assert inside == (table.weight.grad is None)
         optimizer.settle()
         optimizers.append(optimizer)
-    assert_equal(*optimizers)
+    assert_same_params_and_state(*optimizers)
 
 
 # Memory.
@@ -266,7 +266,7 @@ def test_checkpoint_goes_on_bit_for_bit() -> None:
         run(fresh_model, fresh)
         optimizers += [optimizer, fresh]
     for other in optimizers[1:]:
-        assert_equal(optimizers[0], other)
+        assert_same_params_and_state(optimizers[0], other)
 
 
 def test_copies_are_ordinary() -> None:
@@ -278,7 +278,7 @@ def test_copies_are_ordinary() -> None:
         assert twin.in_backward is None
         assert not twin._step_supports_amp_scaling
         assert not any(param._post_accumulate_grad_hooks or param._backward_hooks for param in params_of(twin))
-        assert_equal(twin, optimizer)
+        assert_same_params_and_state(twin, optimizer)
     assert optimizer.in_backward is handle
     assert all(not param._backward_hooks for param in copy.deepcopy(model).parameters())
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from backward_cases import assert_equal, loss_of, network
+from backward_cases import assert_same_params_and_state, loss_of, network
 from cases import CASES, Case, leaves, params_of
 from edits import EDITS
 from torch import Tensor, nn
@@ -53,7 +53,7 @@ def test_edit_acts_as_with_the_ordinary_step(case: Case, edit: Callable[[Any], N
             optimizer.zero_grad()
             if seed in (1, 3):
                 edit(optimizer)
-    assert_equal(*optimizers)
+    assert_same_params_and_state(*optimizers)
 
 
 def test_parameters_that_join_step_inside_backward() -> None:
@@ -106,7 +106,7 @@ def test_gradients_set_by_hand_are_taken_by_step() -> None:
             param.grad = torch.zeros_like(param)
         optimizer.step(closure=None)
         optimizer.zero_grad()
-    assert_equal(*optimizers)
+    assert_same_params_and_state(*optimizers)
 
 
 def test_handle_ends_it() -> None:
@@ -140,7 +140,7 @@ def test_ordinary_and_inside_steps_alternate() -> None:
             if handle:
                 handle.remove()
         optimizers.append(optimizer)
-    assert_equal(*optimizers)
+    assert_same_params_and_state(*optimizers)
 
 
 def test_users_hooks_see_the_gradient_if_they_came_first() -> None:
@@ -175,7 +175,7 @@ def test_backward_in_several_threads() -> None:
             optimizer.step()
             optimizer.zero_grad()
         optimizers.append(optimizer)
-    assert_equal(*optimizers)
+    assert_same_params_and_state(*optimizers)
 
 
 def test_gradient_that_comes_back_is_an_error() -> None:

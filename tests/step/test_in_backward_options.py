@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 import torch
-from backward_cases import assert_equal
-from cases import ALONE, Case, Tampering, assert_unmoved, leaves, params_of, snapshot, state_of
+from backward_cases import assert_same_params_and_state
+from cases import INDEPENDENT, Case, WithOwnStep, assert_unmoved, leaves, params_of, snapshot, state_of
 from torch import Tensor
 
 from descend import LBFGS, SGD, Adam, AdamW, Newton, SparseAdam, in_backward
@@ -45,7 +45,7 @@ REFUSED: list[tuple[Callable[[], Any], dict[str, Any], type[Exception], str]] = 
     (lambda: LBFGS(leaves()), {}, TypeError, "got descend.second_order.lbfgs.LBFGS"),
     (lambda: Newton(leaves()), {}, TypeError, "got descend.second_order.newton.Newton"),
     (lambda: None, {}, TypeError, "got builtins.NoneType"),
-    (lambda: Tampering(leaves()), {}, TypeError, "Tampering has a step of its own"),
+    (lambda: WithOwnStep(leaves()), {}, TypeError, "WithOwnStep has a step of its own"),
     *(
         (lambda: SGD(leaves()), dict(accumulate=value), ValueError, "accumulate must be a whole number >= 1")
         for value in (0, -1, 1.5, True, "2", None)
@@ -104,7 +104,7 @@ def random_grads(seed: int, factor: float) -> list[Tensor]:
     return [factor * torch.randn(shape, generator=random, dtype=torch.float64) for shape in ((4,), (3, 2), (7,))]
 
 
-@pytest.mark.parametrize("case", ALONE, ids=str)
+@pytest.mark.parametrize("case", INDEPENDENT, ids=str)
 def test_clip_by_parameter_is_an_optimizer_for_each(case: Case) -> None:
     params, alone = leaves([(4,), (3, 2), (7,)]), leaves([(4,), (3, 2), (7,)])
     optimizer = case.ours(params, **case.options, max_norm=0.5)
@@ -195,7 +195,7 @@ def test_max_norm_set_later_is_not_ignored() -> None:
 
 
 @pytest.mark.parametrize("bad", [math.inf, math.nan])
-@pytest.mark.parametrize("case", ALONE, ids=str)
+@pytest.mark.parametrize("case", INDEPENDENT, ids=str)
 def test_nonfinite_parameter_skips_it_alone(case: Case, bad: float) -> None:
     params, alike = leaves([(4,), (3, 2), (7,)]), leaves([(4,), (3, 2), (7,)])
     inside = case.ours(params, **case.options, nonfinite="skip", max_norm=0.5)
@@ -247,7 +247,7 @@ def test_option_spoiled_between_steps_leaves_the_others_as_they_should_be() -> N
     for param, grad in zip(alike, grads, strict=True):
         param.grad = grad
     ordinary.step()
-    assert_equal(inside, ordinary)
+    assert_same_params_and_state(inside, ordinary)
 
 
 def test_kinds_of_errors_are_kept() -> None:

@@ -1,4 +1,4 @@
-"""``python -m descend.compare digits`` is ``descend compare digits``."""
+"""``python -m descend.compare digits`` does the same as ``descend compare digits``."""
 
 import sys
 

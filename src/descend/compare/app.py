@@ -21,8 +21,8 @@ app = typer.Typer(add_completion=False, rich_markup_mode="rich", pretty_exceptio
 
 TASK = "; ".join(f"[bold]{task.name}[/bold]: {task.summary}" for task in TASKS.values()) + "."
 OPTIMIZER = (
-    "NAME or NAME:key=value,key=value; once for each optimizer. Values are as in Python. "
-    "Without lr the task's own is used. Default: four that suit the task."
+    "NAME or NAME:key=value,key=value; give one for each optimizer. Values are Python literals. "
+    "The default lr is the task's. Default: four optimizers that suit the task."
 )
 EPILOG = (
     "[bold]Example:[/bold] descend compare text --optimizer adamw:lr=3e-3,weight_decay=0.1 "
@@ -31,7 +31,7 @@ EPILOG = (
 
 
 def whole_number(option: str, least: int) -> Callable[[str], int]:
-    """Return the parser of an option whose values are whole numbers from ``least`` on."""
+    """Return a parser for an option that takes integers >= ``least``."""
 
     def parse(text: str) -> int:
         try:
@@ -60,12 +60,12 @@ def compare(
     seed: Annotated[
         int,
         typer.Option(
-            parser=whole_number("--seed", 0), metavar="N", help="Decides weights, batches and what is held out."
+            parser=whole_number("--seed", 0), metavar="N", help="For the weights, the batches and the held-out part."
         ),
     ] = 0,
     out: Annotated[
         Path | None,
-        typer.Option(metavar="DIR", help="Gets results.json and curves.png. Default: runs/TASK."),
+        typer.Option(metavar="DIR", help="Where to write results.json and curves.png. Default: runs/TASK."),
     ] = None,
     batch_size: Annotated[
         int | None, typer.Option(parser=whole_number("--batch-size", 1), metavar="N", help="Default: the task's.")
@@ -76,7 +76,8 @@ def compare(
 ) -> int:
     """Train the same model on the same data with several optimizers; compare losses, times and memory.
 
-    All start from the same weights and see the same batches in the same order. Ctrl-C keeps what was measured so far.
+    All runs start from the same weights and see the same batches in the same order. After Ctrl-C the results so far
+    are still written.
     """
     chosen = find_task(task)
     contestants = specs.parse_all(optimizer or chosen.optimizers, chosen.lr)
@@ -115,7 +116,7 @@ def compare(
 
 
 def make_folder(folder: Path) -> None:
-    """Make the output folder; raise a ``UsageError`` where that is impossible."""
+    """Make the output folder; raise a ``UsageError`` if that fails."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -124,11 +125,11 @@ def make_folder(folder: Path) -> None:
 
 def run(args: list[str]) -> int:
     """Run ``descend`` with ``args``; return its exit status, or raise a ``UsageError``."""
-    # The base of typer's errors has no public name; BadParameter is a UsageError is a ClickException.
+    # The base class of typer's errors has no public name: BadParameter < UsageError < ClickException.
     typer_error: Any = typer.BadParameter.__mro__[2]
     try:
         status = app(args or ["--help"], prog_name="descend", standalone_mode=False)
-    except typer.Abort:  # how some versions of typer pass a Ctrl-C on
+    except typer.Abort:  # what some versions of typer turn Ctrl-C into
         return 130
     except typer_error as error:
         raise UsageError(f"compare: {error.format_message()} {_what_exists()}") from None

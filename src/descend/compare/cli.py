@@ -1,6 +1,6 @@
-"""The entry point ``descend``: everything that goes wrong becomes one line on stderr and an exit status.
+"""The entry point ``descend``: every failure becomes one line on stderr and an exit status.
 
-Nothing of the extra ``compare`` is imported before ``main`` runs, so that a missing package is such a line, too.
+The packages of the extra ``compare`` are imported inside ``main``, so that a missing one is reported the same way.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ def main(args: Sequence[str] | None = None) -> int:
     Args:
         args: the arguments after the program's name. Default: those of this process.
     Returns:
-        Exit status: 0, 1 (an optimizer or the disk failed), 2 (a wrong request) or 130 (Ctrl-C).
+        Exit status: 0, 1 (an optimizer or the disk failed), 2 (bad arguments, or a missing package) or 130 (Ctrl-C).
     """
     try:
         require("typer", "rich", "matplotlib")

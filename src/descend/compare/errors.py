@@ -1,4 +1,4 @@
-"""What the user can put right, in one line."""
+"""Errors that the user can fix, each reported in one line."""
 
 from __future__ import annotations
 
@@ -10,25 +10,25 @@ PACKAGES = {"sklearn": "scikit-learn"}
 
 
 class UsageError(Exception):
-    """A wrong request. The command line prints it as one line, without a traceback, and exits with status 2."""
+    """An invalid request. The command prints it as one line, without a traceback, and exits with status 2."""
 
 
-def unknown(problem: str, came: str, known: Iterable[str]) -> UsageError:
-    """Return the error for a name that does not exist: what came, the closest match if any, and what exists.
+def unknown(problem: str, given: str, known: Iterable[str]) -> UsageError:
+    """Return the error for a name that does not exist; it lists the closest match, if any, and all existing names.
 
     Args:
-        problem: who has no what, as in ``"there is no task"``.
-        came: the wrong name.
-        known: the right ones.
+        problem: the start of the message, as in ``"there is no task"``.
+        given: the name that does not exist.
+        known: the names that do.
     """
     names = sorted(known)
-    close = get_close_matches(came, names, n=1)
+    close = get_close_matches(given, names, n=1)
     hint = f" did you mean {close[0]}?" if close else ""
-    return UsageError(f"compare: {problem} {came!r};{hint} there are {', '.join(names)}.")
+    return UsageError(f"compare: {problem} {given!r};{hint} there are {', '.join(names)}.")
 
 
 def require(*modules: str) -> None:
-    """Raise a ``UsageError`` that names the packages of those ``modules`` that cannot be imported."""
+    """Raise a ``UsageError`` that lists the packages of all ``modules`` that cannot be imported."""
     missing = []
     for module in modules:
         try:

@@ -1,4 +1,4 @@
-"""The networks that are trained; small, and with nothing random after their initial weights."""
+"""The networks to train: small, and random only in their initial weights."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ def conv_net(classes: int) -> nn.Module:
 
 
 def bag_of_words(buckets: int, width: int, classes: int) -> nn.Module:
-    """Return a linear classifier of averaged embeddings: ids of shape (batch, length), padded with 0, give logits.
+    """Return a linear classifier of averaged embeddings; it maps ids (batch, length), padded with 0, to logits.
 
     Joulin et al. 2016, "fastText", https://arxiv.org/abs/1607.01759.
     """
     embed = nn.EmbeddingBag(buckets, width, mode="mean", padding_idx=0)
-    # torch's standard deviation of 1 drowns what the first steps add.
+    # torch's default standard deviation of 1 would drown out the first updates.
     nn.init.normal_(embed.weight, std=0.1)
     return nn.Sequential(embed, nn.Linear(width, classes))
 
@@ -36,7 +36,7 @@ def bag_of_words(buckets: int, width: int, classes: int) -> nn.Module:
 class Attention(nn.Module):
     """Causal self-attention: Vaswani et al. 2017, https://arxiv.org/abs/1706.03762.
 
-    Positions are rotary, which learns several times faster here than a table of positions: Su et al. 2021,
+    Position embeddings are rotary, which here learn several times faster than a table: Su et al. 2021,
     https://arxiv.org/abs/2104.09864.
     """
 
@@ -68,7 +68,7 @@ class Attention(nn.Module):
 
 
 class Block(nn.Module):
-    """Attention and a two-layer net, each normalised before and added after: Xiong et al. 2020, "pre-norm"."""
+    """Pre-norm block, Xiong et al. 2020: attention and a two-layer net, each with normalized input and a residual."""
 
     def __init__(self, length: int, width: int, heads: int) -> None:
         super().__init__()
@@ -87,9 +87,9 @@ class Block(nn.Module):
 
 
 def transformer(vocabulary: int, length: int, width: int, heads: int, depth: int) -> nn.Module:
-    """Return a language model: ids of shape (batch, length) give logits of shape (batch, length, vocabulary)."""
+    """Return a language model; it maps ids (batch, length) to logits of shape (batch, length, vocabulary)."""
     embed = nn.Embedding(vocabulary, width)
-    # torch's standard deviation of 1 drowns what the first blocks add: 0.03 nats worse after 300 steps.
+    # torch's default standard deviation of 1 drowns out the first blocks: 0.03 nats worse after 300 steps.
     nn.init.normal_(embed.weight, std=0.2)
     return nn.Sequential(
         embed,

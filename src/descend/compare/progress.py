@@ -1,4 +1,4 @@
-"""How far a comparison is, while it runs."""
+"""Progress bars for a running comparison."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from descend.compare.train import Run
 
 @contextmanager
 def progress(console: Console, runs: Sequence[Run], steps: int) -> Iterator[Callable[[Run], None]]:
-    """Show one bar per optimizer; yield the function to call after each of its steps.
+    """Show one bar per optimizer; yield the function to call after each step of a run.
 
-    A terminal shows the bars live. Anything else (a file, a pipe) gets a line whenever a run is through.
+    A terminal shows live bars. Anything else (a file, a pipe) gets one line when a run has finished.
     """
     columns = (
         TextColumn("{task.fields[label]}", markup=False),

@@ -24,13 +24,13 @@ CAPTION = (
     "Loss: cross-entropy of a training batch in nats. Optimizer time: inside optimizer.step(), without the first step."
 )
 CAPTION_SPARSE = (
-    " With sparse=exact it includes settling rows before they are read. Largest diff.: of a loss to that of {} "
-    "at the same step."
+    " With sparse=exact it includes settling rows before they are read. Largest diff.: the largest difference "
+    "between a loss and that of {} at the same step."
 )
 
 
 def table(task: Task, problem: Problem, runs: Sequence[Run]) -> Table:
-    """Return the table that is shown at the end, a row per optimizer."""
+    """Return the final table, with one row per optimizer."""
     title = f"{task.name}, seed {problem.seed}, batches of {problem.batch_size}"
     headings = ["final\nloss", "best\nloss", "test\nacc.", "optimizer\ntime", "total\ntime", "steps", "state"]
     dense = reference(runs)
@@ -58,15 +58,15 @@ def table(task: Task, problem: Problem, runs: Sequence[Run]) -> Table:
 
 
 def reference(runs: Sequence[Run]) -> Run | None:
-    """Return the first run with dense gradients; None unless there is one with sparse gradients, too."""
+    """Return the first run with dense gradients, or None unless there are runs with dense and with sparse ones."""
     dense = [run for run in runs if not run.spec.is_sparse]
     return dense[0] if 0 < len(dense) < len(runs) else None
 
 
 def largest_difference(run: Run, other: Run) -> float | None:
-    """Return the largest difference of two runs' losses at the same step, in nats; None without a step."""
+    """Return the largest difference between two runs' losses at the same step, in nats; None without steps."""
     differences = [abs(a - b) for a, b in zip(run.losses, other.losses, strict=False)]
-    # max() passes over a NaN that is not the first.
+    # max() ignores a NaN unless it comes first.
     return max(differences, default=None) if all(map(math.isfinite, differences)) else math.nan
 
 
@@ -99,7 +99,7 @@ def _bytes(count: float) -> str:
 
 
 def write(folder: Path, task: Task, problem: Problem, runs: Sequence[Run]) -> None:
-    """Write ``results.json`` and ``curves.png`` into ``folder``; each file appears complete or not at all."""
+    """Write ``results.json`` and ``curves.png`` into ``folder``; each file is written completely or not at all."""
     text = json.dumps(results(task, problem, runs), indent=1, allow_nan=False, default=str)
     _write_whole(folder / "results.json", lambda path: path.write_text(text + "\n", encoding="utf-8"))
     _write_whole(folder / "curves.png", lambda path: curves(task, runs).savefig(path, format="png", dpi=150))
@@ -115,7 +115,7 @@ def _write_whole(path: Path, write_to: Callable[[Path], object]) -> None:
 
 
 def results(task: Task, problem: Problem, runs: Sequence[Run]) -> dict[str, Any]:
-    """Return what ``results.json`` holds: only finite numbers, times in seconds, losses in nats."""
+    """Return the contents of ``results.json``: times in seconds, losses in nats, null for NaN and Inf."""
     dense = reference(runs)
     finite: dict[str, Any] = _only_finite(
         {
@@ -162,7 +162,7 @@ def _result(run: Run, dense: Run | None) -> dict[str, Any]:
 
 
 def _only_finite(value: Any) -> Any:
-    """JSON has no NaN and no Inf: they become null."""
+    """Replace NaN and Inf, which JSON does not have, by None."""
     if isinstance(value, dict):
         return {key: _only_finite(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
@@ -171,12 +171,12 @@ def _only_finite(value: Any) -> Any:
 
 
 def curves(task: Task, runs: Sequence[Run]) -> Figure:
-    """Draw every run's loss over its steps, and its time inside ``optimizer.step()``."""
+    """Plot each run's loss over its steps, and its time inside ``optimizer.step()``."""
     figure = Figure(figsize=(11, 5), layout="constrained")
     losses, times = figure.subplots(1, 2, width_ratios=(2, 1))
     for i, run in enumerate(runs):
         steps = range(1, len(run.losses) + 1)
-        # Equal curves lie on each other: the later ones are thinner, so that those beneath can be seen.
+        # Equal curves overlap, so later ones are thinner and leave the earlier ones visible.
         width = 1.5 + 3 * (len(runs) - 1 - i) / len(runs)
         losses.plot(steps, run.losses, color=f"C{i}", linewidth=0.5, alpha=0.3)
         losses.plot(steps, _smooth(run.losses), color=f"C{i}", linewidth=width, label=run.spec.label)
@@ -190,7 +190,7 @@ def curves(task: Task, runs: Sequence[Run]) -> Figure:
 
 
 def _smooth(losses: Sequence[float]) -> list[float]:
-    """Average exponentially over about five steps, from the first finite one on; NaN and Inf stay gaps."""
+    """Return the exponential moving average over about five steps; NaN and Inf leave gaps."""
     smooth: list[float] = []
     average = math.nan
     for loss in losses:

@@ -38,32 +38,32 @@ class Spec:
     options: Mapping[str, Any]
 
     def build(self, params: Iterable[nn.Parameter]) -> Optimizer:
-        """Return the optimizer for ``params``, compiled; raise a ``UsageError`` if it refuses them or its options."""
+        """Return the optimizer for ``params``, compiled; raise a ``UsageError`` if it rejects them or its options."""
         try:
             optimizer = self.optimizer(params, **self.options)
             if isinstance(optimizer, descend.FirstOrder):
                 descend.warmup(optimizer)
             return optimizer
-        except Exception as error:  # an optimizer may refuse an option with any exception
+        except Exception as error:  # an optimizer may reject an option with any exception
             raise UsageError(f"compare: --optimizer {self.text}: {error}") from error
 
     @property
     def is_sparse(self) -> bool:
-        """Whether it is made for sparse gradients; all others get dense ones."""
+        """Whether the optimizer is meant for sparse gradients; all others get dense ones."""
         return self.options.get("sparse") is not None or self.optimizer.__name__ == "SparseAdam"
 
     def build_for(self, model: nn.Module) -> list[Optimizer]:
-        """Return what trains ``model``, and make the gradients of its embeddings sparse or dense to suit.
+        """Return the optimizers that train ``model``, and set its embeddings to sparse or dense gradients to suit.
 
-        A SparseAdam refuses dense gradients, so that it needs a second optimizer for all but the embeddings, as its
-        users write it: the Adam of the same library, with the same options.
+        SparseAdam does not take dense gradients. All parameters but the embeddings then get a second optimizer, as in
+        programs that use SparseAdam: Adam from the same library, with the same options.
         """
         tables = embeddings(model)
         for table in tables:
             table.sparse = self.is_sparse
         if tables and self.optimizer.__name__ == "SparseAdam":
             library = descend if issubclass(self.optimizer, descend.FirstOrder) else torch.optim
-            weights = {table.weight for table in tables}  # of tensors: two of them are equal if they are one
+            weights = {table.weight for table in tables}  # tensors in a set are compared by identity
             own = [param for param in model.parameters() if param in weights]
             others = [param for param in model.parameters() if param not in weights]
             return [self.build(own), replace(self, optimizer=library.Adam).build(others)]
@@ -74,26 +74,26 @@ class Spec:
 
 
 def embeddings(model: nn.Module) -> list[nn.Embedding | nn.EmbeddingBag]:
-    """Return the modules of ``model`` that read rows of a table, and can have sparse gradients."""
+    """Return the modules of ``model`` that can have sparse gradients."""
     return [module for module in model.modules() if isinstance(module, nn.Embedding | nn.EmbeddingBag)]
 
 
 @cache
 def classes() -> dict[str, type[Optimizer]]:
-    """Return the optimizers by name: all of ``descend``, and all of ``torch.optim`` with the prefix ``torch.``."""
+    """Return optimizer classes by name: those of ``descend``, and those of ``torch.optim`` with prefix ``torch.``."""
     return {
         prefix + name.lower(): value
         for prefix, module in (("", descend), ("torch.", torch.optim))
         for name, value in vars(module).items()
         if inspect.isclass(value)
         and issubclass(value, Optimizer)
-        and value.__module__.startswith(module.__name__)  # descend offers some of torch's own, too
+        and value.__module__.startswith(module.__name__)  # descend re-exports some of torch's own
         and _trains_any_model(value)
     }
 
 
 def _trains_any_model(optimizer: type[Optimizer]) -> bool:
-    """Whether parameters are all it needs: base classes need more, and LBFGS and Newton a closure without batches."""
+    """Whether it needs only parameters. Base classes need more; LBFGS and Newton, a closure with a fixed loss."""
     if issubclass(optimizer, descend.LBFGS | descend.Newton):
         return False
     build = list(inspect.signature(optimizer).parameters.values())
@@ -109,7 +109,7 @@ def parse_all(texts: Sequence[str], lr: Mapping[str, float]) -> list[Spec]:
         texts: ``NAME`` or ``NAME:key=value,key=value``; values are Python literals, names of dtypes, or strings.
         lr: learning rate by optimizer name, for specs that give none.
     Raises:
-        UsageError: for a name or an option that does not exist, or a value of a wrong kind.
+        UsageError: if a name or an option does not exist, or a value has the wrong type.
     """
     seen: Counter[str] = Counter()
     specs = []
@@ -134,13 +134,13 @@ def _parse(text: str, label: str, lr: Mapping[str, float]) -> Spec:
 
 
 def _scaled(lr: float, momentum: Any) -> float:
-    # In the long run momentum makes every gradient count 1 / (1 - momentum) times.
+    # With momentum every gradient eventually counts 1 / (1 - momentum) times.
     has_momentum = isinstance(momentum, float) and 0 < momentum < 1
     return round(lr * (1 - momentum), 9) if has_momentum else lr
 
 
 def _defaults(optimizer: type[Optimizer]) -> dict[str, Any]:
-    """Return the options of an optimizer class, by name, with their defaults."""
+    """Return the defaults of an optimizer class's options, by name."""
     parameters = list(inspect.signature(optimizer).parameters.values())[1:]
     if issubclass(optimizer, descend.FirstOrder):
         shared = inspect.signature(descend.FirstOrder).parameters.values()
@@ -150,7 +150,7 @@ def _defaults(optimizer: type[Optimizer]) -> dict[str, Any]:
 
 def _parse_options(text: str, rest: str, defaults: Mapping[str, Any]) -> dict[str, Any]:
     options: dict[str, Any] = {}
-    for item in re.split(r",(?![^(\[]*[)\]])", rest):  # at commas outside of brackets
+    for item in re.split(r",(?![^(\[]*[)\]])", rest):  # split at commas outside brackets
         key, equals, value = (part.strip() for part in item.partition("="))
         if not (key and equals and value):
             raise UsageError(f"compare: --optimizer {text}: expected key=value, got {item.strip()!r}.")

@@ -1,4 +1,4 @@
-"""What is trained: real data that every machine has, a small model, and defaults that suit both."""
+"""The tasks: real data that every machine has, a small model, and suitable defaults."""
 
 from __future__ import annotations
 
@@ -29,11 +29,11 @@ ADAMS = ("adam", "adamw", "adamax", "nadam", "radam")
 
 @dataclass(frozen=True)
 class Data:
-    """Training batches on request, and one test batch.
+    """A source of training batches, and one test batch.
 
     Args:
-        sample: makes a batch (inputs, class indices) of the given size with the given generator.
-        test: inputs and class indices that no training batch contains.
+        sample: draws a batch (inputs, class indices) of the given size with the given generator.
+        test: held-out inputs and class indices, which no training batch contains.
     """
 
     sample: Callable[[int, torch.Generator], Batch]
@@ -42,18 +42,18 @@ class Data:
 
 @dataclass(frozen=True)
 class Task:
-    """A problem for optimizers: classification of each target, by cross-entropy in nats.
+    """A classification task with cross-entropy loss, in nats.
 
     Args:
-        name: what the command line calls it.
+        name: its name on the command line.
         summary: one line for ``--help``.
-        load: reads the data; the seed decides what is held out.
-        model: builds the model from torch's global random state; logits have the classes last.
+        load: reads the data; the seed selects the held-out part.
+        model: builds the model from torch's global random state; the last dimension of its logits is the class.
         steps: default number of steps.
         batch_size: default number of samples in a batch.
-        lr: learning rate by optimizer name, for those that were given none; others take their own default.
+        lr: learning rate by optimizer name, for specs that give none; other optimizers use their own default.
         optimizers: default specs.
-        threads: default number of threads; None is torch's.
+        threads: default number of threads; None for torch's.
     """
 
     name: str
@@ -86,10 +86,10 @@ def load_digits(seed: int) -> Data:
 
 
 def load_text(seed: int) -> Data:
-    """Return windows of Python's own source text; every character is to be told from those before it.
+    """Return windows of Python's own source code; each character is predicted from those before it.
 
-    The text is the standard library's single-file modules, about 4.7 million characters; a tenth of the files is
-    held out.
+    The text is that of the standard library's single-file modules, about 4.7 million characters; a tenth of the files
+    is held out.
     """
     files = [_characters(path) for path in _library("text")]
     order = torch.randperm(len(files), generator=torch.Generator().manual_seed(seed)).tolist()
@@ -124,10 +124,10 @@ def _shifted(windows: Tensor) -> Batch:
 
 
 def load_embeddings(seed: int) -> Data:
-    """Return lines of Python's own source text; the module that a line comes from is to be told from its words.
+    """Return lines of Python's own source code; the class of a line is the module that it comes from.
 
-    A line is a bag of hashed words and pairs of neighbours, eleven in the mean. The 64 modules with the most lines
-    of three words or more count, about 60,000 lines; a tenth of the lines is held out.
+    A line is a bag of hashed words and pairs of adjacent words, eleven on average. The data are the lines of at least
+    three words in the 64 modules with the most of them, about 60,000 lines; a tenth of the lines is held out.
     """
     bags = sorted((_bags(path) for path in _library("embeddings")), key=len, reverse=True)[:MODULES]
     inputs = torch.tensor([bag for module in bags for bag in module])
@@ -143,13 +143,13 @@ def load_embeddings(seed: int) -> Data:
 
 
 def _bags(path: Path) -> list[list[int]]:
-    """Return the lines of a file with three words or more, each as ``BAG`` buckets; 0 means none."""
+    """Return the lines of a file with at least three words, each as ``BAG`` bucket numbers padded with 0."""
     bags = []
     for line in path.read_text("utf-8", errors="replace").splitlines():
         words = re.findall(r"\w+", line)
         if len(words) >= 3:
             pairs = [f"{left} {right}" for left, right in pairwise(words)]
-            # Python's own hash of a string is another one in each process.
+            # Python's own string hash differs between processes.
             buckets = [1 + zlib.crc32(gram.encode()) % (BUCKETS - 1) for gram in (words + pairs)[:BAG]]
             bags.append(buckets + [0] * (BAG - len(buckets)))
     return bags
@@ -182,8 +182,8 @@ TASKS = {
             batch_size=64,
             lr={"sgd": 0.2, **dict.fromkeys(ADAMS, 2e-3), "rmsprop": 1e-3},
             optimizers=("sgd", "adam:weight_decay=1e-3", "adamw", "torch.adamw"),
-            # A second thread saves a quarter of the time of so small a net, and takes ten times as long as soon as
-            # anything else wants its core: the threads wait for each other at every layer.
+            # For so small a net, a second thread saves a quarter of the time, but makes it ten times as long once
+            # another process needs that core, because the threads wait for each other at every layer.
             threads=1,
         ),
         Task(
@@ -211,7 +211,7 @@ TASKS = {
 
 
 def find_task(name: str) -> Task:
-    """Return the task called ``name``; raise a ``UsageError`` that lists them if there is none."""
+    """Return the task called ``name``; raise a ``UsageError`` that lists all tasks if it does not exist."""
     if name not in TASKS:
         raise unknown("there is no task", name, TASKS)
     return TASKS[name]

@@ -21,7 +21,7 @@ from descend.compare.tasks import Batch, Data
 
 @dataclass(frozen=True)
 class Problem:
-    """Everything that all optimizers of a comparison share."""
+    """Everything that the optimizers of a comparison share."""
 
     data: Data
     model: nn.Module
@@ -31,14 +31,14 @@ class Problem:
 
 
 class Step(NamedTuple):
-    """What is measured at each step: the loss before it, in nats, and the time inside the optimizer."""
+    """Measurements of one step: the loss before it, in nats, and the seconds inside the optimizer."""
 
     loss: float
     seconds: float
 
 
 class Stopwatch:
-    """Adds up the seconds from each ``start`` to the next ``stop``; both can be hooks of modules."""
+    """Adds up the seconds between each ``start`` and the next ``stop``; both can be registered as module hooks."""
 
     def __init__(self) -> None:
         self.seconds = self.started = 0.0
@@ -50,20 +50,20 @@ class Stopwatch:
         self.seconds += time.perf_counter() - self.started
 
     def reset(self) -> float:
-        """Return the seconds and begin again at 0."""
+        """Return the seconds so far and reset them to 0."""
         seconds, self.seconds = self.seconds, 0.0
         return seconds
 
 
 @dataclass
 class Run:
-    """What was measured with one optimizer.
+    """The measurements of one optimizer.
 
     Args:
         spec: the optimizer.
-        options: its first group's options, beside what the spec says.
-        helper: the optimizer of the parameters that it refuses, if there are any.
-        prepare_seconds: time to build it, compiling included.
+        options: options of its first group, and those of the spec.
+        helper: the second optimizer, for parameters that the first does not take; None if it takes all.
+        prepare_seconds: time to build the optimizer, including compilation.
     """
 
     spec: Spec
@@ -96,7 +96,7 @@ class Run:
 
     @property
     def optimizer_seconds(self) -> float | None:
-        """Time inside the optimizer without the first step, which makes the state and may compile."""
+        """Time inside the optimizer, without the first step, which creates the state and may compile."""
         return sum(step.seconds for step in self.steps[1:]) if len(self.steps) > 1 else None
 
     @property
@@ -115,7 +115,7 @@ class Run:
 
 
 def prepare(specs: Sequence[Spec], model: nn.Module) -> list[Run]:
-    """Build every optimizer once: what an optimizer refuses or has to compile comes before any training."""
+    """Build every optimizer once, so that it raises its errors and compiles before any training."""
     runs = []
     for spec in specs:
         started = time.perf_counter()
@@ -127,25 +127,25 @@ def prepare(specs: Sequence[Spec], model: nn.Module) -> list[Run]:
 
 
 def compete(problem: Problem, runs: Sequence[Run], on_step: Callable[[Run], None]) -> None:
-    """Train with each optimizer in turn, and write into ``runs`` what is measured.
+    """Train with each optimizer in turn, and store the measurements in ``runs``.
 
-    An optimizer that raises ends its own run only. Ctrl-C raises ``KeyboardInterrupt`` as everywhere; ``runs`` then
-    hold what was measured so far.
+    An exception from one optimizer ends only its own run. Ctrl-C raises ``KeyboardInterrupt`` as usual; ``runs`` then
+    hold the measurements so far.
 
     Args:
-        problem: what they share.
-        runs: one per optimizer, as from ``prepare``.
+        problem: what the runs share.
+        runs: one per optimizer, as returned by ``prepare``.
         on_step: called after each step.
     """
-    # The first pass of a process sets up threads and kernels, and torch imports its compiler in the first zero_grad:
-    # no optimizer shall pay for that.
+    # The first pass of a process sets up threads and kernels, and the first zero_grad imports torch's compiler.
+    # Both happen here, so that no optimizer's time includes them.
     model = copy.deepcopy(problem.model)
     _loss(model, problem.data.sample(problem.batch_size, torch.Generator())).backward()  # type: ignore[no-untyped-call]
     torch.optim.SGD(model.parameters()).zero_grad()
     for run in runs:
         try:
             _train(problem, run, on_step)
-        except Exception as error:  # whatever one optimizer raises, the others are still to be measured
+        except Exception as error:  # the other optimizers are measured all the same
             run.error = " ".join(f"{type(error).__name__}: {error}".split())
 
 
@@ -155,7 +155,7 @@ def _train(problem: Problem, run: Run, on_step: Callable[[Run], None]) -> None:
     optimizers = run.spec.build_for(model)
     run.helper = type(optimizers[1]) if len(optimizers) > 1 else None
     watch = Stopwatch()
-    for table in embeddings(model):  # what an exact optimizer does before rows are read is its work, too
+    for table in embeddings(model):  # settling rows before they are read counts as time in the optimizer
         table.register_forward_pre_hook(watch.start, prepend=True)
         table.register_forward_pre_hook(watch.stop)
     started = time.perf_counter()
@@ -173,8 +173,8 @@ def _train(problem: Problem, run: Run, on_step: Callable[[Run], None]) -> None:
             run.total_seconds = time.perf_counter() - started
             on_step(run)
     finally:
-        # State only grows. It is not looked at before the end, because a look costs a descend optimizer the proof
-        # that nobody has touched its state, and the next steps time.
+        # State only grows, so it is measured once, at the end. Reading the state of a descend optimizer marks it as
+        # exposed, which makes the next steps slower.
         run.state_bytes = sum(map(_state_bytes, optimizers))
     for optimizer in optimizers:
         if isinstance(optimizer, descend.AdamWScheduleFree):
@@ -190,7 +190,7 @@ def _loss(model: nn.Module, batch: Batch) -> Tensor:
 
 @torch.no_grad()
 def _evaluate(model: nn.Module, batch: Batch) -> tuple[float, float]:
-    """Return the loss in nats and the share of targets that get the highest logit."""
+    """Return the loss in nats and the accuracy."""
     inputs, targets = batch
     logits = model(inputs)
     loss = cross_entropy(logits.flatten(0, -2), targets.flatten())
@@ -198,7 +198,7 @@ def _evaluate(model: nn.Module, batch: Batch) -> tuple[float, float]:
 
 
 def _state_bytes(optimizer: Optimizer) -> int:
-    """Return the memory behind all state tensors; what several of them share counts once."""
+    """Return the bytes of memory behind all state tensors; shared storage counts once."""
     tensors = (value for state in optimizer.state.values() for value in state.values() if isinstance(value, Tensor))
     storages = {storage.data_ptr(): storage.nbytes() for storage in (t.untyped_storage() for t in tensors)}
     return sum(storages.values())

@@ -1,4 +1,4 @@
-"""Parameter groups by name: patterns with options, and the usual parameters that do not decay."""
+"""Parameter groups by name: patterns with options, and the parameters that usually get no weight decay."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ ParamsT: TypeAlias = TorchParamsT | nn.Module
 Pattern: TypeAlias = str | re.Pattern[str] | Collection[str]
 Groups: TypeAlias = Sequence[tuple[Pattern, Mapping[str, Any]]]
 
-_SHOWN = 3  # names in a message
+_SHOWN = 3  # names listed in a message
 _BIAS = re.compile(r"(^|_)bias(es)?($|_)")  # bias, in_proj_bias, bias_ih_l0
 
 
 def named(params: Any) -> Any:
-    """A module's parameters with their names, shared ones once; anything else as it is, for torch to take."""
-    # Torch takes a list of parameters, which is a module too, for the list it is.
+    """Return a module's named parameters, shared ones once; anything else unchanged, for torch to interpret."""
+    # nn.ParameterList is a module, but torch treats it as a list of parameters.
     is_model = isinstance(params, nn.Module) and not isinstance(params, nn.ParameterList)
     return list(params.named_parameters()) if is_model else params
 
@@ -35,12 +35,12 @@ def grouped(
     Args:
         who: the optimizer's name, for errors.
         params: a module, or ``(name, parameter)`` pairs.
-        groups: patterns and options; the first pattern that matches a name has the parameter.
-        options: those that a group may have.
+        groups: patterns and options; a parameter belongs to the first pattern that matches its name.
+        options: names of the options that a group may have.
     Returns:
-        Groups as torch takes them, none empty; and the text of the pattern of each parameter that one has matched.
+        Groups in torch's format, none empty; and the text of the matching pattern by parameter name.
     Raises:
-        ValueError: if there are no names, a pattern has no parameter, or there is no such option.
+        ValueError: if parameters have no names, a pattern gets no parameter, or an option does not exist.
     """
     pairs = _pairs(who, params)
     names = [name for name, _ in pairs]
@@ -77,12 +77,12 @@ def grouped(
 
 
 def no_decay(params: nn.Module | Iterable[tuple[str, Tensor]]) -> Groups:
-    """The usual exceptions from weight decay: biases, what belongs to a norm, and all that has one dimension or none.
+    """Return the usual exceptions from weight decay: biases, norm layers, and parameters with at most one dimension.
 
     Args:
-        params: a module; or ``(name, parameter)`` pairs, of which norms are known by having one dimension.
+        params: a module; or ``(name, parameter)`` pairs, where norm layers are recognized only by their one dimension.
     Returns:
-        An entry for ``groups``, in a list: the names, and ``weight_decay=0``. An empty list if there are none.
+        A list with one entry for ``groups``: the names, and ``weight_decay=0``. An empty list if no parameter matches.
     Raises:
         ValueError: if the parameters have no names.
     Example:

@@ -14,15 +14,15 @@ _UNITS = ("B", "KiB", "MiB", "GiB", "TiB")
 
 
 class Row(NamedTuple):
-    """One group.
+    """One parameter group.
 
     Attributes:
-        group: its position.
-        pattern: that sorted its parameters into it; empty without ``groups``, and for what no pattern matched.
-        parameters: how many tensors.
-        numbers: how many numbers they hold together.
-        state_bytes: memory of the state that exists now; all of it, where untouched pages cost nothing.
-        options: those that are not the optimizer's defaults, now; and all that are tensors.
+        group: index of the group.
+        pattern: the pattern that matched its parameters; empty without ``groups`` and for unmatched parameters.
+        parameters: number of tensors.
+        numbers: total number of elements in them.
+        state_bytes: size of the state that exists now; lazily committed memory counts in full.
+        options: options that now differ from the optimizer's defaults, and all options that are tensors.
     """
 
     group: int
@@ -38,7 +38,7 @@ def summarize(method: Method, patterns: Mapping[str, str], file: TextIO | None) 
     rows = []
     for index, group in enumerate(method.param_groups):
         found = dict.fromkeys(patterns.get(name, "") for name in group.get("param_names", ()))
-        # ``dict.get`` reads the state without counting as a look from outside.
+        # ``dict.get`` reads the state without marking it as exposed to the user.
         state = [dict.get(method.state, param) or {} for param in group["params"]]
         rows.append(
             Row(
@@ -80,7 +80,7 @@ def _tensors(value: Any) -> Iterable[Tensor]:
 
 def _are_equal(a: Any, b: Any) -> bool:
     if isinstance(a, Tensor) or isinstance(b, Tensor):
-        return False  # it may have been filled in place, and the default with it
+        return False  # it may be the default itself, changed in place
     equal = a == b
     return bool(equal if isinstance(equal, bool) else np.all(equal))
 

@@ -206,10 +206,10 @@ class FirstOrder(Method):
         return Plan(self, self._tables, only_with_grad=False).placements(self)
 
     def summary(self, file: Any = None) -> tuple[Row, ...]:
-        """Print the groups as they are now, as a table.
+        """Print a table of the parameter groups as they are now.
 
         Args:
-            file: where to, a text file. Default: standard output.
+            file: where to print. Default: standard output.
         Returns:
             The rows of the table.
         Example:
