@@ -37,7 +37,7 @@ def update(rule: FunctionType, numbers: int, dtypes: tuple[torch.dtype, ...], co
         except Exception as error:  # Numba raises many kinds, all of them about the rule
             raise RuleError(_explain(rule, error)) from error
 
-    return object_files.load(rule.__name__.strip("<>"), key, compile_update)
+    return object_files.load(rule.__name__, key, compile_update)
 
 
 @cache
@@ -98,7 +98,7 @@ def loop(function: FunctionType, arrays: int) -> int:
         return kernels.loop_kernel(function, arrays)
 
     key = f"loop|{_sources()}|{fingerprint(function, _OPS)}|{arrays}"
-    return object_files.load(function.__name__.strip("_"), key, compile_loop)
+    return object_files.load(function.__name__, key, compile_loop)
 
 
 @cache
