@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from descend.backends.cpu import supports
-from descend.backends.cpu.launch import CHUNK, Table
+from descend.backends.cpu.launch import CHUNK, ChunkTable
 
 _NO_SCALARS = np.zeros(0)
 
@@ -176,7 +176,7 @@ def norm(tensors: Sequence[Tensor], norm_type: float) -> Tensor | float:
         for tensor in tensors:
             by_dtype[tensor.dtype].append(tensor)
         total = sum(
-            Table([members], 1, [0] * len(members), _NO_SCALARS).sum_of_squares(0, dtype)
+            ChunkTable([members], 1, [0] * len(members), _NO_SCALARS).sum_of_squares(0, dtype)
             for dtype, members in by_dtype.items()
         )
         if math.isfinite(total):

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from descend.backends import eager
 from descend.backends.cpu import supports
-from descend.backends.cpu.launch import Launch, StoredNumbers
+from descend.backends.cpu.launch import Launch, ScalarState
 from descend.backends.cpu.probe import Cell, PythonProbe, make_probe
 from descend.core import memory
 from descend.core.signature import signature
@@ -239,7 +239,7 @@ class Plan:
             if optimizer.counts_steps and not optimizer.step_is_int and not update.reason:
                 steps.append(state["step"])
             self._params.append(update.param)
-        self._steps, self._kept_numbers = StoredNumbers(steps), StoredNumbers(kept)
+        self._steps, self._kept_numbers = ScalarState(steps), ScalarState(kept)
         watched = [param for _, params, _, _ in self._groups for param in params]
         made = [tensor for _, _, tensor in self._made]
         spans = np.concatenate([np.zeros((0, 2), np.int64), *(call.launch.written() for call in self._calls)])
@@ -375,7 +375,7 @@ class Plan:
         if self._calls:
             make_probe([], [], [], np.zeros((0, 2), np.int64))
             if optimizer.counts_steps:
-                StoredNumbers([torch.zeros(())])
+                ScalarState([torch.zeros(())])
         for update in self._sparse:
             update.warm_up(wants_norm)
         if optimizer.sparse is not None:
