@@ -19,8 +19,7 @@ from descend.backends.cpu import object_files, private_files
 FAIL_THEN_GO_ON = """
 import gc, torch, descend
 from descend import rules
-from descend.backends.cpu import kernels
-from descend.backends.cpu import object_files
+from descend.backends.cpu import kernels, object_files
 
 def impossible(param, grad, lr):
     return param - lr * torch.tanh(grad)
@@ -266,6 +265,14 @@ def test_files_of_root_are_trusted(folder: Path, monkeypatch: pytest.MonkeyPatch
     file_of(1, folder)
     monkeypatch.setattr(os, "geteuid", lambda: 4321)
     assert not compiles(1)
+
+
+@needs_owners
+def test_new_folder_in_one_that_everybody_may_write_is_used(folder: Path) -> None:
+    folder.parent.chmod(0o1777)  # as /tmp is
+    assert compiles(1)
+    assert not compiles(1)
+    assert folder.stat().st_mode & 0o777 == 0o700
 
 
 def test_folder_may_be_reached_through_a_link(folder: Path, tmp_path: Path) -> None:

@@ -41,7 +41,7 @@ def load(name: str, key: str, compile_to_llvm: Callable[[], str]) -> int:
     """
     with _lock:
         if key not in _loaded:
-            # Making an engine is also what lets LLVM see the symbols of this process.
+            # Making an engine also lets LLVM see the symbols of this process.
             engine = llvm.create_mcjit_compiler(llvm.parse_assembly(""), _new_target_machine())
             full_key = f"{key}|{_machine()}"
             digest = hashlib.sha256(full_key.encode()).hexdigest()
@@ -60,17 +60,17 @@ def load(name: str, key: str, compile_to_llvm: Callable[[], str]) -> int:
 
 
 def _readable(name: str) -> str:
-    """``name`` as part of a file's name: a rule may be called ``<lambda>``, or ``../`` and any length of text."""
-    return re.sub(r"\W", "", name)[:40]
+    """``name`` as part of a file's name: rules may be called ``<lambda>``, and anything else that is a string."""
+    return re.sub(r"\W", "", name, flags=re.ASCII)[:40]
 
 
 def assembly(llvm_assembly: str) -> str:
-    """The machine's own assembly for ``llvm_assembly``."""
+    """Translate LLVM assembly to this machine's assembly."""
     return str(_target_machine().emit_assembly(llvm.parse_assembly(llvm_assembly)))
 
 
 def cache_directory() -> Path:
-    """Where object files are kept: ``DESCEND_CACHE_DIR``, or the user's cache folder."""
+    """The folder of object files: ``DESCEND_CACHE_DIR``, or ``descend`` in the user's cache folder."""
     if chosen := os.environ.get("DESCEND_CACHE_DIR"):
         return Path(chosen)
     home = Path.home() if os.environ.get("HOME") or sys.platform == "win32" else Path(os.devnull)
@@ -80,12 +80,12 @@ def cache_directory() -> Path:
         base = home / "Library" / "Caches"
     else:
         chosen = os.environ.get("XDG_CACHE_HOME", "")
-        base = Path(chosen) if os.path.isabs(chosen) else home / ".cache"  # the standard says to ignore relative paths
+        base = Path(chosen) if os.path.isabs(chosen) else home / ".cache"  # XDG: ignore relative paths
     return base / "descend"
 
 
 def _new_target_machine() -> Any:
-    """A target machine that may be given away: an engine owns its own, and ends it with itself."""
+    """Make a target machine. An engine takes ownership of its own, and frees it."""
     llvm.initialize_native_target()
     llvm.initialize_native_asmprinter()
     return llvm.Target.from_default_triple().create_target_machine(
@@ -104,7 +104,7 @@ def _machine() -> str:
 
 
 def _called_symbols(module: Any) -> list[str]:
-    """The functions outside ``module`` that it calls; an error if one is missing, where LLVM would end the process."""
+    """The external functions that ``module`` calls. Raise if one is missing, where LLVM would end the process."""
     declared = {f.name for f in module.functions if f.is_declaration and not f.name.startswith("llvm.")}
     # Conversions without an instruction of their own become calls only in the code generator: __truncsfhf2 and such.
     generated = set(re.findall(r"(?<![\w.])__[a-z]\w+", _target_machine().emit_assembly(module)))
@@ -135,7 +135,7 @@ def _checksum(key: str, content: bytes) -> bytes:
 
 
 def call(address: int, argument: int) -> None:
-    """Run a kernel on the caller's thread, the interpreter lock released."""
+    """Run a kernel on this thread, without the interpreter lock."""
     _prototype(address)(argument)
 
 
