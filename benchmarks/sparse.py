@@ -51,7 +51,7 @@ from torch import Tensor
 
 import descend
 from descend.backends.cpu import threads
-from descend.backends.cpu.intrinsics import intrinsic, load_int, prefetcher, take
+from descend.backends.cpu.intrinsics import fetch_add, intrinsic, load_int, prefetcher
 
 TOUCHED, EXACT, TORCH, DENSE, FLOOR = "touched", "exact", "torch", "dense", "floor"
 CONTENDERS = (TOUCHED, EXACT, TORCH, DENSE, FLOOR)
@@ -282,7 +282,7 @@ def memory_floor(row_bytes: int) -> Callable[..., None]:
         param, exp_avg, exp_avg_sq = load_int(call, 4), load_int(call, 5), load_int(call, 6)
         grad, zero = load_int(call, 7), load_int(call, 8)  # the compiler cannot know that it is zero: it must write
         while True:
-            first = take(counter, BLOCK)
+            first = fetch_add(counter, BLOCK)
             if first >= count:
                 break
             last, read = min(first + BLOCK, count), first * lookups // count

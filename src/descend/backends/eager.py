@@ -100,7 +100,7 @@ class EagerBackend:
         params: Sequence[Tensor],
         rows: Sequence[int] | np.ndarray,
     ) -> EagerLaunch:
-        return EagerLaunch(rule, params, rows)
+        return EagerLaunch(rule, scalars, params, rows)
 
     def scalar_state(self, tensors: Sequence[Tensor]) -> EagerScalarState:
         return EagerScalarState(tensors)
@@ -141,8 +141,10 @@ class EagerLaunch:
 
     addresses = None
 
-    def __init__(self, rule: Callable[..., Any], params: Sequence[Tensor], rows: Sequence[int] | np.ndarray) -> None:
-        self._rule, self._params, self._rows = rule, params, rows
+    def __init__(
+        self, rule: Callable[..., Any], scalars: int, params: Sequence[Tensor], rows: Sequence[int] | np.ndarray
+    ) -> None:
+        self._rule, self._n_scalars, self._params, self._rows = rule, scalars, params, rows
         self._state: Sequence[Sequence[Tensor]] = ()
         self._scalars: dict[int, tuple[float, Sequence[float]]] = {}
 
@@ -153,6 +155,8 @@ class EagerLaunch:
         self._state = tensors
 
     def set_scalars(self, row: int, scale: float, scalars: Sequence[float]) -> None:
+        if len(scalars) != self._n_scalars:
+            raise ValueError(f"the rule takes {self._n_scalars} scalars, got {len(scalars)}.")
         self._scalars[row] = scale, scalars
 
     def sum_of_squares(self) -> float:

@@ -19,6 +19,9 @@ from descend.norms import clip
 from descend.state.make import ensure_state, scalar_tensors, state_dtypes, steps_taken
 
 
+_NONE = np.zeros(0)
+
+
 class Entry(NamedTuple):
     """One parameter with a gradient.
 
@@ -99,7 +102,7 @@ class LaunchUpdate(Update):
             for index, row in enumerate(rows):
                 group = groups[row.group]
                 scalars, next_state = method.scalars_and_state(group, row.taken + 1, row.state)
-                launch.set_scalars(index, signed(scale, group), [float(number(value)) for value in scalars])
+                launch.set_scalars(index, signed(scale, group), list(map(float, map(number, scalars))))
                 row.next_state = tuple(map(number, next_state))
 
     def make_state(self, method: Method) -> None:
@@ -124,12 +127,18 @@ class LaunchUpdate(Update):
         self._scalar_state = self._backend.scalar_state(scalar_state)
 
     def run(self, method: Method) -> None:
-        values = [np.array([row.next_state for row in batch.rows])[batch.row_of].ravel() for batch in self._batches]
+        values = self._next_values() if method.scalar_state else _NONE
         torch.autograd.graph.increment_version(self.params)
-        self._backend.run(self._launches, self._counters, self._scalar_state, np.concatenate(values))
+        self._backend.run(self._launches, self._counters, self._scalar_state, values)
         for batch in self._batches:
             for row in batch.rows:
                 row.taken += 1
+
+    def _next_values(self) -> np.ndarray:
+        """The scalar state after the step, in the order of its tensors."""
+        return np.concatenate(
+            [np.array([row.next_state for row in batch.rows])[batch.row_of].ravel() for batch in self._batches]
+        )
 
     def is_valid(self, method: Method) -> bool:
         return self._counters.is_unchanged() and self._scalar_state.is_unchanged()  # type: ignore[no-any-return]

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from descend.backends.cpu import supports, threads
-from descend.backends.cpu.launch import Launch, StoredNumbers, Table
+from descend.backends.cpu.launch import ChunkTable, Launch, ScalarState
 from descend.backends.cpu.rows import StaleRows, TouchedRows
 from descend.core.signature import Kind
 
@@ -41,14 +41,14 @@ class CpuBackend:
     ) -> Launch:
         return Launch(rule, scalars, dtypes, params, rows)
 
-    def scalar_state(self, tensors: Sequence[Tensor]) -> StoredNumbers:
-        return StoredNumbers(tensors)
+    def scalar_state(self, tensors: Sequence[Tensor]) -> ScalarState:
+        return ScalarState(tensors)
 
     def run(
         self,
         launches: Sequence[Launch],
-        counters: StoredNumbers,
-        scalar_state: StoredNumbers,
+        counters: ScalarState,
+        scalar_state: ScalarState,
         values: np.ndarray,
     ) -> None:
         updates = [launch.update_call() for launch in launches]
@@ -73,7 +73,7 @@ class CpuBackend:
         for tensor in tensors:
             by_dtype[tensor.dtype].append(tensor)
         return sum(
-            Table([members], 1, [0] * len(members), _NO_SCALARS).sum_of_squares(0, dtype)
+            ChunkTable([members], 1, [0] * len(members), _NO_SCALARS).sum_of_squares(0, dtype)
             for dtype, members in by_dtype.items()
         )
 

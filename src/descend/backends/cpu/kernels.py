@@ -1,16 +1,16 @@
-"""Numba: compiles a rule into one loop over a chunk table, for any mix of floating dtypes.
+"""Compiles a rule with Numba into one loop over a chunk table, for any mix of floating dtypes.
 
-Only imported when something has to be compiled; a kernel found on disk needs none of this (``native.py``).
+This module is imported only to compile: ``object_files`` loads cached kernels without it.
 
-A call receives the address of seven int64 numbers (``chunks.Table`` fills them):
+A kernel receives the address of seven int64 arguments, see ``launch.ChunkCall``:
 
     0 chunk table      rows of (tensor, offset in parameter and state, offset in gradient, length, scalars row, times):
-                       the rule is applied as many times, with as many rows of scalars from that one on
+                       the rule is applied so many times, with consecutive rows of scalars from that one on
     1 number of chunks
     2 address table    a row per tensor: parameter, gradient, state tensors
-    3 scalars table    rows of (scale of the gradient, then the rule's numbers) in the compute dtype
-    4 chunks to take at a time
-    5 next chunk to take: the threads share the work through this counter
+    3 scalars table    rows of (scale of the gradient, then the rule's scalars) in the compute dtype
+    4 block            chunks that a thread claims at a time
+    5 next chunk       the counter through which threads share the work
     6 partial sums     float64, one per chunk (the norm kernel's result)
 """
 
@@ -33,15 +33,15 @@ from descend.backends.cpu.intrinsics import (
     call_address,
     call_parallel,
     chunk_addresses,
+    fetch_add,
     load_double,
     load_int,
     loader,
-    numbers_loader,
     prefetcher,
+    scalars_loader,
     store_double,
     store_int,
     storer,
-    take,
 )
 from descend.backends.retarget import retarget
 
@@ -52,8 +52,8 @@ OPTIONS: dict[str, Any] = {"error_model": "numpy", "fastmath": {"contract", "nsz
 _SUM_OPTIONS: dict[str, Any] = {"error_model": "numpy", "fastmath": {"contract", "nsz", "reassoc"}}
 
 ROW = 48  # bytes of a row of the chunk table
-AHEAD = 8  # chunks between asking for memory and using it
-PREFETCHED = 256  # elements asked for; the processor sees by itself how longer chunks go on
+AHEAD = 8  # chunks between a prefetch and its use
+PREFETCHED = 256  # elements of a chunk that are prefetched; the processor prefetches the rest of a long chunk itself
 
 _ENTRY_OPTIONS = {"no_cpython_wrapper": True, "no_cfunc_wrapper": True}
 
@@ -118,12 +118,12 @@ def _operations(compiled: Any) -> dict[Any, Any]:
     }
 
 
-def update_kernel(rule: Any, numbers: int, dtypes: tuple[torch.dtype, ...], compute: torch.dtype) -> str:
+def update_kernel(rule: Any, scalars: int, dtypes: tuple[torch.dtype, ...], compute: torch.dtype) -> str:
     """LLVM assembly of the loop that applies ``rule`` to every element of every chunk.
 
     Args:
         rule: the function to compile.
-        numbers: how many numbers the rule takes.
+        scalars: how many scalars the rule takes.
         dtypes: of the parameter, the gradient and the state tensors.
         compute: float32 or float64, the dtype of the arithmetic.
     """
@@ -133,39 +133,41 @@ def update_kernel(rule: Any, numbers: int, dtypes: tuple[torch.dtype, ...], comp
 
     apply = retarget(rule, _operations(compiled), compiled)
     addresses_of, load, store = chunk_addresses(dtypes), loader(dtypes, compute), storer(dtypes, compute)
-    load_numbers = numbers_loader(numbers + 1, compute)
+    load_scalars = scalars_loader(1 + scalars, compute)
     prefetch, line = prefetcher(dtypes), 64 // max(dtype.itemsize for dtype in dtypes)
     tensors = len(dtypes)
 
     def kernel(call: int) -> None:
         chunks, count = load_int(call, 0), load_int(call, 1)
-        addresses, scalars, block = load_int(call, 2), load_int(call, 3), load_int(call, 4)
+        addresses, scalars_table, block = load_int(call, 2), load_int(call, 3), load_int(call, 4)
         while True:
-            first = take(call + 40, block)
+            first = fetch_add(call + 40, block)
             if first >= count:
                 break
             for chunk in range(first, min(first + block, count)):
-                if chunk + AHEAD < count:  # rows scattered in a large table would wait for memory one by one
+                if chunk + AHEAD < count:  # else scattered rows of a large table would wait for memory one by one
                     row = chunks + ROW * (chunk + AHEAD)
-                    where = addresses_of(addresses + 8 * tensors * load_int(row, 0), load_int(row, 1), load_int(row, 2))
+                    pointers = addresses_of(
+                        addresses + 8 * tensors * load_int(row, 0), load_int(row, 1), load_int(row, 2)
+                    )
                     for i in range(0, min(load_int(row, 3), PREFETCHED), line):
-                        prefetch(where, i)
+                        prefetch(pointers, i)
                 row = chunks + ROW * chunk
                 tensor, length = load_int(row, 0), load_int(row, 3)
-                where = addresses_of(addresses + 8 * tensors * tensor, load_int(row, 1), load_int(row, 2))
+                pointers = addresses_of(addresses + 8 * tensors * tensor, load_int(row, 1), load_int(row, 2))
                 for application in range(load_int(row, 5)):
-                    scale_and_numbers = load_numbers(scalars, load_int(row, 4) + application)
-                    scale, rule_numbers = scale_and_numbers[0], scale_and_numbers[1:]
+                    scale_and_scalars = load_scalars(scalars_table, load_int(row, 4) + application)
+                    scale, rule_scalars = scale_and_scalars[0], scale_and_scalars[1:]
                     for i in range(length):
-                        values = load(where, i)
-                        arguments = (values[0], scale * values[1]) + values[2:] + rule_numbers
-                        store(where, i, apply(*arguments))
+                        values = load(pointers, i)
+                        arguments = (values[0], scale * values[1]) + values[2:] + rule_scalars
+                        store(pointers, i, apply(*arguments))
 
     return assembly(kernel, OPTIONS)
 
 
 def norm_kernel(dtype: torch.dtype, column: int, columns: int) -> str:
-    """LLVM assembly of the sums of squares in one column of the address table, one float64 per chunk."""
+    """LLVM assembly of the loop that sums the squares of each chunk in one column of the address table, in float64."""
     load = loader((dtype,), torch.float64)
     size = dtype.itemsize
 
@@ -173,42 +175,42 @@ def norm_kernel(dtype: torch.dtype, column: int, columns: int) -> str:
         chunks, count = load_int(call, 0), load_int(call, 1)
         addresses, block, sums = load_int(call, 2), load_int(call, 4), load_int(call, 6)
         while True:
-            first = take(call + 40, block)
+            first = fetch_add(call + 40, block)
             if first >= count:
                 break
             for chunk in range(first, min(first + block, count)):
                 row = chunks + ROW * chunk
                 start = load_int(addresses, columns * load_int(row, 0) + column)
-                where = (start + size * load_int(row, 2),)
+                pointers = (start + size * load_int(row, 2),)
                 total = 0.0
                 for i in range(load_int(row, 3)):
-                    value = load(where, i)[0]
+                    value = load(pointers, i)[0]
                     total += value * value
                 store_double(sums, chunk, total)
 
     return assembly(kernel, _SUM_OPTIONS)
 
 
-def stored_numbers_kernel(dtype: torch.dtype) -> str:
-    """LLVM assembly that compares numbers of ``dtype``, each at its own address, with expected ones, or sets them.
+def scalar_state_kernel(dtype: torch.dtype) -> str:
+    """LLVM assembly of the loop that compares 0-dim state tensors of ``dtype`` with expected values, or sets them.
 
-    A call receives the address of five int64 numbers: 0 addresses of the numbers, 1 expected numbers (float64), 2 how
-    many, 3 what to do (0 compare, 1 add one to both, 2 store the expected), 4 set to 1 if all were as expected (or
-    have been set). What is expected afterwards is what the dtype could hold.
+    Arguments: 0 addresses of the tensors; 1 expected values (float64); 2 how many; 3 action (0 compare, 1 add one to
+    both, 2 store the expected values); 4 set to 1 if all values are as expected (or have been set). After a store the
+    expected values are rounded to ``dtype``.
     """
     load, store = loader((dtype,), torch.float64), storer((dtype, dtype), torch.float64)
 
     def kernel(call: int) -> None:
         table, expected, action = load_int(call, 0), load_int(call, 1), load_int(call, 3)
         for i in range(load_int(call, 2)):
-            where = (load_int(table, i),)
-            number = load(where, 0)[0]
+            pointers = (load_int(table, i),)
+            value = load(pointers, 0)[0]
             if action == 0:
-                if number != load_double(expected, i):
+                if value != load_double(expected, i):
                     return
             else:
-                store((where[0], 0), 0, number + 1.0 if action == 1 else load_double(expected, i))
-                store_double(expected, i, load(where, 0)[0])
+                store((pointers[0], 0), 0, value + 1.0 if action == 1 else load_double(expected, i))
+                store_double(expected, i, load(pointers, 0)[0])
         store_int(call, 4, 1)
 
     return assembly(kernel, OPTIONS)
@@ -234,8 +236,8 @@ def sequence_kernel() -> str:
 
 
 def loop_kernel(function: Any, arrays: int) -> str:
-    """LLVM assembly of a plain function of float64 arrays. A call receives addresses and lengths, array by array."""
-    exactly = {"error_model": "numpy"}  # what it does must not be less precise than in Python
+    """LLVM assembly of a plain function of float64 arrays. Arguments: address and length of each array."""
+    exactly = {"error_model": "numpy"}  # no fastmath: results must be as precise as in Python
     run = retarget(function, {}, njit(**exactly))
     load = arrays_loader(arrays)
 
@@ -251,7 +253,7 @@ def assembly(kernel: Any, options: dict[str, Any]) -> str:
     compiled = njit(signature, **options, **_ENTRY_OPTIONS)(kernel)
     ((arguments, overload),) = compiled.overloads.items()
     name = overload.fndesc.llvm_func_name
-    # Numba's calling convention: places for the result and for an exception come first.
+    # Numba's calling convention: pointers to the result and to an exception come first.
     entry = f"""
 define void @{object_files.ENTRY}(i64 %call) {{
   %unused = alloca ptr

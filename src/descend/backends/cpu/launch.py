@@ -1,4 +1,4 @@
-"""Tables for one kernel call: which memory, cut into which chunks, with which numbers."""
+"""The arguments of one kernel call: addresses of tensors, the chunks they are cut into, and the scalars of the rule."""
 
 from __future__ import annotations
 
@@ -12,19 +12,19 @@ from torch import Tensor
 
 from descend.backends.cpu import library, object_files, threads
 
-# Elements in a chunk: small enough to share the work evenly, large enough that taking one costs nothing. Norms are
-# summed chunk by chunk, so this number, not the number of threads, decides their last bits.
+# Elements in a chunk: small enough to balance the threads, large enough that claiming a chunk costs nothing. Norms are
+# summed chunk by chunk, so their last bits depend on this constant and not on the number of threads.
 CHUNK = 16_384
 
 NUMPY = {torch.float32: np.float32, torch.float64: np.float64}
 
 
-class Call:
-    """The numbers that a compiled loop over chunks takes, see ``cpu``."""
+class ChunkCall:
+    """The arguments of a compiled loop over chunks, in the order that ``kernels`` lists."""
 
     def __init__(self) -> None:
-        self._call = array("q", bytes(56))
-        self._address = self._call.buffer_info()[0]
+        self._arguments = array("q", bytes(56))
+        self._address = self._arguments.buffer_info()[0]
         self._held: dict[int, np.ndarray] = {}
         self._elements = 0
         self._sums: np.ndarray | None = None
@@ -32,13 +32,13 @@ class Call:
     def describe(
         self, chunks: np.ndarray, count: int, addresses: np.ndarray, scalars: np.ndarray, elements: int
     ) -> None:
-        """Say what the next calls work on: the first ``count`` rows of ``chunks``, ``elements`` numbers in all."""
+        """Set what the next calls work on: the first ``count`` rows of ``chunks``, ``elements`` elements in all."""
         self._elements = elements
-        self._call[1], self._call[4] = count, max(1, count // 64)
+        self._arguments[1], self._arguments[4] = count, max(1, count // 64)
         for position, table in ((0, chunks), (2, addresses), (3, scalars)):
             if self._held.get(position) is not table:  # asking an array for its address takes a microsecond
                 self._held[position] = table
-                self._call[position] = table.ctypes.data
+                self._arguments[position] = table.ctypes.data
 
     def run(self, kernel: int) -> None:
         """Call a compiled loop."""
@@ -46,25 +46,25 @@ class Call:
 
     def call(self, kernel: int) -> tuple[int, int, int]:
         """What ``threads.run`` needs to call a compiled loop once."""
-        self._call[5] = 0
+        self._arguments[5] = 0
         return kernel, self._address, self._elements
 
     def sum_of_squares(self, column: int, dtype: torch.dtype) -> float:
-        """Of one column of the address table, in float64, over fixed chunks in a fixed order."""
+        """Sum of the squares in one column of the address table, in float64, over fixed chunks in a fixed order."""
         addresses = self._held[2]
-        if self._sums is None or len(self._sums) < self._call[1]:
-            self._sums = np.zeros(self._call[1])
-        self._call[6] = self._sums.ctypes.data
+        if self._sums is None or len(self._sums) < self._arguments[1]:
+            self._sums = np.zeros(self._arguments[1])
+        self._arguments[6] = self._sums.ctypes.data
         self.run(library.sums_of_squares(dtype, column, addresses.shape[1]))
-        return float(self._sums[: self._call[1]].sum())
+        return float(self._sums[: self._arguments[1]].sum())
 
 
-class Table(Call):
-    """Tensors of equal dtypes, a row each: where they are, and the chunks they are cut into.
+class ChunkTable(ChunkCall):
+    """Tensors of equal dtypes: a row of addresses for each, and the chunks they are cut into.
 
     Args:
-        columns: the tensors, column by column; at least one column, each of one dtype, all of equal shapes per row.
-        width: number of columns, later ones being filled in by the caller.
+        columns: the tensors, column by column. At least one column, each of one dtype; the shapes in a row are equal.
+        width: number of columns. The caller fills in those after ``columns``.
         rows: for each row of tensors, its row in the scalars table.
         scalars: the scalars table.
     """
@@ -86,7 +86,7 @@ class Table(Call):
         self.describe(chunks, len(chunks), self.addresses, scalars, int(self._sizes.sum()))
 
 
-class Launch(Table):
+class Launch(ChunkTable):
     """One kernel call for all parameters that share a rule and dtypes, see ``backend.Launch``.
 
     Args:
@@ -115,7 +115,7 @@ class Launch(Table):
     def compile(self, wants_norm: bool) -> None:
         self._update = library.update(self._rule, self._n_scalars, self._dtypes, self._compute)
         for dtype in (torch.float32, torch.get_default_dtype()):
-            library.stored_numbers(dtype)
+            library.scalar_state(dtype)
         if wants_norm:
             library.sums_of_squares(self._dtypes[1], 1, len(self._dtypes))
 
@@ -123,12 +123,12 @@ class Launch(Table):
         self.scalars[row] = (scale, *scalars)
 
     def set_state(self, tensors: Sequence[Sequence[Tensor]]) -> None:
-        """Take the addresses of the state tensors, one sequence a parameter."""
+        """Store the addresses of the state tensors, one sequence for each parameter."""
         for row, state in zip(self.addresses, tensors, strict=True):
             row[2:] = [tensor.data_ptr() for tensor in state]
 
     def written(self) -> np.ndarray:
-        """First and last addresses (exclusive) of all that an update writes, shape (n, 2)."""
+        """First and last (exclusive) addresses of the memory that an update writes, shape (n, 2)."""
         columns = [column for column in range(len(self._dtypes)) if column != 1]
         starts = self.addresses[:, columns]
         ends = starts + self._sizes[:, None] * np.array([self._dtypes[column].itemsize for column in columns])
@@ -144,43 +144,44 @@ class Launch(Table):
         return super().sum_of_squares(column, dtype or self._dtypes[1])
 
 
-class StoredNumbers:
-    """Numbers of many parameters, step counts for example, in a 0-dim tensor each: checked and set together."""
+class ScalarState:
+    """0-dim state tensors of many parameters, such as step counts, checked and set together, one call a dtype."""
 
     def __init__(self, tensors: Sequence[Tensor]) -> None:
         self._calls = []
         for dtype in {tensor.dtype for tensor in tensors}:
-            places = np.array([place for place, tensor in enumerate(tensors) if tensor.dtype == dtype])
-            table = np.array([tensors[place].data_ptr() for place in places], np.int64)
-            expected = np.array([tensors[place].item() for place in places])
-            call = np.array([table.ctypes.data, expected.ctypes.data, len(table), 0, 0], np.int64)
-            self._calls.append((library.stored_numbers(dtype), call.ctypes.data, call, expected, places, table))
+            positions = np.array([i for i, tensor in enumerate(tensors) if tensor.dtype == dtype])
+            addresses = np.array([tensors[i].data_ptr() for i in positions], np.int64)
+            expected = np.array([tensors[i].item() for i in positions])
+            arguments = np.array([addresses.ctypes.data, expected.ctypes.data, len(addresses), 0, 0], np.int64)
+            kernel = library.scalar_state(dtype)
+            self._calls.append((kernel, arguments.ctypes.data, arguments, expected, positions, addresses))
 
     def add_one_calls(self) -> list[tuple[int, int, int]]:
-        """The calls that add one to each."""
-        for _, _, call, *_ in self._calls:
-            call[3] = 1
+        """Calls that add one to each."""
+        for _, _, arguments, *_ in self._calls:
+            arguments[3] = 1
         return [(kernel, address, 0) for kernel, address, *_ in self._calls]
 
     def write_calls(self, values: np.ndarray) -> list[tuple[int, int, int]]:
-        """The calls that set them, in the order of the tensors."""
-        for _, _, call, expected, order, _ in self._calls:
-            expected[:] = values[order]
-            call[3] = 2
+        """Calls that set them, in the order of the tensors."""
+        for _, _, arguments, expected, positions, _ in self._calls:
+            expected[:] = values[positions]
+            arguments[3] = 2
         return [(kernel, address, 0) for kernel, address, *_ in self._calls]
 
     def is_unchanged(self) -> bool:
         """Whether nobody else has written any of them."""
-        for kernel, address, call, *_ in self._calls:
-            call[3] = call[4] = 0
+        for kernel, address, arguments, *_ in self._calls:
+            arguments[3] = arguments[4] = 0
             object_files.call(kernel, address)
-            if not call[4]:
+            if not arguments[4]:
                 return False
         return True
 
 
 def chunk_table(sizes: np.ndarray, rows: np.ndarray) -> np.ndarray:
-    """Chunks of tensors of these sizes, with each tensor's row of scalars."""
+    """Cut tensors of these sizes into chunks; ``rows`` holds each tensor's row of scalars."""
     counts = -(-sizes // CHUNK)
     tensor = np.repeat(np.arange(len(sizes)), counts)
     first = np.cumsum(counts) - counts

@@ -1,4 +1,4 @@
-"""Addresses of compiled functions, each compiled at most once per machine; Numba is imported only to compile."""
+"""Addresses of compiled functions. Each is compiled at most once per machine; Numba is imported only to compile."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ _OPS = {getattr(ops, name): name for name in ops.__all__}
 
 
 class RuleError(TypeError):
-    """A rule that a backend cannot compile; the message says why and where."""
+    """A backend cannot compile a rule; the message says why and where."""
 
 
 @cache
-def update(rule: FunctionType, numbers: int, dtypes: tuple[torch.dtype, ...], compute: torch.dtype) -> int:
+def update(rule: FunctionType, scalars: int, dtypes: tuple[torch.dtype, ...], compute: torch.dtype) -> int:
     """The loop that applies ``rule`` to the chunks of tensors of ``dtypes`` (parameter, gradient, state)."""
     try:
-        key = f"update|{_sources()}|{fingerprint(rule, _OPS)}|{numbers}|{dtypes}|{compute}"
+        key = f"update|{_sources()}|{fingerprint(rule, _OPS)}|{scalars}|{dtypes}|{compute}"
     except RecursionError as error:
         raise RuleError(_explain(rule, TypeError("its helpers call each other in a circle"))) from error
 
@@ -33,11 +33,11 @@ def update(rule: FunctionType, numbers: int, dtypes: tuple[torch.dtype, ...], co
         from descend.backends.cpu import kernels
 
         try:
-            return kernels.update_kernel(rule, numbers, dtypes, compute)
+            return kernels.update_kernel(rule, scalars, dtypes, compute)
         except Exception as error:  # Numba raises many kinds, all of them about the rule
             raise RuleError(_explain(rule, error)) from error
 
-    return object_files.load(rule.__name__.strip("<>"), key, compile_update)
+    return object_files.load(rule.__name__, key, compile_update)
 
 
 @cache
@@ -53,15 +53,15 @@ def sums_of_squares(dtype: torch.dtype, column: int, columns: int) -> int:
 
 
 @cache
-def stored_numbers(dtype: torch.dtype) -> int:
-    """The loop that checks or sets numbers of ``dtype`` in tensors of their own."""
+def scalar_state(dtype: torch.dtype) -> int:
+    """The loop that checks or sets 0-dim state tensors of ``dtype``."""
 
-    def compile_stored_numbers() -> str:
+    def compile_scalar_state() -> str:
         from descend.backends.cpu import kernels
 
-        return kernels.stored_numbers_kernel(dtype)
+        return kernels.scalar_state_kernel(dtype)
 
-    return object_files.load("stored_numbers", f"stored_numbers|{_sources()}|{dtype}", compile_stored_numbers)
+    return object_files.load("scalar_state", f"scalar_state|{_sources()}|{dtype}", compile_scalar_state)
 
 
 @cache
@@ -102,7 +102,7 @@ def rows(name: str, *dtypes: torch.dtype) -> int:
 
 @cache
 def loop(function: FunctionType, arrays: int) -> int:
-    """A plain function of so many float64 arrays, see ``loops``."""
+    """A plain function of ``arrays`` float64 arrays, see ``loops``."""
 
     def compile_loop() -> str:
         from descend.backends.cpu import kernels
@@ -110,12 +110,12 @@ def loop(function: FunctionType, arrays: int) -> int:
         return kernels.loop_kernel(function, arrays)
 
     key = f"loop|{_sources()}|{fingerprint(function, _OPS)}|{arrays}"
-    return object_files.load(function.__name__.strip("_"), key, compile_loop)
+    return object_files.load(function.__name__, key, compile_loop)
 
 
 @cache
 def _sources() -> str:
-    """A digest of the code that writes kernels: editing it makes every kernel new."""
+    """A digest of the code that writes kernels: an edit there invalidates every cached kernel."""
     folder = files("descend.backends")
     names = ("cpu/intrinsics.py", "cpu/kernels.py", "cpu/probe_kernel.py", "cpu/rows_kernel.py", "retarget.py")
     texts = [folder.joinpath(name).read_bytes() for name in names]

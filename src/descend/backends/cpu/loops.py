@@ -1,4 +1,4 @@
-"""Runs a plain Python function that loops over float64 numbers, compiled."""
+"""Compiles and runs plain Python functions that loop over float64 arrays."""
 
 from __future__ import annotations
 
@@ -10,12 +10,11 @@ from descend.backends.cpu import library, object_files
 
 
 def run(function: Any, *arrays: np.ndarray) -> None:
-    """Call ``function`` with contiguous float64 arrays, each as one row of numbers.
+    """Call ``function``, compiled, with contiguous float64 arrays, each of them flattened.
 
     Args:
-        function: uses arithmetic, ``math``, and helpers made of these; it returns nothing.
-        arrays: what it reads and writes.
+        function: uses only arithmetic, ``math`` and helpers made of these; returns nothing.
+        arrays: its arguments, which it reads and writes.
     """
-    numbers = [number for array in arrays for number in (array.ctypes.data, array.size)]
-    call = np.array(numbers, np.int64)
-    object_files.call(library.loop(function, len(arrays)), call.ctypes.data)
+    arguments = np.array([(array.ctypes.data, array.size) for array in arrays], np.int64)
+    object_files.call(library.loop(function, len(arrays)), arguments.ctypes.data)

@@ -1,20 +1,18 @@
-"""Compiled functions as object files: written once per machine and rule, loaded without a compiler.
+"""Object files of compiled kernels: written once per machine and rule, loaded without a compiler.
 
-Numba's own disk cache does not serve here: functions made in a factory or typed at a prompt never hit it. A kernel
-is a C function ``void f(int64_t address)``, its object file is named after everything that went into it, and loading
-it needs llvmlite alone, not Numba: a few milliseconds instead of a second.
+Numba's own disk cache never finds functions that were made in a factory or typed at a prompt. Here a kernel is a C
+function ``void f(int64_t address)``. Its file is named after a digest of everything that determines its code, and
+contains a checksum over the same. Loading needs llvmlite, not Numba: a few milliseconds instead of a second.
 """
 
 from __future__ import annotations
 
 import ctypes
 import hashlib
-import json
 import os
 import platform
 import re
 import sys
-import tempfile
 import threading
 from collections.abc import Callable
 from functools import cache
@@ -23,6 +21,8 @@ from pathlib import Path
 from typing import Any
 
 import llvmlite.binding as llvm
+
+from descend.backends.cpu import private_files
 
 ENTRY = "descend_kernel"
 
@@ -41,16 +41,17 @@ def load(name: str, key: str, compile_to_llvm: Callable[[], str]) -> int:
     """
     with _lock:
         if key not in _loaded:
-            # Making an engine is also what lets LLVM see the symbols of this process.
+            # Making an engine also lets LLVM see the symbols of this process.
             engine = llvm.create_mcjit_compiler(llvm.parse_assembly(""), _new_target_machine())
-            digest = hashlib.sha256(f"{key}|{_machine()}".encode()).hexdigest()
-            path = cache_directory() / f"{name}-{digest[:40]}.o"
-            object_code = _read(path)
+            full_key = f"{key}|{_machine()}"
+            digest = hashlib.sha256(full_key.encode()).hexdigest()
+            path = cache_directory() / f"{_readable(name)}-{digest[:40]}.o"
+            object_code = _unpack(full_key, private_files.read(path) or b"")
             if object_code is None:
                 module = llvm.parse_assembly(compile_to_llvm())
                 symbols = _called_symbols(module)
                 object_code = _target_machine().emit_object(module)
-                _write(path, object_code, symbols)
+                private_files.write(path, _pack(full_key, object_code, symbols))
             engine.add_object_file(llvm.ObjectFileRef.from_data(object_code))
             engine.finalize_object()
             _engines.append(engine)
@@ -58,13 +59,18 @@ def load(name: str, key: str, compile_to_llvm: Callable[[], str]) -> int:
         return _loaded[key]
 
 
+def _readable(name: str) -> str:
+    """``name`` as part of a file's name: rules may be called ``<lambda>``, and anything else that is a string."""
+    return re.sub(r"\W", "", name, flags=re.ASCII)[:40]
+
+
 def assembly(llvm_assembly: str) -> str:
-    """The machine's own assembly for ``llvm_assembly``."""
+    """Translate LLVM assembly to this machine's assembly."""
     return str(_target_machine().emit_assembly(llvm.parse_assembly(llvm_assembly)))
 
 
 def cache_directory() -> Path:
-    """Where object files are kept: ``DESCEND_CACHE_DIR``, or the user's cache folder."""
+    """The folder of object files: ``DESCEND_CACHE_DIR``, or ``descend`` in the user's cache folder."""
     if chosen := os.environ.get("DESCEND_CACHE_DIR"):
         return Path(chosen)
     home = Path.home() if os.environ.get("HOME") or sys.platform == "win32" else Path(os.devnull)
@@ -73,12 +79,13 @@ def cache_directory() -> Path:
     elif sys.platform == "darwin":
         base = home / "Library" / "Caches"
     else:
-        base = Path(os.environ.get("XDG_CACHE_HOME", home / ".cache"))
+        chosen = os.environ.get("XDG_CACHE_HOME", "")
+        base = Path(chosen) if os.path.isabs(chosen) else home / ".cache"  # XDG: ignore relative paths
     return base / "descend"
 
 
 def _new_target_machine() -> Any:
-    """A target machine that may be given away: an engine owns its own, and ends it with itself."""
+    """Make a target machine. An engine takes ownership of its own, and frees it."""
     llvm.initialize_native_target()
     llvm.initialize_native_asmprinter()
     return llvm.Target.from_default_triple().create_target_machine(
@@ -97,7 +104,7 @@ def _machine() -> str:
 
 
 def _called_symbols(module: Any) -> list[str]:
-    """The functions outside ``module`` that it calls; an error if one is missing, where LLVM would end the process."""
+    """The external functions that ``module`` calls. Raise if one is missing, where LLVM would end the process."""
     declared = {f.name for f in module.functions if f.is_declaration and not f.name.startswith("llvm.")}
     # Conversions without an instruction of their own become calls only in the code generator: __truncsfhf2 and such.
     generated = set(re.findall(r"(?<![\w.])__[a-z]\w+", _target_machine().emit_assembly(module)))
@@ -108,33 +115,27 @@ def _called_symbols(module: Any) -> list[str]:
     return names
 
 
-def _read(path: Path) -> bytes | None:
-    """The object code in ``path``; None if there is none, or it is damaged, or what it calls is not loaded."""
-    try:
-        header, object_code = path.read_bytes().split(b"\n", 1)
-        facts = json.loads(header)
-        intact = facts["sha256"] == hashlib.sha256(object_code).hexdigest()
-        complete = all(llvm.address_of_symbol(name) for name in facts["symbols"])
-    except (OSError, ValueError, KeyError, TypeError):
+def _pack(key: str, object_code: bytes, symbols: list[str]) -> bytes:
+    """The content of an object file: a checksum, the functions that the code calls, and the code."""
+    content = " ".join(symbols).encode() + b"\n" + object_code
+    return _checksum(key, content) + b"\n" + content
+
+
+def _unpack(key: str, file: bytes) -> bytes | None:
+    """The object code in ``file``; None if it is damaged, made for another key, or calls what is not loaded."""
+    checksum, _, content = file.partition(b"\n")
+    if checksum != _checksum(key, content):
         return None
-    return object_code if intact and complete else None
+    symbols, _, object_code = content.partition(b"\n")
+    return object_code if all(map(llvm.address_of_symbol, symbols.decode().split())) else None
 
 
-def _write(path: Path, object_code: bytes, symbols: list[str]) -> None:
-    """Keep ``object_code``, all of it or nothing; a folder that cannot be written is no error."""
-    facts = {"sha256": hashlib.sha256(object_code).hexdigest(), "symbols": symbols}
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.stem)
-        with os.fdopen(handle, "wb") as file:
-            file.write(json.dumps(facts).encode() + b"\n" + object_code)
-        os.replace(temporary, path)
-    except OSError:
-        pass
+def _checksum(key: str, content: bytes) -> bytes:
+    return hashlib.sha256(key.encode() + b"\n" + content).hexdigest().encode()
 
 
 def call(address: int, argument: int) -> None:
-    """Run a kernel on the caller's thread, the interpreter lock released."""
+    """Run a kernel on this thread, without the interpreter lock."""
     _prototype(address)(argument)
 
 

@@ -1,6 +1,7 @@
-"""Tables for the rows that a sparse gradient touches: sorted, summed where they are named twice, a chunk each.
+"""Updates the rows that a sparse gradient touches: sorts the indices, sums duplicates, makes a chunk of each row.
 
-A chunk of a row is a chunk like any other, so that the compiled rules of dense parameters run on it as they are.
+Chunks of rows are like any other, so they run through the kernels of dense parameters. ``nnz``, as in torch, is the
+number of entries of a gradient: its indices, with duplicates.
 """
 
 from __future__ import annotations
@@ -15,18 +16,18 @@ import torch
 from torch import Tensor
 
 from descend.backends.cpu import library, object_files, threads
-from descend.backends.cpu.launch import CHUNK, NUMPY, Call, chunk_table
+from descend.backends.cpu.launch import CHUNK, NUMPY, ChunkCall, chunk_table
 
-BLOCK = 64  # rows summed one after the other; longer runs of one row are split, for threads and for precision
-DIGIT = 12  # bits of the largest digit that rows are sorted by
+BLOCK = 64  # duplicates summed in sequence; more of one row are split, for threads and for precision
+DIGIT = 12  # most bits of a digit of the radix sort
 
-_GIVEN, _SUMMED, _ZERO = 0, 1, 2  # rows of the address table, by where the gradient is
+_GIVEN, _SUMMED, _ZERO = 0, 1, 2  # rows of the address table, by the source of the gradient
 
 
-class _Numbers:
-    """What a loop of ``rows_kernel`` is told, and the arrays it works in: kept from step to step, made anew to grow.
+class _Arguments:
+    """The int64 arguments of a loop of ``rows_kernel``, and its scratch arrays, which are reused and grow.
 
-    An ``array`` instead of NumPy's: reading and writing single numbers takes a third of the time.
+    The arguments are an ``array``: reading and writing single values takes a third of the time that NumPy takes.
     """
 
     def __init__(self, kernel: str, count: int) -> None:
@@ -35,33 +36,33 @@ class _Numbers:
         self.address = self.array.buffer_info()[0]
         self._scratch: dict[int, np.ndarray] = {}
         self._sizes: tuple[int, ...] = ()
-        self._places = 0
+        self._nnz = 0
 
     def scratch(self, position: int, count: int) -> np.ndarray:
-        """The array whose address is the number at ``position``, of at least ``count`` int64; arbitrary content."""
-        found = self._scratch.get(position)
-        if found is None or len(found) < count:
-            found = self._scratch[position] = np.empty(count + count // 4, np.int64)
-            self.array[position] = found.ctypes.data
-        return found
+        """The array whose address is the argument at ``position``: at least ``count`` int64, not initialized."""
+        scratch = self._scratch.get(position)
+        if scratch is None or len(scratch) < count:
+            scratch = self._scratch[position] = np.empty(count + count // 4, np.int64)
+            self.array[position] = scratch.ctypes.data
+        return scratch
 
-    def take_indices(self, indices: Tensor, places: int, sizes: tuple[int, ...]) -> None:
-        """Prepare the sorting of the ``places`` of ``indices``, of shape (sparse dimensions, places)."""
-        numbers = self.array
-        numbers[0], numbers[1] = indices.data_ptr(), places
+    def set_indices(self, indices: Tensor, nnz: int, sizes: tuple[int, ...]) -> None:
+        """Prepare the sorting of ``indices``, of shape (sparse dimensions, nnz)."""
+        arguments = self.array
+        arguments[0], arguments[1] = indices.data_ptr(), nnz
         if self._sizes != sizes:
             self._sizes = sizes
             row_bits = max(math.prod(sizes) - 1, 0).bit_length()
             passes = -(-row_bits // DIGIT)
             digit = -(-row_bits // passes) if passes else 0
-            numbers[2], numbers[8], numbers[9] = len(sizes), passes, digit
+            arguments[2], arguments[8], arguments[9] = len(sizes), passes, digit
             self.scratch(3, len(sizes))[: len(sizes)] = sizes
             self.scratch(6, 1 << digit)
-        if self._places != places:
-            self._places = places
-            numbers[7] = max(places - 1, 0).bit_length()
-            self.scratch(4, places)
-            self.scratch(5, places)
+        if self._nnz != nnz:
+            self._nnz = nnz
+            arguments[7] = max(nnz - 1, 0).bit_length()
+            self.scratch(4, nnz)
+            self.scratch(5, nnz)
 
     def call(self) -> None:
         """Run the loop on this thread."""
@@ -69,31 +70,31 @@ class _Numbers:
 
 
 class TouchedRows:
-    """The update of the rows that a sparse gradient touches, or of all rows with zeros for the others.
+    """Updates the rows that a sparse gradient touches, or all rows, the others with a gradient of zero.
 
     Args:
         rule: the function to apply.
-        numbers: how many numbers it takes.
+        scalars: how many scalars it takes.
         dtypes: of the parameter, the gradient's values and the state tensors.
         all_rows: whether untouched rows are updated too, with a gradient of zero.
     """
 
-    def __init__(self, rule: Any, numbers: int, dtypes: tuple[torch.dtype, ...], all_rows: bool) -> None:
+    def __init__(self, rule: Any, scalars: int, dtypes: tuple[torch.dtype, ...], all_rows: bool) -> None:
         self._compute = torch.float64 if torch.float64 in dtypes else torch.float32
-        self._scalars = np.zeros((1, numbers + 1), NUMPY[self._compute])
-        self._rule, self._n_scalars, self._dtypes, self._all_rows = rule, numbers, dtypes, all_rows
+        self._scalars = np.zeros((1, 1 + scalars), NUMPY[self._compute])
+        self._rule, self._n_scalars, self._dtypes, self._all_rows = rule, scalars, dtypes, all_rows
         self._update = self._sums = 0
         self._addresses = np.zeros((3, len(dtypes)), np.int64)
-        self._call = Call()
-        self._numbers = _Numbers("touched", 27)
-        self._numbers.array[13], self._numbers.array[14] = CHUNK, BLOCK
-        self._sum_numbers = _Numbers("sums", 9)
+        self._call = ChunkCall()
+        self._arguments = _Arguments("touched", 27)
+        self._arguments.array[13], self._arguments.array[14] = CHUNK, BLOCK
+        self._sum_arguments = _Arguments("sums", 9)
         self._buffer = np.empty(0, np.int64)
         self._zeros = np.zeros(CHUNK if all_rows else 0, NUMPY[dtypes[1]])
         self._addresses[_ZERO, 1] = self._zeros.ctypes.data
-        self._ready_for = (-1, -1)
+        self._reserved = (-1, -1)
         self._tables = self._buffer, self._buffer
-        self._places: list[int] = []
+        self._pointers: list[int] = []
         self._held: tuple[Any, ...] = ()
         self.rows = np.empty(0, np.int64)
         self._mark = array("q", bytes(40))
@@ -109,21 +110,21 @@ class TouchedRows:
     def read(
         self, indices: Tensor, values: Tensor, sizes: tuple[int, ...], steps: Tensor | None, step: int
     ) -> int | None:
-        places, length = len(values), math.prod(values.shape[1:])
-        self._numbers.take_indices(indices, places, sizes)
-        chunks, rows = self._ready(places, length)
-        numbers = self._numbers.array
-        numbers[19], numbers[20] = 0 if steps is None else steps.data_ptr(), step
-        self._numbers.call()
-        if numbers[10] >= 0:
-            index = tuple(indices[:, numbers[10]].tolist())
+        nnz, length = len(values), math.prod(values.shape[1:])
+        self._arguments.set_indices(indices, nnz, sizes)
+        chunks, rows = self._reserve(nnz, length)
+        arguments = self._arguments.array
+        arguments[19], arguments[20] = 0 if steps is None else steps.data_ptr(), step
+        self._arguments.call()
+        if arguments[10] >= 0:
+            index = tuple(indices[:, arguments[10]].tolist())
             raise IndexError(f"index {index} is out of range for a table of {sizes} rows")
-        late, n_chunks, n_rows, n_sums, n_sums_of_sums, slots = numbers[21:]
+        late, n_chunks, n_rows, n_sums, n_sums_of_sums, slots = arguments[21:]
         if late >= 0:
             return late
         self.rows, given = rows[:n_rows], values.data_ptr()
         if slots:
-            self._sum(given, places, length, slots, n_sums, n_sums_of_sums)
+            self._sum(given, nnz, length, slots, n_sums, n_sums_of_sums)
         table, elements = chunks, n_rows * length
         if self._all_rows:
             table = np.concatenate([table[: 6 * n_chunks].reshape(-1, 6), self._gaps(math.prod(sizes), length)])
@@ -133,33 +134,33 @@ class TouchedRows:
         self._held = indices, values
         return None
 
-    def _ready(self, places: int, length: int) -> tuple[np.ndarray, np.ndarray]:
-        """Tables of chunks and of rows for so many places; those of sums too."""
-        if (places, length) != self._ready_for:
-            self._ready_for, self._numbers.array[12], blocks = (places, length), length, places // BLOCK + 1
-            self._numbers.scratch(17, 4 * (places // 2 + blocks))
-            self._numbers.scratch(18, 4 * blocks)
+    def _reserve(self, nnz: int, length: int) -> tuple[np.ndarray, np.ndarray]:
+        """Scratch for the chunks and the rows of ``nnz`` entries; for the sums too."""
+        if (nnz, length) != self._reserved:
+            self._reserved, self._arguments.array[12], blocks = (nnz, length), length, nnz // BLOCK + 1
+            self._arguments.scratch(17, 4 * (nnz // 2 + blocks))
+            self._arguments.scratch(18, 4 * blocks)
             self._tables = (
-                self._numbers.scratch(15, 6 * places * -(-length // CHUNK)),
-                self._numbers.scratch(16, places),
+                self._arguments.scratch(15, 6 * nnz * -(-length // CHUNK)),
+                self._arguments.scratch(16, nnz),
             )
         return self._tables
 
-    def _sum(self, given: int, places: int, length: int, slots: int, n_sums: int, n_sums_of_sums: int) -> None:
-        """Sum the rows that are named more than once."""
+    def _sum(self, given: int, nnz: int, length: int, slots: int, n_sums: int, n_sums_of_sums: int) -> None:
+        """Sum the values of rows that have duplicates."""
         count = -(-slots * length * self._dtypes[1].itemsize // 8)
         if len(self._buffer) < count:
             self._buffer = np.empty(count + count // 4, np.int64)
-            self._addresses[_SUMMED, 1] = self._sum_numbers.array[6] = self._buffer.ctypes.data
-        numbers, told = self._sum_numbers.array, self._numbers.array
-        numbers[2], numbers[3], numbers[4], numbers[7], numbers[8] = told[11], told[7], given, length, places
-        for tasks, count, summands in ((told[17], n_sums, places), (told[18], n_sums_of_sums, n_sums)):
+            self._addresses[_SUMMED, 1] = self._sum_arguments.array[6] = self._buffer.ctypes.data
+        sums, touched = self._sum_arguments.array, self._arguments.array
+        sums[2], sums[3], sums[4], sums[7], sums[8] = touched[11], touched[7], given, length, nnz
+        for tasks, count, summands in ((touched[17], n_sums, nnz), (touched[18], n_sums_of_sums, n_sums)):
             if count:
-                numbers[0], numbers[1], numbers[5] = tasks, count, 0
-                threads.run(self._sums, self._sum_numbers.address, summands * length)
+                sums[0], sums[1], sums[5] = tasks, count, 0
+                threads.run(self._sums, self._sum_arguments.address, summands * length)
 
     def _gaps(self, total: int, length: int) -> np.ndarray:
-        """Chunks of the rows that are not touched; all of them read the same zeros."""
+        """Chunks of the untouched rows; all of them read the same zeros."""
         begins, ends = np.r_[0, self.rows + 1] * length, np.r_[self.rows, total] * length
         chunks = chunk_table(ends - begins, np.zeros(len(begins), np.int64))
         chunks[:, 1] += begins[chunks[:, 0]]
@@ -179,10 +180,10 @@ class TouchedRows:
         mark: tuple[Tensor, int] | None,
     ) -> None:
         self._scalars[0] = (scale, *scalars)
-        places = [param.data_ptr(), *(tensor.data_ptr() for tensor in state)]
-        if places != self._places:
-            self._places = places
-            self._addresses[:, 0], self._addresses[:, 2:] = places[0], places[1:]
+        pointers = [param.data_ptr(), *(tensor.data_ptr() for tensor in state)]
+        if pointers != self._pointers:
+            self._pointers = pointers
+            self._addresses[:, 0], self._addresses[:, 2:] = pointers[0], pointers[1:]
         calls = [self._call.call(self._update)]
         if mark is not None:
             steps, step = mark
@@ -206,8 +207,8 @@ class StaleRows:
     def __init__(self, with_state: Any, without_state: Any, scalars: int, dtypes: tuple[torch.dtype, ...]) -> None:
         self._rules, self._n_scalars, self._dtypes = (with_state, without_state), scalars, dtypes
         self._compute = torch.float64 if torch.float64 in dtypes else torch.float32
-        self._numbers = _Numbers("stale", 26)
-        self._calls, self._mark = (Call(), Call()), array("q", bytes(40))
+        self._arguments = _Arguments("stale", 26)
+        self._calls, self._mark = (ChunkCall(), ChunkCall()), array("q", bytes(40))
         self._kernels = 0, 0
         self._positions = np.full(0, -1, np.int64)
         self._no_grad = torch.zeros(CHUNK, dtype=dtypes[0])  # what every chunk has in place of a gradient
@@ -224,26 +225,26 @@ class StaleRows:
     def find(
         self, which: Tensor | range, sizes: tuple[int, ...], steps: Tensor, now: int, start: int
     ) -> tuple[np.ndarray, bool, bool] | None:
-        numbers, length = self._numbers.array, math.prod(sizes[1:])
+        arguments, length = self._arguments.array, math.prod(sizes[1:])
         if isinstance(which, range):
-            places = len(which)
-            numbers[0], numbers[1], numbers[11] = 0, places, which.start
+            count = len(which)
+            arguments[0], arguments[1], arguments[11] = 0, count, which.start
         else:
             which = which.reshape(1, -1).long().contiguous()
-            places = which.shape[1]
-            self._numbers.take_indices(which, places, sizes[:1])
+            count = which.shape[1]
+            self._arguments.set_indices(which, count, sizes[:1])
         if len(self._positions) <= now - start:
             self._positions = np.full(2 * (now - start) + 64, -1, np.int64)
-            numbers[17] = self._positions.ctypes.data
-        numbers[12], numbers[13], numbers[14], numbers[15], numbers[16] = length, CHUNK, steps.data_ptr(), now, start
-        scratch, size = self._numbers.scratch, 6 * places * -(-length // CHUNK)
+            arguments[17] = self._positions.ctypes.data
+        arguments[12:17] = array("q", (length, CHUNK, steps.data_ptr(), now, start))
+        scratch, size = self._arguments.scratch, 6 * count * -(-length // CHUNK)
         distinct, used, unused, rows = (
-            scratch(18, now - start + 1), scratch(19, size), scratch(20, size), scratch(21, places),
+            scratch(18, now - start + 1), scratch(19, size), scratch(20, size), scratch(21, count),
         )  # fmt: skip
-        self._numbers.call()
-        if numbers[0] and numbers[10] >= 0:
+        self._arguments.call()
+        if arguments[0] and arguments[10] >= 0:
             return None
-        n_used, n_unused, n_rows, n_steps = numbers[22:]
+        n_used, n_unused, n_rows, n_steps = arguments[22:]
         self._used, self._unused = used[: 6 * n_used].reshape(-1, 6), unused[: 6 * n_unused].reshape(-1, 6)
         self._rows, self._elements = rows[:n_rows], n_rows * length
         self._steps, self._now = steps, now
@@ -272,13 +273,13 @@ class StaleRows:
         threads.run_together(calls)
 
     def _call(
-        self, index: int, chunks: np.ndarray, numbers: np.ndarray, param: Tensor, *state: Tensor
+        self, index: int, chunks: np.ndarray, scalars: np.ndarray, param: Tensor, *state: Tensor
     ) -> tuple[int, int, int]:
         """The call of one of the two kernels."""
-        scalars = np.ones((len(numbers), numbers.shape[1] + 1), NUMPY[self._compute])
-        scalars[:, 1:] = numbers
+        table = np.ones((len(scalars), 1 + scalars.shape[1]), NUMPY[self._compute])
+        table[:, 1:] = scalars
         addresses = np.array([[tensor.data_ptr() for tensor in (param, self._no_grad, *state)]], np.int64)
-        self._calls[index].describe(chunks, len(chunks), addresses, scalars, self._elements)
+        self._calls[index].describe(chunks, len(chunks), addresses, table, self._elements)
         return self._calls[index].call(self._kernels[index])
 
 

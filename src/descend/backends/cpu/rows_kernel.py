@@ -1,7 +1,7 @@
-"""The loops behind ``rows``: sorting the rows a step touches, summing what is there twice, finding what is stale.
+"""The loops behind ``rows``: they sort the rows that a step touches, sum duplicates, and find stale rows.
 
-A call receives the address of int64 numbers, in the order in which each loop unpacks them. All but ``sums`` run on one
-thread: for 16,384 rows they take a tenth of the time of the update that follows.
+A kernel receives the address of its int64 arguments, which its docstring lists. All but ``sums`` run on one thread: for
+16,384 rows they take a tenth of the time of the update that follows.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from descend.backends.cpu.intrinsics import (
+    fetch_add,
     load_int,
     load_word,
     loader,
@@ -19,62 +20,61 @@ from descend.backends.cpu.intrinsics import (
     store_int,
     store_word,
     storer,
-    take,
 )
 from descend.backends.cpu.kernels import OPTIONS, PREFETCHED, ROW, assembly, njit
 
-AHEAD = 32  # rows between asking for memory and using it
+AHEAD = 32  # rows between a prefetch and its use
 TASK = 32  # bytes of a row of the table of sums
-TAKEN = 8  # sums that a thread takes at a time: neighbours, so that it reads what it has asked for
+TASKS = 8  # sums that a thread claims at a time: neighbours, so that it uses what it has prefetched
 
 
-def _place_out_of_range(indices: int, places: int, dims: int, sizes: int) -> int:
-    """The first place whose index is out of range; the last if none is."""
-    for place in range(places):
+def _entry_out_of_range(indices: int, nnz: int, dims: int, sizes: int) -> int:
+    """The first entry whose index is out of range; the last if none is."""
+    for entry in range(nnz):
         for dim in range(dims):
-            if not 0 <= load_int(indices, dim * places + place) < load_int(sizes, dim):
-                return place
-    return places - 1
+            if not 0 <= load_int(indices, dim * nnz + entry) < load_int(sizes, dim):
+                return entry
+    return nnz - 1
 
 
-_first_wrong: Any = njit(_place_out_of_range)
+_first_wrong: Any = njit(_entry_out_of_range)
 
 
 def _sorted(call: int) -> int:
-    """Sort places by the row they name: keys are ``row << bits | place``, by radix, least significant digit first.
+    """Sort entries by their row: a radix sort of the keys ``row << bits | entry``, least significant digit first.
 
-    Numbers: 0 indices, one list a sparse dimension; 1 places; 2 sparse dimensions; 3 their sizes; 4 keys; 5 spare
-    keys; 6 counts of a digit's values; 7 bits of a place; 8 passes; 9 bits of a digit; 10 set to the first place
+    Arguments: 0 indices, one list for each sparse dimension; 1 nnz; 2 sparse dimensions; 3 their sizes; 4 keys; 5 spare
+    keys; 6 counts of a digit's values; 7 bits of an entry; 8 passes; 9 bits of a digit; 10 set to the first entry
     whose index is out of range, else -1. The result is the address of the sorted keys.
     """
-    indices, places, dims, sizes = load_int(call, 0), load_int(call, 1), load_int(call, 2), load_int(call, 3)
+    indices, nnz, dims, sizes = load_int(call, 0), load_int(call, 1), load_int(call, 2), load_int(call, 3)
     keys, spare, counts, bits = load_int(call, 4), load_int(call, 5), load_int(call, 6), load_int(call, 7)
     passes, digit = load_int(call, 8), load_int(call, 9)
     mask = (1 << digit) - 1
     store_int(call, 10, -1)
-    for place in range(places):
-        store_int(keys, place, 0)
+    for entry in range(nnz):
+        store_int(keys, entry, 0)
     wrong = 0  # negative if any index is; loops without branches are vectorised
     for dim in range(dims):
         size = load_int(sizes, dim)
-        for place in range(places):
-            index = load_int(indices, dim * places + place)
+        for entry in range(nnz):
+            index = load_int(indices, dim * nnz + entry)
             wrong |= index | size - 1 - index
-            store_int(keys, place, load_int(keys, place) * size + index)
+            store_int(keys, entry, load_int(keys, entry) * size + index)
     if wrong < 0:
-        store_int(call, 10, _first_wrong(indices, places, dims, sizes))
+        store_int(call, 10, _first_wrong(indices, nnz, dims, sizes))
         return int(keys)
     falls, previous = 0, 0  # negative if a row is smaller than the one before
-    for place in range(places):
-        row = load_int(keys, place)
+    for entry in range(nnz):
+        row = load_int(keys, entry)
         falls |= row - previous
         previous = row
-        store_int(keys, place, row << bits | place)
+        store_int(keys, entry, row << bits | entry)
     for turn in range(passes if falls < 0 else 0):
         shift = bits + turn * digit
         for value in range(mask + 1):
             store_int(counts, value, 0)
-        for i in range(places):
+        for i in range(nnz):
             value = (load_int(keys, i) >> shift) & mask
             store_int(counts, value, load_int(counts, value) + 1)
         total = 0
@@ -82,7 +82,7 @@ def _sorted(call: int) -> int:
             count = load_int(counts, value)
             store_int(counts, value, total)
             total += count
-        for i in range(places):
+        for i in range(nnz):
             key = load_int(keys, i)
             value = (key >> shift) & mask
             target = load_int(counts, value)
@@ -96,16 +96,16 @@ _sort: Any = njit(_sorted)
 
 
 def touched_kernel() -> str:
-    """From indices to chunks, one a row (more for long rows), and to a table of the sums that are needed.
+    """Turn indices into chunks, one for each row (more for long rows), and into a table of the sums that are needed.
 
-    A row named once is read where it is (tensor 0), a sum in the buffer of sums (tensor 1). A sum of more rows than a
-    block has is a sum of sums. Rows of the table of sums: first key (or first slot), how many, target slot, whether
-    these are slots.
+    A row without duplicates is read from the gradient (tensor 0), a sum from the buffer of sums (tensor 1). More
+    duplicates than a block has make a sum of sums. Columns of the table of sums: first key (or first slot), how many,
+    target slot, whether these are slots.
 
-    Numbers: 0 to 10 as ``_sorted`` takes them; 11 set to the sorted keys; 12 numbers in a row; 13 most numbers in a
-    chunk; 14 rows in a block; 15 chunks; 16 rows touched; 17 sums of given rows; 18 sums of sums; 19 where each row's
-    last step is kept, or 0; 20 the step it must have; 21 set to a row that has another, else -1; 22 set to the number
-    of chunks; 23 of rows; 24 of sums; 25 of sums of sums; 26 of slots.
+    Arguments: 0 to 10 see ``_sorted``; 11 set to the sorted keys; 12 elements in a row; 13 most elements in a chunk;
+    14 entries in a block; 15 chunks; 16 rows touched; 17 sums of entries; 18 sums of sums; 19 the step each row is
+    current at, or 0; 20 the step it must be; 21 set to a row that is at another, else -1; 22 set to the number of
+    chunks; 23 of rows; 24 of sums; 25 of sums of sums; 26 of slots.
     """
 
     def kernel(call: int) -> None:
@@ -114,18 +114,18 @@ def touched_kernel() -> str:
         store_int(call, 21, -1)
         if load_int(call, 10) >= 0:
             return
-        places, bits = load_int(call, 1), load_int(call, 7)
+        nnz, bits = load_int(call, 1), load_int(call, 7)
         length, most, in_block = load_int(call, 12), load_int(call, 13), load_int(call, 14)
         chunks, rows, sums = load_int(call, 15), load_int(call, 16), load_int(call, 17)
         sums_of_sums, steps, step = load_int(call, 18), load_int(call, 19), load_int(call, 20)
         n_chunks, n_rows, n_sums, n_sums_of_sums, slots = 0, 0, 0, 0, 0
         i = 0
-        while i < places:
+        while i < nnz:
             row, first = load_int(keys, i) >> bits, i
-            if steps != 0 and i + AHEAD < places:
+            if steps != 0 and i + AHEAD < nnz:
                 prefetch_word(steps, load_int(keys, i + AHEAD) >> bits)
             i += 1
-            while i < places and load_int(keys, i) >> bits == row:
+            while i < nnz and load_int(keys, i) >> bits == row:
                 i += 1
             if steps != 0:
                 last = load_word(steps, row)
@@ -175,10 +175,10 @@ def touched_kernel() -> str:
 
 
 def sums_kernel(dtype: torch.dtype) -> str:
-    """Sums of rows, each by one thread in one order: the bits do not depend on the number of threads.
+    """Sum rows, each sum by one thread in a fixed order: the bits do not depend on the number of threads.
 
-    Numbers: 0 table of sums; 1 how many; 2 sorted keys; 3 bits of a place; 4 given rows; 5 next sum to take; 6 buffer
-    of sums; 7 numbers in a row; 8 how many keys there are.
+    Arguments: 0 table of sums; 1 how many; 2 sorted keys; 3 bits of an entry; 4 values of the gradient; 5 next sum;
+    6 buffer of sums; 7 elements in a row; 8 nnz.
     """
     size = dtype.itemsize
     load: Any = loader((dtype, dtype), dtype)
@@ -188,13 +188,13 @@ def sums_kernel(dtype: torch.dtype) -> str:
     def kernel(call: int) -> None:
         tasks, count, keys = load_int(call, 0), load_int(call, 1), load_int(call, 2)
         mask, values = (1 << load_int(call, 3)) - 1, load_int(call, 4)
-        buffer, length, places = load_int(call, 6), load_int(call, 7), load_int(call, 8)
+        buffer, length, nnz = load_int(call, 6), load_int(call, 7), load_int(call, 8)
         while True:
-            begin = take(call + 40, TAKEN)
+            begin = fetch_add(call + 40, TASKS)
             if begin >= count:
                 break
-            for number in range(begin, min(begin + TAKEN, count)):
-                task = tasks + TASK * number
+            for index in range(begin, min(begin + TASKS, count)):
+                task = tasks + TASK * index
                 first, end, target = load_int(task, 0), load_int(task, 0) + load_int(task, 1), load_int(task, 2)
                 is_slots = load_int(task, 3)
                 total = buffer + size * length * target
@@ -203,38 +203,38 @@ def sums_kernel(dtype: torch.dtype) -> str:
                         source = buffer + size * length * i
                     else:
                         source = values + size * length * (load_int(keys, i) & mask)
-                        if i + AHEAD < places:  # most likely of the next sum
+                        if i + AHEAD < nnz:  # most likely an entry of the next sum
                             coming = (values + size * length * (load_int(keys, i + AHEAD) & mask),)
                             for j in range(0, min(length, PREFETCHED), 64 // size):
                                 prefetch(coming, j)
-                    where = (total, source)
+                    pointers = (total, source)
                     if i == first:
                         for j in range(length):
-                            store(where, j, load(where, j)[1])
+                            store(pointers, j, load(pointers, j)[1])
                     else:
                         for j in range(length):
-                            value = load(where, j)
-                            store(where, j, value[0] + value[1])
+                            value = load(pointers, j)
+                            store(pointers, j, value[0] + value[1])
 
     return assembly(kernel, OPTIONS)
 
 
 def stale_kernel() -> str:
-    """The rows that have missed steps, as chunks, with the distinct last steps among them.
+    """Find the rows that have missed steps, as chunks, and the distinct last steps among them.
 
-    A row's last step is negative while its state is zero: nothing but decay has happened to it. Such rows make a
-    table of chunks of their own. The column of a chunk that names its numbers gets the position of its last step in
-    the list of distinct ones.
+    A row's last step is negative while its state is zero, which means that only decay has happened to it. Such rows
+    have a table of chunks of their own. A chunk's row of scalars is the position of its last step in the list of
+    distinct ones.
 
-    Numbers: 0 to 10 as ``_sorted`` takes them, but without indices (0) for all rows of a range; 11 first row of the
-    range; 12 numbers in a row; 13 most numbers in a chunk; 14 where each row's last step is kept; 15 the step now; 16
-    the first step of the schedule; 17 positions by step, -1 where not yet seen; 18 distinct last steps; 19 chunks of
+    Arguments: 0 to 10 see ``_sorted``, but indices are 0 for a range of rows, and 1 is its length; 11 first row of the
+    range; 12 elements in a row; 13 most elements in a chunk; 14 the step each row is current at; 15 the present step;
+    16 the first step of the schedule; 17 positions by step, -1 where not yet seen; 18 distinct last steps; 19 chunks of
     rows with state; 20 chunks of rows without; 21 rows found; 22, 23 set to the numbers of chunks; 24 of rows; 25 of
     steps.
     """
 
     def kernel(call: int) -> None:
-        keys, places, bits = 0, load_int(call, 1), load_int(call, 7)
+        keys, count, bits = 0, load_int(call, 1), load_int(call, 7)
         if load_int(call, 0) != 0:
             keys = _sort(call)
             if load_int(call, 10) >= 0:
@@ -243,11 +243,11 @@ def stale_kernel() -> str:
         now, start, positions, distinct = load_int(call, 15), load_int(call, 16), load_int(call, 17), load_int(call, 18)
         used, unused, rows = load_int(call, 19), load_int(call, 20), load_int(call, 21)
         n_used, n_unused, n_rows, n_steps, previous = 0, 0, 0, 0, -1
-        for i in range(places):
+        for i in range(count):
             row = low + i
             if keys != 0:
                 row = load_int(keys, i) >> bits
-                if i + AHEAD < places:
+                if i + AHEAD < count:
                     prefetch_word(steps, load_int(keys, i + AHEAD) >> bits)
                 if row == previous:
                     continue
@@ -290,9 +290,10 @@ def stale_kernel() -> str:
 
 
 def mark_kernel() -> str:
-    """Write the step that rows are current at; rows without state keep their negative sign.
+    """Record the step that rows are current at. Rows without state keep their negative sign.
 
-    Numbers: 0 rows; 1 how many; 2 where each row's last step is kept; 3 the step; 4 whether they have state now.
+    Arguments: 0 rows; 1 how many; 2 the step each row is current at; 3 the step to record; 4 whether they
+    have state now.
     """
 
     def kernel(call: int) -> None:

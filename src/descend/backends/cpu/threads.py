@@ -1,9 +1,8 @@
 """Runs one kernel on several threads: torch's own OpenMP workers where they can be reached.
 
-After a forward and backward pass torch's workers are awake and spinning; a second pool would fight them for the same
-cores (measured: 0.2 ms for an update of a million elements where theirs take none). libgomp must not be entered in a
-forked child, which would wait for threads that fork did not copy: there, and where no OpenMP runtime is found, plain
-Python threads do the work.
+After a forward and backward pass torch's workers are still spinning; a second pool would compete with them for the
+cores (measured: 0.2 ms in an update of a million elements). A forked child must not enter libgomp, where it would wait
+for threads that fork did not copy. There, and where there is no OpenMP runtime, Python threads do the work.
 """
 
 from __future__ import annotations
@@ -21,12 +20,12 @@ import torch
 
 from descend.backends.cpu import library, object_files
 
-# Below this many elements waking a second thread costs more than it saves.
+# With fewer elements, waking a second thread costs more than it saves.
 SERIAL_BELOW = 32_768
 
 
 class _OpenMP:
-    """``GOMP_parallel``, the entry that every OpenMP runtime offers to compiled code; None where there is none."""
+    """``GOMP_parallel``, which every OpenMP runtime exports; None where there is none."""
 
     def __init__(self) -> None:
         self.forked = False
@@ -40,8 +39,8 @@ class _OpenMP:
         self.parallel.restype = None
         self.address = ctypes.cast(self.parallel, ctypes.c_void_p).value or 0
 
-    def forget(self) -> None:
-        """Called in a forked child."""
+    def disable_in_child(self) -> None:
+        """Stop using OpenMP, in a forked child."""
         self.forked, self.parallel, self.address = True, None, 0
 
 
@@ -54,12 +53,12 @@ def _executor(workers: int, process: int) -> ThreadPoolExecutor:
 
 
 if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_openmp.forget)
+    os.register_at_fork(after_in_child=_openmp.disable_in_child)
 
 
 @contextmanager
 def serial_in_forked_child() -> Iterator[None]:
-    """Keep torch's own operations on this thread in a forked child, where they would wait for threads that are gone."""
+    """Run torch's own operations on one thread in a forked child, where they would wait for threads that are gone."""
     count = torch.get_num_threads()
     if not _openmp.forked or count == 1:
         yield
@@ -72,9 +71,9 @@ def serial_in_forked_child() -> Iterator[None]:
 
 
 def run(address: int, argument: int, elements: int) -> None:
-    """Call the kernel at ``address`` with ``argument``, at once on each of ``torch.get_num_threads()`` threads.
+    """Call the kernel at ``address`` with ``argument`` on ``torch.get_num_threads()`` threads at once.
 
-    The kernel shares its work out itself; one thread is enough to do all of it.
+    The kernel divides the work among them itself; one thread would do all of it.
     """
     threads = 1 if elements < SERIAL_BELOW else torch.get_num_threads()
     if threads == 1:
