@@ -150,6 +150,10 @@ class Backend(Protocol):
 
     name: str
 
+    @property
+    def is_atomic(self) -> bool:
+        """Whether nothing can interrupt what ``together`` returns half-way."""
+
     def why_not(
         self, kind: Kind, param: Tensor, grad: Tensor | None, state: Sequence[tuple[str, Tensor]]
     ) -> str | None:
@@ -174,14 +178,8 @@ class Backend(Protocol):
     def scalar_state(self, tensors: Sequence[Tensor]) -> ScalarState:
         """Keep these 0-dim CPU tensors together."""
 
-    def run(
-        self,
-        launches: Sequence[Any],
-        counters: Any,
-        scalar_state: Any,
-        values: np.ndarray,
-    ) -> None:
-        """Run launches of this backend, add one to each counter, and set the scalar state, all or nothing."""
+    def together(self, launches: Sequence[Any], counters: Any, scalar_state: Any) -> Callable[[np.ndarray], None]:
+        """A function that runs these launches, adds one to each counter, and writes the scalar state it is given."""
 
     def rows(self, rule: Rule, scalars: int, dtypes: Dtypes, all_rows: bool) -> Rows:
         """Prepare to apply ``rule`` to rows. Compiles nothing."""

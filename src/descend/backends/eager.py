@@ -83,6 +83,7 @@ class EagerBackend:
     """The reference: takes everything, one tensor after the other."""
 
     name = "eager"
+    is_atomic = False
 
     def why_not(
         self, kind: Kind, param: Tensor, grad: Tensor | None, state: Sequence[tuple[str, Tensor]]
@@ -105,18 +106,17 @@ class EagerBackend:
     def scalar_state(self, tensors: Sequence[Tensor]) -> EagerScalarState:
         return EagerScalarState(tensors)
 
-    def run(
-        self,
-        launches: Sequence[EagerLaunch],
-        counters: EagerScalarState,
-        scalar_state: EagerScalarState,
-        values: np.ndarray,
-    ) -> None:
-        with torch.no_grad():
-            for launch in launches:
-                launch.run()
-            counters.add_one()
-            scalar_state.write(values)
+    def together(
+        self, launches: Sequence[EagerLaunch], counters: EagerScalarState, scalar_state: EagerScalarState
+    ) -> Callable[[np.ndarray], None]:
+        def run(values: np.ndarray) -> None:
+            with torch.no_grad():
+                for launch in launches:
+                    launch.run()
+                counters.add_one()
+                scalar_state.write(values)
+
+        return run
 
     def rows(
         self, rule: Callable[..., Any], scalars: int, dtypes: tuple[torch.dtype, ...], all_rows: bool

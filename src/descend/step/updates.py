@@ -18,7 +18,6 @@ from descend.core.update import Cell, Update, number, signed
 from descend.norms import clip
 from descend.state.make import ensure_state, scalar_tensors, state_dtypes, steps_taken
 
-
 _NONE = np.zeros(0)
 
 
@@ -74,10 +73,9 @@ class LaunchUpdate(Update):
         entries: the parameters.
     """
 
-    is_atomic = True
-
     def __init__(self, method: Method, backend: Backend, entries: Sequence[Entry]) -> None:
         self._backend = backend
+        self.is_atomic = backend.is_atomic
         self._batches = [
             _batch(method, backend, rule, dtypes, members)
             for (rule, dtypes), members in _by_signature(method, entries).items()
@@ -125,11 +123,12 @@ class LaunchUpdate(Update):
             launch.set_state(tensors)
         self._counters = self._backend.scalar_state(counters)
         self._scalar_state = self._backend.scalar_state(scalar_state)
+        self._run_together = self._backend.together(self._launches, self._counters, self._scalar_state)
 
     def run(self, method: Method) -> None:
         values = self._next_values() if method.scalar_state else _NONE
         torch.autograd.graph.increment_version(self.params)
-        self._backend.run(self._launches, self._counters, self._scalar_state, values)
+        self._run_together(values)
         for batch in self._batches:
             for row in batch.rows:
                 row.taken += 1

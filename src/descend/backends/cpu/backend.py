@@ -23,6 +23,10 @@ class CpuBackend:
 
     name = "cpu"
 
+    @property
+    def is_atomic(self) -> bool:
+        return threads.has_openmp()
+
     def why_not(
         self, kind: Kind, param: Tensor, grad: Tensor | None, state: Sequence[tuple[str, Tensor]]
     ) -> str | None:
@@ -44,15 +48,17 @@ class CpuBackend:
     def scalar_state(self, tensors: Sequence[Tensor]) -> ScalarState:
         return ScalarState(tensors)
 
-    def run(
-        self,
-        launches: Sequence[Launch],
-        counters: ScalarState,
-        scalar_state: ScalarState,
-        values: np.ndarray,
-    ) -> None:
+    def together(
+        self, launches: Sequence[Launch], counters: ScalarState, scalar_state: ScalarState
+    ) -> Callable[[np.ndarray], None]:
         updates = [launch.update_call() for launch in launches]
-        threads.run_together([*updates, *counters.add_one_calls(), *scalar_state.write_calls(values)])
+        sequence = threads.CallSequence([*updates, *counters.add_one_calls(), *scalar_state.write_calls()])
+
+        def run(values: np.ndarray) -> None:
+            scalar_state.prepare(values)
+            sequence.run()
+
+        return run
 
     def rows(
         self, rule: Callable[..., Any], scalars: int, dtypes: tuple[torch.dtype, ...], all_rows: bool

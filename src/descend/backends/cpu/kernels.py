@@ -219,15 +219,19 @@ def scalar_state_kernel(dtype: torch.dtype) -> str:
 def sequence_kernel() -> str:
     """LLVM assembly that makes one call after the other.
 
-    A call receives the address of int64 numbers: ``GOMP_parallel``, how many calls, and for each of them the address of
-    a kernel, its argument, and on how many threads to run it.
+    A call receives the address of int64 values: the address of ``GOMP_parallel``; how many calls; how many threads; the
+    number of elements from which on to use them; and for each call the address of a kernel, its argument, its number of
+    elements, and the address of a counter to set to 0 first (0 for none).
     """
 
     def kernel(call: int) -> None:
-        parallel = load_int(call, 0)
+        parallel, threads, least = load_int(call, 0), load_int(call, 2), load_int(call, 3)
         for i in range(load_int(call, 1)):
-            address, argument, threads = load_int(call, 3 * i + 2), load_int(call, 3 * i + 3), load_int(call, 3 * i + 4)
-            if threads > 1:
+            row = call + 32 * (i + 1)
+            address, argument, counter = load_int(row, 0), load_int(row, 1), load_int(row, 3)
+            if counter != 0:
+                store_int(counter, 0, 0)
+            if threads > 1 and load_int(row, 2) >= least:
                 call_parallel(parallel, address, argument, threads)
             else:
                 call_address(address, argument, 0)

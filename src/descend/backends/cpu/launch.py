@@ -42,12 +42,12 @@ class ChunkCall:
 
     def run(self, kernel: int) -> None:
         """Call a compiled loop."""
-        threads.run(*self.call(kernel))
-
-    def call(self, kernel: int) -> tuple[int, int, int]:
-        """What ``threads.run`` needs to call a compiled loop once."""
         self._arguments[5] = 0
-        return kernel, self._address, self._elements
+        threads.run(kernel, self._address, self._elements)
+
+    def call(self, kernel: int) -> threads.Call:
+        """The same as a part of a sequence."""
+        return threads.Call(kernel, self._address, self._elements, self._address + 40)
 
     def sum_of_squares(self, column: int, dtype: torch.dtype) -> float:
         """Sum of the squares in one column of the address table, in float64, over fixed chunks in a fixed order."""
@@ -135,7 +135,7 @@ class Launch(ChunkTable):
         spans = np.stack([starts.ravel(), ends.ravel()], axis=1)
         return spans[spans[:, 0] < spans[:, 1]]
 
-    def update_call(self) -> tuple[int, int, int]:
+    def update_call(self) -> threads.Call:
         """The call that applies the rule to everything."""
         return self.call(self._update)
 
@@ -148,36 +148,51 @@ class ScalarState:
     """0-dim state tensors of many parameters, such as step counts, checked and set together, one call a dtype."""
 
     def __init__(self, tensors: Sequence[Tensor]) -> None:
-        self._calls = []
+        self._parts = []
         for dtype in {tensor.dtype for tensor in tensors}:
             positions = np.array([i for i, tensor in enumerate(tensors) if tensor.dtype == dtype])
-            addresses = np.array([tensors[i].data_ptr() for i in positions], np.int64)
-            expected = np.array([tensors[i].item() for i in positions])
-            arguments = np.array([addresses.ctypes.data, expected.ctypes.data, len(addresses), 0, 0], np.int64)
-            kernel = library.scalar_state(dtype)
-            self._calls.append((kernel, arguments.ctypes.data, arguments, expected, positions, addresses))
+            self._parts.append(_ScalarPart([tensors[i] for i in positions], positions))
 
-    def add_one_calls(self) -> list[tuple[int, int, int]]:
+    def add_one_calls(self) -> list[threads.Call]:
         """Calls that add one to each."""
-        for _, _, arguments, *_ in self._calls:
-            arguments[3] = 1
-        return [(kernel, address, 0) for kernel, address, *_ in self._calls]
+        return [part.call(_ADD_ONE) for part in self._parts]
 
-    def write_calls(self, values: np.ndarray) -> list[tuple[int, int, int]]:
-        """Calls that set them, in the order of the tensors."""
-        for _, _, arguments, expected, positions, _ in self._calls:
-            expected[:] = values[positions]
-            arguments[3] = 2
-        return [(kernel, address, 0) for kernel, address, *_ in self._calls]
+    def write_calls(self) -> list[threads.Call]:
+        """Calls that write what ``prepare`` was given."""
+        return [part.call(_WRITE) for part in self._parts]
+
+    def prepare(self, values: np.ndarray) -> None:
+        """Take the values to be written, in the order of the tensors."""
+        for part in self._parts:
+            part.expected[:] = values[part.positions]
 
     def is_unchanged(self) -> bool:
         """Whether nobody else has written any of them."""
-        for kernel, address, arguments, *_ in self._calls:
-            arguments[3] = arguments[4] = 0
-            object_files.call(kernel, address)
-            if not arguments[4]:
-                return False
-        return True
+        return all(part.is_as_expected() for part in self._parts)
+
+
+_COMPARE, _ADD_ONE, _WRITE = 0, 1, 2  # what ``kernels.scalar_state_kernel`` does
+
+
+class _ScalarPart:
+    """Those of one dtype: their addresses, the values they should have, and the arguments of each action."""
+
+    def __init__(self, tensors: Sequence[Tensor], positions: np.ndarray) -> None:
+        self.positions = positions
+        self.expected = np.array([tensor.item() for tensor in tensors])
+        self._addresses = np.array([tensor.data_ptr() for tensor in tensors], np.int64)
+        self._kernel = library.scalar_state(tensors[0].dtype)
+        places = self._addresses.ctypes.data, self.expected.ctypes.data, len(tensors)
+        self._arguments = [array("q", (*places, action, 0)) for action in (_COMPARE, _ADD_ONE, _WRITE)]
+
+    def call(self, action: int) -> threads.Call:
+        return threads.Call(self._kernel, self._arguments[action].buffer_info()[0])
+
+    def is_as_expected(self) -> bool:
+        arguments = self._arguments[_COMPARE]
+        arguments[4] = 0
+        object_files.call(self._kernel, arguments.buffer_info()[0])
+        return arguments[4] == 1
 
 
 def chunk_table(sizes: np.ndarray, rows: np.ndarray) -> np.ndarray:

@@ -188,7 +188,7 @@ class TouchedRows:
         if mark is not None:
             steps, step = mark
             calls.append(_mark_call(self._mark, self.rows, steps, step, have_state=True))
-        threads.run_together([*calls, *counters.add_one_calls()])
+        threads.CallSequence([*calls, *counters.add_one_calls()]).run()
 
     def release(self) -> None:
         self._held = ()
@@ -270,11 +270,9 @@ class StaleRows:
             calls.append(self._call(0, chunks, table, param, *state))
         if factors is not None:
             calls.append(self._call(1, self._unused, factors[:, None], param))
-        threads.run_together(calls)
+        threads.CallSequence(calls).run()
 
-    def _call(
-        self, index: int, chunks: np.ndarray, scalars: np.ndarray, param: Tensor, *state: Tensor
-    ) -> tuple[int, int, int]:
+    def _call(self, index: int, chunks: np.ndarray, scalars: np.ndarray, param: Tensor, *state: Tensor) -> threads.Call:
         """The call of one of the two kernels."""
         table = np.ones((len(scalars), 1 + scalars.shape[1]), NUMPY[self._compute])
         table[:, 1:] = scalars
@@ -283,7 +281,7 @@ class StaleRows:
         return self._calls[index].call(self._kernels[index])
 
 
-def _mark_call(call: Any, rows: np.ndarray, steps: Tensor, step: int, have_state: bool) -> tuple[int, int, int]:
+def _mark_call(call: Any, rows: np.ndarray, steps: Tensor, step: int, have_state: bool) -> threads.Call:
     """The call that notes that ``rows`` are current at ``step``; those without state keep their negative sign."""
     call[:] = array("q", (rows.ctypes.data, len(rows), steps.data_ptr(), step, have_state))
-    return library.rows("mark"), call.buffer_info()[0], 0
+    return threads.Call(library.rows("mark"), call.buffer_info()[0])

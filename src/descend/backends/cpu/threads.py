@@ -14,7 +14,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -45,6 +45,11 @@ class _OpenMP:
 
 
 _openmp = _OpenMP()
+
+
+def has_openmp() -> bool:
+    """Whether this process may use an OpenMP runtime."""
+    return _openmp.parallel is not None
 
 
 @cache
@@ -88,20 +93,46 @@ def run(address: int, argument: int, elements: int) -> None:
             other.result()
 
 
-def run_together(calls: Sequence[tuple[int, int, int]]) -> None:
-    """``run`` one call after the other, as one native call: no exception can fall between two of them.
+class Call(NamedTuple):
+    """One call of a compiled loop.
+
+    Attributes:
+        kernel: its address.
+        argument: what it gets.
+        elements: how much work it shares out; many go to several threads.
+        counter: address of the counter that its threads share, to be set to 0 before; 0 if there is none.
+    """
+
+    kernel: int
+    argument: int
+    elements: int = 0
+    counter: int = 0
+
+
+class CallSequence:
+    """Calls made one after the other as one native call: no exception can fall between two of them.
 
     Where there is no OpenMP runtime, calls large enough for several threads are made one by one.
-
-    Args:
-        calls: address of the kernel, argument, and number of elements of each.
     """
-    most = torch.get_num_threads()
-    if len(calls) <= 1 or (_openmp.parallel is None and any(elements >= SERIAL_BELOW for *_, elements in calls)):
+
+    def __init__(self, calls: Sequence[Call]) -> None:
+        self._calls = calls
+        self._is_large = any(call.elements >= SERIAL_BELOW for call in calls)
+        self._table = array("q", (_openmp.address, len(calls), 1, SERIAL_BELOW))
         for call in calls:
-            run(*call)
-        return
-    table = array("q", (_openmp.address, len(calls)))
-    for address, argument, elements in calls:
-        table.extend((address, argument, 1 if elements < SERIAL_BELOW else most))
-    object_files.call(library.sequence(), table.buffer_info()[0])
+            self._table.extend(call)
+        self._address = self._table.buffer_info()[0]
+        self._kernel = library.sequence()
+
+    def run(self) -> None:
+        """Make the calls."""
+        if not self._is_large:
+            object_files.call(self._kernel, self._address)
+        elif _openmp.parallel is not None:
+            self._table[2] = torch.get_num_threads()
+            object_files.call(self._kernel, self._address)
+        else:
+            for kernel, argument, elements, counter in self._calls:
+                if counter:
+                    ctypes.c_int64.from_address(counter).value = 0
+                run(kernel, argument, elements)

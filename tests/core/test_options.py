@@ -1,0 +1,52 @@
+"""Options of every optimizer: one value, checked, copied and documented in one place."""
+
+from __future__ import annotations
+
+import dataclasses
+import pickle
+from typing import get_type_hints
+
+import pytest
+import torch
+
+from descend import AdamW, FirstOrder
+from descend.core.method import Method
+from descend.core.options import Options, StepOptions
+
+FIELDS = [field.name for field in dataclasses.fields(StepOptions)]
+
+
+def test_every_option_has_one_type() -> None:
+    value, given, attributes = get_type_hints(StepOptions), get_type_hints(Options), get_type_hints(Method)
+    assert given.keys() == {*FIELDS, "groups"}
+    for name in FIELDS:
+        assert value[name] == given[name] == attributes[name]
+
+
+@pytest.mark.parametrize("name", FIELDS)
+def test_every_option_is_documented_once(name: str) -> None:
+    documentation = FirstOrder.__doc__ or ""
+    assert documentation.count(f"\n        {name}:") == 1
+    assert name not in {*AdamW([torch.zeros(1)]).defaults}
+
+
+def test_options_compare_and_pickle() -> None:
+    options = StepOptions(max_norm=1.0, sparse="touched")
+    assert pickle.loads(pickle.dumps(options)) == options != StepOptions()
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        options.max_norm = 2.0  # type: ignore[misc]
+
+
+def test_attributes_are_the_options() -> None:
+    optimizer = AdamW([torch.zeros(1)], max_norm=1.0)
+    optimizer.max_norm = 2.0
+    assert optimizer.options == StepOptions(max_norm=2.0)
+
+
+def test_state_of_pickles_made_before_options_were_one_value() -> None:
+    optimizer = AdamW([torch.zeros(1)], max_norm=1.0, nonfinite="skip")
+    state = optimizer.__getstate__()
+    assert state["max_norm"] == 1.0
+    again = AdamW.__new__(AdamW)
+    again.__setstate__(state)
+    assert again.options == optimizer.options
