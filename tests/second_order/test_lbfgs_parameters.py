@@ -160,7 +160,7 @@ def test_groups_are_one_problem(line_search_fn: str | None) -> None:
 
 
 def test_weight_decay_is_a_penalty_on_loss_and_gradient() -> None:
-    def penalised(dtype: torch.dtype) -> tuple[list[Tensor], Loss]:
+    def penalized(dtype: torch.dtype) -> tuple[list[Tensor], Loss]:
         params, loss = network(dtype)
         return params, lambda k: loss(k) + 0.1 * params[0].square().sum() + 0.2 * params[2].square().sum()
 
@@ -171,7 +171,7 @@ def test_weight_decay_is_a_penalty_on_loss_and_gradient() -> None:
         return LBFGS(groups, weight_decay=5.0, **options)
 
     ours = twin(grouped, network, max_iter=5, line_search_fn="strong_wolfe")
-    explicit = twin(LBFGS, penalised, max_iter=5, line_search_fn="strong_wolfe")
+    explicit = twin(LBFGS, penalized, max_iter=5, line_search_fn="strong_wolfe")
     ours.step()
     explicit.step()
     torch.testing.assert_close(ours.params, explicit.params, rtol=1e-9, atol=1e-9)
