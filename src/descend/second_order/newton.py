@@ -47,6 +47,7 @@ class Newton(ClosureOptimizer):
     Raises:
         ValueError: if an option is out of range.
     Example:
+        >>> import torch
         >>> weight = torch.zeros(2, dtype=torch.float64, requires_grad=True)
         >>> optimizer = Newton([weight])
         >>> start = optimizer.step(lambda: ((weight - 1) * torch.tensor([1.0, 1e6]) * (weight - 1)).sum())
