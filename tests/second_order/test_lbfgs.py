@@ -15,7 +15,6 @@ from lbfgs_cases import (
     Loss,
     Problem,
     assert_same_points,
-    flat,
     network,
     numbers,
     rosenbrock,
@@ -210,24 +209,7 @@ def test_profiler_shows_the_class() -> None:
     assert "Optimizer.step#LBFGS.step" in {event.name for event in profile.events()}
 
 
-def test_grad_scaler_is_refused() -> None:
-    ours, scaler = twin(LBFGS, single), torch.amp.GradScaler("cpu")
-    scaler.scale(ours.loss(0)).backward()
-    with pytest.raises(RuntimeError, match="LBFGS does not work with GradScaler"):
-        scaler.step(ours.optimizer)
-    assert getattr(ours.optimizer, "_step_supports_amp_scaling", False) is False
-
-
 def test_grad_scaler_that_is_off_is_let_through() -> None:
     ours = twin(LBFGS, single)
     torch.amp.GradScaler("cpu", enabled=False).step(ours.optimizer, ours.closure())
     assert ours.optimizer.result is not None
-
-
-def test_compiled_program_calls_the_step() -> None:
-    ours, usual = twin(LBFGS, rosenbrock, max_iter=3), twin(LBFGS, rosenbrock, max_iter=3)
-    closure = ours.closure()
-    program = torch.compile(lambda: ours.optimizer.step(closure), backend="eager")
-    program()
-    usual.step()
-    assert torch.equal(flat(ours.params), flat(usual.params))

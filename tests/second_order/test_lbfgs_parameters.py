@@ -199,13 +199,6 @@ def test_maximize_is_minimize_of_the_negative(line_search_fn: str | None) -> Non
     assert up.optimizer.result.fun == -down.optimizer.result.fun
 
 
-def test_new_group_takes_the_first_ones_options() -> None:
-    x, y = (torch.zeros(1, requires_grad=True) for _ in range(2))
-    optimizer = LBFGS([{"params": [x], "lr": 0.5}])
-    optimizer.add_param_group({"params": [y]})
-    assert optimizer.param_groups[1]["lr"] == 0.5
-
-
 WRONG: list[tuple[dict[str, Any], str]] = [
     (dict(lr=-1), "Invalid learning rate: -1"),
     (dict(lr=math.nan), "Invalid learning rate"),

@@ -367,15 +367,6 @@ def test_hessian_of_parameters_in_blocks_is_the_whole(monkeypatch: pytest.Monkey
     assert run() == pytest.approx(whole, rel=1e-9)
 
 
-def test_hooks_run_once() -> None:
-    param, optimizer = make(vector(3.0, 4.0))
-    seen: list[str] = []
-    optimizer.register_step_pre_hook(lambda *_: seen.append("pre"))
-    optimizer.register_step_post_hook(lambda *_: seen.append("post"))
-    optimizer.step(lambda: rosenbrock(param))
-    assert seen == ["pre", "post"]
-
-
 def test_gradients_are_left_alone() -> None:
     param, optimizer = make(vector(3.0, 4.0))
     param.grad = vector(7.0, 8.0)
