@@ -44,12 +44,12 @@ def quartic(x: Tensor) -> Tensor:
 
 
 def waves(x: Tensor) -> Tensor:
-    """Many minima; from a hilltop no way is the right one."""
+    """Many minima."""
     return torch.sin(3 * x).sum() + 0.02 * (x - 1).square().sum()
 
 
 def trap(x: Tensor) -> Tensor:
-    """A line search looks into the deep hole on its way to the shallow minimum behind it."""
+    """A deep minimum between the start and a shallow one."""
     return ((2 * x - 1) ** 4).sum() / 100 + torch.cos(5 * x).sum()
 
 
@@ -58,8 +58,8 @@ def logarithms(x: Tensor) -> Tensor:
     return (x - 0.01 * x.log()).sum() + x.square().sum()
 
 
-def wall(x: Tensor) -> Tensor:
-    """Infinite beyond 2, where it still falls."""
+def falls_to_infinity(x: Tensor) -> Tensor:
+    """Infinite beyond 2, and still falling there."""
     return torch.where(x < 2, -x, torch.inf).sum() + 0.1 * (x**2).sum()
 
 

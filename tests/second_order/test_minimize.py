@@ -176,7 +176,7 @@ def test_status_says_why(
     options: dict[str, Any],
 ) -> None:
     if status is Status.converged and options.get("method") == "gd":
-        fun = bowl  # gradient descent takes 10,000 iterations in the valley
+        fun = bowl  # gradient descent takes 10,000 iterations on rosenbrock
     result = minimize(fun, x0, **arguments, **options)
     assert result.status is status
     assert result.success == (status is Status.converged)
@@ -337,7 +337,7 @@ def test_public_names() -> None:
 
 
 def random_problems(seed: int) -> Iterator[tuple[Callable[[Tensor], Tensor], Tensor, tuple[Tensor, Tensor]]]:
-    """Functions with many minima, kinks, walls and valleys, starts, and bounds, some of them equal or infinite."""
+    """Functions with many minima, kinks and ends of the domain, starts, and bounds, some of them equal or infinite."""
     generator = torch.Generator().manual_seed(seed)
 
     def normal(*shape: int) -> Tensor:

@@ -52,7 +52,7 @@ def into(buffer: Tensor, fun: Callable[..., Tensor]) -> Callable[..., Tensor]:
 
 
 def assert_alike_in_value(ours: Result, theirs: Result) -> None:
-    """The same way up to rounding, which a valley makes larger."""
+    """The same points up to rounding, which grows along the valley."""
     assert ours.n_hvp > 0
     assert abs(ours.n_iter - theirs.n_iter) <= 2
     for a, b in zip(ours.history[:8], theirs.history[:8], strict=True):

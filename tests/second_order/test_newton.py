@@ -284,7 +284,7 @@ def test_error_leaves_the_best_point(solver: str, number: int) -> None:
 
 
 @SOLVERS
-def test_walls_are_not_entered(solver: str) -> None:
+def test_parameters_stay_in_the_domain(solver: str) -> None:
     param, optimizer = make(vector(0.9, 0.8), solver=solver)
     solve(optimizer, lambda: (param**2 - param.log()).sum() + torch.sqrt(2 - param.sum()))
     assert bool(param.isfinite().all())

@@ -1,4 +1,4 @@
-"""The ways of Newton's methods: units, saddles, steps that are too short, Hessians that are no numbers, memory."""
+"""The loop of Newton's methods: units, saddles, short steps, non-finite Hessians, memory."""
 
 from __future__ import annotations
 
@@ -89,7 +89,7 @@ def test_units_of_the_variables_do_not_matter() -> None:
 
 
 @METHODS
-def test_valley_whose_variables_grow_apart_is_followed(method: str) -> None:
+def test_variables_that_grow_apart_are_followed(method: str) -> None:
     """The far end of Andrei's "cosine" takes steps of lengths that differ by orders of magnitude."""
     result = minimize(lambda x: torch.cos(x[:-1] ** 2 - x[1:] / 2).sum(), torch.ones(10).double(), method, max_eval=500)
     assert result.success
@@ -127,7 +127,9 @@ def test_maximum_is_left_and_limits_hold(method: str) -> None:
 
 @METHODS
 @pytest.mark.parametrize(("curvature", "is_forgiven"), [(1e-9, True), (1e-3, False)])
-def test_tolerance_forgives_a_curvature_that_promises_less(method: str, curvature: float, is_forgiven: bool) -> None:
+def test_saddle_is_kept_if_its_curvature_predicts_less_than_the_tolerance(
+    method: str, curvature: float, is_forgiven: bool
+) -> None:
     result = minimize(
         lambda x: x[0] ** 2 - curvature * (x[1] ** 2 - x[1] ** 4), vector(0.0, 0.0), method, tol=1e-6, max_iter=50
     )
@@ -153,7 +155,7 @@ def test_hessian_that_is_not_finite_is_done_without(method: str, bad: float) -> 
 
 
 @METHODS
-def test_wall_on_all_sides_is_called_so(method: str) -> None:
+def test_start_without_finite_neighbours_is_non_finite(method: str) -> None:
     def fun(x: Tensor) -> Tensor:
         value = x.sum()
         return value if bool((x == 1).all()) else value * math.nan
