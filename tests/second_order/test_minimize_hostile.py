@@ -14,11 +14,11 @@ from minimize_cases import (
     bowl,
     each_method,
     each_solver,
+    falls_to_infinity,
     logarithms,
     one_thread,  # noqa: F401
     rosenbrock,
     vector,
-    falls_to_infinity,
 )
 from torch import Tensor, nn
 
