@@ -82,6 +82,8 @@ class DenseNewton:
 
 
 class _Rescaled:
+    """The model in the units in which the Hessian is equilibrated."""
+
     def __init__(self, hessian: Tensor, grad: Tensor) -> None:
         self.scale = _equilibrating(hessian)
         self.inner = DenseModel(hessian / self.scale / self.scale[:, None], grad / self.scale)
@@ -140,37 +142,37 @@ class NewtonCG:
 
     def model(self, point: Point, radius: float) -> Model:
         self.products.clear()
-        return (
-            self._path(point, radius) if point.norm > self.run.target else self._negative_curvature_model(point, radius)
-        )
+        if point.norm > self.run.target:
+            return self._path(point, radius)
+        return self._negative_curvature_model(point, radius)
 
     def _path(self, point: Point, radius: float) -> CGPath:
         self.scale = max(self.scale, point.norm)  # at a saddle it starts at 0
         forcing = min(0.5, math.sqrt(point.norm / self.scale))
-        # The target need not be undercut.
+        # Nothing is gained below the target.
         tolerance = min(max(forcing * length(point.grad), 0.9 * self.run.target), _longest(point))
-        most = 2 * point.x.numel() + 10
+        max_products = 2 * point.x.numel() + 10
         if not self.inverse.is_steepest:
             try:
                 path = steihaug(
-                    self._multiplier(point), point.grad, radius, tolerance, most, self._precondition, keep=KEPT
+                    self._multiplier(point), point.grad, radius, tolerance, max_products, self._precondition, KEPT
                 )
                 if path.norm > 0:
                     return path
             except ValueError:
                 pass  # rounding has made the preconditioner indefinite
             self.inverse.reset()
-        return steihaug(self._multiplier(point), point.grad, radius, tolerance, most, keep=KEPT)
+        return steihaug(self._multiplier(point), point.grad, radius, tolerance, max_products, keep=KEPT)
 
     def _negative_curvature_model(self, point: Point, radius: float) -> Model:
         """The model along a direction of negative curvature, found from a random vector where the gradient is zero."""
         random = torch.Generator(point.x.device).manual_seed(0)
         start = torch.randn(point.x.shape, generator=random, dtype=point.x.dtype, device=point.x.device)
-        far, most = min(INITIAL_RADIUS * (1.0 + length(start)), _longest(point)), max(1, min(PROBES, point.x.numel()))
-        if steihaug(self._multiplier(point), start, far, 0.0, most, keep=0).end is End.negative_curvature:
+        far, n_probes = min(INITIAL_RADIUS * (1.0 + length(start)), _longest(point)), max(1, min(PROBES, len(start)))
+        if steihaug(self._multiplier(point), start, far, 0.0, n_probes, keep=0).end is End.negative_curvature:
             return _LineModel(*self.products[-1], point.grad, self.unit)
         # Without one: the gradient is within this tolerance, and the step is zero.
-        return steihaug(self._multiplier(point), point.grad, radius, _longest(point), most)
+        return steihaug(self._multiplier(point), point.grad, radius, _longest(point), n_probes)
 
     def _precondition(self, residual: Tensor) -> Tensor:
         return -self.inverse.direction(residual)

@@ -155,8 +155,8 @@ class ClosureFunction:
         self.needs_gradient = needs_gradient
         self.decays = _decays(point, groups, weight_decay)
         self.n_eval = 0
-        self._leaves_backward_to_us = False
-        self._unmarked: Tensor | None = None  # the last gradient that was not seen to change
+        self._lacks_backward = False
+        self._last_unchanged: Tensor | None = None  # the last gradient that autograd has not seen to change
 
     def evaluate(self) -> Evaluation:
         """Call the closure.
@@ -205,7 +205,7 @@ class ClosureFunction:
             self._report(NoGradientError(text), is_missing)
         flat = self.point.gather_grad()
         # New and all zero: computed, or left so by zero_grad(set_to_none=False)?
-        may_lack_backward = has_graph and (self._leaves_backward_to_us or self.n_eval == 1)
+        may_lack_backward = has_graph and (self._lacks_backward or self.n_eval == 1)
         if may_lack_backward and not flat[:1].any() and not flat.any():  # the first entry usually decides
             try:
                 self._backward(loss)
@@ -216,13 +216,13 @@ class ClosureFunction:
             return self.point.gather_grad()
         if self.needs_gradient and not is_new and not has_graph:
             # The gradient may have been written past autograd, as through NumPy; then its values differ.
-            if self._unmarked is not None and torch.equal(flat, self._unmarked):
+            if self._last_unchanged is not None and torch.equal(flat, self._last_unchanged):
                 raise NoGradientError(
                     f"{self.who}: the closure did not compute the gradient at the new parameters: its loss does not "
                     "require grad and no .grad has changed. Call loss.backward() in the closure, or return a loss that "
                     "requires grad."
                 )
-            self._unmarked = flat.clone()
+            self._last_unchanged = flat.clone()
         return flat
 
     def _report(self, error: NoGradientError, is_missing: bool) -> None:
@@ -245,7 +245,7 @@ class ClosureFunction:
                     f"{self.who}: the closure's loss does not depend on any parameter of the optimizer. "
                     "Was the model replaced after the optimizer was made?"
                 )
-            self._leaves_backward_to_us = True
+            self._lacks_backward = True
         except RuntimeError as error:
             for param, grad in zip(params, before, strict=True):
                 param.grad = grad
