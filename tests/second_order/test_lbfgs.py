@@ -26,7 +26,7 @@ from torch import Tensor
 from torch.optim import lr_scheduler
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
-from descend.second_order.lbfgs import LBFGS
+from descend.second_order.lbfgs import HAS_MAXIMIZE, LBFGS
 
 # Torch's trajectory.
 
@@ -60,6 +60,20 @@ def test_trajectory_is_torchs_bit_for_bit(
     assert set(ours.state) == set(theirs.state)
     for name in set(theirs.state) - {"al"}:
         assert numbers(ours.state[name]) == numbers(theirs.state[name]), name
+
+
+@pytest.mark.skipif(not HAS_MAXIMIZE, reason="torch's LBFGS maximizes from 2.14 on")
+@pytest.mark.parametrize("line_search_fn", SEARCHES)
+def test_maximize_is_torchs_bit_for_bit(line_search_fn: str | None) -> None:
+    def negative(dtype: torch.dtype) -> tuple[list[Tensor], Loss]:
+        params, loss = network(dtype)
+        return params, lambda k: -loss(k)
+
+    ours, theirs = twins(negative, maximize=True, max_iter=5, line_search_fn=line_search_fn)
+    for k in range(3):
+        assert torch.equal(ours.step(k), theirs.step(k))
+    assert_same_points(ours.points, theirs.points)
+    assert numbers(ours.state["prev_loss"]) == numbers(theirs.state["prev_loss"])
 
 
 @pytest.mark.parametrize("line_search_fn", SEARCHES)
