@@ -83,7 +83,7 @@ class ParameterObjective(Curved):
             self._x, self._graph = x, None
 
     def forget_x(self) -> None:
-        """Set the parameters anew at the next evaluation: somebody else has written to them."""
+        """Mark the parameters as changed from outside, so that the next evaluation sets them again."""
         self._x = self._graph = None
 
     def value_and_grad(self, x: Tensor) -> tuple[Tensor | float, Tensor, Any]:
