@@ -49,7 +49,7 @@ from race import (
 )
 
 
-class Table(NamedTuple):
+class Contest(NamedTuple):
     """One contest.
 
     Attributes:
@@ -73,7 +73,7 @@ FREE, SINGLE, BOUNDS, NEWTON = "lbfgs", "float32", "bounds", "newton"
 LBFGS_PEERS = (LBFGSB, BFGS, TORCH, TORCH_DEFAULTS, TORCHMIN)
 
 
-def tables() -> tuple[Table, ...]:
+def contests() -> tuple[Contest, ...]:
     def in_float32() -> list[Problem]:
         return [rounded(problem) for problem in unconstrained()]
 
@@ -81,10 +81,10 @@ def tables() -> tuple[Table, ...]:
         return partial(ours, tol=tol, method="l-bfgs")
 
     return (
-        Table(FREE, "L-BFGS, float64, to 1e-6", unconstrained, 1e-6, lbfgs(1e-6), LBFGS_PEERS),
-        Table(SINGLE, "L-BFGS, everybody gets float32, to 1e-3", in_float32, 1e-3, lbfgs(1e-3), LBFGS_PEERS),
-        Table(BOUNDS, "With bounds, float64, to 1e-6", bounded, 1e-6, lbfgs(1e-6), (LBFGSB, TORCHMIN_B)),
-        Table(
+        Contest(FREE, "L-BFGS, float64, to 1e-6", unconstrained, 1e-6, lbfgs(1e-6), LBFGS_PEERS),
+        Contest(SINGLE, "L-BFGS, everybody gets float32, to 1e-3", in_float32, 1e-3, lbfgs(1e-3), LBFGS_PEERS),
+        Contest(BOUNDS, "With bounds, float64, to 1e-6", bounded, 1e-6, lbfgs(1e-6), (LBFGSB, TORCHMIN_B)),
+        Contest(
             NEWTON,
             "Newton-CG, float64, to 1e-6, evaluations and products",
             unconstrained,
@@ -96,7 +96,7 @@ def tables() -> tuple[Table, ...]:
 
 
 class Measured(NamedTuple):
-    """All that was measured: table -> outcomes, and time of an iteration: size -> solver -> seconds."""
+    """All that was measured: contest -> outcomes, and time of an iteration: size -> solver -> seconds."""
 
     outcomes: dict[str, Outcomes]
     seconds: dict[str, dict[str, float]]
@@ -167,7 +167,7 @@ FIGURES = (
 )
 
 
-class Plan(NamedTuple):
+class Workload(NamedTuple):
     """How much to run: every ``stride``-th problem with at most ``largest`` variables."""
 
     stride: int
@@ -176,18 +176,18 @@ class Plan(NamedTuple):
     sizes: tuple[iteration.Size, ...]
 
 
-FULL = Plan(1, 1_000_000, 2000, iteration.SIZES)
-QUICK = Plan(29, 60, 100, iteration.QUICK)
+FULL = Workload(1, 1_000_000, 2000, iteration.SIZES)
+QUICK = Workload(29, 60, 100, iteration.QUICK)
 
 
-def race(table: Table, problems: Iterable[Problem], budget: int) -> Outcomes:
+def race(contest: Contest, problems: Iterable[Problem], budget: int) -> Outcomes:
     """Let everybody solve every problem that does not begin solved."""
     outcomes: Outcomes = {}
     for problem in problems:
-        if not begins_solved(problem, table.tol):
+        if not begins_solved(problem, contest.tol):
             outcomes[problem.name] = {
-                name: run(solver, problem, table.tol, budget)
-                for name, solver in table.solvers().items()
+                name: run(solver, problem, contest.tol, budget)
+                for name, solver in contest.solvers().items()
                 if len(problem.x0) <= LARGEST.get(name, len(problem.x0))
             }
     return outcomes
@@ -197,11 +197,11 @@ def print_row(title: str, cells: Iterable[str], width: int = 9) -> None:
     print(f"{title:<44}" + "".join(f"{cell:>{width}}" for cell in cells), flush=True)
 
 
-def report_table(table: Table, outcomes: Outcomes) -> None:
+def report_contest(contest: Contest, outcomes: Outcomes) -> None:
     """Print what each solver did, and our cost over its."""
-    print(f"\n{table.title}, {len(outcomes)} problems\n")
+    print(f"\n{contest.title}, {len(outcomes)} problems\n")
     print_row("solver", ["run on", "solved", "early", "false", "NaN", "outside", "raised", "ours/it", "of both"])
-    for name in table.solvers():
+    for name in contest.solvers():
         runs = [solvers[name] for solvers in outcomes.values() if name in solvers]
         counts = [
             len(runs),
@@ -214,7 +214,7 @@ def report_table(table: Table, outcomes: Outcomes) -> None:
         ]
         mean, both = ratio(outcomes, name)
         print_row(name, [*map(str, counts), f"{mean:.3f}", str(both)])
-    if len(table.solvers()) <= len(table.peers):
+    if len(contest.solvers()) <= len(contest.peers):
         print("pytorch-minimize is not there to be compared with: pip install pytorch-minimize.")
 
 
@@ -269,19 +269,19 @@ def parse_arguments() -> argparse.Namespace:
     return arguments
 
 
-def measure(only: str, plan: Plan) -> Measured:
+def measure(only: str, workload: Workload) -> Measured:
     """Run and print all that matches."""
     measured = Measured({}, {})
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # the problems are small: threads would only wait for each other
-    for table in tables():
-        problems = [problem for problem in table.problems() if len(problem.x0) <= plan.largest]
-        chosen = [problem for problem in problems if fnmatchcase(f"{table.name}-{problem.name}", f"*{only}*")]
+    for contest in contests():
+        problems = [problem for problem in contest.problems() if len(problem.x0) <= workload.largest]
+        chosen = [problem for problem in problems if fnmatchcase(f"{contest.name}-{problem.name}", f"*{only}*")]
         if chosen:
-            measured.outcomes[table.name] = race(table, chosen[:: plan.stride], plan.budget)
-            report_table(table, measured.outcomes[table.name])
+            measured.outcomes[contest.name] = race(contest, chosen[:: workload.stride], workload.budget)
+            report_contest(contest, measured.outcomes[contest.name])
     torch.set_num_threads(threads)
-    sizes = [size for size in plan.sizes if fnmatchcase(size.name, f"*{only}*")]
+    sizes = [size for size in workload.sizes if fnmatchcase(size.name, f"*{only}*")]
     if sizes:
         measured.seconds.update(report_iterations(sizes))
     return measured
@@ -303,14 +303,14 @@ def main() -> None:
     if arguments.quick:
         print("\nQuick run: a few problems and a small budget, so none of these figures means anything.")
     if arguments.plot:
-        titles = {table.name: table.title for table in tables()}
+        titles = {contest.name: contest.title for contest in contests()}
         plot_profiles({titles[name]: outcomes for name, outcomes in measured.outcomes.items()}, arguments.plot)
     if arguments.json:
         outcomes = {
-            table: {
-                problem: {name: run._asdict() for name, run in solvers.items()} for problem, solvers in found.items()
+            contest: {
+                problem: {name: run._asdict() for name, run in solvers.items()} for problem, solvers in problems.items()
             }
-            for table, found in measured.outcomes.items()
+            for contest, problems in measured.outcomes.items()
         }
         report = {
             "environment": about,

@@ -58,7 +58,7 @@ def logarithms(x: Tensor) -> Tensor:
     return (x - 0.01 * x.log()).sum() + x.square().sum()
 
 
-def wall(x: Tensor) -> Tensor:
+def falls_to_infinity(x: Tensor) -> Tensor:
     """Decreasing up to 2 and infinite beyond."""
     return torch.where(x < 2, -x, torch.inf).sum() + 0.1 * (x**2).sum()
 

@@ -32,7 +32,7 @@ from descend.second_order.directions import (
     DenseInverse,
     Steepest,
     learn_diagonal_,
-    stretch,
+    modified_secant_factor,
 )
 
 # What is done with NumPy where it is small, with tensors where it is larger, and row by row where it is large.
@@ -89,7 +89,7 @@ def test_compact_inverse_is_the_two_loop_recursion(path: str, history_size: int,
             continue
         for _ in range(2):  # the first one takes the pair in, the second finds it there
             grad = normal(NUMEL).to(dtype)
-            direction = inverse.descend(grad)
+            direction = inverse.direction(grad)
             diagonal = double(inverse.diagonal)
             assert direction.dtype == dtype
             assert_near(direction, two_loops(taken, diagonal, grad), tolerance(path, dtype))
@@ -101,8 +101,8 @@ def test_compact_inverse_descends_and_fits_the_newest_pair(path: str, dtype: tor
     inverse = CompactInverse(NUMEL, 4, dtype, CPU)
     for (s, y), _ in zip(pairs(dtype), range(11), strict=False):
         inverse.update(s, y)
-        assert_near(inverse.descend(y), -double(s), tolerance(path, dtype))
-        assert float(inverse.descend(s).dot(s)) < 0
+        assert_near(inverse.direction(y), -double(s), tolerance(path, dtype))
+        assert float(inverse.direction(s).dot(s)) < 0
 
 
 @DTYPES
@@ -114,7 +114,7 @@ def test_compact_inverse_goes_on_from_its_state(path: str, dtype: torch.dtype, s
     for number, pair in zip(range(2 * 9), pairs(dtype), strict=False):
         if number == stop:
             if is_taken_in:
-                first.descend(grad)
+                first.direction(grad)
             state = {
                 name: value.clone() if isinstance(value, Tensor) else value for name, value in first.state().items()
             }
@@ -124,7 +124,7 @@ def test_compact_inverse_goes_on_from_its_state(path: str, dtype: torch.dtype, s
         first.update(*pair)
         if number >= stop:
             second.update(*pair)
-            assert torch.equal(first.descend(grad), second.descend(grad))
+            assert torch.equal(first.direction(grad), second.direction(grad))
 
 
 @pytest.mark.parametrize(("one", "other"), [("numpy", "tensor"), ("tensor", "numpy")])
@@ -136,7 +136,7 @@ def test_state_goes_from_arrays_to_tensors_and_back(one: str, other: str, monkey
     for _, pair in zip(range(4), pairs(torch.float64), strict=False):
         made[0].update(*pair)
     made[1].load(made[0].state())
-    torch.testing.assert_close(made[0].descend(grad), made[1].descend(grad), rtol=1e-12, atol=0)
+    torch.testing.assert_close(made[0].direction(grad), made[1].direction(grad), rtol=1e-12, atol=0)
 
 
 def test_state_of_other_sizes_is_not_accepted() -> None:
@@ -158,11 +158,11 @@ def test_update_copies_its_arguments(path: str) -> None:
     s, y = next(pairs(torch.float64))
     kept = s.clone(), y.clone(), grad.clone()
     inverse.update(s, y)
-    before = inverse.descend(grad).clone()  # its memory may be used again
+    before = inverse.direction(grad).clone()  # its memory may be used again
     assert torch.equal(torch.stack([s, y, grad]), torch.stack(kept))
     s.zero_()
     y.zero_()
-    assert torch.equal(inverse.descend(grad), before)
+    assert torch.equal(inverse.direction(grad), before)
 
 
 @pytest.mark.parametrize(
@@ -181,11 +181,11 @@ def test_reset_forgets_everything(path: str, make: Callable[[], Any]) -> None:
     assert not used.is_steepest
     used.reset()
     assert used.is_steepest
-    assert torch.equal(used.descend(grad), -grad)
+    assert torch.equal(used.direction(grad), -grad)
     for _, pair in zip(range(5), pairs(torch.float64, seed=2), strict=False):
         used.update(*pair)
         new.update(*pair)
-        assert torch.equal(used.descend(grad), new.descend(grad))
+        assert torch.equal(used.direction(grad), new.direction(grad))
 
 
 @pytest.mark.parametrize("size", [0.0, 1e-300, 1e-200, 1e200, 1e300])
@@ -203,11 +203,11 @@ def test_pair_beyond_the_numbers_does_no_lasting_harm(path: str, make: Callable[
     pair = next(pairs(torch.float64))
     used.update(pair[0] * size, pair[1] * size)  # may give NaN, but no error and no warning
     if not isinstance(used, CompactHessian):
-        used.descend(grad)
+        used.direction(grad)
     used.reset()
     for directions_ in (used, new):
         directions_.update(*pair)
-    apply = (lambda d: d.multiply(grad)) if isinstance(new, CompactHessian) else (lambda d: d.descend(grad))
+    apply = (lambda d: d.multiply(grad)) if isinstance(new, CompactHessian) else (lambda d: d.direction(grad))
     assert torch.equal(apply(used), apply(new))
 
 
@@ -216,7 +216,7 @@ def test_history_beyond_the_first_pairs_allocates_nothing_that_grows(path: str) 
     places = {name: value.data_ptr() for name, value in inverse.state().items() if isinstance(value, Tensor)}
     for _, pair in zip(range(10), pairs(torch.float64), strict=False):
         inverse.update(*pair)
-        inverse.descend(pair[0])
+        inverse.direction(pair[0])
     assert places == {name: value.data_ptr() for name, value in inverse.state().items() if isinstance(value, Tensor)}
 
 
@@ -226,21 +226,21 @@ def test_history_beyond_the_first_pairs_allocates_nothing_that_grows(path: str) 
 @DTYPES
 def test_dense_inverse_is_bfgs(dtype: torch.dtype) -> None:
     inverse, taken, grad = DenseInverse(NUMEL, dtype, CPU), [], random(1)(NUMEL).to(dtype)
-    assert torch.equal(inverse.descend(grad), -grad)
+    assert torch.equal(inverse.direction(grad), -grad)
     for _, pair in zip(range(8), pairs(dtype), strict=False):
         taken.append(pair)
         inverse.update(*pair)
         s, y = map(double, taken[0])
         expected = dense_inverse(taken, np.eye(NUMEL) * (s @ y) / (y @ y))
-        assert_near(inverse.descend(grad), -expected @ double(grad), RTOL[dtype])
+        assert_near(inverse.direction(grad), -expected @ double(grad), RTOL[dtype])
         assert_near(inverse.inverse, double(inverse.inverse.T), RTOL[dtype])
 
 
 def test_steepest_has_the_length_of_barzilai_and_borwein() -> None:
     steepest, grad = Steepest(), torch.tensor([1.0, -2.0])
-    assert torch.equal(steepest.descend(grad), -grad)
+    assert torch.equal(steepest.direction(grad), -grad)
     steepest.update(torch.tensor([1.0, 0.0]), torch.tensor([4.0, 1.0]))
-    assert torch.equal(steepest.descend(grad), -grad / 4)
+    assert torch.equal(steepest.direction(grad), -grad / 4)
 
 
 # What a diagonal learns.
@@ -305,27 +305,27 @@ def test_diagonal_stays_positive_and_within_its_spread(numel: int, kind: str, as
 
 
 @pytest.mark.parametrize("seed", range(20))
-def test_stretched_change_has_the_curvature_of_the_cubic_at_the_end(seed: int) -> None:
+def test_modified_secant_factored_change_has_the_curvature_of_the_cubic_at_the_end(seed: int) -> None:
     # phi(t) = slope t + b t^2 / 2 + c t^3 / 6 over a step of 1: s'y = phi'(1) - phi'(0), and it becomes phi''(1).
     slope, b, c = random(seed)(3).tolist()
     b = abs(b) + 1.5 * abs(c)  # then theta = c / 2 is within its limits
     value = slope + b / 2 + c / 6
     end = slope + b + c / 2
     sy = end - slope
-    assert stretch(sy, 0.0, value, slope + end) * sy == pytest.approx(b + c, rel=1e-12)
+    assert modified_secant_factor(sy, 0.0, value, slope + end) * sy == pytest.approx(b + c, rel=1e-12)
 
 
-def test_change_of_a_quadratic_is_not_stretched() -> None:
-    assert stretch(2.0, 5.0, 5.0 - 3.0 + 1.0, -3.0 + -1.0) == 1.0
+def test_change_of_a_quadratic_is_not_modified_secant_factored() -> None:
+    assert modified_secant_factor(2.0, 5.0, 5.0 - 3.0 + 1.0, -3.0 + -1.0) == 1.0
 
 
 @pytest.mark.parametrize(
     ("theta", "expected"), [(3.0, 4.0), (3.1, 1.0), (-0.5, 0.5), (-1.0, 1.0), (-0.999999999, 1.0), (-2.0, 1.0)]
 )
-def test_change_is_stretched_only_where_that_is_safe(theta: float, expected: float) -> None:
-    assert stretch(1.0, theta / 6, 0.0, 0.0) == pytest.approx(expected, rel=1e-12)
+def test_change_is_modified_secant_factored_only_where_that_is_safe(theta: float, expected: float) -> None:
+    assert modified_secant_factor(1.0, theta / 6, 0.0, 0.0) == pytest.approx(expected, rel=1e-12)
 
 
 @pytest.mark.parametrize("theta", [np.nan, np.inf, -np.inf])
-def test_change_is_not_stretched_by_what_is_no_number(theta: float) -> None:
-    assert stretch(1.0, theta, 0.0, 0.0) == 1.0
+def test_change_is_not_modified_secant_factored_by_what_is_no_number(theta: float) -> None:
+    assert modified_secant_factor(1.0, theta, 0.0, 0.0) == 1.0

@@ -15,7 +15,6 @@ from lbfgs_cases import (
     Loss,
     Problem,
     assert_same_points,
-    flat,
     network,
     numbers,
     rosenbrock,
@@ -27,7 +26,7 @@ from torch import Tensor
 from torch.optim import lr_scheduler
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
-from descend.second_order.lbfgs import LBFGS
+from descend.second_order.lbfgs import HAS_MAXIMIZE, LBFGS
 
 # Torch's trajectory.
 
@@ -61,6 +60,20 @@ def test_trajectory_is_torchs_bit_for_bit(
     assert set(ours.state) == set(theirs.state)
     for name in set(theirs.state) - {"al"}:
         assert numbers(ours.state[name]) == numbers(theirs.state[name]), name
+
+
+@pytest.mark.skipif(not HAS_MAXIMIZE, reason="torch's LBFGS maximizes from 2.14 on")
+@pytest.mark.parametrize("line_search_fn", SEARCHES)
+def test_maximize_is_torchs_bit_for_bit(line_search_fn: str | None) -> None:
+    def negative(dtype: torch.dtype) -> tuple[list[Tensor], Loss]:
+        params, loss = network(dtype)
+        return params, lambda k: -loss(k)
+
+    ours, theirs = twins(negative, maximize=True, max_iter=5, line_search_fn=line_search_fn)
+    for k in range(3):
+        assert torch.equal(ours.step(k), theirs.step(k))
+    assert_same_points(ours.points, theirs.points)
+    assert numbers(ours.state["prev_loss"]) == numbers(theirs.state["prev_loss"])
 
 
 @pytest.mark.parametrize("line_search_fn", SEARCHES)
@@ -210,24 +223,7 @@ def test_profiler_shows_the_class() -> None:
     assert "Optimizer.step#LBFGS.step" in {event.name for event in profile.events()}
 
 
-def test_grad_scaler_is_refused() -> None:
-    ours, scaler = twin(LBFGS, single), torch.amp.GradScaler("cpu")
-    scaler.scale(ours.loss(0)).backward()
-    with pytest.raises(RuntimeError, match="LBFGS does not work with GradScaler"):
-        scaler.step(ours.optimizer)
-    assert getattr(ours.optimizer, "_step_supports_amp_scaling", False) is False
-
-
 def test_grad_scaler_that_is_off_is_let_through() -> None:
     ours = twin(LBFGS, single)
     torch.amp.GradScaler("cpu", enabled=False).step(ours.optimizer, ours.closure())
     assert ours.optimizer.result is not None
-
-
-def test_compiled_program_calls_the_step() -> None:
-    ours, usual = twin(LBFGS, rosenbrock, max_iter=3), twin(LBFGS, rosenbrock, max_iter=3)
-    closure = ours.closure()
-    program = torch.compile(lambda: ours.optimizer.step(closure), backend="eager")
-    program()
-    usual.step()
-    assert torch.equal(flat(ours.params), flat(usual.params))

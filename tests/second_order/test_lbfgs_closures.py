@@ -16,13 +16,15 @@ from lbfgs_cases import (
     assert_same_points,
     flat,
     network,
+    random,
     rosenbrock,
     twin,
     twins,
 )
 from torch import Tensor, nn
 
-from descend.second_order.lbfgs import LBFGS
+from descend import Newton
+from descend.second_order.lbfgs import HAS_MAXIMIZE, LBFGS
 
 # Closures.
 
@@ -126,17 +128,26 @@ HOSTILE: list[tuple[str, Callable[[LBFGS, Tensor], Any], type[Exception], str]] 
     ("complex tensor", lambda o, x: lambda: x.sum() * 1j, TypeError, "complex64 tensor"),
     ("vector", lambda o, x: lambda: x * 2, ValueError, r"shape \(3,\). Reduce it"),
     ("empty", lambda o, x: lambda: x[:0], ValueError, r"shape \(0,\)"),
+    ("no function", lambda o, x: 1.0, TypeError, "closure must be a function"),
+]
+WITHOUT_GRADIENT: list[tuple[str, Callable[[LBFGS, Tensor], Any], type[Exception], str]] = [
     ("detached", lambda o, x: lambda: x.detach().sum(), RuntimeError, "gave no gradient"),
     ("number", lambda o, x: lambda: 1.0, RuntimeError, "gave no gradient"),
     ("unrelated", lambda o, x: lambda: torch.ones(2, requires_grad=True).sum(), RuntimeError, "does not depend"),
     ("stale gradient", stale, RuntimeError, "did not compute the gradient at the new parameters"),
     ("graph used up", used_up, RuntimeError, "compute the loss anew"),
-    ("no function", lambda o, x: 1.0, TypeError, "closure must be a function"),
+]
+ERRORS = [
+    *(
+        pytest.param(*row[1:], line_search_fn, id=f"{row[0]}, {line_search_fn}")
+        for row in HOSTILE
+        for line_search_fn in SEARCHES
+    ),
+    *(pytest.param(*row[1:], "hager_zhang", id=row[0]) for row in WITHOUT_GRADIENT),
 ]
 
 
-@pytest.mark.parametrize("line_search_fn", SEARCHES)
-@pytest.mark.parametrize(("hostile", "kind", "message"), [row[1:] for row in HOSTILE], ids=[row[0] for row in HOSTILE])
+@pytest.mark.parametrize(("hostile", "kind", "message", "line_search_fn"), ERRORS)
 def test_hostile_closure_gets_a_clear_error_and_moves_nothing(
     hostile: Callable[[LBFGS, Tensor], Any], kind: type[Exception], message: str, line_search_fn: str | None
 ) -> None:
@@ -149,6 +160,96 @@ def test_hostile_closure_gets_a_clear_error_and_moves_nothing(
     optimizer.step(lambda: ((x - 1) ** 2).sum())
     optimizer.step(lambda: ((x - 1) ** 2).sum())
     torch.testing.assert_close(x.detach(), torch.ones(3))
+
+
+# What torch takes: gradients that the closure does not compute.
+
+
+def without_gradients(params: list[Tensor]) -> Callable[[], Any]:
+    return lambda: 1
+
+
+def unrelated(params: list[Tensor]) -> Callable[[], Any]:
+    return lambda: torch.ones(2, requires_grad=True).sum()
+
+
+def spent(params: list[Tensor]) -> Callable[[], Any]:
+    loss = sum(param.square().sum() for param in params)
+    torch.autograd.grad(loss, params)
+    return lambda: loss
+
+
+MISSING = [(without_gradients, "gave no gradient"), (unrelated, "does not depend"), (spent, "graph is used up")]
+
+
+def torch_and_ours(line_search_fn: str | None, **options: Any) -> list[tuple[Any, list[Tensor]]]:
+    made = []
+    for cls in (torch.optim.LBFGS, LBFGS):
+        params = [random(4, seed=k).requires_grad_() for k in range(2)]
+        made.append((cls(params, line_search_fn=line_search_fn, **options), params))
+    return made
+
+
+@pytest.mark.parametrize("line_search_fn", SEARCHES)
+@pytest.mark.parametrize(("closure_of", "message"), MISSING, ids=lambda value: getattr(value, "__name__", ""))
+def test_missing_gradients_are_zero_and_warned_about(
+    closure_of: Callable[[list[Tensor]], Any], message: str, line_search_fn: str | None
+) -> None:
+    (theirs, their_params), (ours, params) = torch_and_ours(line_search_fn)
+    with pytest.warns(UserWarning, match=message) as record:
+        loss = ours.step(closure_of(params))
+    assert record[0].filename == __file__
+    assert torch.equal(torch.as_tensor(loss), torch.as_tensor(theirs.step(closure_of(their_params))))
+    assert all(map(torch.equal, params, their_params))
+    assert ours.result.status == "converged"
+    assert all(param.grad is None for param in params)
+
+
+def constant(params: list[Tensor]) -> Callable[[], Any]:
+    loss = torch.tensor(3.0)
+    return lambda: loss
+
+
+KINDS = [constant, without_gradients, unrelated, spent]
+
+
+@pytest.mark.parametrize("line_search_fn", SEARCHES)
+@pytest.mark.parametrize("is_partly_none", [False, True])
+@pytest.mark.parametrize("closure_of", KINDS, ids=lambda f: f.__name__)
+def test_gradients_that_were_set_once_are_used_as_in_torch(
+    closure_of: Callable[[list[Tensor]], Any], is_partly_none: bool, line_search_fn: str | None
+) -> None:
+    made = torch_and_ours(line_search_fn, lr=0.1, max_iter=3)
+    for optimizer, params in made:
+        for k, param in enumerate(params):
+            param.grad = None if k and is_partly_none else random(4, seed=7 + k)
+        closure = closure_of(params)
+        for _ in range(3):
+            optimizer.step(closure)
+    assert all(map(torch.equal, made[0][1], made[1][1]))
+    has_moved = not torch.equal(made[1][1][0], random(4))
+    assert has_moved == (line_search_fn is None)  # a search finds no lower value
+
+
+@pytest.mark.parametrize("line_search_fn", SEARCHES)
+def test_hooks_and_maximize_work_with_any_closure(line_search_fn: str | None) -> None:
+    x = torch.ones(2, requires_grad=True)
+    x.grad = torch.ones(2)
+    optimizer = LBFGS([x], maximize=True, lr=0.5, max_iter=1, line_search_fn=line_search_fn)
+    seen: list[str] = []
+    optimizer.register_step_pre_hook(lambda *_: seen.append("pre"))
+    optimizer.register_step_post_hook(lambda *_: seen.append("post"))
+    assert optimizer.step(lambda: 1) == 1
+    assert seen == ["pre", "post"]
+    assert bool((x > 1).all()) == (line_search_fn is None)  # a search finds no higher value
+
+
+@pytest.mark.parametrize("cls", [LBFGS, Newton, *([torch.optim.LBFGS] if HAS_MAXIMIZE else [])])
+def test_step_without_parameters_returns_the_loss(cls: Any) -> None:
+    optimizer = cls([{"params": []}])
+    calls = []
+    assert optimizer.step(lambda: calls.append(torch.is_grad_enabled()) or 5.0) == 5.0
+    assert calls == [True]
 
 
 def failing(closure: Callable[[], Any], call: int, error: BaseException) -> Callable[[], Any]:
@@ -192,7 +293,7 @@ def test_after_a_closure_that_raises_the_next_step_goes_on(
     assert_same_points(ours.points[1:][:common], usual.points[place:][:common])
 
 
-# Walls: NaN and infinity.
+# NaN and infinity.
 
 
 def logarithm(x: Tensor) -> Tensor:
@@ -223,14 +324,14 @@ def saturated(x: Tensor) -> Tensor:
     return torch.sigmoid(-x).sum()
 
 
-WALLS = [logarithm, root, cliff, overflow, below, unbounded, saturated]
+NONFINITE = [logarithm, root, cliff, overflow, below, unbounded, saturated]
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16])
 @pytest.mark.parametrize("lr", [1, 1e30])
 @pytest.mark.parametrize("max_iter", [1, 20])
 @pytest.mark.parametrize("line_search_fn", SEARCHES)
-@pytest.mark.parametrize("fun", WALLS, ids=lambda f: f.__name__)
+@pytest.mark.parametrize("fun", NONFINITE, ids=lambda f: f.__name__)
 def test_parameters_stay_finite(
     fun: Callable[[Tensor], Tensor], line_search_fn: str | None, max_iter: int, lr: float, dtype: torch.dtype
 ) -> None:
@@ -244,7 +345,7 @@ def test_parameters_stay_finite(
 
 @pytest.mark.parametrize("fun", [logarithm, root, cliff], ids=lambda f: f.__name__)
 @pytest.mark.parametrize("line_search_fn", SEARCHES)
-def test_steps_into_a_wall_are_cut_and_the_minimum_is_found(
+def test_nonfinite_steps_are_shortened_and_the_minimum_is_found(
     fun: Callable[[Tensor], Tensor], line_search_fn: str | None
 ) -> None:
     x = torch.tensor([0.9, 2.0, 4.0], dtype=torch.float64, requires_grad=True)
@@ -270,13 +371,13 @@ def test_start_that_is_not_finite_moves_nothing(bad: float, line_search_fn: str 
     torch.testing.assert_close(x.detach(), torch.full((2,), 3.0))
 
 
-def walled(dtype: torch.dtype) -> tuple[list[Tensor], Loss]:
+def bounded_domain(dtype: torch.dtype) -> tuple[list[Tensor], Loss]:
     x = torch.tensor([0.5, -0.3, 0.8], dtype=dtype, requires_grad=True)
     return [x], lambda k: ((x - 1) ** 4 + x**2).sum() / (x.square().sum() < 25).to(dtype)
 
 
 def test_infinite_trials_from_which_torch_recovers_are_torchs() -> None:
-    ours, theirs = twins(walled, lr=200, max_iter=4, max_eval=60, line_search_fn="strong_wolfe")
+    ours, theirs = twins(bounded_domain, lr=200, max_iter=4, max_eval=60, line_search_fn="strong_wolfe")
     for k in range(3):
         ours.step(k)
         theirs.step(k)

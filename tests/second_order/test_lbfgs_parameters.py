@@ -160,7 +160,7 @@ def test_groups_are_one_problem(line_search_fn: str | None) -> None:
 
 
 def test_weight_decay_is_a_penalty_on_loss_and_gradient() -> None:
-    def penalised(dtype: torch.dtype) -> tuple[list[Tensor], Loss]:
+    def penalized(dtype: torch.dtype) -> tuple[list[Tensor], Loss]:
         params, loss = network(dtype)
         return params, lambda k: loss(k) + 0.1 * params[0].square().sum() + 0.2 * params[2].square().sum()
 
@@ -171,7 +171,7 @@ def test_weight_decay_is_a_penalty_on_loss_and_gradient() -> None:
         return LBFGS(groups, weight_decay=5.0, **options)
 
     ours = twin(grouped, network, max_iter=5, line_search_fn="strong_wolfe")
-    explicit = twin(LBFGS, penalised, max_iter=5, line_search_fn="strong_wolfe")
+    explicit = twin(LBFGS, penalized, max_iter=5, line_search_fn="strong_wolfe")
     ours.step()
     explicit.step()
     torch.testing.assert_close(ours.params, explicit.params, rtol=1e-9, atol=1e-9)
@@ -197,13 +197,6 @@ def test_maximize_is_minimize_of_the_negative(line_search_fn: str | None) -> Non
         assert up.step(k) == -down.step(k)
     assert_same_points(up.points, down.points)
     assert up.optimizer.result.fun == -down.optimizer.result.fun
-
-
-def test_new_group_takes_the_first_ones_options() -> None:
-    x, y = (torch.zeros(1, requires_grad=True) for _ in range(2))
-    optimizer = LBFGS([{"params": [x], "lr": 0.5}])
-    optimizer.add_param_group({"params": [y]})
-    assert optimizer.param_groups[1]["lr"] == 0.5
 
 
 WRONG: list[tuple[dict[str, Any], str]] = [

@@ -24,7 +24,7 @@ from lbfgs_cases import (
 from torch import nn
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
 
-from descend.second_order.lbfgs import LBFGS
+from descend.second_order.lbfgs import HAS_MAXIMIZE, LBFGS
 
 # Checkpoints.
 
@@ -151,10 +151,36 @@ def test_copy_continues(duplicate: Callable[[Any], Any], line_search_fn: str | N
 
 def test_groups_have_torchs_keys() -> None:
     ours = LBFGS([torch.zeros(1, requires_grad=True)], weight_decay=0.1, maximize=True)
-    theirs = torch.optim.LBFGS([torch.zeros(1, requires_grad=True)])
+    theirs = torch.optim.LBFGS([torch.zeros(1, requires_grad=True)], **(dict(maximize=True) if HAS_MAXIMIZE else {}))
     assert ours.state_dict() == theirs.state_dict()
     assert repr(ours) == repr(theirs)
     assert {k: v for k, v in ours.defaults.items() if k != "differentiable"} == theirs.defaults
+
+
+def climbs(optimizer: LBFGS) -> bool:
+    """Whether a step raises the loss."""
+    (x,) = optimizer.param_groups[0]["params"]
+    before = x.sum().item()
+    optimizer.step(lambda: x.sin().sum())
+    return x.sum().item() > before
+
+
+@pytest.mark.parametrize("line_search_fn", [*SEARCHES, "hager_zhang"])
+@pytest.mark.parametrize("saved", [None, True, False])
+@pytest.mark.parametrize("given", [True, False])
+def test_maximize_of_a_file_replaces_ours_if_it_has_any(
+    given: bool, saved: bool | None, line_search_fn: str | None
+) -> None:
+    """The key is in files of torch 2.14 and later only."""
+    x = torch.zeros(2, requires_grad=True)
+    optimizer = LBFGS([x], maximize=given, line_search_fn=line_search_fn, max_eval=20)
+    file = optimizer.state_dict()
+    file["param_groups"][0].pop("maximize", None)
+    if saved is not None:
+        file["param_groups"][0]["maximize"] = saved
+    optimizer.load_state_dict(file)
+    copies = [copy.deepcopy(optimizer), pickle.loads(pickle.dumps(optimizer))]
+    assert [climbs(each) for each in (optimizer, *copies)] == [given if saved is None else saved] * 3
 
 
 @pytest.mark.parametrize("n_params", [1, 2])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -31,7 +32,7 @@ from minimize_cases import (
     waves,
 )
 from problems import Problem, unconstrained
-from torch import Tensor
+from torch import Tensor, nn
 
 import descend
 from descend import Status, minimize
@@ -111,7 +112,23 @@ def test_history_tells_of_every_iteration(options: dict[str, Any]) -> None:
         assert after.step > 0
         assert after.fun <= before.fun + 1e-14 * abs(before.fun)
     assert result.time > 0
-    assert "status=" in repr(result)
+
+
+def test_repr_shows_point_value_and_reason() -> None:
+    text = repr(minimize(bowl, vector(1.0, 1.0)))
+    assert text.startswith("Result(status=converged, message='The largest entry of ")
+    assert "x=tensor([1., 1.], dtype=torch.float64), fun=0, grad_norm=0, n_iter=" in text
+    assert "\n" not in text
+
+
+def test_repr_of_big_tensors_is_short() -> None:
+    x0 = {"matrix": torch.zeros(30, 40), "list": [nn.Parameter(torch.zeros(1))] * 20, "scalar": torch.tensor(1.0)}
+    result = minimize(bowl, vector(3.0))
+    text = repr(dataclasses.replace(result, x=x0))
+    assert "'matrix': tensor(shape=(30, 40), dtype=torch.float32)" in text
+    assert "'list': [tensor([0.]), tensor([0.]), " in text
+    assert "'scalar': tensor(1.)" in text
+    assert len(text) < 800
 
 
 @each_solver
@@ -159,7 +176,7 @@ def test_status_says_why(
     options: dict[str, Any],
 ) -> None:
     if status is Status.converged and options.get("method") == "gd":
-        fun = bowl  # gradient descent takes 10,000 iterations in the valley
+        fun = bowl  # gradient descent takes 10,000 iterations on rosenbrock
     result = minimize(fun, x0, **arguments, **options)
     assert result.status is status
     assert result.success == (status is Status.converged)
@@ -320,7 +337,7 @@ def test_public_names() -> None:
 
 
 def random_problems(seed: int) -> Iterator[tuple[Callable[[Tensor], Tensor], Tensor, tuple[Tensor, Tensor]]]:
-    """Functions with many minima, kinks, walls and valleys, starts, and bounds, some of them equal or infinite."""
+    """Functions with many minima, kinks and ends of the domain, starts, and bounds, some of them equal or infinite."""
     generator = torch.Generator().manual_seed(seed)
 
     def normal(*shape: int) -> Tensor:

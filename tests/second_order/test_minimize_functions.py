@@ -22,7 +22,8 @@ from minimize_cases import (
     slope,
     vector,
 )
-from torch import Tensor
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
 from descend import Progress, Result, Status, minimize
 
@@ -51,7 +52,7 @@ def into(buffer: Tensor, fun: Callable[..., Tensor]) -> Callable[..., Tensor]:
 
 
 def assert_alike_in_value(ours: Result, theirs: Result) -> None:
-    """The same way up to rounding, which a valley makes larger."""
+    """The same points up to rounding, which grows along the valley."""
     assert ours.n_hvp > 0
     assert abs(ours.n_iter - theirs.n_iter) <= 2
     for a, b in zip(ours.history[:8], theirs.history[:8], strict=True):
@@ -220,3 +221,37 @@ def test_callback_may_use_autograd() -> None:
         assert torch.equal(x.grad, progress.grad)
 
     assert minimize(rosenbrock, vector(-1.2, 1.0), callback=callback).success
+
+
+def overwrite(progress: Progress) -> None:
+    """Spoil whatever a callback gets."""
+    for leaf in pytree.tree_leaves((progress.x, progress.grad)):
+        leaf.detach().fill_(7.0)
+
+
+@each_solver
+@pytest.mark.parametrize("wrap", [lambda x: x, lambda x: {"a": x[:1].clone(), "b": x[1:].clone()}], ids=["x", "dict"])
+def test_callback_that_writes_changes_nothing(wrap: Callable[[Tensor], Any], options: dict[str, Any]) -> None:
+    def fun(tree: Any) -> Tensor:
+        return rosenbrock(torch.cat(pytree.tree_leaves(tree)))
+
+    x0 = wrap(vector(-1.2, 1.0))
+    result = minimize(fun, x0, max_iter=20, **options, callback=overwrite)
+    expected = minimize(fun, x0, max_iter=20, **options)
+    assert result.history == expected.history
+    for ours, theirs in ((result.x, expected.x), (result.grad, expected.grad)):
+        assert all(map(torch.equal, pytree.tree_leaves(ours), pytree.tree_leaves(theirs)))
+    assert result.fun == fun(result.x).item()
+
+
+@each_method
+def test_parameters_that_the_callback_writes_to_are_restored(method: str) -> None:
+    def spoil(progress: Progress) -> None:
+        progress.x.detach().fill_(7.0)
+
+    param, other = nn.Parameter(vector(-1.2, 1.0)), nn.Parameter(vector(-1.2, 1.0))
+    result = minimize(rosenbrock, param, method, max_iter=20, callback=spoil)
+    expected = minimize(rosenbrock, other, method, max_iter=20)
+    assert [entry.fun for entry in result.history] == [entry.fun for entry in expected.history]
+    assert torch.equal(param, other)
+    assert result.fun == rosenbrock(param).item()

@@ -14,11 +14,11 @@ from minimize_cases import (
     bowl,
     each_method,
     each_solver,
+    falls_to_infinity,
     logarithms,
     one_thread,  # noqa: F401
     rosenbrock,
     vector,
-    wall,
 )
 from torch import Tensor, nn
 
@@ -42,11 +42,11 @@ def raises_outside(x: Tensor) -> Tensor:
         logarithms,
         no_graph_outside,
         raises_outside,
-        lambda x: torch.where(x > 0, x, -math.inf).sum() + 1e-3 / x.abs().sum(),  # an abyss, not a minimum
+        lambda x: torch.where(x > 0, x, -math.inf).sum() + 1e-3 / x.abs().sum(),  # unbounded, no minimum
     ],
     ids=["nan", "inf", "error", "-inf"],
 )
-def test_walls_are_not_crossed(fun: Callable[[Tensor], Tensor], options: dict[str, Any]) -> None:
+def test_points_outside_the_domain_are_not_accepted(fun: Callable[[Tensor], Tensor], options: dict[str, Any]) -> None:
     x0 = vector(2.0, 3.0)
     result = minimize(fun, x0, max_iter=200, **options)
     assert bool((result.x > 0).all())
@@ -58,8 +58,8 @@ def test_walls_are_not_crossed(fun: Callable[[Tensor], Tensor], options: dict[st
 
 
 @each_solver
-def test_falling_into_a_wall_is_no_success(options: dict[str, Any]) -> None:
-    recorder, x0 = Recorder(wall), vector(0.0, 1.0)
+def test_falling_up_to_infinity_is_no_success(options: dict[str, Any]) -> None:
+    recorder, x0 = Recorder(falls_to_infinity), vector(0.0, 1.0)
     result = minimize(recorder, x0, **options)
     assert result.status in (Status.non_finite, Status.line_search_failed, Status.precision_limit)
     assert_result_is_true(result, recorder, x0, 1e-6)
@@ -160,7 +160,7 @@ def test_numbers_near_the_limits_are_honest(
 
 
 @pytest.mark.parametrize("max_eval", range(1, 12))
-def test_slope_beyond_the_numbers_is_a_wall(max_eval: int) -> None:
+def test_slope_that_overflows_is_not_finite(max_eval: int) -> None:
     # The lowest point of the line has a finite gradient whose product with the direction overflows.
     steps = ((0.05, 0.0, -10.0), (0.15, -1.0, -10.0), (0.5, -0.5, 1.0), (math.inf, -1e3, -1e308))
 

@@ -1,4 +1,4 @@
-"""The ways of Newton's methods: units, saddles, steps that are too short, Hessians that are no numbers, memory."""
+"""The loop of Newton's methods: units, saddles, short steps, non-finite Hessians, memory."""
 
 from __future__ import annotations
 
@@ -89,7 +89,7 @@ def test_units_of_the_variables_do_not_matter() -> None:
 
 
 @METHODS
-def test_valley_whose_variables_grow_apart_is_followed(method: str) -> None:
+def test_variables_that_grow_apart_are_followed(method: str) -> None:
     """The far end of Andrei's "cosine" takes steps of lengths that differ by orders of magnitude."""
     result = minimize(lambda x: torch.cos(x[:-1] ** 2 - x[1:] / 2).sum(), torch.ones(10).double(), method, max_eval=500)
     assert result.success
@@ -126,17 +126,17 @@ def test_maximum_is_left_and_limits_hold(method: str) -> None:
 
 
 @METHODS
-@pytest.mark.parametrize(("curvature", "is_forgiven"), [(1e-9, True), (1e-3, False)])
-def test_tolerance_forgives_a_curvature_that_promises_less(method: str, curvature: float, is_forgiven: bool) -> None:
+@pytest.mark.parametrize(("curvature", "is_kept"), [(1e-9, True), (1e-3, False)])
+def test_saddle_is_kept_if_leaving_it_gains_too_little(method: str, curvature: float, is_kept: bool) -> None:
     result = minimize(
         lambda x: x[0] ** 2 - curvature * (x[1] ** 2 - x[1] ** 4), vector(0.0, 0.0), method, tol=1e-6, max_iter=50
     )
     assert result.success
-    assert (result.n_iter == 0) == is_forgiven
-    assert result.fun == pytest.approx(0.0 if is_forgiven else -curvature / 4, rel=0.01)
+    assert (result.n_iter == 0) == is_kept
+    assert result.fun == pytest.approx(0.0 if is_kept else -curvature / 4, rel=0.01)
 
 
-# Numbers that are none.
+# NaN and infinity.
 
 
 @METHODS
@@ -153,7 +153,7 @@ def test_hessian_that_is_not_finite_is_done_without(method: str, bad: float) -> 
 
 
 @METHODS
-def test_wall_on_all_sides_is_called_so(method: str) -> None:
+def test_start_without_finite_neighbours_is_non_finite(method: str) -> None:
     def fun(x: Tensor) -> Tensor:
         value = x.sum()
         return value if bool((x == 1).all()) else value * math.nan
@@ -164,7 +164,7 @@ def test_wall_on_all_sides_is_called_so(method: str) -> None:
 
 
 @METHODS
-def test_endless_fall_ends(method: str) -> None:
+def test_unbounded_function_ends(method: str) -> None:
     result = minimize(lambda x: x.sum() - x.square().sum(), vector(1.0, 2.0), method)
     assert result.status in (Status.line_search_failed, Status.non_finite)
     assert result.n_eval < 300

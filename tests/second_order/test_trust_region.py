@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from descend.second_order.trust_region import CGPath, DenseModel, End, Trial, steihaug
+from descend.second_order.trust_region import CGPath, DenseModel, End, TrialStep, steihaug
 
 DTYPES = pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
 BOTH_REGIONS = pytest.mark.parametrize("preconditioned", [False, True])
@@ -24,7 +24,7 @@ def decrease(hessian: Tensor, grad: Tensor, step: Tensor) -> float:
     return -float(grad @ step + step @ hessian @ step / 2)
 
 
-def assert_optimal(model: DenseModel, hessian: Tensor, grad: Tensor, radius: float) -> Trial:
+def assert_optimal(model: DenseModel, hessian: Tensor, grad: Tensor, radius: float) -> TrialStep:
     """(H + mu I) s = -g, H + mu I positive semi-definite, mu >= 0, mu (radius - |s|) = 0: nothing is lower."""
     trial = model.step(radius)
     eps = 100 * math.sqrt(len(grad)) * torch.finfo(grad.dtype).eps
@@ -63,13 +63,13 @@ def count_calls(patch: pytest.MonkeyPatch, owner: Any, *names: str) -> list[str]
     return calls
 
 
-def assert_same(trial: Trial, expected: Trial) -> None:
+def assert_same(trial: TrialStep, expected: TrialStep) -> None:
     assert torch.equal(trial.step, expected.step)
     assert trial[1:] == expected[1:]
 
 
-def no_step(n: int, dtype: torch.dtype = torch.float64) -> Trial:
-    return Trial(torch.zeros(n, dtype=dtype), 0.0, 0.0, False, False)
+def no_step(n: int, dtype: torch.dtype = torch.float64) -> TrialStep:
+    return TrialStep(torch.zeros(n, dtype=dtype), 0.0, 0.0, False, False)
 
 
 @DTYPES
@@ -112,7 +112,7 @@ def test_hard_case_and_its_neighbours(part: float, copies: int) -> None:
 
 
 @DTYPES
-def test_singular_hessian_gives_the_shortest_minimiser(dtype: torch.dtype) -> None:
+def test_singular_hessian_gives_the_shortest_minimizer(dtype: torch.dtype) -> None:
     generator = np.random.default_rng(0)
     for n in (2, 5, 30, 50):
         jacobian = torch.from_numpy(generator.standard_normal((n // 2, n))).to(dtype)
@@ -251,9 +251,8 @@ def test_path_is_the_textbooks(preconditioned: bool, lowest: float, data: st.Dat
     assert (path.end.value, path.n_products) == (end, n_products)
     trial = path.step(radius)
     np.testing.assert_allclose(trial.step.numpy(), step, rtol=1e-6, atol=1e-6 * radius)
-    torch.testing.assert_close(path.residual, grad + hessian @ trial.step, rtol=1e-8, atol=1e-8 * (1 + radius))
     assert trial.on_boundary == (end in ("boundary", "negative_curvature"))
-    assert trial.negative_curvature == (end == "negative_curvature") == (path.curvature < 0)
+    assert trial.negative_curvature == (end == "negative_curvature")
     assert trial.decrease == pytest.approx(decrease(hessian, grad, trial.step), rel=1e-9)
     assert trial.norm == pytest.approx(math.sqrt(trial.step @ region @ trial.step), rel=1e-9)
 
@@ -296,7 +295,7 @@ def test_dropped_directions_are_replaced_by_the_chord(lowest: float, keep: int, 
             assert trial[3:] == (True, path.end is End.negative_curvature)
 
 
-def test_iterates_minimise_over_krylov_spaces() -> None:
+def test_iterates_minimize_over_krylov_spaces() -> None:
     hessian, grad, _ = problem(0, 20, 0.5)
     basis = grad[:, None]
     for number in range(1, 11):
@@ -310,7 +309,7 @@ def test_iterates_minimise_over_krylov_spaces() -> None:
 
 @DTYPES
 @pytest.mark.parametrize("condition", [1e2, 1e6])
-def test_long_paths_keep_their_promises(condition: float, dtype: torch.dtype) -> None:
+def test_long_paths_predict_the_decrease(condition: float, dtype: torch.dtype) -> None:
     generator = np.random.default_rng(0)
     hessian = symmetric(np.geomspace(1, condition, 200), generator)[0].to(dtype)
     grad = torch.from_numpy(generator.standard_normal(200)).to(dtype)
@@ -346,7 +345,7 @@ def test_non_finite_product_ends_the_path_before_it(good: int, bad: float, keep:
     hessian, grad, _ = problem(0, 12, 1.0)
     factors = iter([1.0] * good + [bad])
     path = steihaug(lambda v: hessian @ v * next(factors), grad, 1e3, 0.0, 50, keep=keep)
-    assert (path.end, path.finite, path.n_products) == (End.non_finite, False, good + 1)
+    assert (path.end, path.n_products) == (End.non_finite, good + 1)
     for radius in (1e3, 0.1):
         expected = path_of(hessian, grad, None, 1e3, max_products=good, keep=keep).step(radius) if good else no_step(12)
         assert_same(path.step(radius), expected)
@@ -357,13 +356,13 @@ def test_gradient_that_is_zero_small_or_not_finite_needs_no_product() -> None:
     for numbers in small + bad:
         path = steihaug(pytest.fail, torch.tensor(numbers), 2.0, 1e-6, 10)
         end = End.converged if numbers in small else End.non_finite
-        assert (path.end, path.n_products, path.curvature) == (end, 0, math.inf)
+        assert (path.end, path.n_products) == (end, 0)
         assert_same(path.step(1.0), no_step(len(numbers), torch.float32))
 
 
 def test_no_curvature_is_not_negative_curvature() -> None:
     path = steihaug(torch.zeros_like, torch.tensor([3.0, 4.0]), 10.0, 0.0, 5)
-    assert (path.end, path.curvature) == (End.boundary, 0.0)
+    assert path.end is End.boundary
     torch.testing.assert_close(path.step(5.0).step, torch.tensor([-3.0, -4.0]))
     assert path.step(5.0)[1:] == (5.0, pytest.approx(25.0), True, False)
 

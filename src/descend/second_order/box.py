@@ -1,4 +1,4 @@
-"""L-BFGS with bounds: a quadratic model minimized in the box, then a search along the way to its minimizer."""
+"""L-BFGS with bounds: minimize a quadratic model in the box, then search the line towards its minimizer."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from descend.second_order.descent import Way, first_step, go
+from descend.second_order.descent import SearchDirection, first_step, repeat_searches
 from descend.second_order.directions import learn_diagonal_
 from descend.second_order.objective import Point
 from descend.second_order.result import Status
 from descend.second_order.run import Run
 
-INNER_ITERATIONS = 30  # of the model's minimisation; a few are the rule
-ACCURACY = 1e-2  # of its projected gradient, relative to where it starts
+INNER_ITERATIONS = 30  # projected Newton steps on the model; a few usually do
+ACCURACY = 1e-2  # of the model's projected gradient, relative to its start
 
 
 class CompactHessian:
@@ -40,7 +40,7 @@ class CompactHessian:
         return len(self.steps) == 0
 
     def state(self) -> dict[str, Any]:
-        """All that ``load`` needs to go on from here; tensors share memory."""
+        """What ``load`` needs to continue from here; tensors share memory."""
         return {"steps": self.steps, "changes": self.changes, "diagonal": self.diagonal}
 
     def accepts(self, state: Mapping[str, Any] | None) -> bool:
@@ -48,7 +48,7 @@ class CompactHessian:
         return state is not None and "curvatures" not in state and state["diagonal"].shape == self.diagonal.shape
 
     def load(self, state: Mapping[str, Any]) -> None:
-        """Go on from a ``state``; its tensors become this one's."""
+        """Continue from a ``state``; its tensors are taken over."""
         self.steps, self.changes, self.diagonal = (state[name].to(self.steps) for name in self.state())
         self._build()
 
@@ -60,9 +60,9 @@ class CompactHessian:
     def update(self, s: Tensor, y: Tensor) -> None:
         """Learn that the gradient changed by y along s, where s'y > 0."""
         scale = learn_diagonal_(self.diagonal, s, y).rsqrt()
-        kept = max(0, len(self.steps) + 1 - self.history_size)
-        self.steps = torch.cat([self.steps[kept:], (scale * s).unsqueeze(0)])
-        self.changes = torch.cat([self.changes[kept:], (scale * y).unsqueeze(0)])
+        dropped = max(0, len(self.steps) + 1 - self.history_size)
+        self.steps = torch.cat([self.steps[dropped:], (scale * s).unsqueeze(0)])
+        self.changes = torch.cat([self.changes[dropped:], (scale * y).unsqueeze(0)])
         self._build()
 
     def _build(self) -> None:
@@ -94,12 +94,13 @@ class CompactHessian:
         return solution + scaled.T.mv(torch.linalg.solve(small, scaled.mv(vector)))
 
 
-def descend_in_box(run: Run, point: Point, model: CompactHessian, lr: float = 1.0) -> Status:
-    """Go down from ``point`` inside the bounds until there is a reason to stop.
+def bounded_descent(run: Run, point: Point, model: CompactHessian, lr: float = 1.0) -> Status:
+    """Minimize from ``point`` inside the bounds until there is a reason to stop.
 
     Args:
         run: limits and line searches; its best point is the result.
-        model: what was learned so far; empty at the start.
+        point: the start.
+        model: the Hessian; learns from every step.
         lr: first step tried towards a minimizer of the model.
     """
     lower, upper = run.objective.lower, run.objective.upper
@@ -107,19 +108,19 @@ def descend_in_box(run: Run, point: Point, model: CompactHessian, lr: float = 1.
     assert upper is not None
     is_boxed = bool((torch.isfinite(lower) & torch.isfinite(upper)).all())
 
-    def way(point: Point, has_failed: bool) -> Way:
+    def propose(point: Point, has_failed: bool) -> SearchDirection:
         low, high = lower - point.x, upper - point.x
         if model.is_steepest:
             length = 1.0 if is_boxed and not has_failed else first_step(point)
             direction, step = torch.clamp(-length * point.grad, low, high), 1.0
         else:
             direction, step = minimizer(model, point.grad, low, high), lr
-        return Way(direction, step, room(direction, low, high))
+        return SearchDirection(direction, step, max_feasible_step(direction, low, high))
 
-    return go(run, point, model, way)
+    return repeat_searches(run, point, model, propose)
 
 
-def room(direction: Tensor, low: Tensor, high: Tensor) -> float:
+def max_feasible_step(direction: Tensor, low: Tensor, high: Tensor) -> float:
     """The largest step along a direction that stays between low and high, at least 1."""
     limits = torch.where(direction > 0, high, torch.where(direction < 0, low, math.inf)) / direction
     return max(1.0, float(limits.abs().amin()))

@@ -1,4 +1,4 @@
-"""Methods that choose a direction and then a step along it: gradient descent, BFGS and L-BFGS without bounds."""
+"""Line-search methods: gradient descent, BFGS and L-BFGS without bounds, and the loop that L-BFGS-B shares."""
 
 from __future__ import annotations
 
@@ -9,93 +9,99 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from descend.second_order.directions import Directions, Learner, stretch
+from descend.second_order.directions import Directions, Learner, modified_secant_factor
 from descend.second_order.line_search import Outcome
 from descend.second_order.objective import Point
 from descend.second_order.result import Status
-from descend.second_order.run import Move, Run
+from descend.second_order.run import Run, Step
 
-LEAST_RISE = 1e-8  # of the slope along a step, relative, that counts as curvature
-VISIBLE = 1e3  # times the noise of the values: what a step must promise before its failure is no rounding error
+MIN_CURVATURE = 1e-8  # of the slope's rise along a step, relative, for the pair to be learned
+VISIBLE = 1e3  # a failed step that predicted a decrease of fewer times the noise failed through rounding
 
 
-class Way(NamedTuple):
-    """Where to search next: a direction, the first step along it, and the last that is allowed."""
+class SearchDirection(NamedTuple):
+    """What to search next: a direction, the first step along it, and the largest one allowed."""
 
     direction: Tensor
     step: float
     max_step: float = math.inf
 
 
-def descend(run: Run, point: Point, directions: Directions, lr: float = 1.0) -> Status:
-    """Go down from ``point`` along directions until there is a reason to stop.
+def line_search_descent(run: Run, point: Point, directions: Directions, lr: float = 1.0) -> Status:
+    """Minimize from ``point`` along directions until there is a reason to stop.
 
     Args:
         run: limits and line searches; its best point is the result.
-        directions: what was learned so far; empty at the start.
+        point: the start.
+        directions: gives the directions; learns from every step.
         lr: first step tried along a direction that has learned something.
     """
 
-    def way(point: Point, has_failed: bool) -> Way:
-        return Way(directions.descend(point.grad), first_step(point) if directions.is_steepest else lr)
+    def propose(point: Point, has_failed: bool) -> SearchDirection:
+        step = first_step(point) if directions.is_steepest else lr
+        return SearchDirection(directions.direction(point.grad), step)
 
-    return go(run, point, directions, way)
+    return repeat_searches(run, point, directions, propose)
 
 
-def go(run: Run, point: Point, learner: Learner, way: Callable[[Point, bool], Way]) -> Status:
-    """Go down from ``point``, one search after the other, until there is a reason to stop.
+def repeat_searches(
+    run: Run, point: Point, learner: Learner, propose: Callable[[Point, bool], SearchDirection]
+) -> Status:
+    """Make one line search after the other until there is a reason to stop.
 
     Args:
         run: limits and line searches; its best point is the result.
+        point: the start.
         learner: is shown every step.
-        way: from a point, and whether the search before has failed, to the next search.
+        propose: maps a point, and whether the search before has failed, to the next search.
     """
     failed: Status | None = None  # why the last search failed, if it did
-    while (status := run.verdict(point)) is None:
-        move = run.search(point, *way(point, failed is not None))
-        status = failure(run, point, move)
-        if move.point is not None:
-            learn(run, learner, point, move)
-            point = move.point
-            run.advance(point, move.step)
+    while (status := run.stop_status(point)) is None:
+        step = run.search(point, *propose(point, failed is not None))
+        status = failure(run, point, step)
+        if step.point is not None:
+            learn(run, learner, point, step)
+            point = step.point
+            run.advance(point, step.length)
         if status and run.evaluations_left < 1:
-            return run.verdict(point) or Status.max_eval
-        # Once, what was learned is to blame for a failed search; the next time, the function is.
-        if status and (failed or (learner.is_steepest and move.point is None)):
-            return run.verdict(point) or failed or status
+            return run.stop_status(point) or Status.max_eval
+        # The first failure is blamed on what was learned, the next one on the function.
+        if status and (failed or (learner.is_steepest and step.point is None)):
+            return run.stop_status(point) or failed or status
         if status:
             learner.reset()
         failed = status
     return status
 
 
-def learn(run: Run, directions: Learner, point: Point, move: Move) -> None:
-    """Show a step to the directions, if the slope rose along it."""
-    new = move.point
+def learn(run: Run, learner: Learner, point: Point, step: Step) -> None:
+    """Show a step to the learner, if the slope rose along it."""
+    new = step.point
     assert new is not None
     rise = new.slope - new.slope_before
-    if rise <= LEAST_RISE * abs(new.slope_before):
+    if rise <= MIN_CURVATURE * abs(new.slope_before):
         return
-    sy = move.step * rise
-    s, y = run.scratch  # fresh memory would cost more than the subtraction
+    sy = step.length * rise
+    s, y = run.scratch  # allocating would cost more than the subtraction
     torch.sub(new.x, point.x, out=s)
     torch.sub(new.grad, point.grad, out=y)
     if run.noise(point) < 0.1 * sy:
-        y *= stretch(sy, point.value, new.value, move.step * (new.slope + new.slope_before))
-    directions.update(s, y)
+        y *= modified_secant_factor(sy, point.value, new.value, step.length * (new.slope + new.slope_before))
+    learner.update(s, y)
 
 
 def first_step(point: Point) -> float:
-    """Length of the first step down the gradient: of a unit, or to where a parabola with minimum 0 would end."""
+    """First step along the gradient: a length of one, or to the minimum of a parabola whose minimum is 0."""
     largest = point.norm
     norm = largest * float(torch.linalg.vector_norm(point.grad / largest))
     return max(1 / norm, min(1 / largest, 2 * abs(point.value) / norm / norm))
 
 
-def failure(run: Run, origin: Point, move: Move) -> Status | None:
+def failure(run: Run, origin: Point, step: Step) -> Status | None:
     """Why a search failed; None if it did not."""
-    if move.is_sufficient:
+    if step.is_sufficient:
         return None
-    if move.outcome is Outcome.non_finite and move.point is None:
+    if step.outcome is Outcome.non_finite and step.point is None:
         return Status.non_finite
-    return Status.precision_limit if move.promise <= VISIBLE * run.noise(origin) else Status.line_search_failed
+    is_rounding = step.predicted_decrease <= VISIBLE * run.noise(origin)
+    return Status.precision_limit if is_rounding else Status.line_search_failed

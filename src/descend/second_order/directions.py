@@ -1,8 +1,8 @@
-"""Descent directions of quasi-Newton methods, made from steps and changes of the gradient; they evaluate nothing.
+"""Descent directions of quasi-Newton methods, from steps and changes of the gradient. Nothing is evaluated here.
 
 Letters are the papers': s = x_new - x, y = grad_new - grad, H the approximation of the inverse Hessian, D a diagonal.
-All numbers stay on the vectors' device: nothing here waits for it. Short vectors on a CPU are NumPy arrays inside, for
-which an operation costs a third of what it costs for tensors; the formulas are the same.
+All numbers stay on the vectors' device; nothing waits for a GPU. Short vectors on a CPU are NumPy arrays internally: an
+operation costs a third of what it costs for tensors. The formulas are the same.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ SHORT = 2**13  # elements in a history for which NumPy is faster, and starts no 
 LARGE = 2**17  # elements in a history that no longer fits in a cache
 SPREAD = 1e3  # entries of the diagonal stay within this factor of their median
 LEAST_COSINE = 1e-12  # of the angle between s and y, in the metric of the diagonal
-LEAST_SHARE = 1e-8  # of s'y that a corrected y keeps
+LEAST_FACTOR = 1e-8  # by which a modified secant equation may scale y
 
 Array = Any  # a tensor or a NumPy array
 
 
 class Learner(Protocol):
-    """What learns from steps."""
+    """A model of the curvature that learns from steps."""
 
     @property
     def is_steepest(self) -> bool:
@@ -34,18 +34,18 @@ class Learner(Protocol):
         """Learn that the gradient changed by y along s, where s'y > 0."""
 
     def reset(self) -> None:
-        """Forget everything."""
+        """Forget all pairs."""
 
 
 class Directions(Learner, Protocol):
-    """What gives a solver its directions."""
+    """A model of the curvature that gives search directions."""
 
-    def descend(self, grad: Tensor) -> Tensor:
+    def direction(self, grad: Tensor) -> Tensor:
         """The direction -H grad; the negative gradient if nothing has been learned."""
 
 
 class Steepest:
-    """The negative gradient, as long as the last step suggests: s's / s'y times.
+    """The negative gradient, scaled by s's / s'y of the last step.
 
     Source: Barzilai & Borwein 1988, https://doi.org/10.1093/imanum/8.1.141
     """
@@ -60,7 +60,7 @@ class Steepest:
     def update(self, s: Tensor, y: Tensor) -> None:
         self.length = s.dot(s) / s.dot(y)
 
-    def descend(self, grad: Tensor) -> Tensor:
+    def direction(self, grad: Tensor) -> Tensor:
         return -grad if self.length is None else -self.length * grad
 
     def reset(self) -> None:
@@ -87,7 +87,7 @@ class DenseInverse:
         half = (1 + y.dot(hy) / sy) / 2 * s - hy
         self.inverse.addr_(s, half / sy).addr_(half, s / sy)
 
-    def descend(self, grad: Tensor) -> Tensor:
+    def direction(self, grad: Tensor) -> Tensor:
         return -grad if self.is_steepest else self.inverse.mv(grad).neg_()
 
     def reset(self) -> None:
@@ -102,13 +102,13 @@ class CompactInverse:
         H grad = D (grad - Y' u) + S' p,    u = R^-1 S grad,    p = R^-T ((Y D Y' + E) u - Y D grad)
 
     S and Y are ring buffers: their rows are in no order, and R is triangular up to a permutation. R^-1 gains a column
-    with each pair and loses a row and a column with each pair forgotten, neither of which changes the rest of it. A
-    pair is scaled to s'y = 1, which changes nothing.
+    with each new pair and loses a row and a column with each dropped one; the rest of it stays. A pair is scaled to
+    s'y = 1, which leaves H unchanged.
 
-    Where the history is small, D is what was learned so far. Where it is large, memory is what takes time: a new D
-    would need another pass over the history, so it follows once in ``history_size`` pairs and is scaled in between; and
-    the history is kept in float32, as if gradients were known to seven digits. Inner products of the pairs are those of
-    what is kept, so that H stays positive definite and exact for it. Then nothing is allocated any more.
+    A small history uses the newest D. A large one is limited by memory bandwidth: a new D would need another pass over
+    the history, so D is renewed once in ``history_size`` pairs and scaled in between; and the history is stored in
+    float32, as if gradients were known to seven digits. Inner products are those of the stored pairs, so that H stays
+    positive definite. After the constructor nothing of the length of a vector is allocated.
 
     Args:
         numel: length of the vectors.
@@ -119,7 +119,7 @@ class CompactInverse:
         >>> inverse = CompactInverse(2, history_size=10, dtype=torch.float64, device=torch.device("cpu"))
         >>> for s in torch.eye(2, dtype=torch.float64):
         ...     inverse.update(s, curvature * s)
-        >>> inverse.descend(torch.tensor([3.0, 100.0], dtype=torch.float64))
+        >>> inverse.direction(torch.tensor([3.0, 100.0], dtype=torch.float64))
         tensor([-3., -1.], dtype=torch.float64)
 
     Source:
@@ -138,16 +138,16 @@ class CompactInverse:
         self.is_tensor = not is_short or device.type != "cpu"
         self.count = 0  # pairs taken so far
         self.is_new = False  # whether the newest pair's inner products are still to be taken
-        kept = torch.float32 if self.is_large else dtype
-        self.steps = zeros(history_size, numel, dtype=kept)
-        self.changes = zeros(history_size, numel, dtype=kept)
-        self.learned = zeros(numel, dtype=kept)
-        self.diagonal = zeros(numel, dtype=kept) if self.is_large else self.learned
+        stored = torch.float32 if self.is_large else dtype
+        self.steps = zeros(history_size, numel, dtype=stored)
+        self.changes = zeros(history_size, numel, dtype=stored)
+        self.learned = zeros(numel, dtype=stored)
+        self.diagonal = zeros(numel, dtype=stored) if self.is_large else self.learned
         self.r_inverse = zeros(history_size, history_size)
         self.gram = zeros(history_size, history_size)  # Y D Y'
         self.curvatures = zeros(history_size)  # the diagonal of E
-        self.work = zeros(3, numel, dtype=kept) if self.is_large else None
-        self.direction = zeros(numel, dtype=dtype) if self.is_large else None
+        self.work = zeros(3, numel, dtype=stored) if self.is_large else None
+        self.product = zeros(numel, dtype=dtype) if self.is_large else None
         self.reset()
 
     def _array(self, tensor: Tensor) -> Array:
@@ -161,7 +161,7 @@ class CompactInverse:
         return self.count == 0
 
     def state(self) -> dict[str, Any]:
-        """All that ``load`` needs to go on from here; tensors share memory."""
+        """What ``load`` needs to continue from here; tensors share memory."""
         arrays = {name: self._tensor(getattr(self, name)) for name in self._ARRAYS}
         return {"count": self.count, "is_new": self.is_new, **arrays}
 
@@ -170,7 +170,7 @@ class CompactInverse:
         return state is not None and "curvatures" in state and state["steps"].shape == self.steps.shape
 
     def load(self, state: Mapping[str, Any]) -> None:
-        """Go on from a ``state``; its tensors become this one's."""
+        """Continue from a ``state``; its tensors are taken over."""
         self.count, self.is_new = int(state["count"]), bool(state["is_new"])
         for name in self._ARRAYS:
             like = self._tensor(getattr(self, name))
@@ -186,7 +186,7 @@ class CompactInverse:
         for small in (self.r_inverse, self.gram, self.curvatures):
             small[:] = 0.0
 
-    @np.errstate(all="ignore")  # as for tensors: what overflows shows in the direction
+    @np.errstate(all="ignore")  # as for tensors: an overflow shows in the direction
     def update(self, s: Tensor, y: Tensor) -> None:
         if self.is_new:
             self._take_in(None)
@@ -200,24 +200,24 @@ class CompactInverse:
         self.count += 1
         self.is_new = True
 
-    def descend(self, grad: Tensor) -> Tensor:
-        """The direction -H grad, in memory that the next call uses again."""
+    def direction(self, grad: Tensor) -> Tensor:
+        """The direction -H grad; the next call reuses its memory."""
         if self.is_steepest:
             return -grad
         if self.work is None:
             return self._tensor(-self._multiply(self._array(grad)))
-        low, high = torch.aminmax(grad)  # its own size may be outside of float32
+        low, high = torch.aminmax(grad)  # scaled, because its own size may be outside the range of float32
         scale = torch.maximum(-low, high)
         self._keep(self.work, 0, grad, 1 / scale)
         product = self._multiply(self.work[0])
-        return torch.mul(product, -scale, out=self.direction)
+        return torch.mul(product, -scale, out=self.product)
 
     def _keep(self, rows: Array, slot: int, vector: Array, scale: Any) -> None:
-        """Write a scaled vector into a row, in the dtype that is kept."""
+        """Write a scaled vector into a row, in the dtype of the history."""
         if self.work is None:
             rows[slot] = vector * scale
-        else:  # scaling and rounding in one operation takes four times as long
-            rows[slot].copy_(torch.mul(vector, scale, out=self.direction))
+        else:  # one operation that scales and rounds takes four times as long
+            rows[slot].copy_(torch.mul(vector, scale, out=self.product))
 
     @np.errstate(all="ignore")
     def _multiply(self, grad: Array) -> Array:
@@ -258,7 +258,7 @@ class CompactInverse:
             self.gram[:filled, :filled] = scaled_gram(changes, self.diagonal)
         else:
             along_changes, row = products(changes, self._scaled(grad, 1), self._scaled(y, 2))
-            # D is scaled so that it alone would already have the curvature y'D y = s'y of the newest pair.
+            # D is scaled so that y'D y = s'y for the newest pair.
             scale = curvature / row[slot]
             self.diagonal *= scale
             self.gram *= scale
@@ -273,12 +273,12 @@ class CompactInverse:
 
 
 def learn_diagonal_(diagonal: Array, s: Array, y: Array, work: Array = None) -> Any:
-    """Update, in place, a diagonal that stands for the inverse Hessian by a pair; return s'y.
+    """Update a diagonal inverse Hessian in place by a pair; return s'y.
 
-    ``work``: two vectors to work in, for tensors; None to make them.
+    ``work``: two vectors of scratch memory, for tensors; None to allocate them.
 
-    Scaled so that y'D y = s'y, then the diagonal of the BFGS update of its inverse. s'y is kept at ``LEAST_COSINE`` or
-    more, whatever rounding does to it.
+    The diagonal is scaled so that y'D y = s'y, then replaced by the diagonal of the BFGS update. s'y is raised to
+    ``LEAST_COSINE`` where rounding has made it smaller.
 
     Source: Gilbert & Lemaréchal 1989, section 4.2, https://doi.org/10.1007/BF01589113, scaled as in M1QN3.
     """
@@ -288,7 +288,7 @@ def learn_diagonal_(diagonal: Array, s: Array, y: Array, work: Array = None) -> 
         growth, shrinkage = torch.mul(diagonal, y, out=work[0]), torch.div(s, diagonal, out=work[1])
     y_dy, s_ds, curvature = growth.dot(y), shrinkage.dot(s), s.dot(y)
     least = LEAST_COSINE * y_dy**0.5 * s_ds**0.5
-    # Without a branch: on a device nobody here knows the numbers.
+    # Without a branch, which would wait for the device.
     curvature = curvature + (least - curvature) * (curvature < least)
     growth *= y
     growth /= y_dy
@@ -303,7 +303,7 @@ def learn_diagonal_(diagonal: Array, s: Array, y: Array, work: Array = None) -> 
 
 
 def clip_around_median_(diagonal: Array) -> None:
-    """Keep all entries within a factor of their median; that of some of them, for a median of millions takes long."""
+    """Clip all entries to within a factor of their median, which is estimated from about 1,000 of them."""
     some = diagonal[:: 1 + len(diagonal) // 1000]
     if isinstance(some, np.ndarray):
         middle = np.partition(some, (len(some) - 1) // 2)[(len(some) - 1) // 2]
@@ -314,17 +314,17 @@ def clip_around_median_(diagonal: Array) -> None:
 
 
 def products(rows: Array, *vectors: Array) -> list[Any]:
-    """Inner products of each row with each vector, in float64; a row is read from memory once."""
+    """Inner products of each row with each vector, in float64; each row is read from memory once."""
     if isinstance(rows, np.ndarray):
         return [rows.dot(vector).astype(np.float64, copy=False) for vector in vectors]
     if not rows.is_cpu or rows.numel() <= LARGE:
         return [rows.mv(vector).double() for vector in vectors]
-    # On a CPU one row after the other streams through memory half as fast again as a product with the matrix.
+    # On a CPU row by row is 1.5 times as fast as a product with the matrix.
     return list(torch.stack([torch.stack([row.dot(vector) for vector in vectors]) for row in rows]).double().T)
 
 
 def add_rows(start: Array, rows: Array, weights: Array) -> Any:
-    """start + the sum of the weighted rows, in new memory if the rows are few or short, else in that of start."""
+    """start + the sum of the weighted rows; a large ``start`` is overwritten."""
     if isinstance(rows, np.ndarray):
         return start + weights.astype(rows.dtype, copy=False).dot(rows)
     weights = weights.to(rows.dtype)
@@ -338,7 +338,7 @@ def add_rows(start: Array, rows: Array, weights: Array) -> Any:
 
 
 def scaled_gram(rows: Array, diagonal: Array) -> Any:
-    """rows D rows', block by block, so that no copy of long rows is made."""
+    """rows D rows', block by block, so that long rows are never copied as a whole."""
     if isinstance(rows, np.ndarray):
         return (rows * diagonal).dot(rows.T)
     block = max(1, LARGE // len(rows))
@@ -349,8 +349,8 @@ def scaled_gram(rows: Array, diagonal: Array) -> Any:
     return total
 
 
-def stretch(sy: float, value: float, value_new: float, slopes: float) -> float:
-    """The factor for y with which a pair also fits the values of the function; 1 where that is not safe.
+def modified_secant_factor(sy: float, value: float, value_new: float, slopes: float) -> float:
+    """Factor for y with which the pair also fits the function values; 1 where that is not safe.
 
     Args:
         sy: s'y, > 0.
@@ -360,4 +360,4 @@ def stretch(sy: float, value: float, value_new: float, slopes: float) -> float:
     Source: Zhang, Deng & Chen 1999, https://doi.org/10.1023/A:1021898630001
     """
     theta = 6 * (value - value_new) + 3 * slopes
-    return 1 + theta / sy if abs(theta) <= 3 * sy and sy + theta > LEAST_SHARE * sy else 1.0
+    return 1 + theta / sy if abs(theta) <= 3 * sy and sy + theta > LEAST_FACTOR * sy else 1.0

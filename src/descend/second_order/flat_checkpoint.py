@@ -1,24 +1,18 @@
-"""Loading state dictionaries of L-BFGS, torch's or ours, and Newton: validated as a whole, copied, never narrowed."""
+"""State dictionaries of optimizers that keep all state under the first parameter: validated, copied, never narrowed."""
 
 from __future__ import annotations
 
 import sys
 from collections import defaultdict
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, TypeAlias
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from descend.checkpoint.matching import Listing, Matching, check_choices
-from descend.checkpoint.reading import copied, number_of, options_of, restore, unusable_is_value_error
-from descend.second_order.parameters import FlatParameters
-
-if TYPE_CHECKING:
-    from descend.second_order.lbfgs import LBFGS
-    from descend.second_order.newton import Newton
-
-    ClosureOptimizer: TypeAlias = LBFGS | Newton
+from descend.checkpoint.matching import Listing, Matching
+from descend.checkpoint.reading import copied, number_of, options_of, unusable_is_value_error
+from descend.second_order.parameters import FlatParameters, ParamGroups
 
 _MEMORY = ("n_iter", "d", "t", "old_dirs", "old_stps", "ro", "H_diag", "prev_flat_grad", "prev_loss")
 _LISTS = ("old_dirs", "old_stps", "ro", "al")
@@ -32,32 +26,17 @@ _LEARNED = {
     "gram": "hh",
     "curvatures": "h",
 }
-_BOUNDED = {"steps", "changes", "diagonal"}  # all that is learned where there are bounds
+_BOUNDED = {"steps", "changes", "diagonal"}  # what is learned with bounds
 
 
-def load(optimizer: ClosureOptimizer, state_dict: Mapping[str, Any], match: str, hyperparameters: str) -> None:
-    """Load what ``state_dict`` returned, of an optimizer that keeps all state under its first parameter."""
-    check_choices(type(optimizer).__name__, match, hyperparameters)
-
-    def read(saved: Mapping[str, Any]) -> tuple[list[dict[str, Any]], defaultdict[Any, dict[str, Any]]]:
-        _check_order(optimizer, saved, match)
-        groups = [{**group} for group in optimizer.param_groups]
-        if hyperparameters == "loaded":
-            groups = _groups(optimizer, saved["param_groups"])
-        return groups, _state(optimizer, saved)
-
-    restore(optimizer, state_dict, read)
-
-
-def _check_order(optimizer: ClosureOptimizer, saved: Mapping[str, Any], match: str) -> None:
-    """Raise ``ValueError`` unless the parameters are as many, and in the order of the names if those are to tell."""
-    who, groups = type(optimizer).__name__, saved["param_groups"]
-    matching = Matching(who, optimizer.param_groups, groups, match)
-    Matching(who, optimizer.param_groups, groups, "order").require_all()
+def check_order(who: str, groups: ParamGroups, saved_groups: ParamGroups, match: str) -> None:
+    """Raise ``ValueError`` unless the parameters are equally many, and in the same order if names decide."""
+    matching = Matching(who, groups, saved_groups, match)
+    Matching(who, groups, saved_groups, "order").require_all()
     if matching.by_name:
         matching.require_all()
-        # Names in "params" are put into this optimizer's order by torch.distributed; those beside it are not.
-        for names in (matching.saved.names, Listing(groups).names):
+        # torch.distributed puts names in "params" into this optimizer's order, but not those in "param_names".
+        for names in (matching.saved.names, Listing(saved_groups).names):
             if names is not None and names != matching.here.names:
                 index = next(i for i, name in enumerate(names) if name != (matching.here.names or names)[i])
                 raise ValueError(
@@ -67,25 +46,26 @@ def _check_order(optimizer: ClosureOptimizer, saved: Mapping[str, Any], match: s
                 )
 
 
-def _groups(optimizer: ClosureOptimizer, saved_groups: list[dict[str, Any]]) -> list[dict[str, Any]]:
+def read_groups(
+    who: str, groups: ParamGroups, saved_groups: ParamGroups, check_options: Callable[[Mapping[str, Any]], None]
+) -> list[dict[str, Any]]:
+    """The groups with the saved options, each checked; options that were not saved stay."""
     loaded = []
-    for index, (current, saved) in enumerate(zip(optimizer.param_groups, saved_groups, strict=True)):
+    for index, (current, saved) in enumerate(zip(groups, saved_groups, strict=True)):
         names = {name: saved[name] for name in ("param_names",) if name in saved and name not in current}
         group = {**current, **options_of(saved), **names}
-        with unusable_is_value_error(type(optimizer).__name__, index):
-            optimizer.check_options(group)
+        with unusable_is_value_error(who, index):
+            check_options(group)
             for value in group.values():
                 if isinstance(value, int):
                     float(value)
         loaded.append(group)
-    with unusable_is_value_error(type(optimizer).__name__, 0):
-        optimizer.check_groups(loaded)
     return loaded
 
 
-def _state(optimizer: ClosureOptimizer, state_dict: Mapping[str, Any]) -> defaultdict[Any, dict[str, Any]]:
-    who = type(optimizer).__name__
-    point = FlatParameters(optimizer.param_groups, who)
+def read_state(who: str, groups: ParamGroups, state_dict: Mapping[str, Any]) -> defaultdict[Any, dict[str, Any]]:
+    """A checked copy of the saved state, for the parameters of ``groups``."""
+    point = FlatParameters(groups, who)
     saved_keys = [key for group in state_dict["param_groups"] for key in group["params"]]
     owner = dict(zip(saved_keys, point.params, strict=True))
     loaded: defaultdict[Any, dict[str, Any]] = defaultdict(dict)
@@ -98,7 +78,7 @@ def _state(optimizer: ClosureOptimizer, state_dict: Mapping[str, Any]) -> defaul
                 )
             _check_numbers(saved, who)
             if "d" in saved:
-                _check(saved, point.numel, who)
+                _check_memory(saved, point.numel, who)
             if saved.get("learned") is not None:
                 _check_learned(saved["learned"], point.numel, who)
         loaded[owner.get(key, key)] = copied(saved, lambda tensor: _widened(tensor, point))
@@ -128,8 +108,8 @@ def _check_learned(learned: Any, numel: int, who: str) -> None:
             raise ValueError(f"{who}: the loaded {name} must be an integer >= 0, got {value!r:.40}.")
 
 
-def _check(saved: Mapping[str, Any], numel: int, who: str) -> None:
-    """Raise ``ValueError`` unless this is the memory of ``numel`` numbers."""
+def _check_memory(saved: Mapping[str, Any], numel: int, who: str) -> None:
+    """Raise ``ValueError`` unless this is torch's L-BFGS state for ``numel`` entries."""
     if missing := set(_MEMORY) - set(saved):
         raise ValueError(f"{who}: the loaded state lacks {', '.join(sorted(missing))}.")
     for name in _LISTS:
@@ -158,7 +138,7 @@ def _check(saved: Mapping[str, Any], numel: int, who: str) -> None:
 
 
 def _is_readable(value: Any) -> bool:
-    """Whether this is a tensor of real numbers that are there."""
+    """Whether this is a dense tensor of floating point numbers, not on meta."""
     return (
         isinstance(value, Tensor) and value.is_floating_point() and value.layout is torch.strided and not value.is_meta
     )
@@ -166,6 +146,6 @@ def _is_readable(value: Any) -> bool:
 
 def _widened(tensor: Tensor, point: FlatParameters) -> Tensor:
     dtype = tensor.dtype
-    if dtype.is_floating_point:  # torch promotes no float8, and everything is wider
+    if dtype.is_floating_point:  # torch does not promote float8, which is narrower than any other
         dtype = torch.promote_types(dtype, point.dtype) if dtype.itemsize > 1 else point.dtype
     return tensor.detach().to(point.device, dtype, copy=True)

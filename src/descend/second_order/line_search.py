@@ -1,7 +1,7 @@
-"""Line searches: how far to go along a direction, as pure functions of phi(step) -> (value, slope).
+"""The line search: how far to go along a direction, as a pure function of phi(step) -> (value, slope).
 
-Where phi is NaN or infinite there is a wall: no later trial is at or beyond it. Every search calls phi at most
-``max_eval`` times, never beyond ``max_step``, and says how it ended.
+Once phi has been NaN or infinite at a step, every later trial is shorter. The search calls phi at most ``max_eval``
+times, never beyond ``max_step``, and says how it ended.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ SHRINK = 0.66  # a bracket not narrower than this after two trials is bisected: 
 MARGIN = 0.01  # a trial keeps this share of the bracket away from its ends
 NARROW = 1e-15  # relative width at which a bracket is one point
 TINY = 1e-25  # the same for a bracket that begins at 0, relative to the first trial
-NEAR_WALL = 0.25  # a search that still falls stops when it is relatively this near to a wall
-MAX_FLAT = 4  # trials in a bracket whose values do not differ from the first before nothing more is hoped for
+NEAR_NONFINITE = 0.25  # a search that still falls stops when it is relatively this near to a non-finite trial
+MAX_FLAT = 4  # trials in a bracket with the value of the start, to within the noise, before the search gives up
 
 
 class Outcome(str, Enum):
@@ -29,14 +29,14 @@ class Outcome(str, Enum):
     max_eval = "max_eval"  # max_eval calls were made, the last ones inside a bracket
     no_bracket = "no_bracket"  # the value still fell when the calls or the numbers ended: unbounded below?
     precision = "precision"  # the bracket is one point, or its values differ by no more than the noise
-    non_finite = "non_finite"  # the value fell up to near where phi is NaN or infinite, or no trial was finite
+    non_finite = "non_finite"  # the value fell until phi was NaN or infinite, or no trial was finite
 
     def __str__(self) -> str:
         return self.value
 
 
 class Search(NamedTuple):
-    """Where a line search ended: the accepted step, or else the lowest finite trial, step 0 if none is lower."""
+    """How a line search ended: at the accepted step, else at the lowest finite trial, which may be step 0."""
 
     step: float
     value: float
@@ -46,7 +46,7 @@ class Search(NamedTuple):
 
 
 class Trial(NamedTuple):
-    """A point where phi was finite."""
+    """A step at which phi was finite."""
 
     step: float
     value: float
@@ -66,7 +66,7 @@ def hager_zhang(
     noise: float = 0.0,
     growth: float = 10.0,
 ) -> Search:
-    """Find a step that fulfils the Wolfe or the approximate Wolfe conditions, in few evaluations.
+    """Find a step that satisfies the Wolfe or the approximate Wolfe conditions, in few evaluations.
 
     Wolfe: value(t) <= value + c1 t slope, and slope(t) >= c2 slope. Approximate, for values at the limit of their
     precision: (2 c1 - 1) slope >= slope(t) >= c2 slope, and value(t) <= value + noise.
@@ -76,8 +76,8 @@ def hager_zhang(
         value: phi at 0, finite.
         slope: its derivative at 0, finite and < 0.
         step: first trial, > 0; lowered to ``max_step``.
-        c1: share of the promised decrease that suffices, 0 < c1 < 1/2. Default: 1e-4.
-        c2: share of the slope that may be left, c1 <= c2 < 1. Default: 0.7.
+        c1: fraction of the decrease ``-step * slope`` that suffices, 0 < c1 < 1/2. Default: 1e-4.
+        c2: fraction of the slope that may remain, c1 <= c2 < 1. Default: 0.7.
         max_step: largest allowed step, > 0. Default: inf.
         max_eval: largest number of calls of phi, >= 1. Default: 30.
         noise: by how much values may be off through rounding, >= 0, absolute. Default: 0.
@@ -92,7 +92,7 @@ def hager_zhang(
 
     Source: Hager & Zhang 2005, https://doi.org/10.1137/030601880
     """
-    _check("hager_zhang", value, slope, step, max_step, max_eval, growth)
+    _check(value, slope, step, max_step, max_eval, growth)
     if not (0 < c1 < 0.5 and c1 <= c2 < 1):
         raise ValueError(f"hager_zhang: c1 < 1/2 and 0 < c1 <= c2 < 1 are needed, got c1={c1} and c2={c2}.")
     if not 0 <= noise < math.inf:
@@ -104,7 +104,7 @@ def hager_zhang(
     while line.n_eval < max_eval and step > 0:  # NaN: there is no step left to try
         trial = line.evaluate(step)
         if trial is None:
-            high, step = None, line.before_wall(low)
+            high, step = None, line.back_off(low)
             continue
         sufficient = trial.value <= value + c1 * trial.step * slope
         within = trial.value <= value + noise
@@ -124,151 +124,36 @@ def hager_zhang(
     return line.give_up(step, bracketed=high is not None)
 
 
-def strong_wolfe(
-    phi: Phi,
-    value: float,
-    slope: float,
-    step: float,
-    *,
-    c1: float = 1e-4,
-    c2: float = 0.9,
-    max_step: float = math.inf,
-    max_eval: int = 30,
-    growth: float = 4.0,
-) -> Search:
-    """Find a step t with value(t) <= value + c1 t slope and |slope(t)| <= c2 |slope|, the strong Wolfe conditions.
-
-    Args:
-        phi, value, slope, step, max_step, max_eval: as in ``hager_zhang``.
-        c1: share of the promised decrease that suffices, 0 < c1 <= c2. Default: 1e-4.
-        c2: share of the slope that may be left, c1 <= c2 < 1. Default: 0.9.
-        growth: largest ratio of a stride to the one before while phi still falls, > 1. Default: 4.
-    Returns, Raises: as in ``hager_zhang``.
-    Example:
-        >>> search = strong_wolfe(lambda t: ((t - 4) ** 2, 2 * (t - 4)), value=16.0, slope=-8.0, step=1.0, c2=0.5)
-        >>> round(search.step, 2), search.n_eval, search.outcome
-        (4.0, 2, <Outcome.found: 'found'>)
-
-    Source: Moré & Thuente 1994, https://doi.org/10.1145/192115.192132
-    """
-    _check("strong_wolfe", value, slope, step, max_step, max_eval, growth)
-    if not 0 < c1 <= c2 < 1:
-        raise ValueError(f"strong_wolfe: 0 < c1 <= c2 < 1 is needed, got c1={c1} and c2={c2}.")
-
-    def excess(t: Trial) -> Trial:
-        """Their psi, phi less what would suffice, by which trials are compared until one rises and suffices."""
-        return t if rising else Trial(t.step, t.value - value - c1 * t.step * slope, t.slope - c1 * slope)
-
-    line = _Line(phi, Trial(0.0, value, slope), max_step)
-    best, rising = line.start, False
-    other: Trial | None = None  # the far end of the bracket, on either side of best
-    step = min(step, max_step)
-    while line.n_eval < max_eval and step > 0:  # NaN: there is no step left to try
-        trial = line.evaluate(step)
-        if trial is None:
-            best, other = line.lowest_falling(c1), None
-            step = line.before_wall(best)
-            continue
-        sufficient = trial.value <= value + c1 * trial.step * slope
-        if sufficient and abs(trial.slope) <= -c2 * slope:
-            return line.end(Outcome.found, trial)
-        if sufficient and trial.slope < 0 and trial.step >= max_step:
-            return line.end(Outcome.max_step, trial)
-        rising = rising or (sufficient and trial.slope > 0)
-        x, t, y = excess(best), excess(trial), excess(other) if other else None
-        guess = _more_thuente(x, t, y)
-        if t.value > x.value:
-            other = trial
-        else:
-            other = best if t.slope * math.copysign(1.0, x.slope) < 0 else other
-            best = trial
-        if other is None:
-            stride = t.step - x.step
-            step = line.ahead(best, guess, t.step + 1.1 * stride, t.step + growth * stride)
-        else:
-            low, high = sorted((best, other))
-            step = line.inside(low, high, trial, guess)
-    return line.give_up(step, bracketed=other is not None)
-
-
-def backtracking(
-    phi: Phi,
-    value: float,
-    slope: float,
-    step: float,
-    *,
-    c1: float = 1e-4,
-    shrink: tuple[float, float] = (0.1, 0.5),
-    max_eval: int = 30,
-) -> Search:
-    """Shorten a step until value(t) <= value + c1 t slope, Armijo's condition.
-
-    Args:
-        phi, value, slope, max_eval: as in ``hager_zhang``; slopes only help to choose the next trial.
-        step: first and largest trial, > 0.
-        c1: share of the promised decrease that suffices, 0 < c1 < 1. Default: 1e-4.
-        shrink: least and largest ratio of a trial to a finite one before, both in (0, 1). Default: (0.1, 0.5).
-    Returns, Raises: as in ``hager_zhang``.
-    Example:
-        >>> backtracking(lambda t: ((t - 1) ** 2, 2 * (t - 1)), value=1.0, slope=-2.0, step=5.0)
-        Search(step=1.0, value=0.0, slope=0.0, n_eval=2, outcome=<Outcome.found: 'found'>)
-
-    Source: Nocedal & Wright 2006, section 3.5, https://doi.org/10.1007/978-0-387-40065-5
-    """
-    _check("backtracking", value, slope, step, math.inf, max_eval, 2.0)
-    least, largest = shrink
-    if not (0 < c1 < 1 and 0 < least <= largest < 1):
-        raise ValueError(f"backtracking: c1 and an increasing shrink must be in (0, 1), got c1={c1}, shrink={shrink}.")
-    line = _Line(phi, Trial(0.0, value, slope))
-    while line.n_eval < max_eval and step > 0:  # NaN: there is no step left to try
-        trial = line.evaluate(step)
-        if trial is None:
-            step = line.before_wall(line.start)
-        elif trial.value <= value + c1 * trial.step * slope:
-            return line.end(Outcome.found, trial)
-        elif line.is_point(line.start, trial, trial):
-            step = math.nan
-        else:
-            step = _clip(_minimiser(line.start, trial), least * step, largest * step)
-    return line.give_up(step, bracketed=len(line.trials) > 1)
-
-
 class _Line:
-    """What is known of one line: its limits, the trials made on it, and how its bracket shrank."""
+    """One line: its limits, the trials made on it, and how its bracket has shrunk."""
 
-    def __init__(self, phi: Phi, start: Trial, max_step: float = math.inf, noise: float = 0.0) -> None:
+    def __init__(self, phi: Phi, start: Trial, max_step: float, noise: float) -> None:
         self.phi, self.start, self.max_step, self.noise = phi, start, max_step, noise
         self.trials = [start]
-        self.wall = math.inf  # the smallest step at which phi was not finite
+        self.nonfinite = math.inf  # the smallest step at which phi was not finite
         self.n_eval = self.n_flat = 0
         self.width = self.older = math.inf
 
     def evaluate(self, step: float) -> Trial | None:
-        """Call phi; where it is not finite there is a wall, and no trial."""
+        """Call phi; None where it is not finite."""
         self.n_eval += 1
         value, slope = self.phi(step)
         if not (math.isfinite(value) and math.isfinite(slope)):
-            self.wall = step
+            self.nonfinite = step
             return None
         self.trials.append(Trial(step, value, slope))
         return self.trials[-1]
 
-    def lowest_falling(self, c1: float) -> Trial:
-        """The lowest trial before the wall that has fallen sufficiently and still falls; the start is one."""
-        value, slope = self.start.value, self.start.slope
-        falling = [t for t in self.trials if t.slope < 0 and t.value <= value + c1 * t.step * slope]
-        return min((t for t in falling if t.step < self.wall), key=lambda t: (t.value, -t.step))
-
-    def before_wall(self, low: Trial) -> float:
-        """A tenth of the way from low to the wall; NaN where there is no room."""
-        step = low.step + 0.1 * (self.wall - low.step)
+    def back_off(self, low: Trial) -> float:
+        """A tenth of the way from low to the step at which phi was not finite; NaN where there is no room."""
+        step = low.step + 0.1 * (self.nonfinite - low.step)
         return step if step > low.step else math.nan
 
     def ahead(self, low: Trial, guess: float, least: float, most: float) -> float:
         """The next trial beyond low while there is no bracket; NaN where there is no room."""
-        if low.step >= (1 - NEAR_WALL) * self.wall:
+        if low.step >= (1 - NEAR_NONFINITE) * self.nonfinite:
             return math.nan
-        most = min(most, low.step + 0.5 * (self.wall - low.step), self.max_step, math.nextafter(math.inf, 0))
+        most = min(most, low.step + 0.5 * (self.nonfinite - low.step), self.max_step, math.nextafter(math.inf, 0))
         step = _clip(guess, min(least, most), most)
         return step if step > low.step else math.nan
 
@@ -289,87 +174,66 @@ class _Line:
         return high.step - low.step <= point or self.n_flat >= MAX_FLAT
 
     def end(self, outcome: Outcome, trial: Trial | None = None) -> Search:
-        """The result: the given trial, or else the lowest, the earliest among equals."""
+        """The result: the given trial, else the lowest; among equals the earliest."""
         step, value, slope = trial or min(self.trials, key=lambda trial: trial.value)
         return Search(step, value, slope, self.n_eval, outcome)
 
     def give_up(self, step: float, bracketed: bool) -> Search:
-        """The result when there is no call left, or no step to try."""
+        """The result where no call is left, or no step to try."""
         if bracketed:
             return self.end(Outcome.max_eval if step > 0 else Outcome.precision)
-        return self.end(Outcome.no_bracket if self.wall == math.inf else Outcome.non_finite)
+        return self.end(Outcome.no_bracket if self.nonfinite == math.inf else Outcome.non_finite)
 
 
-def _check(who: str, value: float, slope: float, step: float, max_step: float, max_eval: int, growth: float) -> None:
+def _check(value: float, slope: float, step: float, max_step: float, max_eval: int, growth: float) -> None:
     if not math.isfinite(value):
-        raise ValueError(f"{who}: value must be finite, got {value}; start where the function is finite.")
+        raise ValueError(f"hager_zhang: value must be finite, got {value}; start where the function is finite.")
     if not -math.inf < slope < 0:
-        raise ValueError(f"{who}: slope must be finite and < 0, got {slope}; take a descent direction.")
+        raise ValueError(f"hager_zhang: slope must be finite and < 0, got {slope}; take a descent direction.")
     if not 0 < step < math.inf:
-        raise ValueError(f"{who}: step must be finite and > 0, got {step}; to go back, turn the direction.")
+        raise ValueError(f"hager_zhang: step must be finite and > 0, got {step}; to go back, turn the direction.")
     if not max_step > 0:
-        raise ValueError(f"{who}: max_step must be > 0, got {max_step}; inf means no limit.")
+        raise ValueError(f"hager_zhang: max_step must be > 0, got {max_step}; inf means no limit.")
     if not max_eval >= 1:
-        raise ValueError(f"{who}: max_eval must be at least 1, got {max_eval}; a step is judged by a trial.")
+        raise ValueError(f"hager_zhang: max_eval must be at least 1, got {max_eval}; a step is judged by a trial.")
     if not growth > 1:
-        raise ValueError(f"{who}: growth must be > 1, got {growth}; 2 to 10 are usual.")
+        raise ValueError(f"hager_zhang: growth must be > 1, got {growth}; 2 to 10 are usual.")
 
 
 def _clip(guess: float, least: float, most: float) -> float:
-    """The guess within its limits, halfway between them if there is none."""
+    """The guess within its limits; halfway between them if it is NaN."""
     return least + 0.5 * (most - least) if math.isnan(guess) else min(max(guess, least), most)
 
 
-def _minimiser(a: Trial, b: Trial, noise: float = 0.0) -> float:
-    """The least point of a cubic, or of a parabola through the slopes where values only differ by noise."""
+def _minimizer(a: Trial, b: Trial, noise: float) -> float:
+    """Minimizer of the cubic, or of a parabola through the slopes where the values differ by noise only."""
     guess = _cubic(a, b) if abs(b.value - a.value) > noise else math.nan
     return _secant(a, b) if math.isnan(guess) and a.slope * math.copysign(1.0, b.slope) < 0 else guess
 
 
 def _within(low: Trial, high: Trial, noise: float) -> float:
-    """The least point between low and high by a cubic, or a power of the distance if phi rises even more steeply."""
+    """Minimizer between low and high, by a cubic, or by a power of the distance where phi rises more steeply."""
     width, rise = high.step - low.step, high.value - low.value
     steeper, mean = 1 - high.slope / low.slope, 1 - rise / width / low.slope
     power = steeper / mean if mean > 0 else 0.0
     if not 3 < power < math.inf or abs(rise) <= noise:
-        return _minimiser(low, high, noise)
-    # Where low.slope * t + constant * t**power is least; a cubic would come 2 or 3 times closer with each trial.
+        return _minimizer(low, high, noise)
+    # The minimizer of low.slope * t + constant * t**power; with a cubic each trial comes only 2 or 3 times closer.
     return low.step + width * math.exp(-math.log(steeper) / (power - 1))
 
 
 def _beyond(previous: Trial, low: Trial, noise: float) -> float:
-    """Where phi may stop falling beyond low; infinity if it falls ever faster."""
+    """Where phi may stop falling beyond low; infinity if the slope is getting steeper."""
     if low.slope <= previous.slope:
         return math.inf
-    guess = _minimiser(previous, low, noise)
+    guess = _minimizer(previous, low, noise)
     return guess if guess > low.step else _secant(previous, low)
 
 
-def _more_thuente(best: Trial, trial: Trial, other: Trial | None) -> float:
-    """The next trial by the four cases of Moré & Thuente 1994, section 4; NaN for the middle, inf for far ahead."""
-    cubic, secant = _cubic(best, trial), _secant(best, trial)
-    if trial.value > best.value:
-        parabola = _parabola(best, trial)
-        return cubic if abs(cubic - best.step) < abs(parabola - best.step) else 0.5 * cubic + 0.5 * parabola
-    if trial.slope * math.copysign(1.0, best.slope) < 0:
-        return cubic if abs(cubic - trial.step) >= abs(secant - trial.step) else secant
-    if abs(trial.slope) > abs(best.slope):
-        return _cubic(trial, other) if other else math.inf
-    ahead = math.copysign(math.inf, trial.step - best.step)
-    cubic = cubic if (cubic - trial.step) * math.copysign(1.0, ahead) > 0 else ahead
-    secant = ahead if math.isnan(secant) else secant
-    if other is None:
-        return max(cubic, secant)
-    nearer = cubic if abs(cubic - trial.step) < abs(secant - trial.step) else secant
-    bound = trial.step + SHRINK * (other.step - trial.step)
-    return min(nearer, bound) if ahead > 0 else max(nearer, bound)
-
-
 def _cubic(a: Trial, b: Trial) -> float:
-    """Where the cubic through both values and slopes is least; NaN if nowhere. The steps differ."""
+    """Minimizer of the cubic through both values and slopes, b beyond a; NaN if there is none."""
     width = b.step - a.step
-    mean = (b.value - a.value) / abs(width)
-    start, end = (a.slope, b.slope) if width > 0 else (-a.slope, -b.slope)
+    start, end, mean = a.slope, b.slope, (b.value - a.value) / width
     scale = max(abs(start), abs(end), abs(mean))
     if not 0 < scale < math.inf:
         return math.nan
@@ -384,14 +248,8 @@ def _cubic(a: Trial, b: Trial) -> float:
     return a.step + width * (numerator / denominator) if denominator else math.nan
 
 
-def _parabola(a: Trial, b: Trial) -> float:
-    """Where the parabola through both values and the slope at a is least; NaN if nowhere."""
-    mean = (b.value - a.value) / (b.step - a.step)
-    return _secant(a, b._replace(slope=2 * mean - a.slope))
-
-
 def _secant(a: Trial, b: Trial) -> float:
-    """Where the line through both slopes is 0; NaN if nowhere."""
+    """Zero of the line through both slopes; NaN if there is none."""
     if a.slope == b.slope:
         return math.nan
     scale = max(abs(a.slope), abs(b.slope))

@@ -5,78 +5,79 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Generic, Literal, TypeAlias, get_args
 
 import torch
 from torch import Tensor, nn
 
-from descend.second_order.box import CompactHessian, descend_in_box
-from descend.second_order.descent import descend
+from descend.second_order.box import CompactHessian, bounded_descent
+from descend.second_order.descent import line_search_descent
 from descend.second_order.directions import CompactInverse, DenseInverse, Steepest
-from descend.second_order.newton_descent import PAIRS, Conjugate, Dense, trust_region
+from descend.second_order.newton_descent import PAIRS, DenseNewton, NewtonCG, trust_region_descent
 from descend.second_order.objective import Curved, FunctionObjective, Point, check_dense_fits
 from descend.second_order.parameter_objective import ParameterObjective
 from descend.second_order.parameters import FlatParameters
-from descend.second_order.result import MESSAGES, Progress, Result, Status
+from descend.second_order.result import MESSAGES, Progress, Result, Status, X, result_of
 from descend.second_order.run import Run
 from descend.second_order.structure import Structure
 
-METHODS = ("gd", "bfgs", "l-bfgs", "newton-cg", "newton")
+MinimizeMethod: TypeAlias = Literal["gd", "bfgs", "l-bfgs", "newton-cg", "newton"]
+METHODS = get_args(MinimizeMethod)
 HISTORY_SIZE = 10
 MAX_ITER = 15_000
 WHO = "minimize"
 
 
 def minimize(
-    fun: Callable[..., Any],
-    x0: Any,
-    method: str = "l-bfgs",
+    fun: Callable[[X], Any],
+    x0: X,
+    method: MinimizeMethod = "l-bfgs",
     bounds: Any = None,
     tol: float | None = None,
     max_iter: int | None = None,
     max_eval: int | None = None,
     callback: Callable[[Progress], Any] | None = None,
     *,
-    jac: Callable[..., Any] | bool | None = None,
-    hvp: Callable[..., Any] | None = None,
+    jac: Callable[[X], Any] | bool | None = None,
+    hvp: Callable[[X, X], Any] | None = None,
     history_size: int | None = None,
-) -> Result:
-    """Find a local minimum of a smooth function, and say why the search ended.
+) -> Result[X]:
+    """Find a local minimum of a smooth function, and say why the solver stopped.
 
-    ``"gd"``: gradient descent, the step found by a line search. ``"bfgs"``: BFGS, O(n^2) memory. ``"l-bfgs"``: the
-    same from the last ``history_size`` steps, O(n) memory; with ``bounds``, L-BFGS-B. ``"newton-cg"``: truncated
-    conjugate gradients in a trust region, O(n) memory. ``"newton"``: the dense Hessian in a trust region, O(n^2).
+    ``"gd"``: gradient descent with a line search. ``"bfgs"``: BFGS, O(n^2) memory. ``"l-bfgs"``: BFGS from the last
+    ``history_size`` steps, O(n) memory; with ``bounds``, L-BFGS-B. ``"newton-cg"``: truncated conjugate gradients in a
+    trust region, O(n) memory. ``"newton"``: the dense Hessian in a trust region, O(n^2) memory.
 
     Args:
-        fun: maps a structure like ``x0`` to a scalar tensor. It may return NaN or Inf, or raise
-            ``torch.linalg.LinAlgError``, where it is not defined, but not at ``x0``.
+        fun: maps a structure like ``x0`` to a scalar tensor. Where it is not defined, it may return NaN or Inf, or
+            raise ``torch.linalg.LinAlgError``, but not at ``x0``.
         x0: the start: a floating point or complex tensor, or dicts, lists and tuples of such in any nesting, dtypes and
-            devices mixed. It is not changed. But an ``nn.Module``, or a structure of ``nn.Parameter`` only, is
-            optimized in place: ``fun`` gets the module or the parameters themselves, set to each trial, and in the end
-            they hold the result.
+            devices mixed. It is not changed. An ``nn.Module``, or a structure of ``nn.Parameter`` only, is optimized
+            in place instead: ``fun`` gets the module or the parameters themselves, set to each trial, and they hold
+            the result at the end.
         method: one of those above. Default: ``"l-bfgs"``.
         bounds: ``(lower, upper)``, each a number, a tensor that broadcasts to every tensor of ``x0``, or a structure
-            like ``x0``; infinite or None where there is none. ``x0`` is moved inside; every evaluation is inside.
+            like ``x0``; infinite or None where there is none. ``x0`` is clamped to them; every evaluation is inside.
             Only for ``"l-bfgs"``. Default: None.
         tol: converged when the largest absolute entry of the gradient (with bounds, of its projection
             x - clamp(x - grad)) is at most ``tol * max(1, its value at x0)``; >= 0. Default: 1e-6 for float64, 1e-4
             for float32, 1e-2 for half precision.
         max_iter: iterations at most, >= 0. Default: 15,000.
         max_eval: evaluations of ``fun`` with its gradient at most, >= 1. Default: no limit but ``max_iter``.
-        callback: gets a ``Progress`` after each iteration; stops the search by returning True or by raising
+        callback: gets a ``Progress`` after each iteration; stops the solver by returning True or by raising
             ``StopIteration``.
         jac: None for autograd; True if ``fun`` returns (value, gradient); or a function that returns the gradient.
         hvp: None for autograd; or a function of (x, v) that returns the Hessian at x times v; for ``"newton"`` and
             ``"newton-cg"``. Operations marked ``once_differentiable`` need it: autograd takes their curvature for 0.
-        history_size: steps that ``"l-bfgs"`` remembers, >= 1; only for this method. Default: 10.
+        history_size: steps from which ``"l-bfgs"`` approximates the Hessian, >= 1; only for this method. Default: 10.
     Returns:
-        A ``Result``: the best point seen, and why the search ended there. ``x`` is never NaN unless ``x0`` is; ``fun``
-        is NaN only if it is at ``x0``.
+        A ``Result``: the best point seen, and why the solver stopped. ``x`` is never NaN unless ``x0`` is; ``fun`` is
+        NaN only if it is at ``x0``.
     Raises:
         ValueError, TypeError: if an argument is not as above, or ``fun`` returns no real scalar.
         RuntimeError: if the value does not depend on ``x0`` as far as autograd can see.
         MemoryError: if a dense matrix would not fit.
-        Whatever ``fun`` raises; parameters are left at the best point seen then.
+        Whatever ``fun`` raises; parameters are then set to the best point seen.
     Example:
         >>> def rosenbrock(x):
         ...     return (100 * (x[1:] - x[:-1] ** 2) ** 2 + (1 - x[:-1]) ** 2).sum()
@@ -106,36 +107,24 @@ def minimize(
         try:
             status = _solve(method, run, problem.objective, problem.start, history_size or HISTORY_SIZE)
         finally:
-            problem.leave(run)
-    return Result(
-        x=problem.tree_of(run.best.x),
-        fun=run.best.value,
-        grad=problem.structure.unflatten(run.best.grad),
-        status=status,
-        message=MESSAGES[status],
-        grad_norm=run.best.norm,
-        n_iter=run.n_iter,
-        n_eval=run.objective.n_eval,
-        n_hvp=run.objective.n_hvp,
-        time=time.perf_counter() - began,
-        history=run.history,
-        n_negative_curvature=run.n_negative_curvature,
-    )
+            problem.set_parameters(run)
+    x = problem.tree_of(run.best.x)
+    return result_of(run, status, MESSAGES[status], x, problem.structure.unflatten, began=began)
 
 
-class _Problem:
-    """The arguments of ``minimize`` that say what is minimized, as an objective of a flat vector."""
+class _Problem(Generic[X]):
+    """The function, start and bounds of ``minimize``, as an objective of a flat vector."""
 
     def __init__(
         self,
-        fun: Callable[..., Any],
+        fun: Callable[[X], Any],
         x0: Any,
         bounds: Any,
-        jac: Callable[..., Any] | bool | None,
-        hvp: Callable[..., Any] | None,
+        jac: Callable[[X], Any] | bool | None,
+        hvp: Callable[[X, X], Any] | None,
         needs_curvature: bool,
     ) -> None:
-        self.tree = list(x0) if hasattr(x0, "__next__") else x0  # module.parameters() can be read only once
+        self.tree: Any = list(x0) if hasattr(x0, "__next__") else x0  # module.parameters() can be read only once
         self.structure = structure = Structure(self.tree, WHO)
         self.start = structure.flatten(structure.leaves).clone()
         flat_bounds = None if bounds is None else _flat_bounds(bounds, structure)
@@ -164,25 +153,34 @@ class _Problem:
                 WHO, fun, structure, jac=jac, hvp=hvp, needs_curvature=needs_curvature, bounds=flat_bounds
             )
 
-    def leave(self, run: Run) -> None:
+    def set_parameters(self, run: Run) -> None:
         """Set parameters to the best point seen."""
         if self.parameters is not None:
             self.parameters.scatter_(run.best.x if run.history else self.start)
 
-    def tree_of(self, x: Tensor) -> Any:
-        """The structure that a flat vector stands for; parameters themselves, which have been set to it."""
-        return self.structure.unflatten(x) if self.parameters is None else self.tree
+    def tree_of(self, x: Tensor) -> X:
+        """The structure of a flat vector; the parameters themselves, which have been set to it."""
+        tree: X = self.structure.unflatten(x) if self.parameters is None else self.tree
+        return tree
 
     def reporter(self, callback: Callable[[Progress], Any]) -> Callable[[Run, Point], bool]:
-        """The user's callback as a ``Run`` calls it."""
+        """The user's callback as a ``Run`` calls it. What the callback writes to is a copy, or is restored."""
 
         def report(run: Run, point: Point) -> bool:
-            if isinstance(self.objective, ParameterObjective):
-                self.objective.place(point.x)
+            if not isinstance(self.objective, ParameterObjective):
+                return call(run, point)
+            self.objective.move_to(point.x)
+            before = self.objective.point.gather()
+            is_stopped = call(run, point)
+            if not torch.equal(before, self.objective.point.gather()):
+                self.objective.forget_x()
+            return is_stopped
+
+        def call(run: Run, point: Point) -> bool:
             progress = Progress(
-                x=self.tree_of(point.x),
+                x=self.tree_of(point.x.clone()),
                 fun=point.value,
-                grad=self.structure.unflatten(point.grad),
+                grad=self.structure.unflatten(point.grad.clone()),
                 grad_norm=point.norm,
                 n_iter=run.n_iter,
                 n_eval=run.objective.n_eval,
@@ -244,20 +242,20 @@ def _check_functions(method: str, **functions: Any) -> None:
 
 
 def _solve(method: str, run: Run, objective: Curved, x: Tensor, history_size: int) -> Status:
-    point, place = run.start(x), (x.dtype, x.device)
+    point, options = run.start(x), (x.dtype, x.device)
     if method == "newton":
-        return trust_region(run, point, Dense(objective))[0]
+        return trust_region_descent(run, point, DenseNewton(objective))[0]
     if method == "newton-cg":
-        inverse = CompactInverse(x.numel(), PAIRS, *place)
-        return trust_region(run, point, Conjugate(objective, run, point, inverse))[0]
+        inverse = CompactInverse(x.numel(), PAIRS, *options)
+        return trust_region_descent(run, point, NewtonCG(objective, run, point, inverse))[0]
     if run.objective.lower is not None:
-        return descend_in_box(run, point, CompactHessian(x.numel(), history_size, *place))
+        return bounded_descent(run, point, CompactHessian(x.numel(), history_size, *options))
     if method == "gd":
-        return descend(run, point, Steepest())
+        return line_search_descent(run, point, Steepest())
     if method == "bfgs":
         check_dense_fits("minimize: method='bfgs'", x, "method='l-bfgs'")
-        return descend(run, point, DenseInverse(x.numel(), *place))
-    return descend(run, point, CompactInverse(x.numel(), history_size, *place))
+        return line_search_descent(run, point, DenseInverse(x.numel(), *options))
+    return line_search_descent(run, point, CompactInverse(x.numel(), history_size, *options))
 
 
 def default_tolerance(eps: float) -> float:

@@ -1,4 +1,4 @@
-"""The solver of ``minimize`` as an optimizer's step: it goes on, from call to call, with what it has learned."""
+"""The solver of ``minimize`` as an optimizer's step. Its model of the curvature carries over from call to call."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ from typing import Any
 
 from torch import Tensor
 
-from descend.second_order.box import CompactHessian, descend_in_box
-from descend.second_order.descent import descend
+from descend.second_order.box import CompactHessian, bounded_descent
+from descend.second_order.descent import line_search_descent
 from descend.second_order.directions import CompactInverse
 from descend.second_order.parameter_objective import ClosureObjective
 from descend.second_order.parameters import ClosureFunction, Evaluation, FlatParameters
 from descend.second_order.result import Status
 from descend.second_order.run import Run
-from descend.second_order.torch_lbfgs import Options
+from descend.second_order.torch_lbfgs import LBFGSOptions
 
 
 def modern_step(
@@ -22,24 +22,24 @@ def modern_step(
     first: Callable[[], Evaluation],
     point: FlatParameters,
     bounds: tuple[Tensor, Tensor] | None,
-    options: Options,
+    options: LBFGSOptions,
     state: dict[str, Any],
 ) -> tuple[Any, Run, Status]:
-    """Take up to ``max_iter`` iterations, and leave the parameters at the best point.
+    """Take up to ``max_iter`` iterations, and set the parameters to the best point.
 
     Args:
         function: the closure.
-        first: evaluates it the first time.
+        first: the first evaluation.
         point: the parameters.
         bounds: flat lower and upper bounds.
         options: torch's.
         state: counters, and ``"scale"`` and ``"learned"`` from the step before; updated.
     Returns:
-        The closure's first loss, the run and why it stopped.
+        The closure's first loss, the run, and why it stopped.
     """
     objective = ClosureObjective(function, first, point, bounds)
     lr = float(options.lr)
-    # With lr=0, as when a warm-up begins, nothing moves: not in the first iteration either, which has its own length.
+    # With lr=0, as at the start of a warm-up, nothing moves, although the first iteration's step is independent of lr.
     max_iter = options.max_iter if lr else 0
     run = Run(objective, tol=options.tolerance_grad, max_iter=max_iter, max_eval=max(1, options.max_eval))
     learner: CompactInverse | CompactHessian
@@ -53,9 +53,9 @@ def modern_step(
     try:
         start = run.start(x if bounds is None else x.clamp(*bounds), state.get("scale"))
         if isinstance(learner, CompactInverse):
-            status = descend(run, start, learner, lr)
+            status = line_search_descent(run, start, learner, lr)
         else:
-            status = descend_in_box(run, start, learner, lr)
+            status = bounded_descent(run, start, learner, lr)
     finally:
         point.scatter_(run.best.x if run.history else x)
         state["func_evals"] += function.n_eval

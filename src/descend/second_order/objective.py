@@ -1,4 +1,4 @@
-"""What solvers minimize: a function of one flat vector, with its gradient, its curvature, its bounds and counts."""
+"""Objectives: functions of one flat vector, with gradient, curvature, bounds and counts of evaluations."""
 
 from __future__ import annotations
 
@@ -16,21 +16,21 @@ from descend.second_order.structure import Structure
 
 CG_INSTEAD = "minimize(method='newton-cg') or Newton(solver='cg')"
 TINY = 1e-30  # slope below which float32 has lost some of it
-BATCH = 2**22  # numbers in the vectors that are multiplied with a Hessian at once
-DENSE_COPIES = 4  # the Hessian, its symmetric part, a factor, and the factorisation's work space
+BATCH = 2**22  # numbers in the vectors that are multiplied by a Hessian at once
+DENSE_COPIES = 4  # the Hessian, its symmetric part, a factor, and the workspace of the factorization
 
 
 class Point(NamedTuple):
-    """Where an objective was evaluated.
+    """An evaluated point.
 
     Attributes:
-        x: flat vector; nobody writes to it.
-        grad: the gradient there, flat.
-        value: the function there; may be NaN or infinite.
+        x: flat vector, never written to.
+        grad: flat gradient.
+        value: of the function; may be NaN or infinite.
         norm: largest absolute entry of the (projected) gradient; NaN or infinite if the gradient is.
-        slope: product of the gradient with the direction that led there.
-        slope_before: product of the direction with the gradient where it began.
-        graph: where second derivatives are asked for: what they are taken from.
+        slope: inner product of the gradient and the direction that led here.
+        slope_before: inner product of the gradient at the direction's origin and the direction.
+        graph: what second derivatives are computed from, if the objective needs them.
     """
 
     x: Tensor
@@ -62,41 +62,41 @@ class Objective(ABC):
 
     @abstractmethod
     def value_and_grad(self, x: Tensor) -> tuple[Tensor | float, Tensor, Any]:
-        """Value and flat gradient at ``x``, and what ``product`` will need there."""
+        """Value, flat gradient and ``graph`` at ``x``."""
 
     def evaluate(self, x: Tensor, direction: Tensor | None = None, origin: Point | None = None) -> Point:
-        """Evaluate at ``x``, which lies in a direction from a point, and count. One transfer from the device."""
+        """Evaluate and count; ``direction`` leads from ``origin`` to ``x``. One transfer from the device."""
         self.n_eval += 1
         try:
             value, grad, graph = self.value_and_grad(x)
         except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
-            if origin is None:  # the start is not for us to move
+            if origin is None:  # at the start
                 raise
-            # A factorisation that fails marks the end of the function's domain, as NaN does.
+            # A failed factorization means, as NaN does, that x is outside the function's domain.
             value, grad, graph = math.nan, torch.full_like(x, math.nan), None
-        # x - clamp(x - grad), without the rounding of x.
+        # x - clamp(x - grad), without rounding x - grad.
         residual = grad
         if self.lower is not None and self.upper is not None:
             residual = torch.clamp(grad, x - self.upper, x - self.lower)
         low, high = torch.aminmax(residual) if x.numel() else (0.0, 0.0)  # NaN, if there is one
         if direction is None or origin is None:
-            value, low, high = numbers(x.device, value, low, high)
+            value, low, high = to_floats(x.device, value, low, high)
             return Point(x, grad, value, max(high, -low), graph=graph)
-        value, low, high, slope, before = numbers(
+        value, low, high, slope, before = to_floats(
             x.device, value, low, high, grad.dot(direction), origin.grad.dot(direction)
         )
         if x.dtype == torch.float32 and not TINY < abs(before) < math.inf:
             direction = direction.double()
-            slope, before = numbers(x.device, grad.double().dot(direction), origin.grad.double().dot(direction))
+            slope, before = to_floats(x.device, grad.double().dot(direction), origin.grad.double().dot(direction))
         return Point(x, grad, value, max(high, -low), slope, before, graph)
 
 
 class Curved(Objective):
-    """An objective that knows its second derivatives."""
+    """An objective with second derivatives."""
 
     @abstractmethod
     def product(self, point: Point, vector: Tensor) -> Tensor:
-        """The Hessian at ``point`` times ``vector``, and count."""
+        """The Hessian at ``point`` times ``vector``; counts as one product."""
 
     @abstractmethod
     def hessian(self, point: Point) -> Tensor:
@@ -109,7 +109,7 @@ class FunctionObjective(Curved):
     Args:
         who: the caller's name, for errors.
         fun: maps the structure to a scalar tensor; with ``jac=True`` to (scalar, gradient).
-        structure: of the argument.
+        structure: the argument's.
         jac: None for autograd, True, or a function from the structure to the gradient in the same structure.
         hvp: None for autograd, or a function of the structure and a vector in it that returns the Hessian's product.
         needs_curvature: whether ``product`` or ``hessian`` will be called.
@@ -137,21 +137,21 @@ class FunctionObjective(Curved):
             leaf, version = x.detach().requires_grad_(is_differentiated), x._version
             argument = self.structure.unflatten(leaf)
             value = self.fun(argument)
-            given = None
+            given_grad = None
             if self.jac is True:
                 if not (isinstance(value, tuple | list) and len(value) == 2):
                     raise TypeError(f"{self.who}: with jac=True fun must return (value, gradient), got {value!r}.")
-                value, given = value
+                value, given_grad = value
             elif self.jac is not None:
-                given = self.jac(argument)
+                given_grad = self.jac(argument)
             value = scalar(value, f"{self.who}: fun")
             if self.jac is None:
                 grad = gradient(value, leaf, f"{self.who}: fun", create_graph=self.keeps_graph)
             else:
                 grad = self.structure.flatten(
-                    self.structure.like(given, f"{self.who}: the gradient from jac"), self.keeps_graph
+                    self.structure.like(given_grad, f"{self.who}: the gradient from jac"), self.keeps_graph
                 )
-                grad = grad.clone()  # it may be the caller's buffer
+                grad = grad.clone()  # the caller may reuse its buffer
                 if self.keeps_graph and not grad.requires_grad:
                     raise RuntimeError(
                         f"{self.who}: autograd cannot see how the gradient from jac depends on x. Give products with "
@@ -165,16 +165,16 @@ class FunctionObjective(Curved):
         self.n_hvp += 1
         if self.hvp is not None:
             with torch.enable_grad():
-                given = self.hvp(self.structure.unflatten(point.x.clone()), self.structure.unflatten(vector.clone()))
-            return self.structure.flatten(self.structure.like(given, f"{self.who}: the product from hvp")).clone()
+                product = self.hvp(self.structure.unflatten(point.x.clone()), self.structure.unflatten(vector.clone()))
+            return self.structure.flatten(self.structure.like(product, f"{self.who}: the product from hvp")).clone()
         try:
             grad, leaf = point.graph
             return backward_twice(grad, leaf, vector)
         except RuntimeError as error:
-            # Some operation's backward has no derivative of its own; it may have a forward one.
+            # The backward of some operation has no derivative; forward-mode differentiation may work.
             try:
                 if self.jac is None:
-                    with warnings.catch_warnings():  # of what torch itself imports for it
+                    with warnings.catch_warnings():  # about torch's own imports
                         warnings.simplefilter("ignore", DeprecationWarning)
                         return self._forward_over_reverse(point.x, vector)
             except RuntimeError:
@@ -200,14 +200,14 @@ class FunctionObjective(Curved):
             return backward_twice(grad, leaf, units, is_batched=True)
 
         def row(unit: Tensor) -> Tensor:
-            self.n_hvp -= 1  # counted already
+            self.n_hvp -= 1  # already counted
             return self.product(point, unit)
 
         return dense_hessian(point.x, rows, row)
 
 
 def scalar(value: Any, who: str) -> Tensor:
-    """The value of a function as a tensor without dimensions; an error if it is no real scalar tensor."""
+    """The value of a function as a 0-dimensional tensor; an error unless it is a real scalar tensor."""
     if not isinstance(value, Tensor):
         raise TypeError(f"{who} must return a scalar tensor, got {type(value).__name__}.")
     if value.numel() != 1 or not value.is_floating_point():
@@ -219,12 +219,12 @@ def scalar(value: Any, who: str) -> Tensor:
 
 
 def gradient(value: Tensor, leaf: Tensor, who: str, *, create_graph: bool) -> Tensor:
-    """The gradient of a scalar; an error if autograd sees no way from the leaf to it."""
+    """The gradient of a scalar; an error if it does not depend on the leaf."""
     if value.requires_grad:
         (grad,) = torch.autograd.grad(value, leaf, create_graph=create_graph, allow_unused=True)
         if grad is not None:
             return grad
-    if not math.isfinite(value.item()):  # a constant that stands for a wall
+    if not math.isfinite(value.item()):  # a constant that marks the end of the domain
         return torch.full_like(leaf, math.nan)
     raise RuntimeError(
         f"{who} returned a value that does not depend on its argument as far as autograd can see: compute it with "
@@ -243,29 +243,29 @@ def backward_twice(grad: Tensor, leaf: Tensor, vector: Tensor, *, is_batched: bo
 
 
 def dense_hessian(x: Tensor, rows: Callable[[Tensor], Tensor], row: Callable[[Tensor], Tensor]) -> Tensor:
-    """All products with unit vectors, as many at once as ``BATCH`` numbers allow, made symmetric.
+    """The symmetrized Hessian from products with unit vectors, as many at once as ``BATCH`` numbers allow.
 
     Args:
-        x: where.
-        rows: multiplies the Hessian with each row of a matrix.
-        row: multiplies it with a vector; for what cannot be batched.
+        x: the point; gives size, dtype and device.
+        rows: multiplies the Hessian by each row of a matrix.
+        row: multiplies it by a vector, where batching fails.
     """
     numel = x.numel()
     block = max(1, BATCH // max(numel, 1))
-    found = [x.new_zeros(0, numel)]
+    blocks = [x.new_zeros(0, numel)]
     for start in range(0, numel, block):
         units = x.new_zeros(min(block, numel - start), numel)
         units.diagonal(start).fill_(1.0)
         try:
-            found.append(rows(units))
+            blocks.append(rows(units))
         except RuntimeError:  # an operation that cannot be batched
-            found.append(torch.stack([row(unit) for unit in units]))
-    hessian = torch.cat(found)
+            blocks.append(torch.stack([row(unit) for unit in units]))
+    hessian = torch.cat(blocks)
     return (hessian + hessian.T) / 2
 
 
 def check_dense_fits(who: str, x: Tensor, instead: str) -> None:
-    """Raise ``MemoryError`` before a dense matrix for ``x``, with its factors, would not fit into memory."""
+    """Raise ``MemoryError`` if a dense matrix for ``x``, with its factors, would not fit into memory."""
     needed = DENSE_COPIES * x.numel() ** 2 * x.element_size()
     available = free_memory(x.device)
     if needed > available:
@@ -281,17 +281,16 @@ def free_memory(device: torch.device) -> int:
         return torch.cuda.mem_get_info(device)[0]
     try:
         with open("/proc/meminfo", encoding="ascii") as lines:
-            found = next(line for line in lines if line.startswith("MemAvailable"))
-        return int(found.split()[1]) * 1024
+            available = next(line for line in lines if line.startswith("MemAvailable"))
+        return int(available.split()[1]) * 1024
     except (OSError, StopIteration):
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else 2**34
 
 
-def numbers(device: torch.device, *scalars: Tensor | float) -> list[float]:
+def to_floats(device: torch.device, *scalars: Tensor | float) -> list[float]:
     """Scalars as Python floats, in one transfer from the device."""
     if device.type == "cpu":
         return [float(scalar) for scalar in scalars]
-    found: list[float] = torch.stack(
-        [torch.as_tensor(scalar, dtype=torch.float64, device=device) for scalar in scalars]
-    ).tolist()
-    return found
+    on_device = [torch.as_tensor(scalar, dtype=torch.float64, device=device) for scalar in scalars]
+    floats: list[float] = torch.stack(on_device).tolist()
+    return floats

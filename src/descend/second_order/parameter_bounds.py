@@ -1,4 +1,4 @@
-"""Bounds on an optimizer's parameters, given per group or per name, as two flat vectors."""
+"""Bounds on an optimizer's parameters, given by group or by name, as two flat vectors."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from descend.second_order.parameters import FlatParameters, Groups
+from descend.second_order.parameters import FlatParameters, ParamGroups
 
 
-def flat_bounds(point: FlatParameters, groups: Groups, bounds: Any, who: str) -> tuple[Tensor, Tensor] | None:
-    """The bounds of all parameters as two flat vectors, with infinities where there is none.
+def flat_bounds(point: FlatParameters, groups: ParamGroups, bounds: Any, who: str) -> tuple[Tensor, Tensor] | None:
+    """The bounds of all parameters as two flat vectors, infinite where there is none.
 
     Args:
         point: the parameters.
@@ -24,8 +24,8 @@ def flat_bounds(point: FlatParameters, groups: Groups, bounds: Any, who: str) ->
     Returns:
         lower and upper; None if nothing is bounded.
     Raises:
-        ValueError: if bounds are no such thing, contain NaN, contradict each other, do not fit a parameter's shape, or
-            name a parameter that is not there.
+        ValueError: if bounds are malformed, contain NaN, contradict each other, do not fit a parameter's shape, or
+            name an unknown parameter.
     """
     names = [name for group in groups for name in group.get("param_names", [None] * len(group["params"]))]
     owned = [group.get("bounds") for group in groups for _ in group["params"]]

@@ -1,4 +1,4 @@
-"""Objectives of parameters that are set in place: a function that reads them, or an optimizer's closure."""
+"""Objectives of parameters set in place: a function that reads them, or an optimizer's closure."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ class ClosureObjective(Objective):
 
     Args:
         function: the closure.
-        first: evaluates it the first time.
-        point: its parameters.
+        first: the first evaluation.
+        point: the parameters.
         bounds: flat lower and upper bounds.
     """
 
@@ -45,13 +45,13 @@ class ClosureObjective(Objective):
 
 
 class ParameterObjective(Curved):
-    """A function that returns a loss of parameters, differentiated here, twice if need be; ``.grad`` is left alone.
+    """A function that computes a loss from parameters, differentiated here, twice if needed; ``.grad`` is not touched.
 
-    Setting the parameters to another point ends the life of the graphs before. Second derivatives at a point other
-    than the one evaluated last cost another evaluation.
+    Moving the parameters invalidates the graph of the point before. Second derivatives at any point but the last one
+    evaluated cost another evaluation.
 
     Args:
-        who: what ``fun`` is called in errors.
+        who: the name of ``fun`` in errors.
         fun: returns the loss, a scalar tensor, at the parameters' present values.
         point: the parameters.
         needs_curvature: whether ``product`` or ``hessian`` will be called.
@@ -73,62 +73,68 @@ class ParameterObjective(Curved):
         self.who, self.fun, self.point = who, fun, point
         self.needs_curvature, self.maximize = needs_curvature, maximize
         self.first_loss: Any = None
-        self._placed: Tensor | None = None
+        self._x: Tensor | None = None  # what the parameters were last set to
         self._graph: list[Tensor | None] | None = None  # of the gradient there
 
-    def place(self, x: Tensor) -> None:
-        """Set the parameters to ``x``, unless they are."""
-        if self._placed is not x:
+    def move_to(self, x: Tensor) -> None:
+        """Set the parameters to ``x``, unless they are there."""
+        if self._x is not x:
             self.point.scatter_(x)
-            self._placed, self._graph = x, None
+            self._x, self._graph = x, None
+
+    def forget_x(self) -> None:
+        """Mark the parameters as changed from outside, so that the next evaluation sets them again."""
+        self._x = self._graph = None
 
     def value_and_grad(self, x: Tensor) -> tuple[Tensor | float, Tensor, Any]:
-        self.place(x)
+        self.move_to(x)
         with torch.enable_grad():
             loss = self.fun()
             value = scalar(loss, self.who)
             value = -value if self.maximize else value
-            parts = self._differentiated(value)
+            parts = self._gradient_parts(value)
         if self.n_eval == 1:
-            self.first_loss = loss.detach()  # its graph does not outlive the next step
+            self.first_loss = loss.detach()  # its graph does not survive the next step
         if self.needs_curvature:
             self._graph = parts
         return value.detach(), self._flat(parts), None
 
-    def _differentiated(self, value: Tensor) -> list[Tensor | None]:
-        """The gradient's parts, for the parameters that require one."""
+    def _gradient_parts(self, value: Tensor) -> list[Tensor | None]:
+        """The gradient, one tensor for each parameter that requires it."""
         try:
-            found = _grad([value], self._leaves, create_graph=self.needs_curvature) if value.requires_grad else []
+            parts = _grad([value], self._leaves, create_graph=self.needs_curvature) if value.requires_grad else []
         except RuntimeError as error:
             if "a second time" not in str(error):
                 raise
             raise RuntimeError(
                 f"{self.who} returned a loss whose graph is used up. Return it without calling backward()."
             ) from error
-        if all(part is None for part in found):
-            if not math.isfinite(value.item()):  # a constant that stands for a wall
+        if all(part is None for part in parts):
+            if not math.isfinite(value.item()):  # a constant that marks the end of the domain
                 return [torch.full_like(leaf, math.nan) for leaf in self._leaves]
             raise RuntimeError(
                 f"{self.who} returned a loss that does not depend on the parameters as far as autograd can see. "
                 "Compute it from them with torch operations, without detach(), item() or no_grad()."
             )
-        return found
+        return parts
 
     @property
     def _leaves(self) -> list[Tensor]:
         return [param for param in self.point.params if param.requires_grad]
 
     def _flat(self, parts: Sequence[Tensor | None]) -> Tensor:
-        found = iter(parts)
-        return self.point.structure.flatten(
-            [next(found) if param.requires_grad else None for param in self.point.params]
-        )
+        return self.point.structure.flatten(self._with_frozen(parts))
+
+    def _with_frozen(self, parts: Sequence[Tensor | None]) -> list[Tensor | None]:
+        """One part for each parameter: None for those that require no gradient."""
+        remaining = iter(parts)
+        return [next(remaining) if param.requires_grad else None for param in self.point.params]
 
     def _graph_at(self, point: Point) -> list[Tensor | None]:
-        if self._placed is not point.x or self._graph is None:
+        if self._x is not point.x or self._graph is None:
             self.n_eval += 1
             self.value_and_grad(point.x)
-        assert self._graph is not None, "made for needs_curvature"
+        assert self._graph is not None, "needs_curvature is False"
         return self._graph
 
     def product(self, point: Point, vector: Tensor) -> Tensor:
@@ -156,14 +162,13 @@ class ParameterObjective(Curved):
         def rows(units: Tensor) -> Tensor:
             pieces = zip(self.point.params, multiply(units), strict=True)
             vectors = [piece for param, piece in pieces if param.requires_grad]
-            found = iter(self._backward_twice(point, vectors, is_batched=True))
-            parts = [next(found) if param.requires_grad else None for param in self.point.params]
+            parts = self._with_frozen(self._backward_twice(point, vectors, is_batched=True))
             return torch.stack(
                 [structure.flatten([None if p is None else p[i] for p in parts]) for i in range(len(units))]
             )
 
         def row(unit: Tensor) -> Tensor:
-            self.n_hvp -= 1  # counted above
+            self.n_hvp -= 1  # already counted
             return self.product(point, unit)
 
         return dense_hessian(point.x, rows, row)

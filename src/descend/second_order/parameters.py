@@ -1,8 +1,10 @@
-"""The parameters of an optimizer as one flat real vector, the closure as a function of it, and the bounds on it."""
+"""The parameters of an optimizer as one flat real vector, and its closure as a function of them."""
 
 from __future__ import annotations
 
 import math
+import sys
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -12,14 +14,14 @@ from torch._C._nn import flatten_dense_tensors, unflatten_dense_tensors
 
 from descend.second_order.structure import Structure
 
-Groups = Sequence[dict[str, Any]]
+ParamGroups = Sequence[dict[str, Any]]
 
 
 class FlatParameters:
     """The parameters of some groups, read and written as one flat vector in the groups' order.
 
-    Made anew for each step, because between steps users replace, add and convert parameters. Dtype and device of the
-    vector are those of ``Structure``. Everything is copied; autograd sees nothing of it.
+    Made anew for each step, because users replace, add and convert parameters between steps. Dtype and device of the
+    vector are those of ``Structure``. Everything is copied and detached.
 
     Args:
         groups: an optimizer's ``param_groups``.
@@ -29,7 +31,7 @@ class FlatParameters:
         TypeError: if a parameter is not floating point or complex.
     """
 
-    def __init__(self, groups: Groups, who: str) -> None:
+    def __init__(self, groups: ParamGroups, who: str) -> None:
         self.params: list[Tensor] = [param for group in groups for param in group["params"]]
         if not self.params:
             raise ValueError(f"{who}: there are no parameters; param_groups must hold at least one.")
@@ -38,7 +40,7 @@ class FlatParameters:
                 raise TypeError(f"{who}: parameters must be floating point or complex, got {param.dtype}.")
         self.structure = Structure(self.params, who)
         self.numel, self.dtype, self.device = self.structure.numel, self.structure.dtype, self.structure.device
-        # Then nothing needs converting, and torch's own loops do for all parameters at once.
+        # Nothing needs converting then, and torch's multi-tensor functions handle all parameters at once.
         self.is_uniform = all(param.dtype == self.dtype and param.device == self.device for param in self.params)
         self._filled = [param for param in self.params if param.numel()]
         self._scattered: Tensor | None = None
@@ -56,7 +58,7 @@ class FlatParameters:
         elif len(self.params) == 1:
             self.params[0].copy_(flat.view(self.structure.shapes[0]))
         elif self._filled:
-            if flat is not self._scattered:  # a solver that reuses one vector finds its views made
+            if flat is not self._scattered:  # a solver may reuse one vector, and so its views
                 self._scattered, self._pieces = flat, unflatten_dense_tensors(flat, self._filled)
             torch._foreach_copy_(self._filled, self._pieces)
 
@@ -70,7 +72,7 @@ class FlatParameters:
         return self._flatten(grads)
 
     def split(self, flat: Tensor) -> list[Tensor]:
-        """What a flat vector holds for each parameter, in the parameter's shape, dtype and place."""
+        """A flat vector as one tensor per parameter, of its shape, dtype and device."""
         if self.is_uniform and len(self._filled) == len(self.params):
             return unflatten_dense_tensors(flat, self.params)
         return self.structure.split(flat)
@@ -84,12 +86,12 @@ class FlatParameters:
 
 
 class Evaluation:
-    """What one call of a closure gave.
+    """The result of one call of a closure.
 
     Attributes:
         loss: what the closure returned.
-        value: what is minimised: the loss, negated for ``maximize``, plus the penalty of ``weight_decay``.
-        grad: its gradient, flat; memory of its own.
+        value: what is minimized: the loss, negated for ``maximize``, plus the penalty of ``weight_decay``.
+        grad: flat gradient of ``value``, in memory of its own.
     """
 
     __slots__ = ("_norm", "grad", "loss", "value")
@@ -110,23 +112,29 @@ class Evaluation:
         return math.isfinite(self.value) and math.isfinite(self.norm)
 
 
-class _UsedUpGraphError(RuntimeError):
-    """``backward`` has been called on the loss already."""
+class NoGradientError(RuntimeError):
+    """A closure gave no gradient."""
+
+
+class _UsedUpGraphError(NoGradientError):
+    """``backward`` has already been called on the loss."""
 
 
 class ClosureFunction:
     """A closure as a function of the parameters, with its gradient.
 
-    The closure runs with gradients enabled. If it has not called ``backward``, that is done here, and the parameters'
-    ``.grad`` hold the result all the same. It has called it if a gradient is another tensor than before or has been
-    written to, and not all are missing or zero.
+    The closure runs with gradients enabled. If it has not called ``backward``, that happens here, and the gradients are
+    in ``.grad`` all the same. It has called ``backward`` if some gradient is another tensor than before or has been
+    written to, unless all are missing or zero.
 
     Args:
         closure: returns the loss at the parameters' present values.
         point: the parameters.
         groups: their groups, for each one's ``weight_decay``.
         weight_decay: that of groups without one of their own.
-        maximize: minimise the negative loss.
+        maximize: minimize the negative loss.
+        needs_gradient: whether a closure that computes no gradient is an error. Otherwise gradients are as in torch:
+            missing ones are zero, old ones still hold, and a warning says if none can have been computed.
         who: the optimizer's name, for errors.
     """
 
@@ -134,19 +142,21 @@ class ClosureFunction:
         self,
         closure: Callable[[], Any],
         point: FlatParameters,
-        groups: Groups,
+        groups: ParamGroups,
         *,
         weight_decay: float = 0,
         maximize: bool = False,
+        needs_gradient: bool = True,
         who: str,
     ) -> None:
         if not callable(closure):
             raise TypeError(f"{who}: closure must be a function that returns the loss, got {type(closure).__name__}.")
         self.closure, self.point, self.maximize, self.who = closure, point, maximize, who
+        self.needs_gradient = needs_gradient
         self.decays = _decays(point, groups, weight_decay)
         self.n_eval = 0
-        self._leaves_backward_to_us = False
-        self._unmarked: Tensor | None = None  # last gradient of a closure of which we see only numbers
+        self._lacks_backward = False
+        self._last_unchanged: Tensor | None = None  # the last gradient that autograd has not seen to change
 
     def evaluate(self) -> Evaluation:
         """Call the closure.
@@ -154,7 +164,7 @@ class ClosureFunction:
         Raises:
             TypeError: if it returns no real number.
             ValueError: if it returns a tensor of several elements.
-            RuntimeError: if neither the closure nor autograd gives a gradient.
+            NoGradientError: if neither the closure nor autograd gives a gradient that is needed.
         """
         before = [(grad, -1 if grad is None else grad._version) for param in self.point.params for grad in [param.grad]]
         with torch.enable_grad():
@@ -175,55 +185,69 @@ class ClosureFunction:
 
     def _gradient(self, loss: Any, before: list[tuple[Tensor | None, int]]) -> Tensor:
         params = self.point.params
-        is_graph = isinstance(loss, Tensor) and loss.requires_grad
+        has_graph = isinstance(loss, Tensor) and loss.requires_grad
         is_missing = all(param.grad is None for param in params)
         is_new = any(
             param.grad is not grad or (grad is not None and grad._version != version)
             for param, (grad, version) in zip(params, before, strict=True)
         )
-        if is_graph and (is_missing or not is_new):
-            self._backward(loss)
+        if has_graph and (is_missing or not is_new):
+            try:
+                self._backward(loss)
+            except NoGradientError as error:
+                self._report(error, is_missing)
             return self.point.gather_grad()
         if is_missing:
-            raise RuntimeError(
+            text = (
                 f"{self.who}: the closure gave no gradient: its loss does not require grad and every .grad is None. "
                 "Compute the loss from the parameters with gradients enabled, or set their .grad."
             )
+            self._report(NoGradientError(text), is_missing)
         flat = self.point.gather_grad()
-        # New and all zero: truly, or by zero_grad(set_to_none=False) without backward?
-        is_asked = self._leaves_backward_to_us or self.n_eval == 1
-        if is_graph and is_asked and not flat[:1].any() and not flat.any():  # the first entry mostly answers
+        # New and all zero: computed, or left so by zero_grad(set_to_none=False)?
+        may_lack_backward = has_graph and (self._lacks_backward or self.n_eval == 1)
+        if may_lack_backward and not flat[:1].any() and not flat.any():  # the first entry usually decides
             try:
                 self._backward(loss)
             except _UsedUpGraphError:
                 return flat
+            except NoGradientError as error:
+                self._report(error, is_missing)
             return self.point.gather_grad()
-        if not is_new and not is_graph:
-            # Written past autograd, as through numpy? Then it is another one now.
-            if self._unmarked is not None and torch.equal(flat, self._unmarked):
-                raise RuntimeError(
+        if self.needs_gradient and not is_new and not has_graph:
+            # The gradient may have been written past autograd, as through NumPy; then its values differ.
+            if self._last_unchanged is not None and torch.equal(flat, self._last_unchanged):
+                raise NoGradientError(
                     f"{self.who}: the closure did not compute the gradient at the new parameters: its loss does not "
                     "require grad and no .grad has changed. Call loss.backward() in the closure, or return a loss that "
                     "requires grad."
                 )
-            self._unmarked = flat.clone()
+            self._last_unchanged = flat.clone()
         return flat
+
+    def _report(self, error: NoGradientError, is_missing: bool) -> None:
+        """Raise the error if a gradient is needed; else warn if there is none at all."""
+        if self.needs_gradient:
+            raise error
+        if is_missing:
+            warn_caller(str(error))
 
     def _backward(self, loss: Tensor) -> None:
         params = [param for param in self.point.params if param.requires_grad]
-        kept = [param.grad for param in params]
+        before = [param.grad for param in params]
         for param in params:
             param.grad = None
         try:
-            torch.autograd.backward(loss, inputs=params)
+            if params:
+                torch.autograd.backward(loss, inputs=params)
             if all(param.grad is None for param in params):
-                raise RuntimeError(
+                raise NoGradientError(
                     f"{self.who}: the closure's loss does not depend on any parameter of the optimizer. "
                     "Was the model replaced after the optimizer was made?"
                 )
-            self._leaves_backward_to_us = True
+            self._lacks_backward = True
         except RuntimeError as error:
-            for param, grad in zip(params, kept, strict=True):
+            for param, grad in zip(params, before, strict=True):
                 param.grad = grad
             if "through the graph a second time" in str(error):
                 raise _UsedUpGraphError(
@@ -233,23 +257,31 @@ class ClosureFunction:
             raise
 
 
+def warn_caller(text: str) -> None:
+    """Warn with the location of the first caller outside of this package and torch."""
+    level = 1
+    while sys._getframe(level).f_globals.get("__name__", "").split(".")[0] in ("descend", "torch"):
+        level += 1
+    warnings.warn(text, stacklevel=level + 1)
+
+
 def largest(flat: Tensor) -> float:
-    """Largest absolute entry of a vector; NaN if there is one, 0 if there is none."""
+    """Largest absolute entry of a vector; NaN if it holds one, 0 if it is empty."""
     if not len(flat):
         return 0.0
     low, high = torch.aminmax(flat)
     return float(max(-low.item(), high.item()))
 
 
-def _decays(point: FlatParameters, groups: Groups, default: float) -> list[tuple[int, int, float]]:
-    """Where in the flat vector each group with weight decay begins and ends, and its factor."""
-    found, start, sizes = [], 0, iter(point.structure.sizes)
+def _decays(point: FlatParameters, groups: ParamGroups, default: float) -> list[tuple[int, int, float]]:
+    """Start, stop and factor, in the flat vector, of each group with weight decay."""
+    decays, start, sizes = [], 0, iter(point.structure.sizes)
     for group in groups:
         stop = start + sum(next(sizes) for _ in group["params"])
         if decay := float(group.get("weight_decay", default)):
-            found.append((start, stop, decay))
+            decays.append((start, stop, decay))
         start = stop
-    return found
+    return decays
 
 
 def _number(loss: Any, who: str) -> float:

@@ -1,4 +1,4 @@
-"""The quartic through what is known of a function along Newton's step: where it says the line's minimum is."""
+"""The quartic that interpolates a function along Newton's step, and its first minimum."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ def first_minimum(fall: float, slope_before: float, curvature: float, slope: flo
         Where it is, > 0, and by how much the quartic falls from 0 to there; None without a minimum, or if the numbers
         are too large.
     Example:
-        >>> found = first_minimum(fall=3.0, slope_before=-4.0, curvature=2.0, slope=-2.0)  # of (2 - t)**2
-        >>> [round(number, 6) for number in found]
+        >>> minimum = first_minimum(fall=3.0, slope_before=-4.0, curvature=2.0, slope=-2.0)  # of (2 - t)**2
+        >>> [round(number, 6) for number in minimum]
         [2.0, 4.0]
     """
     with np.errstate(all="ignore"):

@@ -1,4 +1,4 @@
-"""One minimisation: its limits, the best point so far, its line searches and its reasons to stop."""
+"""One run of a solver: its limits, the best point so far, its line searches and its reasons to stop."""
 
 from __future__ import annotations
 
@@ -14,33 +14,33 @@ from descend.second_order.objective import Objective, Point
 from descend.second_order.result import Iteration, Status
 
 NOISE = 10.0  # units in the last place that a value may be off by
-C1 = 1e-4  # share of the promised decrease that is progress
-LONGEST_SEARCH = 40  # evaluations in one line search
-LONGEST_STEP = {dtype: torch.finfo(dtype).max for dtype in (torch.float32, torch.float64)}
-MOST_WALLS = 120  # searches in a row that may end where the function does
+C1 = 1e-4  # fraction of the predicted decrease that is progress
+MAX_SEARCH = 40  # evaluations in one line search
+MAX_STEP = {dtype: torch.finfo(dtype).max for dtype in (torch.float32, torch.float64)}
+MAX_NONFINITE = 120  # searches in a row that may end at NaN or infinity
 PATIENCE = 100  # iterations without progress in value or gradient
 
 
-class Move(NamedTuple):
+class Step(NamedTuple):
     """Where a line search led.
 
     Attributes:
         point: the new point; None if no trial was lower.
-        step: the step to it.
-        outcome: how the search ended; None if the direction did not descend.
-        is_sufficient: whether the value fell by a fair share of what the slope promised, or the search succeeded.
-        promise: by how much the value would have fallen over the first trial's step had the slope stayed.
+        length: of the step to it, in multiples of the direction.
+        outcome: how the search ended; None if the direction is not a descent direction.
+        is_sufficient: whether the search succeeded, or the value fell by ``C1`` of what the slope predicted.
+        predicted_decrease: of the value over the first trial's step, had the slope stayed.
     """
 
     point: Point | None
-    step: float
+    length: float
     outcome: Outcome | None
     is_sufficient: bool
-    promise: float = math.inf
+    predicted_decrease: float = math.inf
 
 
 class Run:
-    """Counts, limits and the best point of one minimisation.
+    """Counts, limits and the best point of one run.
 
     Args:
         objective: what is minimized.
@@ -64,11 +64,11 @@ class Run:
         self.last_eval = objective.n_eval + max_eval
         self.n_iter = self.n_negative_curvature = 0
         self.is_stopped = False
-        self.n_walls = 0
+        self.n_nonfinite = 0
         self.history: list[Iteration] = []
 
     def start(self, x: Tensor, scale: float | None = None) -> Point:
-        """Evaluate the first point. ``scale``: the gradient's largest entry where it all began, if not here."""
+        """Evaluate the first point. ``scale``: largest entry of the gradient at the first start, if not here."""
         point = self.best = self.milestone = self.objective.evaluate(x)
         self.scratch = torch.empty_like(x), torch.empty_like(x)
         self.target = self.tol * max(1.0, point.norm if scale is None else scale)
@@ -77,69 +77,78 @@ class Run:
         return point
 
     @property
+    def n_eval(self) -> int:
+        return self.objective.n_eval
+
+    @property
+    def n_hvp(self) -> int:
+        return self.objective.n_hvp
+
+    @property
     def evaluations_left(self) -> float:
         return self.last_eval - self.objective.n_eval
 
     def noise(self, point: Point) -> float:
-        """By how much the value at a point may be off through rounding."""
+        """Rounding error of the value at a point."""
         return NOISE * self.objective.eps * abs(point.value)
 
     def evaluate(self, x: Tensor, direction: Tensor, origin: Point) -> Point:
-        """Evaluate at ``x``, which lies in a direction from a point, and remember the lowest."""
+        """Evaluate at ``x``, which lies along ``direction`` from ``origin``, and keep the lowest point."""
         point = self.objective.evaluate(x, direction, origin)
         if point.is_finite and point.value < self.best.value:
             self.best = point
         return point
 
     def solves(self, trial: Point, origin: Point) -> bool:
-        """Whether a trial meets the tolerance, and is not above where it came from by more than rounding."""
+        """Whether a trial meets the tolerance, and is above ``origin`` by no more than rounding."""
         return trial.is_finite and trial.norm <= self.target and trial.value <= origin.value + self.noise(origin)
 
-    def search(self, origin: Point, direction: Tensor, step: float, max_step: float = math.inf) -> Move:
+    def search(self, origin: Point, direction: Tensor, step: float, max_step: float = math.inf) -> Step:
         """Search along a direction for a lower point."""
-        max_step = min(max_step, LONGEST_STEP[direction.dtype])
+        max_step = min(max_step, MAX_STEP[direction.dtype])
         step = min(step, max_step)
         trial = self.evaluate(self.along(origin, direction, step), direction, origin)
         if self.solves(trial, origin):
-            return Move(trial, step, Outcome.found, is_sufficient=True)
+            return Step(trial, step, Outcome.found, is_sufficient=True)
         slope = trial.slope_before
         if not -math.inf < slope < 0:
-            return Move(None, 0.0, None, is_sufficient=False)
+            return Step(None, 0.0, None, is_sufficient=False)
         trials = {step: trial}
 
         def phi(length: float) -> tuple[float, float]:
             if length not in trials:
                 trials[length] = self.evaluate(self.along(origin, direction, length), direction, origin)
                 _keep_lowest(trials, besides=length)
-            found = trials[length]
-            if not found.is_finite:
+            trial = trials[length]
+            if not trial.is_finite:
                 return math.nan, math.nan
-            # A trial that solves the problem passes for a minimum of the line, so that the search ends there.
-            return found.value, 0.0 if self.solves(found, origin) else found.slope
+            # Slope 0 where a trial solves the problem ends the search there.
+            return trial.value, 0.0 if self.solves(trial, origin) else trial.slope
 
-        most = 1 + int(min(self.evaluations_left, LONGEST_SEARCH))  # the first call costs nothing
-        search = hager_zhang(phi, origin.value, slope, step, max_step=max_step, max_eval=most, noise=self.noise(origin))
+        max_eval = 1 + int(min(self.evaluations_left, MAX_SEARCH))  # the first trial has been evaluated
+        noise = self.noise(origin)
+        search = hager_zhang(phi, origin.value, slope, step, max_step=max_step, max_eval=max_eval, noise=noise)
         end = trials[search.step] if search.step else None
-        length = min(trials, key=lambda length: _height(trials[length]))
-        if end is not None and trials[length].value < end.value - self.noise(end):  # in another valley of the line
+        length = min(trials, key=lambda length: _value_of(trials[length]))
+        if end is not None and trials[length].value < end.value - self.noise(end):  # near a lower minimum
             end = trials[length]
         else:
             length = search.step
         is_sufficient = search.outcome is Outcome.found or (
-            _height(end) < origin.value + C1 * length * slope and not self._falls_for_ever(search)
+            _value_of(end) < origin.value + C1 * length * slope and not self._seems_unbounded(search)
         )
-        if is_sufficient or _height(end) < origin.value:
-            return Move(end, length, search.outcome, is_sufficient, -slope * step)
-        return Move(None, 0.0, search.outcome, is_sufficient=False, promise=-slope * step)
+        if is_sufficient or _value_of(end) < origin.value:
+            return Step(end, length, search.outcome, is_sufficient, -slope * step)
+        return Step(None, 0.0, search.outcome, is_sufficient=False, predicted_decrease=-slope * step)
 
-    def _falls_for_ever(self, search: Search) -> bool:
-        """Whether there seems to be no minimum: no end within 40 powers of ten, or one wall after the other."""
-        self.n_walls = self.n_walls + 1 if search.outcome is Outcome.non_finite else 0
-        is_endless = search.outcome is Outcome.no_bracket and search.n_eval > LONGEST_SEARCH
-        return is_endless or self.n_walls >= MOST_WALLS
+    def _seems_unbounded(self, search: Search) -> bool:
+        """Whether the function still falls after 40 powers of ten, or search after search ended at NaN or infinity."""
+        self.n_nonfinite = self.n_nonfinite + 1 if search.outcome is Outcome.non_finite else 0
+        is_endless = search.outcome is Outcome.no_bracket and search.n_eval > MAX_SEARCH
+        return is_endless or self.n_nonfinite >= MAX_NONFINITE
 
     def along(self, origin: Point, direction: Tensor, step: float) -> Tensor:
-        """The point at a step along a direction, within the bounds whatever rounding does."""
+        """The point at a step along a direction, clamped to the bounds against rounding."""
         x = torch.add(origin.x, direction, alpha=step)
         return x if self.objective.lower is None else torch.clamp(x, self.objective.lower, self.objective.upper)
 
@@ -150,8 +159,8 @@ class Run:
         self._record(point, step)
         self.is_stopped = self.callback is not None and self.callback(self, point)
 
-    def verdict(self, point: Point) -> Status | None:
-        """Whether to stop at ``point``, and why."""
+    def stop_status(self, point: Point) -> Status | None:
+        """Why to stop at ``point``; None to go on."""
         if not point.is_finite:
             return Status.non_finite
         if point.norm <= self.target:
@@ -166,9 +175,9 @@ class Run:
         return Status.precision_limit if self._is_stuck(point) else None
 
     def _is_stuck(self, point: Point) -> bool:
-        """Whether for long neither the value fell by more than its rounding error nor the gradient to a half."""
-        mark = self.milestone
-        if point.value < mark.value - self.noise(mark) / NOISE or point.norm < 0.5 * mark.norm:
+        """Whether for ``PATIENCE`` iterations the value has not fallen beyond rounding, nor the gradient halved."""
+        last = self.milestone
+        if point.value < last.value - self.noise(last) / NOISE or point.norm < 0.5 * last.norm:
             self.milestone, self.patience = point, PATIENCE
         else:
             self.patience -= 1
@@ -180,13 +189,13 @@ class Run:
 
 
 def _keep_lowest(trials: dict[float, Point], besides: float) -> None:
-    """Forget the trials that a search cannot end at: all but the newest and the lowest."""
-    lowest = min(trials, key=lambda length: _height(trials[length]))
+    """Drop the trials at which a search cannot end: all but the newest and the lowest."""
+    lowest = min(trials, key=lambda length: _value_of(trials[length]))
     for length in [length for length in trials if length not in (lowest, besides)]:
         del trials[length]
 
 
-def _height(point: Point | None) -> float:
-    """The value of a trial that a search can end at."""
+def _value_of(point: Point | None) -> float:
+    """Value of a trial at which a search can end; infinity for any other."""
     is_finite = point is not None and point.is_finite and math.isfinite(point.slope)
     return point.value if point is not None and is_finite else math.inf

@@ -1,4 +1,4 @@
-"""Tensors in any structure (a tensor, dicts, lists, tuples, a module) and the one flat real vector that solvers see."""
+"""Structures of tensors (a tensor, dicts, lists, tuples, a module) and the flat real vector that solvers work on."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from torch.utils import _pytree as pytree
 
 
 class Structure:
-    """The shapes, dtypes and devices of a structure of tensors, and where each stands in a flat vector.
+    """The shapes, dtypes and devices of a structure of tensors, and its conversion to and from a flat vector.
 
-    The flat vector has the widest dtype among the tensors, at least float32, and lives on the first one's device. A
-    complex number counts as two real ones.
+    The flat vector has the widest dtype among the tensors, at least float32, and is on the first one's device. A
+    complex number takes two real ones.
 
     Args:
-        tree: a tensor, or dicts, lists and tuples of tensors in any nesting, or an ``nn.Module``, which stands for
-            those of its parameters that require gradients.
+        tree: a tensor, or dicts, lists and tuples of tensors in any nesting, or an ``nn.Module``: a dict of those of
+            its parameters that require gradients.
         who: the caller's name, for errors.
     Raises:
         TypeError: if a leaf is no tensor, or not floating point or complex.
@@ -50,7 +50,7 @@ class Structure:
         self.numel = sum(self.sizes)
         self.device = self.devices[0]
         reals = [dtype.to_real() for dtype in self.dtypes]
-        self.dtype = torch.float32  # at least: half precision is for storage
+        self.dtype = torch.float32  # at least; half precision is for storage
         for dtype in reals:
             self.dtype = torch.promote_types(self.dtype, dtype)
         self.eps = max(torch.finfo(dtype).eps for dtype in reals)
@@ -59,7 +59,7 @@ class Structure:
         self._shape = self.shapes[0]
 
     def flatten(self, tensors: Sequence[Tensor | None], keeps_graph: bool = False) -> Tensor:
-        """One flat vector of the leaves; None counts as zeros. With a single leaf it may share its memory."""
+        """The leaves as one flat vector; None becomes zeros. The vector may share memory with a single leaf."""
         dense = [None if tensor is None else tensor if keeps_graph else tensor.detach() for tensor in tensors]
         dense = [tensor if tensor is None or tensor.layout == torch.strided else tensor.to_dense() for tensor in dense]
         if self._is_one and dense[0] is not None and dense[0].dtype == self.dtype:
@@ -73,7 +73,7 @@ class Structure:
         return torch.cat(parts)
 
     def split(self, flat: Tensor) -> list[Tensor]:
-        """The leaves that a flat vector stands for; autograd sees through it."""
+        """The leaves, from a flat vector; differentiable."""
         if self._is_one:
             return [flat.view(self._shape)]
         return [
@@ -88,15 +88,15 @@ class Structure:
         ]
 
     def unflatten(self, flat: Tensor) -> Any:
-        """The structure, its tensors made from a flat vector; a module's parameters as a dict."""
+        """The structure, from a flat vector; a dict for a module."""
         parts = self.split(flat)
         return parts[0] if self._is_tensor else pytree.tree_unflatten(parts, self.spec)
 
     def like(self, tree: Any, who: str) -> list[Tensor]:
-        """The leaves of another tree of the same structure and shapes.
+        """The leaves of another tree.
 
         Raises:
-            ValueError: if it is none.
+            ValueError: if its structure or shapes differ.
         """
         if self._is_tensor and isinstance(tree, Tensor) and tree.shape == self._shape:
             return [tree]
@@ -108,9 +108,9 @@ class Structure:
         return leaves
 
     def bound(self, tree: Any, default: float, who: str) -> Tensor:
-        """As ``broadcast``, a lower bound if ``default`` is -inf and an upper one if it is inf.
+        """Bounds by ``broadcast``, rounded inwards to the dtype of each leaf.
 
-        Rounded inwards to what the dtype of each leaf can hold.
+        They are lower bounds if ``default`` is -inf, and upper bounds if it is inf.
         """
         exact = self.broadcast(tree, default, who, torch.float64)
         parts = []
@@ -145,7 +145,7 @@ class Structure:
         return torch.cat(parts)
 
     def _leaves_of(self, tree: Any) -> list[Any]:
-        """What stands in a tree where the structure has its leaves; nothing if it is another structure."""
+        """The entries of a tree at the structure's leaves; an empty list if the structures differ."""
         try:
             leaves = self.spec.flatten_up_to(_content(tree))
         except ValueError:
@@ -159,7 +159,7 @@ class Structure:
 def _content(tree: Any) -> Any:
     if isinstance(tree, nn.Module):
         return {name: parameter for name, parameter in tree.named_parameters() if parameter.requires_grad}
-    # Generators such as module.parameters() can be read once only.
+    # Generators such as module.parameters() can be read only once.
     return list(tree) if hasattr(tree, "__next__") else tree
 
 
@@ -172,7 +172,7 @@ def _described(shapes: Sequence[Any]) -> str:
 
 
 def _next(numbers: Tensor, *, upwards: bool) -> Tensor:
-    """The neighbours of floating point numbers: consecutive numbers of one sign are consecutive integers."""
+    """The next floating point numbers: as integers, numbers of one sign are consecutive."""
     integers = numbers.view({2: torch.int16, 4: torch.int32, 8: torch.int64}[numbers.element_size()])
     further = (integers + torch.where((numbers >= 0) == upwards, 1, -1).to(integers.dtype)).view(numbers.dtype)
     smallest = torch.full_like(numbers, torch.finfo(numbers.dtype).tiny)

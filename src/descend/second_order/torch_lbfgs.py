@@ -1,8 +1,8 @@
 """L-BFGS as ``torch.optim.LBFGS`` runs it, operation by operation, but never into NaN.
 
 ``s`` is a step, ``y`` the change of the gradient along it, ``rho`` is 1 / y's; torch calls their lists ``old_stps``,
-``old_dirs`` and ``ro``. In float64 every number is the one torch gets, as long as torch's stay finite: Python's floats
-take the place of 0-dimensional tensors, which round alike.
+``old_dirs`` and ``ro``. In float64 every number equals torch's as long as torch's stay finite: Python floats replace
+0-dimensional tensors and round alike.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from numbers import Integral, Real
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple, TypeAlias, get_args
 
 import torch
 from torch import Tensor
@@ -20,14 +20,15 @@ from torch.optim import Optimizer
 from descend.core.checks import check_at_least_zero, check_lr
 from descend.second_order.parameters import ClosureFunction, Evaluation, FlatParameters, largest
 from descend.second_order.result import Iteration, Status
-from descend.second_order.torch_line_search import Scalar, Trial, strong_wolfe
+from descend.second_order.torch_line_search import LinePoint, Scalar, strong_wolfe
 
-LINE_SEARCHES = (None, "strong_wolfe", "hager_zhang")
-CURVATURE = 1e-10  # a pair with a smaller y's is not kept
-CUT = 0.1  # a fixed step that leads to NaN or infinity is tried again this much shorter
+LineSearchFn: TypeAlias = Literal["strong_wolfe", "hager_zhang"]
+LINE_SEARCHES = (None, *get_args(LineSearchFn))
+MIN_CURVATURE = 1e-10  # a pair with a smaller y's is skipped
+BACKTRACK = 0.1  # factor for a fixed step that leads to NaN or infinity
 
 
-class Options(NamedTuple):
+class LBFGSOptions(NamedTuple):
     """The options of ``torch.optim.LBFGS``, from the first group."""
 
     lr: Scalar
@@ -36,16 +37,16 @@ class Options(NamedTuple):
     tolerance_grad: float
     tolerance_change: float
     history_size: int
-    line_search_fn: str | None
+    line_search_fn: LineSearchFn | None
 
     @classmethod
-    def of(cls, group: dict[str, Any]) -> Options:
+    def of(cls, group: dict[str, Any]) -> LBFGSOptions:
         """Read a group's options."""
         lr = group["lr"]
         return cls(lr.reshape(()) if isinstance(lr, Tensor) else lr, *(group[name] for name in cls._fields[1:]))
 
 
-def check(optimizer: Optimizer, options: Mapping[str, Any]) -> None:
+def check_lbfgs(optimizer: Optimizer, options: Mapping[str, Any]) -> None:
     """Raise ``ValueError`` if options of ``LBFGS`` are out of range."""
     name = type(optimizer).__name__
     check_lr(optimizer, options)
@@ -67,15 +68,15 @@ def check(optimizer: Optimizer, options: Mapping[str, Any]) -> None:
 
 @dataclass
 class Memory:
-    """What one iteration hands to the next, across steps too.
+    """What one iteration passes to the next, also across steps.
 
     Attributes:
-        n_iter: iterations since the last start from steepest descent.
+        n_iter: iterations since the last restart from steepest descent.
         d, t: the last direction, and the step along it.
-        old_dirs, old_stps, ro: y, s and rho of the pairs that are kept, oldest first.
-        ro_tensors: the first ones of ``ro``, as the state has them.
+        old_dirs, old_stps, ro: y, s and rho of the stored pairs, oldest first.
+        ro_tensors: the first entries of ``ro`` as tensors, as the state has them.
         H_diag: the initial inverse Hessian, a multiple of the identity.
-        prev_flat_grad, prev_loss: gradient and value where ``d`` began.
+        prev_flat_grad, prev_loss: gradient and value at the start of ``d``.
     """
 
     n_iter: int = 0
@@ -91,7 +92,7 @@ class Memory:
 
     @classmethod
     def read(cls, state: dict[str, Any], point: FlatParameters) -> Memory:
-        """From a parameter's state; empty if that belongs to another number of parameters. Shares no list with it."""
+        """From a parameter's state; empty if that is of another number of entries. Copies the lists."""
         last = state.get("prev_flat_grad")
         if not state["n_iter"] or last is None or state.get("d") is None or last.numel() != point.numel:
             return cls()
@@ -113,8 +114,8 @@ class Memory:
             prev_loss=state["prev_loss"],
         )
 
-    def write(self, state: dict[str, Any], point: FlatParameters, options: Options) -> None:
-        """Into a parameter's state, under torch's names and in its types."""
+    def write(self, state: dict[str, Any], point: FlatParameters, options: LBFGSOptions) -> None:
+        """To a parameter's state, with torch's names and types."""
 
         def tensor(number: Any) -> Tensor:
             return torch.tensor(number, dtype=point.dtype, device=point.device)
@@ -131,8 +132,8 @@ class Memory:
         if self.n_iter > 1 and len(state.get("al", ())) < options.history_size:
             state["al"] = [None] * options.history_size  # torch's scratch
 
-    def turn(self, grad: Tensor, history_size: int) -> Tensor:
-        """Keep the pair of the last step, and find the next direction: the two-loop recursion.
+    def next_direction(self, grad: Tensor, history_size: int) -> Tensor:
+        """Store the pair of the last step and compute the next direction by the two-loop recursion.
 
         Source: Nocedal & Wright 2006, Numerical Optimization, Algorithm 7.4.
         """
@@ -143,7 +144,7 @@ class Memory:
         assert self.prev_flat_grad is not None
         y, s = grad.sub(self.prev_flat_grad), self.d.mul(self.t)
         ys = y.dot(s).item()
-        if ys > CURVATURE:
+        if ys > MIN_CURVATURE:
             while len(self.ro) >= history_size:
                 del self.old_dirs[0], self.old_stps[0], self.ro[0], self.ro_tensors[:1]
             self.old_dirs.append(y)
@@ -163,7 +164,7 @@ class Memory:
         return d
 
     def restart(self, grad: Tensor) -> Tensor:
-        """Forget every pair; the direction of steepest descent."""
+        """Drop all pairs; return the direction of steepest descent."""
         self.n_iter = 1
         self.old_dirs, self.old_stps, self.ro, self.ro_tensors, self.H_diag = [], [], [], [], 1
         self.d = d = grad.neg()
@@ -178,70 +179,80 @@ class TorchSteps:
         point: its parameters.
         memory: from the last step; updated.
         options: torch's.
+        first: evaluation at the present parameters.
+    Attributes:
+        best: the last evaluation, as in torch. The last of ``max_iter`` fixed steps is not evaluated; then it is that
+            of the point before.
     """
 
-    def __init__(self, function: ClosureFunction, point: FlatParameters, memory: Memory, options: Options) -> None:
-        self.function, self.point, self.memory, self.options = function, point, memory, options
+    n_hvp = n_negative_curvature = 0
+
+    def __init__(
+        self,
+        function: ClosureFunction,
+        point: FlatParameters,
+        memory: Memory,
+        options: LBFGSOptions,
+        first: Evaluation,
+    ) -> None:
+        self.function, self.point, self.memory, self.options, self.best = function, point, memory, options, first
         self.n_iter = 0
         self.history: list[Iteration] = []
-        self._base: Tensor | None = None  # where the iteration that is under way began
+        self._base: Tensor | None = None  # the start of the present iteration
         self._trial = torch.empty(point.numel, dtype=point.dtype, device=point.device)
-        self._met_wall = False  # this iteration has seen NaN or infinity
+        self._met_nonfinite = False  # in the present iteration
 
-    def run(self, current: Evaluation) -> tuple[Status, Evaluation]:
-        """Iterate from the present point.
+    @property
+    def n_eval(self) -> int:
+        return self.function.n_eval
 
-        Args:
-            current: its evaluation; finite.
-        Returns:
-            Why it ended, and the last point's evaluation. The last of ``max_iter`` fixed steps is not evaluated, as in
-            torch: then it is that of the point before.
-        """
+    def run(self) -> Status:
+        """Iterate from the present point, which is finite; return why it ended."""
         try:
-            return self._iterate(current)
+            return self._iterate()
         except BaseException:
-            self._back_to_base()
+            self._return_to_base()
             raise
 
-    def retreat(self) -> Evaluation | None:
-        """Shorten the last fixed step of the previous call, which led to NaN or infinity; None if nothing helps."""
+    def shorten_last_step(self) -> None:
+        """Shorten the last fixed step of the previous call, which led to NaN or infinity, until it is finite."""
         memory = self.memory
         assert memory.d is not None
         self._base = self.point.gather().sub_(memory.d, alpha=float(memory.t))
         try:
-            memory.t, found = self._fixed_step(float(memory.t) * CUT, largest(memory.d), is_last=False)
+            memory.t, evaluation = self._fixed_step(float(memory.t) * BACKTRACK, largest(memory.d), is_last=False)
         except BaseException:
-            self._back_to_base()
+            self._return_to_base()
             raise
         self._base = None
-        return found
+        self.best = evaluation or self.best
 
-    def _iterate(self, current: Evaluation) -> tuple[Status, Evaluation]:
-        options = self.options
+    def _iterate(self) -> Status:
+        options, current = self.options, self.best
         self._record(current, 0.0)
         while self.n_iter < options.max_iter:
             self.n_iter += 1
             t, slope, d_norm = self._direction(current)
             if slope > -options.tolerance_change:
                 self.memory.t = t
-                return Status.precision_limit, current
-            self._base, self._met_wall = self.point.gather(), False
+                return Status.precision_limit
+            self._base, self._met_nonfinite = self.point.gather(), False
             if options.line_search_fn is None:
-                t, found = self._fixed_step(t, d_norm, is_last=self.n_iter == options.max_iter)
+                t, evaluation = self._fixed_step(t, d_norm, is_last=self.n_iter == options.max_iter)
             else:
-                t, found = self._searched_step(current, t, slope, d_norm)
+                t, evaluation = self._searched_step(current, t, slope, d_norm)
             self.memory.t, self._base = t, None
-            if found is not None:
-                current = found
+            if evaluation is not None:
+                self.best = current = evaluation
                 self._record(current, float(t))
-            if status := self._verdict(current, abs(t) * d_norm):
-                return status, current
-        return Status.max_iter, current
+            if status := self._stop_status(current, abs(t) * d_norm):
+                return status
+        return Status.max_iter
 
     def _direction(self, current: Evaluation) -> tuple[Scalar, Scalar, Scalar]:
-        """Set the direction; return the first step along it, the slope there, and the direction's largest entry."""
-        memory, lift = self.memory, self._lift
-        d = memory.turn(current.grad, self.options.history_size)
+        """Set the direction; return the first step along it, its slope and its largest absolute entry."""
+        memory, lift = self.memory, self._like_lr
+        d = memory.next_direction(current.grad, self.options.history_size)
         slope, d_norm = current.grad.dot(d).item(), largest(d)
         if math.isnan(slope) or not math.isfinite(d_norm):  # the pairs overflow
             d = memory.restart(current.grad)
@@ -252,50 +263,49 @@ class TorchSteps:
             t = min(1.0, 1.0 / current.grad.abs().sum()) * t
         return t, lift(slope), lift(d_norm)
 
-    def _lift(self, number: float) -> Scalar:
-        """The number as torch would have it next to the learning rate."""
+    def _like_lr(self, number: float) -> Scalar:
+        """The number as a tensor if the learning rate is one, as in torch."""
         return torch.tensor(number, dtype=self.point.dtype) if isinstance(self.options.lr, Tensor) else number
 
     def _fixed_step(self, t: Scalar, d_norm: Scalar, is_last: bool) -> tuple[Scalar, Evaluation | None]:
-        """Move by ``t`` and, unless it is the last step, evaluate; less if that gives NaN or infinity."""
+        """Move by ``t`` and, unless it is the last step, evaluate; shortened while that gives NaN or infinity."""
         while True:
             if self._move(t, d_norm):
                 if is_last:
                     return t, None
-                found = self.function.evaluate()
-                if found.is_finite:
-                    return t, found
-            self._met_wall = True
+                evaluation = self.function.evaluate()
+                if evaluation.is_finite:
+                    return t, evaluation
+            self._met_nonfinite = True
             if self.function.n_eval >= self.options.max_eval or not t * d_norm:
-                return self._stay(), None
-            t = t * CUT
+                return self._undo(), None
+            t = t * BACKTRACK
 
     def _searched_step(
         self, current: Evaluation, t: Scalar, slope: Scalar, d_norm: Scalar
     ) -> tuple[Scalar, Evaluation | None]:
-        """Move to where the line search ends."""
+        """Move to the result of the line search."""
         d = self.memory.d
         assert d is not None
 
-        def phi(t: Scalar) -> Trial:
+        def phi(t: Scalar) -> LinePoint:
             if self._move(t, d_norm):
-                found = self.function.evaluate()
-                slope_there = found.grad.dot(d).item()
-                if math.isfinite(found.value) and math.isfinite(slope_there):
-                    return Trial(t, found.value, self._lift(slope_there), found)
-            self._met_wall = True
-            return Trial(t, math.inf, self._lift(math.nan), current)
+                evaluation = self.function.evaluate()
+                slope_there = evaluation.grad.dot(d).item()
+                if math.isfinite(evaluation.value) and math.isfinite(slope_there):
+                    return LinePoint(t, evaluation.value, self._like_lr(slope_there), evaluation)
+            self._met_nonfinite = True
+            return LinePoint(t, math.inf, self._like_lr(math.nan), current)
 
-        most = self.options.max_eval - self.function.n_eval
-        start = Trial(0, current.value, slope, current)
-        found = strong_wolfe(phi, start, t, d_norm, most)
-        if found.t == 0:
-            return self._stay(), None
-        self._move(found.t, d_norm)
-        return found.t, found.evaluation
+        max_ls = self.options.max_eval - self.function.n_eval
+        end = strong_wolfe(phi, LinePoint(0, current.value, slope, current), t, d_norm, max_ls)
+        if end.t == 0:
+            return self._undo(), None
+        self._move(end.t, d_norm)
+        return end.t, end.evaluation
 
     def _move(self, t: Scalar, d_norm: Scalar) -> bool:
-        """Set the parameters ``t`` along the direction; False if they would not be finite."""
+        """Move the parameters by ``t`` along the direction; False if they would not be finite."""
         assert self._base is not None
         assert self.memory.d is not None
         if not abs(t) * d_norm < 0.5 * torch.finfo(self.point.dtype).max:
@@ -305,26 +315,26 @@ class TorchSteps:
         # A parameter of a narrower dtype may overflow where the flat vector does not.
         return self.point.is_uniform or bool(torch.isfinite(self.point.gather()).all())
 
-    def _stay(self) -> int:
-        """Undo the step; after NaN or infinity the next iteration starts afresh. Returns its length."""
+    def _undo(self) -> int:
+        """Undo the step and return its length, 0; after NaN or infinity the next iteration is a restart."""
         assert self._base is not None
         self.point.scatter_(self._base)
-        if self._met_wall:
+        if self._met_nonfinite:
             self.memory.n_iter = 0
         return 0
 
-    def _back_to_base(self) -> None:
+    def _return_to_base(self) -> None:
         if self._base is not None:
             self.point.scatter_(self._base)
-            # A step of length 0 makes no pair, so that the next iteration is this one again.
+            # A step of length 0 makes no pair, so that the next call repeats this iteration.
             self.memory.t = 0
             self.memory.n_iter -= 1
 
-    def _verdict(self, current: Evaluation, moved: Scalar) -> Status | None:
-        """Torch's rules for stopping, in torch's order; but what meets ``tolerance_grad`` is called converged."""
+    def _stop_status(self, current: Evaluation, moved: Scalar) -> Status | None:
+        """Torch's rules for stopping, in torch's order; but whatever meets ``tolerance_grad`` is converged."""
         options, is_searched = self.options, self.options.line_search_fn is not None
         is_last = self.n_iter == options.max_iter
-        if self._met_wall and not moved:
+        if self._met_nonfinite and not moved:
             return Status.non_finite
         if current.norm <= options.tolerance_grad and (is_searched or not is_last):
             return Status.converged

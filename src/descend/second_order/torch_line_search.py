@@ -1,4 +1,4 @@
-"""The strong Wolfe search of ``torch.optim.LBFGS``, step by step, but never into NaN."""
+"""The strong Wolfe line search of ``torch.optim.LBFGS``, operation by operation, but never into NaN."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-# A number, or a 0-dimensional tensor. Steps are tensors where torch's are, because a number divided by a tensor is
-# rounded twice, and everything is one where the learning rate is, because torch then computes in its dtype.
+# A number or a 0-dimensional tensor. Steps are tensors where torch's are, because a number divided by a tensor is
+# rounded twice. If the learning rate is a tensor, everything is, because torch then computes in its dtype.
 Scalar = Any
 
 
-class Trial(NamedTuple):
-    """A point along a direction; value +inf and slope NaN stand for one where anything is not finite."""
+class LinePoint(NamedTuple):
+    """An evaluated point along a direction; value +inf and slope NaN if anything there is not finite."""
 
     t: Scalar
     value: float
@@ -24,29 +24,29 @@ class Trial(NamedTuple):
 
 
 def strong_wolfe(
-    phi: Callable[[Scalar], Trial],
-    start: Trial,
+    phi: Callable[[Scalar], LinePoint],
+    start: LinePoint,
     t: Scalar,
     d_norm: Scalar,
     max_ls: float,
     tolerance_change: float = 1e-9,
     c1: float = 1e-4,
     c2: float = 0.9,
-) -> Trial:
-    """Torch's line search: bracket a point that fulfils the strong Wolfe conditions, then close in on it.
+) -> LinePoint:
+    """Torch's line search: bracket a point that satisfies the strong Wolfe conditions, then zoom in on it.
 
     Args:
         phi: evaluates a step.
         start: step 0; finite.
         t: first step.
         d_norm: largest absolute entry of the direction.
-        max_ls: steps to evaluate after the first.
-        tolerance_change: a bracket that moves no entry by as much is given up; not the optimizer's, which torch keeps
-            to itself.
-        c1: of the sufficient decrease.
-        c2: of the curvature condition.
+        max_ls: most evaluations after the first.
+        tolerance_change: the search ends when the bracket moves no entry by as much. Torch does not pass the
+            optimizer's option here.
+        c1: constant of the sufficient decrease.
+        c2: constant of the curvature condition.
     Returns:
-        The accepted trial, else the lowest of the bracket; always a finite one.
+        The accepted point, else the lower end of the bracket; always a finite one.
     """
     last, trial, count = start, phi(t), 0
     while count < max_ls:
@@ -59,7 +59,7 @@ def strong_wolfe(
         t = interpolate(last, trial, trial.t + 0.01 * (trial.t - last.t), trial.t * 10)
         last, trial = trial, phi(t)
         count += 1
-    # Which of two equal values counts as the lower one depends on their places.
+    # Of two equal values the first is the lower one.
     bracket = [last if count < max_ls else start, trial]
     low = 0 if bracket[0].value <= bracket[1].value else 1
     was_near_end = False
@@ -88,8 +88,8 @@ def strong_wolfe(
     return bracket[low]
 
 
-def interpolate(a: Trial, b: Trial, least: Scalar, most: Scalar) -> Scalar:
-    """Minimum of the cubic through values and slopes of two trials, within limits; their middle if there is none."""
+def interpolate(a: LinePoint, b: LinePoint, least: Scalar, most: Scalar) -> Scalar:
+    """Minimizer of the cubic through values and slopes of two points, clamped; the middle if there is none."""
     if a.t > b.t:
         a, b = b, a
     d1 = a.slope + b.slope - ratio(3 * (a.value - b.value), a.t - b.t)
@@ -105,7 +105,7 @@ def interpolate(a: Trial, b: Trial, least: Scalar, most: Scalar) -> Scalar:
 
 
 def ratio(a: Scalar, b: Scalar) -> Scalar:
-    """Division that gives infinity or NaN where Python raises."""
+    """Quotient, infinite or NaN where Python raises ``ZeroDivisionError``."""
     if b == 0 and not isinstance(b, Tensor):
         return a * math.inf if a == a and a != 0 else math.nan
     return a / b

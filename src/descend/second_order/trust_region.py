@@ -1,8 +1,8 @@
-"""Steps in a trust region: minimise the model m(s) = g's + s'Hs / 2 over |s| <= radius.
+"""Steps in a trust region: minimize the model m(s) = g's + s'Hs / 2 over |s| <= radius.
 
-``DenseModel`` does so exactly for a dense symmetric H, however indefinite or singular; ``steihaug`` by truncated
-conjugate gradients, from products with H alone. Either gives an object whose ``step(radius)`` answers again for a
-smaller radius without new work on H: a rejected step costs next to nothing. Lengths and decreases are floats.
+``DenseModel`` does so exactly for a dense symmetric H, also if it is indefinite or singular; ``steihaug`` by truncated
+conjugate gradients, from products with H alone. Either gives an object whose ``step(radius)`` can be called again for a
+smaller radius without new work on H, so that a rejected step is cheap. Lengths and decreases are floats.
 """
 
 from __future__ import annotations
@@ -26,27 +26,27 @@ _Array: TypeAlias = NDArray[np.float64]
 _Scaled: TypeAlias = tuple[_Array, float, Tensor | None]  # a step and its decrease for H and g scaled, eigenvectors
 
 
-class Trial(NamedTuple):
-    """A step in the trust region and what the model promises for it."""
+class TrialStep(NamedTuple):
+    """A step in the trust region and the decrease that the model predicts for it."""
 
     step: Tensor  # not to be changed in place
     norm: float  # its length in the norm of the region, at most the radius
     decrease: float  # m(0) - m(s), a sum of positive terms; 0 only for a step of zero
     on_boundary: bool  # whether the radius limits the step
-    negative_curvature: bool  # whether the step owes its length to negative curvature (beyond rounding)
+    negative_curvature: bool  # whether the step owes its length to negative curvature beyond rounding
 
 
 class DenseModel:
-    """The model with a dense Hessian, and its exact minimiser in a ball.
+    """The model with a dense Hessian, and its exact minimizer in a ball.
 
-    Cholesky first: if H is positive definite and the Newton step inside, that is all. Otherwise one symmetric
-    eigendecomposition, kept for further radii, and a secular equation on the host in float64. Where H is
-    singular and g in its range, the step is the shortest minimiser. Eigenvalues of H and parts of g
-    within rounding of zero count as zero. Magnitudes from 1e-300 to 1e300 (1e-30 to 1e30 in float32) are safe.
+    If H is positive definite and the Newton step inside, one Cholesky factorization is enough. Otherwise a symmetric
+    eigendecomposition is computed once, for all radii, and the secular equation is solved in float64 on the host. If H
+    is singular and g in its range, the step is the shortest minimizer. Eigenvalues of H and coefficients of g within
+    rounding of zero count as zero. Magnitudes from 1e-300 to 1e300 (1e-30 to 1e30 in float32) are safe.
 
     Args:
         hessian: H, shape (N, N), symmetric; float32 or float64. Kept, not copied: leave it unchanged meanwhile.
-        grad: g, shape (N,), N >= 0, like H. An eigendecomposition takes the memory of about five matrices.
+        grad: g, shape (N,), N >= 0, of H's dtype and device. An eigendecomposition takes the memory of five matrices.
     Raises:
         ValueError: if the shapes do not fit.
     Example:
@@ -78,19 +78,19 @@ class DenseModel:
         self._grad = self._grad * 2.0**-self._grad_exponent
 
     @np.errstate(all="ignore")
-    def step(self, radius: float) -> Trial:
-        """The minimiser of the model over |s| <= ``radius`` (> 0, finite), larger or smaller than in earlier calls.
+    def step(self, radius: float) -> TrialStep:
+        """The minimizer of the model over |s| <= ``radius`` (> 0, finite), larger or smaller than in earlier calls.
 
         It is zero if the gradient is zero and no curvature negative, and if ``finite`` is False.
         """
         _check("DenseModel.step", radius=radius)
         if not self.finite or not self._grad.numel():
-            return Trial(torch.zeros_like(self._grad), 0.0, 0.0, False, False)
+            return TrialStep(torch.zeros_like(self._grad), 0.0, 0.0, False, False)
         return self._inside(self._newton, radius) or self._inside(self._shortest, radius) or self._on_boundary(radius)
 
     @cached_property
     def _newton(self) -> _Scaled | None:
-        """The minimiser in all space by Cholesky; None unless H is positive definite."""
+        """The minimizer in all space by Cholesky; None unless H is positive definite."""
         hessian, grad = self._hessian * 2.0**-self._hessian_exponent, self._grad
         factor, info = torch.linalg.cholesky_ex(hessian)
         # What elimination leaves of the diagonal, relative to it: unlike the condition number, blind to bad scaling.
@@ -114,31 +114,31 @@ class DenseModel:
 
     @cached_property
     def _shortest(self) -> _Scaled | None:
-        """The shortest minimiser in all space by eigenvectors; None if H is indefinite."""
+        """The shortest minimizer in all space by eigenvectors; None if H is indefinite."""
         values, parts, vectors = self._spectrum
         step = np.divide(-parts, values, out=np.zeros_like(parts), where=parts != 0)
         return (step, -float(parts @ step) / 2, vectors) if values[0] >= 0 else None
 
-    def _inside(self, minimiser: _Scaled | None, radius: float) -> Trial | None:
-        if minimiser is None:
+    def _inside(self, minimizer: _Scaled | None, radius: float) -> TrialStep | None:
+        if minimizer is None:
             return None
-        scaled, decrease, vectors = minimiser
+        scaled, decrease, vectors = minimizer
         exponent = self._grad_exponent - self._hessian_exponent
         norm = float(np.ldexp(np.linalg.norm(scaled), exponent))
         if not norm <= radius:
             return None
         step = self._on_device(np.ldexp(scaled, exponent), vectors)
-        return Trial(step, norm, _promised(decrease, self._grad_exponent + exponent, norm), False, False)
+        return TrialStep(step, norm, _predicted(decrease, self._grad_exponent + exponent, norm), False, False)
 
-    def _on_boundary(self, radius: float) -> Trial:
+    def _on_boundary(self, radius: float) -> TrialStep:
         values, parts, vectors = self._spectrum
-        # With the radius as unit, H weighs 2**ratio against g; the larger of the two is left as it is.
+        # In units of the radius H is 2**ratio times g; the larger of the two is not scaled.
         mantissa, exponent = math.frexp(radius)
         ratio = exponent + self._hessian_exponent - self._grad_exponent
         larger = max(0, ratio)
         unit, decrease = _on_unit_sphere(np.ldexp(mantissa * values, ratio - larger), np.ldexp(parts, -larger))
-        promised = _promised(mantissa * decrease, exponent + self._grad_exponent + larger, radius)
-        return Trial(self._on_device(radius * unit, vectors), radius, promised, True, bool(values[0] < 0))
+        predicted = _predicted(mantissa * decrease, exponent + self._grad_exponent + larger, radius)
+        return TrialStep(self._on_device(radius * unit, vectors), radius, predicted, True, bool(values[0] < 0))
 
     def _on_device(self, numbers: _Array, vectors: Tensor | None) -> Tensor:
         tensor = torch.from_numpy(numbers).to(self._grad.dtype).to(self._grad.device)
@@ -146,7 +146,7 @@ class DenseModel:
 
 
 def _on_unit_sphere(eigenvalues: _Array, coefficients: _Array) -> tuple[_Array, float]:
-    """Minimiser t of c't + sum(d t^2) / 2 over |t| = 1 where none is inside, and the decrease; d ascends.
+    """Minimizer t of c't + sum(d t^2) / 2 over |t| = 1 where none is inside, and the decrease; d ascends.
 
     Moré & Sorensen 1983: t = -c / (d + mu), Newton's method on 1 / |t(mu)| = 1. The variable is nu = mu + d[0], the
     distance from the pole, so that the hard case and its neighbours lose no digit.
@@ -195,28 +195,25 @@ class _Piece(NamedTuple):
 
 
 class CGPath:
-    """The way of conjugate gradients from 0, along which |s| grows and the model falls; ``steihaug`` makes it."""
+    """The path of conjugate gradients from 0, along which |s| grows and the model falls; made by ``steihaug``."""
 
     end: End  # why it ends
-    finite: bool  # whether the gradient and all products are
     n_products: int  # products with H used
     radius: float  # the one it was made for
     norm: float  # length of the last point, in the norm of the region
-    residual: Tensor  # g + Hs at the last point, from the recurrence
-    curvature: float  # the smallest one met, u'Hu / u'Mu; inf if none was
 
     def __init__(self, grad: Tensor, radius: float, keep: int) -> None:
-        self.n_products, self.radius, self.norm, self.curvature = 0, radius, 0.0, math.inf
+        self.n_products, self.radius, self.norm = 0, radius, 0.0
         self._last, self._keep = torch.zeros_like(grad), keep
         self._pieces: list[_Piece] = []
         self._directions: list[Tensor] = []
 
-    def step(self, radius: float) -> Trial:
-        """Where the path crosses the sphere of ``radius``, or its last point; costs no product.
+    def step(self, radius: float) -> TrialStep:
+        """The point where the path crosses the sphere of ``radius``, else its last point; without further products.
 
-        Within the directions kept this is what ``steihaug`` would give for the radius. The rest of the path is
-        replaced by its chord, along which the model falls too. ``radius`` is > 0 and at most that of the path.
-        The step is zero if the gradient is within the tolerance, and if it or the first product is not finite.
+        Within the stored directions this is the step of ``steihaug`` for the radius. The rest of the path is replaced
+        by its chord, along which the model falls too. ``radius`` is > 0 and at most that of the path. The step is zero
+        if the gradient is within the tolerance, and if it or the first product is not finite.
         """
         _check("CGPath.step", radius=radius)
         if radius > self.radius:
@@ -227,10 +224,10 @@ class CGPath:
             if radius < self.radius and (length := _crossing(piece.norm, piece.along, radius)) <= piece.length:
                 decrease += piece.decrease(length)
                 negative = negative and number == len(self._pieces) - 1
-                return Trial(self._point(number, length), radius, _promised(decrease, 0, radius), True, negative)
+                return TrialStep(self._point(number, length), radius, _predicted(decrease, 0, radius), True, negative)
             decrease += piece.decrease(piece.length)
         on_boundary = negative or self.end is End.boundary
-        return Trial(self._last, min(self.norm, radius), _promised(decrease, 0, self.norm), on_boundary, negative)
+        return TrialStep(self._last, min(self.norm, radius), _predicted(decrease, 0, self.norm), on_boundary, negative)
 
     def _point(self, number: int, length: float) -> Tensor:
         """The point ``length`` into a piece."""
@@ -242,27 +239,26 @@ class CGPath:
         return step.lerp_(self._last, length / self._pieces[number].length)
 
     def _follow(self, direction: Tensor, turn: float, slope: float, curvature: float) -> bool:
-        """Add the piece to the minimiser along the direction, or to the boundary; whether it stays inside."""
+        """Add the piece to the minimizer along the direction, or to the boundary; whether it stays inside."""
         along = turn * (self._pieces[-1].along + self._pieces[-1].length) if self._pieces else 0.0
         wanted = slope / curvature if curvature > 0 else math.inf
         most = _crossing(self.norm, along, self.radius)
         self._pieces.append(_Piece(min(wanted, most), self.norm, along, turn, slope, curvature))
         self._last.add_(direction, alpha=min(wanted, most))
         self.norm = _longer(self.norm, along, wanted) if wanted < most else self.radius
-        self.curvature = min(self.curvature, curvature)
         if len(self._directions) < self._keep:
             self._directions.append(direction)
         return wanted < most
 
-    def _ended(self, end: End, residual: Tensor) -> CGPath:
-        self.end, self.finite, self.residual = end, end is not End.non_finite, residual
+    def _ended(self, end: End) -> CGPath:
+        self.end = end
         if len(self._pieces) > self._keep:
             self._pieces[self._keep :] = [_chord(self._pieces[self._keep :])]
         return self
 
 
 def _chord(pieces: Sequence[_Piece]) -> _Piece:
-    """The straight way from the first point of the pieces to their last.
+    """The straight line from the first point of the pieces to their last.
 
     Directions are conjugate: slopes and curvatures add up. Residuals are orthogonal to the points before them, so that
     the product of such a point with the direction changes from piece to piece by the turn alone.
@@ -333,7 +329,7 @@ def steihaug(
     path = CGPath(grad, radius, keep)
     scale, residual, inverse, rz = _start(grad.detach(), preconditioner)
     if scale <= tolerance or not math.isfinite(rz):
-        return path._ended(End.converged if scale <= tolerance else End.non_finite, grad.detach())
+        return path._ended(End.converged if scale <= tolerance else End.non_finite)
     # From here on the residual is divided by |g|, and the direction by its length.
     direction, carried, largest = torch.zeros_like(residual), 0.0, 0.0
     while True:
@@ -353,19 +349,18 @@ def steihaug(
         curvature, rr, next_rz = scalars.tolist()
         path.n_products += 1
         if not math.isfinite(curvature):
-            return path._ended(End.non_finite, scale * residual)
+            return path._ended(End.non_finite)
         largest = max(largest, abs(curvature))
         if not path._follow(direction, turn, scale * slope, curvature):
-            residual = residual + product * (path._pieces[-1].length / scale)
             negative = curvature < -_ROUNDING * torch.finfo(grad.dtype).eps * largest
-            return path._ended(End.negative_curvature if negative else End.boundary, scale * residual)
+            return path._ended(End.negative_curvature if negative else End.boundary)
         residual = following
         if scale * math.sqrt(rr) <= tolerance:
-            return path._ended(End.converged, scale * residual)
+            return path._ended(End.converged)
         if path.n_products == max_products:
-            return path._ended(End.max_products, scale * residual)
+            return path._ended(End.max_products)
         if not math.isfinite(next_rz):
-            return path._ended(End.non_finite, scale * residual)
+            return path._ended(End.non_finite)
         rz, carried = next_rz, length * next_rz / rz
 
 
@@ -394,6 +389,6 @@ def _check(who: str, least: float = math.ulp(0.0), **numbers: float) -> None:
             raise ValueError(f"{who}: {name} must be {'>=' if least == 0 else '>'} 0 and finite, got {number}.")
 
 
-def _promised(mantissa: float, exponent: int, norm: float) -> float:
+def _predicted(mantissa: float, exponent: int, norm: float) -> float:
     """The decrease as a finite number, positive for a step that is not zero even where it underflows."""
     return min(max(float(np.ldexp(mantissa, exponent)), math.ulp(0.0)), sys.float_info.max) if norm > 0 else 0.0
