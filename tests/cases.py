@@ -71,6 +71,8 @@ CASES = [
     # With such betas no rounding decides about a sign.
     Case(Lion, textbook.Lion, dict(lr=0.01, betas=(0.5, 0.75), weight_decay=0.1)),
     Case(AdamWScheduleFree, textbook.AdamWScheduleFree, dict(lr=0.1, weight_decay=0.1, warmup_steps=3)),
+    Case(NAdam, torch.optim.NAdam, dict(lr=0.01, weight_decay=0.1, decoupled_weight_decay=True)),
+    Case(RAdam, torch.optim.RAdam, dict(lr=0.01, weight_decay=0.1, decoupled_weight_decay=True)),
 ]
 # What does not start at zero: the numbers in the state of NAdam and ASGD, the sums of Adagrad, the steps of Rprop.
 STARTING = [case for case in CASES if case.ours in (NAdam, Adagrad, Rprop, ASGD)]

@@ -195,26 +195,43 @@ def adamw_amsgrad(
     return param - lr / bias1 * exp_avg / denom, exp_avg, exp_avg_sq, max_exp_avg_sq
 
 
-def nadam(param, grad, exp_avg, exp_avg_sq, gain1, gain2, eps, weight_decay, decay, bias2, grad_lr, avg_lr):
-    """NAdam: Dozat 2016, Algorithm 2, https://openreview.net/forum?id=OM0jvwB8jIp57ZJjtNEZ.
+def nadam(param, grad, exp_avg, exp_avg_sq, gain1, gain2, eps, weight_decay, bias2, grad_lr, avg_lr):
+    """NAdam: Dozat 2016, Algorithm 2, https://openreview.net/forum?id=OM0jvwB8jIp57ZJjtNEZ; weight decay is L2.
 
-    Adam whose average looks one step ahead, as in Nesterov's momentum. ``weight_decay`` is L2, ``decay`` decoupled and
-    multiplied by lr; one of them is 0.
+    Adam whose average looks one step ahead, as in Nesterov's momentum.
     """
-    param, grad = (1 - decay) * param, grad + weight_decay * param
+    grad = grad + weight_decay * param
     exp_avg = (1 - gain1) * exp_avg + gain1 * grad
     exp_avg_sq = (1 - gain2) * exp_avg_sq + gain2 * grad * grad
     denom = sqrt(exp_avg_sq / bias2) + eps
     return param - (grad_lr * grad + avg_lr * exp_avg) / denom, exp_avg, exp_avg_sq
 
 
-def radam(param, grad, exp_avg, exp_avg_sq, lr, gain1, gain2, eps, weight_decay, decay, bias1, rectification):
-    """RAdam: Liu et al. 2020, Algorithm 2, https://arxiv.org/abs/1908.03265; decay as in ``nadam``.
+def nadamw(param, grad, exp_avg, exp_avg_sq, gain1, gain2, eps, decay, bias2, grad_lr, avg_lr):
+    """NAdam with decoupled weight decay: ``decay`` is weight_decay times lr."""
+    param = (1 - decay) * param
+    exp_avg = (1 - gain1) * exp_avg + gain1 * grad
+    exp_avg_sq = (1 - gain2) * exp_avg_sq + gain2 * grad * grad
+    denom = sqrt(exp_avg_sq / bias2) + eps
+    return param - (grad_lr * grad + avg_lr * exp_avg) / denom, exp_avg, exp_avg_sq
 
-    ``rectification`` is the paper's r times sqrt(bias2), and 0 as long as the variance of exp_avg_sq is infinite:
-    until then it is momentum alone.
+
+def radam(param, grad, exp_avg, exp_avg_sq, lr, gain1, gain2, eps, weight_decay, bias1, rectification):
+    """RAdam: Liu et al. 2020, Algorithm 2, https://arxiv.org/abs/1908.03265; weight decay is L2.
+
+    ``rectification`` is the paper's r times sqrt(bias2). It is 0 while the variance of exp_avg_sq is infinite: the
+    step is momentum alone then.
     """
-    param, grad = (1 - decay) * param, grad + weight_decay * param
+    grad = grad + weight_decay * param
+    exp_avg = (1 - gain1) * exp_avg + gain1 * grad
+    exp_avg_sq = (1 - gain2) * exp_avg_sq + gain2 * grad * grad
+    scale = where(rectification > 0, rectification / (sqrt(exp_avg_sq) + eps), 1.0)
+    return param - lr / bias1 * exp_avg * scale, exp_avg, exp_avg_sq
+
+
+def radamw(param, grad, exp_avg, exp_avg_sq, lr, gain1, gain2, eps, decay, bias1, rectification):
+    """RAdam with decoupled weight decay: ``decay`` is weight_decay times lr."""
+    param = (1 - decay) * param
     exp_avg = (1 - gain1) * exp_avg + gain1 * grad
     exp_avg_sq = (1 - gain2) * exp_avg_sq + gain2 * grad * grad
     scale = where(rectification > 0, rectification / (sqrt(exp_avg_sq) + eps), 1.0)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -116,7 +116,6 @@ class NAdam(FirstOrder):
         Dozat 2016, Algorithm 2, https://openreview.net/forum?id=OM0jvwB8jIp57ZJjtNEZ
     """
 
-    rule = staticmethod(rules.nadam)
     keeps = ("mu_product",)
     capturable_needs = "params, mu_products and state_steps"
 
@@ -150,6 +149,9 @@ class NAdam(FirstOrder):
         }
         super().__init__(params, defaults, **options)
 
+    def rule_for(self, group: Mapping[str, Any]) -> Callable[..., Any]:
+        return rules.nadamw if group["decoupled_weight_decay"] else rules.nadam
+
     def scalars_and_kept(
         self, group: Mapping[str, Any], step: float, kept: Sequence[torch.Tensor]
     ) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
@@ -158,8 +160,8 @@ class NAdam(FirstOrder):
         mu_product = kept[0] * mu
         product = mu_product.double()
         grad_lr, avg_lr = lr * (1 - mu) / (1 - product), lr * mu_next / (1 - product * mu_next)
-        numbers = 1 - beta1, 1 - beta2, group["eps"], *_decays(group), 1 - beta2**step, grad_lr, avg_lr
-        return numbers, (mu_product,)
+        scalars = 1 - beta1, 1 - beta2, group["eps"], _decay(group), 1 - beta2**step, grad_lr, avg_lr
+        return scalars, (mu_product,)
 
     def initial_state(self, name: str, param: torch.Tensor, group: Mapping[str, Any]) -> Any:
         return 1.0 if name == "mu_product" else 0.0
@@ -200,8 +202,6 @@ class RAdam(FirstOrder):
         Liu et al. 2020, Algorithm 2, https://arxiv.org/abs/1908.03265
     """
 
-    rule = staticmethod(rules.radam)
-
     def __init__(
         self,
         params: ParamsT,
@@ -230,6 +230,9 @@ class RAdam(FirstOrder):
         }
         super().__init__(params, defaults, **options)
 
+    def rule_for(self, group: Mapping[str, Any]) -> Callable[..., Any]:
+        return rules.radamw if group["decoupled_weight_decay"] else rules.radam
+
     def scalars(self, group: Mapping[str, Any], step: float) -> tuple[Any, ...]:
         beta1, beta2 = group["betas"]
         bias1, bias2 = 1 - beta1**step, 1 - beta2**step
@@ -239,13 +242,12 @@ class RAdam(FirstOrder):
         if length > 5:
             r_squared = (length - 4) * (length - 2) * most / ((most - 4) * (most - 2) * length)
             rectification = (r_squared * bias2) ** 0.5
-        return group["lr"], 1 - beta1, 1 - beta2, group["eps"], *_decays(group), bias1, rectification
+        return group["lr"], 1 - beta1, 1 - beta2, group["eps"], _decay(group), bias1, rectification
 
     def check_options(self, options: Mapping[str, Any]) -> None:
         check_adam(self, options)
 
 
-def _decays(group: Mapping[str, Any]) -> tuple[Any, Any]:
-    """Weight decay as L2, and decoupled; one of them is 0."""
-    weight_decay = group["weight_decay"]
-    return (0.0, group["lr"] * weight_decay) if group["decoupled_weight_decay"] else (weight_decay, 0.0)
+def _decay(group: Mapping[str, Any]) -> Any:
+    """The rule's weight decay: multiplied by ``lr`` if it is decoupled."""
+    return group["lr"] * group["weight_decay"] if group["decoupled_weight_decay"] else group["weight_decay"]
