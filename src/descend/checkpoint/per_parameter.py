@@ -1,19 +1,22 @@
-"""Saving and loading of optimizers that keep a state for each parameter: matched, checked, never narrowed."""
+"""Save and load optimizers that keep a state for each parameter: matched, checked, never narrowed."""
 
 from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Mapping
+from functools import cache
+from numbers import Real
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from descend.checkpoint.matching import IncompatibleKeys, Matching, check_choices, listed
+from descend.backends.eager import as_real
+from descend.checkpoint.matching import Hyperparameters, IncompatibleKeys, Match, Matching, check_choices, listed
 from descend.checkpoint.reading import (
-    Groups,
-    States,
+    LoadedGroups,
+    LoadedState,
     cloned,
     copied,
     number_of,
@@ -32,16 +35,16 @@ if TYPE_CHECKING:
 
 
 class _MisfitError(ValueError):
-    """A parameter's saved state that may be in order, but is not this parameter's."""
+    """Saved state that belongs to another parameter or another optimizer; ``strict=False`` leaves it aside."""
 
 
-def save(optimizer: FirstOrder, pack: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-    """Torch's dictionary, which ``pack`` makes, without handing out what the optimizer itself holds."""
+def save(optimizer: FirstOrder, pack: Callable[[FirstOrder], dict[str, Any]]) -> dict[str, Any]:
+    """The dictionary of ``pack``, torch's ``state_dict``, with new inner dicts and tensors on the same memory."""
     exposed = getattr(optimizer.state, "exposed", True)
-    packed = pack()
+    packed = pack(optimizer)
     hooks = optimizer._optimizer_state_dict_pre_hooks or optimizer._optimizer_state_dict_post_hooks
     if not exposed and not hooks and not any(group.get("differentiable") for group in optimizer.param_groups):
-        # What is handed out are fresh dicts and tensors, so nobody outside holds the state itself.
+        # The caller gets new dicts and tensors, so nobody outside holds the state itself.
         packed["state"] = {index: _aliases(state) for index, state in packed["state"].items()}
         optimizer.state.exposed = False  # type: ignore[attr-defined]
     if any(type(state) is Initial for state in dict.values(optimizer.state)):  # files hold no classes of ours
@@ -60,27 +63,27 @@ def load_state_dict(
     self: FirstOrder,
     state_dict: Mapping[str, Any],
     strict: bool = True,
-    match: str = "auto",
-    hyperparameters: str = "loaded",
+    match: Match = "auto",
+    hyperparameters: Hyperparameters = "loaded",
 ) -> IncompatibleKeys | None:
-    """Load what ``state_dict`` (this library's or torch's) returned.
+    """Load a dictionary returned by ``state_dict``, of this library or of torch.
 
-    Everything is copied. A state tensor gets the wider of its saved dtype and the one this optimizer would make;
-    integers stay as they are. How to run (``foreach``, ``fused``, ``capturable``, ``differentiable``) is not taken
-    from the dictionary.
+    Everything is copied. A state tensor gets the wider of its saved dtype and the dtype this optimizer would use;
+    integers keep theirs. Flags that choose how to run (``foreach``, ``fused``, ``capturable``, ``differentiable``)
+    are not taken from the dictionary.
 
     Args:
-        state_dict: a dictionary.
-        strict: whether every parameter, here and there, must have its counterpart. Otherwise what matches is loaded,
-            and the other parameters keep the state they have. Default: True.
+        state_dict: the dictionary.
+        strict: if True, every parameter of the optimizer and of the dictionary must have its counterpart. If False,
+            matching state is loaded, and the other parameters keep their state. Default: True.
         match: ``"name"``, an error where names are missing; ``"order"``; or ``"auto"``: by name if every parameter
             has one on both sides, else by order. Default: ``"auto"``.
         hyperparameters: options of the groups: ``"loaded"`` takes them from the dictionary, ``"current"`` keeps lr,
             weight decay and the rest as they are. Default: ``"loaded"``.
     Returns:
-        None; with ``strict=False`` what was not loaded: ``(missing_keys, unexpected_keys)``.
+        None; with ``strict=False`` the parameters that were not loaded: ``(missing_keys, unexpected_keys)``.
     Raises:
-        TypeError, ValueError: if something does not fit or is damaged; nothing has been changed then.
+        TypeError, ValueError: if the dictionary does not fit or is damaged; nothing has been changed then.
     Example:
         >>> from descend import AdamW
         >>> old, new = torch.nn.Linear(2, 1), torch.nn.Linear(2, 1)
@@ -99,8 +102,8 @@ def load_state_dict(
 def init_state(self: FirstOrder) -> None:
     """Make the state of all parameters that require gradients, without a step.
 
-    ``torch.distributed.checkpoint`` loads into the state that is there; where there is none, it takes a step to get it.
-    The next step is the first one all the same.
+    ``torch.distributed.checkpoint`` loads into existing state; if there is none, it takes a step to make it. After
+    ``init_state`` the next step is still the first.
 
     Example:
         >>> from descend import AdamW
@@ -113,28 +116,28 @@ def init_state(self: FirstOrder) -> None:
         rule = self.rule_for(group)
         for param in group["params"]:
             if param.requires_grad:
-                found = dict.get(self.state, param)
-                made = self.ensure_state(param, rule, group, in_pages=self.sparse is not None)
-                if made and not self.counts_steps and (not found or type(found) is Initial):
-                    dict.__setitem__(self.state, param, Initial(made))
+                existing = dict.get(self.state, param)
+                state = self.ensure_state(param, rule, group, in_pages=self.sparse is not None)
+                if state and not self.counts_steps and (not existing or type(existing) is Initial):
+                    dict.__setitem__(self.state, param, Initial(state))
     self._plan = None
 
 
 class _Reading:
-    """Groups and state for one optimizer from one state dictionary; changes neither.
+    """Reads groups and state for one optimizer from one state dictionary, and changes neither.
 
     Attributes:
         missing, unexpected: as in ``IncompatibleKeys``.
     """
 
-    def __init__(self, optimizer: FirstOrder, strict: bool, match: str, hyperparameters: str) -> None:
+    def __init__(self, optimizer: FirstOrder, strict: bool, match: Match, hyperparameters: Hyperparameters) -> None:
         self.optimizer, self.strict, self.match = optimizer, strict, match
         self.takes_options = hyperparameters == "loaded"
         self.who = type(optimizer).__name__
         self.missing: list[str] = []
         self.unexpected: list[str] = []
 
-    def __call__(self, state_dict: Mapping[str, Any]) -> tuple[Groups, States]:
+    def __call__(self, state_dict: Mapping[str, Any]) -> tuple[LoadedGroups, LoadedState]:
         saved_groups = state_dict["param_groups"]
         matching = Matching(self.who, self.optimizer.param_groups, saved_groups, self.match)
         if self.strict:
@@ -145,26 +148,27 @@ class _Reading:
 
     # Groups.
 
-    def _groups(self, saved_groups: list[Mapping[str, Any]], matching: Matching) -> Groups:
-        groups: Groups = [{**group} for group in self.optimizer.param_groups]
+    def _groups(self, saved_groups: list[Mapping[str, Any]], matching: Matching) -> LoadedGroups:
+        groups: LoadedGroups = [{**group} for group in self.optimizer.param_groups]
         counts = self.optimizer.counts
+        clone = cache(cloned)  # a tensor that groups share, such as lr, is shared by their copies
         if self.takes_options or counts:
             for group, source in zip(groups, matching.group_sources(self.strict), strict=True):
                 if source is not None:
-                    options = self._options(saved_groups[source], source)
+                    options = self._options(saved_groups[source], source, clone)
                     group.update(
                         options if self.takes_options else {key: options[key] for key in counts if key in options}
                     )
                     self._check_options(group, source)
         names = matching.saved.own_names
         if names and None not in matching.sources and all("param_names" in group for group in saved_groups):
-            # As in torch: names of the dictionary for parameters that have none.
+            # As in torch, parameters without names get those of the dictionary.
             for index, group in enumerate(groups):
                 here = [i for i, owner in enumerate(matching.here.groups) if owner == index]
                 group.setdefault("param_names", [names[matching.sources[i]] for i in here])  # type: ignore[index]
         return groups
 
-    def _options(self, saved: Mapping[str, Any], source: int) -> dict[str, Any]:
+    def _options(self, saved: Mapping[str, Any], source: int, clone: Callable[[Tensor], Tensor]) -> dict[str, Any]:
         defaults = self.optimizer.defaults
         needed = [name for name, default in defaults.items() if not (default is None or isinstance(default, bool))]
         lacking = [name for name in needed if name not in saved]
@@ -173,7 +177,7 @@ class _Reading:
                 f"{self.who}: group {source} of the loaded state dict lacks {listed(lacking)}: is it another "
                 "optimizer's? hyperparameters='current' keeps this optimizer's options, strict=False those that lack."
             )
-        return options_of(saved)
+        return options_of(saved, clone)
 
     def _check_options(self, group: Mapping[str, Any], source: int) -> None:
         for name, default in self.optimizer.defaults.items():
@@ -185,12 +189,17 @@ class _Reading:
                 )
         with unusable_is_value_error(self.who, source):
             self.optimizer.check_group(group)
-            kept = [torch.ones(()) for _ in self.optimizer.keeps]
+            for name in self.optimizer.defaults:
+                value = group.get(name)
+                values = value if isinstance(value, tuple | list) else (value,)
+                if any(isinstance(each, Real) and each != each for each in values):
+                    raise ValueError(f"{self.who}: {name} must be a number, got nan.")
+            scalar_state = [torch.ones((), device="cpu") for _ in self.optimizer.keeps]
             if "train_mode" in group:  # a schedule-free optimizer saved between two epochs
                 group = {**group, "train_mode": True}
-            # Some options only count from the second step on.
-            for number in self.optimizer.scalars_and_kept(group, 2, kept)[0]:
-                float(number.item() if isinstance(number, Tensor) else number)
+            # Some options have an effect from the second step on only.
+            for scalar in self.optimizer.scalars_and_kept(group, 2, scalar_state)[0]:
+                float(scalar.item() if isinstance(scalar, Tensor) else scalar)
 
     # State.
 
@@ -198,40 +207,40 @@ class _Reading:
         self,
         saved_state: Mapping[Any, Any],
         saved_groups: list[Mapping[str, Any]],
-        groups: Groups,
+        groups: LoadedGroups,
         matching: Matching,
-    ) -> States:
+    ) -> LoadedState:
         keys = [key for group in saved_groups for key in group["params"]]
         params = [param for group in groups for param in group["params"]]
         self._check_keys(params, keys, matching)
         needed = [self._needed(group) for group in groups]
         unexpected = set(matching.unexpected)
-        loaded: States = defaultdict(dict)
+        loaded: LoadedState = defaultdict(dict)
         for i, (param, source) in enumerate(zip(params, matching.sources, strict=True)):
             owner = matching.here.groups[i]
             try:
                 if source is None:
                     raise _MisfitError
                 if keys[source] in saved_state:
-                    rule, name = self.optimizer.rule_for(groups[owner]), matching.here.place(i)
+                    rule, name = self.optimizer.rule_for(groups[owner]), matching.here.label(i)
                     loaded[param] = self._param_state(param, rule, needed[owner], saved_state[keys[source]], name)
                     if table.NAMES.isdisjoint(signature(rule).state):
                         self._check_rows(loaded[param], name)
             except _MisfitError as error:
                 if self.strict:
                     raise ValueError(str(error)) from None
-                self.missing.append(matching.here.place(i))
+                self.missing.append(matching.here.label(i))
                 if source is not None:
                     unexpected.add(source)
-                kept = dict.get(self.optimizer.state, param)
-                if kept is not None:
-                    loaded[param] = kept
-        self.unexpected.extend(map(matching.saved.place, sorted(unexpected)))
+                current = dict.get(self.optimizer.state, param)
+                if current is not None:
+                    loaded[param] = current
+        self.unexpected.extend(map(matching.saved.label, sorted(unexpected)))
         self._read_others(saved_state, set(keys), matching.saved.are_keys, loaded)
         return loaded
 
     def _check_keys(self, params: list[Tensor], keys: list[Any], matching: Matching) -> None:
-        """Raise ``ValueError`` unless parameters and states pair up, whatever is listed twice."""
+        """Raise ``ValueError`` unless each parameter has one state, and each state one parameter."""
         pairs = {(param, keys[i]) for param, i in zip(params, matching.sources, strict=True) if i is not None}
         if len(pairs) != len({param for param, _ in pairs}) or len(pairs) != len({key for _, key in pairs}):
             raise ValueError(
@@ -239,9 +248,9 @@ class _Reading:
             )
 
     def _read_others(
-        self, saved_state: Mapping[Any, Any], keys: set[Any], keys_are_names: bool, loaded: States
+        self, saved_state: Mapping[Any, Any], keys: set[Any], keys_are_names: bool, loaded: LoadedState
     ) -> None:
-        """State of no parameter: kept, as in torch, unless its key is a parameter's that no group has."""
+        """Read state that belongs to no parameter, as torch does; refuse that of a parameter which no group lists."""
         kind = str if keys_are_names else int
         for key in saved_state:
             if key not in keys and not isinstance(key, kind):
@@ -264,11 +273,11 @@ class _Reading:
                 f"{self.who}: the loaded state of {name} lacks {listed(lacking)}, and has {listed(saved)}: is it "
                 "another optimizer's? strict=False leaves such state aside."
             )
-        rules = signature(rule).state
-        return {key: self._entry(param, key, value, key in rules, name) for key, value in saved.items()}
+        names = signature(rule).state
+        return {key: self._entry(param, key, value, key in names, name) for key, value in saved.items()}
 
     def _check_rows(self, state: Mapping[str, Any], name: str) -> None:
-        """Raise ``ValueError`` if rows of a table are described wrongly, or are behind for good."""
+        """Raise ``ValueError`` if the rows of a table are described wrongly, or are behind and would stay so."""
         try:
             table.check_loaded(state)
         except ValueError as error:
@@ -280,20 +289,22 @@ class _Reading:
             )
 
     def _needed(self, group: Mapping[str, Any]) -> set[str]:
-        """State that the rule of a group needs whatever its options; the rest may have been turned on just now."""
+        """State that a group needs whatever its options; an option that was just turned on may add to it."""
         optimizer = self.optimizer
         needed = set(signature(optimizer.rule_for(group)).state)
         for name in optimizer.defaults:
             if isinstance(group[name], int | float):
                 needed &= set(signature(optimizer.rule_for({**group, name: 0})).state)
-        return needed | {"step"} if optimizer.counts_steps else needed
+        return needed.union(optimizer.keeps, ["step"] if optimizer.counts_steps else [])
 
     def _entry(self, param: Tensor, key: str, value: Any, is_rules: bool, name: str) -> Any:
         what = f"{self.who}: the loaded {key} of {name}"
         if key == "step" and self.optimizer.counts_steps:
             return number_of(value, what, is_count=True)
-        if key in self.optimizer.keeps and value is not None:
-            return number_of(value, what)
+        if key in self.optimizer.keeps:
+            number = number_of(value, what)
+            self._check_sign(key, number, what)
+            return number
         if not isinstance(value, Tensor):
             if is_rules and value is not None:
                 raise ValueError(f"{what} must be a tensor, got {type(value).__name__}.")
@@ -312,11 +323,18 @@ class _Reading:
         if is_rules and not is_number:
             raise ValueError(f"{what} must hold numbers as the parameter does ({param.dtype}), got {value.dtype}.")
         if is_number and value.shape == param.shape:
+            if is_rules:
+                self._check_sign(key, value, what)
             return self._widened(param, value.detach())
         if is_rules:
             hint = "" if self.optimizer.param_groups[0].get("param_names") else " Were the parameters in another order?"
             raise _MisfitError(f"{what} has shape {tuple(value.shape)}, expected {tuple(param.shape)}.{hint}")
         return value.detach().to(param.device, copy=True)
+
+    def _check_sign(self, key: str, value: Tensor | float, what: str) -> None:
+        """Raise ``ValueError`` for a negative value in state that no step makes negative."""
+        if key in self.optimizer.nonnegative_state and (smallest := _smallest(value)) < 0:
+            raise ValueError(f"{what} must be >= 0, got {smallest}.")
 
     def _widened(self, param: Tensor, value: Tensor) -> Tensor:
         dtype = self.optimizer.default_state_dtype(param)
@@ -326,6 +344,15 @@ class _Reading:
             return lazy_memory.copied(value, dtype)
         # In the parameter's memory order, which is the one kernels walk.
         return torch.empty_like(param, dtype=dtype).copy_(value)
+
+
+def _smallest(value: Tensor | float) -> float:
+    """The smallest value; 0 for tensors that cannot be compared (float8, on meta) or are not plain (sharded)."""
+    if not isinstance(value, Tensor):
+        return value
+    if type(value) not in memory.PLAIN or value.is_meta or value.itemsize == 1 or not value.numel():
+        return 0.0
+    return float(as_real(value.detach()).amin())
 
 
 def _check_memory(value: Tensor, param: Tensor, what: str) -> None:

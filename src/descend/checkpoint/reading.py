@@ -8,8 +8,9 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from numbers import Real
-from typing import Any
+from typing import Any, TypeAlias
 
+import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
@@ -20,22 +21,24 @@ from descend.core import memory
 _RUN_TIME = ("foreach", "fused", "capturable", "differentiable")
 _NOT_OPTIONS = ("params", "param_names")
 
-Groups = list[dict[str, Any]]
-States = defaultdict[Any, dict[str, Any]]
+LoadedGroups: TypeAlias = list[dict[str, Any]]
+LoadedState: TypeAlias = defaultdict[Any, dict[str, Any]]
 
 
 def restore(
-    optimizer: Any, state_dict: Mapping[str, Any], read: Callable[[Mapping[str, Any]], tuple[Groups, States]]
+    optimizer: Any,
+    state_dict: Mapping[str, Any],
+    read: Callable[[Mapping[str, Any]], tuple[LoadedGroups, LoadedState]],
 ) -> None:
     """Run the hooks around loading, and change the optimizer only after everything has been read and checked.
 
     Args:
-        optimizer: any.
-        state_dict: what its hooks get.
-        read: makes groups and state of what the hooks give; its form has been checked, nothing else.
+        optimizer: the optimizer to load into.
+        state_dict: the dictionary given by the user; the hooks may replace it.
+        read: makes groups and state from the dictionary. Only the form of the dictionary has been checked by then.
     Raises:
-        TypeError: if it is no dictionary.
-        ValueError: if it is no state dictionary.
+        TypeError: if ``state_dict`` is not a dictionary.
+        ValueError: if it is not a state dictionary, or ``read`` refuses it.
     """
     who = type(optimizer).__name__
     if not isinstance(state_dict, Mapping):
@@ -47,7 +50,11 @@ def restore(
             state_dict = replaced
     _check_form(who, state_dict)
     try:
-        groups, state = read(state_dict)
+        with (
+            torch.inference_mode(False),
+            torch.no_grad(),
+        ):  # a tensor made in inference mode could not be updated outside of it
+            groups, state = read(state_dict)
     except RuntimeError as error:  # torch's, of a tensor without values, say
         raise ValueError(f"{who}: the loaded state dict cannot be copied: {error}") from error
     optimizer.__setstate__({"state": state, "param_groups": groups})
@@ -81,14 +88,14 @@ def cloned(tensor: Tensor) -> Tensor:
     return tensor.detach().clone().requires_grad_(tensor.requires_grad)
 
 
-def options_of(saved: Mapping[str, Any]) -> dict[str, Any]:
-    """Copies of a saved group's options, but not of how to run."""
-    return {name: copied(value, cloned) for name, value in saved.items() if name not in (*_NOT_OPTIONS, *_RUN_TIME)}
+def options_of(saved: Mapping[str, Any], clone: Callable[[Tensor], Tensor] = cloned) -> dict[str, Any]:
+    """Copies of a saved group's options, but not of how to run; ``clone`` copies the tensors among them."""
+    return {name: copied(value, clone) for name, value in saved.items() if name not in (*_NOT_OPTIONS, *_RUN_TIME)}
 
 
 @contextmanager
 def unusable_is_value_error(who: str, group: int) -> Iterator[None]:
-    """Whatever goes wrong while options are tried is a ``ValueError``."""
+    """Turn any exception raised while options are tried into a ``ValueError``."""
     try:
         yield
     except ValueError as error:
@@ -100,15 +107,15 @@ def unusable_is_value_error(who: str, group: int) -> Iterator[None]:
 
 
 def number_of(value: Any, what: str, is_count: bool = False) -> Any:
-    """A copy of a finite number, as it is or in a tensor of one element, which then is on the CPU; a count is >= 0."""
+    """A copy of a finite number, or of a tensor of one element, moved to the CPU; a count is whole and >= 0."""
     number = value
     if isinstance(value, Tensor):
         is_one = value.numel() == 1 and not value.is_meta
         value = copied(value, lambda tensor: tensor.detach().clone().cpu()) if is_one else value
         number = value.item() if is_one else f"a tensor of shape {tuple(value.shape)}"
     is_number = isinstance(number, Real) and not isinstance(number, bool)
-    if not is_number or not abs(number) <= sys.float_info.max or (is_count and number < 0):
-        raise ValueError(f"{what} must be a number{' >= 0' if is_count else ''}, got {number!r:.40}.")
+    if not is_number or not abs(number) <= sys.float_info.max or (is_count and (number < 0 or number % 1 != 0)):
+        raise ValueError(f"{what} must be a {'whole number >= 0' if is_count else 'number'}, got {number!r:.40}.")
     return value
 
 

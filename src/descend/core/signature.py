@@ -28,7 +28,7 @@ def signature(rule: Callable[..., Any]) -> Signature:
     if odd:
         raise TypeError(f"a rule takes positional arguments only, got {', '.join(odd)} in {rule.__name__}.")
     names = list(parameters)[2:]
-    results = rule(*(torch.ones((), dtype=torch.float64) for _ in parameters))
+    results = rule(*(torch.ones((), dtype=torch.float64, device="cpu") for _ in parameters))
     count = len(results) - 1 if isinstance(results, tuple) else 0
     numbers = names[count:]
     defaults = {n: parameters[n].default for n in numbers if parameters[n].default is not inspect.Parameter.empty}

@@ -50,6 +50,9 @@ class Adam(FirstOrder):
         Kingma & Ba 2015, Algorithm 1, https://arxiv.org/abs/1412.6980
     """
 
+    nonnegative_state = ("exp_avg_sq", "max_exp_avg_sq")
+    coasting = (rules.coast, rules.decay)
+
     def __init__(
         self,
         params: ParamsT,
@@ -81,8 +84,6 @@ class Adam(FirstOrder):
             "decoupled_weight_decay": decoupled_weight_decay,
         }
         super().__init__(params, defaults, **options)
-
-    coasting = (rules.coast, rules.decay)
 
     def rule_for(self, group: Mapping[str, Any]) -> Callable[..., Any]:
         if group["amsgrad"]:

@@ -48,6 +48,7 @@ class Adamax(FirstOrder):
     """
 
     rule = staticmethod(rules.adamax)
+    nonnegative_state = ("exp_inf",)
 
     def __init__(
         self,
@@ -117,6 +118,7 @@ class NAdam(FirstOrder):
     """
 
     keeps = ("mu_product",)
+    nonnegative_state = ("exp_avg_sq", "mu_product")
     capturable_needs = "params, mu_products and state_steps"
 
     def __init__(
@@ -201,6 +203,8 @@ class RAdam(FirstOrder):
     Source:
         Liu et al. 2020, Algorithm 2, https://arxiv.org/abs/1908.03265
     """
+
+    nonnegative_state = ("exp_avg_sq",)
 
     def __init__(
         self,

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch._compile import _disable_dynamo
 from torch.optim import Optimizer
 from torch.optim import optimizer as torch_optimizer
+from torch.utils._foreach_utils import _get_fused_kernels_supported_devices
 
 from descend.backends import BACKENDS
 from descend.checkpoint import per_parameter
@@ -18,6 +19,7 @@ from descend.checkpoint.reading import set_state
 from descend.core.checks import check_kinds, check_lr
 from descend.core.groups import grouped, named
 from descend.core.signature import signature
+from descend.core.undecorated import undecorated
 from descend.diagnostics.summary import summarize
 from descend.sparse.attach import Settling
 from descend.sparse.update import check_meaning
@@ -75,6 +77,7 @@ class FirstOrder(Settling):
     counts_steps: ClassVar[bool] = True  # state has torch's "step", and ``scalars`` depends on it
     step_is_int: ClassVar[bool] = False  # torch's SparseAdam counts in a Python int, all others in a tensor
     keeps: ClassVar[tuple[str, ...]] = ()  # state that is one number a parameter, see ``scalars_and_kept``
+    nonnegative_state: ClassVar[tuple[str, ...]] = ()  # a file in which such state is negative is damaged
     counts: ClassVar[tuple[str, ...]] = ()  # keys of a group that steps change: state, and no options
     takes_sparse: ClassVar[bool] = False  # without being told what a sparse gradient means
     foreach_is_differentiable: ClassVar[bool] = False  # in torch only SGD's is
@@ -119,6 +122,7 @@ class FirstOrder(Settling):
         self.skipped_steps = 0
         self.grad_norm: float | None = None
         self._plan: Plan | None = None
+        self.check_group(defaults)  # before a generator of parameters is used up
         params, self._patterns = (named(params), {}) if groups is None else grouped(name, params, groups, defaults)
         super().__init__(params, defaults)
         self.state = State.owned_by(self)
@@ -271,20 +275,17 @@ class FirstOrder(Settling):
         """Add a group of parameters, its options checked first. See ``torch.optim.Optimizer.add_param_group``."""
         if isinstance(param_group, dict):
             self.check_group({**self.defaults, **param_group})
-        # torch's wrapper imports all of torch._dynamo, a second, to keep the compiler out of here.
-        inherited = Optimizer.add_param_group
-        if not torch.compiler.is_compiling():
-            inherited = getattr(inherited, "__wrapped__", inherited)
-        inherited(self, param_group)
+        undecorated(Optimizer.add_param_group)(self, param_group)
         if self.in_backward is not None:
             self.in_backward.watch()
 
     def check_param(self, param: Tensor, group: Mapping[str, Any]) -> None:
         """Raise torch's errors for parameters that a group's options do not allow."""
-        if group.get("fused") and not param.is_floating_point():
+        devices = _get_fused_kernels_supported_devices() if group.get("fused") else []
+        if group.get("fused") and not (param.is_floating_point() and param.device.type in devices):
             raise RuntimeError(
-                "`fused=True` requires all the params to be floating point Tensors of supported devices, "
-                f"but {self.name_of(param)} is {param.dtype} on {param.device.type}. Leave `fused` out."
+                "`fused=True` requires all the params to be floating point Tensors of supported devices: "
+                f"{devices}, but {self.name_of(param)} is {param.dtype} on {param.device.type}. Leave `fused` out."
             )
         if group.get("capturable") and param.device.type == "cpu":
             raise AssertionError(
@@ -335,6 +336,10 @@ class FirstOrder(Settling):
                     return str(names[position]) if names else f"param_groups[{index}]['params'][{position}]"
         return "a parameter that is in no group"
 
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Set all gradients to None, or to zeros. See ``torch.optim.Optimizer.zero_grad``."""
+        undecorated(Optimizer.zero_grad)(self, set_to_none)
+
     # Backends.
 
     def requested_backend(self) -> str:
@@ -366,7 +371,7 @@ class FirstOrder(Settling):
     def state_dict(self) -> dict[str, Any]:
         """State and options as a dictionary in torch's format; its tensors share memory with the state."""
         self.write_schedules()
-        return per_parameter.save(self, super().state_dict)
+        return per_parameter.save(self, undecorated(Optimizer.state_dict))
 
     load_state_dict = per_parameter.load_state_dict  # type: ignore[assignment]  # takes more than torch's, may return
     init_state = per_parameter.init_state

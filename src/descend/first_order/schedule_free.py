@@ -63,6 +63,7 @@ class AdamWScheduleFree(FirstOrder):
     """
 
     rule = staticmethod(rules.schedule_free_adamw)
+    nonnegative_state = ("exp_avg_sq",)
     counts_steps = False  # groups do, as in the original: one average for all of their parameters
     counts = ("k", "train_mode", "weight_sum", "lr_max", "scheduled_lr")
 

@@ -119,8 +119,8 @@ class ASGD(FirstOrder):
     Args:
         params: parameters, ``(name, parameter)`` pairs, or dicts that define groups.
         lr: first step size, >= 0; a float or a tensor of one element. Default: 1e-2.
-        lambd: rate at which step sizes shrink, and decay of the weights. Default: 1e-4.
-        alpha: power with which step sizes shrink. Default: 0.75.
+        lambd: >= 0, rate at which step sizes shrink, and decay of the weights. Default: 1e-4.
+        alpha: >= 0, power with which step sizes shrink. Default: 0.75.
         t0: steps before averaging begins; until then the average is the weight itself. Default: 1e6.
         weight_decay: >= 0, added to the gradient as ``weight_decay * param``. Default: 0.
         maximize: ascend instead. Default: False.
@@ -145,6 +145,7 @@ class ASGD(FirstOrder):
 
     rule = staticmethod(rules.asgd)
     keeps = ("eta", "mu")
+    nonnegative_state = ("eta", "mu")
     capturable_needs = "params, mus, etas, and state_steps"
 
     def __init__(
@@ -187,4 +188,4 @@ class ASGD(FirstOrder):
 
     def check_options(self, options: Mapping[str, Any]) -> None:
         check_lr(self, options)
-        check_values(self, options, "weight_decay")
+        check_values(self, options, "lambd", "alpha", "weight_decay")

@@ -111,6 +111,7 @@ class Rprop(FirstOrder):
     """
 
     rule = staticmethod(rules.rprop)
+    nonnegative_state = ("step_size",)
 
     def __init__(
         self,

@@ -51,6 +51,7 @@ class SparseAdam(FirstOrder):
     """
 
     rule = staticmethod(rules.adam)
+    nonnegative_state = ("exp_avg_sq",)
     step_is_int = True
 
     def __init__(

@@ -50,6 +50,7 @@ class Adagrad(FirstOrder):
     """
 
     rule = staticmethod(rules.adagrad)
+    nonnegative_state = ("sum",)
     takes_sparse = True
 
     def __init__(
@@ -144,6 +145,8 @@ class RMSprop(FirstOrder):
         https://arxiv.org/abs/1308.0850
     """
 
+    nonnegative_state = ("square_avg",)
+
     def __init__(
         self,
         params: ParamsT,
@@ -219,6 +222,7 @@ class Adadelta(FirstOrder):
     """
 
     rule = staticmethod(rules.adadelta)
+    nonnegative_state = ("square_avg", "acc_delta")
 
     def __init__(
         self,

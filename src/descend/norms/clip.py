@@ -7,8 +7,10 @@ threads. In an optimizer's step the same norm is applied inside the update inste
 from __future__ import annotations
 
 import math
+import warnings
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
+from types import GeneratorType
 
 import numpy as np
 import torch
@@ -103,6 +105,8 @@ def clip_grad_norm_(
     Raises:
         ValueError: if ``max_norm`` is negative or NaN, or ``norm_type`` is not positive.
         RuntimeError: if the norm is not finite and ``error_if_nonfinite``.
+    Warns:
+        UserWarning: if ``parameters`` is a generator that yields nothing: it may have been used up.
     Example:
         >>> weight = torch.zeros(2, requires_grad=True); weight.grad = torch.tensor([3.0, 4.0])
         >>> clip_grad_norm_([weight], max_norm=1.0)
@@ -111,9 +115,11 @@ def clip_grad_norm_(
     Source: Pascanu et al. 2013, https://arxiv.org/abs/1211.5063
     """
     max_norm = _not_negative("max_norm", max_norm)
-    parameters = [parameters] if isinstance(parameters, Tensor) else list(parameters)
-    total_norm = get_total_norm(_grads(parameters), norm_type, error_if_nonfinite)
-    clip_grads_with_norm_(parameters, max_norm, total_norm)
+    listed = [parameters] if isinstance(parameters, Tensor) else list(parameters)
+    if isinstance(parameters, GeneratorType) and not listed:
+        warnings.warn("`parameters` is an empty generator, no gradient clipping will occur.", stacklevel=2)
+    total_norm = get_total_norm(_grads(listed), norm_type, error_if_nonfinite)
+    clip_grads_with_norm_(listed, max_norm, total_norm)
     return total_norm
 
 
@@ -136,8 +142,9 @@ def clip_grad_value_(parameters: Tensor | Iterable[Tensor], clip_value: float, f
     with torch.no_grad():
         for grad in _grads(parameters):
             if grad.is_sparse:  # what is named twice counts as its sum
-                values = summed(grad).clamp(-clip_value, clip_value)
-                grad.copy_(torch.sparse_coo_tensor(grad.coalesce().indices(), values, grad.shape, is_coalesced=True))
+                indices, values = grad.coalesce().indices(), summed(grad).clamp(-clip_value, clip_value)
+                clipped = torch.sparse_coo_tensor(indices, values, grad.shape, device=grad.device, is_coalesced=True)
+                grad.copy_(clipped)
             else:
                 grad.clamp_(-clip_value, clip_value)
 

@@ -292,7 +292,7 @@ class Table:
         if schedule is not None:
             constants = (schedule.beta1, schedule.beta2, schedule.eps, schedule.start, schedule.steps)
             found[SCHEDULE] = torch.from_numpy(schedule.history())
-            found[CONSTANTS] = torch.tensor(constants, dtype=torch.float64)
+            found[CONSTANTS] = torch.tensor(constants, dtype=torch.float64, device="cpu")
             found.pop(CHECKSUM, None)
             if schedule.start < schedule.steps:
                 found[CHECKSUM] = self._checksum()

@@ -155,7 +155,8 @@ class EagerRows:
         if wrong.any():
             index = tuple(indices[:, int(wrong.nonzero()[0])].tolist())
             raise IndexError(f"index {index} is out of range for a table of {sizes} rows")
-        grad = torch.sparse_coo_tensor(indices, values, (*sizes, *values.shape[1:]), check_invariants=False)
+        shape, device = (*sizes, *values.shape[1:]), values.device
+        grad = torch.sparse_coo_tensor(indices, values, shape, device=device, check_invariants=False)
         self._grad = grad.coalesce()
         rows = self._grad.indices()[0]
         self.rows = rows.cpu().numpy()

@@ -99,6 +99,14 @@ def new_tensor(param: Tensor, dtype: torch.dtype, start: Any, in_pages: bool = F
     Both parts of a complex number start as the number: a step treats them as two real ones. ``in_pages``: zeros in
     memory that costs what is used.
     """
+    with (
+        torch.inference_mode(False),
+        torch.no_grad(),
+    ):  # a tensor made in inference mode could not be updated outside of it
+        return _new_tensor(param, dtype, start, in_pages)
+
+
+def _new_tensor(param: Tensor, dtype: torch.dtype, start: Any, in_pages: bool) -> Tensor:
     if in_pages and param.is_cpu and param.is_contiguous() and not isinstance(start, Tensor) and start == 0:
         return lazy_memory.zeros(param.shape, dtype)
     with serial_in_forked_child():
@@ -117,8 +125,9 @@ def state_tensors(
     """The state tensors that exist of those called ``names``.
 
     Raises:
-        RuntimeError: if one has not the parameter's shape, or its memory, the parameter's or the gradient's is gone;
-            or if the parameter cannot hold what a step makes of it.
+        RuntimeError: if a step could not update the parameter or its state: a state tensor has another shape; the
+            memory of a state tensor, the parameter or the gradient has been freed; the parameter holds integers; or
+            torch would refuse to write in place.
     """
     if not (param.is_floating_point() or param.is_complex()):
         raise RuntimeError(
@@ -138,7 +147,24 @@ def state_tensors(
                 f"{type(optimizer).__name__}: {optimizer.name_of(param)}: the memory of {name} has been freed "
                 "(untyped_storage().resize_). Restore it before the step, or set the gradient to None."
             )
+    for name, tensor in (("the parameter", param), *state):
+        if tensor.is_inference() and not torch.is_inference_mode_enabled():
+            reason = "was made in inference mode, and torch allows no update of it outside of that mode"
+        elif _is_expanded(tensor):
+            reason = "is expanded: several of its elements share memory, so torch allows no update in place"
+        else:
+            continue
+        raise RuntimeError(
+            f"{type(optimizer).__name__}: {optimizer.name_of(param)}: {name} {reason}. Use a clone. Nothing has moved."
+        )
     return state
+
+
+def _is_expanded(tensor: Tensor) -> bool:
+    """Whether elements along a dimension share memory, as ``Tensor.expand`` makes them."""
+    if tensor.layout is not torch.strided or tensor.is_contiguous():
+        return False
+    return any(size > 1 and stride == 0 for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
 
 
 def stored_number(found: Mapping[str, Any], name: str, start: Any) -> Tensor:
@@ -148,7 +174,8 @@ def stored_number(found: Mapping[str, Any], name: str, start: Any) -> Tensor:
         return value  # type: ignore[no-any-return]
     value = start if value is None else value
     dtype = torch.float64 if torch.get_default_dtype() == torch.float64 else torch.float32
-    return torch.as_tensor(value, dtype=dtype, device="cpu").reshape(()).clone()
+    with torch.inference_mode(False), torch.no_grad():
+        return torch.as_tensor(value, dtype=dtype, device="cpu").reshape(()).clone()
 
 
 def _is_number(value: Any) -> bool:

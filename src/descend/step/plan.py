@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from operator import is_
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -150,7 +150,8 @@ class Plan:
             for tensor, is_written in ((entry.param, True), (entry.param.grad, False), *((s, True) for s in state)):
                 if tensor is not None and (found := memory.span(tensor)):
                     spans.append((*found, is_written, i))
-        for i in memory.overlapping(spans):
+        times = Counter(entry.param for entry in entries)  # one without elements has no memory to share
+        for i in memory.overlapping(spans) | {i for i, entry in enumerate(entries) if times[entry.param] > 1}:
             if not entries[i].reason:
                 entries[i] = entries[i]._replace(reason="shares memory with another tensor of the step")
         return entries
@@ -363,7 +364,7 @@ class Plan:
             assert grad is not None
             eager.run(entry.rule, entry.param, grad, tensors, numbers, _signed(self._scale, group), differentiable)
             for number, value in zip(kept, kept_next, strict=True):
-                number.copy_(torch.as_tensor(value).reshape(()))
+                number.copy_(torch.as_tensor(value, device=number.device).reshape(()))
             if optimizer.counts_steps:
                 state["step"] += 1
 
@@ -375,7 +376,7 @@ class Plan:
         if self._calls:
             make_probe([], [], [], np.zeros((0, 2), np.int64))
             if optimizer.counts_steps:
-                StoredNumbers([torch.zeros(())])
+                StoredNumbers([torch.zeros((), device="cpu")])
         for update in self._sparse:
             update.warm_up(wants_norm)
         if optimizer.sparse is not None:

@@ -216,7 +216,7 @@ class StaleRows:
         self._decay = library.update(decay, 1, (param, param), self._compute)
         self._numbers, self._call = _Numbers(library.rows("stale"), 26), Call()
         self._positions = np.full(0, -1, np.int64)
-        self._no_grad = torch.zeros(CHUNK, dtype=param)  # what every chunk has in place of a gradient
+        self._no_grad = torch.zeros(CHUNK, dtype=param, device="cpu")  # what every chunk has in place of a gradient
 
     def find(
         self, which: Tensor | range, sizes: tuple[int, ...], length: int, steps: Tensor, now: int, start: int
