@@ -50,10 +50,8 @@ def restore(
             state_dict = replaced
     _check_form(who, state_dict)
     try:
-        with (
-            torch.inference_mode(False),
-            torch.no_grad(),
-        ):  # a tensor made in inference mode could not be updated outside of it
+        # A tensor made in inference mode could not be updated outside of it.
+        with torch.inference_mode(False), torch.no_grad():
             groups, state = read(state_dict)
     except RuntimeError as error:  # torch's, of a tensor without values, say
         raise ValueError(f"{who}: the loaded state dict cannot be copied: {error}") from error
@@ -114,8 +112,10 @@ def number_of(value: Any, what: str, is_count: bool = False) -> Any:
         value = copied(value, lambda tensor: tensor.detach().clone().cpu()) if is_one else value
         number = value.item() if is_one else f"a tensor of shape {tuple(value.shape)}"
     is_number = isinstance(number, Real) and not isinstance(number, bool)
-    if not is_number or not abs(number) <= sys.float_info.max or (is_count and (number < 0 or number % 1 != 0)):
-        raise ValueError(f"{what} must be a {'whole number >= 0' if is_count else 'number'}, got {number!r:.40}.")
+    if not is_number or not abs(number) <= sys.float_info.max or (is_count and number < 0):
+        raise ValueError(f"{what} must be a number{' >= 0' if is_count else ''}, got {number!r:.40}.")
+    if is_count and number % 1 != 0:
+        raise ValueError(f"{what} must be a whole number, got {number!r:.40}.")
     return value
 
 

@@ -99,10 +99,8 @@ def new_tensor(param: Tensor, dtype: torch.dtype, start: Any, in_pages: bool = F
     Both parts of a complex number start as the number: a step treats them as two real ones. ``in_pages``: zeros in
     memory that costs what is used.
     """
-    with (
-        torch.inference_mode(False),
-        torch.no_grad(),
-    ):  # a tensor made in inference mode could not be updated outside of it
+    # A tensor made in inference mode could not be updated outside of it.
+    with torch.inference_mode(False), torch.no_grad():
         return _new_tensor(param, dtype, start, in_pages)
 
 
