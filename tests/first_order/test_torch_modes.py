@@ -167,3 +167,13 @@ def test_an_empty_parameter_listed_twice_counts_its_steps_twice_as_in_torch(case
     for seed in range(3):
         twins.step(seed)
     twins.assert_equal()
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_a_gradient_that_is_the_parameter_is_read_before_anything_is_written(case: Case) -> None:
+    alias, copied = (case.ours(leaves(), **case.options) for _ in range(2))
+    for optimizer in (alias, copied):
+        for param in params_of(optimizer):
+            param.grad = param.detach() if optimizer is alias else param.detach().clone()
+        optimizer.step()
+    torch.testing.assert_close(params_of(alias), params_of(copied), rtol=1e-12, atol=1e-14)  # eager and compiled
