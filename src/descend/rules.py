@@ -250,13 +250,13 @@ def schedule_free_adamw(param, grad, z, exp_avg_sq, lr, gain2, eps, weight_decay
     return param, z - lr * update, exp_avg_sq
 
 
-# What a row of an embedding misses while it gets no gradient.
+# The steps that a row of an embedding misses while it gets no gradient.
 
 
 def coast(param, grad, exp_avg, exp_avg_sq, shrink, pace1, eps1, pace2, eps2, fade1, fade2):
-    """Many steps of Adam or AdamW without a gradient at once; the numbers are made in ``schedule.py``.
+    """Many steps of Adam or AdamW with a gradient of zero at once; the caller forms the scalars.
 
-    ``grad`` is not used: a rule takes one, so that whatever runs rules runs this one too.
+    ``grad`` is not used. It is an argument because every rule has it.
     """
     root = sqrt(exp_avg_sq)
     param = shrink * param - pace1 * exp_avg / (root + eps1) - pace2 * exp_avg / (root + eps2)

@@ -47,7 +47,7 @@ def save(optimizer: FirstOrder, pack: Callable[[FirstOrder], dict[str, Any]]) ->
         # The caller gets new dicts and tensors, so nobody outside holds the state itself.
         packed["state"] = {index: _aliases(state) for index, state in packed["state"].items()}
         optimizer.state.exposed = False  # type: ignore[attr-defined]
-    if any(type(state) is Initial for state in dict.values(optimizer.state)):  # files hold no classes of ours
+    if any(type(state) is Initial for state in dict.values(optimizer.state)):  # files contain plain dicts only
         packed["state"] = {
             index: dict(state) if type(state) is Initial else state for index, state in packed["state"].items()
         }
@@ -55,7 +55,7 @@ def save(optimizer: FirstOrder, pack: Callable[[FirstOrder], dict[str, Any]]) ->
 
 
 def _aliases(state: Mapping[str, Any]) -> dict[str, Any]:
-    """The same state in a new dict, its tensors as new tensors on the same memory."""
+    """A new dict with new tensors on the same memory."""
     return {name: value.detach() if isinstance(value, Tensor) else value for name, value in state.items()}
 
 
@@ -195,7 +195,7 @@ class _Reading:
                 if any(isinstance(each, Real) and each != each for each in values):
                     raise ValueError(f"{self.who}: {name} must be a number, got nan.")
             scalar_state = [torch.ones((), device="cpu") for _ in self.optimizer.keeps]
-            if "train_mode" in group:  # a schedule-free optimizer saved between two epochs
+            if "train_mode" in group:  # a schedule-free optimizer may be saved in eval mode, where it cannot step
                 group = {**group, "train_mode": True}
             # Some options have an effect from the second step on only.
             for scalar in self.optimizer.scalars_and_kept(group, 2, scalar_state)[0]:
@@ -297,7 +297,7 @@ class _Reading:
                 needed &= set(signature(optimizer.rule_for({**group, name: 0})).state)
         return needed.union(optimizer.keeps, ["step"] if optimizer.counts_steps else [])
 
-    def _entry(self, param: Tensor, key: str, value: Any, is_rules: bool, name: str) -> Any:
+    def _entry(self, param: Tensor, key: str, value: Any, in_rule: bool, name: str) -> Any:
         what = f"{self.who}: the loaded {key} of {name}"
         if key == "step" and self.optimizer.counts_steps:
             return number_of(value, what, is_count=True)
@@ -306,13 +306,13 @@ class _Reading:
             self._check_sign(key, number, what)
             return number
         if not isinstance(value, Tensor):
-            if is_rules and value is not None:
+            if in_rule and value is not None:
                 raise ValueError(f"{what} must be a tensor, got {type(value).__name__}.")
             return copied(value, lambda tensor: tensor.detach().to(param.device, copy=True))
-        if value.is_sparse:  # torch keeps the momentum of sparse gradients like that
+        if value.is_sparse:  # as torch stores the momentum of sparse gradients
             value = value.to_dense()
         _check_memory(value, param, what)
-        if not is_rules:
+        if not in_rule:
             try:
                 of_table = table.loaded(key, value.detach(), param)
             except ValueError as error:
@@ -320,13 +320,13 @@ class _Reading:
             if of_table is not None:
                 return of_table
         is_number = value.is_floating_point() or (value.is_complex() and param.is_complex())
-        if is_rules and not is_number:
+        if in_rule and not is_number:
             raise ValueError(f"{what} must hold numbers as the parameter does ({param.dtype}), got {value.dtype}.")
         if is_number and value.shape == param.shape:
-            if is_rules:
+            if in_rule:
                 self._check_sign(key, value, what)
             return self._widened(param, value.detach())
-        if is_rules:
+        if in_rule:
             hint = "" if self.optimizer.param_groups[0].get("param_names") else " Were the parameters in another order?"
             raise _MisfitError(f"{what} has shape {tuple(value.shape)}, expected {tuple(param.shape)}.{hint}")
         return value.detach().to(param.device, copy=True)
@@ -338,11 +338,11 @@ class _Reading:
 
     def _widened(self, param: Tensor, value: Tensor) -> Tensor:
         dtype = self.optimizer.default_state_dtype(param)
-        if value.itemsize > 1:  # torch promotes no float8, and everything is wider
+        if value.itemsize > 1:  # torch does not promote float8; every other dtype is wider
             dtype = torch.promote_types(value.dtype, dtype)
         if self.optimizer.sparse is not None and param.is_cpu and param.is_contiguous():
             return lazy_memory.copied(value, dtype)
-        # In the parameter's memory order, which is the one kernels walk.
+        # In the parameter's memory order, as kernels need it.
         return torch.empty_like(param, dtype=dtype).copy_(value)
 
 

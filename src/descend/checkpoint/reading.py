@@ -1,4 +1,4 @@
-"""Loading state dictionaries of any optimizer: validated as a whole, copied, and only then put in place."""
+"""Load state dictionaries of any optimizer: validate and copy all of it, then put it in place."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from torch.optim import Optimizer
 from descend.checkpoint.matching import listed
 from descend.core import memory
 
-# How to run is the running program's business, not the file's.
+# Flags that choose how to run belong to the running program, not to the file.
 _RUN_TIME = ("foreach", "fused", "capturable", "differentiable")
 _NOT_OPTIONS = ("params", "param_names")
 
@@ -53,7 +53,7 @@ def restore(
         # A tensor made in inference mode could not be updated outside of it.
         with torch.inference_mode(False), torch.no_grad():
             groups, state = read(state_dict)
-    except RuntimeError as error:  # torch's, of a tensor without values, say
+    except RuntimeError as error:  # by torch, for a tensor without values, say
         raise ValueError(f"{who}: the loaded state dict cannot be copied: {error}") from error
     optimizer.__setstate__({"state": state, "param_groups": groups})
     for post_hook in optimizer._optimizer_load_state_dict_post_hooks.values():
@@ -61,7 +61,7 @@ def restore(
 
 
 def set_state(optimizer: Optimizer, state: Mapping[str, Any]) -> None:
-    """Torch's ``__setstate__``, without the ``differentiable`` that it adds to the defaults of every class."""
+    """Call torch's ``__setstate__``, but remove the ``differentiable`` that it adds to every class's defaults."""
     has_flag = "differentiable" in {**optimizer.__dict__, **state}["defaults"]
     Optimizer.__setstate__(optimizer, {**state})
     if not has_flag:
@@ -69,7 +69,7 @@ def set_state(optimizer: Optimizer, state: Mapping[str, Any]) -> None:
 
 
 def copied(value: Any, convert: Callable[[Tensor], Tensor]) -> Any:
-    """A copy that shares nothing: tensors as ``convert`` makes them, in whatever lists and dicts they are."""
+    """A deep copy: ``convert`` copies the tensors, in nested lists, tuples and dicts too."""
     if isinstance(value, Tensor):
         if memory.is_freed(value):
             raise RuntimeError("the memory of a tensor has been freed.")
@@ -82,7 +82,7 @@ def copied(value: Any, convert: Callable[[Tensor], Tensor]) -> Any:
 
 
 def cloned(tensor: Tensor) -> Tensor:
-    """A leaf with the same values."""
+    """A clone that is a leaf, with the same ``requires_grad``."""
     return tensor.detach().clone().requires_grad_(tensor.requires_grad)
 
 
@@ -98,7 +98,7 @@ def unusable_is_value_error(who: str, group: int) -> Iterator[None]:
         yield
     except ValueError as error:
         raise ValueError(f"{error} (group {group} of the loaded state dict)") from None
-    except Exception as error:  # what arithmetic says to strings, None and tensors
+    except Exception as error:  # raised by arithmetic with strings, None or tensors
         raise ValueError(
             f"{who}: the options of group {group} of the loaded state dict cannot be used: {error}"
         ) from error
@@ -132,7 +132,7 @@ def _check_form(who: str, state_dict: Any) -> None:
         if not isinstance(params, list | tuple) or not all(isinstance(key, int | str) for key in params):
             raise ValueError(f"{who}: group {index} of the loaded state dict has no list 'params' of numbers or names.")
         names = group.get("param_names", params)
-        # Where params are names torch.distributed has made them, and has left these as they were saved.
+        # torch.distributed replaces params by names, and leaves param_names as they were saved.
         are_keys = all(isinstance(key, str) for key in params)
         if not are_keys and (not isinstance(names, list | tuple) or len(names) != len(params)):
             raise ValueError(
@@ -143,5 +143,5 @@ def _check_form(who: str, state_dict: Any) -> None:
         raise ValueError(f"{who}: state of a state dict is a dictionary, got {type(state).__name__}.")
     keys = {key for group in groups for key in group["params"]}
     for key, content in state.items():
-        if key in keys and not isinstance(content, Mapping):  # what others hold is their business
+        if key in keys and not isinstance(content, Mapping):  # other keys may hold anything
             raise ValueError(f"{who}: the loaded state of {key!r} is a {type(content).__name__}, not a dictionary.")

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from descend import rules
-from descend.core.checks import are_in_order, check_adam, check_flags
+from descend.core.checks import check_adam, check_flags, is_sequence
 from descend.first_order.optimizer import FirstOrder, Options
 
 if TYPE_CHECKING:
@@ -111,9 +111,9 @@ class Adam(FirstOrder):
             "L2 regularisation (weight_decay in Adam; AdamW's is no obstacle)": options["weight_decay"] != 0
             and not options["decoupled_weight_decay"],
         }
-        if found := [reason for reason, applies in reasons.items() if applies]:
+        if obstacles := [reason for reason, applies in reasons.items() if applies]:
             raise ValueError(
-                f"{type(self).__name__}: sparse='exact' cannot catch up with {' and '.join(found)}; 'touched' can."
+                f"{type(self).__name__}: sparse='exact' cannot catch up with {' and '.join(obstacles)}; 'touched' can."
             )
 
 
@@ -189,9 +189,9 @@ class AdamW(Adam):
 
 
 def _check_tensors(options: Mapping[str, Any]) -> None:
-    """Torch's conditions on options given as tensors."""
+    """Raise torch's errors for options given as tensors."""
     betas = options["betas"]
-    if not are_in_order(betas, 2) or len({isinstance(beta, torch.Tensor) for beta in betas}) != 1:
+    if not is_sequence(betas, 2) or len({isinstance(beta, torch.Tensor) for beta in betas}) != 1:
         raise ValueError(f"betas must be either both floats or both Tensors, got {betas!r}")
     for name, value in (("lr", options["lr"]), ("betas[0]", betas[0]), ("betas[1]", betas[1])):
         if isinstance(value, torch.Tensor):

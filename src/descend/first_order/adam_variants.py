@@ -95,8 +95,8 @@ class NAdam(FirstOrder):
         betas: decay of the averages of gradient and squared gradient, each in [0, 1). Default: (0.9, 0.999).
         eps: >= 0, added to the denominator, in units of the gradient. Default: 1e-8.
         weight_decay: >= 0, L2 regularisation. Default: 0.
-        momentum_decay: >= 0; the momentum of a step is ``betas[0] * (1 - 0.5 * 0.96 ** (step * momentum_decay))``: it
-            grows from half of ``betas[0]`` to all of it. Default: 4e-3.
+        momentum_decay: >= 0; the momentum of a step is ``betas[0] * (1 - 0.5 * 0.96 ** (step * momentum_decay))``. It
+            grows from half of ``betas[0]`` to ``betas[0]``. Default: 4e-3.
         decoupled_weight_decay: decay as ``AdamW`` does. Default: False.
         foreach, capturable: accepted and kept in the groups; the backend is chosen by ``backend``.
         maximize: ascend instead. Default: False.
@@ -174,9 +174,9 @@ class NAdam(FirstOrder):
 
 
 class RAdam(FirstOrder):
-    """RAdam: Adam that waits with its denominator until there are enough gradients to trust it, and then eases it in.
+    """RAdam: Adam without its denominator until enough gradients make that reliable; then it is phased in.
 
-    Drop-in for ``torch.optim.RAdam``. A warm-up of the learning rate has much the same effect.
+    Drop-in for ``torch.optim.RAdam``. The effect is similar to that of a learning rate warmup.
 
     Args:
         params: parameters, ``(name, parameter)`` pairs, or dicts that define groups.
@@ -241,7 +241,7 @@ class RAdam(FirstOrder):
         beta1, beta2 = group["betas"]
         bias1, bias2 = 1 - beta1**step, 1 - beta2**step
         most = 2 / (1 - beta2) - 1
-        length = most - 2 * step * beta2**step / bias2  # of a simple average as reliable as exp_avg_sq
+        length = most - 2 * step * beta2**step / bias2  # of a simple average with the variance of exp_avg_sq
         rectification = 0.0
         if length > 5:
             r_squared = (length - 4) * (length - 2) * most / ((most - 4) * (most - 2) * length)

@@ -1,4 +1,4 @@
-"""Each weight's step is divided by the size of its gradients: Adagrad, RMSprop, Adadelta."""
+"""The step of each weight is divided by the size of its gradients: Adagrad, RMSprop, Adadelta."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 class Adagrad(FirstOrder):
     """Adagrad: the step of each weight is divided by the root of the sum of its squared gradients.
 
-    Drop-in for ``torch.optim.Adagrad``. Rare features keep long steps; the sum only grows, so all steps shrink.
+    Drop-in for ``torch.optim.Adagrad``. Rare features keep long steps. The sum never shrinks, so steps never grow.
 
     Args:
         params: parameters, ``(name, parameter)`` pairs, or dicts that define groups.
@@ -89,7 +89,7 @@ class Adagrad(FirstOrder):
         return group["initial_accumulator_value"] if name == "sum" else 0.0
 
     def share_memory(self) -> None:
-        """Move the sums to shared memory, for several processes that update them; sums still missing are made."""
+        """Move the sums to shared memory, so that several processes can update them; missing sums are made first."""
         self._plan = None
         for group in self.param_groups:
             for param in group["params"]:
@@ -182,8 +182,8 @@ class RMSprop(FirstOrder):
         return rules.rmsprop_centered if group["centered"] else rules.rmsprop
 
     def scalars(self, group: Mapping[str, Any], step: float) -> tuple[Any, ...]:
-        numbers = group["lr"], 1 - group["alpha"], group["eps"], group["weight_decay"]
-        return (*numbers, group["momentum"]) if group["momentum"] > 0 else numbers
+        scalars = group["lr"], 1 - group["alpha"], group["eps"], group["weight_decay"]
+        return (*scalars, group["momentum"]) if group["momentum"] > 0 else scalars
 
     def check_options(self, options: Mapping[str, Any]) -> None:
         check_lr(self, options)
@@ -192,7 +192,7 @@ class RMSprop(FirstOrder):
 
 
 class Adadelta(FirstOrder):
-    """Adadelta: like RMSprop, and each step has the size of the recent changes of its weight.
+    """Adadelta: RMSprop whose steps are scaled by the root mean square of the recent changes of the weight.
 
     Drop-in for ``torch.optim.Adadelta``.
 

@@ -1,7 +1,7 @@
-"""Norms and clipping as functions: torch's signatures and results, without its overflows.
+"""Norms and clipping as functions, with torch's signatures and results, but without its overflows.
 
-All norms are summed in float64 over fixed chunks in a fixed order, so that they do not depend on the number of
-threads. In an optimizer's step the same norm is applied inside the update instead, see ``max_norm``.
+All norms are summed in float64 over fixed chunks in a fixed order, so they do not depend on the number of threads. An
+optimizer with ``max_norm`` uses the same norm, and scales inside the update.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def get_total_norm(
         tensors: any number of tensors, of any shapes and devices.
         norm_type: 1, 2, any other p > 0, or ``inf``. Default: 2.
         error_if_nonfinite: raise if the norm is NaN or infinite. Default: False.
-        foreach: accepted for compatibility; how it runs is decided here.
+        foreach: accepted for compatibility, without effect.
     Returns:
         The norm; shape (), device of the first tensor, the widest dtype of all, at least float32.
     Raises:
@@ -71,7 +71,7 @@ def clip_grads_with_norm_(
         parameters: parameters whose ``.grad`` is scaled; those without one are skipped.
         max_norm: largest allowed norm, >= 0, in the units of the gradient.
         total_norm: the norm, as ``get_total_norm`` gives it.
-        foreach: accepted for compatibility; how it runs is decided here.
+        foreach: accepted for compatibility, without effect.
     Raises:
         ValueError: if ``max_norm`` is negative or NaN.
     Example:
@@ -99,7 +99,7 @@ def clip_grad_norm_(
         max_norm: largest allowed norm, >= 0, in the units of the gradient.
         norm_type: 1, 2, any other p > 0, or ``inf``. Default: 2.
         error_if_nonfinite: raise, before anything is scaled, if the norm is NaN or infinite. Default: False.
-        foreach: accepted for compatibility; how it runs is decided here.
+        foreach: accepted for compatibility, without effect.
     Returns:
         Norm before clipping; shape (), device of the gradients, their widest dtype, at least float32.
     Raises:
@@ -129,7 +129,7 @@ def clip_grad_value_(parameters: Tensor | Iterable[Tensor], clip_value: float, f
     Args:
         parameters: parameters whose ``.grad`` is limited; those without one are skipped.
         clip_value: largest allowed magnitude, >= 0, in the units of the gradient.
-        foreach: accepted for compatibility; how it runs is decided here.
+        foreach: accepted for compatibility, without effect.
     Raises:
         ValueError: if ``clip_value`` is negative or NaN.
     Example:
