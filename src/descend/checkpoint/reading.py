@@ -10,12 +10,12 @@ from contextlib import contextmanager
 from numbers import Real
 from typing import Any, TypeAlias
 
-import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
 from descend.checkpoint.matching import listed
 from descend.core import memory
+from descend.state.container import updatable_tensors
 
 # Flags that choose how to run belong to the running program, not to the file.
 _RUN_TIME = ("foreach", "fused", "capturable", "differentiable")
@@ -50,8 +50,7 @@ def restore(
             state_dict = replaced
     _check_form(who, state_dict)
     try:
-        # A tensor made in inference mode could not be updated outside of it.
-        with torch.inference_mode(False), torch.no_grad():
+        with updatable_tensors():
             groups, state = read(state_dict)
     except RuntimeError as error:  # by torch, for a tensor without values, say
         raise ValueError(f"{who}: the loaded state dict cannot be copied: {error}") from error

@@ -5,7 +5,8 @@ from __future__ import annotations
 import copy
 import weakref
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from copy import deepcopy
 from typing import Any
 
@@ -93,14 +94,23 @@ class State(defaultdict[Any, Any]):
     values = _exposing("values")
 
 
+@contextmanager
+def updatable_tensors() -> Iterator[None]:
+    """Make ordinary tensors, in inference mode too: those of that mode cannot be updated outside of it."""
+    if not torch.is_inference_mode_enabled():
+        yield
+        return
+    with torch.inference_mode(False), torch.no_grad():  # leaving the mode enables gradients
+        yield
+
+
 def new_tensor(param: Tensor, dtype: torch.dtype, start: Any, in_pages: bool = False) -> Tensor:
     """A state tensor in the memory order of ``param`` that starts as ``start``: a number, or a tensor like ``param``.
 
     Both parts of a complex number start as the number: a step treats them as two real ones. ``in_pages``: zeros in
     memory that costs what is used.
     """
-    # A tensor made in inference mode could not be updated outside of it.
-    with torch.inference_mode(False), torch.no_grad():
+    with updatable_tensors():
         return _new_tensor(param, dtype, start, in_pages)
 
 
@@ -172,7 +182,7 @@ def stored_number(found: Mapping[str, Any], name: str, start: Any) -> Tensor:
         return value  # type: ignore[no-any-return]
     value = start if value is None else value
     dtype = torch.float64 if torch.get_default_dtype() == torch.float64 else torch.float32
-    with torch.inference_mode(False), torch.no_grad():
+    with updatable_tensors():
         return torch.as_tensor(value, dtype=dtype, device="cpu").reshape(()).clone()
 
 
