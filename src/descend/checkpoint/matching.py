@@ -140,22 +140,22 @@ class Matching:
         """
         if strict or not self.by_name:
             self._require_same_number()
-        homes: list[Counter[int]] = [Counter() for _ in self.sizes]  # how many parameters come from which saved group
+        origins: list[Counter[int]] = [Counter() for _ in self.sizes]  # how many parameters come from which saved group
         for group, source in zip(self.here.groups, self.sources, strict=True):
             if source is not None:
-                homes[group][self.saved.groups[source]] += 1
-        only = [next(iter(home)) for home in homes if len(home) == 1]
+                origins[group][self.saved.groups[source]] += 1
+        only = [next(iter(origin)) for origin in origins if len(origin) == 1]
         is_same_number = len(self.sizes) == len(self.saved_sizes)
-        if all(len(home) <= 1 for home in homes) and (len(set(only)) == len(only) or not is_same_number):
-            by_position = [i if is_same_number and i not in only else None for i in range(len(homes))]
-            return [next(iter(home), i) for home, i in zip(homes, by_position, strict=True)]
-        for index, home in enumerate(homes):
-            if not is_same_number or (home and home[index] < max(home.values())):
+        if all(len(origin) <= 1 for origin in origins) and (len(set(only)) == len(only) or not is_same_number):
+            by_position = [i if is_same_number and i not in only else None for i in range(len(origins))]
+            return [next(iter(origin), i) for origin, i in zip(origins, by_position, strict=True)]
+        for index, origin in enumerate(origins):
+            if not is_same_number or (origin and origin[index] < max(origin.values())):
                 raise ValueError(
-                    f"{self.who}: the parameters of group {index} were in the groups {sorted(home)} of the loaded "
+                    f"{self.who}: the parameters of group {index} were in the groups {sorted(origin)} of the loaded "
                     "state dict: whose options shall it have? hyperparameters='current' keeps those of this optimizer."
                 )
-        return list(range(len(homes)))
+        return list(range(len(origins)))
 
     def _require_same_number(self) -> None:
         if len(self.sizes) != len(self.saved_sizes):

@@ -155,11 +155,11 @@ class NAdam(FirstOrder):
         return rules.nadamw if group["decoupled_weight_decay"] else rules.nadam
 
     def scalars_and_kept(
-        self, group: Mapping[str, Any], step: float, kept: Sequence[torch.Tensor]
+        self, group: Mapping[str, Any], step: float, scalar_state: Sequence[torch.Tensor]
     ) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
         lr, (beta1, beta2) = group["lr"], group["betas"]
         mu, mu_next = (beta1 * (1 - 0.5 * 0.96 ** (at * group["momentum_decay"])) for at in (step, step + 1))
-        mu_product = kept[0] * mu
+        mu_product = scalar_state[0] * mu
         product = mu_product.double()
         grad_lr, avg_lr = lr * (1 - mu) / (1 - product), lr * mu_next / (1 - product * mu_next)
         scalars = 1 - beta1, 1 - beta2, group["eps"], _decay(group), 1 - beta2**step, grad_lr, avg_lr

@@ -176,9 +176,9 @@ class ASGD(FirstOrder):
         super().__init__(params, defaults, **options)
 
     def scalars_and_kept(
-        self, group: Mapping[str, Any], step: float, kept: Sequence[torch.Tensor]
+        self, group: Mapping[str, Any], step: float, scalar_state: Sequence[torch.Tensor]
     ) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
-        eta, mu = (scalar.double() for scalar in kept)
+        eta, mu = (scalar.double() for scalar in scalar_state)
         lr, lambd = group["lr"], group["lambd"]
         eta_next, mu_next = lr / (1 + lambd * lr * step) ** group["alpha"], 1 / max(1, step - group["t0"])
         return (eta, lambd, group["weight_decay"], mu), (eta_next, mu_next)
