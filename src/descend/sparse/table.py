@@ -22,6 +22,7 @@ from descend.backends.cpu.rows import StaleRows, mark
 from descend.core.signature import signature
 from descend.sparse.missed_steps import Schedule
 from descend.state import lazy_memory
+from descend.state.container import updatable_tensors
 
 if TYPE_CHECKING:
     from descend.sparse.attach import Settling
@@ -129,6 +130,7 @@ class Table:
             return None, 0
         return found[ROW_STEP], schedule.steps
 
+    @updatable_tensors()
     def ensure_state(self, optimizer: Settling, found: MutableMapping[str, Any]) -> None:
         """Make what a table adds to the state. Where there is state already, a dense optimizer's, it is current."""
         if isinstance(found.get(ROW_STEP), Tensor):
