@@ -31,7 +31,7 @@ check: $(READY)  ## format, lint, types
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
-parity: $(READY)  ## write docs/parity.md anew
+parity: $(READY)  ## write the page about the installed torch in docs/parity
 	$(BIN)/python tests/parity/parity_table.py
 
 bench: $(READY)  ## speed against torch.optim, about ten minutes; evaluations against SciPy, about twenty

@@ -116,6 +116,8 @@ def test_numba_is_imported_only_where_something_is_compiled() -> None:
 TORCHS = ("Adafactor", "Muon", "Optimizer", "lr_scheduler", "swa_utils")
 if torch.__version__ >= "2.13":
     TORCHS += ("swap_in_optimizer_params_and_state",)
+if torch.__version__ >= "2.15":
+    TORCHS += ("functional",)
 
 
 def test_public_names_are_frozen() -> None:

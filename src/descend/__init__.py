@@ -9,9 +9,9 @@ Example:
     >>> model(torch.ones(2, 3)).sum().backward()
     >>> optimizer.step()
 
-``Adafactor``, ``Muon``, ``Optimizer``, ``lr_scheduler``, ``swa_utils`` and (from torch 2.13)
-``swap_in_optimizer_params_and_state`` are torch's own, so that ``import descend as optim`` can replace
-``from torch import optim``.
+``Adafactor``, ``Muon``, ``Optimizer``, ``lr_scheduler``, ``swa_utils``, and where torch has them
+``swap_in_optimizer_params_and_state`` (2.13) and ``functional`` (2.15), are torch's own, so that
+``import descend as optim`` can replace ``from torch import optim``.
 """
 
 from torch.optim import Adafactor, Muon, Optimizer, lr_scheduler, swa_utils
@@ -82,3 +82,10 @@ except ImportError:  # new in torch 2.13
     pass
 else:
     __all__ += ["swap_in_optimizer_params_and_state"]
+
+try:
+    from torch.optim import functional  # type: ignore[attr-defined, unused-ignore]
+except ImportError:  # new in torch 2.15
+    pass
+else:
+    __all__ += ["functional"]

@@ -16,6 +16,11 @@ from torch import Tensor
 __all__ = ["abs", "exp", "log", "maximum", "minimum", "sign", "sqrt", "where"]
 
 
+def _on_cpu(number: float, dtype: torch.dtype) -> Tensor:
+    """A number as a tensor that every device takes, whatever ``torch.set_default_device`` says."""
+    return torch.tensor(number, dtype=dtype, device="cpu")
+
+
 def _unary(on_tensor: Callable[[Tensor], Tensor], on_number: Callable[[float], float]) -> Any:
     def op(x: Any) -> Any:
         return on_tensor(x) if isinstance(x, Tensor) else on_number(x)
@@ -27,7 +32,7 @@ def _binary(on_tensors: Callable[[Tensor, Tensor], Tensor]) -> Any:
     def op(a: Any, b: Any) -> Any:
         # By default torch.tensor makes a number float32, which loses half of its digits.
         dtype = next((x.dtype for x in (a, b) if isinstance(x, Tensor)), torch.float64)
-        return on_tensors(*(x if isinstance(x, Tensor) else torch.tensor(x, dtype=dtype) for x in (a, b)))
+        return on_tensors(*(x if isinstance(x, Tensor) else _on_cpu(x, dtype) for x in (a, b)))
 
     return op
 
@@ -46,5 +51,5 @@ def where(condition: Any, a: Any, b: Any) -> Any:
     if not isinstance(condition, Tensor):
         return a if condition else b
     if not isinstance(a, Tensor) and not isinstance(b, Tensor):
-        a = torch.tensor(a, dtype=torch.float64)
+        a = _on_cpu(a, torch.float64)
     return torch.where(condition, a, b)

@@ -196,26 +196,43 @@ def adamw_amsgrad(
     return param - lr / bias1 * exp_avg / denom, exp_avg, exp_avg_sq, max_exp_avg_sq
 
 
-def nadam(param, grad, exp_avg, exp_avg_sq, gain1, gain2, eps, weight_decay, decay, bias2, grad_lr, avg_lr):
-    """NAdam: Dozat 2016, Algorithm 2, https://openreview.net/forum?id=OM0jvwB8jIp57ZJjtNEZ.
+def nadam(param, grad, exp_avg, exp_avg_sq, gain1, gain2, eps, weight_decay, bias2, grad_lr, avg_lr):
+    """NAdam: Dozat 2016, Algorithm 2, https://openreview.net/forum?id=OM0jvwB8jIp57ZJjtNEZ; weight decay is L2.
 
-    Adam with a first average that looks one step ahead, as in Nesterov momentum. ``weight_decay`` is L2; ``decay`` is
-    decoupled and already multiplied by lr. One of them is 0.
+    Adam with a first average that looks one step ahead, as in Nesterov momentum.
     """
-    param, grad = (1 - decay) * param, grad + weight_decay * param
+    grad = grad + weight_decay * param
     exp_avg = (1 - gain1) * exp_avg + gain1 * grad
     exp_avg_sq = (1 - gain2) * exp_avg_sq + gain2 * grad * grad
     denom = sqrt(exp_avg_sq / bias2) + eps
     return param - (grad_lr * grad + avg_lr * exp_avg) / denom, exp_avg, exp_avg_sq
 
 
-def radam(param, grad, exp_avg, exp_avg_sq, lr, gain1, gain2, eps, weight_decay, decay, bias1, rectification):
-    """RAdam: Liu et al. 2020, Algorithm 2, https://arxiv.org/abs/1908.03265; decay as in ``nadam``.
+def nadamw(param, grad, exp_avg, exp_avg_sq, gain1, gain2, eps, decay, bias2, grad_lr, avg_lr):
+    """NAdam with decoupled weight decay: ``decay`` is weight_decay times lr."""
+    param = (1 - decay) * param
+    exp_avg = (1 - gain1) * exp_avg + gain1 * grad
+    exp_avg_sq = (1 - gain2) * exp_avg_sq + gain2 * grad * grad
+    denom = sqrt(exp_avg_sq / bias2) + eps
+    return param - (grad_lr * grad + avg_lr * exp_avg) / denom, exp_avg, exp_avg_sq
+
+
+def radam(param, grad, exp_avg, exp_avg_sq, lr, gain1, gain2, eps, weight_decay, bias1, rectification):
+    """RAdam: Liu et al. 2020, Algorithm 2, https://arxiv.org/abs/1908.03265; weight decay is L2.
 
     ``rectification`` is the paper's r times sqrt(bias2). It is 0 while the variance of the adaptive learning rate is
     infinite; the step then uses momentum alone.
     """
-    param, grad = (1 - decay) * param, grad + weight_decay * param
+    grad = grad + weight_decay * param
+    exp_avg = (1 - gain1) * exp_avg + gain1 * grad
+    exp_avg_sq = (1 - gain2) * exp_avg_sq + gain2 * grad * grad
+    scale = where(rectification > 0, rectification / (sqrt(exp_avg_sq) + eps), 1.0)
+    return param - lr / bias1 * exp_avg * scale, exp_avg, exp_avg_sq
+
+
+def radamw(param, grad, exp_avg, exp_avg_sq, lr, gain1, gain2, eps, decay, bias1, rectification):
+    """RAdam with decoupled weight decay: ``decay`` is weight_decay times lr."""
+    param = (1 - decay) * param
     exp_avg = (1 - gain1) * exp_avg + gain1 * grad
     exp_avg_sq = (1 - gain2) * exp_avg_sq + gain2 * grad * grad
     scale = where(rectification > 0, rectification / (sqrt(exp_avg_sq) + eps), 1.0)
@@ -238,7 +255,7 @@ def schedule_free_adamw(param, grad, z, exp_avg_sq, lr, gain2, eps, weight_decay
 
 
 def coast(param, grad, exp_avg, exp_avg_sq, shrink, pace1, eps1, pace2, eps2, fade1, fade2):
-    """Many steps of Adam or AdamW without a gradient, in one; ``sparse/missed_steps.py`` computes the numbers.
+    """Many steps of Adam or AdamW with a gradient of zero, in one; the caller forms the scalars.
 
     ``grad`` is unused. It is there so that this function has the signature of a rule.
     """

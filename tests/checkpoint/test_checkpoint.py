@@ -57,6 +57,35 @@ WAYS: list[Callable[[FirstOrder, Case], FirstOrder]] = [
 ]
 
 
+COPIES: dict[str, Callable[[Any], Any]] = {
+    "deepcopy": copy.deepcopy,
+    "pickle": lambda optimizer: pickle.loads(pickle.dumps(optimizer)),
+    "state_dict": lambda optimizer: loaded_into_new(optimizer, optimizer.state_dict()),
+    "file": lambda optimizer: loaded_into_new(optimizer, through_file(optimizer.state_dict())),
+}
+
+
+def two_groups(kind: Any) -> Any:
+    first, second = leaves([(3,), (2,)])
+    return kind([{"params": [first]}, {"params": [second]}], lr=torch.tensor(0.5))
+
+
+def loaded_into_new(optimizer: Any, saved: dict[str, Any]) -> Any:
+    new = two_groups(type(optimizer))
+    new.load_state_dict(saved)
+    return new
+
+
+@pytest.mark.parametrize("copied", COPIES)
+@pytest.mark.parametrize("kind", [AdamW, SGD, torch.optim.AdamW])
+def test_groups_that_share_a_tensor_go_on_sharing_it(kind: Any, copied: str) -> None:
+    optimizer = two_groups(kind)
+    copy_of_it = COPIES[copied](optimizer)
+    copy_of_it.param_groups[0]["lr"].fill_(0.25)
+    assert [float(group["lr"]) for group in copy_of_it.param_groups] == [0.25, 0.25]
+    assert [float(group["lr"]) for group in optimizer.param_groups] == [0.5, 0.5]
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("way", WAYS, ids=["state_dict", "deepcopy", "pickle"])
 @pytest.mark.parametrize("case", CASES, ids=str)

@@ -124,6 +124,8 @@ DAMAGES: list[tuple[Path, Any, str]] = [
     ((*STATE, "step"), torch.tensor(-1.0), "must be a number >= 0, got -1.0"),
     ((*STATE, "step"), torch.tensor(NAN), "must be a number >= 0, got nan"),
     ((*STATE, "step"), float("inf"), "must be a number >= 0, got inf"),
+    ((*STATE, "step"), 2.5, "loaded step of .* must be a whole number, got 2.5"),
+    ((*STATE, "step"), torch.tensor(2.5), "must be a whole number, got 2.5"),
     ((*STATE, "step"), 10**400, "must be a number >= 0, got 1000"),
     ((*STATE, "step"), torch.ones(3), r"must be a number >= 0, got .a tensor of shape [(]3,[)]"),
     ((*STATE, "step"), torch.tensor(1j), "must be a number >= 0, got 1j"),
@@ -220,11 +222,83 @@ def test_what_is_no_number_is_named(value: Any, is_count: bool, message: str) ->
 
 def test_damaged_numbers_of_a_state_are_named() -> None:
     saved = stepped(NAdam).state_dict()
-    saved["state"][0]["mu_product"] = None
-    stepped(NAdam, seed=1).load_state_dict(saved)  # made anew
     saved["state"][0]["mu_product"] = "x"
     with pytest.raises(ValueError, match=r"NAdam: the loaded mu_product of param_groups.* must be a number, got 'x'"):
         stepped(NAdam, seed=1).load_state_dict(saved)
+
+
+SCALARS = [(NAdam, ("mu_product",)), (ASGD, ("eta", "mu"))]
+
+
+@pytest.mark.parametrize("value", [DELETED, None], ids=["missing", "None"])
+@pytest.mark.parametrize(("kind", "names"), SCALARS)
+def test_state_without_its_scalars_is_refused(kind: Any, names: tuple[str, ...], value: Any) -> None:
+    saved = stepped(kind).state_dict()
+    for name in names:
+        put(saved, (*STATE, name), value)
+    optimizer = stepped(kind, seed=1)
+    before = snapshot(optimizer)
+    lacking = ", ".join(map(repr, names))
+    with pytest.raises(
+        ValueError, match=rf"{kind.__name__}: the loaded state of .*\[0\] lacks {lacking}, and has 'step'"
+    ):
+        optimizer.load_state_dict(saved)
+    assert_unmoved(optimizer, before)
+    assert optimizer.load_state_dict(saved, strict=False) == (["param_groups[0]['params'][0]"],) * 2
+
+
+@pytest.mark.parametrize("case", [case for case in CASES if case.ours.nonnegative_state], ids=str)
+def test_state_that_cannot_be_negative_is_refused_if_it_is(case: Case) -> None:
+    optimizer = stepped(case.ours, **case.options)
+    names = set(case.ours.nonnegative_state) & set(optimizer.state_dict()["state"][0])
+    assert names
+    for name in names:
+        saved = copy.deepcopy(optimizer.state_dict())
+        saved["state"][0][name].view(-1)[-1] = -0.25
+        before = snapshot(optimizer)
+        with pytest.raises(
+            ValueError, match=rf"{case.ours.__name__}: the loaded {name} of .*\[0\] must be >= 0, got -0.25."
+        ):
+            optimizer.load_state_dict(saved)
+        assert_unmoved(optimizer, before)
+
+
+def test_negative_numbers_are_noticed_in_every_dtype_and_where_state_may_be_negative() -> None:
+    for dtype in (torch.float64, torch.bfloat16, torch.float16):
+        saved = stepped(Adam).state_dict()
+        saved["state"][1]["exp_avg_sq"] = torch.tensor([1.0, -0.5], dtype=dtype)
+        with pytest.raises(ValueError, match=r"must be >= 0, got -0[.]5"):
+            stepped(Adam).load_state_dict(saved)
+    optimizer = Adam([torch.ones(2, dtype=torch.complex64, requires_grad=True)])
+    optimizer.init_state()
+    saved = optimizer.state_dict()
+    saved["state"][0]["exp_avg"] -= 1 + 1j
+    optimizer.load_state_dict(saved)
+    saved["state"][0]["exp_avg_sq"] -= 1j
+    with pytest.raises(ValueError, match=r"must be >= 0, got -1[.]0"):
+        optimizer.load_state_dict(saved)
+    diverged = stepped(Adam).state_dict()
+    diverged["state"][0]["exp_avg_sq"] = torch.full((3, 2), NAN)
+    stepped(Adam).load_state_dict(diverged)
+
+
+NUMBERS = [
+    (case, name, value)
+    for case in CASES
+    for name, value in case.ours(leaves()).defaults.items()
+    if isinstance(value, float | int | tuple) and not isinstance(value, bool)
+]
+
+
+@pytest.mark.parametrize(("case", "name", "value"), NUMBERS, ids=str)
+def test_no_option_of_a_file_is_nan(case: Case, name: str, value: Any) -> None:
+    saved = stepped(case.ours, **case.options).state_dict()
+    saved["param_groups"][0][name] = (value[0], NAN) if isinstance(value, tuple) else NAN
+    optimizer = stepped(case.ours, seed=1, **case.options)
+    before = snapshot(optimizer)
+    with pytest.raises(ValueError, match=r"nan.*\(group 0 of the loaded state dict\)"):
+        optimizer.load_state_dict(saved)
+    assert_unmoved(optimizer, before)
 
 
 def test_an_empty_state_is_that_of_a_parameter_that_has_not_stepped() -> None:

@@ -312,3 +312,16 @@ def test_norms_do_not_depend_on_layout_or_backend() -> None:
         optimizer.step()
         by_backend.append(optimizer.grad_norm)
     assert by_backend == pytest.approx(by_backend[:1] * len(BACKENDS), rel=1e-14)  # float64, the same chunks
+
+
+@pytest.mark.parametrize("clip", [descend.clip_grad_norm_, utils.clip_grad_norm_])
+def test_an_exhausted_generator_is_warned_of_as_in_torch(clip: Callable[..., Any]) -> None:
+    params = (param for param in leaves())
+    list(params)
+    with pytest.warns(
+        UserWarning, match="`parameters` is an empty generator, no gradient clipping will occur"
+    ) as caught:
+        assert clip(params, 1.0) == 0
+    assert caught[0].filename == __file__ or clip is utils.clip_grad_norm_
+    for nothing in ([], (), iter([])):
+        assert clip(nothing, 1.0) == 0

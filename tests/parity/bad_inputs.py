@@ -110,6 +110,7 @@ BAD_INPUTS = (
     option(history_size=True),
     option(fused=True, foreach=True),
     option(fused=True, differentiable=True),
+    BadInput("`lr=-1.0`, and None as parameters", ("lr",), lambda optimizer_class: optimizer_class(None, lr=-1.0)),
     BadInput("an unknown option", (), lambda optimizer_class: optimizer_class(params(), speed=1.0)),
     parameters("none", list),
     parameters("a tensor", lambda: params()[0]),
@@ -144,6 +145,12 @@ BAD_INPUTS = (
         "`fused`, a complex parameter",
         torch.ones_like,
         lambda: torch.ones(2, dtype=torch.complex64, requires_grad=True),
+        fused=True,
+    ),
+    gradient(
+        "`fused`, a parameter on meta",
+        torch.ones_like,
+        lambda: torch.ones(2, device="meta", requires_grad=True),
         fused=True,
     ),
 )

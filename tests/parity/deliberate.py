@@ -4,8 +4,14 @@ from __future__ import annotations
 
 from fnmatch import fnmatchcase
 
+import torch
 from measure import Item
 
+# Where torch refuses nothing before 2.15.
+BEFORE_2_15 = (
+    ("ASGD", "error", "`alpha=-1.0`", "negative-rates-of-asgd"),
+    ("ASGD", "error", "`lambd=-1.0`", "negative-rates-of-asgd"),
+)
 # Class, kind and name (patterns), anchor of the sentence. The first that matches counts.
 DELIBERATE = (
     ("*", "error", "`add_param_group`: `lr=-1.0`", "options-of-groups"),
@@ -28,6 +34,7 @@ DELIBERATE = (
     ("LBFGS", "error", "`lr=tensor(True)`", "options-of-lbfgs"),
     ("LBFGS", "error", "`history_size=True`", "options-of-lbfgs"),
     ("LBFGS", "error", "`line_search_fn='newton'`", "options-of-lbfgs"),
+    *(BEFORE_2_15 if torch.__version__ < "2.15" else ()),
 )
 ABSENT = "absent"  # the sentence for classes of torch.optim that have no counterpart here
 

@@ -1,8 +1,12 @@
-"""Writes ``docs/parity.md``: ``python tests/parity/parity_table.py``, or ``make parity``."""
+"""Writes the page about the installed torch in ``docs/parity``, and their list, ``docs/parity.md``.
+
+Usage: ``python tests/parity/parity_table.py``, or ``make parity``.
+"""
 
 from __future__ import annotations
 
 import inspect
+import re
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
@@ -16,15 +20,27 @@ from torch.optim import Optimizer
 import descend
 from descend.first_order.optimizer import Options
 
-PAGE = Path(__file__).parents[2] / "docs" / "parity.md"
+INDEX = Path(__file__).parents[2] / "docs" / "parity.md"
+VERSION = torch.__version__.split("+")[0]
+PAGE = INDEX.with_suffix("") / f"{'.'.join(VERSION.split('.')[:2])}.md"
 FUNCTIONS = ("clip_grad_norm_", "clip_grad_value_", "clip_grads_with_norm_", "get_total_norm")
 
-HEAD = """# Parity with torch.optim, measured
+INDEX_HEAD = """# Parity with torch.optim, measured
 
-Made by `make parity` from the classes themselves; a test fails while this page is not what they are. "yes": ours has it
-and it is the same: an argument's place and default, a method's arguments, the type and shape of a state tensor, a
-group's default, an error's type and the first {start} characters of its text. Every "no" has its reason in
-[differences.md](differences.md). torch {torch}.
+`make parity` compares the classes of the installed torch with ours and writes the page of that version. A test fails
+while the page is out of date. Each page lists what a program can see of a class: arguments, attributes, methods, state,
+options of groups, errors.
+
+| torch | the same in both |
+|---|---|
+"""
+
+HEAD = """# Parity with torch.optim {torch}, measured
+
+Written by `make parity`; other versions are listed in [parity.md](../parity.md). "yes" means that ours is the same: the
+position and default of an argument, the arguments of a method, the type and shape of a state tensor, the default of an
+option, the type of an error and the first {start} characters of its text. Every "no" links to its reason in
+[differences.md](../differences.md).
 """
 
 
@@ -79,8 +95,19 @@ def absent() -> list[str]:
 
 
 def page() -> str:
-    """The whole page."""
-    return "\n".join([HEAD.format(start=START, torch=torch.__version__.split("+")[0]), *_body(), ""])
+    """The whole page about the installed torch."""
+    return "\n".join([HEAD.format(start=START, torch=VERSION), *_body(), ""])
+
+
+def index() -> str:
+    """The list of the pages, with the sums of their first tables."""
+    lines = []
+    for path in sorted(PAGE.parent.glob("*.md"), key=lambda path: int(path.stem.split(".")[1])):
+        text = path.read_text(encoding="utf-8")
+        same, total = (sum(map(int, counts)) for counts in zip(*re.findall(r" (\d+) of (\d+) ", text), strict=True))
+        version = text.split(maxsplit=5)[4].rstrip(",")
+        lines.append(f"| [{version}](parity/{path.name}) | {same} of {total} |\n")
+    return INDEX_HEAD + "".join(lines)
 
 
 def _body() -> Iterator[str]:
@@ -94,7 +121,7 @@ def _body() -> Iterator[str]:
             counts.append(f"{sum(row.is_same for row in rows)} of {len(rows)}")
         yield f"| [{name}](#{name.lower()}) | " + " | ".join(counts) + " |"
     if absent():
-        yield f"\nNot here: {', '.join(absent())} ([why](differences.md#{ABSENT}))."
+        yield f"\nNot here: {', '.join(absent())} ([why](../differences.md#{ABSENT}))."
     shared = _shared(names)
     yield "\n## Every class\n"
     yield from _table(row for row in rows_of(names[0]) if row in shared)
@@ -155,7 +182,7 @@ def _answer(row: Row, name: str) -> str:
     if row.is_same:
         return "yes"
     anchor = anchor_of(name, row.item)
-    why = f"[why](differences.md#{anchor})" if anchor else "**a bug**"
+    why = f"[why](../differences.md#{anchor})" if anchor else "**a bug**"
     return f"no, {_told(row.item, row.ours) if row.ours else 'missing'}, {why}"
 
 
@@ -170,4 +197,6 @@ def _cell(text: str) -> str:
 
 
 if __name__ == "__main__":
+    PAGE.parent.mkdir(exist_ok=True)
     PAGE.write_text(page(), encoding="utf-8")
+    INDEX.write_text(index(), encoding="utf-8")

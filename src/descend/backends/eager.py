@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from descend.core.memory import as_real
 from descend.core.signature import Kind
 
 _NO_MEMORY = np.zeros((0, 2), np.int64)
@@ -72,11 +73,6 @@ def run_rows(
     run(rule, first, first if grad is None else grad, rest, aligned, scale)
     for table, rows in zip(tables, (first, *rest), strict=True):
         table[index] = rows
-
-
-def as_real(tensor: Tensor) -> Tensor:
-    """Complex numbers as pairs of real ones, in the same memory."""
-    return torch.view_as_real(tensor) if tensor.is_complex() else tensor
 
 
 class EagerBackend:
@@ -215,7 +211,8 @@ class EagerRows:
         if wrong.any():
             index = tuple(indices[:, int(wrong.nonzero()[0])].tolist())
             raise IndexError(f"index {index} is out of range for a table of {sizes} rows")
-        grad = torch.sparse_coo_tensor(indices, values, (*sizes, *values.shape[1:]), check_invariants=False)
+        shape, device = (*sizes, *values.shape[1:]), values.device
+        grad = torch.sparse_coo_tensor(indices, values, shape, device=device, check_invariants=False)
         self._grad = grad.coalesce()
         rows = self._grad.indices()[0]
         self.rows = rows.cpu().numpy()

@@ -1,1 +1,1 @@
-"""State dictionaries: matched, checked, loaded."""
+"""State dictionaries: match, check and load them."""

@@ -1,30 +1,30 @@
-"""Which parameter of a state dictionary belongs to which of an optimizer: by name where both have names, else by order.
+"""Match the parameters of a state dictionary to those of an optimizer: by name if both have names, else by order.
 
-Knows groups as dictionaries, and nothing of what they hold besides ``params`` and ``param_names``.
+Groups are dictionaries here; only their ``params`` and ``param_names`` are read.
 """
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple, TypeAlias, get_args
 
-MATCHES = ("auto", "name", "order")
-HYPERPARAMETERS = ("loaded", "current")
+Match: TypeAlias = Literal["auto", "name", "order"]
+Hyperparameters: TypeAlias = Literal["loaded", "current"]
 
-# What wraps a module puts this into its parameters' names; torch.distributed.checkpoint takes it out as well.
+# Wrappers of modules add these to the names of parameters; torch.distributed.checkpoint removes them as well.
 _WRAPPERS = frozenset({"module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"})
 _SHOWN = 5  # names in a message
 
-Groups = Sequence[Mapping[str, Any]]
+ParamGroups: TypeAlias = Sequence[Mapping[str, Any]]
 
 
 class IncompatibleKeys(NamedTuple):
     """What ``load_state_dict(..., strict=False)`` did not load.
 
     Attributes:
-        missing_keys: parameters of the optimizer that keep the state they had: the dictionary has none that fits.
-        unexpected_keys: parameters of the dictionary whose state was left aside.
+        missing_keys: parameters of the optimizer that kept their state, because the dictionary has none that fits.
+        unexpected_keys: parameters of the dictionary whose state was ignored.
     """
 
     missing_keys: list[str]
@@ -32,78 +32,78 @@ class IncompatibleKeys(NamedTuple):
 
 
 class Listing:
-    """The parameters of one side, in the groups' order.
+    """The parameters of one side, an optimizer or a state dictionary, in the order of the groups.
 
     Args:
-        groups: an optimizer's, or those of a state dictionary.
-        names_in_keys: ``params`` may hold names, as in dictionaries of torch.distributed.
+        groups: the groups of that side.
+        names_in_keys: whether ``params`` may hold names, as in dictionaries of torch.distributed.
     Attributes:
-        groups: the group of each parameter.
-        positions: and where it stands there.
-        places: both.
-        own_names: as given; None if some have none.
-        names: the same; None if they do not tell the parameters apart.
-        bare_names: without what wrappers add; None if these do not.
-        are_keys: the names were found in ``params``.
+        groups: index of each parameter's group.
+        positions: index of each parameter within its group.
+        own_names: names as given; None if a parameter has none.
+        names: the same; None if a name repeats.
+        bare_names: names without the additions of wrappers; None if such a name repeats.
+        are_keys: whether the names were found in ``params``.
     """
 
-    def __init__(self, groups: Groups, names_in_keys: bool = False) -> None:
+    def __init__(self, groups: ParamGroups, names_in_keys: bool = False) -> None:
         self.groups = [index for index, group in enumerate(groups) for _ in group["params"]]
         self.positions = [position for group in groups for position, _ in enumerate(group["params"])]
-        self.places = list(zip(self.groups, self.positions, strict=True))
         keys = [key for group in groups for key in group["params"]]
         self.are_keys = names_in_keys and bool(keys) and all(isinstance(key, str) for key in keys)
-        found = keys if self.are_keys else [name for group in groups for name in group.get("param_names", ())]
-        has_all = len(found) == len(keys) and all(isinstance(name, str) for name in found)
-        self.own_names: list[str] | None = found if has_all else None
-        self.names = _distinct(found) if has_all else None
-        self.bare_names = _distinct(map(_bare, found)) if has_all else None
+        names = keys if self.are_keys else [name for group in groups for name in group.get("param_names", ())]
+        has_all = len(names) == len(keys) and all(isinstance(name, str) for name in names)
+        self.own_names: list[str] | None = names if has_all else None
+        self.names = _distinct(names) if has_all else None
+        self.bare_names = _distinct(map(_bare, names)) if has_all else None
 
-    def place(self, index: int) -> str:
-        """The parameter's name, or where it stands."""
+    def label(self, index: int) -> str:
+        """The parameter's name, or its position in the groups."""
         if self.own_names:
             return self.own_names[index]
         return f"param_groups[{self.groups[index]}]['params'][{self.positions[index]}]"
 
 
 class Matching:
-    """Pairs of parameters, and of groups.
+    """Pairs of parameters, and of groups: those of an optimizer ("here") with those of a state dictionary ("saved").
 
     Args:
-        who: the optimizer's name, for errors.
-        groups: its groups.
-        saved_groups: those of a state dictionary.
+        who: name of the optimizer's class, for errors.
+        groups: groups of the optimizer.
+        saved_groups: groups of the state dictionary.
         match: ``"auto"``, ``"name"`` or ``"order"``.
     Attributes:
-        sources: for each parameter here, in order, which one of the dictionary it is; None for none.
-        missing: parameters here that the dictionary lacks.
-        unexpected: parameters of the dictionary that are not here.
+        sources: index, in the dictionary, of each parameter here; None if the dictionary lacks it.
+        missing: indices of the parameters here that the dictionary lacks.
+        unexpected: indices of the parameters of the dictionary that are not here.
     Raises:
-        ValueError: if there are no names to match.
+        ValueError: if ``match`` is ``"name"`` and a name is missing or repeats.
     """
 
-    def __init__(self, who: str, groups: Groups, saved_groups: Groups, match: str) -> None:
+    def __init__(self, who: str, groups: ParamGroups, saved_groups: ParamGroups, match: str) -> None:
         self.who = who
         self.sizes = [len(group["params"]) for group in groups]
         self.saved_sizes = [len(group["params"]) for group in saved_groups]
         self.here, self.saved = Listing(groups), Listing(saved_groups, names_in_keys=True)
         names = self._names(match)
         self.by_name = names is not None
-        keys, saved_keys = names or (self.here.places, self.saved.places)
+        keys: Sequence[Any]
+        saved_keys: Sequence[Any]
+        keys, saved_keys = names or [list(zip(s.groups, s.positions, strict=True)) for s in (self.here, self.saved)]
         index = {key: i for i, key in enumerate(saved_keys)}
         self.sources: list[int | None] = [index.get(key) for key in keys]
         self.missing = [i for i, source in enumerate(self.sources) if source is None]
         self.unexpected = sorted(set(range(len(saved_keys))) - set(self.sources))
 
     def _names(self, match: str) -> tuple[list[str], list[str]] | None:
-        """The names to go by, here and there; None to go by order."""
+        """The names to match by, here and saved; None to match by order."""
         if match == "order":
             return None
         here, saved = self.here.bare_names, self.saved.bare_names
         if not (here and saved):
             here, saved = self.here.names, self.saved.names
         if here and saved:
-            # Keys of torch.distributed stand in this optimizer's order, whatever it calls its parameters.
+            # torch.distributed writes its keys in this optimizer's order, whatever the optimizer calls its parameters.
             is_order = match == "auto" and self.saved.are_keys and set(here).isdisjoint(saved)
             return None if is_order else (here, saved)
         if match == "name":
@@ -115,7 +115,7 @@ class Matching:
         return None
 
     def require_all(self) -> None:
-        """Raise ``ValueError`` unless every parameter, here and there, has its counterpart."""
+        """Raise ``ValueError`` unless every parameter, here and saved, has its counterpart."""
         if not self.by_name:
             self._require_same_number()
             if self.sizes != self.saved_sizes:
@@ -126,36 +126,36 @@ class Matching:
                     "here)"
                 )
         elif self.missing or self.unexpected:
-            missing = listed(map(self.here.place, self.missing))
-            unexpected = listed(map(self.saved.place, self.unexpected))
+            missing = listed(map(self.here.label, self.missing))
+            unexpected = listed(map(self.saved.label, self.unexpected))
             raise ValueError(
                 f"{self.who}: the names differ: expected {missing}, which the loaded state dict lacks; it has "
                 f"{unexpected} instead. strict=False loads what matches, match='order' ignores names."
             )
 
     def group_sources(self, strict: bool) -> list[int | None]:
-        """For each group here, which group of the dictionary has its options; None for none.
+        """For each group here, the index of the saved group that has its options; None if there is none.
 
-        The group at the same position, unless each group's parameters come from another single group: then that one.
+        If the parameters of every group come from a single saved group, that group; else the one at the same position.
         """
         if strict or not self.by_name:
             self._require_same_number()
-        homes: list[Counter[int]] = [Counter() for _ in self.sizes]
+        origins: list[Counter[int]] = [Counter() for _ in self.sizes]  # how many parameters come from which saved group
         for group, source in zip(self.here.groups, self.sources, strict=True):
             if source is not None:
-                homes[group][self.saved.groups[source]] += 1
-        only = [next(iter(home)) for home in homes if len(home) == 1]
+                origins[group][self.saved.groups[source]] += 1
+        only = [next(iter(origin)) for origin in origins if len(origin) == 1]
         is_same_number = len(self.sizes) == len(self.saved_sizes)
-        if all(len(home) <= 1 for home in homes) and (len(set(only)) == len(only) or not is_same_number):
-            by_position = [i if is_same_number and i not in only else None for i in range(len(homes))]
-            return [next(iter(home), i) for home, i in zip(homes, by_position, strict=True)]
-        for index, home in enumerate(homes):
-            if not is_same_number or (home and home[index] < max(home.values())):
+        if all(len(origin) <= 1 for origin in origins) and (len(set(only)) == len(only) or not is_same_number):
+            by_position = [i if is_same_number and i not in only else None for i in range(len(origins))]
+            return [next(iter(origin), i) for origin, i in zip(origins, by_position, strict=True)]
+        for index, origin in enumerate(origins):
+            if not is_same_number or (origin and origin[index] < max(origin.values())):
                 raise ValueError(
-                    f"{self.who}: the parameters of group {index} were in the groups {sorted(home)} of the loaded "
+                    f"{self.who}: the parameters of group {index} were in the groups {sorted(origin)} of the loaded "
                     "state dict: whose options shall it have? hyperparameters='current' keeps those of this optimizer."
                 )
-        return list(range(len(homes)))
+        return list(range(len(origins)))
 
     def _require_same_number(self) -> None:
         if len(self.sizes) != len(self.saved_sizes):
@@ -167,13 +167,10 @@ class Matching:
 
 
 def check_choices(who: str, match: str, hyperparameters: str) -> None:
-    """Raise ``ValueError`` for a choice that there is not."""
-    for name, value, allowed in (
-        ("match", match, MATCHES),
-        ("hyperparameters", hyperparameters, HYPERPARAMETERS),
-    ):
-        if value not in allowed:
-            raise ValueError(f"{who}: {name} must be one of {allowed}, got {value!r}.")
+    """Raise ``ValueError`` for an unknown ``match`` or ``hyperparameters``."""
+    for name, value, choices in (("match", match, Match), ("hyperparameters", hyperparameters, Hyperparameters)):
+        if value not in get_args(choices):
+            raise ValueError(f"{who}: {name} must be one of {get_args(choices)}, got {value!r}.")
 
 
 def listed(names: Iterable[str]) -> str:

@@ -1,19 +1,21 @@
-"""Saving and loading of optimizers that keep a state for each parameter: matched, checked, never narrowed."""
+"""Save and load optimizers that keep a state for each parameter: matched, checked, never narrowed."""
 
 from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Mapping
+from functools import cache
+from numbers import Real
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from descend.checkpoint.matching import IncompatibleKeys, Matching, check_choices, listed
+from descend.checkpoint.matching import Hyperparameters, IncompatibleKeys, Match, Matching, check_choices, listed
 from descend.checkpoint.reading import (
-    Groups,
-    States,
+    LoadedGroups,
+    LoadedState,
     cloned,
     copied,
     number_of,
@@ -22,6 +24,7 @@ from descend.checkpoint.reading import (
     unusable_is_value_error,
 )
 from descend.core import memory
+from descend.core.memory import as_real
 from descend.core.method import Method
 from descend.core.signature import signature
 from descend.sparse import table
@@ -30,19 +33,19 @@ from descend.state.container import Initial
 
 
 class _MisfitError(ValueError):
-    """A parameter's saved state that may be in order, but is not this parameter's."""
+    """Saved state that belongs to another parameter or another optimizer; ``strict=False`` leaves it aside."""
 
 
-def save(optimizer: Method, pack: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-    """Torch's dictionary, which ``pack`` makes, without handing out what the optimizer itself holds."""
+def save(optimizer: Method, pack: Callable[[Method], dict[str, Any]]) -> dict[str, Any]:
+    """The dictionary of ``pack``, torch's ``state_dict``, with new inner dicts and tensors on the same memory."""
     exposed = getattr(optimizer.state, "exposed", True)
-    packed = pack()
+    packed = pack(optimizer)
     hooks = optimizer._optimizer_state_dict_pre_hooks or optimizer._optimizer_state_dict_post_hooks
     if not exposed and not hooks and not any(group.get("differentiable") for group in optimizer.param_groups):
-        # What is handed out are fresh dicts and tensors, so nobody outside holds the state itself.
+        # The caller gets new dicts and tensors, so nobody outside holds the state itself.
         packed["state"] = {index: _aliases(state) for index, state in packed["state"].items()}
         optimizer.state.exposed = False  # type: ignore[attr-defined]
-    if any(type(state) is Initial for state in dict.values(optimizer.state)):  # files hold no classes of ours
+    if any(type(state) is Initial for state in dict.values(optimizer.state)):  # files contain plain dicts only
         packed["state"] = {
             index: dict(state) if type(state) is Initial else state for index, state in packed["state"].items()
         }
@@ -50,12 +53,12 @@ def save(optimizer: Method, pack: Callable[[], dict[str, Any]]) -> dict[str, Any
 
 
 def _aliases(state: Mapping[str, Any]) -> dict[str, Any]:
-    """The same state in a new dict, its tensors as new tensors on the same memory."""
+    """A new dict with new tensors on the same memory."""
     return {name: value.detach() if isinstance(value, Tensor) else value for name, value in state.items()}
 
 
 def load(
-    method: Method, state_dict: Mapping[str, Any], strict: bool, match: str, hyperparameters: str
+    method: Method, state_dict: Mapping[str, Any], strict: bool, match: Match, hyperparameters: Hyperparameters
 ) -> IncompatibleKeys | None:
     """See ``FirstOrder.load_state_dict``."""
     check_choices(type(method).__name__, match, hyperparameters)
@@ -65,20 +68,20 @@ def load(
 
 
 class _Reading:
-    """Groups and state for one optimizer from one state dictionary; changes neither.
+    """Reads groups and state for one optimizer from one state dictionary, and changes neither.
 
     Attributes:
         missing, unexpected: as in ``IncompatibleKeys``.
     """
 
-    def __init__(self, optimizer: Method, strict: bool, match: str, hyperparameters: str) -> None:
+    def __init__(self, optimizer: Method, strict: bool, match: Match, hyperparameters: Hyperparameters) -> None:
         self.optimizer, self.strict, self.match = optimizer, strict, match
         self.takes_options = hyperparameters == "loaded"
         self.who = type(optimizer).__name__
         self.missing: list[str] = []
         self.unexpected: list[str] = []
 
-    def __call__(self, state_dict: Mapping[str, Any]) -> tuple[Groups, States]:
+    def __call__(self, state_dict: Mapping[str, Any]) -> tuple[LoadedGroups, LoadedState]:
         saved_groups = state_dict["param_groups"]
         matching = Matching(self.who, self.optimizer.param_groups, saved_groups, self.match)
         if self.strict:
@@ -89,26 +92,27 @@ class _Reading:
 
     # Groups.
 
-    def _groups(self, saved_groups: list[Mapping[str, Any]], matching: Matching) -> Groups:
-        groups: Groups = [{**group} for group in self.optimizer.param_groups]
+    def _groups(self, saved_groups: list[Mapping[str, Any]], matching: Matching) -> LoadedGroups:
+        groups: LoadedGroups = [{**group} for group in self.optimizer.param_groups]
         counts = self.optimizer.group_state
+        clone = cache(cloned)  # a tensor that groups share, such as lr, is shared by their copies
         if self.takes_options or counts:
             for group, source in zip(groups, matching.group_sources(self.strict), strict=True):
                 if source is not None:
-                    options = self._options(saved_groups[source], source)
+                    options = self._options(saved_groups[source], source, clone)
                     group.update(
                         options if self.takes_options else {key: options[key] for key in counts if key in options}
                     )
                     self._check_options(group, source)
         names = matching.saved.own_names
         if names and None not in matching.sources and all("param_names" in group for group in saved_groups):
-            # As in torch: names of the dictionary for parameters that have none.
+            # As in torch, parameters without names get those of the dictionary.
             for index, group in enumerate(groups):
                 here = [i for i, owner in enumerate(matching.here.groups) if owner == index]
                 group.setdefault("param_names", [names[matching.sources[i]] for i in here])  # type: ignore[index]
         return groups
 
-    def _options(self, saved: Mapping[str, Any], source: int) -> dict[str, Any]:
+    def _options(self, saved: Mapping[str, Any], source: int, clone: Callable[[Tensor], Tensor]) -> dict[str, Any]:
         defaults = self.optimizer.defaults
         needed = [name for name, default in defaults.items() if not (default is None or isinstance(default, bool))]
         lacking = [name for name in needed if name not in saved]
@@ -117,7 +121,7 @@ class _Reading:
                 f"{self.who}: group {source} of the loaded state dict lacks {listed(lacking)}: is it another "
                 "optimizer's? hyperparameters='current' keeps this optimizer's options, strict=False those that lack."
             )
-        return options_of(saved)
+        return options_of(saved, clone)
 
     def _check_options(self, group: Mapping[str, Any], source: int) -> None:
         for name, default in self.optimizer.defaults.items():
@@ -129,12 +133,17 @@ class _Reading:
                 )
         with unusable_is_value_error(self.who, source):
             self.optimizer.check_group(group)
-            kept = [torch.ones(()) for _ in self.optimizer.scalar_state]
-            if "train_mode" in group:  # a schedule-free optimizer saved between two epochs
+            for name in self.optimizer.defaults:
+                value = group.get(name)
+                values = value if isinstance(value, tuple | list) else (value,)
+                if any(isinstance(each, Real) and each != each for each in values):
+                    raise ValueError(f"{self.who}: {name} must be a number, got nan.")
+            scalar_state = [torch.ones((), device="cpu") for _ in self.optimizer.scalar_state]
+            if "train_mode" in group:  # a schedule-free optimizer may be saved in eval mode, where it cannot step
                 group = {**group, "train_mode": True}
-            # Some options only count from the second step on.
-            for number in self.optimizer.scalars_and_state(group, 2, kept)[0]:
-                float(number.item() if isinstance(number, Tensor) else number)
+            # Some options have an effect from the second step on only.
+            for scalar in self.optimizer.scalars_and_state(group, 2, scalar_state)[0]:
+                float(scalar.item() if isinstance(scalar, Tensor) else scalar)
 
     # State.
 
@@ -142,40 +151,40 @@ class _Reading:
         self,
         saved_state: Mapping[Any, Any],
         saved_groups: list[Mapping[str, Any]],
-        groups: Groups,
+        groups: LoadedGroups,
         matching: Matching,
-    ) -> States:
+    ) -> LoadedState:
         keys = [key for group in saved_groups for key in group["params"]]
         params = [param for group in groups for param in group["params"]]
         self._check_keys(params, keys, matching)
         needed = [self._needed(group) for group in groups]
         unexpected = set(matching.unexpected)
-        loaded: States = defaultdict(dict)
+        loaded: LoadedState = defaultdict(dict)
         for i, (param, source) in enumerate(zip(params, matching.sources, strict=True)):
             owner = matching.here.groups[i]
             try:
                 if source is None:
                     raise _MisfitError
                 if keys[source] in saved_state:
-                    rule, name = self.optimizer.rule_for(groups[owner]), matching.here.place(i)
-                    loaded[param] = self._param_state(param, rule, needed[owner], saved_state[keys[source]], name)
-                    if table.NAMES.isdisjoint(signature(rule).state):
+                    group, name = groups[owner], matching.here.label(i)
+                    loaded[param] = self._param_state(param, group, needed[owner], saved_state[keys[source]], name)
+                    if table.NAMES.isdisjoint(signature(self.optimizer.rule_for(group)).state):
                         self._check_rows(loaded[param], name)
             except _MisfitError as error:
                 if self.strict:
                     raise ValueError(str(error)) from None
-                self.missing.append(matching.here.place(i))
+                self.missing.append(matching.here.label(i))
                 if source is not None:
                     unexpected.add(source)
-                kept = dict.get(self.optimizer.state, param)
-                if kept is not None:
-                    loaded[param] = kept
-        self.unexpected.extend(map(matching.saved.place, sorted(unexpected)))
+                current = dict.get(self.optimizer.state, param)
+                if current is not None:
+                    loaded[param] = current
+        self.unexpected.extend(map(matching.saved.label, sorted(unexpected)))
         self._read_others(saved_state, set(keys), matching.saved.are_keys, loaded)
         return loaded
 
     def _check_keys(self, params: list[Tensor], keys: list[Any], matching: Matching) -> None:
-        """Raise ``ValueError`` unless parameters and states pair up, whatever is listed twice."""
+        """Raise ``ValueError`` unless each parameter has one state, and each state one parameter."""
         pairs = {(param, keys[i]) for param, i in zip(params, matching.sources, strict=True) if i is not None}
         if len(pairs) != len({param for param, _ in pairs}) or len(pairs) != len({key for _, key in pairs}):
             raise ValueError(
@@ -183,9 +192,9 @@ class _Reading:
             )
 
     def _read_others(
-        self, saved_state: Mapping[Any, Any], keys: set[Any], keys_are_names: bool, loaded: States
+        self, saved_state: Mapping[Any, Any], keys: set[Any], keys_are_names: bool, loaded: LoadedState
     ) -> None:
-        """State of no parameter: kept, as in torch, unless its key is a parameter's that no group has."""
+        """Read state that belongs to no parameter, as torch does; refuse that of a parameter which no group lists."""
         kind = str if keys_are_names else int
         for key in saved_state:
             if key not in keys and not isinstance(key, kind):
@@ -199,7 +208,7 @@ class _Reading:
                 self.unexpected.append(f"state[{key!r}]")
 
     def _param_state(
-        self, param: Tensor, rule: Callable[..., Any], needed: set[str], saved: Mapping[str, Any], name: str
+        self, param: Tensor, group: Mapping[str, Any], needed: set[str], saved: Mapping[str, Any], name: str
     ) -> dict[str, Any]:
         if all(value is None for value in saved.values()) and not ("step" in saved and self.optimizer.counts_steps):
             return dict(saved)
@@ -208,11 +217,12 @@ class _Reading:
                 f"{self.who}: the loaded state of {name} lacks {listed(lacking)}, and has {listed(saved)}: is it "
                 "another optimizer's? strict=False leaves such state aside."
             )
-        rules = signature(rule).state
-        return {key: self._entry(param, key, value, key in rules, name) for key, value in saved.items()}
+        names = signature(self.optimizer.rule_for(group)).state
+        shapes = {key: self.optimizer.state_shape(key, param, group) for key in names}
+        return {key: self._entry(param, key, value, shapes.get(key), name) for key, value in saved.items()}
 
     def _check_rows(self, state: Mapping[str, Any], name: str) -> None:
-        """Raise ``ValueError`` if rows of a table are described wrongly, or are behind for good."""
+        """Raise ``ValueError`` if the rows of a table are described wrongly, or are behind and would stay so."""
         try:
             table.check_loaded(state)
         except ValueError as error:
@@ -224,28 +234,32 @@ class _Reading:
             )
 
     def _needed(self, group: Mapping[str, Any]) -> set[str]:
-        """State that the rule of a group needs whatever its options; the rest may have been turned on just now."""
+        """State that a group needs whatever its options; an option that was just turned on may add to it."""
         optimizer = self.optimizer
         needed = set(signature(optimizer.rule_for(group)).state)
         for name in optimizer.defaults:
             if isinstance(group[name], int | float):
                 needed &= set(signature(optimizer.rule_for({**group, name: 0})).state)
-        return needed | {"step"} if optimizer.counts_steps else needed
+        return needed.union(optimizer.scalar_state, ["step"] if optimizer.counts_steps else [])
 
-    def _entry(self, param: Tensor, key: str, value: Any, is_rules: bool, name: str) -> Any:
+    def _entry(self, param: Tensor, key: str, value: Any, shape: torch.Size | None, name: str) -> Any:
+        """One entry of a state; ``shape``: what it must have if the rule uses it, else None."""
+        in_rule = shape is not None
         what = f"{self.who}: the loaded {key} of {name}"
         if key == "step" and self.optimizer.counts_steps:
             return number_of(value, what, is_count=True)
-        if key in self.optimizer.scalar_state and value is not None:
-            return number_of(value, what)
+        if key in self.optimizer.scalar_state:
+            number = number_of(value, what)
+            self._check_sign(key, number, what)
+            return number
         if not isinstance(value, Tensor):
-            if is_rules and value is not None:
+            if in_rule and value is not None:
                 raise ValueError(f"{what} must be a tensor, got {type(value).__name__}.")
             return copied(value, lambda tensor: tensor.detach().to(param.device, copy=True))
-        if value.is_sparse:  # torch keeps the momentum of sparse gradients like that
+        if value.is_sparse:  # as torch stores the momentum of sparse gradients
             value = value.to_dense()
         _check_memory(value, param, what)
-        if not is_rules:
+        if not in_rule:
             try:
                 of_table = table.loaded(key, value.detach(), param)
             except ValueError as error:
@@ -253,23 +267,41 @@ class _Reading:
             if of_table is not None:
                 return of_table
         is_number = value.is_floating_point() or (value.is_complex() and param.is_complex())
-        if is_rules and not is_number:
+        if in_rule and not is_number:
             raise ValueError(f"{what} must hold numbers as the parameter does ({param.dtype}), got {value.dtype}.")
-        if is_number and value.shape == param.shape:
+        if is_number and value.shape == (param.shape if shape is None else shape):
+            if in_rule:
+                self._check_sign(key, value, what)
             return self._widened(param, value.detach())
-        if is_rules:
+        if shape is not None:
             hint = "" if self.optimizer.param_groups[0].get("param_names") else " Were the parameters in another order?"
-            raise _MisfitError(f"{what} has shape {tuple(value.shape)}, expected {tuple(param.shape)}.{hint}")
+            raise _MisfitError(f"{what} has shape {tuple(value.shape)}, expected {tuple(shape)}.{hint}")
         return value.detach().to(param.device, copy=True)
+
+    def _check_sign(self, key: str, value: Tensor | float, what: str) -> None:
+        """Raise ``ValueError`` for a negative value in state that no step makes negative."""
+        if key in self.optimizer.nonnegative_state and (smallest := _smallest(value)) < 0:
+            raise ValueError(f"{what} must be >= 0, got {smallest}.")
 
     def _widened(self, param: Tensor, value: Tensor) -> Tensor:
         dtype = self.optimizer.default_state_dtype(param)
-        if value.itemsize > 1:  # torch promotes no float8, and everything is wider
+        if value.itemsize > 1:  # torch does not promote float8; every other dtype is wider
             dtype = torch.promote_types(value.dtype, dtype)
         if self.optimizer.options.sparse is not None and param.is_cpu and param.is_contiguous():
             return lazy_memory.copied(value, dtype)
-        # In the parameter's memory order, which is the one kernels walk.
+        if value.shape != param.shape:
+            return value.to(param.device, dtype, copy=True)
+        # In the parameter's memory order, as kernels need it.
         return torch.empty_like(param, dtype=dtype).copy_(value)
+
+
+def _smallest(value: Tensor | float) -> float:
+    """The smallest value; 0 for tensors that cannot be compared (float8, on meta) or are not plain (sharded)."""
+    if not isinstance(value, Tensor):
+        return value
+    if type(value) not in memory.PLAIN or value.is_meta or value.itemsize == 1 or not value.numel():
+        return 0.0
+    return float(as_real(value.detach()).amin())
 
 
 def _check_memory(value: Tensor, param: Tensor, what: str) -> None:

@@ -1,4 +1,4 @@
-"""Loading state dictionaries of any optimizer: validated as a whole, copied, and only then put in place."""
+"""Load state dictionaries of any optimizer: validate and copy all of it, then put it in place."""
 
 from __future__ import annotations
 
@@ -8,34 +8,37 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from numbers import Real
-from typing import Any
+from typing import Any, TypeAlias
 
 from torch import Tensor
 from torch.optim import Optimizer
 
 from descend.checkpoint.matching import listed
 from descend.core import memory
+from descend.state.container import updatable_tensors
 
-# How to run is the running program's business, not the file's.
+# Flags that choose how to run belong to the running program, not to the file.
 _RUN_TIME = ("foreach", "fused", "capturable", "differentiable")
 _NOT_OPTIONS = ("params", "param_names")
 
-Groups = list[dict[str, Any]]
-States = defaultdict[Any, dict[str, Any]]
+LoadedGroups: TypeAlias = list[dict[str, Any]]
+LoadedState: TypeAlias = defaultdict[Any, dict[str, Any]]
 
 
 def restore(
-    optimizer: Any, state_dict: Mapping[str, Any], read: Callable[[Mapping[str, Any]], tuple[Groups, States]]
+    optimizer: Any,
+    state_dict: Mapping[str, Any],
+    read: Callable[[Mapping[str, Any]], tuple[LoadedGroups, LoadedState]],
 ) -> None:
     """Run the hooks around loading, and change the optimizer only after everything has been read and checked.
 
     Args:
-        optimizer: any.
-        state_dict: what its hooks get.
-        read: makes groups and state of what the hooks give; its form has been checked, nothing else.
+        optimizer: the optimizer to load into.
+        state_dict: the dictionary given by the user; the hooks may replace it.
+        read: makes groups and state from the dictionary. Only the form of the dictionary has been checked by then.
     Raises:
-        TypeError: if it is no dictionary.
-        ValueError: if it is no state dictionary.
+        TypeError: if ``state_dict`` is not a dictionary.
+        ValueError: if it is not a state dictionary, or ``read`` refuses it.
     """
     who = type(optimizer).__name__
     if not isinstance(state_dict, Mapping):
@@ -47,8 +50,9 @@ def restore(
             state_dict = replaced
     _check_form(who, state_dict)
     try:
-        groups, state = read(state_dict)
-    except RuntimeError as error:  # torch's, of a tensor without values, say
+        with updatable_tensors():
+            groups, state = read(state_dict)
+    except RuntimeError as error:  # by torch, for a tensor without values, say
         raise ValueError(f"{who}: the loaded state dict cannot be copied: {error}") from error
     optimizer.__setstate__({"state": state, "param_groups": groups})
     for post_hook in optimizer._optimizer_load_state_dict_post_hooks.values():
@@ -56,7 +60,7 @@ def restore(
 
 
 def set_state(optimizer: Optimizer, state: Mapping[str, Any]) -> None:
-    """Torch's ``__setstate__``, without the ``differentiable`` that it adds to the defaults of every class."""
+    """Call torch's ``__setstate__``, but remove the ``differentiable`` that it adds to every class's defaults."""
     has_flag = "differentiable" in {**optimizer.__dict__, **state}["defaults"]
     Optimizer.__setstate__(optimizer, {**state})
     if not has_flag:
@@ -64,7 +68,7 @@ def set_state(optimizer: Optimizer, state: Mapping[str, Any]) -> None:
 
 
 def copied(value: Any, convert: Callable[[Tensor], Tensor]) -> Any:
-    """A copy that shares nothing: tensors as ``convert`` makes them, in whatever lists and dicts they are."""
+    """A deep copy: ``convert`` copies the tensors, in nested lists, tuples and dicts too."""
     if isinstance(value, Tensor):
         if memory.is_freed(value):
             raise RuntimeError("the memory of a tensor has been freed.")
@@ -77,30 +81,30 @@ def copied(value: Any, convert: Callable[[Tensor], Tensor]) -> Any:
 
 
 def cloned(tensor: Tensor) -> Tensor:
-    """A leaf with the same values."""
+    """A clone that is a leaf, with the same ``requires_grad``."""
     return tensor.detach().clone().requires_grad_(tensor.requires_grad)
 
 
-def options_of(saved: Mapping[str, Any]) -> dict[str, Any]:
-    """Copies of a saved group's options, but not of how to run."""
-    return {name: copied(value, cloned) for name, value in saved.items() if name not in (*_NOT_OPTIONS, *_RUN_TIME)}
+def options_of(saved: Mapping[str, Any], clone: Callable[[Tensor], Tensor] = cloned) -> dict[str, Any]:
+    """Copies of a saved group's options, but not of how to run; ``clone`` copies the tensors among them."""
+    return {name: copied(value, clone) for name, value in saved.items() if name not in (*_NOT_OPTIONS, *_RUN_TIME)}
 
 
 @contextmanager
 def unusable_is_value_error(who: str, group: int) -> Iterator[None]:
-    """Whatever goes wrong while options are tried is a ``ValueError``."""
+    """Turn any exception raised while options are tried into a ``ValueError``."""
     try:
         yield
     except ValueError as error:
         raise ValueError(f"{error} (group {group} of the loaded state dict)") from None
-    except Exception as error:  # what arithmetic says to strings, None and tensors
+    except Exception as error:  # raised by arithmetic with strings, None or tensors
         raise ValueError(
             f"{who}: the options of group {group} of the loaded state dict cannot be used: {error}"
         ) from error
 
 
 def number_of(value: Any, what: str, is_count: bool = False) -> Any:
-    """A copy of a finite number, as it is or in a tensor of one element, which then is on the CPU; a count is >= 0."""
+    """A copy of a finite number, or of a tensor of one element, moved to the CPU; a count is whole and >= 0."""
     number = value
     if isinstance(value, Tensor):
         is_one = value.numel() == 1 and not value.is_meta
@@ -109,6 +113,8 @@ def number_of(value: Any, what: str, is_count: bool = False) -> Any:
     is_number = isinstance(number, Real) and not isinstance(number, bool)
     if not is_number or not abs(number) <= sys.float_info.max or (is_count and number < 0):
         raise ValueError(f"{what} must be a number{' >= 0' if is_count else ''}, got {number!r:.40}.")
+    if is_count and number % 1 != 0:
+        raise ValueError(f"{what} must be a whole number, got {number!r:.40}.")
     return value
 
 
@@ -125,7 +131,7 @@ def _check_form(who: str, state_dict: Any) -> None:
         if not isinstance(params, list | tuple) or not all(isinstance(key, int | str) for key in params):
             raise ValueError(f"{who}: group {index} of the loaded state dict has no list 'params' of numbers or names.")
         names = group.get("param_names", params)
-        # Where params are names torch.distributed has made them, and has left these as they were saved.
+        # torch.distributed replaces params by names, and leaves param_names as they were saved.
         are_keys = all(isinstance(key, str) for key in params)
         if not are_keys and (not isinstance(names, list | tuple) or len(names) != len(params)):
             raise ValueError(
@@ -136,5 +142,5 @@ def _check_form(who: str, state_dict: Any) -> None:
         raise ValueError(f"{who}: state of a state dict is a dictionary, got {type(state).__name__}.")
     keys = {key for group in groups for key in group["params"]}
     for key, content in state.items():
-        if key in keys and not isinstance(content, Mapping):  # what others hold is their business
+        if key in keys and not isinstance(content, Mapping):  # other keys may hold anything
             raise ValueError(f"{who}: the loaded state of {key!r} is a {type(content).__name__}, not a dictionary.")

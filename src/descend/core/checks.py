@@ -1,4 +1,4 @@
-"""Conditions on options that several optimizers share, with torch's error texts."""
+"""Checks of options that several optimizers share, with torch's error texts."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 
 
 def check_kinds(optimizer: Optimizer, options: Mapping[str, Any]) -> None:
-    """Raise ``ValueError`` if an option is not of its default's kind: a number, so many numbers, or a flag."""
+    """Raise ``ValueError`` if an option is not of its default's kind: a number, a pair of numbers, or a flag."""
     kind: Any = type(optimizer)
     for name in _defaults(kind):
         if name in options:
@@ -27,7 +27,7 @@ def check_kind(optimizer: Optimizer, options: Mapping[str, Any], name: str) -> N
         expected, is_right = "True or False", _converts(bool, value)
     elif isinstance(default, tuple):
         expected = f"{len(default)} numbers"
-        is_right = are_in_order(value, len(default)) and all(map(_is_number, value))
+        is_right = is_sequence(value, len(default)) and all(map(_is_number, value))
     else:
         expected, is_right = "a number", _is_number(value)
     if not is_right:
@@ -36,13 +36,13 @@ def check_kind(optimizer: Optimizer, options: Mapping[str, Any], name: str) -> N
 
 @lru_cache(maxsize=256)
 def _defaults(kind: Any) -> dict[str, Any]:
-    """Of all constructors of a class: a subclass may take ``**options`` and pass them on."""
+    """Defaults of a class and its bases: a subclass may take ``**options`` and pass them on."""
     parameters = [each for base in kind.__mro__ for each in inspect.signature(base.__init__).parameters.values()]
     return {each.name: each.default for each in parameters if isinstance(each.default, bool | int | float | tuple)}
 
 
-def are_in_order(values: Any, count: int) -> bool:
-    """Whether these are so many values in a tuple, a list or an array."""
+def is_sequence(values: Any, count: int) -> bool:
+    """Whether ``values`` is a tuple, a list or an array of ``count`` items."""
     return _converts(len, values) and len(values) == count and not isinstance(values, str | bytes | Set | Mapping)
 
 
@@ -63,7 +63,7 @@ def check_at_least_zero(optimizer: Optimizer, what: str, name: str, value: Any) 
     """Raise torch's error if an option is negative, NaN or no number at all."""
     try:
         valid = bool(value >= 0)
-    except (TypeError, RuntimeError, ValueError):  # of several numbers, too
+    except (TypeError, RuntimeError, ValueError):  # no number, or several
         valid = False
     if not valid:
         raise ValueError(f"Invalid {what}: {value} ({type(optimizer).__name__}: {name} must be a number >= 0)")

@@ -1,4 +1,4 @@
-"""Where tensors lie in memory: their spans, which of them overlap, and whether the memory is still there."""
+"""Tensors as memory: their spans, which of them overlap, whether the memory is still there."""
 
 from __future__ import annotations
 
@@ -41,3 +41,8 @@ def is_freed(tensor: Tensor) -> bool:
         return False
     storage = tensor.untyped_storage()
     return found[0] == 0 or found[1] > storage.data_ptr() + storage.nbytes()
+
+
+def as_real(tensor: Tensor) -> Tensor:
+    """Complex numbers as pairs of real ones, in the same memory."""
+    return torch.view_as_real(tensor) if tensor.is_complex() else tensor

@@ -10,6 +10,7 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
+from torch.utils._foreach_utils import _get_fused_kernels_supported_devices
 
 from descend.core.checks import check_kinds, check_lr
 from descend.core.options import BACKENDS, Amp, BackendName, Nonfinite, Sparse, StepOptions
@@ -60,6 +61,7 @@ class Method(Optimizer):
     counts_steps: ClassVar[bool] = True  # state has torch's "step", and ``scalars`` depends on it
     step_is_int: ClassVar[bool] = False  # torch's SparseAdam counts in a Python int, all others in a tensor
     scalar_state: ClassVar[tuple[str, ...]] = ()  # state that is one number a parameter, see ``scalars_and_state``
+    nonnegative_state: ClassVar[tuple[str, ...]] = ()  # a file in which such state is negative is damaged
     group_state: ClassVar[tuple[str, ...]] = ()  # keys of a group that steps change: state, and no options
     takes_sparse: ClassVar[bool] = False  # without being told what a sparse gradient means
     catch_up_rules: ClassVar[tuple[Callable[..., Any], Callable[..., Any]] | None] = None  # for sparse="exact"
@@ -145,10 +147,11 @@ class Method(Optimizer):
 
     def check_param(self, param: Tensor, group: Mapping[str, Any]) -> None:
         """Raise torch's errors for parameters that a group's options do not allow."""
-        if group.get("fused") and not param.is_floating_point():
+        devices = _get_fused_kernels_supported_devices() if group.get("fused") else []
+        if group.get("fused") and not (param.is_floating_point() and param.device.type in devices):
             raise RuntimeError(
-                "`fused=True` requires all the params to be floating point Tensors of supported devices, "
-                f"but {self.name_of(param)} is {param.dtype} on {param.device.type}. Leave `fused` out."
+                "`fused=True` requires all the params to be floating point Tensors of supported devices: "
+                f"{devices}, but {self.name_of(param)} is {param.dtype} on {param.device.type}. Leave `fused` out."
             )
         if group.get("capturable") and param.device.type == "cpu":
             raise AssertionError(

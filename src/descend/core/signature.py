@@ -47,7 +47,7 @@ def signature(rule: Callable[..., Any]) -> Signature:
     names = list(parameters)[2:]
     kind: Kind = getattr(rule, "kind", "element")
     shape = (1, 1) if kind == "matrix" else ()
-    results = rule(*(torch.ones(shape, dtype=torch.float64) for _ in parameters))
+    results = rule(*(torch.ones(shape, dtype=torch.float64, device="cpu") for _ in parameters))
     count = len(results) - 1 if isinstance(results, tuple) else 0
     scalars = names[count:]
     defaults = {n: parameters[n].default for n in scalars if parameters[n].default is not inspect.Parameter.empty}

@@ -1,5 +1,6 @@
-"""The optimizers of ``torch.optim``, and two more: hyper-parameters only, the mathematics is in ``rules``.
+"""The optimizers of ``torch.optim``, and two more.
 
-In order of complexity: ``sgd`` (SGD, ASGD), ``signs`` (Lion, Rprop), ``squares`` (Adagrad, RMSprop, Adadelta), ``adam``
-(Adam, AdamW), ``adam_variants`` (Adamax, NAdam, RAdam), ``schedule_free`` (AdamWScheduleFree).
+A class holds options and forms the scalars of its rule; the arithmetic on tensors is in ``rules``. In order of
+complexity: ``sgd`` (SGD, ASGD), ``signs`` (Lion, Rprop), ``squares`` (Adagrad, RMSprop, Adadelta), ``adam`` (Adam,
+AdamW), ``adam_variants`` (Adamax, NAdam, RAdam), ``schedule_free`` (AdamWScheduleFree).
 """

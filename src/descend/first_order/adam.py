@@ -9,7 +9,7 @@ import torch
 from typing_extensions import Unpack
 
 from descend import rules
-from descend.core.checks import are_in_order, check_adam, check_flags
+from descend.core.checks import check_adam, check_flags, is_sequence
 from descend.core.groups import ParamsT
 from descend.core.options import Options
 from descend.first_order.optimizer import FirstOrder
@@ -48,6 +48,9 @@ class Adam(FirstOrder):
         Kingma & Ba 2015, Algorithm 1, https://arxiv.org/abs/1412.6980
     """
 
+    nonnegative_state = ("exp_avg_sq", "max_exp_avg_sq")
+    catch_up_rules = (rules.coast, rules.decay)
+
     def __init__(
         self,
         params: ParamsT,
@@ -80,8 +83,6 @@ class Adam(FirstOrder):
         }
         super().__init__(params, defaults, **options)
 
-    catch_up_rules = (rules.coast, rules.decay)
-
     def rule_for(self, group: Mapping[str, Any]) -> Callable[..., Any]:
         if group["amsgrad"]:
             return rules.adamw_amsgrad if group["decoupled_weight_decay"] else rules.adam_amsgrad
@@ -108,9 +109,9 @@ class Adam(FirstOrder):
             "L2 regularisation (weight_decay in Adam; AdamW's is no obstacle)": options["weight_decay"] != 0
             and not options["decoupled_weight_decay"],
         }
-        if found := [reason for reason, applies in reasons.items() if applies]:
+        if obstacles := [reason for reason, applies in reasons.items() if applies]:
             raise ValueError(
-                f"{type(self).__name__}: sparse='exact' cannot catch up with {' and '.join(found)}; 'touched' can."
+                f"{type(self).__name__}: sparse='exact' cannot catch up with {' and '.join(obstacles)}; 'touched' can."
             )
 
 
@@ -186,9 +187,9 @@ class AdamW(Adam):
 
 
 def _check_tensors(options: Mapping[str, Any]) -> None:
-    """Torch's conditions on options given as tensors."""
+    """Raise torch's errors for options given as tensors."""
     betas = options["betas"]
-    if not are_in_order(betas, 2) or len({isinstance(beta, torch.Tensor) for beta in betas}) != 1:
+    if not is_sequence(betas, 2) or len({isinstance(beta, torch.Tensor) for beta in betas}) != 1:
         raise ValueError(f"betas must be either both floats or both Tensors, got {betas!r}")
     for name, value in (("lr", options["lr"]), ("betas[0]", betas[0]), ("betas[1]", betas[1])):
         if isinstance(value, torch.Tensor):

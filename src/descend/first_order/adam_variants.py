@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -46,6 +46,7 @@ class Adamax(FirstOrder):
     """
 
     rule = staticmethod(rules.adamax)
+    nonnegative_state = ("exp_inf",)
 
     def __init__(
         self,
@@ -92,8 +93,8 @@ class NAdam(FirstOrder):
         betas: decay of the averages of gradient and squared gradient, each in [0, 1). Default: (0.9, 0.999).
         eps: >= 0, added to the denominator, in units of the gradient. Default: 1e-8.
         weight_decay: >= 0, L2 regularisation. Default: 0.
-        momentum_decay: >= 0; the momentum of a step is ``betas[0] * (1 - 0.5 * 0.96 ** (step * momentum_decay))``: it
-            grows from half of ``betas[0]`` to all of it. Default: 4e-3.
+        momentum_decay: >= 0; the momentum of a step is ``betas[0] * (1 - 0.5 * 0.96 ** (step * momentum_decay))``. It
+            grows from half of ``betas[0]`` to ``betas[0]``. Default: 4e-3.
         decoupled_weight_decay: decay as ``AdamW`` does. Default: False.
         foreach, capturable: accepted and kept in the groups; the backend is chosen by ``backend``.
         maximize: ascend instead. Default: False.
@@ -114,8 +115,8 @@ class NAdam(FirstOrder):
         Dozat 2016, Algorithm 2, https://openreview.net/forum?id=OM0jvwB8jIp57ZJjtNEZ
     """
 
-    rule = staticmethod(rules.nadam)
     scalar_state = ("mu_product",)
+    nonnegative_state = ("exp_avg_sq", "mu_product")
     capturable_needs = "params, mu_products and state_steps"
 
     def __init__(
@@ -148,16 +149,19 @@ class NAdam(FirstOrder):
         }
         super().__init__(params, defaults, **options)
 
+    def rule_for(self, group: Mapping[str, Any]) -> Callable[..., Any]:
+        return rules.nadamw if group["decoupled_weight_decay"] else rules.nadam
+
     def scalars_and_state(
-        self, group: Mapping[str, Any], step: float, kept: Sequence[torch.Tensor]
+        self, group: Mapping[str, Any], step: float, scalar_state: Sequence[torch.Tensor]
     ) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
         lr, (beta1, beta2) = group["lr"], group["betas"]
         mu, mu_next = (beta1 * (1 - 0.5 * 0.96 ** (at * group["momentum_decay"])) for at in (step, step + 1))
-        mu_product = kept[0] * mu
+        mu_product = scalar_state[0] * mu
         product = mu_product.double()
         grad_lr, avg_lr = lr * (1 - mu) / (1 - product), lr * mu_next / (1 - product * mu_next)
-        numbers = 1 - beta1, 1 - beta2, group["eps"], *_decays(group), 1 - beta2**step, grad_lr, avg_lr
-        return numbers, (mu_product,)
+        scalars = 1 - beta1, 1 - beta2, group["eps"], _decay(group), 1 - beta2**step, grad_lr, avg_lr
+        return scalars, (mu_product,)
 
     def initial_state(self, name: str, param: torch.Tensor, group: Mapping[str, Any]) -> Any:
         return 1.0 if name == "mu_product" else 0.0
@@ -168,9 +172,9 @@ class NAdam(FirstOrder):
 
 
 class RAdam(FirstOrder):
-    """RAdam: Adam that waits with its denominator until there are enough gradients to trust it, and then eases it in.
+    """RAdam: Adam without its denominator until enough gradients make that reliable; then it is phased in.
 
-    Drop-in for ``torch.optim.RAdam``. A warm-up of the learning rate has much the same effect.
+    Drop-in for ``torch.optim.RAdam``. The effect is similar to that of a learning rate warmup.
 
     Args:
         params: parameters, ``(name, parameter)`` pairs, or dicts that define groups.
@@ -198,7 +202,7 @@ class RAdam(FirstOrder):
         Liu et al. 2020, Algorithm 2, https://arxiv.org/abs/1908.03265
     """
 
-    rule = staticmethod(rules.radam)
+    nonnegative_state = ("exp_avg_sq",)
 
     def __init__(
         self,
@@ -228,22 +232,24 @@ class RAdam(FirstOrder):
         }
         super().__init__(params, defaults, **options)
 
+    def rule_for(self, group: Mapping[str, Any]) -> Callable[..., Any]:
+        return rules.radamw if group["decoupled_weight_decay"] else rules.radam
+
     def scalars(self, group: Mapping[str, Any], step: float) -> tuple[Any, ...]:
         beta1, beta2 = group["betas"]
         bias1, bias2 = 1 - beta1**step, 1 - beta2**step
         most = 2 / (1 - beta2) - 1
-        length = most - 2 * step * beta2**step / bias2  # of a simple average as reliable as exp_avg_sq
+        length = most - 2 * step * beta2**step / bias2  # of a simple average with the variance of exp_avg_sq
         rectification = 0.0
         if length > 5:
             r_squared = (length - 4) * (length - 2) * most / ((most - 4) * (most - 2) * length)
             rectification = (r_squared * bias2) ** 0.5
-        return group["lr"], 1 - beta1, 1 - beta2, group["eps"], *_decays(group), bias1, rectification
+        return group["lr"], 1 - beta1, 1 - beta2, group["eps"], _decay(group), bias1, rectification
 
     def check_options(self, options: Mapping[str, Any]) -> None:
         check_adam(self, options)
 
 
-def _decays(group: Mapping[str, Any]) -> tuple[Any, Any]:
-    """Weight decay as L2, and decoupled; one of them is 0."""
-    weight_decay = group["weight_decay"]
-    return (0.0, group["lr"] * weight_decay) if group["decoupled_weight_decay"] else (weight_decay, 0.0)
+def _decay(group: Mapping[str, Any]) -> Any:
+    """The rule's weight decay: multiplied by ``lr`` if it is decoupled."""
+    return group["lr"] * group["weight_decay"] if group["decoupled_weight_decay"] else group["weight_decay"]

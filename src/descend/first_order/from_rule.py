@@ -16,12 +16,11 @@ def from_rule(rule: Callable[..., Any], name: str, **defaults: Any) -> type[Firs
 
     Args:
         rule: ``rule(param, grad, *state, *numbers)`` returning the new parameter and the new state, written with
-            arithmetic and the functions of ``descend.ops``. As many arguments after ``grad`` are state as values are
-            returned beyond the parameter; they start as zeros. The others are numbers: options of the optimizer. A
-            number called ``step`` receives the parameter's step count, from 1.
-        name: name of the class. To pickle its optimizers assign it to the same name in the rule's module.
-        defaults: values of the numbers, beside or instead of defaults in the rule's own signature; ``lr`` is 1e-3
-            if nothing else is said.
+            arithmetic and the functions of ``descend.ops``. The first arguments after ``grad`` are state, one for each
+            value returned after the parameter; they start as zeros. The other arguments are numbers, which become
+            options of the optimizer. A number called ``step`` receives the parameter's step count, which starts at 1.
+        name: name of the class. To pickle its optimizers, assign the class to this name in the rule's module.
+        defaults: defaults of the numbers; they override those in the rule's signature. Default of ``lr``: 1e-3.
     Returns:
         A subclass of ``FirstOrder``: ``Class(params, lr=..., ..., max_norm=None, nonfinite="step", ...)``.
     Raises:

@@ -14,11 +14,12 @@ from torch.optim import optimizer as torch_optimizer
 from typing_extensions import Unpack
 
 from descend.checkpoint import per_parameter
-from descend.checkpoint.matching import IncompatibleKeys
+from descend.checkpoint.matching import Hyperparameters, IncompatibleKeys, Match
 from descend.checkpoint.reading import set_state
 from descend.core.groups import ParamsT, grouped, named
 from descend.core.method import Method
 from descend.core.options import Options, StepOptions
+from descend.core.undecorated import undecorated
 from descend.diagnostics.summary import Row, summarize
 from descend.sparse.attach import Tables, attach
 from descend.state.container import State
@@ -70,6 +71,7 @@ class FirstOrder(Method):
         self.grad_norm = None
         self._tables = Tables()
         self._use(WholeStep(self._tables))
+        self.check_group(defaults)  # before a generator of parameters is used up
         params, self._patterns = (named(params), {}) if groups is None else grouped(name, params, groups, defaults)
         super().__init__(params, defaults)
         self.state = State.owned_by(self)
@@ -144,12 +146,12 @@ class FirstOrder(Method):
         """Add a group of parameters, its options checked first. See ``torch.optim.Optimizer.add_param_group``."""
         if isinstance(param_group, dict):
             self.check_group({**self.defaults, **param_group})
-        # torch's wrapper imports all of torch._dynamo, a second, to keep the compiler out of here.
-        inherited = Optimizer.add_param_group
-        if not torch.compiler.is_compiling():
-            inherited = getattr(inherited, "__wrapped__", inherited)
-        inherited(self, param_group)
+        undecorated(Optimizer.add_param_group)(self, param_group)
         self._driver.watch()
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Set all gradients to None, or to zeros. See ``torch.optim.Optimizer.zero_grad``."""
+        undecorated(Optimizer.zero_grad)(self, set_to_none)
 
     # Tables in exact mode.
 
@@ -227,8 +229,8 @@ class FirstOrder(Method):
     def init_state(self) -> None:
         """Make the state of all parameters that require gradients, without a step.
 
-        ``torch.distributed.checkpoint`` loads into the state that is there; where there is none, it takes a step to get
-        it. The next step is the first one all the same.
+        ``torch.distributed.checkpoint`` loads into existing state; if there is none, it takes a step to make it. After
+        ``init_state`` the next step is still the first.
 
         Example:
             >>> from descend import AdamW
@@ -243,33 +245,33 @@ class FirstOrder(Method):
     def state_dict(self) -> dict[str, Any]:
         """State and options as a dictionary in torch's format; its tensors share memory with the state."""
         self._tables.write_schedules(self)
-        return per_parameter.save(self, super().state_dict)
+        return per_parameter.save(self, undecorated(Optimizer.state_dict))
 
     def load_state_dict(  # type: ignore[override]  # takes more than torch's, and may return what it left out
         self,
         state_dict: Mapping[str, Any],
         strict: bool = True,
-        match: str = "auto",
-        hyperparameters: str = "loaded",
+        match: Match = "auto",
+        hyperparameters: Hyperparameters = "loaded",
     ) -> IncompatibleKeys | None:
-        """Load what ``state_dict`` (this library's or torch's) returned.
+        """Load a dictionary returned by ``state_dict``, of this library or of torch.
 
-        Everything is copied. A state tensor gets the wider of its saved dtype and the one this optimizer would make;
-        integers stay as they are. How to run (``foreach``, ``fused``, ``capturable``, ``differentiable``) is not taken
-        from the dictionary.
+        Everything is copied. A state tensor gets the wider of its saved dtype and the dtype this optimizer would use;
+        integers keep theirs. Flags that choose how to run (``foreach``, ``fused``, ``capturable``, ``differentiable``)
+        are not taken from the dictionary.
 
         Args:
-            state_dict: a dictionary.
-            strict: whether every parameter, here and there, must have its counterpart. Otherwise what matches is
-                loaded, and the other parameters keep the state they have. Default: True.
-            match: ``"name"``, an error where names are missing; ``"order"``; or ``"auto"``: by name if every
-                parameter has one on both sides, else by order. Default: ``"auto"``.
-            hyperparameters: options of the groups: ``"loaded"`` takes them from the dictionary, ``"current"`` keeps
-                lr, weight decay and the rest as they are. Default: ``"loaded"``.
+            state_dict: the dictionary.
+            strict: if True, every parameter of the optimizer and of the dictionary must have its counterpart. If False,
+                matching state is loaded, and the other parameters keep their state. Default: True.
+            match: ``"name"``, an error where names are missing; ``"order"``; or ``"auto"``: by name if every parameter
+                has one on both sides, else by order. Default: ``"auto"``.
+            hyperparameters: options of the groups: ``"loaded"`` takes them from the dictionary, ``"current"`` keeps lr,
+                weight decay and the rest as they are. Default: ``"loaded"``.
         Returns:
-            None; with ``strict=False`` what was not loaded: ``(missing_keys, unexpected_keys)``.
+            None; with ``strict=False`` the parameters that were not loaded: ``(missing_keys, unexpected_keys)``.
         Raises:
-            TypeError, ValueError: if something does not fit or is damaged; nothing has been changed then.
+            TypeError, ValueError: if the dictionary does not fit or is damaged; nothing has been changed then.
         Example:
             >>> from descend import AdamW
             >>> old, new = torch.nn.Linear(2, 1), torch.nn.Linear(2, 1)

@@ -17,14 +17,14 @@ from descend.state.container import checked_state
 
 
 class AdamWScheduleFree(FirstOrder):
-    """Schedule-free AdamW: an average of all steps in place of a learning rate that falls to zero.
+    """Schedule-free AdamW: the weights are averaged over all steps, instead of a learning rate that falls to zero.
 
     Drop-in for ``AdamWScheduleFree`` of https://github.com/facebookresearch/schedule_free, with its arguments, groups
-    and state. It holds three points: z takes AdamW's steps, x is an average of all z, and gradients are taken at
-    y = (1 - beta1) z + beta1 x. While training, parameters are y; ``eval()`` makes them x, the weights to evaluate and
-    to keep, and ``train()`` makes them y again. A new optimizer is in train mode, as modules are. A state dict says in
-    which mode it was saved, and belongs to weights saved in the same. With ``OneCycleLR`` pass
-    ``cycle_momentum=False``: betas[0] is what x is got back by.
+    and state. There are three points: z takes the steps of AdamW, x is the average of all z, and gradients are
+    evaluated at y = (1 - beta1) z + beta1 x. In train mode the parameters are y. ``eval()`` makes them x, the weights
+    to evaluate and to save; ``train()`` makes them y again. A new optimizer is in train mode, as modules are. A state
+    dict records the mode: load it together with weights that were saved in the same mode. x is recovered from y with
+    ``betas[0]``, so ``OneCycleLR`` needs ``cycle_momentum=False``.
 
     Args:
         params: parameters, ``(name, parameter)`` pairs, or dicts that define groups.
@@ -34,8 +34,8 @@ class AdamWScheduleFree(FirstOrder):
         eps: >= 0, added to the denominator, in units of the gradient. Default: 1e-8.
         weight_decay: >= 0, decoupled, of y, multiplied by ``lr``. Default: 0.
         warmup_steps: steps during which ``lr`` grows to its value. Default: 0.
-        r: the k-th step counts in the average like k to the power of ``r``. Default: 0.
-        weight_lr_power: and like the largest ``lr`` so far to this power. Default: 2.
+        r: the weight of the k-th step in the average is proportional to ``k ** r``. Default: 0.
+        weight_lr_power: and to this power of the largest ``lr`` so far. Default: 2.
         foreach: accepted and kept in the groups; the backend is chosen by ``backend``.
         maximize: ascend instead. Default: False.
         options: ``max_norm``, ``nonfinite``, ``backend``, ``state_dtype``, ``sparse``, ``groups``, ``amp``: see
@@ -61,7 +61,8 @@ class AdamWScheduleFree(FirstOrder):
     """
 
     rule = staticmethod(rules.schedule_free_adamw)
-    counts_steps = False  # groups do, as in the original: one average for all of their parameters
+    nonnegative_state = ("exp_avg_sq",)
+    counts_steps = False  # each group counts, as in the original: its parameters share one average
     group_state = ("k", "train_mode", "weight_sum", "lr_max", "scheduled_lr")
 
     def __init__(
@@ -98,11 +99,11 @@ class AdamWScheduleFree(FirstOrder):
         super().__init__(params, defaults, **options)
 
     def train(self) -> None:
-        """Make the parameters y, where gradients are taken. Without effect in train mode."""
+        """Make the parameters y, where gradients are evaluated. Without effect in train mode."""
         self._switch(True)
 
     def eval(self) -> None:
-        """Make the parameters x, the average: to evaluate, to save, to use. Without effect in eval mode."""
+        """Make the parameters x, the average, to evaluate and to save. Without effect in eval mode."""
         self._switch(False)
 
     @torch.no_grad()
@@ -128,28 +129,28 @@ class AdamWScheduleFree(FirstOrder):
                 "optimizer (AdamWScheduleFree: the parameters are the average x; train() makes them y again)"
             )
         beta1, beta2 = group["betas"]
-        counted = self._counted(group)
-        lr, weight_sum = counted["scheduled_lr"], counted["weight_sum"]
-        weight = self._weight(group, counted) / weight_sum if weight_sum else 0.0
-        numbers = lr, 1 - beta2, group["eps"], group["weight_decay"], 1 - beta2 ** counted["k"]
-        return *numbers, weight, lr * (1 - beta1 * (1 - weight))
+        counters = self._next_counters(group)
+        lr, weight_sum = counters["scheduled_lr"], counters["weight_sum"]
+        weight = self._weight(group, counters) / weight_sum if weight_sum else 0.0
+        bias2 = 1 - beta2 ** counters["k"]
+        return lr, 1 - beta2, group["eps"], group["weight_decay"], bias2, weight, lr * (1 - beta1 * (1 - weight))
 
     @staticmethod
-    def _weight(group: Mapping[str, Any], counted: Mapping[str, Any]) -> float:
+    def _weight(group: Mapping[str, Any], counters: Mapping[str, Any]) -> float:
         """Weight of a step in the average."""
-        return float(counted["k"] ** group["r"] * counted["lr_max"] ** group["weight_lr_power"])
+        return float(counters["k"] ** group["r"] * counters["lr_max"] ** group["weight_lr_power"])
 
-    def _counted(self, group: Mapping[str, Any]) -> dict[str, Any]:
-        """What a group counts, as it will be after the coming step."""
+    def _next_counters(self, group: Mapping[str, Any]) -> dict[str, Any]:
+        """The counters of a group after the coming step."""
         k, warmup_steps = group["k"] + 1, group["warmup_steps"]
         lr = float(group["lr"]) * (k / warmup_steps if k <= warmup_steps else 1.0)
-        counted = {"k": k, "scheduled_lr": lr, "lr_max": max(lr, group["lr_max"])}
-        return {**counted, "weight_sum": group["weight_sum"] + self._weight(group, counted)}
+        counters = {"k": k, "scheduled_lr": lr, "lr_max": max(lr, group["lr_max"])}
+        return {**counters, "weight_sum": group["weight_sum"] + self._weight(group, counters)}
 
     def end_step(self) -> None:
         for group in self.param_groups:
             if group["train_mode"]:
-                group.update(self._counted(group))
+                group.update(self._next_counters(group))
 
     def initial_state(self, name: str, param: torch.Tensor, group: Mapping[str, Any]) -> Any:
         return param if name == "z" else 0.0

@@ -1,4 +1,4 @@
-"""Gradient descent, with momentum, and averaged."""
+"""Gradient descent: plain, with momentum, and averaged."""
 
 from __future__ import annotations
 
@@ -108,18 +108,18 @@ class SGD(FirstOrder):
 
 
 class ASGD(FirstOrder):
-    """Averaged gradient descent: steps that shrink slowly, and the average of the weights along the way.
+    """Averaged gradient descent: step sizes shrink slowly, and the average of the weights is kept.
 
     Drop-in for ``torch.optim.ASGD``. The average is ``optimizer.state[param]["ax"]``. The step size is
-    ``lr / (1 + lambd * lr * step) ** alpha``, worked out at the end of each step for the next one: a change of ``lr``
-    acts one step later, as in torch.
+    ``lr / (1 + lambd * lr * step) ** alpha``. It is computed at the end of each step for the next one, so a change of
+    ``lr`` takes effect one step later, as in torch.
 
     Args:
         params: parameters, ``(name, parameter)`` pairs, or dicts that define groups.
         lr: first step size, >= 0; a float or a tensor of one element. Default: 1e-2.
-        lambd: rate at which step sizes shrink, and decay of the weights. Default: 1e-4.
-        alpha: power with which step sizes shrink. Default: 0.75.
-        t0: steps before averaging begins; until then the average is the weight itself. Default: 1e6.
+        lambd: >= 0; rate at which step sizes shrink, and decay of the weights. Default: 1e-4.
+        alpha: >= 0; power with which step sizes shrink. Default: 0.75.
+        t0: number of steps before averaging begins; until then the average is the weight itself. Default: 1e6.
         weight_decay: >= 0, added to the gradient as ``weight_decay * param``. Default: 0.
         maximize: ascend instead. Default: False.
         foreach, capturable: accepted and kept in the groups; the backend is chosen by ``backend``.
@@ -143,6 +143,7 @@ class ASGD(FirstOrder):
 
     rule = staticmethod(rules.asgd)
     scalar_state = ("eta", "mu")
+    nonnegative_state = ("eta", "mu")
     capturable_needs = "params, mus, etas, and state_steps"
 
     def __init__(
@@ -173,9 +174,9 @@ class ASGD(FirstOrder):
         super().__init__(params, defaults, **options)
 
     def scalars_and_state(
-        self, group: Mapping[str, Any], step: float, kept: Sequence[torch.Tensor]
+        self, group: Mapping[str, Any], step: float, scalar_state: Sequence[torch.Tensor]
     ) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
-        eta, mu = (number.double() for number in kept)
+        eta, mu = (scalar.double() for scalar in scalar_state)
         lr, lambd = group["lr"], group["lambd"]
         eta_next, mu_next = lr / (1 + lambd * lr * step) ** group["alpha"], 1 / max(1, step - group["t0"])
         return (eta, lambd, group["weight_decay"], mu), (eta_next, mu_next)
@@ -185,4 +186,4 @@ class ASGD(FirstOrder):
 
     def check_options(self, options: Mapping[str, Any]) -> None:
         check_lr(self, options)
-        check_values(self, options, "weight_decay")
+        check_values(self, options, "lambd", "alpha", "weight_decay")

@@ -1,4 +1,4 @@
-"""Only the sign of the gradient, or of its average, sets the direction: each weight moves by a whole step."""
+"""The direction of a step is the sign of the gradient, or of its average: Lion and Rprop."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from descend.first_order.optimizer import FirstOrder
 class Lion(FirstOrder):
     """Lion: every weight moves by ``lr``, along the sign of an average of its gradients.
 
-    Steps are longer than Adam's: the paper takes a 3 to 10 times smaller ``lr``, and a ``weight_decay`` larger by as
-    much. The state is one average, half of Adam's.
+    Steps are longer than Adam's: the paper uses an ``lr`` 3 to 10 times smaller than for Adam, and a ``weight_decay``
+    larger by the same factor. The state is one average, half of Adam's.
 
     Args:
         params: parameters, ``(name, parameter)`` pairs, or dicts that define groups.
         lr: step size, >= 0; a float or a tensor of one element. Default: 1e-4.
-        betas: weight of the past in the step's average, and in the average that is kept, each in [0, 1).
+        betas: decay of the average used for the step, and of the average kept as state, each in [0, 1).
             Default: (0.9, 0.99).
         weight_decay: >= 0, decoupled, multiplied by ``lr``. Default: 0.
         maximize: ascend instead. Default: False.
@@ -79,9 +79,9 @@ class Lion(FirstOrder):
 
 
 class Rprop(FirstOrder):
-    """Resilient backpropagation: each weight has a step of its own, which grows while its gradient keeps its sign.
+    """Rprop: each weight has its own step size, which grows while the gradient keeps its sign and shrinks otherwise.
 
-    Drop-in for ``torch.optim.Rprop``. For gradients of the whole data set: signs of small batches are mostly noise.
+    Drop-in for ``torch.optim.Rprop``. Use it with gradients of the whole data set: signs of small batches are noise.
 
     Args:
         params: parameters, ``(name, parameter)`` pairs, or dicts that define groups.
@@ -109,6 +109,7 @@ class Rprop(FirstOrder):
     """
 
     rule = staticmethod(rules.rprop)
+    nonnegative_state = ("step_size",)
 
     def __init__(
         self,

@@ -16,11 +16,11 @@ from descend.first_order.optimizer import FirstOrder
 
 
 class SparseAdam(FirstOrder):
-    """Adam on the rows that a sparse gradient names; nothing happens to the others.
+    """Adam on the rows that a sparse gradient names; the other rows do not change.
 
-    Drop-in for ``torch.optim.SparseAdam``. Since a row that is not touched neither coasts on its average nor lets it
-    fade, the results are not those of ``Adam``; ``AdamW(sparse="exact")`` has those of a dense ``AdamW`` at a similar
-    cost. ``Adam(sparse="touched")`` takes dense gradients, weight decay and AMSGrad beside what this class does.
+    Drop-in for ``torch.optim.SparseAdam``. The results differ from those of ``Adam``, where the averages of the other
+    rows decay and move them; ``AdamW(sparse="exact")`` gives the results of a dense ``AdamW`` at a similar cost.
+    ``Adam(sparse="touched")`` also takes dense gradients, weight decay and AMSGrad.
 
     Args:
         params: parameters, ``(name, parameter)`` pairs, or dicts that define groups.
@@ -49,6 +49,7 @@ class SparseAdam(FirstOrder):
     """
 
     rule = staticmethod(rules.adam)
+    nonnegative_state = ("exp_avg_sq",)
     step_is_int = True
 
     def __init__(
@@ -82,8 +83,8 @@ class SparseAdam(FirstOrder):
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         super().add_param_group(param_group)
         index, params = len(self.param_groups) - 1, self.param_groups[-1]["params"]
-        sparse_params = [[index, place] for place, param in enumerate(params) if param.layout != torch.strided]
-        complex_params = [[index, place] for place, param in enumerate(params) if param.is_complex()]
+        sparse_params = [[index, position] for position, param in enumerate(params) if param.layout != torch.strided]
+        complex_params = [[index, position] for position, param in enumerate(params) if param.is_complex()]
         if sparse_params or complex_params:
             del self.param_groups[-1]
             raise ValueError(

@@ -1,4 +1,4 @@
-"""Each weight's step is divided by the size of its gradients: Adagrad, RMSprop, Adadelta."""
+"""The step of each weight is divided by the size of its gradients: Adagrad, RMSprop, Adadelta."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from descend.state.make import ensure_state
 class Adagrad(FirstOrder):
     """Adagrad: the step of each weight is divided by the root of the sum of its squared gradients.
 
-    Drop-in for ``torch.optim.Adagrad``. Rare features keep long steps; the sum only grows, so all steps shrink.
+    Drop-in for ``torch.optim.Adagrad``. Rare features keep long steps. The sum never shrinks, so steps never grow.
 
     Args:
         params: parameters, ``(name, parameter)`` pairs, or dicts that define groups.
@@ -49,6 +49,7 @@ class Adagrad(FirstOrder):
     """
 
     rule = staticmethod(rules.adagrad)
+    nonnegative_state = ("sum",)
     takes_sparse = True
 
     def __init__(
@@ -87,7 +88,7 @@ class Adagrad(FirstOrder):
         return group["initial_accumulator_value"] if name == "sum" else 0.0
 
     def share_memory(self) -> None:
-        """Move the sums to shared memory, for several processes that update them; sums still missing are made."""
+        """Move the sums to shared memory, so that several processes can update them; missing sums are made first."""
         self._driver.forget_plan()
         for group in self.param_groups:
             for param in group["params"]:
@@ -143,6 +144,8 @@ class RMSprop(FirstOrder):
         https://arxiv.org/abs/1308.0850
     """
 
+    nonnegative_state = ("square_avg",)
+
     def __init__(
         self,
         params: ParamsT,
@@ -178,8 +181,8 @@ class RMSprop(FirstOrder):
         return rules.rmsprop_centered if group["centered"] else rules.rmsprop
 
     def scalars(self, group: Mapping[str, Any], step: float) -> tuple[Any, ...]:
-        numbers = group["lr"], 1 - group["alpha"], group["eps"], group["weight_decay"]
-        return (*numbers, group["momentum"]) if group["momentum"] > 0 else numbers
+        scalars = group["lr"], 1 - group["alpha"], group["eps"], group["weight_decay"]
+        return (*scalars, group["momentum"]) if group["momentum"] > 0 else scalars
 
     def check_options(self, options: Mapping[str, Any]) -> None:
         check_lr(self, options)
@@ -188,7 +191,7 @@ class RMSprop(FirstOrder):
 
 
 class Adadelta(FirstOrder):
-    """Adadelta: like RMSprop, and each step has the size of the recent changes of its weight.
+    """Adadelta: RMSprop whose steps are scaled by the root mean square of the recent changes of the weight.
 
     Drop-in for ``torch.optim.Adadelta``.
 
@@ -218,6 +221,7 @@ class Adadelta(FirstOrder):
     """
 
     rule = staticmethod(rules.adadelta)
+    nonnegative_state = ("square_avg", "acc_delta")
 
     def __init__(
         self,

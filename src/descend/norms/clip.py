@@ -1,14 +1,16 @@
-"""Norms and clipping as functions: torch's signatures and results, without its overflows.
+"""Norms and clipping as functions, with torch's signatures and results, but without its overflows.
 
-All norms are summed in float64 over fixed chunks in a fixed order, so that they do not depend on the number of
-threads. In an optimizer's step the same norm is applied inside the update instead, see ``max_norm``.
+All norms are summed in float64 over fixed chunks in a fixed order, so they do not depend on the number of threads. An
+optimizer with ``max_norm`` uses the same norm, and scales inside the update.
 """
 
 from __future__ import annotations
 
 import math
+import warnings
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
+from types import GeneratorType
 from typing import TypeVar
 
 import torch
@@ -34,7 +36,7 @@ def get_total_norm(
         tensors: any number of tensors, of any shapes and devices.
         norm_type: 1, 2, any other p > 0, or ``inf``. Default: 2.
         error_if_nonfinite: raise if the norm is NaN or infinite. Default: False.
-        foreach: accepted for compatibility; how it runs is decided here.
+        foreach: accepted for compatibility, without effect.
     Returns:
         The norm; shape (), device of the first tensor, the widest dtype of all, at least float32.
     Raises:
@@ -71,7 +73,7 @@ def clip_grads_with_norm_(
         parameters: parameters whose ``.grad`` is scaled; those without one are skipped.
         max_norm: largest allowed norm, >= 0, in the units of the gradient.
         total_norm: the norm, as ``get_total_norm`` gives it.
-        foreach: accepted for compatibility; how it runs is decided here.
+        foreach: accepted for compatibility, without effect.
     Raises:
         ValueError: if ``max_norm`` is negative or NaN.
     Example:
@@ -106,12 +108,14 @@ def clip_grad_norm_(
         max_norm: largest allowed norm, >= 0, in the units of the gradient.
         norm_type: 1, 2, any other p > 0, or ``inf``. Default: 2.
         error_if_nonfinite: raise, before anything is scaled, if the norm is NaN or infinite. Default: False.
-        foreach: accepted for compatibility; how it runs is decided here.
+        foreach: accepted for compatibility, without effect.
     Returns:
         Norm before clipping; shape (), device of the gradients, their widest dtype, at least float32.
     Raises:
         ValueError: if ``max_norm`` is negative or NaN, or ``norm_type`` is not positive.
         RuntimeError: if the norm is not finite and ``error_if_nonfinite``.
+    Warns:
+        UserWarning: if ``parameters`` is a generator that yields nothing: it may have been used up.
     Example:
         >>> weight = torch.zeros(2, requires_grad=True); weight.grad = torch.tensor([3.0, 4.0])
         >>> clip_grad_norm_([weight], max_norm=1.0)
@@ -120,9 +124,11 @@ def clip_grad_norm_(
     Source: Pascanu et al. 2013, https://arxiv.org/abs/1211.5063
     """
     max_norm = _not_negative("max_norm", max_norm)
-    parameters = [parameters] if isinstance(parameters, Tensor) else list(parameters)
-    total_norm = get_total_norm(_grads(parameters), norm_type, error_if_nonfinite)
-    clip_grads_with_norm_(parameters, max_norm, total_norm)
+    listed = [parameters] if isinstance(parameters, Tensor) else list(parameters)
+    if isinstance(parameters, GeneratorType) and not listed:
+        warnings.warn("`parameters` is an empty generator, no gradient clipping will occur.", stacklevel=2)
+    total_norm = get_total_norm(_grads(listed), norm_type, error_if_nonfinite)
+    clip_grads_with_norm_(listed, max_norm, total_norm)
     return total_norm
 
 
@@ -132,7 +138,7 @@ def clip_grad_value_(parameters: Tensor | Iterable[Tensor], clip_value: float, f
     Args:
         parameters: parameters whose ``.grad`` is limited; those without one are skipped.
         clip_value: largest allowed magnitude, >= 0, in the units of the gradient.
-        foreach: accepted for compatibility; how it runs is decided here.
+        foreach: accepted for compatibility, without effect.
     Raises:
         ValueError: if ``clip_value`` is negative or NaN.
     Example:
@@ -145,8 +151,9 @@ def clip_grad_value_(parameters: Tensor | Iterable[Tensor], clip_value: float, f
     with torch.no_grad():
         for grad in _grads(parameters):
             if grad.is_sparse:  # what is named twice counts as its sum
-                values = summed(grad).clamp(-clip_value, clip_value)
-                grad.copy_(torch.sparse_coo_tensor(grad.coalesce().indices(), values, grad.shape, is_coalesced=True))
+                indices, values = grad.coalesce().indices(), summed(grad).clamp(-clip_value, clip_value)
+                clipped = torch.sparse_coo_tensor(indices, values, grad.shape, device=grad.device, is_coalesced=True)
+                grad.copy_(clipped)
             else:
                 grad.clamp_(-clip_value, clip_value)
 

@@ -16,6 +16,7 @@ from torch.optim import Optimizer
 
 from descend.checkpoint.matching import check_choices
 from descend.checkpoint.reading import restore, set_state, unusable_is_value_error
+from descend.core.undecorated import undecorated
 from descend.second_order import flat_checkpoint
 from descend.second_order.parameters import FlatParameters
 from descend.second_order.result import Result, Solver, Status, result_of
@@ -92,7 +93,7 @@ class ClosureOptimizer(Optimizer, ABC):
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Reset the gradients. See ``torch.optim.Optimizer.zero_grad``."""
-        _without_dynamo(Optimizer.zero_grad)(self, set_to_none)
+        undecorated(Optimizer.zero_grad)(self, set_to_none)
 
     # State.
 
@@ -163,7 +164,7 @@ class ClosureOptimizer(Optimizer, ABC):
             self.check_agreement([*self.param_groups, options])
             for name, value in shared.items():
                 param_group.setdefault(name, value)
-        _without_dynamo(Optimizer.add_param_group)(self, param_group)
+        undecorated(Optimizer.add_param_group)(self, param_group)
 
     def check_groups(self, groups: Sequence[dict[str, Any]]) -> None:
         """Raise ``ValueError`` if groups do not fit together."""
@@ -196,8 +197,3 @@ class ClosureOptimizer(Optimizer, ABC):
 
 _hooked_step = Optimizer.profile_hook_step(ClosureOptimizer._step)
 _untraced_step = _disable_dynamo(ClosureOptimizer.step)
-
-
-def _without_dynamo(method: Callable[..., None]) -> Callable[..., None]:
-    """Torch's method without its wrapper, which imports all of torch._dynamo, seconds, to keep the compiler out."""
-    return method if torch.compiler.is_compiling() else getattr(method, "__wrapped__", method)

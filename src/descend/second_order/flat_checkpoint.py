@@ -41,7 +41,7 @@ def check_order(who: str, groups: ParamGroups, saved_groups: ParamGroups, match:
                 index = next(i for i, name in enumerate(names) if name != (matching.here.names or names)[i])
                 raise ValueError(
                     f"{who}: what it has learned belongs to an order of the parameters: expected "
-                    f"{matching.here.place(index)!r} in place {index}, the loaded state dict has {names[index]!r}. "
+                    f"{matching.here.label(index)!r} in place {index}, the loaded state dict has {names[index]!r}. "
                     "Give the parameters in that order."
                 )
 

@@ -24,6 +24,7 @@ from descend.core.method import Method
 from descend.core.signature import signature
 from descend.sparse.missed_steps import Schedule
 from descend.state import lazy_memory
+from descend.state.container import updatable_tensors
 
 # What a table adds to a parameter's state: the step each row is current at (int32; zero or negative while its averages
 # are zero). In checkpoints also: learning rate and weight decay of the steps that rows may have missed, a row a step;
@@ -136,6 +137,7 @@ class Table:
             return None, 0
         return state[ROW_STEP], schedule.steps
 
+    @updatable_tensors()
     def ensure_state(self, method: Method, state: MutableMapping[str, Any]) -> None:
         """Make what a table adds to the state. Where there is state already, a dense optimizer's, it is current."""
         if isinstance(state.get(ROW_STEP), Tensor):
@@ -281,7 +283,7 @@ class Table:
         if schedule is not None:
             constants = (schedule.beta1, schedule.beta2, schedule.eps, schedule.start, schedule.steps)
             state[SCHEDULE] = torch.from_numpy(schedule.history())
-            state[CONSTANTS] = torch.tensor(constants, dtype=torch.float64)
+            state[CONSTANTS] = torch.tensor(constants, dtype=torch.float64, device="cpu")
             state.pop(CHECKSUM, None)
             if schedule.is_behind:
                 state[CHECKSUM] = self._checksum()

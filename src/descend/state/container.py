@@ -5,7 +5,8 @@ from __future__ import annotations
 import copy
 import weakref
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from copy import deepcopy
 from typing import Any
 
@@ -13,8 +14,8 @@ import torch
 from torch import Tensor
 
 from descend.backends.cpu.threads import serial_in_forked_child
-from descend.backends.eager import as_real
 from descend.core import memory
+from descend.core.memory import as_real
 from descend.core.method import Method, StateSpec
 from descend.state import lazy_memory
 
@@ -94,6 +95,17 @@ class State(defaultdict[Any, Any]):
     values = _exposing("values")
 
 
+@contextmanager
+def updatable_tensors() -> Iterator[None]:
+    """Make ordinary tensors, in inference mode too: those of that mode cannot be updated outside of it."""
+    if not torch.is_inference_mode_enabled():
+        yield
+        return
+    with torch.inference_mode(False), torch.no_grad():  # leaving the mode enables gradients
+        yield
+
+
+@updatable_tensors()
 def new_tensor(param: Tensor, spec: StateSpec, lazy: bool = False) -> Tensor:
     """A new state tensor, in the memory order of ``param`` where it has its shape.
 
@@ -127,8 +139,9 @@ def checked_state(
     """The state tensors that exist of those called ``names``.
 
     Raises:
-        RuntimeError: if one has not the shape it should have, or its memory, the parameter's or the gradient's is
-            gone; or if the parameter cannot hold what a step makes of it.
+        RuntimeError: if a step could not update the parameter or its state: a state tensor has another shape; the
+            memory of a state tensor, the parameter or the gradient has been freed; the parameter holds integers; or
+            torch would refuse to write in place.
     """
     who = type(method).__name__
     if not (param.is_floating_point() or param.is_complex()):
@@ -150,7 +163,22 @@ def checked_state(
                 f"{who}: {method.name_of(param)}: the memory of {name} has been freed "
                 "(untyped_storage().resize_). Restore it before the step, or set the gradient to None."
             )
+    for name, tensor in (("the parameter", param), *tensors):
+        if tensor.is_inference() and not torch.is_inference_mode_enabled():
+            reason = "was made in inference mode, and torch allows no update of it outside of that mode"
+        elif _is_expanded(tensor):
+            reason = "is expanded: several of its elements share memory, so torch allows no update in place"
+        else:
+            continue
+        raise RuntimeError(f"{who}: {method.name_of(param)}: {name} {reason}. Use a clone. Nothing has moved.")
     return tensors
+
+
+def _is_expanded(tensor: Tensor) -> bool:
+    """Whether elements along a dimension share memory, as ``Tensor.expand`` makes them."""
+    if tensor.layout is not torch.strided or tensor.is_contiguous():
+        return False
+    return any(size > 1 and stride == 0 for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
 
 
 def stored_number(found: Mapping[str, Any], name: str, start: Any) -> Tensor:
@@ -160,7 +188,8 @@ def stored_number(found: Mapping[str, Any], name: str, start: Any) -> Tensor:
         return value  # type: ignore[no-any-return]
     value = start if value is None else value
     dtype = torch.float64 if torch.get_default_dtype() == torch.float64 else torch.float32
-    return torch.as_tensor(value, dtype=dtype, device="cpu").reshape(()).clone()
+    with updatable_tensors():
+        return torch.as_tensor(value, dtype=dtype, device="cpu").reshape(()).clone()
 
 
 def _is_number(value: Any) -> bool:

@@ -34,7 +34,7 @@ def zeros(shape: int | Sequence[int], dtype: torch.dtype) -> Tensor:
     shape = torch.Size([shape] if isinstance(shape, int) else shape)
     mapping = _mapped(shape.numel() * dtype.itemsize)
     if mapping is None and not shape.numel():
-        return torch.empty(shape, dtype=dtype)
+        return torch.empty(shape, dtype=dtype, device="cpu")
     if mapping is None:
         # Not torch.zeros, which would wait for its threads in a forked child, where there are none.
         data = torch.from_numpy(np.zeros(shape.numel() * dtype.itemsize, np.uint8))
@@ -56,7 +56,7 @@ def copied(tensor: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     dtype = dtype or tensor.dtype
     source = tensor.detach().resolve_conj().resolve_neg()
     if source.numel() * dtype.itemsize < SMALLEST or not _is_often_zero(source):
-        return torch.empty(source.shape, dtype=dtype).copy_(source)
+        return torch.empty(source.shape, dtype=dtype, device="cpu").copy_(source)
     result = zeros(source.shape, dtype)
     _fill(result, source)
     return result

@@ -200,7 +200,7 @@ class SingleUpdate(Update):
             scale = signed(self._scale, group)
             eager.run(entry.rule, entry.param, self._grad, tensors, scalars, scale, differentiable)
             for tensor, value in zip(scalar_state, next_state, strict=True):
-                tensor.copy_(torch.as_tensor(value).reshape(()))
+                tensor.copy_(torch.as_tensor(value, device=tensor.device).reshape(()))
             if method.counts_steps:
                 state["step"] += 1
 

@@ -211,7 +211,7 @@ class StaleRows:
         self._calls, self._mark = (ChunkCall(), ChunkCall()), array("q", bytes(40))
         self._kernels = 0, 0
         self._positions = np.full(0, -1, np.int64)
-        self._no_grad = torch.zeros(CHUNK, dtype=dtypes[0])  # what every chunk has in place of a gradient
+        self._no_grad = torch.zeros(CHUNK, dtype=dtypes[0], device="cpu")  # what every chunk has in place of a gradient
 
     def compile(self) -> None:
         param, *state = self._dtypes
