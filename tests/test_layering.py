@@ -128,6 +128,7 @@ def test_public_names_are_frozen() -> None:
         "from_rule get_total_norm in_backward minimize no_decay warmup"
     )
     assert sorted(descend.__all__) == sorted([*names.split(), *TORCHS])
+    assert dir(descend) == sorted(descend.__all__)
     assert all(getattr(descend, name).__doc__ for name in names.split())
     assert descend.__version__.count(".") == 2
 

@@ -89,3 +89,8 @@ except ImportError:  # new in torch 2.15
     pass
 else:
     __all__ += ["functional"]
+
+
+def __dir__() -> list[str]:
+    """The public names."""
+    return sorted(__all__)

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 from descend.first_order.optimizer import FirstOrder
-from descend.step.in_backward import CLIPS, NO_SCALER, InBackward
+from descend.step.in_backward import CLIPS, NO_SCALER, Clip, InBackward
 
 
 def in_backward(
-    optimizer: FirstOrder, accumulate: int = 1, *, clip: str | None = None, nonfinite: str | None = None
+    optimizer: FirstOrder,
+    accumulate: int = 1,
+    *,
+    clip: Clip | None = None,
+    nonfinite: Literal["parameter"] | None = None,
 ) -> InBackward:
     """Take the steps of ``optimizer`` inside ``backward``: each parameter as soon as its gradient is complete.
 

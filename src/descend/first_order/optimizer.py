@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -25,7 +25,7 @@ from descend.sparse.attach import Tables, attach
 from descend.state.container import State
 from descend.state.make import init_state
 from descend.step.driver import Driver, WholeStep
-from descend.step.in_backward import InBackward
+from descend.step.in_backward import Clip, InBackward
 from descend.step.plan import Placement, Plan
 from descend.step.scaling import forget_scale, refuse_closure
 
@@ -127,7 +127,9 @@ class FirstOrder(Method):
         """The handle of ``descend.in_backward`` while steps are taken inside backward, else None."""
         return self._driver.handle  # type: ignore[no-any-return]
 
-    def step_in_backward(self, accumulate: int, clip: str | None, nonfinite: str | None) -> InBackward:
+    def step_in_backward(
+        self, accumulate: int, clip: Clip | None, nonfinite: Literal["parameter"] | None
+    ) -> InBackward:
         """Take steps inside backward from now on, see ``descend.in_backward``."""
         ordinary = self._driver
 

@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping
 from functools import partial
 from types import TracebackType
-from typing import Any
+from typing import Any, Literal, TypeAlias, get_args
 
 import torch
 from torch import Tensor
@@ -23,7 +23,8 @@ from descend.step.plan import Plan, Position
 from descend.step.scaling import is_scaled
 from descend.step.take import take_step
 
-CLIPS = (None, "previous", "parameter")
+Clip: TypeAlias = Literal["previous", "parameter"]
+CLIPS = (None, *get_args(Clip))
 
 # What keeps its kind when it leaves ``backward``; everything else is a RuntimeError there.
 _KINDS = (FloatingPointError, IndexError, TypeError, ValueError)
@@ -48,8 +49,8 @@ class InBackward(Driver):
         method: Method,
         tables: Tables,
         accumulate: int,
-        clip: str | None,
-        nonfinite: str | None,
+        clip: Clip | None,
+        nonfinite: Literal["parameter"] | None,
         on_remove: Callable[[], None],
     ) -> None:
         _check_step_options(method, clip, nonfinite)
