@@ -30,8 +30,8 @@ class Options(TypedDict, total=False):
     backend: BackendName
     state_dtype: torch.dtype | None
     sparse: Sparse | None
-    amp: Amp | None
     groups: Groups | None
+    amp: Amp | None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,4 +1,4 @@
-"""Choosing to step inside the backward pass."""
+"""How users ask for steps inside the backward pass."""
 
 from __future__ import annotations
 
@@ -17,21 +17,20 @@ def in_backward(
 ) -> InBackward:
     """Take the steps of ``optimizer`` inside ``backward``: each parameter as soon as its gradient is complete.
 
-    The gradient is let go at once, so that gradients never take more memory than that of one parameter. Where the
-    program calls ``optimizer.step()``, the step is completed: parameters whose gradients still wait take theirs, step
-    hooks run, and the loss of a closure is returned. As long as a parameter gets at most ``accumulate`` gradients
-    between two calls of ``step()``, every result is that of the ordinary optimizer, bit for bit. Without calls of
-    ``step()`` a parameter steps at every ``accumulate``-th gradient.
+    Each gradient is freed at once, so only one is held. ``optimizer.step()`` completes the step: parameters that still
+    have a gradient are updated, step hooks run, and the loss of a closure is returned. As long as a parameter gets at
+    most ``accumulate`` gradients between two calls of ``step()``, every result equals that of the ordinary optimizer,
+    bit for bit. Without calls of ``step()`` a parameter steps at every ``accumulate``-th gradient.
 
     Args:
         optimizer: of this library, not ``LBFGS`` or ``Newton``. Parameters added to it later are included.
         accumulate: gradients of a parameter that are summed before it steps, >= 1. Default: 1.
-        clip: how ``max_norm`` is kept, since the joint norm of all gradients is only known when all have come.
-            ``"previous"``: by the norm of the step before, or by that of the gradients that have come so far, if that
-            is larger, as it always is in a first step. ``"parameter"``: each parameter by its own norm. Default: None,
-            an error if there is a ``max_norm``.
-        nonfinite: ``"parameter"``: what ``nonfinite="skip"`` and ``"raise"`` of the optimizer do, they do to single
-            parameters, whose gradients come one after the other. Default: None, an error if they are asked for.
+        clip: how ``max_norm`` is applied. The joint norm of all gradients is known only when all have arrived.
+            ``"previous"``: uses the norm of the last step, or that of the gradients so far if it is larger, as it
+            always is in a first step. ``"parameter"``: limits each parameter by its own norm. Default: None, an error
+            if the optimizer has a ``max_norm``.
+        nonfinite: ``"parameter"``: ``nonfinite="skip"`` and ``"raise"`` of the optimizer act on single parameters, as
+            their gradients arrive. Default: None, an error if the optimizer has one of them.
     Returns:
         A handle: ``remove()``, or the end of a ``with`` block, makes the optimizer ordinary again.
     Raises:
@@ -39,6 +38,7 @@ def in_backward(
         ValueError: if an option cannot be kept in one pass.
         RuntimeError: if the optimizer, or another one with the same parameters, is in backward already.
     Example:
+        >>> import torch
         >>> from descend import SGD
         >>> weight = torch.ones(2, requires_grad=True)
         >>> optimizer = SGD([weight], lr=0.1)

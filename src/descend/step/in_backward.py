@@ -1,4 +1,4 @@
-"""Steps inside the backward pass: each parameter as soon as its gradient is complete, which is then let go."""
+"""Steps inside the backward pass: each parameter steps, and frees its gradient, as soon as the gradient is complete."""
 
 from __future__ import annotations
 
@@ -37,8 +37,8 @@ class InBackward(Driver):
         method: the optimizer.
         tables: its parameters in exact mode.
         accumulate: gradients of a parameter that are summed before it steps.
-        clip: how ``max_norm`` is kept.
-        nonfinite: whether ``nonfinite`` is about single parameters.
+        clip: how ``max_norm`` is applied, see ``descend.in_backward``.
+        nonfinite: whether the optimizer's ``nonfinite`` acts on single parameters.
         on_remove: called when the optimizer becomes ordinary again.
     """
 
