@@ -247,7 +247,10 @@ class _Reading:
         in_rule = shape is not None
         what = f"{self.who}: the loaded {key} of {name}"
         if key == "step" and self.optimizer.counts_steps:
-            return number_of(value, what, is_count=True)
+            step = number_of(value, what, is_count=True)
+            if not float(step).is_integer():
+                raise ValueError(f"{what} must be a whole number, got {float(step)}.")
+            return step
         if key in self.optimizer.scalar_state:
             number = number_of(value, what)
             self._check_sign(key, number, what)

@@ -104,7 +104,7 @@ def unusable_is_value_error(who: str, group: int) -> Iterator[None]:
 
 
 def number_of(value: Any, what: str, is_count: bool = False) -> Any:
-    """A copy of a finite number, or of a tensor of one element, moved to the CPU; a count is whole and >= 0."""
+    """A copy of a finite number, or of a tensor of one element, moved to the CPU; a count is >= 0."""
     number = value
     if isinstance(value, Tensor):
         is_one = value.numel() == 1 and not value.is_meta
@@ -113,8 +113,6 @@ def number_of(value: Any, what: str, is_count: bool = False) -> Any:
     is_number = isinstance(number, Real) and not isinstance(number, bool)
     if not is_number or not abs(number) <= sys.float_info.max or (is_count and number < 0):
         raise ValueError(f"{what} must be a number{' >= 0' if is_count else ''}, got {number!r:.40}.")
-    if is_count and number % 1 != 0:
-        raise ValueError(f"{what} must be a whole number, got {number!r:.40}.")
     return value
 
 
