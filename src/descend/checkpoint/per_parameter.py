@@ -114,7 +114,7 @@ def init_state(self: FirstOrder) -> None:
         for param in group["params"]:
             if param.requires_grad:
                 found = dict.get(self.state, param)
-                made = self.ensure_state(param, rule, group, in_pages=self.sparse is not None)
+                made = self.ensure_state(param, rule, group, lazy=self.sparse is not None)
                 if made and not self.counts_steps and (not found or type(found) is Initial):
                     dict.__setitem__(self.state, param, Initial(made))
     self._plan = None

@@ -207,9 +207,9 @@ class FirstOrder(Settling):
     # State.
 
     def ensure_state(
-        self, param: Tensor, rule: Callable[..., Any], group: Mapping[str, Any], in_pages: bool = False
+        self, param: Tensor, rule: Callable[..., Any], group: Mapping[str, Any], lazy: bool = False
     ) -> dict[str, Any]:
-        """The state of ``param``, made where it is missing; ``in_pages``: zeros in memory that costs what is used."""
+        """The state of ``param``, made where it is missing; ``lazy``: zeros in lazily committed memory."""
         names = signature(rule).state
         if not names and not self.counts_steps:
             return {}
@@ -223,7 +223,7 @@ class FirstOrder(Settling):
         found.update(zip(numbers, self.stored_numbers(numbers, param, group, found), strict=True))
         for name, dtype in zip(names, self.state_dtypes(rule, param, found), strict=True):
             if not isinstance(found.get(name), Tensor):
-                found[name] = new_tensor(param, dtype, self.initial_state(name, param, group), in_pages)
+                found[name] = new_tensor(param, dtype, self.initial_state(name, param, group), lazy)
         return found
 
     def stored_numbers(

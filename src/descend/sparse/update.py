@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +16,8 @@ from descend.backends.cpu.threads import serial_in_forked_child
 from descend.core import memory
 from descend.core.signature import signature
 from descend.norms import clip
+from descend.sparse.table import ROW_STEP
+from descend.state import lazy_memory
 
 if TYPE_CHECKING:
     from descend.first_order.optimizer import FirstOrder
@@ -55,6 +58,7 @@ class SparseUpdate:
         self._scale = 1.0
         self._is_one_row = False
         self._state: list[Tensor] = []
+        self._n_rows = 0
         self._own = [place for tensor in (param, *_tensors(found)) if (place := memory.span(tensor))]
 
     def read(self, optimizer: FirstOrder) -> None:
@@ -73,6 +77,7 @@ class SparseUpdate:
         self._is_one_row = not sizes
         if self._is_one_row:
             indices, sizes = indices.new_zeros(1, len(values)), (1,)
+        self._n_rows = math.prod(sizes)
         start = values.data_ptr()
         if any(begin < start + values.nbytes and start < end for begin, end in self._own):
             values = values.clone()
@@ -106,7 +111,7 @@ class SparseUpdate:
     def prepare(self, optimizer: FirstOrder) -> dict[str, Any]:
         """Make the state that is missing."""
         group = optimizer.param_groups[self.group]
-        found = optimizer.ensure_state(self.param, self.rule, group, in_pages=self.meaning != "all")
+        found = optimizer.ensure_state(self.param, self.rule, group, lazy=self.meaning != "all")
         if self.table is not None:
             self.table.ensure_state(optimizer, found)
         self._state = [found[name] for name in signature(self.rule).state]
@@ -116,6 +121,7 @@ class SparseUpdate:
     def run(self, optimizer: FirstOrder) -> None:
         """Take the step."""
         if self.table is None:
+            lazy_memory.commit_rows(self._state, self._rows.rows, self._n_rows)
             param, state = self.param.data, self._state
             if self._is_one_row:  # the gradient has no sparse dimension
                 param, state = param[None], [tensor[None] for tensor in state]
@@ -123,6 +129,8 @@ class SparseUpdate:
         else:
             with self.table.lock:
                 self.table.begin_step(optimizer, self.group)
+                tables = (*self._state, optimizer.state_of(self.param)[ROW_STEP])
+                lazy_memory.commit_rows(tables, self._rows.rows, self._n_rows)
                 self._rows.update(self.param, self._state, self._numbers, self._scale)
                 self.table.end_step(optimizer, self.group, self._rows.rows)
         for name, number in zip(optimizer.keeps, self._kept_next, strict=True):
@@ -158,7 +166,7 @@ class EagerRows:
         grad = torch.sparse_coo_tensor(indices, values, (*sizes, *values.shape[1:]), check_invariants=False)
         self._grad = grad.coalesce()
         rows = self._grad.indices()[0]
-        self.rows = rows.cpu().numpy()
+        self.rows = np.ravel_multi_index(tuple(self._grad.indices().cpu().numpy()), sizes)
         if steps is None:
             return None
         late = rows[steps[rows].abs() != step]

@@ -93,13 +93,13 @@ class State(defaultdict[Any, Any]):
     values = _exposing("values")
 
 
-def new_tensor(param: Tensor, dtype: torch.dtype, start: Any, in_pages: bool = False) -> Tensor:
+def new_tensor(param: Tensor, dtype: torch.dtype, start: Any, lazy: bool = False) -> Tensor:
     """A state tensor in the memory order of ``param`` that starts as ``start``: a number, or a tensor like ``param``.
 
-    Both parts of a complex number start as the number: a step treats them as two real ones. ``in_pages``: zeros in
-    memory that costs what is used.
+    Both parts of a complex number start as the number: a step treats them as two real ones. ``lazy``: zeros in lazily
+    committed memory.
     """
-    if in_pages and param.is_cpu and param.is_contiguous() and not isinstance(start, Tensor) and start == 0:
+    if lazy and param.is_cpu and param.is_contiguous() and not isinstance(start, Tensor) and start == 0:
         return lazy_memory.zeros(param.shape, dtype)
     with serial_in_forked_child():
         tensor = torch.zeros_like(param, dtype=dtype, memory_format=torch.preserve_format)

@@ -20,6 +20,7 @@ from descend.core import memory
 from descend.core.signature import signature
 from descend.norms import clip
 from descend.sparse.update import SparseUpdate, warm_up_rows
+from descend.state import lazy_memory
 from descend.state.container import State, state_tensors
 
 if TYPE_CHECKING:
@@ -224,6 +225,7 @@ class Plan:
                 state = optimizer.ensure_state(entry.param, entry.rule, optimizer.param_groups[entry.group])
                 names = signature(entry.rule).state
                 tensors.append([state[name] for name in names])
+                lazy_memory.commit(tensors[-1])
                 if optimizer.counts_steps:
                     steps.append(state["step"])
                     names += ("step",)
