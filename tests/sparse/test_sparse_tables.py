@@ -25,7 +25,8 @@ from sparse_cases import (
 )
 from torch import Tensor
 
-from descend import SGD, AdamW
+from descend import SGD, AdamW, rules
+from descend.sparse.update import EagerRows
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -200,6 +201,12 @@ def test_edits_of_the_state_are_noticed() -> None:
             optimizer.state.clear()
             expected.state.clear()
     expected.assert_equal(optimizer, param)
+
+
+def test_rows_of_several_sparse_dimensions_are_numbered_through() -> None:
+    rows = EagerRows(rules.sgd, all_rows=False)
+    rows.read(torch.tensor([[2, 0, 2, 1], [3, 1, 3, 0]]), torch.ones(4, 5), (3, 4), None, 0)
+    assert rows.rows.tolist() == [1, 4, 11]
 
 
 def test_step_on_a_large_table_costs_what_it_touches() -> None:

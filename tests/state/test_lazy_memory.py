@@ -229,6 +229,18 @@ def test_committing_keeps_what_is_written(error: int | None, monkeypatch: pytest
     assert len(asked) == 1
 
 
+@has_pages
+def test_small_tensors_are_committed_at_once() -> None:
+    (after,) = measured("""
+        tables = [lazy_memory.zeros((4_000, 64), torch.float32).numpy() for _ in range(20)]
+        faults()
+        for table in tables:
+            table[:] = 1
+        print(faults())
+        """)
+    assert after < 20  # of 5,000 pages
+
+
 def test_other_tensors_are_left_alone() -> None:
     tensors = [torch.ones(MIB), torch.ones(3, 5), torch.empty(0, 4), torch.ones(4, device="meta"), torch.tensor(1.0)]
     lazy_memory.commit(tensors)
