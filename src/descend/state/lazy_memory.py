@@ -21,7 +21,7 @@ STATE_PAGES: tuple[StatePages, ...] = get_args(StatePages)
 MIN_LAZY_BYTES = 2**20  # smaller tensors are committed at once
 BLOCK_BYTES = 2**21  # a huge page
 SCATTERED = 1 / 16  # of the blocks of a tensor: rows in more of them are scattered,
-DENSE = 0.5  # unless they fill so many of these blocks' pages
+DENSE = 0.5  # of pages: rows in more of them are dense, and not scattered
 MAX_SHARE = 0.5  # of the available memory that "auto" commits ahead of use, for all tensors together
 POPULATE_WRITE = 23  # MADV_POPULATE_WRITE of Linux 5.14; Python does not name it
 
@@ -78,10 +78,11 @@ def commit_rows(tensors: Iterable[Tensor], rows: np.ndarray, count: int, pages: 
         rows: numbers of the rows that are written, in ascending order.
         count: number of rows of each tensor.
         pages: ``"touched"`` commits the pages of these rows. ``"all"`` commits the whole tensor, in huge pages where
-            the system has them. ``"auto"`` is ``"all"`` if the rows are scattered and memory is plentiful, else
-            ``"touched"``. Rows are scattered if they lie in more than a sixteenth of the tensor's 2 MiB blocks and in
-            less than half of the pages of these blocks. Memory is plentiful if all tensors committed as a whole take
-            at most half of what would be available without them. Default: ``"auto"``.
+            the system has them. ``"auto"`` is ``"all"`` if memory is plentiful and the rows are scattered or in more
+            than half of the tensor's pages, else ``"touched"``. Rows are scattered if they lie in more than a
+            sixteenth of the tensor's 2 MiB blocks and in less than half of the pages of these blocks. Memory is
+            plentiful if all tensors committed as a whole take at most half of what would be available without them.
+            Default: ``"auto"``.
     """
     touched: dict[int, np.ndarray] = {}  # by bytes in a row
     for tensor in tensors:
@@ -128,7 +129,7 @@ class _Mapping(mmap.mmap):
         new = pages[~self._exists[pages]]
         if len(new) == 0:
             return
-        if policy == "all" or (policy == "auto" and self._are_scattered(pages) and self._is_affordable()):
+        if policy == "all" or (policy == "auto" and self._is_worth_all(pages) and self._is_affordable()):
             self.commit()
         if not self.is_committed:
             self._write(new)
@@ -148,10 +149,11 @@ class _Mapping(mmap.mmap):
                 self._has_run_out = True
                 self.madvise(mmap.MADV_NOHUGEPAGE)
 
-    def _are_scattered(self, pages: np.ndarray) -> bool:
-        in_block = BLOCK_BYTES // mmap.PAGESIZE
-        n_pages, n_blocks = _distinct(pages), _distinct(pages // in_block)
-        return n_blocks * in_block > SCATTERED * len(self._exists) and n_pages < DENSE * n_blocks * in_block
+    def _is_worth_all(self, pages: np.ndarray) -> bool:
+        total, in_block = len(self._exists), BLOCK_BYTES // mmap.PAGESIZE
+        touched, in_blocks = _distinct(pages), _distinct(pages // in_block) * in_block
+        is_scattered = in_blocks > SCATTERED * total and touched < DENSE * in_blocks
+        return is_scattered or touched > DENSE * total
 
     def _is_affordable(self) -> bool:
         committed = sum(len(mapping) for mapping in _mappings.values() if mapping.is_committed)
