@@ -16,6 +16,7 @@ How the times are made comparable:
 
 - **One table.** All contenders update the same parameter and the same two averages; copies of the largest case would
   not fit into memory. The averages are those that ours allocated, and every number in them has been written before.
+  So torch, too, finds them in the huge pages that ours asks for.
 - **Rounds.** In each round everybody takes a turn of several steps; the first ones only restore the caches, the median
   of the others counts. Who goes first rotates. A ratio is formed in each round; the median of all rounds is reported.
 - **Gradients** are what the backward pass of ``nn.Embedding(sparse=True)`` leaves, not coalesced, newly allocated
@@ -23,7 +24,7 @@ How the times are made comparable:
 - **Zipf** looks up the row of rank r with a probability proportional to r**-1.2; ranks are strewn over the table.
 
 Cases called ``first-steps`` time new optimizers, whose state has no memory yet. In each round everybody begins anew and
-takes 50 steps. The first one, in which torch allocates its state, is shown and not compared.
+takes 50 steps, with state of its own. The first one, which allocates the state, is shown and not compared.
 
 The largest case needs 17 GB of memory; what does not fit is left out.
 """
