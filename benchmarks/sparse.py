@@ -16,11 +16,15 @@ How the times are made comparable:
 
 - **One table.** All contenders update the same parameter and the same two averages; copies of the largest case would
   not fit into memory. The averages are those that ours allocated, and every number in them has been written before.
+  So torch, too, finds them in the huge pages that ours asks for.
 - **Rounds.** In each round everybody takes a turn of several steps; the first ones only restore the caches, the median
   of the others counts. Who goes first rotates. A ratio is formed in each round; the median of all rounds is reported.
 - **Gradients** are what the backward pass of ``nn.Embedding(sparse=True)`` leaves, not coalesced, newly allocated
   before each step, outside the clock.
 - **Zipf** looks up the row of rank r with a probability proportional to r**-1.2; ranks are strewn over the table.
+
+Cases called ``first-steps`` time new optimizers, whose state has no memory yet. In each round everybody begins anew and
+takes 50 steps, with state of its own. The first one, which allocates the state, is shown and not compared.
 
 The largest case needs 17 GB of memory; what does not fit is left out.
 """
@@ -34,7 +38,7 @@ import json
 import math
 import os
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from fnmatch import fnmatchcase
 from functools import partial
 from pathlib import Path
@@ -59,7 +63,7 @@ CONTENDERS = (TOUCHED, EXACT, TORCH, DENSE, FLOOR)
 ROWS = {"100k": 100_000, "1M": 1_000_000, "10M": 10_000_000}
 DIMS = (16, 64, 128)
 UNIFORM, ZIPF = "uniform", "zipf"
-FIRST_TOUCHES = "first-touches"
+FIRST_STEPS = "first-steps"
 LARGEST_DENSE = 8e9
 """Bytes of parameter, gradient and averages."""
 
@@ -74,6 +78,8 @@ class Plan(NamedTuple):
         rounds: turns of each contender.
         turn: steps of a turn, and how many of them do not count.
         history: steps of ``exact`` before anything is timed.
+        fresh_rounds: new optimizers of each contender.
+        fresh_steps: steps that each of these takes.
     """
 
     shrink: int
@@ -82,10 +88,30 @@ class Plan(NamedTuple):
     rounds: int
     turn: Shape
     history: int
+    fresh_rounds: int
+    fresh_steps: int
 
 
-FULL = Plan(shrink=1, lookups=16_384, sets=256, rounds=25, turn=Shape((), burst=6, uncounted=2), history=1000)
-QUICK = Plan(shrink=100, lookups=256, sets=8, rounds=2, turn=Shape((), burst=1, uncounted=0), history=20)
+FULL = Plan(
+    shrink=1,
+    lookups=16_384,
+    sets=256,
+    rounds=25,
+    turn=Shape((), burst=6, uncounted=2),
+    history=1000,
+    fresh_rounds=5,
+    fresh_steps=50,
+)
+QUICK = Plan(
+    shrink=100,
+    lookups=256,
+    sets=8,
+    rounds=2,
+    turn=Shape((), burst=1, uncounted=0),
+    history=20,
+    fresh_rounds=2,
+    fresh_steps=4,
+)
 DENSE_TURN = Shape((), burst=1, uncounted=0)  # no cache holds what it needs
 
 
@@ -113,6 +139,11 @@ CASES = [
     for dims in DIMS
     for lookups in (UNIFORM, ZIPF)
 ]
+FIRST_STEPS_CASES = {
+    f"{FIRST_STEPS}-{rows}-{lookups}": Case("float32", rows, 64, lookups)
+    for rows in ROWS
+    for lookups in (UNIFORM, ZIPF)
+}
 
 
 class Result(NamedTuple):
@@ -139,6 +170,29 @@ class Result(NamedTuple):
 
 
 Results = dict[str, Result]
+"""By name of the case."""
+
+
+class FirstSteps(NamedTuple):
+    """What was measured of new optimizers.
+
+    Attributes:
+        seconds: by contender, an array of shape (rounds, steps).
+    """
+
+    seconds: dict[str, np.ndarray]
+
+    def together(self, name: str) -> float:
+        """Seconds of all steps but the first: median over the rounds."""
+        return float(np.median(self.seconds[name][:, 1:].sum(1)))
+
+    def worst(self, slow: str, fast: str) -> float:
+        """How many times longer ``slow`` takes, in the worst of all steps but the first."""
+        slow_steps, fast_steps = (np.median(self.seconds[name][:, 1:], axis=0) for name in (slow, fast))
+        return float((slow_steps / fast_steps).min())
+
+
+FirstStepsResults = dict[str, FirstSteps]
 """By name of the case."""
 
 
@@ -202,6 +256,16 @@ class Table:
             grad = torch.full_like(self.param, 1e-3)
             contenders[DENSE] = Contender(dense.step, partial(setattr, self.param, "grad", grad)), DENSE_TURN
         return contenders
+
+    def fresh(self, name: str) -> Contender:
+        """A new optimizer without state."""
+        if name == TORCH:
+            return Contender(torch.optim.SparseAdam([self.param]).step, self.look_up)
+        optimizer = descend.AdamW([self.param], sparse="exact" if name == EXACT else "touched")
+        if name == TOUCHED:
+            return Contender(optimizer.step, self.look_up)
+        optimizer.attach(self.reader)
+        return Contender(partial(self._read_and_step, optimizer), self.look_up)
 
     def _touched(self) -> torch.optim.Optimizer:
         optimizer = descend.AdamW([self.param], sparse="touched")
@@ -337,19 +401,20 @@ def time_case(case: Case, plan: Plan) -> Result:
     return Result(rows, moved, seconds)
 
 
-def first_touches(plan: Plan) -> tuple[float, float]:
-    """Seconds of a step whose rows have no memory yet behind their averages, and of one whose rows do."""
-    case = Case("float32", "1M", 64, UNIFORM)
-    table = Table(case, plan)
-    optimizer = descend.AdamW([table.param], sparse="touched")
-    contender = Contender(optimizer.step, table.look_up)
-    contender.turn(DENSE_TURN)  # makes the state and the kernels
-    turn = Shape((), burst=5, uncounted=0)
-    fresh = statistics.median(contender.turn(turn))
-    for name in ("exp_avg", "exp_avg_sq"):
-        optimizer.state[table.param][name].fill_(1e-3)
-    contender.turn(turn)
-    return fresh, statistics.median(contender.turn(turn))
+def time_first_steps(case: Case, plan: Plan) -> FirstSteps:
+    """Let new optimizers take their first steps."""
+    gc.freeze()
+    table, names = Table(case, plan), [TOUCHED, EXACT, TORCH]
+    turn = Shape((), burst=plan.fresh_steps, uncounted=0)
+    for name in (TOUCHED, EXACT):
+        table.fresh(name).turn(turn)  # compiles the kernels
+    seconds: dict[str, list[list[float]]] = {name: [] for name in names}
+    for number in range(plan.fresh_rounds):
+        first = number % len(names)
+        for name in names[first:] + names[:first]:
+            gc.collect()  # gives back the state of the optimizer before
+            seconds[name].append(table.fresh(name).turn(turn))
+    return FirstSteps({name: np.array(rounds) for name, rounds in seconds.items()})
 
 
 class Figure(NamedTuple):
@@ -365,11 +430,11 @@ class Figure(NamedTuple):
 
     what: str
     cases: str
-    measure: Callable[[Results, str], float | None]
+    measure: Callable[[Any, str], float | None]
     sign: Literal[">=", "<="]
     bound: float
 
-    def measured(self, results: Results) -> list[float]:
+    def measured(self, results: Mapping[str, Any]) -> list[float]:
         """All cases it is about, the worst first."""
         found = [self.measure(results, name) for name in results if fnmatchcase(name, self.cases)]
         return sorted((ratio for ratio in found if ratio is not None), reverse=self.sign == "<=")
@@ -396,6 +461,16 @@ def growth(contender: str) -> Callable[[Results, str], float | None]:
     return measure
 
 
+def worst_step(name: str) -> Callable[[FirstStepsResults, str], float | None]:
+    """How many times longer torch takes than ``name``, in the worst step from the second on."""
+    return lambda results, case: results[case].worst(TORCH, name)
+
+
+def steps_together(name: str) -> Callable[[FirstStepsResults, str], float | None]:
+    """How many times longer torch takes than ``name`` for all steps from the second on."""
+    return lambda results, case: results[case].together(TORCH) / results[case].together(name)
+
+
 FIGURES = (
     Figure("torch / touched", "*-1M-*-uniform", times(TORCH, TOUCHED), ">=", 8),
     Figure("torch / touched", "*-10M-*-uniform", times(TORCH, TOUCHED), ">=", 8),
@@ -406,6 +481,11 @@ FIGURES = (
     Figure("exact / touched", "*", times(EXACT, TOUCHED), "<=", 3),
     Figure("dense / exact", "*-1M-*", times(DENSE, EXACT), ">=", 12),
     Figure("touched, 10M rows / 100k", "*-10M-*-zipf", growth(TOUCHED), "<=", 2),
+)
+FIRST_STEPS_FIGURES = tuple(
+    Figure(f"torch / {name}, {what}", "*", measure(name), ">=", 1)
+    for name in (TOUCHED, EXACT)
+    for what, measure in (("worst of steps", worst_step), ("steps together", steps_together))
 )
 
 
@@ -429,22 +509,35 @@ def report_cases(cases: list[Case], plan: Plan) -> Results:
     return results
 
 
-def report_first_touches(plan: Plan) -> None:
-    """Print what it costs that a row's state has no memory before it is first touched."""
-    fresh, warm = first_touches(plan)
-    print(
-        f"\nFirst touches, float32-1M-64-uniform: {fresh * 1e3:.2f} ms a step while all rows are new to the optimizer, "
-        f"{warm * 1e3:.2f} ms once their state has memory."
-    )
+def report_first_steps(cases: Mapping[str, Case], plan: Plan) -> FirstStepsResults:
+    """Print a line per case and contender: what the first steps of a new optimizer take."""
+    print(f"\nMilliseconds of the first {plan.fresh_steps} steps; how many times longer torch takes.\n")
+    print_row("case", ["step 1", "step 2", f"2 to {plan.fresh_steps}", "torch/", "worst step"])
+    results: FirstStepsResults = {}
+    for name, case in cases.items():
+        needed = (
+            5 * case.row_bytes * ROWS[case.rows] / plan.shrink
+        )  # both averages twice: "auto" takes half of what is free
+        if needed + 1e9 > free_memory():
+            print(f"{name:<40} left out: its tensors take {needed / 1e9:.1f} GB", flush=True)
+            continue
+        results[name] = result = time_first_steps(case, plan)
+        for contender, seconds in result.seconds.items():
+            first, second = np.median(seconds[:, :2], axis=0) * 1e3
+            together, worst = result.together(contender), result.worst(TORCH, contender)
+            cells = [f"{first:.2f}", f"{second:.2f}", f"{together * 1e3:.1f}"]
+            print_row(f"{name} {contender}", [*cells, f"{result.together(TORCH) / together:.2f}x", f"{worst:.2f}x"])
+    return results
 
 
-def report_figures(results: Results) -> list[dict[str, Any]]:
+def report_figures(results: Results, first_steps: FirstStepsResults) -> list[dict[str, Any]]:
     """Print the figures to reach beside the measured ones; return them for the JSON file."""
     print("\nFigures to reach (the worst of the cases counts)\n")
     print_row("figure, cases", ["bound", "worst", "median", "reached"])
     rows = []
-    for figure in FIGURES:
-        measured = figure.measured(results)
+    pairs = [(figure, results) for figure in FIGURES] + [(figure, first_steps) for figure in FIRST_STEPS_FIGURES]
+    for figure, of_cases in pairs:
+        measured = figure.measured(of_cases)
         worst, median = (measured[0], statistics.median(measured)) if measured else (None, None)
         reached = None if worst is None else figure.reached_by(worst)
         shown = ["-" if ratio is None else f"{ratio:.2f}" for ratio in (worst, median)]
@@ -468,7 +561,7 @@ def parse_arguments() -> argparse.Namespace:
         "--only",
         metavar="PATTERN",
         default="*",
-        help=f"run the cases with the pattern in their name, as in float32-1M-64-zipf, or {FIRST_TOUCHES}",
+        help=f"run the cases with the pattern in their name, as in float32-1M-64-zipf, or {FIRST_STEPS}",
     )
     parser.add_argument(
         "--quick",
@@ -479,12 +572,12 @@ def parse_arguments() -> argparse.Namespace:
     arguments = parser.parse_args()
     if arguments.json and not arguments.json.parent.is_dir():  # said now, not after ten minutes
         parser.error(f"--json: there is no folder {arguments.json.parent}.")
-    names = [case.name for case in CASES] + [FIRST_TOUCHES]
+    names = [case.name for case in CASES] + list(FIRST_STEPS_CASES)
     arguments.names = {name for name in names if fnmatchcase(name, f"*{arguments.only}*")}
     if not arguments.names:
         parser.error(
             f"--only: nothing matches {arguments.only!r}. There is ({'|'.join(DTYPES)})-({'|'.join(ROWS)})-"
-            f"({'|'.join(map(str, DIMS))})-({UNIFORM}|{ZIPF}), {FIRST_TOUCHES}."
+            f"({'|'.join(map(str, DIMS))})-({UNIFORM}|{ZIPF}), {FIRST_STEPS}-...-..."
         )
     return arguments
 
@@ -495,13 +588,15 @@ def main() -> None:
     about = environment()
     print(", ".join(f"{key} {value}" for key, value in about.items()))
     results = report_cases([case for case in CASES if case.name in arguments.names], plan)
-    if FIRST_TOUCHES in arguments.names:
-        report_first_touches(plan)
-    figures = report_figures(results)
+    first_cases = {name: case for name, case in FIRST_STEPS_CASES.items() if name in arguments.names}
+    first_steps = report_first_steps(first_cases, plan)
+    figures = report_figures(results, first_steps)
     if arguments.quick:
         print("\nQuick run: the tables were cut down, so none of these times means anything.")
     if arguments.json:
-        cases = {name: result._asdict() for name, result in results.items()}
+        cases: dict[str, Any] = {name: result._asdict() for name, result in results.items()}
+        for name, result in first_steps.items():
+            cases[name] = {"seconds": {contender: array.tolist() for contender, array in result.seconds.items()}}
         report = {"environment": about, "quick": arguments.quick, "cases": cases, "figures": figures}
         arguments.json.write_text(json.dumps(report, indent=2) + "\n")
 

@@ -72,3 +72,57 @@ def test_state_made_ahead_or_loaded_costs_nothing_where_it_is_zero() -> None:
         optimizers[1].load_state_dict(optimizers[0].state_dict())
         costs.append(resident() - before)
     assert costs[1] < 16  # else 32 for each of the two, as both averages have the table's size
+
+
+FAULTS = """
+import resource, sys, torch, descend
+from descend.backends.cpu import threads
+
+faults = []
+run = threads.run
+
+def counting(*args):
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    run(*args)
+    faults.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+
+threads.run = counting
+sparse, rows = sys.argv[1:]
+torch.set_num_threads(2)
+for size in (2_000, 400_000):  # what is compiled and started for the first time is not counted
+    table = torch.nn.Embedding(size, 64, sparse=True, _weight=torch.ones(size, 64))
+    optimizer = descend.AdamW(table.parameters(), sparse=sparse)
+    if sparse == "exact":
+        optimizer.attach(table)
+    if rows == "dense":
+        optimizer.init_state()
+    faults.clear()
+    for step in range(3):
+        indices = torch.randperm(size if rows == "scattered" else min(size, 40_000))[: size // 20]
+        if rows == "dense":
+            table.weight.grad = torch.ones_like(table.weight)
+        else:
+            table(indices).sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+print(sum(faults), len(faults))
+"""
+
+
+@needs_proc
+@pytest.mark.parametrize(
+    ("sparse", "rows"),
+    [
+        ("touched", "scattered"),
+        ("touched", "neighbours"),
+        ("touched", "dense"),
+        ("exact", "scattered"),
+        ("exact", "neighbours"),
+    ],
+)
+def test_kernels_that_run_on_several_threads_do_not_fault(sparse: str, rows: str) -> None:
+    """Faults of two threads wait for each other. The state of each step is written for the first time."""
+    done = subprocess.run([sys.executable, "-c", FAULTS, sparse, rows], capture_output=True, text=True, check=True)
+    faults, calls = map(int, done.stdout.split())
+    assert calls >= 3
+    assert faults < 50  # thousands without commit_rows

@@ -215,7 +215,7 @@ class EagerRows:
         grad = torch.sparse_coo_tensor(indices, values, shape, device=device, check_invariants=False)
         self._grad = grad.coalesce()
         rows = self._grad.indices()[0]
-        self.rows = rows.cpu().numpy()
+        self.rows = np.ravel_multi_index(tuple(self._grad.indices().cpu().numpy()), sizes)
         if steps is None:
             return None
         late = rows[steps[rows].abs() != step]

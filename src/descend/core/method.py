@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 from torch.utils._foreach_utils import _get_fused_kernels_supported_devices
 
 from descend.core.checks import check_kinds, check_lr
-from descend.core.options import BACKENDS, Amp, BackendName, Nonfinite, Sparse, StepOptions
+from descend.core.options import BACKENDS, Amp, BackendName, Nonfinite, Sparse, StatePages, StepOptions
 from descend.core.signature import signature
 
 
@@ -79,6 +79,7 @@ class Method(Optimizer):
     state_dtype: torch.dtype | None
     sparse: Sparse | None
     amp: Amp | None
+    state_pages: StatePages
 
     # What a subclass defines.
 

@@ -17,6 +17,7 @@ Nonfinite: TypeAlias = Literal["step", "skip", "raise"]
 BackendName: TypeAlias = Literal["auto", "eager", "cpu"]
 Sparse: TypeAlias = Literal["touched", "exact"]
 Amp: TypeAlias = Literal["fused"]
+StatePages: TypeAlias = Literal["auto", "touched", "all"]
 
 BACKENDS: list[str] = list(get_args(BackendName))  # ``backends.register`` appends to it
 STATE_DTYPES = (None, torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -32,6 +33,7 @@ class Options(TypedDict, total=False):
     sparse: Sparse | None
     groups: Groups | None
     amp: Amp | None
+    state_pages: StatePages
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,6 +46,7 @@ class StepOptions:
     state_dtype: torch.dtype | None = None
     sparse: Sparse | None = None
     amp: Amp | None = None
+    state_pages: StatePages = "auto"
 
     @property
     def wants_norm(self) -> bool:
@@ -64,6 +67,7 @@ class StepOptions:
             "state_dtype": STATE_DTYPES,
             "sparse": (None, *get_args(Sparse)),
             "amp": (None, *get_args(Amp)),
+            "state_pages": get_args(StatePages),
         }
         for name, values in allowed.items():
             if (value := getattr(self, name)) not in values:

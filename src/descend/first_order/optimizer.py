@@ -55,6 +55,9 @@ class FirstOrder(Method):
             decides. Parameters that none matches are the first group. Default: all are one group.
         amp: ``"fused"``: a ``GradScaler`` leaves unscaling, and leaving out steps that overflow, to ``step``, which
             unscales inside the update. None: it does so itself, and rewrites the gradients. Default: None.
+        state_pages: how the state of sparse parameters is committed. ``"touched"``: only the pages of touched rows.
+            ``"all"``: all of it at the first step. ``"auto"``: all of it if memory is plentiful and the rows are
+            scattered, see docs/sparse.md. Default: ``"auto"``.
     Raises:
         ValueError: if an option is out of range; nothing has been changed then.
     """

@@ -38,8 +38,8 @@ class AdamWScheduleFree(FirstOrder):
         weight_lr_power: and to this power of the largest ``lr`` so far. Default: 2.
         foreach: accepted and kept in the groups; the backend is chosen by ``backend``.
         maximize: ascend instead. Default: False.
-        options: ``max_norm``, ``nonfinite``, ``backend``, ``state_dtype``, ``sparse``, ``groups``, ``amp``: see
-            ``FirstOrder``.
+        options: ``max_norm``, ``nonfinite``, ``backend``, ``state_dtype``, ``sparse``, ``groups``, ``amp``,
+            ``state_pages``: see ``FirstOrder``.
     Raises:
         ValueError: if an option is out of range.
         RuntimeError: by ``step()`` in eval mode.

@@ -28,8 +28,8 @@ class SparseAdam(FirstOrder):
         betas: decay of the averages of gradient and squared gradient, each in [0, 1). Default: (0.9, 0.999).
         eps: > 0, added to the denominator before bias correction, in units of the gradient. Default: 1e-8.
         maximize: ascend instead. Default: False.
-        options: ``max_norm``, ``nonfinite``, ``backend``, ``state_dtype``, ``sparse``, ``groups``, ``amp``: see
-            ``FirstOrder``.
+        options: ``max_norm``, ``nonfinite``, ``backend``, ``state_dtype``, ``sparse``, ``groups``, ``amp``,
+            ``state_pages``: see ``FirstOrder``.
     Raises:
         ValueError: if an option is out of range, or a parameter is itself sparse.
         RuntimeError: from ``step``, for a dense gradient; nothing has moved then.

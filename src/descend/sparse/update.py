@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -14,7 +15,8 @@ from descend.core import memory
 from descend.core.method import Method
 from descend.core.signature import signature
 from descend.core.update import Update, number, signed
-from descend.sparse.table import Table
+from descend.sparse.table import ROW_STEP, Table
+from descend.state import lazy_memory
 from descend.state.make import ensure_state, scalar_tensors, state_dtypes, steps_taken
 
 
@@ -54,6 +56,7 @@ class SparseUpdate(Update):
         self._scalars: list[float] = []
         self._next_state: list[float] = []
         self._is_one_row = False
+        self._n_rows = 0
         self._state: dict[str, Any] = state
         self._counters: Any = None
         self._own_memory = _spans(param, state)
@@ -77,6 +80,7 @@ class SparseUpdate(Update):
         self._is_one_row = not sizes
         if self._is_one_row:
             indices, sizes = indices.new_zeros(1, len(values)), (1,)
+        self._n_rows = math.prod(sizes)
         start = values.data_ptr()
         if any(begin < start + values.nbytes and start < end for begin, end in self._own_memory):
             values = values.clone()
@@ -123,6 +127,8 @@ class SparseUpdate(Update):
         if method.counts_steps:
             self.set_scalars(method, self._scale)  # a parameter that is listed twice has taken a step since
         state = [self._state[name] for name in signature(self._rule).state]
+        written = state if self._table is None else [*state, self._state[ROW_STEP]]
+        lazy_memory.commit_rows(written, self._rows.rows, self._n_rows, method.options.state_pages)
         if self._table is None:
             torch.autograd.graph.increment_version(self.params)
             param = self._param.data

@@ -65,6 +65,7 @@ class Plan:
         self._position = position
         self._is_compiled = self._has_state = False
         self._requested = method.requested_backend()
+        self._is_inference = torch.is_inference_mode_enabled()  # which decides what may be written
         self._state = method.state
         if isinstance(self._state, State) and self._state.owner() is not method:
             self._state.exposed = True  # two optimizers write it: neither knows of the other's steps
@@ -237,6 +238,7 @@ class Plan:
             or method.state is not self._state
             or len(groups) != len(self._groups)
             or method.requested_backend() != self._requested
+            or torch.is_inference_mode_enabled() != self._is_inference
         ):
             return False
         for (_, group, listed), (_, params, rule, differentiable) in zip(groups, self._groups, strict=True):

@@ -16,6 +16,7 @@ from descend.core.method import Method
 from descend.core.signature import signature
 from descend.core.update import Cell, Update, number, signed
 from descend.norms import clip
+from descend.state import lazy_memory
 from descend.state.make import ensure_state, scalar_tensors, state_dtypes, steps_taken
 
 _NONE = np.zeros(0)
@@ -111,6 +112,7 @@ class LaunchUpdate(Update):
                 state = ensure_state(method, entry.param, entry.rule, method.param_groups[entry.group])
                 names = signature(entry.rule).state
                 tensors.append([state[name] for name in names])
+                lazy_memory.commit(tensors[-1])
                 if method.counts_steps:
                     counters.append(state["step"])
                     names += ("step",)

@@ -1,8 +1,9 @@
-"""Zeros that cost what is written, and copies that keep it so."""
+"""Lazily committed zeros: which pages exist, when they are committed, and what copies commit."""
 
 from __future__ import annotations
 
 import copy
+import errno
 import gc
 import io
 import mmap
@@ -27,9 +28,12 @@ has_pages = pytest.mark.skipif(
 
 
 def measured(code: str) -> list[float]:
-    """What ``code`` prints in a process of its own; there ``grown()`` is the MB it got since the last call."""
+    """Return the numbers that ``code`` prints in a process of its own.
+
+    There, ``grown()`` returns the MB that have become resident since its last call, and ``faults()`` the page faults.
+    """
     prelude = """
-        import os, torch
+        import os, resource, numpy as np, torch
         from descend.state import lazy_memory
         torch.set_num_threads(1)
         def resident():
@@ -41,6 +45,11 @@ def measured(code: str) -> list[float]:
             global last
             before, last = last, resident()
             return last - before
+        faulted = 0
+        def faults():
+            global faulted
+            before, faulted = faulted, resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+            return faulted - before
         """
     source = textwrap.dedent(prelude) + textwrap.dedent(code)
     # Arenas of malloc would count as well.
@@ -51,7 +60,7 @@ def measured(code: str) -> list[float]:
 
 
 @has_pages
-def test_a_table_costs_the_rows_that_are_written() -> None:
+def test_only_written_pages_are_resident() -> None:
     total = 10_000_000 * 64 * 4 / 1e6  # MB
     unused, neighbours, scattered = measured("""
         table = lazy_memory.zeros((10_000_000, 64), torch.float32)
@@ -68,8 +77,188 @@ def test_a_table_costs_the_rows_that_are_written() -> None:
     assert 0.15 * total < scattered < 0.165 * total  # a page each
 
 
+TABLE = "table = lazy_memory.zeros((400_000, 64), torch.float32)\n"  # 102.4 MB, 49 blocks of 2 MiB
+SCATTERED_ROWS = "np.arange(0, 400_000, 400)"
+NEIGHBOURS = "np.arange(20_000)"  # 5.12 MB
+
+
 @has_pages
-def test_copies_cost_what_the_source_does() -> None:
+@pytest.mark.parametrize(
+    ("rows", "pages", "expected"),
+    [
+        (SCATTERED_ROWS, "auto", 102.4),
+        (SCATTERED_ROWS, "touched", 4.096),
+        (SCATTERED_ROWS, "all", 102.4),
+        (NEIGHBOURS, "auto", 5.12),
+        ("np.arange(190_000)", "auto", 48.64),
+        ("np.arange(210_000)", "auto", 102.4),
+        (NEIGHBOURS, "touched", 5.12),
+        (NEIGHBOURS, "all", 102.4),
+        ("np.arange(0)", "all", 0),
+        ("np.array([0, 200_000, 399_999])", "auto", 0.012288),
+    ],
+)
+def test_rows_and_policy_decide_which_pages_are_committed(rows: str, pages: str, expected: float) -> None:
+    committed, again = measured(f"""
+        {TABLE}
+        rows = {rows}
+        lazy_memory.commit_rows([table], rows[:1], len(table), "touched")
+        grown()
+        lazy_memory.commit_rows([table], rows, len(table), {pages!r})
+        print(grown())
+        lazy_memory.commit_rows([table], rows, len(table), {pages!r})
+        print(grown())
+        """)
+    assert abs(committed - expected) < 2.2
+    assert again < 0.2
+
+
+@has_pages
+def test_rows_that_scatter_later_commit_the_table_then() -> None:
+    neighbours, scattered = measured(f"""
+        {TABLE}
+        for rows in ({NEIGHBOURS}, {SCATTERED_ROWS}):
+            grown()
+            lazy_memory.commit_rows([table], rows, len(table))
+            print(grown())
+        """)
+    assert neighbours < 7
+    assert scattered > 95
+
+
+@has_pages
+def test_stragglers_among_neighbours_do_not_commit_the_table() -> None:
+    """Each step reads most pages of the first fifth of the table; its new pages alone would look scattered."""
+    (grown,) = measured(f"""
+        {TABLE}
+        generator = np.random.default_rng(0)
+        grown()
+        for _ in range(5):
+            rows = np.unique(generator.integers(80_000, size=10_000))
+            lazy_memory.commit_rows([table], rows, len(table))
+        print(grown())
+        """)
+    assert 20 < grown < 24
+
+
+@has_pages
+@pytest.mark.parametrize(("available", "expected"), [(0, 4.096), (204, 4.096), (206, 102.4)])
+def test_scarce_memory_keeps_pages_uncommitted(available: int, expected: float) -> None:
+    (committed,) = measured(f"""
+        {TABLE}
+        lazy_memory.available_memory = lambda: {available}e6
+        grown()
+        lazy_memory.commit_rows([table], {SCATTERED_ROWS}, len(table))
+        print(grown())
+        """)
+    assert abs(committed - expected) < 2
+
+
+@has_pages
+def test_all_tables_share_the_memory_that_may_be_committed() -> None:
+    """Half of 650 MB are three tables; the memory of one that is freed counts again."""
+    sizes = measured(f"""
+        begin = resident()
+        lazy_memory.available_memory = lambda: 650e6 - (resident() - begin) * 1e6
+        tables = []
+        for i in range(6):
+            if i == 4:
+                del tables[0]
+            tables.append(lazy_memory.zeros((400_000, 64), torch.float32))
+            grown()
+            lazy_memory.commit_rows(tables[-1:], {SCATTERED_ROWS}, 400_000)
+            print(round(grown(), -1))
+        """)
+    assert sizes == [100, 100, 100, 0, 100, 0]
+
+
+@has_pages
+@pytest.mark.parametrize("length", [1, 25, 1024, 1500, 5000])
+def test_committed_rows_are_written_without_faults(length: int) -> None:
+    before, after = measured(f"""
+        table = lazy_memory.zeros((2_000_000 // {length}, {length}), torch.float32)
+        rows = np.arange(3, len(table), 5_000 // {length} + 2)
+        view = table.numpy()
+        faults()
+        lazy_memory.commit_rows([table], rows, len(table), "touched")
+        print(faults())
+        for row in rows:
+            view[row] = 1
+        print(faults())
+        """)
+    assert before > 200
+    assert after < 20
+
+
+@has_pages
+def test_a_committed_table_is_written_without_faults() -> None:
+    before, after = measured(f"""
+        {TABLE}
+        faults()
+        lazy_memory.commit([table])
+        print(faults())
+        table.numpy().fill(1)
+        print(faults())
+        """)
+    assert before < 26_000
+    assert after < 20
+
+
+@has_pages
+@pytest.mark.parametrize("error", [None, errno.EINVAL, errno.ENOMEM])
+def test_committing_keeps_what_is_written(error: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On older kernels (EINVAL) too, and where memory runs out (ENOMEM)."""
+    asked = []
+
+    def madvise(mapping: mmap.mmap, option: int, *args: int) -> None:
+        if option == lazy_memory.POPULATE_WRITE:
+            asked.append(option)
+            if error is not None:
+                raise OSError(error, os.strerror(error))
+        mmap.mmap.madvise(mapping, option, *args)
+
+    monkeypatch.setattr(lazy_memory._Mapping, "madvise", madvise)
+    table = lazy_memory.zeros((6000, 101), torch.bfloat16)
+    expected = torch.zeros_like(table)
+    rows = torch.arange(0, 6000, 7)
+    for each in (table, expected):
+        each[rows] = torch.arange(101).to(torch.bfloat16)
+    for _ in range(2):
+        lazy_memory.commit_rows([table], np.arange(6000), 6000, "all")
+        lazy_memory.commit([table])
+    assert torch.equal(table, expected)
+    assert len(asked) == 1
+
+
+@has_pages
+def test_small_tensors_are_committed_at_once() -> None:
+    (after,) = measured("""
+        tables = [lazy_memory.zeros((4_000, 64), torch.float32).numpy() for _ in range(20)]
+        faults()
+        for table in tables:
+            table[:] = 1
+        print(faults())
+        """)
+    assert after < 20  # of 5,000 pages
+
+
+def test_other_tensors_are_left_alone() -> None:
+    tensors = [torch.ones(MIB), torch.ones(3, 5), torch.empty(0, 4), torch.ones(4, device="meta"), torch.tensor(1.0)]
+    lazy_memory.commit(tensors)
+    lazy_memory.commit_rows(tensors, np.arange(3), 3, "all")
+    assert all(bool((tensor == 1).all()) for tensor in tensors if not tensor.is_meta)
+
+
+def test_the_mapping_of_a_freed_table_is_forgotten() -> None:
+    table = lazy_memory.zeros(MIB, torch.float32)
+    address = table.data_ptr()
+    del table
+    gc.collect()
+    assert address not in lazy_memory._mappings
+
+
+@has_pages
+def test_copies_are_resident_where_the_source_is_not_zero() -> None:
     same, wider, narrower, unused = measured("""
         table = lazy_memory.zeros((1_000_000, 64), torch.float32)
         table[500_000:600_000] = 1
@@ -91,7 +280,7 @@ def test_copies_cost_what_the_source_does() -> None:
 
 
 @has_pages
-def test_memory_is_given_back() -> None:
+def test_memory_is_freed_with_the_last_view() -> None:
     filled, freed = measured("""
         table = lazy_memory.zeros(50_000_000, torch.float32)
         view = table[10:].fill_(1)
@@ -105,10 +294,9 @@ def test_memory_is_given_back() -> None:
 
 
 @has_pages
-def test_nothing_of_the_size_of_a_tensor_is_made_on_the_way() -> None:
-    """The peak, with a dense copy that must be converted piece by piece and a transposed one."""
+def test_copying_needs_little_memory_beside_the_copy() -> None:
+    """The peak while a transposed source is converted."""
     (peak,) = measured("""
-        import resource
         source = lazy_memory.zeros((64, 1_000_000), torch.float32)
         source[:, :100] = 1
         before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -223,7 +411,7 @@ def test_negative_zero_is_kept(at: int) -> None:
         assert np.signbit(lazy_memory.copied(source, dtype).double().numpy()).nonzero()[0].tolist() == [at]
 
 
-def test_what_is_not_zero_gets_ordinary_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_copies_with_few_zero_pages_are_in_ordinary_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     made = []
     monkeypatch.setattr(lazy_memory, "zeros", lambda *args: made.append(args) or torch.zeros(args[0], dtype=args[1]))
     dense = torch.ones(MIB)
@@ -234,16 +422,16 @@ def test_what_is_not_zero_gets_ordinary_memory(monkeypatch: pytest.MonkeyPatch) 
     assert made
 
 
-def test_without_mappings_all_is_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_results_are_the_same_without_mappings(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delattr(mmap, "MADV_NOHUGEPAGE", raising=False)
     test_zeros_are_zeros((1023, 1025), torch.float32)
     test_copies_are_equal((2_000_003,), 0.01, torch.float32)
 
 
 @has_pages
-def test_a_refused_mapping_is_ordinary_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_refused_mapping_falls_back_to_ordinary_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*args: object, **kwargs: object) -> None:
         raise OSError("no")
 
-    monkeypatch.setattr(mmap, "mmap", refuse)
+    monkeypatch.setattr(lazy_memory, "_Mapping", refuse)
     test_zeros_are_zeros((1023, 1025), torch.float32)
