@@ -141,3 +141,13 @@ def call(address: int, argument: int) -> None:
 @cache
 def _prototype(address: int) -> Any:
     return ctypes.CFUNCTYPE(None, ctypes.c_int64)(address)
+
+
+def call_locked(address: int, argument: int) -> None:
+    """Run a kernel on the caller's thread, the interpreter lock kept."""
+    _locked_prototype(address)(argument)
+
+
+@cache
+def _locked_prototype(address: int) -> Any:
+    return ctypes.PYFUNCTYPE(None, ctypes.c_int64)(address)

@@ -30,16 +30,19 @@ class _OpenMP:
     def __init__(self) -> None:
         self.forked = False
         self.parallel: Any = None
+        self.parallel_locked: Any = None  # the same, the interpreter lock kept
         try:
             self.parallel = ctypes.CDLL(None).GOMP_parallel
+            self.parallel_locked = ctypes.PyDLL(None).GOMP_parallel
         except (AttributeError, OSError, TypeError):  # no such symbol, or Windows
             return
-        self.parallel.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint]
-        self.parallel.restype = None
+        for function in (self.parallel, self.parallel_locked):
+            function.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint]
+            function.restype = None
 
     def forget(self) -> None:
         """Called in a forked child."""
-        self.forked, self.parallel = True, None
+        self.forked, self.parallel, self.parallel_locked = True, None, None
 
 
 _openmp = _OpenMP()
@@ -84,3 +87,15 @@ def run(address: int, argument: int, elements: int) -> None:
         object_files.call(address, argument)
         for other in others:
             other.result()
+
+
+def run_locked(address: int, argument: int, is_shared: bool) -> None:
+    """Call the kernel at ``address`` while no other Python thread runs; if ``is_shared``, on torch's threads at once.
+
+    A kernel must not call into Python.
+    """
+    threads = torch.get_num_threads() if is_shared and _openmp.parallel_locked is not None else 1
+    if threads == 1:
+        object_files.call_locked(address, argument)
+    else:
+        _openmp.parallel_locked(address, argument, threads, 0)
