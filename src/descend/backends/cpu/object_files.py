@@ -143,11 +143,7 @@ def _prototype(address: int) -> Any:
     return ctypes.CFUNCTYPE(None, ctypes.c_int64)(address)
 
 
-def call_locked(address: int, argument: int) -> None:
-    """Run a kernel on the caller's thread, the interpreter lock kept."""
-    _locked_prototype(address)(argument)
-
-
 @cache
-def _locked_prototype(address: int) -> Any:
+def locked(address: int) -> Any:
+    """A kernel as a function of its argument that runs on the caller's thread, the interpreter lock kept."""
     return ctypes.PYFUNCTYPE(None, ctypes.c_int64)(address)

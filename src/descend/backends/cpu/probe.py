@@ -16,6 +16,7 @@ Python; where it does not, or on other systems than Linux, ``PythonProbe`` does 
 from __future__ import annotations
 
 import ctypes
+from array import array
 from collections.abc import Iterator, Sequence
 from functools import cache
 from pathlib import Path
@@ -25,7 +26,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from descend.backends.cpu import library, threads
+from descend.backends.cpu import library, object_files, threads
 
 _SHIMS = (
     "is_defined",
@@ -97,21 +98,23 @@ class NativeProbe:
         starts = intervals.ctypes.data
         functions, rows, ends = found.functions.ctypes.data, self._rows.ctypes.data, starts + 8 * len(written)
         kind = (found.kind - found.tensor) // 8
-        self._call = np.array([functions, 1, rows, len(tensors), starts, ends, len(written), kind, 0, 1], np.int64)
+        self._call = array("q", [functions, 1, rows, 0, starts, ends, len(written), kind, 0, 1])
         self._alive = tensors, cells, intervals, found
-        self._kernel, self._address = library.probe(), self._call.ctypes.data
-        self._run(len(tensors))
+        self._kernel, self._address = library.probe(), self._call.buffer_info()[0]
+        self._run_alone = object_files.locked(self._kernel)
+        self.holds(state=True)
         self._call[1] = 0
 
     def holds(self, state: bool) -> bool:
         """Whether all is as recorded; gradients that moved are followed. With ``state``, state tensors too."""
-        return self._run(len(self._rows) if state else self._params)
-
-    def _run(self, tensors: int) -> bool:
-        self._call[3], self._call[8], self._call[9] = tensors, 0, 1
+        call = self._call
+        call[3], call[8], call[9] = len(self._rows) if state else self._params, 0, 1
         # The interpreter lock is kept: nobody replaces a gradient while it is being looked at.
-        threads.run_locked(self._kernel, self._address, is_shared=tensors >= _SHARED_FROM)
-        return bool(self._call[9])
+        if call[3] < _SHARED_FROM:
+            self._run_alone(self._address)
+        else:
+            threads.run_locked(self._kernel, self._address)
+        return bool(call[9])
 
 
 class PythonProbe:

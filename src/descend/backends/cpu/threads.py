@@ -89,13 +89,10 @@ def run(address: int, argument: int, elements: int) -> None:
             other.result()
 
 
-def run_locked(address: int, argument: int, is_shared: bool) -> None:
-    """Call the kernel at ``address`` while no other Python thread runs; if ``is_shared``, on torch's threads at once.
-
-    A kernel must not call into Python.
-    """
-    threads = torch.get_num_threads() if is_shared and _openmp.parallel_locked is not None else 1
-    if threads == 1:
-        object_files.call_locked(address, argument)
+def run_locked(address: int, argument: int) -> None:
+    """Like ``run``, while no other Python thread runs. The kernel must not call into Python."""
+    threads = torch.get_num_threads()
+    if threads == 1 or _openmp.parallel_locked is None:
+        object_files.locked(address)(argument)
     else:
         _openmp.parallel_locked(address, argument, threads, 0)
