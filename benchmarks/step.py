@@ -264,7 +264,7 @@ def report_python_probe(plan: Plan) -> Timings:
     print("\nMilliseconds per step, 1,000 tensors of 1,000 numbers, fresh gradients, the probe in Python.\n")
     case, peers = Case("1000x1000", "float32", "adamw", clip=False, fresh=True), (UNPLANNED, FUSED)
     shape = plan.shapes[case.shape]
-    with mock.patch.object(probe, "_native", return_value=None):
+    with mock.patch.object(probe, "_bindings", return_value=None):
         timings = time_case(case, shape, draw_values(shape, case.dtype), plan.pace, (OURS, *peers))
     print_row("", [OURS, *peers, *(f"/{peer}" for peer in peers)])
     milliseconds = [f"{timings[name].median * 1e3:.3f}" for name in (OURS, *peers)]

@@ -36,9 +36,9 @@ def make(kind: Callable[..., Any], params: list[Tensor], state: list[Tensor], wr
 
 
 def of_this_torch(*rest: Any) -> NativeProbe:
-    found = probe._native()
-    assert found is not None
-    return NativeProbe(found, *rest)
+    bindings = probe._bindings()
+    assert bindings is not None
+    return NativeProbe(bindings, *rest)
 
 
 KINDS = [pytest.param(of_this_torch, id="native", marks=native_only), pytest.param(PythonProbe, id="python")]
@@ -146,19 +146,19 @@ def test_native_probe_does_not_keep_tensors_from_being_swapped() -> None:
 @native_only
 @pytest.mark.parametrize("function", ["is_defined", "get_dtype", "get_dim", "get_sizes", "get_data_ptr", probe._IS_NEG])
 def test_function_that_does_nothing_is_found_out(function: str) -> None:
-    found = probe._native()
-    assert found is not None
+    bindings = probe._bindings()
+    assert bindings is not None
     nothing = ctypes.CFUNCTYPE(ctypes.c_int64, ctypes.c_int64, ctypes.c_int64)(lambda tensor, result: 0)
-    functions = found.functions.copy()
+    functions = bindings.functions.copy()
     functions[[*probe._SHIMS, probe._IS_NEG].index(function)] = ctypes.cast(nothing, ctypes.c_void_p).value
-    assert probe._answers_as_python(found)
-    assert not probe._answers_as_python(found._replace(functions=functions))
+    assert probe._agrees_with_python(bindings)
+    assert not probe._agrees_with_python(bindings._replace(functions=functions))
 
 
 @pytest.mark.parametrize("missing", ["_GRAD", "_IS_NEG", "_SHIMS"])
 def test_python_probe_is_taken_where_a_function_is_missing(missing: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(probe, missing, ("no_such_function",) if missing == "_SHIMS" else "no_such_function")
-    assert probe._native.__wrapped__() is None
+    assert probe._bindings.__wrapped__() is None
 
 
 def events(action: Callable[[], object]) -> int:

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import ctypes
 from array import array
+from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from functools import cache
 from pathlib import Path
@@ -51,25 +52,25 @@ class Cell(NamedTuple):
     row: int
 
 
-class _Torch(NamedTuple):
-    """What the native probe knows of this torch.
+class _Bindings(NamedTuple):
+    """What the native probe needs to know of this torch.
 
     Attributes:
-        functions: their addresses, in the order of ``_SHIMS``, then ``_IS_NEG`` and ``_GRAD``.
-        tensor: where a Python tensor keeps its ``at::Tensor``, in bytes from its address.
-        kind: where an object keeps its class.
+        functions: addresses of ``_SHIMS``, ``_IS_NEG`` and ``_GRAD``, in this order.
+        tensor_offset: bytes from a Python tensor to the ``at::Tensor`` in it.
+        type_offset: bytes from any Python object to the address of its class.
     """
 
     functions: np.ndarray
-    tensor: int
-    kind: int
+    tensor_offset: int
+    type_offset: int
 
 
 class NativeProbe:
     """Watches parameters, their gradients and state tensors.
 
     Args:
-        found: what is known of this torch.
+        bindings: to this torch.
         params: the parameters to watch.
         cells: for each parameter, where its gradient's address is kept; None if no kernel reads it.
         state: state tensors, watched when ``holds(state=True)`` is asked.
@@ -78,7 +79,7 @@ class NativeProbe:
 
     def __init__(
         self,
-        found: _Torch,
+        bindings: _Bindings,
         params: Sequence[Tensor],
         cells: Sequence[Cell | None],
         state: Sequence[Tensor],
@@ -87,30 +88,29 @@ class NativeProbe:
         tensors = [*params, *state]
         self._params = len(params)
         self._rows = np.zeros((len(tensors), 7), np.int64)
-        self._rows[:, 0] = [id(tensor) + found.tensor for tensor in tensors]
+        self._rows[:, 0] = [id(tensor) + bindings.tensor_offset for tensor in tensors]
         self._rows[:, 6] = _NO_TABLE
         self._rows[len(params) :, 6] = _STATE
         for row, param, cell in zip(self._rows, params, cells, strict=False):
             if cell is not None:
                 row[5] = param.numel() * (param.grad.itemsize if param.grad is not None else 0)
                 row[6] = cell.table.ctypes.data + cell.table.strides[0] * cell.row + 8
-        intervals = np.ascontiguousarray(written.T)
-        starts = intervals.ctypes.data
-        functions, rows, ends = found.functions.ctypes.data, self._rows.ctypes.data, starts + 8 * len(written)
-        kind = (found.kind - found.tensor) // 8
-        self._call = array("q", [functions, 1, rows, 0, starts, ends, len(written), kind, 0, 1])
-        self._alive = tensors, cells, intervals, found
+        starts, ends = (np.ascontiguousarray(column) for column in written.T)
+        tables = bindings.functions, self._rows, starts, ends
+        type_word = (bindings.type_offset - bindings.tensor_offset) // 8
+        self._call = array("q", [*(table.ctypes.data for table in tables), len(written), type_word, 1, 0, 0, 1])
+        self._kept_alive = tensors, cells, tables
         self._kernel, self._address = library.probe(), self._call.buffer_info()[0]
         self._run_alone = object_files.locked(self._kernel)
         self.holds(state=True)
-        self._call[1] = 0
+        self._call[6] = 0  # it was recorded
 
     def holds(self, state: bool) -> bool:
         """Whether all is as recorded; gradients that moved are followed. With ``state``, state tensors too."""
         call = self._call
-        call[3], call[8], call[9] = len(self._rows) if state else self._params, 0, 1
+        call[7], call[8], call[9] = len(self._rows) if state else self._params, 0, 1
         # The interpreter lock is kept: nobody replaces a gradient while it is being looked at.
-        if call[3] < _SHARED_FROM:
+        if call[7] < _SHARED_FROM:
             self._run_alone(self._address)
         else:
             threads.run_locked(self._kernel, self._address)
@@ -123,7 +123,8 @@ class PythonProbe:
     def __init__(
         self, params: Sequence[Tensor], cells: Sequence[Cell | None], state: Sequence[Tensor], written: np.ndarray
     ) -> None:
-        self._params, self._cells, self._state, self._written = params, cells, state, written
+        self._params, self._cells, self._state = params, cells, state
+        self._starts, self._ends = written.T.tolist()
         self._seen = [_layout(param) for param in params]
         self._seen_grads = [_layout(param.grad) for param in params]
         self._seen_state = [_layout(tensor) for tensor in state]
@@ -134,26 +135,23 @@ class PythonProbe:
             return False
         if state and self._seen_state != [_layout(tensor) for tensor in self._state]:
             return False
-        found = [_layout(param.grad) for param in self._params]
-        moved = [i for i, (seen, grad) in enumerate(zip(self._seen_grads, found, strict=True)) if seen != grad]
-        if any(self._seen_grads[i][:-1] != found[i][:-1] for i in moved):
-            return False
-        starts = np.array([found[i][-1] for i in moved], np.int64)
-        if not starts.all() or self._meets_written(starts, moved):
-            return False
+        grads = [_layout(param.grad) for param in self._params]
+        moved = [i for i, (seen, grad) in enumerate(zip(self._seen_grads, grads, strict=True)) if seen != grad]
+        for i in moved:
+            if self._seen_grads[i][:-1] != grads[i][:-1] or self._is_written(self._params[i].grad):
+                return False
         for i in moved:
             if (cell := self._cells[i]) is not None:
-                cell.table[cell.row, 1] = found[i][-1]
-        self._seen_grads = found
+                cell.table[cell.row, 1] = grads[i][-1]
+        self._seen_grads = grads
         return True
 
-    def _meets_written(self, starts: np.ndarray, moved: list[int]) -> bool:
-        """Whether one of the gradients that moved overlaps memory that the step writes."""
-        grads = [self._params[i].grad for i in moved]
-        ends = starts + np.array([grad.nbytes for grad in grads if grad is not None], np.int64)
-        first = np.searchsorted(self._written[:, 1], starts, side="right")  # the first interval that ends behind it
-        near = first < len(self._written)
-        return bool((self._written[first[near], 0] < ends[near]).any())
+    def _is_written(self, grad: Tensor | None) -> bool:
+        """Whether the step writes to some of its memory, or it has none."""
+        if grad is None or not (start := grad.data_ptr()):
+            return True
+        first = bisect_right(self._ends, start)  # the first interval that ends behind its start
+        return first < len(self._ends) and bool(self._starts[first] < start + grad.nbytes)
 
 
 def _layout(tensor: Tensor | None) -> tuple[Any, ...]:
@@ -171,8 +169,8 @@ def make_probe(
     params: Sequence[Tensor], cells: Sequence[Cell | None], state: Sequence[Tensor], written: np.ndarray
 ) -> NativeProbe | PythonProbe:
     """The fastest probe for these tensors on this torch."""
-    if all(map(_is_plain, params)) and (found := _native()) is not None:
-        return NativeProbe(found, params, cells, state, written)
+    if all(map(_is_plain, params)) and (bindings := _bindings()) is not None:
+        return NativeProbe(bindings, params, cells, state, written)
     return PythonProbe(params, cells, state, written)
 
 
@@ -181,17 +179,17 @@ def _is_plain(tensor: Tensor) -> bool:
 
 
 @cache
-def _native() -> _Torch | None:
-    """What the native probe needs; None where torch does not have it, or where its answers would be other ones."""
+def _bindings() -> _Bindings | None:
+    """What the native probe needs; None if this torch lacks it, or if the answers would not be those of Python."""
     try:
-        found = _look_up()
-    except (OSError, AttributeError, ValueError):  # not Linux, or another torch
+        bindings = _look_up()
+    except (OSError, AttributeError, ValueError):  # not Linux, or a torch that is built otherwise
         return None
     with torch.inference_mode(False), torch.no_grad():
-        return found if _answers_as_python(found) else None
+        return bindings if _agrees_with_python(bindings) else None
 
 
-def _look_up() -> _Torch:
+def _look_up() -> _Bindings:
     folder = Path(torch.__file__).parent / "lib"
     torch_cpu, c10 = (ctypes.CDLL(str(folder / name)) for name in ("libtorch_cpu.so", "libc10.so"))
     functions = [getattr(torch_cpu, f"aoti_torch_{name}") for name in _SHIMS]
@@ -200,18 +198,19 @@ def _look_up() -> _Torch:
     tensor = torch.empty(0, device="cpu")
     words = (ctypes.c_int64 * (torch._C.TensorBase.__basicsize__ // 8)).from_address(id(tensor))
     header = object.__basicsize__ // 8
-    # An at::Tensor is a pointer to its TensorImpl.
-    return _Torch(addresses, 8 * words[:].index(tensor._cdata, header), 8 * words[:header].index(id(Tensor)))
+    # An at::Tensor is a pointer to its TensorImpl, whose address Python tells.
+    tensor_offset, type_offset = 8 * words[:].index(tensor._cdata, header), 8 * words[:header].index(id(Tensor))
+    return _Bindings(addresses, tensor_offset, type_offset)
 
 
-def _answers_as_python(found: _Torch) -> bool:
+def _agrees_with_python(bindings: _Bindings) -> bool:
     """Whether both probes notice the same edits, and follow the same gradients."""
     param, state = (torch.zeros(2, 2, device="cpu", dtype=torch.float32) for _ in range(2))
     param.grad = torch.zeros_like(param)
     written = np.array([[tensor.data_ptr(), tensor.data_ptr() + tensor.nbytes] for tensor in (param, state)])
     written.sort(axis=0)
     tables = np.zeros((2, 1, 2), np.int64)
-    native = NativeProbe(found, [param], [Cell(tables[0], 0)], [state], written)
+    native = NativeProbe(bindings, [param], [Cell(tables[0], 0)], [state], written)
     python = PythonProbe([param], [Cell(tables[1], 0)], [state], written)
     for _ in _edits(param, state):
         holds = native.holds(state=True)
@@ -221,7 +220,7 @@ def _answers_as_python(found: _Torch) -> bool:
 
 
 def _edits(param: Tensor, state: Tensor) -> Iterator[None]:
-    """Make one edit after the other, undo it, and at last leave everything as it was."""
+    """Yield after each edit; the last one undoes the others."""
     wide, grad = torch.zeros(2, 4, device="cpu", dtype=torch.float32), param.grad
     other = wide[:, :2].clone()
     assert grad is not None

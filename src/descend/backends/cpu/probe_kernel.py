@@ -1,9 +1,9 @@
 """The loop behind ``probe.NativeProbe``: it looks at every tensor of a plan, see there for what and why.
 
-A call receives the address of ten int64 numbers: 0 addresses of torch's functions, 1 whether to record, 2 rows of
-facts, 3 number of rows, 4 starts and 5 ends of the intervals that the step writes, 6 their number, 7 where an object's
-class is, in words from its ``at::Tensor``, 8 next row to take (the threads share the work through this counter), 9 set
-to 0 unless all is as recorded.
+A call receives the address of ten int64 numbers: 0 addresses of torch's functions, 1 rows of facts, 2 starts and 3 ends
+of the intervals that the step writes, 4 their number, 5 where an object's class is, in words from its ``at::Tensor``,
+6 whether to record, 7 number of rows, 8 next row to take (the threads share the work through this counter), 9 set to 0
+unless all is as recorded.
 
 A row of facts: 0 where the ``at::Tensor`` is, 1 its address, 2 its layout, 3 the gradient's address, 4 the gradient's
 layout, 5 bytes of the gradient, 6 where a table keeps the gradient's address (0 nowhere, -1 for state tensors).
@@ -105,8 +105,8 @@ def probe_kernel() -> str:
     @njit
     def is_as_recorded(call: int, row: int, scratch: int) -> bool:
         """Whether the facts of a row are true, a gradient that moved apart; or record them."""
-        functions, record, tensor, cell = load_int(call, 0), load_int(call, 1), load_int(row, 0), load_int(row, 6)
-        found_layout = mixed(layout(functions, tensor, scratch), load_int(tensor, load_int(call, 7)))
+        functions, record, tensor, cell = load_int(call, 0), load_int(call, 6), load_int(row, 0), load_int(row, 6)
+        found_layout = mixed(layout(functions, tensor, scratch), load_int(tensor, load_int(call, 5)))
         found_address = fact(functions, 7, tensor, scratch)
         grad_layout, grad_address = 0, 0
         if cell >= 0:  # a parameter; state tensors have no gradient
@@ -123,7 +123,7 @@ def probe_kernel() -> str:
             return False
         elif grad_address != load_int(row, 3):
             end = grad_address + load_int(row, 5)
-            if grad_address == 0 or meets(grad_address, end, load_int(call, 4), load_int(call, 5), load_int(call, 6)):
+            if grad_address == 0 or meets(grad_address, end, load_int(call, 2), load_int(call, 3), load_int(call, 4)):
                 return False
             store_int(row, 3, grad_address)
             if cell > 0:
@@ -131,7 +131,7 @@ def probe_kernel() -> str:
         return True
 
     def kernel(call: int) -> None:
-        functions, rows, count = load_int(call, 0), load_int(call, 2), load_int(call, 3)
+        functions, rows, count = load_int(call, 0), load_int(call, 1), load_int(call, 7)
         scratch = local_word()
         lead = (
             4 * AHEAD if count > 4 * AHEAD else 0
