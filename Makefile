@@ -2,8 +2,10 @@
 PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/ready
+TORCH ?= 2.15.0
+OTHER = .venv-torch-$(TORCH)
 
-.PHONY: demo test test-all test-stack mutate check parity bench clean
+.PHONY: demo test test-all test-stack test-torch mutate check parity bench clean
 
 demo: $(READY)  ## train a small network on handwritten digits with four optimizers
 	$(BIN)/descend compare digits --out runs/digits
@@ -18,6 +20,10 @@ test-all: $(READY)  ## also every combination of dtypes
 test-stack: $(READY)  ## with Lightning, Accelerate and transformers
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[stack]'
 	$(BIN)/python -m pytest tests/stack
+
+test-torch: $(OTHER)/ready  ## tests and doctests against another torch: make test-torch TORCH=2.15.0
+	$(OTHER)/bin/python -m pytest
+	$(OTHER)/bin/python -m pytest --doctest-modules --pyargs descend
 
 mutate: $(READY)  ## how many wrong versions of rules, clipping and checkpoints the tests notice
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[mutate]'
@@ -45,5 +51,11 @@ $(READY): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
 	touch $@
 
+$(OTHER)/ready: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(OTHER)
+	sed '/^torch==/d' constraints.txt > $(OTHER)/constraints.txt
+	$(OTHER)/bin/python -m pip install --quiet --constraint $(OTHER)/constraints.txt --editable '.[test]' torch==$(TORCH)
+	touch $@
+
 clean:
-	rm -rf .venv build dist runs mutants
+	rm -rf .venv .venv-torch-* build dist runs mutants

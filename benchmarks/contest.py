@@ -37,6 +37,8 @@ OURS = "ours"
 DEFAULT = "default"
 FOREACH = "foreach"
 FUSED = "fused"
+UNPLANNED = "unplanned"
+"""Ours, with a parameter that moves before every step: no step can use the plan of the one before."""
 
 # torch's default on the CPU is its for-loop; asking for it keeps that so in other versions.
 PEERS: dict[str, dict[str, Any]] = {
@@ -104,18 +106,28 @@ def resnet50_sizes() -> tuple[tuple[int, ...], ...]:
     return (*sizes, (1000, 2048), (1000,))
 
 
+def odd_sizes() -> tuple[tuple[int, ...], ...]:
+    """Three hundred small tensors of ten shapes, none a power of two, 0.25 M numbers."""
+    shapes = ((7, 13), (129,), (33, 65), (1001,), (3, 5, 7), (255,), (63, 17), (1,), (31, 3, 3, 3), (2049,))
+    return 30 * shapes
+
+
 SHAPES = {
     "64M": Shape(((64 * 2**20,),), burst=1, uncounted=0),
     "gpt2": Shape(gpt2_sizes(), burst=1, uncounted=0),
     "resnet50": Shape(resnet50_sizes(), burst=4, uncounted=1),
     "1000x1000": Shape(1000 * ((1000,),), burst=10, uncounted=3),
     "mlp": Shape(((32, 16), (32,), (32, 32), (32,), (10, 32), (10,)), burst=20, uncounted=5),
+    # A step a turn: the peers take theirs in between, and leave nothing of ours in the caches.
+    "1000x1000cold": Shape(1000 * ((1000,),), burst=1, uncounted=0),
+    "300odd": Shape(odd_sizes(), burst=1, uncounted=0),
     # One number per tensor: what is left is the time spent in Python, per step and per tensor.
     "1000x1": Shape(1000 * ((1,),), burst=10, uncounted=3),
     "6x1": Shape(6 * ((1,),), burst=20, uncounted=5),
 }
 MODEL_SHAPES = ("64M", "gpt2", "resnet50", "1000x1000", "mlp")
 ROW_SHAPES = ("gpt2", "1000x1000")
+COLD_SHAPES = ("1000x1000cold", "300odd")
 PYTHON_SHAPES = ("1000x1", "6x1")
 
 
@@ -261,6 +273,11 @@ def reallocate_gradients(params: list[Tensor], values: list[Tensor]) -> None:
         param.grad = grad
 
 
+def prepare_and_move(prepare: Callable[[], None], param: Tensor) -> None:
+    prepare()
+    param.data = param.data.clone()
+
+
 def clip_and_step(params: Sequence[Tensor], optimizer: torch.optim.Optimizer) -> None:
     torch.nn.utils.clip_grad_norm_(params, MAX_NORM)
     optimizer.step()
@@ -270,17 +287,17 @@ def contender(name: str, case: Case, values: list[Tensor]) -> Contender:
     """One optimizer with parameters, gradients and state of its own.
 
     Args:
-        name: ``OURS`` or one of ``PEERS``.
+        name: ``OURS``, ``UNPLANNED`` or one of ``PEERS``.
         values: what the parameters start from, and the value of the gradients; read only.
     """
     params = [value.clone().requires_grad_() for value in values]
     reallocate_gradients(params, values)
     prepare = partial(reallocate_gradients, params, values) if case.fresh else keep_gradients
     method = METHODS[case.method]
-    if name == OURS:
+    if name in (OURS, UNPLANNED):
         max_norm = MAX_NORM if case.clip else None
         ours = getattr(descend, method.name)(params, **method.options, max_norm=max_norm)
-        return Contender(ours.step, prepare)
+        return Contender(ours.step, prepare if name == OURS else partial(prepare_and_move, prepare, params[0]))
     peer = getattr(torch.optim, method.yardstick or method.name)(params, **method.options, **_flags(method, name))
     step = partial(clip_and_step, params, peer) if case.clip else peer.step
     return Contender(step, prepare)
@@ -297,10 +314,12 @@ def draw_values(shape: Shape, dtype: str) -> list[Tensor]:
     return [torch.randn(size, generator=generator).to(DTYPES[dtype]) for size in shape.sizes]
 
 
-def time_case(case: Case, shape: Shape, values: list[Tensor], pace: Pace) -> dict[str, Timing]:
-    """Time ours and every peer on one case, and give the memory back."""
+def time_case(
+    case: Case, shape: Shape, values: list[Tensor], pace: Pace, names: Sequence[str] = ()
+) -> dict[str, Timing]:
+    """Time the contenders of these names (default: ours and every peer) on one case, and give the memory back."""
     gc.freeze()  # else each collection, in a timed step too, walks through all of torch's objects
-    contenders = {name: contender(name, case, values) for name in (OURS, *METHODS[case.method].peers)}
+    contenders = {name: contender(name, case, values) for name in names or (OURS, *METHODS[case.method].peers)}
     timings = interleave(contenders, shape, pace)
     contenders.clear()
     gc.collect()  # gigabytes must not wait for it, should an optimizer be in a reference cycle

@@ -24,9 +24,11 @@ from collections.abc import Iterable, Iterator
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, NamedTuple
+from unittest import mock
 
 import torch
 from contest import (
+    COLD_SHAPES,
     DEFAULT,
     DTYPES,
     FUSED,
@@ -38,6 +40,7 @@ from contest import (
     ROW_SHAPES,
     SHAPES,
     THOROUGH,
+    UNPLANNED,
     Case,
     Pace,
     Shape,
@@ -48,10 +51,13 @@ from contest import (
     time_training,
 )
 
+from descend.backends.cpu import probe
+
 Timings = dict[str, dict[str, Timing]]
 """Case name -> contender -> seconds."""
 
 TRAINING = "training-step"
+PYTHON_PROBE = "python-probe"
 IMPORT = "import"
 CONSTRUCTOR = "constructor"
 FIRST_STEP_CACHED = "first-step-cached"
@@ -105,11 +111,14 @@ FIGURES = (
     Figure("adamw-float32-1000x1000-plain-fixed", FUSED, 10),
     Figure("adamw-float32-1000x1000-plain-fixed", DEFAULT, 45),
     Figure("adamw-float32-1000x1000-clip-fresh", FUSED, 8),
+    Figure("adamw-float32-1000x1000cold-plain-fresh", FUSED, 6),
+    Figure("adamw-float32-300odd-plain-fresh", FUSED, 5),
     Figure("adamw-float32-mlp-plain-*", FUSED, 2.5),
     Figure("adamw-float32-mlp-plain-*", DEFAULT, 10),
     Figure("adamw-float32-gpt2-plain-*", DEFAULT, 7),
     Figure("adamw-bfloat16-gpt2-plain-*", FUSED, 1.05),
     Figure("adamw-bfloat16-gpt2-plain-*", OWN_FLOAT32, 1.5),
+    Figure(PYTHON_PROBE, UNPLANNED, 1),
     Figure(FIRST_STEP_CACHED, None, 0.6),
     Figure(FIRST_STEP_NOT_CACHED, None, 3.0),
 )
@@ -150,7 +159,7 @@ def model_cases() -> list[Case]:
             cases += [
                 Case(shape, "float32", method, clip=False, fresh=True) for method in METHODS if method not in THOROUGH
             ]
-    return cases
+    return cases + [Case(shape, "float32", "adamw", clip=False, fresh=True) for shape in COLD_SHAPES]
 
 
 def python_cases() -> list[Case]:
@@ -250,6 +259,19 @@ def report_python(cases: list[Case], plan: Plan) -> Timings:
     return report
 
 
+def report_python_probe(plan: Plan) -> Timings:
+    """Print the milliseconds of a step whose plan is proved by the probe in Python, as on other systems than Linux."""
+    print("\nMilliseconds per step, 1,000 tensors of 1,000 numbers, fresh gradients, the probe in Python.\n")
+    case, peers = Case("1000x1000", "float32", "adamw", clip=False, fresh=True), (UNPLANNED, FUSED)
+    shape = plan.shapes[case.shape]
+    with mock.patch.object(probe, "_bindings", return_value=None):
+        timings = time_case(case, shape, draw_values(shape, case.dtype), plan.pace, (OURS, *peers))
+    print_row("", [OURS, *peers, *(f"/{peer}" for peer in peers)])
+    milliseconds = [f"{timings[name].median * 1e3:.3f}" for name in (OURS, *peers)]
+    print_row(PYTHON_PROBE, [*milliseconds, *times_faster(timings, peers)])
+    return {PYTHON_PROBE: timings}
+
+
 def report_training(plan: Plan) -> Timings:
     """Print the milliseconds of a whole training step."""
     print("\nMilliseconds of a training step with clipping, small transformer, AdamW, float32.\n")
@@ -324,14 +346,14 @@ def parse_arguments(names: list[str]) -> argparse.Namespace:
         parser.error(
             f"--only: nothing matches {arguments.only!r}. There is "
             f"({'|'.join(METHODS)})-({'|'.join(DTYPES)})-({'|'.join(SHAPES)})-(plain|clip)-"
-            f"(fixed|fresh), {', '.join((TRAINING, *STARTUP))}."
+            f"(fixed|fresh), {', '.join((PYTHON_PROBE, TRAINING, *STARTUP))}."
         )
     return arguments
 
 
 def main() -> None:
     models, python = model_cases(), python_cases()
-    arguments = parse_arguments([*(case.name for case in models + python), TRAINING, *STARTUP])
+    arguments = parse_arguments([*(case.name for case in models + python), PYTHON_PROBE, TRAINING, *STARTUP])
     plan = QUICK if arguments.quick else FULL
     models = [case for case in models if case.name in arguments.names]
     python = [case for case in python if case.name in arguments.names]
@@ -345,6 +367,8 @@ def main() -> None:
         timings |= report_models(models, plan, copied)
     if python:
         timings |= report_python(python, plan)
+    if PYTHON_PROBE in arguments.names:
+        timings |= report_python_probe(plan)
     if TRAINING in arguments.names:
         timings |= report_training(plan)
     if not arguments.names.isdisjoint(STARTUP):

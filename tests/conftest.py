@@ -30,5 +30,5 @@ def clean_torch(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 def either_probe(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Run a test twice: with the native probe and with the Python probe."""
     if request.param == "python":
-        monkeypatch.setattr(probe, "_native", lambda: None)
+        monkeypatch.setattr(probe, "_bindings", lambda: None)
     return request.param

@@ -35,6 +35,11 @@ def set_in_place(optimizer: Any) -> None:
         param.data.set_(param.data.clone() * 2)
 
 
+def swap_tensors(optimizer: Any) -> None:
+    for param in params_of(optimizer):
+        torch.utils.swap_tensors(param, torch.nn.Parameter(param.detach() * 2))
+
+
 def write_params(optimizer: Any) -> None:
     with torch.no_grad():
         for param in params_of(optimizer):
@@ -135,6 +140,7 @@ EDITS: list[Callable[[Any], None]] = [
     swap_for_strided,
     swap_for_another_shape,
     set_in_place,
+    swap_tensors,
     write_params,
     clear_state,
     drop_state_of_one,

@@ -26,7 +26,7 @@ from sparse_cases import (
 from torch import Tensor
 
 from descend import SGD, AdamW, rules
-from descend.sparse.update import EagerRows
+from descend.backends.eager import EagerRows
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

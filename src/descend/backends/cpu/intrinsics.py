@@ -265,6 +265,16 @@ def store_int(typing: Any, address: Any, index: Any, value: Any) -> Any:
 
 
 @intrinsic
+def local_word(typing: Any) -> Any:
+    """Address of eight bytes on the stack, one place for each call of the kernel."""
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        return builder.ptrtoint(cgutils.alloca_once(builder, _I64), _I64)
+
+    return types.int64(), generate
+
+
+@intrinsic
 def call_address(typing: Any, function: Any, first: Any, second: Any) -> Any:
     """Call the C function at an address with two integers or pointers; it ignores those that it does not take."""
 

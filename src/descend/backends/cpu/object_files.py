@@ -142,3 +142,9 @@ def call(address: int, argument: int) -> None:
 @cache
 def _prototype(address: int) -> Any:
     return ctypes.CFUNCTYPE(None, ctypes.c_int64)(address)
+
+
+@cache
+def locked(address: int) -> Any:
+    """A kernel as a function of its argument that runs on the caller's thread, the interpreter lock kept."""
+    return ctypes.PYFUNCTYPE(None, ctypes.c_int64)(address)

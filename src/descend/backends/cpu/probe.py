@@ -1,32 +1,35 @@
 """Proves that tables of addresses still describe the tensors they were made from.
 
 Users swap a parameter's storage, replace gradients and transpose things in place; every address a kernel is given
-must be true at that moment. Asking torch from Python costs about 0.5 us a tensor; here one native call asks the same
-questions through torch's C interface (the ``aoti_torch_*`` shims) and, for ``.grad``, one C++ function, at a few
-nanoseconds each. For every parameter and its gradient it compares the address and a hash of dtype, device, layout,
-sign bit, sizes and strides with what was recorded. A gradient that merely moved is no change: its new address is
-written into the table, unless it now overlaps memory that the step writes.
+must be true at that moment. Asking torch from Python takes about a microsecond a tensor; here one native call asks the
+same questions through torch's C interface (the ``aoti_torch_*`` shims) and two C++ functions, at a few nanoseconds
+each. For every parameter and its gradient it compares the address and a hash of dtype, device, layout, sign bit, sizes
+and strides with what was recorded. A gradient that merely moved is no change: its new address is written into the
+table, unless it now overlaps memory that the step writes.
 
-The C++ symbol names are not a stable interface, so this is done only with the torch releases it has been tested with;
-with others ``PythonProbe`` asks the same questions slowly.
+The native probe reads the ``at::Tensor`` inside each Python object and owns none: ``torch.utils.swap_tensors`` works,
+and is noticed. Neither the C++ names nor the place of the ``at::Tensor`` is a stable interface. At first use they are
+looked up, and a self-test compares the answers with those of ``PythonProbe``. If a name is missing or an answer differs
+(or on systems other than Linux), ``PythonProbe`` is used: slower, but linear in the number of tensors as well.
 """
 
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Sequence
+from array import array
+from bisect import bisect_right
+from collections.abc import Iterator, Sequence
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from descend.backends.cpu import library
+from descend.backends.cpu import library, object_files, threads
 from descend.core.update import Cell
 
-_TESTED = ("2.13.",)
 _SHIMS = (
     "is_defined",
     "get_dtype",
@@ -40,12 +43,28 @@ _SHIMS = (
 _IS_NEG = "_ZN2at6native6is_negERKNS_6TensorE"  # bool at::native::is_neg(const Tensor&)
 _GRAD = "_ZNK3c1010TensorImpl4gradEv"  # const Tensor& c10::TensorImpl::grad() const
 _NO_TABLE, _STATE = 0, -1
+_SHARED_FROM = 256  # tensors; below, waking a second thread costs more than it saves
+
+
+class _Bindings(NamedTuple):
+    """What the native probe needs to know of this torch.
+
+    Attributes:
+        functions: addresses of ``_SHIMS``, ``_IS_NEG`` and ``_GRAD``, in this order.
+        tensor_offset: bytes from a Python tensor to the ``at::Tensor`` in it.
+        type_offset: bytes from any Python object to the address of its class.
+    """
+
+    functions: np.ndarray
+    tensor_offset: int
+    type_offset: int
 
 
 class NativeProbe:
     """Watches parameters, their gradients and state tensors.
 
     Args:
+        bindings: to this torch.
         params: the parameters to watch.
         cells: for each parameter, where its gradient's address is kept; None if no kernel reads it.
         state: state tensors, watched when ``holds(state=True)`` is asked.
@@ -53,50 +72,43 @@ class NativeProbe:
     """
 
     def __init__(
-        self, params: Sequence[Tensor], cells: Sequence[Cell | None], state: Sequence[Tensor], written: np.ndarray
+        self,
+        bindings: _Bindings,
+        params: Sequence[Tensor],
+        cells: Sequence[Cell | None],
+        state: Sequence[Tensor],
+        written: np.ndarray,
     ) -> None:
-        self._delete, functions, self._run = _native()
+        tensors = [*params, *state]
         self._params = len(params)
-        self._handles = np.array(_handles([*params, *state]), np.int64)
-        self._rows = np.zeros((len(self._handles), 6), np.int64)
-        self._rows[len(params) :, 4] = _STATE
+        self._rows = np.zeros((len(tensors), 7), np.int64)
+        self._rows[:, 0] = [id(tensor) + bindings.tensor_offset for tensor in tensors]
+        self._rows[:, 6] = _NO_TABLE
+        self._rows[len(params) :, 6] = _STATE
         for row, param, cell in zip(self._rows, params, cells, strict=False):
             if cell is not None:
-                row[4] = cell.table.ctypes.data + cell.table.strides[0] * cell.row + 8
                 row[5] = param.numel() * (param.grad.itemsize if param.grad is not None else 0)
-        self._cells = cells  # keeps the tables alive
-        self._intervals = np.ascontiguousarray(written.T)
-        self._scratch = np.zeros(1, np.int64)
-        starts = self._intervals.ctypes.data
-        self._call = np.array(
-            [
-                functions.ctypes.data,
-                self._scratch.ctypes.data,
-                1,
-                self._handles.ctypes.data,
-                self._rows.ctypes.data,
-                len(self._handles),
-                starts,
-                starts + 8 * len(written),
-                len(written),
-                0,
-            ],
-            np.int64,
-        )
-        self._address = self._call.ctypes.data
-        self._run(self._address)
-        self._call[2] = 0
+                row[6] = cell.table.ctypes.data + cell.table.strides[0] * cell.row + 8
+        starts, ends = (np.ascontiguousarray(column) for column in written.T)
+        tables = bindings.functions, self._rows, starts, ends
+        type_word = (bindings.type_offset - bindings.tensor_offset) // 8
+        self._call = array("q", [*(table.ctypes.data for table in tables), len(written), type_word, 1, 0, 0, 1])
+        self._kept_alive = tensors, cells, tables
+        self._kernel, self._address = library.probe(), self._call.buffer_info()[0]
+        self._run_alone = object_files.locked(self._kernel)
+        self.holds(state=True)
+        self._call[6] = 0  # it was recorded
 
     def holds(self, state: bool) -> bool:
         """Whether all is as recorded; gradients that moved are followed. With ``state``, state tensors too."""
-        self._call[5] = len(self._rows) if state else self._params
-        self._call[9] = 0
-        self._run(self._address)
-        return bool(self._call[9])
-
-    def __del__(self) -> None:
-        for handle in getattr(self, "_handles", ()):
-            self._delete(int(handle))
+        call = self._call
+        call[7], call[8], call[9] = len(self._rows) if state else self._params, 0, 1
+        # The interpreter lock is kept: nobody replaces a gradient while it is being looked at.
+        if call[7] < _SHARED_FROM:
+            self._run_alone(self._address)
+        else:
+            threads.run_locked(self._kernel, self._address)
+        return bool(call[9])
 
 
 class PythonProbe:
@@ -105,77 +117,117 @@ class PythonProbe:
     def __init__(
         self, params: Sequence[Tensor], cells: Sequence[Cell | None], state: Sequence[Tensor], written: np.ndarray
     ) -> None:
-        self._params, self._cells, self._state, self._written = params, cells, state, written
-        self._seen = [_layout(p) + _layout(p.grad) for p in params]
+        self._params, self._cells, self._state = params, cells, state
+        self._starts, self._ends = written.T.tolist()
+        self._seen = [_layout(param) for param in params]
+        self._seen_grads = [_layout(param.grad) for param in params]
         self._seen_state = [_layout(tensor) for tensor in state]
 
     def holds(self, state: bool) -> bool:
         """Whether all is as recorded; gradients that moved are followed. With ``state``, state tensors too."""
-        moved = []
-        for i, param in enumerate(self._params):
-            seen, found = self._seen[i], _layout(param) + _layout(param.grad)
-            if seen[:-1] != found[:-1]:
-                return False
-            if seen[-1] != found[-1]:
-                start, end = found[-1], found[-1] + param.grad.numel() * param.grad.itemsize  # type: ignore[union-attr]
-                if start == 0 or any(start < last and first < end for first, last in self._written):
-                    return False
-                moved.append((i, found))
+        if self._seen != [_layout(param) for param in self._params]:
+            return False
         if state and self._seen_state != [_layout(tensor) for tensor in self._state]:
             return False
-        for i, found in moved:
-            self._seen[i] = found
+        grads = [_layout(param.grad) for param in self._params]
+        moved = [i for i, (seen, grad) in enumerate(zip(self._seen_grads, grads, strict=True)) if seen != grad]
+        for i in moved:
+            if self._seen_grads[i][:-1] != grads[i][:-1] or self._is_written(self._params[i].grad):
+                return False
+        for i in moved:
             if (cell := self._cells[i]) is not None:
-                cell.table[cell.row, 1] = found[-1]
+                cell.table[cell.row, 1] = grads[i][-1]
+        self._seen_grads = grads
         return True
+
+    def _is_written(self, grad: Tensor | None) -> bool:
+        """Whether the step writes to some of its memory, or it has none."""
+        if grad is None or not (start := grad.data_ptr()):
+            return True
+        first = bisect_right(self._ends, start)  # the first interval that ends behind its start
+        return first < len(self._ends) and bool(self._starts[first] < start + grad.nbytes)
 
 
 def _layout(tensor: Tensor | None) -> tuple[Any, ...]:
     """All that a table of addresses relies on; the address comes last."""
     if tensor is None:
         return (None,)
+    device = tensor.is_cpu or tensor.device
     if tensor.layout != torch.strided:
-        return (tensor.layout, tensor.dtype, tensor.device, None)  # what it holds is read at every step
-    facts = (type(tensor), tensor.dtype, tensor.device, tensor.is_neg(), tensor.shape, tensor.stride())
-    return (*facts, tensor.data_ptr() if tensor.device.type == "cpu" and _is_plain(tensor) else None)
+        return (tensor.layout, tensor.dtype, device, None)  # what it holds is read at every step
+    address = tensor.data_ptr() if tensor.is_cpu and _is_plain(tensor) else None
+    return (type(tensor), tensor.dtype, device, tensor.is_neg(), tensor.shape, tensor.stride(), address)
 
 
 def make_probe(
     params: Sequence[Tensor], cells: Sequence[Cell | None], state: Sequence[Tensor], written: np.ndarray
 ) -> NativeProbe | PythonProbe:
     """The fastest probe for these tensors on this torch."""
-    kind = NativeProbe if _native() is not None and all(map(_is_plain, params)) else PythonProbe
-    return kind(params, cells, state, written)
+    if all(map(_is_plain, params)) and (bindings := _bindings()) is not None:
+        return NativeProbe(bindings, params, cells, state, written)
+    return PythonProbe(params, cells, state, written)
 
 
 def _is_plain(tensor: Tensor) -> bool:
     return type(tensor) in (Tensor, torch.nn.Parameter)  # others no kernel takes; some have no address
 
 
-def _handles(tensors: list[Tensor]) -> list[int]:
-    """Owning ``at::Tensor*`` for each tensor."""
-    capsules = torch._C._aoti.unsafe_alloc_void_ptrs_from_tensors(tensors)
-    return [_pointer(capsule, None) for capsule in capsules]
-
-
-_pointer = ctypes.pythonapi.PyCapsule_GetPointer
-_pointer.restype, _pointer.argtypes = ctypes.c_void_p, [ctypes.py_object, ctypes.c_char_p]
-
-
 @cache
-def _native() -> Any:
-    """What deletes a handle, torch's functions, and the probe itself; None for a torch not tested with."""
-    if not torch.__version__.startswith(_TESTED):
-        return None
-    folder = Path(torch.__file__).parent / "lib"
+def _bindings() -> _Bindings | None:
+    """What the native probe needs; None if this torch lacks it, or if the answers would not be those of Python."""
     try:
-        torch_cpu, c10 = (ctypes.CDLL(str(folder / name)) for name in ("libtorch_cpu.so", "libc10.so"))
-        functions = [getattr(torch_cpu, f"aoti_torch_{name}") for name in _SHIMS]
-        functions += [getattr(torch_cpu, _IS_NEG), getattr(c10, _GRAD)]
-        delete = torch_cpu.aoti_torch_delete_tensor_object
-    except (OSError, AttributeError):  # not Linux
+        bindings = _look_up()
+    except (OSError, AttributeError, ValueError):  # not Linux, or a torch that is built otherwise
         return None
-    delete.argtypes, delete.restype = [ctypes.c_void_p], ctypes.c_int
+    with torch.inference_mode(False), torch.no_grad():
+        return bindings if _agrees_with_python(bindings) else None
+
+
+def _look_up() -> _Bindings:
+    folder = Path(torch.__file__).parent / "lib"
+    torch_cpu, c10 = (ctypes.CDLL(str(folder / name)) for name in ("libtorch_cpu.so", "libc10.so"))
+    functions = [getattr(torch_cpu, f"aoti_torch_{name}") for name in _SHIMS]
+    functions += [getattr(torch_cpu, _IS_NEG), getattr(c10, _GRAD)]
     addresses = np.array([ctypes.cast(f, ctypes.c_void_p).value for f in functions], np.int64)
-    # PYFUNCTYPE keeps the interpreter lock: nobody replaces a gradient while it is being looked at.
-    return delete, addresses, ctypes.PYFUNCTYPE(None, ctypes.c_int64)(library.probe())
+    tensor = torch.empty(0, device="cpu")
+    words = (ctypes.c_int64 * (torch._C.TensorBase.__basicsize__ // 8)).from_address(id(tensor))
+    header = object.__basicsize__ // 8
+    # An at::Tensor is a pointer to its TensorImpl, whose address Python tells.
+    tensor_offset, type_offset = 8 * words[:].index(tensor._cdata, header), 8 * words[:header].index(id(Tensor))
+    return _Bindings(addresses, tensor_offset, type_offset)
+
+
+def _agrees_with_python(bindings: _Bindings) -> bool:
+    """Whether both probes notice the same edits, and follow the same gradients."""
+    param, state = (torch.zeros(2, 2, device="cpu", dtype=torch.float32) for _ in range(2))
+    param.grad = torch.zeros_like(param)
+    written = np.array([[tensor.data_ptr(), tensor.data_ptr() + tensor.nbytes] for tensor in (param, state)])
+    written.sort(axis=0)
+    tables = np.zeros((2, 1, 2), np.int64)
+    native = NativeProbe(bindings, [param], [Cell(tables[0], 0)], [state], written)
+    python = PythonProbe([param], [Cell(tables[1], 0)], [state], written)
+    for _ in _edits(param, state):
+        holds = native.holds(state=True)
+        if holds != python.holds(state=True) or (holds and tables[0, 0, 1] != tables[1, 0, 1]):
+            return False
+    return True
+
+
+def _edits(param: Tensor, state: Tensor) -> Iterator[None]:
+    """Yield after each edit; the last one undoes the others."""
+    wide, grad = torch.zeros(2, 4, device="cpu", dtype=torch.float32), param.grad
+    other = wide[:, :2].clone()
+    assert grad is not None
+    for tensor in (param, grad, state):
+        before = tensor.data
+        for edited in (other, other.double(), other.t(), other.view(4), wide[:, ::2], torch._neg_view(other)):
+            tensor.data = edited
+            yield
+        tensor.data = before
+    nowhere = torch.zeros(2, 0, device="cpu", dtype=torch.int64)
+    sparse = torch.sparse_coo_tensor(nowhere, other[0, :0], (2, 2), check_invariants=False)
+    for new in (other.clone(), other.t(), param.detach(), state, None, sparse, other.clone()):
+        param.grad = new
+        yield
+    param.grad = grad
+    yield

@@ -1,15 +1,26 @@
 """The loop behind ``probe.NativeProbe``: it looks at every tensor of a plan, see there for what and why.
 
-A call receives the address of ten int64 numbers: 0 addresses of torch's functions, 1 eight bytes of scratch, 2 whether
-to record, 3 handles, 4 rows of facts, 5 number of handles, 6 starts and 7 ends of the intervals that the step writes,
-8 their number, 9 set to 1 if all is as recorded. A row of facts: address, layout, the gradient's layout and address,
-where a table keeps the gradient's address (0 nowhere, -1 for state tensors), bytes of the gradient.
+A call receives the address of ten int64 numbers: 0 addresses of torch's functions, 1 rows of facts, 2 starts and 3 ends
+of the intervals that the step writes, 4 their number, 5 where an object's class is, in words from its ``at::Tensor``,
+6 whether to record, 7 number of rows, 8 next row to take (the threads share the work through this counter), 9 set to 0
+unless all is as recorded.
+
+A row of facts: 0 where the ``at::Tensor`` is, 1 address of its data, 2 hash of its layout, 3 and 4 the same of its
+gradient, 5 bytes of the gradient, 6 where a table keeps the gradient's address (0 nowhere, -1 for state tensors).
+
+Torch's functions read scattered memory: the TensorImpl, the storage and the autograd data of each tensor and of its
+gradient, one found through the other. With cold caches a step would wait for each of them in turn. So the loop
+prefetches them in stages, a few rows ahead (measured for 1,000 tensors: 0.15 ms instead of 0.4 ms).
 """
 
 from __future__ import annotations
 
-from descend.backends.cpu.intrinsics import call_address, load_int, store_int
+from descend.backends.cpu.intrinsics import call_address, fetch_add, load_int, local_word, prefetch_word, store_int
 from descend.backends.cpu.kernels import OPTIONS, assembly, njit
+
+ROW = 56  # bytes of a row of facts
+BLOCK = 64  # rows that a thread takes at a time
+AHEAD = 8  # rows between two stages
 
 
 def probe_kernel() -> str:
@@ -20,6 +31,10 @@ def probe_kernel() -> str:
         store_int(scratch, 0, 0)
         call_address(load_int(functions, which), tensor, scratch)
         return load_int(scratch, 0)
+
+    @njit
+    def grad_of(functions: int, tensor: int) -> int:
+        return call_address(load_int(functions, 9), load_int(tensor, 0), 0)
 
     @njit
     def mixed(seed: int, value: int) -> int:
@@ -37,6 +52,8 @@ def probe_kernel() -> str:
         if kind != 0:  # sparse: what it holds is read at every step
             return (seed | 3) - 1
         sizes, strides = fact(functions, 5, tensor, scratch), fact(functions, 6, tensor, scratch)
+        if sizes == 0 or strides == 0:  # a nested tensor has none
+            return (seed | 3) - 1
         for dim in range(fact(functions, 4, tensor, scratch)):
             seed = mixed(mixed(seed, load_int(sizes, dim)), load_int(strides, dim))
         return seed | 1
@@ -53,35 +70,83 @@ def probe_kernel() -> str:
                 low = middle + 1
         return low < count and load_int(starts, low) < end
 
+    @njit
+    def prefetch_impl(tensor: int) -> None:
+        impl = load_int(tensor, 0)
+        for line in range(4):
+            prefetch_word(impl, 16 * line)
+
+    @njit
+    def prefetch_parts(tensor: int) -> None:
+        """Prefetch the storage and the autograd data of a tensor.
+
+        Their places in a TensorImpl are those of torch 2.13; elsewhere this would prefetch in vain, and harm nothing.
+        """
+        impl = load_int(tensor, 0)
+        for part in (2, 3):
+            where = load_int(impl, part)
+            prefetch_word(where, 0)
+            prefetch_word(where, 16)
+
+    @njit
+    def prefetch(functions: int, rows: int, i: int, first: int, last: int) -> None:
+        """Prefetch for four rows ahead of row ``i``, each at another stage; rows outside [first, last) are left out."""
+        for stage in range(4):
+            ahead = i + (4 - stage) * AHEAD
+            if first <= ahead < last:
+                row = rows + ROW * ahead
+                tensor = load_int(row, 0)
+                if stage >= 2:
+                    if load_int(row, 6) < 0:
+                        continue
+                    tensor = grad_of(functions, tensor)
+                if stage % 2 == 0:
+                    prefetch_impl(tensor)
+                else:
+                    prefetch_parts(tensor)
+
+    @njit
+    def is_as_recorded(call: int, row: int, scratch: int) -> bool:
+        """Whether the facts of a row hold; a gradient that moved is followed. When recording: write them."""
+        functions, record, tensor, cell = load_int(call, 0), load_int(call, 6), load_int(row, 0), load_int(row, 6)
+        found_layout = mixed(layout(functions, tensor, scratch), load_int(tensor, load_int(call, 5)))
+        found_address = fact(functions, 7, tensor, scratch)
+        grad_layout, grad_address = 0, 0
+        if cell >= 0:  # a parameter; state tensors have no gradient
+            grad = grad_of(functions, tensor)
+            grad_layout = layout(functions, grad, scratch)
+            if grad_layout & 1 and (record == 1 or grad_layout == load_int(row, 4)):
+                grad_address = fact(functions, 7, grad, scratch)
+        if record == 1:
+            store_int(row, 1, found_address)
+            store_int(row, 2, found_layout)
+            store_int(row, 3, grad_address)
+            store_int(row, 4, grad_layout)
+        elif found_address != load_int(row, 1) or found_layout != load_int(row, 2) or grad_layout != load_int(row, 4):
+            return False
+        elif grad_address != load_int(row, 3):
+            end = grad_address + load_int(row, 5)
+            if grad_address == 0 or meets(grad_address, end, load_int(call, 2), load_int(call, 3), load_int(call, 4)):
+                return False
+            store_int(row, 3, grad_address)
+            if cell > 0:
+                store_int(cell, 0, grad_address)
+        return True
+
     def kernel(call: int) -> None:
-        functions, scratch, record = load_int(call, 0), load_int(call, 1), load_int(call, 2)
-        tensors, expected, count = load_int(call, 3), load_int(call, 4), load_int(call, 5)
-        starts, ends, written = load_int(call, 6), load_int(call, 7), load_int(call, 8)
-        for i in range(count):
-            tensor, row = load_int(tensors, i), expected + 48 * i
-            found_layout = layout(functions, tensor, scratch)
-            found_address = fact(functions, 7, tensor, scratch)
-            grad_layout, grad_address, cell = 0, 0, load_int(row, 4)
-            if cell >= 0:  # a parameter; state tensors have no gradient
-                grad = call_address(load_int(functions, 9), load_int(tensor, 0), 0)
-                grad_layout = layout(functions, grad, scratch)
-                if grad_layout & 1 and (record == 1 or grad_layout == load_int(row, 2)):
-                    grad_address = fact(functions, 7, grad, scratch)
-            if record == 1:
-                store_int(row, 0, found_address)
-                store_int(row, 1, found_layout)
-                store_int(row, 2, grad_layout)
-                store_int(row, 3, grad_address)
-            elif (
-                found_address != load_int(row, 0) or found_layout != load_int(row, 1) or grad_layout != load_int(row, 2)
-            ):
-                return
-            elif grad_address != load_int(row, 3):
-                if grad_address == 0 or meets(grad_address, grad_address + load_int(row, 5), starts, ends, written):
+        functions, rows, count = load_int(call, 0), load_int(call, 1), load_int(call, 7)
+        scratch = local_word()
+        lead = 4 * AHEAD if count > 4 * AHEAD else 0  # a few tensors stay in the caches: looking ahead costs 15 ns each
+        while True:
+            first = fetch_add(call + 64, BLOCK)
+            if first >= count:
+                break
+            last = min(first + BLOCK, count)
+            for i in range(first - lead, last):
+                if lead > 0:
+                    prefetch(functions, rows, i, first, last)
+                if i >= first and not is_as_recorded(call, rows + ROW * i, scratch):
+                    store_int(call, 9, 0)
                     return
-                store_int(row, 3, grad_address)
-                if cell > 0:
-                    store_int(cell, 0, grad_address)
-        store_int(call, 9, 1)
 
     return assembly(kernel, OPTIONS)

@@ -30,18 +30,22 @@ class _OpenMP:
     def __init__(self) -> None:
         self.forked = False
         self.parallel: Any = None
+        self.parallel_locked: Any = None  # the same, the interpreter lock kept
         self.address = 0
         try:
             self.parallel = ctypes.CDLL(None).GOMP_parallel
+            self.parallel_locked = ctypes.PyDLL(None).GOMP_parallel
         except (AttributeError, OSError, TypeError):  # no such symbol, or Windows
             return
-        self.parallel.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint]
-        self.parallel.restype = None
+        for function in (self.parallel, self.parallel_locked):
+            function.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint]
+            function.restype = None
         self.address = ctypes.cast(self.parallel, ctypes.c_void_p).value or 0
 
     def disable_in_child(self) -> None:
         """Stop using OpenMP, in a forked child."""
-        self.forked, self.parallel, self.address = True, None, 0
+        self.forked, self.address = True, 0
+        self.parallel = self.parallel_locked = None
 
 
 _openmp = _OpenMP()
@@ -91,6 +95,15 @@ def run(address: int, argument: int, elements: int) -> None:
         object_files.call(address, argument)
         for other in others:
             other.result()
+
+
+def run_locked(address: int, argument: int) -> None:
+    """Like ``run``, while no other Python thread runs. The kernel must not call into Python."""
+    threads = torch.get_num_threads()
+    if threads == 1 or _openmp.parallel_locked is None:
+        object_files.locked(address)(argument)
+    else:
+        _openmp.parallel_locked(address, argument, threads, 0)
 
 
 class Call(NamedTuple):
