@@ -54,12 +54,8 @@ from torch import Tensor
 
 import descend
 from descend.backends.cpu import threads
-<<<<<<< HEAD
 from descend.backends.cpu.intrinsics import fetch_add, intrinsic, load_int, prefetcher
-=======
-from descend.backends.cpu.intrinsics import intrinsic, load_int, prefetcher, take
 from descend.state.available_memory import available_memory
->>>>>>> pages
 
 TOUCHED, EXACT, TORCH, DENSE, FLOOR = "touched", "exact", "torch", "dense", "floor"
 CONTENDERS = (TOUCHED, EXACT, TORCH, DENSE, FLOOR)
