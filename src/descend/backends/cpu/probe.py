@@ -7,10 +7,11 @@ each. For every parameter and its gradient it compares the address and a hash of
 and strides with what was recorded. A gradient that merely moved is no change: its new address is written into the
 table, unless it now overlaps memory that the step writes.
 
-The native probe reads the ``at::Tensor`` inside each Python object and owns none: ``torch.utils.swap_tensors`` works, and
-is noticed. Neither the C++ names nor the place of the ``at::Tensor`` is a stable interface. At first use they are looked
-up, and a self-test compares the answers with those of ``PythonProbe``. If a name is missing or an answer differs (or on
-systems other than Linux), ``PythonProbe`` is used instead. It is slower, but also linear in the number of tensors.
+The native probe reads the ``at::Tensor`` inside each Python object and owns none: ``torch.utils.swap_tensors`` works,
+and is noticed. Neither the C++ names nor the place of the ``at::Tensor`` is a stable interface. At first use they are
+looked up, and a self-test compares the answers with those of ``PythonProbe``. If a name is missing or an answer
+differs (or on systems other than Linux), ``PythonProbe`` is used instead. It is slower, but also linear in the number
+of tensors.
 """
 
 from __future__ import annotations
