@@ -14,7 +14,7 @@ from torch import Tensor
 
 from descend.backends import EAGER, available
 from descend.backends.backend import Backend
-from descend.backends.cpu.probe import PythonProbe, make_probe
+from descend.backends.cpu.probe import make_probe
 from descend.core import memory
 from descend.core.method import Method
 from descend.core.signature import signature
@@ -211,10 +211,8 @@ class Plan:
         watched = [param for _, params, _, _ in self._groups for param in params]
         spans = np.concatenate([np.zeros((0, 2), np.int64), *(update.written() for update in self._updates)])
         written = spans[np.argsort(spans[:, 0])]
-        # A native probe owns its tensors where the garbage collector cannot see it; steps inside backward hang on them.
-        kind = make_probe if self._position is None else PythonProbe
         tensors = [tensor for _, _, tensor in self._tensors]
-        self._probe = kind(watched, [cells.get(param) for param in watched], tensors, written)
+        self._probe = make_probe(watched, [cells.get(param) for param in watched], tensors, written)
         self._has_state = True
 
     def run(self, method: Method) -> None:
