@@ -79,14 +79,14 @@ import resource, sys, torch, descend
 from descend.backends.cpu import threads
 
 faults = []
-run = threads.run
+run = threads.CallSequence.run
 
-def counting(*args):
+def counting(sequence):
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-    run(*args)
+    run(sequence)
     faults.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 
-threads.run = counting
+threads.CallSequence.run = counting
 sparse, rows = sys.argv[1:]
 torch.set_num_threads(2)
 for size in (2_000, 400_000):  # what is compiled and started for the first time is not counted

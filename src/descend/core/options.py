@@ -6,8 +6,10 @@ it. Constructors, attributes, copies and pickles follow.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any, Literal, TypeAlias, TypedDict, get_args
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from typing import Any, Literal, TypeAlias, TypedDict, TypeVar, get_args
 
 import torch
 
@@ -72,3 +74,21 @@ class StepOptions:
         for name, values in allowed.items():
             if (value := getattr(self, name)) not in values:
                 raise ValueError(f"{who}: {name} must be one of {values}, got {value!r}.")
+
+
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+
+def shows_options(function: Function) -> Function:
+    """Let ``inspect.signature`` and ``help`` show the options that ``function`` takes as ``**options``."""
+    options = [
+        inspect.Parameter(field.name, inspect.Parameter.KEYWORD_ONLY, default=field.default, annotation=field.type)
+        for field in fields(StepOptions)
+    ]
+    options.append(
+        inspect.Parameter("groups", inspect.Parameter.KEYWORD_ONLY, default=None, annotation="Groups | None")
+    )
+    signature = inspect.signature(function)
+    named = [each for each in signature.parameters.values() if each.kind is not inspect.Parameter.VAR_KEYWORD]
+    function.__signature__ = signature.replace(parameters=[*named, *options])  # type: ignore[attr-defined]
+    return function

@@ -18,7 +18,7 @@ from descend.checkpoint.matching import Hyperparameters, IncompatibleKeys, Match
 from descend.checkpoint.reading import set_state
 from descend.core.groups import ParamsT, grouped, named
 from descend.core.method import Method
-from descend.core.options import Options, StepOptions
+from descend.core.options import Options, StepOptions, shows_options
 from descend.core.undecorated import undecorated
 from descend.diagnostics.summary import Row, summarize
 from descend.sparse.attach import Tables, attach
@@ -62,6 +62,7 @@ class FirstOrder(Method):
         ValueError: if an option is out of range; nothing has been changed then.
     """
 
+    @shows_options
     def __init__(self, params: ParamsT, defaults: dict[str, Any], **options: Unpack[Options]) -> None:
         name = type(self).__name__
         for key in options:

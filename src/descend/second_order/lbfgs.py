@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from descend.core.checks import check_at_least_zero
+from descend.core.checks import check_at_least_zero, check_kind
 from descend.core.groups import named
 from descend.second_order.closure_optimizer import ClosureOptimizer
 from descend.second_order.modern_lbfgs import modern_step
@@ -219,6 +219,8 @@ class LBFGS(ClosureOptimizer):
 
     def check_options(self, options: Mapping[str, Any]) -> None:
         check_lbfgs(self, options)
+        if "maximize" in options:  # of torch 2.14 and newer
+            check_kind(self, options, "maximize")
 
     def check_groups(self, groups: Sequence[dict[str, Any]]) -> None:
         super().check_groups(groups)

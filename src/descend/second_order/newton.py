@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias, get_args
 
-from descend.core.checks import check_at_least_zero
+from descend.core.checks import check_at_least_zero, check_kind
 from descend.core.groups import named
 from descend.second_order.closure_optimizer import ClosureOptimizer
 from descend.second_order.directions import CompactInverse
@@ -122,5 +122,6 @@ class Newton(ClosureOptimizer):
         check_at_least_zero(self, "max_iter value", "max_iter", options["max_iter"])
         check_at_least_zero(self, "max_eval value", "max_eval", options["max_eval"])
         check_at_least_zero(self, "tolerance_grad value", "tolerance_grad", options["tolerance_grad"])
+        check_kind(self, options, "maximize")
         if options["solver"] not in SOLVERS:
             raise ValueError(f"{type(self).__name__}: solver must be one of {SOLVERS}, got {options['solver']!r}.")
