@@ -178,8 +178,13 @@ class Backend(Protocol):
     def scalar_state(self, tensors: Sequence[Tensor]) -> ScalarState:
         """Keep these 0-dim CPU tensors together."""
 
-    def together(self, launches: Sequence[Any], counters: Any, scalar_state: Any) -> Callable[[np.ndarray], None]:
-        """A function that runs these launches, adds one to each counter, and writes the scalar state it is given."""
+    def together(
+        self, params: Sequence[Tensor], launches: Sequence[Any], counters: Any, scalar_state: Any
+    ) -> Callable[[np.ndarray], None]:
+        """A function that runs launches of ``params`` and adds one to each counter.
+
+        It also raises the parameters' version counters, and writes the scalar state that it is given.
+        """
 
     def rows(self, rule: Rule, scalars: int, dtypes: Dtypes, all_rows: bool) -> Rows:
         """Prepare to apply ``rule`` to rows. Compiles nothing."""

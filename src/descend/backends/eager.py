@@ -103,7 +103,11 @@ class EagerBackend:
         return EagerScalarState(tensors)
 
     def together(
-        self, launches: Sequence[EagerLaunch], counters: EagerScalarState, scalar_state: EagerScalarState
+        self,
+        params: Sequence[Tensor],
+        launches: Sequence[EagerLaunch],
+        counters: EagerScalarState,
+        scalar_state: EagerScalarState,
     ) -> Callable[[np.ndarray], None]:
         def run(values: np.ndarray) -> None:
             with torch.no_grad():

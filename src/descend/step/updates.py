@@ -125,11 +125,10 @@ class LaunchUpdate(Update):
             launch.set_state(tensors)
         self._counters = self._backend.scalar_state(counters)
         self._scalar_state = self._backend.scalar_state(scalar_state)
-        self._run_together = self._backend.together(self._launches, self._counters, self._scalar_state)
+        self._run_together = self._backend.together(self.params, self._launches, self._counters, self._scalar_state)
 
     def run(self, method: Method) -> None:
         values = self._next_values() if method.scalar_state else _NONE
-        torch.autograd.graph.increment_version(self.params)
         self._run_together(values)
         for batch in self._batches:
             for row in batch.rows:

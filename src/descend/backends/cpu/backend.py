@@ -13,6 +13,7 @@ from torch import Tensor
 from descend.backends.cpu import supports, threads
 from descend.backends.cpu.launch import ChunkTable, Launch, ScalarState
 from descend.backends.cpu.rows import StaleRows, TouchedRows
+from descend.backends.cpu.versions import Versions
 from descend.core.signature import Kind
 
 _NO_SCALARS = np.zeros(0)
@@ -49,13 +50,17 @@ class CpuBackend:
         return ScalarState(tensors)
 
     def together(
-        self, launches: Sequence[Launch], counters: ScalarState, scalar_state: ScalarState
+        self, params: Sequence[Tensor], launches: Sequence[Launch], counters: ScalarState, scalar_state: ScalarState
     ) -> Callable[[np.ndarray], None]:
+        versions = Versions(params)
         updates = [launch.update_call() for launch in launches]
-        sequence = threads.CallSequence([*updates, *counters.add_one_calls(), *scalar_state.write_calls()])
+        sequence = threads.CallSequence(
+            [*versions.calls(), *updates, *counters.add_one_calls(), *scalar_state.write_calls()]
+        )
 
         def run(values: np.ndarray) -> None:
             scalar_state.prepare(values)
+            versions.bump()
             sequence.run()
 
         return run

@@ -239,6 +239,20 @@ def sequence_kernel() -> str:
     return assembly(kernel, OPTIONS)
 
 
+def versions_kernel() -> str:
+    """LLVM assembly that calls one function with each of many arguments.
+
+    A call receives the address of int64 values: the function, how many arguments, and the arguments.
+    """
+
+    def kernel(call: int) -> None:
+        function = load_int(call, 0)
+        for i in range(load_int(call, 1)):
+            call_address(function, load_int(call, i + 2), 0)
+
+    return assembly(kernel, OPTIONS)
+
+
 def loop_kernel(function: Any, arrays: int) -> str:
     """LLVM assembly of a plain function of float64 arrays. Arguments: address and length of each array."""
     exactly = {"error_model": "numpy"}  # no fastmath: results must be as precise as in Python

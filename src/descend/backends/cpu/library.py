@@ -77,6 +77,18 @@ def sequence() -> int:
 
 
 @cache
+def versions() -> int:
+    """The loop that calls one function with each of many tensors, see ``versions.Versions``."""
+
+    def compile_versions() -> str:
+        from descend.backends.cpu import kernels
+
+        return kernels.versions_kernel()
+
+    return object_files.load("versions", f"versions|{_sources()}", compile_versions)
+
+
+@cache
 def probe() -> int:
     """The loop behind ``probe.NativeProbe``."""
 

@@ -190,11 +190,16 @@ def _look_up() -> _Bindings:
     functions += [getattr(torch_cpu, _IS_NEG), getattr(c10, _GRAD)]
     addresses = np.array([ctypes.cast(f, ctypes.c_void_p).value for f in functions], np.int64)
     tensor = torch.empty(0, device="cpu")
+    header = (ctypes.c_int64 * (object.__basicsize__ // 8)).from_address(id(tensor))
+    return _Bindings(addresses, tensor_offset(), 8 * header[:].index(id(Tensor)))
+
+
+def tensor_offset() -> int:
+    """Bytes from a Python tensor to the ``at::Tensor`` in it; ``ValueError`` if there is none."""
+    tensor = torch.empty(0, device="cpu")
     words = (ctypes.c_int64 * (torch._C.TensorBase.__basicsize__ // 8)).from_address(id(tensor))
-    header = object.__basicsize__ // 8
     # An at::Tensor is a pointer to its TensorImpl, whose address Python tells.
-    tensor_offset, type_offset = 8 * words[:].index(tensor._cdata, header), 8 * words[:header].index(id(Tensor))
-    return _Bindings(addresses, tensor_offset, type_offset)
+    return 8 * words[:].index(tensor._cdata, object.__basicsize__ // 8)
 
 
 def _agrees_with_python(bindings: _Bindings) -> bool:
