@@ -246,7 +246,7 @@ class Table:
         turn = self.plan.turn
         contenders = {
             TOUCHED: (Contender(touched.step, self.look_up), turn),
-            EXACT: (Contender(partial(self._read_and_step, exact), self.look_up), turn),
+            EXACT: (self._exact_contender(exact), turn),
             TORCH: (Contender(torchs.step, self.look_up), turn),
             FLOOR: (Contender(lambda: floor(self._distinct, self._grad()), self.look_up), turn),
         }
@@ -265,7 +265,14 @@ class Table:
         if name == TOUCHED:
             return Contender(optimizer.step, self.look_up)
         optimizer.attach(self.reader)
-        return Contender(partial(self._read_and_step, optimizer), self.look_up)
+        return self._exact_contender(optimizer)
+
+    def _exact_contender(self, optimizer: descend.AdamW) -> Contender:
+        def prepare() -> None:
+            self.look_up()
+            optimizer.attach(self.param)  # the others have stepped on the same weights: accept them
+
+        return Contender(partial(self._read_and_step, optimizer), prepare)
 
     def _touched(self) -> torch.optim.Optimizer:
         optimizer = descend.AdamW([self.param], sparse="touched")
@@ -277,7 +284,7 @@ class Table:
         self._averages["exp_avg_sq"].fill_(1e-4)
         return optimizer
 
-    def _exact(self) -> torch.optim.Optimizer:
+    def _exact(self) -> descend.AdamW:
         optimizer = descend.AdamW([self.param], sparse="exact")
         optimizer.attach(self.reader)
         optimizer.state[self.param] = {"step": torch.tensor(0.0), **self._averages}
