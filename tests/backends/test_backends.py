@@ -91,6 +91,38 @@ def test_step_becomes_a_graph() -> None:
     torch.testing.assert_close(params[0], twin[0], rtol=1e-12, atol=1e-12)  # float64, eager and fused
 
 
+@pytest.mark.parametrize("mode", ["real", "fake"])
+def test_steps_become_a_graph(mode: Any) -> None:
+    def steps(param: Tensor, grad: Tensor) -> Tensor:
+        param = param.clone()
+        optimizer = Adam([param])
+        for _ in range(3):
+            param.grad = grad
+            optimizer.step()
+        return param
+
+    param, grad = torch.ones(3), torch.arange(3.0)
+    graph = make_fx(steps, tracing_mode=mode)(param, grad)
+    torch.testing.assert_close(graph(param, 2 * grad), steps(param, 2 * grad))
+
+
+def test_step_that_counts_becomes_a_graph() -> None:
+    (param,) = leaves([(3,)])
+    optimizer = Adam([param], lr=0.1)
+    give_grads([param], 0)
+    optimizer.step()
+
+    def step(grad: Tensor) -> None:
+        param.grad = grad
+        optimizer.step()
+
+    graph = make_fx(step)(param.grad)
+    assert optimizer.state[param]["step"] == 2
+    with torch.no_grad():
+        graph(param.grad)
+    assert optimizer.state[param]["step"] == 3
+
+
 def test_backend_cpu_refuses_what_it_cannot_run_before_anything_moves() -> None:
     params = [*leaves([(3,)]), torch.ones(2, dtype=torch.complex128, requires_grad=True)]
     optimizer = Adam(params, backend="cpu")

@@ -404,6 +404,37 @@ def test_state_of_another_shape_moves_nothing(shape: tuple[int, ...], backend: s
     assert_unmoved(optimizer, before)
 
 
+def differentiable(params: list[torch.Tensor]) -> AdamW:
+    for param in params:
+        param.requires_grad_(False)  # torch allows no write to a leaf that autograd watches
+    return AdamW([{"params": params[:1]}, {"params": params[1:], "differentiable": True}])
+
+
+def listed_twice(params: list[torch.Tensor]) -> AdamW:
+    return AdamW([*params, params[-1]])
+
+
+@pytest.mark.filterwarnings("ignore:optimizer contains a parameter group with duplicate parameters")
+@pytest.mark.parametrize("make", [differentiable, listed_twice])
+def test_unfit_state_of_a_parameter_updated_by_itself_moves_nothing(
+    make: Callable[[list[torch.Tensor]], AdamW],
+) -> None:
+    params = leaves([(3,), (3,)])
+    optimizer = make(params)
+    give_grads(params, 0)
+    optimizer.step()
+    optimizer.state[params[1]]["exp_avg"] = torch.zeros(7)
+    before = snapshot(optimizer)
+    with pytest.raises(RuntimeError, match=r"exp_avg of .* has shape .* expected \(3,\)"):
+        optimizer.step()
+    assert_unmoved(optimizer, before)
+    optimizer.state[params[1]]["exp_avg"] = torch.zeros(3)
+    optimizer.step()
+    optimizer.state[params[1]]["exp_avg"].untyped_storage().resize_(0)
+    with pytest.raises(RuntimeError, match="the memory of exp_avg has been freed"):
+        optimizer.step()
+
+
 def test_unknown_backend_in_the_environment_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     params = leaves()
     optimizer = SGD(params, lr=0.1)

@@ -50,3 +50,11 @@ def test_state_of_pickles_made_before_options_were_one_value() -> None:
     again = AdamW.__new__(AdamW)
     again.__setstate__(state)
     assert again.options == optimizer.options
+
+
+def test_state_brings_its_options_to_an_optimizer_that_has_others() -> None:
+    optimizer, other = AdamW([torch.zeros(1)], max_norm=1.0), AdamW([torch.zeros(1)], max_norm=2.0, nonfinite="skip")
+    optimizer.__setstate__(other.__getstate__())
+    assert optimizer.options == other.options
+    optimizer.load_state_dict(AdamW([torch.zeros(1)]).state_dict())
+    assert optimizer.options == other.options

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import threading
 import warnings
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -28,6 +29,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from descend import AdamW
+from descend.sparse.table import Table
 
 
 @pytest.fixture(autouse=True)
@@ -437,6 +439,25 @@ def test_threads_read_what_one_thread_would(backend: str, monkeypatch: pytest.Mo
     finally:
         sys.setswitchinterval(interval)
     assert torch.equal(layers[0].state_dict()["weight"], layers[1].state_dict()["weight"])
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_state_dict_of_another_thread_waits_for_the_step(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    layer, optimizer, _ = embedding_behind(backend=backend)
+    begin_step = Table.begin_step
+    saver = threading.Thread(target=optimizer.state_dict)
+
+    def save_meanwhile(self: Table, *args: Any) -> Any:
+        result = begin_step(self, *args)
+        saver.start()
+        saver.join(0.5)  # it should be waiting, so this cannot be
+        return result
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Table, "begin_step", save_meanwhile)
+        train(optimizer, layer, [1, 2])
+    saver.join()
+    train(optimizer, layer, [1, 2])
 
 
 def test_a_compiled_model_breaks_its_graph() -> None:

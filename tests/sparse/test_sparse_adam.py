@@ -207,6 +207,11 @@ def replace_state(optimizer: Any) -> None:
         }
 
 
+def replace_state_dicts(optimizer: Any) -> None:
+    for param in params_of(optimizer):
+        optimizer.state[param] = dict(optimizer.state[param])
+
+
 def clear_state(optimizer: Any) -> None:
     optimizer.state.clear()
 
@@ -225,6 +230,7 @@ EDITS = [
     double_eps,
     set_step_back,
     replace_state,
+    replace_state_dicts,
     clear_state,
     append_param,
 ]

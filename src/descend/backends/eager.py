@@ -187,7 +187,7 @@ class EagerScalarState:
         """Add one to each."""
         for tensor in self._tensors:
             tensor += 1
-        self._expected = [tensor.item() for tensor in self._tensors]
+        self._expected = [value + 1 for value in self._expected]  # not read: make_fx may be tracing them
 
     def write(self, values: np.ndarray) -> None:
         """Set them, in the order of the tensors."""

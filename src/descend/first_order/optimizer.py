@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from typing import Any, Literal
 
 import torch
@@ -299,8 +300,7 @@ class FirstOrder(Method):
             self.settle()  # first: the steps that rows have missed are on record only in the state about to be replaced
         options = {key: state[key] for key in StepOptions.__dataclass_fields__ if key in state}
         set_state(self, {key: value for key, value in state.items() if key not in options})
-        if "options" not in self.__dict__:
-            self.options = StepOptions(**options)
+        self.options = replace(self.__dict__.get("options", StepOptions()), **options)
         if "_tables" not in self.__dict__:
             self._tables = Tables()
             self._driver = WholeStep(self._tables)

@@ -252,27 +252,28 @@ class Table:
 
     def _schedule_of(self, method: Method, state: MutableMapping[str, Any]) -> Schedule | None:
         """The schedule; taken from the state after loading, None before the first step."""
-        if "step" not in state:
-            self._schedule = None  # somebody has cleared the state
-        elif self._schedule is None and isinstance(state.get(SCHEDULE), Tensor):
-            history = state[SCHEDULE].numpy()
-            beta1, beta2, eps, start, steps = state[CONSTANTS].tolist()
-            if not _counts(state["step"], steps):  # a dense optimizer has gone on from there: all rows are current
-                for name in (ROW_STEP, SCHEDULE, CONSTANTS):
-                    state.pop(name, None)
-                self.ensure_state(method, state)
-                return None
-            self._schedule = Schedule.restored(beta1, beta2, eps, int(start), history)
-            if len(history) and state.get(CHECKSUM) != self._checksum():
-                # The weights are not those of the state. Those saved after it have been brought up to date.
-                self._settle_all(method, self._schedule, moves=False)
-            self.note_version()
-        if self._is_stepping and self._schedule is not None:
-            self._is_stepping = False
-            if float(state["step"]) == self._schedule.steps - 1:
-                self._schedule.drop_last()
-            self.note_version()
-        return self._schedule
+        with self.lock:  # in another thread a step may be half-way
+            if "step" not in state:
+                self._schedule = None  # somebody has cleared the state
+            elif self._schedule is None and isinstance(state.get(SCHEDULE), Tensor):
+                history = state[SCHEDULE].numpy()
+                beta1, beta2, eps, start, steps = state[CONSTANTS].tolist()
+                if not _counts(state["step"], steps):  # a dense optimizer has gone on from there: all rows are current
+                    for name in (ROW_STEP, SCHEDULE, CONSTANTS):
+                        state.pop(name, None)
+                    self.ensure_state(method, state)
+                    return None
+                self._schedule = Schedule.restored(beta1, beta2, eps, int(start), history)
+                if len(history) and state.get(CHECKSUM) != self._checksum():
+                    # The weights are not those of the state. Those saved after it have been brought up to date.
+                    self._settle_all(method, self._schedule, moves=False)
+                self.note_version()
+            if self._is_stepping and self._schedule is not None:
+                self._is_stepping = False
+                if float(state["step"]) == self._schedule.steps - 1:
+                    self._schedule.drop_last()
+                self.note_version()
+            return self._schedule
 
     def write_schedule(self, method: Method) -> None:
         """Put into the state what only checkpoints need."""

@@ -144,7 +144,7 @@ class SparseUpdate(Update):
         for name, value in zip(method.scalar_state, self._next_state, strict=True):
             self._state[name].fill_(value)
         if method.counts_steps and method.step_is_int:
-            self._state["step"] += 1
+            method.state_of(self._param)["step"] += 1
 
     def release(self) -> None:
         self._rows.release()

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from descend.core.memory import PLAIN
 from descend.core.options import StatePages
 from descend.state.available_memory import available_memory
 
@@ -180,7 +181,7 @@ def _mapped(size: int) -> _Mapping | None:
 
 
 def _mapping_of(tensor: Tensor) -> _Mapping | None:
-    return _mappings.get(tensor.data_ptr()) if tensor.is_cpu else None
+    return _mappings.get(tensor.data_ptr()) if type(tensor) in PLAIN and tensor.is_cpu else None
 
 
 def _pages_of_rows(rows: np.ndarray, size: int) -> np.ndarray:

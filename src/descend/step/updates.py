@@ -17,6 +17,7 @@ from descend.core.signature import signature
 from descend.core.update import Cell, Update, number, signed
 from descend.norms import clip
 from descend.state import lazy_memory
+from descend.state.container import checked_state
 from descend.state.make import ensure_state, scalar_tensors, state_dtypes, steps_taken
 
 _NONE = np.zeros(0)
@@ -176,9 +177,10 @@ class SingleUpdate(Update):
     def set_scalars(self, method: Method, scale: float) -> None:
         self._scale = scale
         group, state = method.param_groups[self._entry.group], method.state_of(self._entry.param)
+        takes = signature(self._entry.rule)
+        checked_state(method, self._entry.param, takes.state, group, state)
         scalar_state = scalar_tensors(method, method.scalar_state, self._entry.param, group, state)
         scalars, next_state = method.scalars_and_state(group, self._taken(method) + 1, scalar_state)
-        takes = signature(self._entry.rule)
         for _, value in zip((*takes.scalars, *method.scalar_state), (*scalars, *next_state), strict=True):
             float(number(value))  # raises for what cannot be used, before anything moves
 
