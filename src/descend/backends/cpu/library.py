@@ -66,7 +66,7 @@ def scalar_state(dtype: torch.dtype) -> int:
 
 @cache
 def sequence() -> int:
-    """The loop that makes several calls one after the other, see ``threads.run_together``."""
+    """The loop that makes several calls one after the other, see ``threads.CallSequence``."""
 
     def compile_sequence() -> str:
         from descend.backends.cpu import kernels

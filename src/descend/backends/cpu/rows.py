@@ -104,6 +104,7 @@ class TouchedRows:
         self._sums = library.rows("sums", self._dtypes[1])
         for name in ("touched", "mark"):
             library.rows(name)
+        library.sequence()
         if wants_norm:
             library.sums_of_squares(self._dtypes[1], 1, len(self._dtypes))
 
@@ -221,6 +222,7 @@ class StaleRows:
         )
         for name in ("stale", "mark"):
             library.rows(name)
+        library.sequence()
 
     def find(
         self, which: Tensor | range, sizes: tuple[int, ...], steps: Tensor, now: int, start: int
