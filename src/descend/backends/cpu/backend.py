@@ -55,7 +55,7 @@ class CpuBackend:
         sequence = threads.CallSequence([*updates, *counters.add_one_calls(), *scalar_state.write_calls()])
 
         def run(values: np.ndarray) -> None:
-            scalar_state.prepare(values)
+            scalar_state.set_next(values)
             sequence.run()
 
         return run

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from descend.backends.cpu import library, object_files, threads
-from descend.backends.cpu.launch import CHUNK, NUMPY, ChunkCall, chunk_table
+from descend.backends.cpu.launch import CHUNK, NUMPY, ChunkCall, ScalarState, chunk_table
 
 BLOCK = 64  # duplicates summed in sequence; more of one row are split, for threads and for precision
 DIGIT = 12  # most bits of a digit of the radix sort
@@ -177,7 +177,7 @@ class TouchedRows:
         state: Sequence[Tensor],
         scalars: Sequence[float],
         scale: float,
-        counters: Any,
+        counters: ScalarState,
         mark: tuple[Tensor, int] | None,
     ) -> None:
         self._scalars[0] = (scale, *scalars)
