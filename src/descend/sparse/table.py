@@ -19,7 +19,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from descend.backends import EAGER, available
 from descend.backends.backend import CatchUp
-from descend.core.interrupts import Held
+from descend.core.interrupts import DeferredSignals
 from descend.core.method import Method
 from descend.core.signature import signature
 from descend.sparse.missed_steps import Schedule
@@ -199,7 +199,7 @@ class Table:
 
         Indices out of range are left to whoever reads the rows.
         """
-        with self.lock, Held():
+        with self.lock, DeferredSignals():
             schedule = self._schedule_of(method, method.state_of(self.param))
             if schedule is None or not schedule.is_behind:
                 return

@@ -250,7 +250,7 @@ class Plan:
         exposed = not isinstance(self._state, State) or self._state.exposed
         if exposed and not self._has_its_tensors():
             return False
-        return bool(self._probe.holds(state=exposed)) and all(update.is_valid(method) for update in self._updates)
+        return bool(self._probe.revalidate(state=exposed)) and all(update.is_valid(method) for update in self._updates)
 
     def _has_its_tensors(self) -> bool:
         """Whether every state tensor is still the one that was put there."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 
-from descend.core.interrupts import Held
+from descend.core.interrupts import DeferredSignals
 from descend.core.method import Method
 from descend.norms.clip import clip_coefficient
 from descend.sparse.attach import Tables
@@ -49,7 +49,7 @@ def take_step(
             plan.set_scalars(method, scale * coefficient)
             plan.run(method)
         else:
-            with Held():
+            with DeferredSignals():
                 plan.set_scalars(method, scale * coefficient)
                 plan.make_state(method)
                 plan.run(method)
