@@ -10,7 +10,7 @@ from torch import Tensor
 
 from descend.core.method import Method
 from descend.core.signature import signature
-from descend.state.container import Initial, new_tensor, stored_number
+from descend.state.container import Initial, new_tensor, scalar_tensor
 
 
 def ensure_state(
@@ -51,7 +51,7 @@ def scalar_tensors(
     method: Method, names: Sequence[str], param: Tensor, group: Mapping[str, Any], state: Mapping[str, Any]
 ) -> list[Tensor]:
     """The 0-dim tensors called ``names``: those in ``state``, new ones for those that are missing."""
-    return [stored_number(state, name, method.initial_state(name, param, group)) for name in names]
+    return [scalar_tensor(state, name, method.initial_state(name, param, group)) for name in names]
 
 
 def state_dtypes(
@@ -63,8 +63,8 @@ def state_dtypes(
     return tuple(tensor.dtype if isinstance(tensor, Tensor) else default for tensor in tensors)
 
 
-def steps_taken(method: Method, rule: Callable[..., Any], state: Mapping[str, Any]) -> float:
-    """Steps a parameter has taken; without step counts, 0 before the first and 1 after."""
+def step_count(method: Method, rule: Callable[..., Any], state: Mapping[str, Any]) -> float:
+    """Number of steps a parameter has taken; without ``counts_steps``, 0 before the first and 1 after."""
     if method.counts_steps:
         return float(state.get("step", 0.0))
     return float(
