@@ -94,14 +94,14 @@ class _Reading:
 
     def _groups(self, saved_groups: list[Mapping[str, Any]], matching: Matching) -> LoadedGroups:
         groups: LoadedGroups = [{**group} for group in self.optimizer.param_groups]
-        counts = self.optimizer.group_state
+        state_keys = self.optimizer.group_state
         clone = cache(cloned)  # a tensor that groups share, such as lr, is shared by their copies
-        if self.takes_options or counts:
+        if self.takes_options or state_keys:
             for group, source in zip(groups, matching.group_sources(self.strict), strict=True):
                 if source is not None:
                     options = self._options(saved_groups[source], source, clone)
                     group.update(
-                        options if self.takes_options else {key: options[key] for key in counts if key in options}
+                        options if self.takes_options else {key: options[key] for key in state_keys if key in options}
                     )
                     self._check_options(group, source)
         names = matching.saved.own_names
