@@ -264,7 +264,7 @@ def test_restored_and_copied_are_the_same(make: Make, betas: tuple[float, float]
         np.testing.assert_array_equal(one.shrinkage(since), schedule.shrinkage(since))
 
 
-def test_asking_changes_nothing() -> None:
+def test_reading_a_schedule_changes_nothing() -> None:
     lr, weight_decay = random(np.arange(1, 2001))
     asked, unasked = Schedule(0.9, 0.99, EPS), recorded((0.9, 0.99), lr, weight_decay)
     for count, step in enumerate(zip(lr.tolist(), weight_decay.tolist(), strict=True), start=1):
@@ -326,7 +326,7 @@ def test_a_factor_of_zero_is_zero_for_ever(at: int) -> None:
     "betas",
     [*BOUNDS, *HARD, (0.0, 1e-3), (1e-200, 0.5), (0.1, 0.11), (0.999, 0.9999), (0.0, 1 - 2**-53), (0.9, 1 - 1e-12)],
 )
-def test_numbers_are_finite(betas: tuple[float, float], start: int) -> None:
+def test_scalars_are_finite(betas: tuple[float, float], start: int) -> None:
     for lr, decay in itertools.product([0.0, 1e-30, 1e-3, 10.0], [0.0, 0.1]):
         schedule = recorded(betas, np.full(1000, lr), np.full(1000, decay), start)
         since = start + np.arange(1000)

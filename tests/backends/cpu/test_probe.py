@@ -145,7 +145,7 @@ def test_native_probe_does_not_keep_tensors_from_being_swapped() -> None:
 
 @native_only
 @pytest.mark.parametrize("function", ["is_defined", "get_dtype", "get_dim", "get_sizes", "get_data_ptr", probe._IS_NEG])
-def test_function_that_does_nothing_is_found_out(function: str) -> None:
+def test_self_test_notices_a_function_that_does_nothing(function: str) -> None:
     bindings = probe._bindings()
     assert bindings is not None
     nothing = ctypes.CFUNCTYPE(ctypes.c_int64, ctypes.c_int64, ctypes.c_int64)(lambda tensor, result: 0)
