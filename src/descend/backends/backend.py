@@ -179,13 +179,7 @@ class Backend(Protocol):
         """Keep these 0-dim CPU tensors together."""
 
     def together(self, launches: Sequence[Any], counters: Any, scalar_state: Any) -> Callable[[np.ndarray], None]:
-        """A function that runs launches of this backend, adds one to each counter and writes the scalar state.
-
-        Args:
-            launches: compiled, with state and scalars set.
-            counters: a ``ScalarState`` of this backend.
-            scalar_state: the same; the function takes its new values, in the order of the tensors.
-        """
+        """A function that runs these launches, adds one to each counter, and writes the scalar state it is given."""
 
     def rows(self, rule: Rule, scalars: int, dtypes: Dtypes, all_rows: bool) -> Rows:
         """Prepare to apply ``rule`` to rows. Compiles nothing."""

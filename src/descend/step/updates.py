@@ -19,7 +19,7 @@ from descend.norms import clip
 from descend.state import lazy_memory
 from descend.state.make import ensure_state, scalar_tensors, state_dtypes, step_count
 
-_NO_VALUES = np.zeros(0)
+_NONE = np.zeros(0)
 
 
 class Entry(NamedTuple):
@@ -132,7 +132,7 @@ class LaunchUpdate(Update):
         self._run_together = self._backend.together(self._launches, self._counters, self._scalar_state)
 
     def run(self, method: Method) -> None:
-        values = self._next_values() if method.scalar_state else _NO_VALUES
+        values = self._next_values() if method.scalar_state else _NONE
         torch.autograd.graph.increment_version(self.params)
         self._run_together(values)
         for batch in self._batches:

@@ -116,7 +116,6 @@ class Launch(ChunkTable):
         self._update = library.update(self._rule, self._n_scalars, self._dtypes, self._compute)
         for dtype in (torch.float32, torch.get_default_dtype()):
             library.scalar_state(dtype)
-        library.sequence()
         if wants_norm:
             library.sums_of_squares(self._dtypes[1], 1, len(self._dtypes))
 
