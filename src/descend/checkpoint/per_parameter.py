@@ -29,7 +29,7 @@ from descend.core.method import Method
 from descend.core.signature import signature
 from descend.sparse import table
 from descend.state import lazy_memory
-from descend.state.container import Initial
+from descend.state.container import InitialState
 
 
 class _MisfitError(ValueError):
@@ -45,9 +45,9 @@ def save(optimizer: Method, pack: Callable[[Method], dict[str, Any]]) -> dict[st
         # The caller gets new dicts and tensors, so nobody outside holds the state itself.
         packed["state"] = {index: _aliases(state) for index, state in packed["state"].items()}
         optimizer.state.exposed = False  # type: ignore[attr-defined]
-    if any(type(state) is Initial for state in dict.values(optimizer.state)):  # files contain plain dicts only
+    if any(type(state) is InitialState for state in dict.values(optimizer.state)):  # files contain plain dicts only
         packed["state"] = {
-            index: dict(state) if type(state) is Initial else state for index, state in packed["state"].items()
+            index: dict(state) if type(state) is InitialState else state for index, state in packed["state"].items()
         }
     return packed
 

@@ -31,8 +31,8 @@ def _exposing(name: str) -> Callable[..., Any]:
     return exposing
 
 
-class Initial(dict[str, Any]):
-    """State made before the first step, which rules that count no steps would take for that of a later one."""
+class InitialState(dict[str, Any]):
+    """State made before the first step. Without a step count, plain state would mean that a step has been taken."""
 
 
 class State(defaultdict[Any, Any]):

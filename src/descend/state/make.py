@@ -10,7 +10,7 @@ from torch import Tensor
 
 from descend.core.method import Method
 from descend.core.signature import signature
-from descend.state.container import Initial, new_tensor, scalar_tensor
+from descend.state.container import InitialState, new_tensor, scalar_tensor
 
 
 def ensure_state(
@@ -29,7 +29,7 @@ def ensure_state(
     if not names and not method.counts_steps:
         return {}
     state = dict.get(method.state, param)
-    if state is None or type(state) is Initial:
+    if state is None or type(state) is InitialState:
         state = dict(state or {})
         dict.__setitem__(method.state, param, state)
     if method.step_is_int:
@@ -68,7 +68,7 @@ def step_count(method: Method, rule: Callable[..., Any], state: Mapping[str, Any
     if method.counts_steps:
         return float(state.get("step", 0.0))
     return float(
-        type(state) is not Initial and all(isinstance(state.get(name), Tensor) for name in signature(rule).state)
+        type(state) is not InitialState and all(isinstance(state.get(name), Tensor) for name in signature(rule).state)
     )
 
 
@@ -80,5 +80,5 @@ def init_state(method: Method) -> None:
             if param.requires_grad:
                 state = dict.get(method.state, param)
                 made = ensure_state(method, param, rule, group, lazy=method.options.sparse is not None)
-                if made and not method.counts_steps and (not state or type(state) is Initial):
-                    dict.__setitem__(method.state, param, Initial(made))
+                if made and not method.counts_steps and (not state or type(state) is InitialState):
+                    dict.__setitem__(method.state, param, InitialState(made))
