@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from descend import SGD, Adam
 
 
-def test_backends_tell_where_and_why(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_backends_says_where_and_why(monkeypatch: pytest.MonkeyPatch) -> None:
     params = [
         ("plain", torch.zeros(3, requires_grad=True)),
         ("narrow", torch.zeros(3, dtype=torch.bfloat16, requires_grad=True)),

@@ -184,7 +184,7 @@ def test_checkpoints_go_both_ways_between_torch_and_us(case: Case, from_torch: b
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64], ids=str)
 @pytest.mark.parametrize("case", [case for case in CASES if case.ours.scalar_state], ids=str)
-def test_numbers_of_the_state_keep_their_dtype(case: Case, dtype: torch.dtype) -> None:
+def test_scalar_state_keeps_its_dtype(case: Case, dtype: torch.dtype) -> None:
     twins = Twins(case, lambda: leaves(dtype=dtype))
     for seed in range(3):
         twins.step(seed)

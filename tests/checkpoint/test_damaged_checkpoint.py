@@ -220,7 +220,7 @@ def test_what_is_no_number_is_named(value: Any, is_count: bool, message: str) ->
     assert number_of(-1.0, "it") == -1.0
 
 
-def test_damaged_numbers_of_a_state_are_named() -> None:
+def test_damaged_scalar_state_is_named() -> None:
     saved = stepped(NAdam).state_dict()
     saved["state"][0]["mu_product"] = "x"
     with pytest.raises(ValueError, match=r"NAdam: the loaded mu_product of param_groups.* must be a number, got 'x'"):

@@ -198,7 +198,7 @@ def test_names_of_torch_distributed_count_where_some_are_known_or_it_is_asked_fo
         optimizer.load_state_dict(content, match="name")
 
 
-def test_names_of_some_parameters_tell_nothing() -> None:
+def test_names_of_some_parameters_are_ignored() -> None:
     content = saved("a|b c")
     del content["param_groups"][1]["param_names"]
     optimizer = made("b|c a")

@@ -124,7 +124,7 @@ def random_grads(dtype: torch.dtype) -> list[Tensor]:
     return params
 
 
-def twice(dtype: torch.dtype) -> tuple[list[Tensor], list[Tensor]]:
+def equal_grads(dtype: torch.dtype) -> tuple[list[Tensor], list[Tensor]]:
     torch.manual_seed(0)
     ours = random_grads(dtype)
     torch.manual_seed(0)
@@ -138,7 +138,7 @@ NORM_TOLERANCE = {torch.float64: 1e-13, torch.float32: 1e-5, torch.bfloat16: 1e-
 @pytest.mark.parametrize("order", ORDERS)
 @pytest.mark.parametrize("dtype", NORM_TOLERANCE, ids=str)
 def test_clip_grad_norm_is_torchs(dtype: torch.dtype, order: float) -> None:
-    ours, theirs = twice(dtype)
+    ours, theirs = equal_grads(dtype)
     grads = [param.grad for param in ours]
     close: Callable[..., None] = lambda a, b: torch.testing.assert_close(  # noqa: E731
         a, b, rtol=NORM_TOLERANCE[dtype], atol=NORM_TOLERANCE[dtype] / 100, check_dtype=dtype != torch.bfloat16
@@ -164,7 +164,7 @@ def test_empty_gradients_add_nothing(order: float) -> None:  # torch refuses the
 
 
 def test_clip_grad_norm_leaves_small_gradients_alone() -> None:
-    ours, _ = twice(torch.float32)
+    ours, _ = equal_grads(torch.float32)
     before = [(param.grad.clone(), param.grad._version) for param in ours]
     descend.clip_grad_norm_(ours, 1e6)
     for param, (grad, version) in zip(ours, before, strict=True):
@@ -174,13 +174,13 @@ def test_clip_grad_norm_leaves_small_gradients_alone() -> None:
 
 @pytest.mark.parametrize("dtype", NORM_TOLERANCE, ids=str)
 def test_clip_grad_value_is_torchs(dtype: torch.dtype) -> None:
-    ours, theirs = twice(dtype)
+    ours, theirs = equal_grads(dtype)
     assert descend.clip_grad_value_(ours, 0.3) is utils.clip_grad_value_(theirs, 0.3) is None
     assert all(torch.equal(a.grad, b.grad) for a, b in zip(ours, theirs, strict=True))
 
 
 def test_clip_grads_with_norm_is_torchs() -> None:
-    ours, theirs = twice(torch.float64)
+    ours, theirs = equal_grads(torch.float64)
     for norm in (10.0, 0.1, math.inf):
         descend.clip_grads_with_norm_(ours, 1.0, torch.tensor(norm))
         utils.clip_grads_with_norm_(theirs, 1.0, torch.tensor(norm))
@@ -189,7 +189,7 @@ def test_clip_grads_with_norm_is_torchs() -> None:
 
 
 def test_nan_norm_makes_all_gradients_nan_as_in_torch() -> None:
-    ours, _ = twice(torch.float32)
+    ours, _ = equal_grads(torch.float32)
     ours[1].grad[0, 0] = math.nan
     assert math.isnan(descend.clip_grad_norm_(ours, 1.0))
     assert all(bool(param.grad.isnan().all()) for param in ours)
@@ -198,7 +198,7 @@ def test_nan_norm_makes_all_gradients_nan_as_in_torch() -> None:
 @pytest.mark.parametrize("order", ORDERS)
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 def test_error_if_nonfinite_comes_before_anything_is_scaled(bad: float, order: float) -> None:
-    ours, _ = twice(torch.float32)
+    ours, _ = equal_grads(torch.float32)
     ours[1].grad[0, 0] = bad
     before = [param.grad.clone() for param in ours]
     message = (
@@ -271,7 +271,7 @@ def test_sparse_gradients_are_clipped_with_duplicates_summed() -> None:
 
 @pytest.mark.parametrize("limit", [-1.0, -math.inf, math.nan])
 def test_negative_limits_are_errors_and_scale_nothing(limit: float) -> None:
-    ours, _ = twice(torch.float32)
+    ours, _ = equal_grads(torch.float32)
     before = [param.grad.clone() for param in ours]
     for name, clip in (
         ("max_norm", lambda: descend.clip_grad_norm_(ours, limit)),

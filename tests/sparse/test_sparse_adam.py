@@ -328,7 +328,7 @@ def test_warmup_leaves_nothing_to_compile_and_touches_nothing(
 ) -> None:
     """Without a gradient too: a sparse one will come."""
     monkeypatch.setattr(object_files, "_loaded", {})
-    functions = (library.update, library.rows, library.sums_of_squares, library.scalar_state)
+    functions = (library.update, library.rows, library.sums_of_squares, library.scalar_state, library.sequence)
     for function in functions:
         function.cache_clear()
     optimizer = SparseAdam(tables(), max_norm=1.0)

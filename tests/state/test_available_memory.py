@@ -78,5 +78,5 @@ def test_available_memory_is_what_system_and_groups_leave(files: dict[str, str],
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
-def test_this_system_tells() -> None:
+def test_this_system_says_what_is_available() -> None:
     assert available_memory() > 2**20

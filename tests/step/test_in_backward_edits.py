@@ -109,7 +109,7 @@ def test_gradients_set_by_hand_are_taken_by_step() -> None:
     assert_same_params_and_state(*optimizers)
 
 
-def test_handle_ends_it() -> None:
+def test_removed_handle_leaves_an_ordinary_optimizer() -> None:
     model = network()
     optimizer = SGD(model.parameters())
     for _ in range(2):

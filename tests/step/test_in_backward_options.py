@@ -15,14 +15,14 @@ from torch import Tensor
 from descend import LBFGS, SGD, Adam, AdamW, Newton, SparseAdam, in_backward
 
 
-def twice() -> SGD:
+def already_in_backward() -> SGD:
     optimizer = SGD(leaves())
     in_backward(optimizer)
     return optimizer
 
 
-def of_another() -> SGD:
-    return SGD(params_of(twice())[1:])
+def shared_with_another() -> SGD:
+    return SGD(params_of(already_in_backward())[1:])
 
 
 def listed_twice() -> SGD:
@@ -35,11 +35,11 @@ def overlapping() -> SGD:
     return SGD([memory[:5].requires_grad_(), memory[4:].detach().requires_grad_()])
 
 
-def complex_on_kernels() -> SGD:
+def complex_for_the_cpu_backend() -> SGD:
     return SGD([torch.zeros(3, dtype=torch.complex64, requires_grad=True)], backend="cpu")
 
 
-# Optimizer, arguments, what it is told.
+# Optimizer, arguments, the error.
 REFUSED: list[tuple[Callable[[], Any], dict[str, Any], type[Exception], str]] = [
     (lambda: torch.optim.SGD(leaves()), {}, TypeError, "takes an optimizer of descend that updates each parameter"),
     (lambda: LBFGS(leaves()), {}, TypeError, "got descend.second_order.lbfgs.LBFGS"),
@@ -61,14 +61,14 @@ REFUSED: list[tuple[Callable[[], Any], dict[str, Any], type[Exception], str]] = 
     (lambda: SGD(leaves(), differentiable=True), {}, ValueError, "cannot be differentiated"),
     (listed_twice, {}, ValueError, r"param_groups[0]['params'][0] of SGD is listed 2 times"),
     (overlapping, {}, ValueError, "shares memory with another tensor"),
-    (complex_on_kernels, {}, RuntimeError, "backend='cpu' cannot run"),
-    (twice, {}, RuntimeError, "this SGD is in backward already"),
-    (of_another, {}, RuntimeError, "steps inside backward with another optimizer"),
+    (complex_for_the_cpu_backend, {}, RuntimeError, "backend='cpu' cannot run"),
+    (already_in_backward, {}, RuntimeError, "this SGD is in backward already"),
+    (shared_with_another, {}, RuntimeError, "steps inside backward with another optimizer"),
 ]
 
 
 @pytest.mark.parametrize(("make", "options", "kind", "message"), REFUSED, ids=[message for *_, message in REFUSED])
-def test_refused_and_nothing_changed(
+def test_refused_call_changes_nothing(
     make: Callable[[], Any], options: dict[str, Any], kind: type[Exception], message: str
 ) -> None:
     optimizer = make()
@@ -250,7 +250,7 @@ def test_option_spoiled_between_steps_leaves_the_others_as_they_should_be() -> N
     assert_same_params_and_state(inside, ordinary)
 
 
-def test_kinds_of_errors_are_kept() -> None:
+def test_errors_keep_their_kind_out_of_backward() -> None:
     table = torch.zeros(4, 2, requires_grad=True)
     optimizer = SparseAdam([table])
     in_backward(optimizer)

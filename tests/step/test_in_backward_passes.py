@@ -67,7 +67,7 @@ def test_every_nth_backward_steps_without_step() -> None:
 
 @pytest.mark.parametrize("to_none", [True, False])
 @pytest.mark.parametrize("discard", ["optimizer", "model", "attribute"])
-def test_gradients_thrown_away_do_not_count(discard: str, to_none: bool) -> None:
+def test_discarded_gradients_do_not_count(discard: str, to_none: bool) -> None:
     model = nn.Linear(2, 1, bias=False)
     nn.init.zeros_(model.weight)
     optimizer = SGD(model.parameters(), lr=1.0)

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 import descend
 from descend import SGD, AdamW, AdamWScheduleFree, NAdam, Rprop, warmup
-from descend.core.interrupts import Held
+from descend.core.interrupts import DeferredSignals
 
 OURS = str(Path(descend.__file__).parent)
 SHAPES = [(7, 5), (3,), (), (33_000,)]  # the last one for several threads
@@ -184,7 +184,7 @@ def test_touched_rows_move_with_their_step_counts(backend: str) -> None:
 
 
 def raise_signals(*numbers: int) -> None:
-    with Held():
+    with DeferredSignals():
         for number in numbers:
             signal.raise_signal(number)
 

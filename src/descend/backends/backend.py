@@ -16,7 +16,7 @@ Dtypes: TypeAlias = tuple[torch.dtype, ...]  # of the parameter, the gradient an
 
 
 class Launch(Protocol):
-    """One rule on many tensors of equal dtypes."""
+    """One rule on many tensors of equal dtypes. ``Backend.together`` runs it."""
 
     @property
     def addresses(self) -> np.ndarray | None:
@@ -35,11 +35,11 @@ class Launch(Protocol):
         """Of all gradients, in float64; may overflow to Inf."""
 
     def written(self) -> np.ndarray:
-        """First and last addresses (exclusive) of the memory that ``run`` writes through kept addresses, (n, 2)."""
+        """First and last addresses (exclusive) of what the launch writes through kept addresses, shape (n, 2)."""
 
 
 class ScalarState(Protocol):
-    """State that is a 0-dim tensor a parameter, such as step counts: checked and set together."""
+    """0-dim state tensors of many parameters, such as step counts. ``Backend.together`` and ``Rows.run`` write them."""
 
     def is_unchanged(self) -> bool:
         """Whether nobody else has written any of them."""
@@ -83,7 +83,7 @@ class Rows(Protocol):
         state: Sequence[Tensor],
         scalars: Sequence[float],
         scale: float,
-        counters: ScalarState | None,
+        counters: Any,
         mark: tuple[Tensor, int] | None,
     ) -> None:
         """Apply the rule to the gradient times ``scale``.
@@ -93,7 +93,7 @@ class Rows(Protocol):
             state: its state tensors.
             scalars: of the rule.
             scale: what the gradient is multiplied by.
-            counters: one is added to each of these.
+            counters: a ``ScalarState`` of this backend; one is added to each of its tensors.
             mark: int32, the step each row is current at; and the step that the updated rows are current at now.
         """
 
@@ -193,4 +193,4 @@ class Backend(Protocol):
         """Prepare to catch up with two rules; ``dtypes`` of the parameter and the state. Compiles nothing."""
 
     def sum_of_squares(self, tensors: Sequence[Tensor]) -> float:
-        """Of tensors that ``why_not`` takes as parameters, in float64; its bits do not depend on threads."""
+        """Of tensors that ``why_not`` accepts as parameters, in float64; its bits do not depend on threads."""

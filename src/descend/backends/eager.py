@@ -235,7 +235,7 @@ class EagerRows:
         state: Sequence[Tensor],
         scalars: Sequence[float],
         scale: float,
-        counters: Any,
+        counters: EagerScalarState,
         mark: tuple[Tensor, int] | None,
     ) -> None:
         assert self._grad is not None
@@ -248,8 +248,7 @@ class EagerRows:
             if mark is not None:
                 steps, step = mark
                 steps[self._grad.indices()[0]] = step
-            if counters is not None:
-                counters.add_one()
+            counters.add_one()
 
     def release(self) -> None:
         self._grad = None

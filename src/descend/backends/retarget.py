@@ -24,7 +24,7 @@ def retarget(
         try:
             if value in ops:
                 return ops[value]
-        except TypeError:  # unhashable: certainly no operation
+        except TypeError:  # unhashable: not an operation
             return value
         return retarget(value, ops, compiled) if isinstance(value, FunctionType) else value
 
@@ -47,7 +47,7 @@ def retarget(
 
 
 def fingerprint(function: FunctionType, ops: Mapping[Any, str]) -> str:
-    """All that decides what ``function`` computes, as text: its code, and the values and helpers it refers to.
+    """Text that determines what ``function`` computes: its code, and the values and helpers it refers to.
 
     It does not need the source, so it works for rules typed at a prompt; line numbers play no part.
 
@@ -56,7 +56,7 @@ def fingerprint(function: FunctionType, ops: Mapping[Any, str]) -> str:
         ops: the name of each function of ``descend.ops``.
     """
 
-    def told(value: Any) -> str:
+    def described(value: Any) -> str:
         if not isinstance(value, FunctionType):
             return repr(value)
         return ops[value] if value in ops else "itself" if value is function else fingerprint(value, ops)
@@ -65,6 +65,6 @@ def fingerprint(function: FunctionType, ops: Mapping[Any, str]) -> str:
     cells = zip(code.co_freevars, function.__closure__ or (), strict=True)
     referred = {name: function.__globals__[name] for name in code.co_names if name in function.__globals__}
     referred |= {name: cell.cell_contents for name, cell in cells}
-    parts = {name: told(value) for name, value in referred.items()}
+    parts = {name: described(value) for name, value in referred.items()}
     defaults = (function.__defaults__, function.__kwdefaults__)
     return repr((code.co_code, code.co_varnames, code.co_names, code.co_consts, defaults, parts))

@@ -29,7 +29,7 @@ from descend.core.method import Method
 from descend.core.signature import signature
 from descend.sparse import table
 from descend.state import lazy_memory
-from descend.state.container import Initial
+from descend.state.container import InitialState
 
 
 class _MisfitError(ValueError):
@@ -45,9 +45,9 @@ def save(optimizer: Method, pack: Callable[[Method], dict[str, Any]]) -> dict[st
         # The caller gets new dicts and tensors, so nobody outside holds the state itself.
         packed["state"] = {index: _aliases(state) for index, state in packed["state"].items()}
         optimizer.state.exposed = False  # type: ignore[attr-defined]
-    if any(type(state) is Initial for state in dict.values(optimizer.state)):  # files contain plain dicts only
+    if any(type(state) is InitialState for state in dict.values(optimizer.state)):  # files contain plain dicts only
         packed["state"] = {
-            index: dict(state) if type(state) is Initial else state for index, state in packed["state"].items()
+            index: dict(state) if type(state) is InitialState else state for index, state in packed["state"].items()
         }
     return packed
 
@@ -94,14 +94,14 @@ class _Reading:
 
     def _groups(self, saved_groups: list[Mapping[str, Any]], matching: Matching) -> LoadedGroups:
         groups: LoadedGroups = [{**group} for group in self.optimizer.param_groups]
-        counts = self.optimizer.group_state
+        state_keys = self.optimizer.group_state
         clone = cache(cloned)  # a tensor that groups share, such as lr, is shared by their copies
-        if self.takes_options or counts:
+        if self.takes_options or state_keys:
             for group, source in zip(groups, matching.group_sources(self.strict), strict=True):
                 if source is not None:
                     options = self._options(saved_groups[source], source, clone)
                     group.update(
-                        options if self.takes_options else {key: options[key] for key in counts if key in options}
+                        options if self.takes_options else {key: options[key] for key in state_keys if key in options}
                     )
                     self._check_options(group, source)
         names = matching.saved.own_names

@@ -92,7 +92,7 @@ def options_of(saved: Mapping[str, Any], clone: Callable[[Tensor], Tensor] = clo
 
 @contextmanager
 def unusable_is_value_error(who: str, group: int) -> Iterator[None]:
-    """Turn any exception raised while options are tried into a ``ValueError``."""
+    """Turn any exception of the block, which tries the options of a group, into a ``ValueError``."""
     try:
         yield
     except ValueError as error:

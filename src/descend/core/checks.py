@@ -93,8 +93,8 @@ def check_eps(optimizer: Optimizer, options: Mapping[str, Any]) -> None:
     check_at_least_zero(optimizer, "epsilon value", "eps", options["eps"])
 
 
-def check_values(optimizer: Optimizer, options: Mapping[str, Any], *names: str) -> None:
-    """Raise torch's error for a negative option among ``names``."""
+def check_not_negative(optimizer: Optimizer, options: Mapping[str, Any], *names: str) -> None:
+    """Raise torch's error if one of the options ``names`` is negative, NaN or no number."""
     for name in names:
         check_at_least_zero(optimizer, f"{name} value", name, options[name])
 
@@ -104,7 +104,7 @@ def check_adam(optimizer: Optimizer, options: Mapping[str, Any]) -> None:
     check_lr(optimizer, options)
     check_eps(optimizer, options)
     check_betas(optimizer, options)
-    check_values(optimizer, options, "weight_decay")
+    check_not_negative(optimizer, options, "weight_decay")
 
 
 def check_flags(options: Mapping[str, Any]) -> None:

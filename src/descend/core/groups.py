@@ -66,13 +66,13 @@ def grouped(
         for lacking in absent or ([] if matched else [text]):
             near = difflib.get_close_matches(lacking, names, _SHOWN, cutoff=0)
             raise ValueError(f"{who}: groups: {lacking!r} matches no parameter. Near names: {', '.join(near)}.")
-        taken = [i for i in matched if i in rest]
-        if not taken:
+        members = [i for i in matched if i in rest]
+        if not members:
             raise ValueError(f"{who}: groups: all that {text!r} matches, earlier patterns take: move it before them.")
-        for i in taken:
+        for i in members:
             del rest[i]
             patterns[names[i]] = text
-        chosen.append({"params": [pairs[i] for i in taken], **values})
+        chosen.append({"params": [pairs[i] for i in members], **values})
     return [*([{"params": [pairs[i] for i in rest]}] if rest else []), *chosen], patterns
 
 

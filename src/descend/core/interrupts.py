@@ -1,4 +1,4 @@
-"""Ctrl-C waits while tensors are half-way between two steps."""
+"""Defers Ctrl-C and other signals while tensors are half-way between two steps."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ _SIGNALS = [
 ]
 
 
-class Held:
-    """Holds back Python's signal handlers until the block ends; then they run, and may raise.
+class DeferredSignals:
+    """Defers Python's signal handlers until the block ends. They run then, and may raise.
 
-    Python runs handlers in its main thread only, so in other threads there is nothing to hold.
+    Python runs handlers in its main thread only, so in other threads there is nothing to defer.
     """
 
     def __enter__(self) -> None:
@@ -30,28 +30,28 @@ class Held:
             for number in _SIGNALS:
                 if callable(handler := signal.getsignal(number)):
                     self._handlers[number] = handler
-                    signal.signal(number, self._note)
+                    signal.signal(number, self._record)
         except BaseException:
-            self._give_back()
+            self._restore()
             raise
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         handlers = dict(self._handlers)
-        self._give_back()
+        self._restore()
         for number, frame in self._arrived:
             handlers[number](number, frame)
 
-    def _note(self, number: int, frame: FrameType | None) -> None:
+    def _record(self, number: int, frame: FrameType | None) -> None:
         self._arrived.append((number, frame))
 
-    def _give_back(self) -> None:
+    def _restore(self) -> None:
         try:
             while self._handlers:
                 number, handler = next(iter(self._handlers.items()))
                 signal.signal(number, handler)
                 del self._handlers[number]
-        finally:  # a handler given back first may have raised
+        finally:  # a handler restored first may have raised
             if self._handlers:
-                self._give_back()
+                self._restore()

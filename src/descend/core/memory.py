@@ -36,11 +36,11 @@ def overlapping(spans: Sequence[tuple[int, int, bool, int]]) -> set[int]:
 
 def is_freed(tensor: Tensor) -> bool:
     """Whether the storage of a CPU tensor has been freed or shrunk below what its shape needs."""
-    found = span(tensor)
-    if found is None:
+    addresses = span(tensor)
+    if addresses is None:
         return False
     storage = tensor.untyped_storage()
-    return found[0] == 0 or found[1] > storage.data_ptr() + storage.nbytes()
+    return addresses[0] == 0 or addresses[1] > storage.data_ptr() + storage.nbytes()
 
 
 def as_real(tensor: Tensor) -> Tensor:

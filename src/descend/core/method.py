@@ -165,7 +165,11 @@ class Method(Optimizer):
             )
 
     def meaning_of_sparse(self, param: Tensor, group: Mapping[str, Any]) -> str | None:
-        """What a parameter's gradient means if it is sparse: "touched", "exact" or "all", zeros for the other rows."""
+        """What a parameter's gradient means if it is sparse: "touched", "exact" or "all", zeros for the other rows.
+
+        Raises:
+            RuntimeError: if this optimizer, the group's options or the parameter allow no sparse gradient.
+        """
         grad = param.grad
         if grad is None or grad.layout == torch.strided:
             return None
@@ -206,7 +210,11 @@ class Method(Optimizer):
         return next(group for group in self.param_groups if any(candidate is param for candidate in group["params"]))
 
     def requested_backend(self) -> str:
-        """The backend asked for: by the constructor, else by ``DESCEND_BACKEND``, else ``"auto"``."""
+        """The backend asked for: by the constructor, else by ``DESCEND_BACKEND``, else ``"auto"``.
+
+        Raises:
+            ValueError: if there is no backend of that name.
+        """
         backend: str = self.options.backend
         if backend == "auto":
             backend = os.environ.get("DESCEND_BACKEND", backend)

@@ -1,7 +1,7 @@
 """The options that every element-wise optimizer takes beyond torch's arguments.
 
-A new option is a field of ``StepOptions`` and a key of ``Options``, the same for type checkers, and the place that uses
-it. Constructors, attributes, copies and pickles follow.
+A new option is a field of ``StepOptions``; for type checkers, a key of ``Options`` and an annotation in ``Method``; and
+the place that uses it. Constructors, attributes, copies and pickles follow.
 """
 
 from __future__ import annotations

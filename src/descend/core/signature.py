@@ -20,7 +20,7 @@ class Signature(NamedTuple):
 
     Attributes:
         state: names of the state tensors.
-        scalars: names of the numbers that follow them.
+        scalars: names of the scalars that follow them.
         defaults: default values of scalars that have one.
         kind: "element" if the rule acts on each element by itself, "matrix" if it needs whole tensors.
     """

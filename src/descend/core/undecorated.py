@@ -1,4 +1,4 @@
-"""Torch's methods without the import of its compiler."""
+"""Call methods of ``torch.optim.Optimizer`` without importing torch's compiler."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from typing import TypeVar
 import torch
 from torch._compile import _disable_dynamo
 
-Method = TypeVar("Method", bound=Callable[..., object])
+Function = TypeVar("Function", bound=Callable[..., object])
 
-_GUARD = _disable_dynamo(lambda: None).__code__  # of every function that torch keeps its compiler out of
+_GUARD = _disable_dynamo(lambda: None).__code__  # shared by all functions that torch keeps its compiler out of
 
 
-def undecorated(method: Method) -> Method:
+def undecorated(method: Function) -> Function:
     """A method of ``torch.optim.Optimizer`` without the decorator that keeps the compiler out of it.
 
     The decorator's first call imports torch._dynamo, which takes seconds. It is left in place while a program is being

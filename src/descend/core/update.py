@@ -54,7 +54,7 @@ class Update(ABC):
 
     @abstractmethod
     def make_state(self, method: Method) -> None:
-        """Make the state that is missing, and take the addresses of all of it."""
+        """Make the state that is missing, and keep the addresses of all of it."""
 
     @abstractmethod
     def run(self, method: Method) -> None:
@@ -70,7 +70,7 @@ class Update(ABC):
         return True
 
     def state_tensors(self) -> list[tuple[Tensor, str, Tensor]]:
-        """Parameter, name and tensor of each state whose address was taken."""
+        """Parameter, name and tensor of each state tensor whose address is kept."""
         return []
 
     def cells(self) -> dict[Tensor, Cell]:

@@ -34,16 +34,22 @@ class Row(NamedTuple):
 
 
 def summarize(method: Method, patterns: Mapping[str, str], file: TextIO | None) -> tuple[Row, ...]:
-    """See ``FirstOrder.summary``; ``patterns``: the pattern that has matched each parameter, by name."""
+    """Print the table and return its rows, see ``FirstOrder.summary``.
+
+    Args:
+        method: the optimizer.
+        patterns: by parameter name, the pattern that matched it.
+        file: where to print; None for standard output.
+    """
     rows = []
     for index, group in enumerate(method.param_groups):
-        found = dict.fromkeys(patterns.get(name, "") for name in group.get("param_names", ()))
+        matched = dict.fromkeys(patterns.get(name, "") for name in group.get("param_names", ()))
         # ``dict.get`` reads the state without marking it as exposed to the user.
         state = [dict.get(method.state, param) or {} for param in group["params"]]
         rows.append(
             Row(
                 group=index,
-                pattern=", ".join(filter(None, found)),
+                pattern=", ".join(filter(None, matched)),
                 parameters=len(group["params"]),
                 numbers=sum(param.numel() for param in group["params"]),
                 state_bytes=sum(tensor.nbytes for content in state for tensor in _tensors(content)),
@@ -63,9 +69,9 @@ def _table(rows: Sequence[Row]) -> str:
     sums = [sum(column) for column in zip(*(row[2:5] for row in rows), strict=True)]
     lines = [heads, *map(_cells, rows), ("total", "", *_sizes(sums), "")]
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    align = (str.rjust, str.ljust, str.rjust, str.rjust, str.rjust, str.ljust)
+    pads = (str.rjust, str.ljust, str.rjust, str.rjust, str.rjust, str.ljust)
     return "\n".join(
-        "  ".join(place(cell, width) for place, cell, width in zip(align, line, widths, strict=True)).rstrip()
+        "  ".join(pad(cell, width) for pad, cell, width in zip(pads, line, widths, strict=True)).rstrip()
         for line in lines
     )
 

@@ -9,7 +9,7 @@ import torch
 from typing_extensions import Unpack
 
 from descend import rules
-from descend.core.checks import check_adam, check_values
+from descend.core.checks import check_adam, check_not_negative
 from descend.core.groups import ParamsT
 from descend.core.options import Options
 from descend.first_order.optimizer import FirstOrder
@@ -168,7 +168,7 @@ class NAdam(FirstOrder):
 
     def check_options(self, options: Mapping[str, Any]) -> None:
         check_adam(self, options)
-        check_values(self, options, "momentum_decay")
+        check_not_negative(self, options, "momentum_decay")
 
 
 class RAdam(FirstOrder):

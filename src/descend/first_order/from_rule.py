@@ -41,8 +41,8 @@ def from_rule(rule: Callable[..., Any], name: str, **defaults: Any) -> type[Firs
     """
     takes = signature(rule)
     options = [number for number in takes.scalars if number != "step"]
-    if taken := {"params", "maximize", *Options.__annotations__}.intersection(options):
-        raise ValueError(f"from_rule: {name} cannot have a number called {sorted(taken)}: every optimizer has one.")
+    if reserved := {"params", "maximize", *Options.__annotations__}.intersection(options):
+        raise ValueError(f"from_rule: {name} cannot have a number called {sorted(reserved)}: every optimizer has one.")
     values = {"lr": 1e-3, **takes.defaults, **defaults}
     if unknown := set(defaults) - set(options):
         raise ValueError(f"from_rule: {name} has the numbers {options}, but defaults came for {sorted(unknown)}.")

@@ -32,7 +32,7 @@ from descend.step.scaling import forget_scale, refuse_closure
 
 
 class FirstOrder(Method):
-    """Base of all element-wise optimizers: a subclass names a rule and says which numbers it gets.
+    """Base of all element-wise optimizers: a subclass names a rule and forms its scalars.
 
     Args:
         params: parameters, ``(name, parameter)`` pairs, or dicts that define groups, as in ``torch.optim``; or a
@@ -70,7 +70,7 @@ class FirstOrder(Method):
             if key not in Options.__annotations__:  # Python would name this class, not the one that was called
                 raise TypeError(f"{name}.__init__() got an unexpected keyword argument {key!r}")
         groups = options.pop("groups", None)
-        self.options = StepOptions(**options)  # type: ignore[misc] # groups are gone
+        self.options = StepOptions(**options)  # type: ignore[misc] # groups were popped
         self.check_step_options()
         self.skipped_steps = 0
         self.grad_norm = None
@@ -135,7 +135,7 @@ class FirstOrder(Method):
     def step_in_backward(
         self, accumulate: int, clip: Clip | None, nonfinite: Literal["parameter"] | None
     ) -> InBackward:
-        """Take steps inside backward from now on, see ``descend.in_backward``."""
+        """Take steps inside backward from now on. See ``descend.in_backward``, which checks the arguments first."""
         ordinary = self._driver
 
         def restore() -> None:
@@ -150,7 +150,11 @@ class FirstOrder(Method):
     # Groups.
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add a group of parameters, its options checked first. See ``torch.optim.Optimizer.add_param_group``."""
+        """Add a group of parameters. See ``torch.optim.Optimizer.add_param_group``.
+
+        Raises:
+            ValueError: if an option is out of range; nothing has been added then.
+        """
         if isinstance(param_group, dict):
             self.check_group({**self.defaults, **param_group})
         undecorated(Optimizer.add_param_group)(self, param_group)
@@ -192,7 +196,7 @@ class FirstOrder(Method):
 
     @contextmanager
     def settled(self) -> Iterator[None]:
-        """For code that reads or writes the weights itself: all rows are brought up to date first."""
+        """Bring all rows up to date, for a block of code that reads or writes the weights itself."""
         self.settle()
         yield
 
@@ -322,8 +326,12 @@ _untraced_step = _disable_dynamo(FirstOrder.step)
 def warmup(optimizer: FirstOrder) -> None:
     """Compile, or load from disk, all that ``optimizer.step`` will need, so that the first step is fast.
 
-    Gradients are assumed to have their parameters' dtypes where there are none yet. State is not touched.
+    Where there are no gradients yet, they are assumed to have their parameters' dtypes. State is not touched.
 
+    Args:
+        optimizer: of this library, not ``LBFGS`` or ``Newton``.
+    Raises:
+        RuleError: if a rule cannot be compiled.
     Example:
         >>> import torch
         >>> from descend import AdamW

@@ -9,7 +9,7 @@ import torch
 from typing_extensions import Unpack
 
 from descend import rules
-from descend.core.checks import check_adam, check_values
+from descend.core.checks import check_adam, check_not_negative
 from descend.core.groups import ParamsT
 from descend.core.options import Options
 from descend.first_order.optimizer import FirstOrder
@@ -162,4 +162,4 @@ class AdamWScheduleFree(FirstOrder):
                 "Invalid beta parameter at index 0: 0 (AdamWScheduleFree: betas[0] must be in (0, 1): with 0 all of x "
                 "would be lost in y)"
             )
-        check_values(self, options, "warmup_steps")
+        check_not_negative(self, options, "warmup_steps")

@@ -9,7 +9,7 @@ import torch
 from typing_extensions import Unpack
 
 from descend import rules
-from descend.core.checks import check_flags, check_lr, check_values
+from descend.core.checks import check_flags, check_lr, check_not_negative
 from descend.core.groups import ParamsT
 from descend.core.options import Options
 from descend.first_order.optimizer import FirstOrder
@@ -98,7 +98,7 @@ class SGD(FirstOrder):
 
     def check_options(self, options: Mapping[str, Any]) -> None:
         check_lr(self, options)
-        check_values(self, options, "momentum", "weight_decay")
+        check_not_negative(self, options, "momentum", "weight_decay")
         if options["nesterov"] and (options["momentum"] <= 0 or options["dampening"] != 0):
             raise ValueError(
                 "Nesterov momentum requires a momentum and zero dampening "
@@ -186,4 +186,4 @@ class ASGD(FirstOrder):
 
     def check_options(self, options: Mapping[str, Any]) -> None:
         check_lr(self, options)
-        check_values(self, options, "lambd", "alpha", "weight_decay")
+        check_not_negative(self, options, "lambd", "alpha", "weight_decay")

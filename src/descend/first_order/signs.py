@@ -9,7 +9,7 @@ import torch
 from typing_extensions import Unpack
 
 from descend import rules
-from descend.core.checks import check_betas, check_kind, check_lr, check_values
+from descend.core.checks import check_betas, check_kind, check_lr, check_not_negative
 from descend.core.groups import ParamsT
 from descend.core.options import Options
 from descend.first_order.optimizer import FirstOrder
@@ -75,7 +75,7 @@ class Lion(FirstOrder):
     def check_options(self, options: Mapping[str, Any]) -> None:
         check_lr(self, options)
         check_betas(self, options)
-        check_values(self, options, "weight_decay")
+        check_not_negative(self, options, "weight_decay")
 
 
 class Rprop(FirstOrder):

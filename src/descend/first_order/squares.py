@@ -9,7 +9,7 @@ import torch
 from typing_extensions import Unpack
 
 from descend import rules
-from descend.core.checks import check_at_least_zero, check_eps, check_flags, check_lr, check_values
+from descend.core.checks import check_at_least_zero, check_eps, check_flags, check_lr, check_not_negative
 from descend.core.groups import ParamsT
 from descend.core.options import Options
 from descend.first_order.optimizer import FirstOrder
@@ -106,7 +106,7 @@ class Adagrad(FirstOrder):
 
     def check_options(self, options: Mapping[str, Any]) -> None:
         check_lr(self, options)
-        check_values(self, options, "lr_decay", "weight_decay", "initial_accumulator_value")
+        check_not_negative(self, options, "lr_decay", "weight_decay", "initial_accumulator_value")
         check_eps(self, options)
         check_flags(options)
 
@@ -187,7 +187,7 @@ class RMSprop(FirstOrder):
     def check_options(self, options: Mapping[str, Any]) -> None:
         check_lr(self, options)
         check_eps(self, options)
-        check_values(self, options, "momentum", "weight_decay", "alpha")
+        check_not_negative(self, options, "momentum", "weight_decay", "alpha")
 
 
 class Adadelta(FirstOrder):
@@ -258,4 +258,4 @@ class Adadelta(FirstOrder):
         if options["rho"] > 1:
             raise ValueError(f"Invalid rho value: {options['rho']} (Adadelta: rho must be in [0, 1])")
         check_eps(self, options)
-        check_values(self, options, "weight_decay")
+        check_not_negative(self, options, "weight_decay")

@@ -150,7 +150,7 @@ def clip_grad_value_(parameters: Tensor | Iterable[Tensor], clip_value: float, f
     clip_value = _not_negative("clip_value", clip_value)
     with torch.no_grad():
         for grad in _grads(parameters):
-            if grad.is_sparse:  # what is named twice counts as its sum
+            if grad.is_sparse:  # duplicates count as their sum
                 indices, values = grad.coalesce().indices(), summed(grad).clamp(-clip_value, clip_value)
                 clipped = torch.sparse_coo_tensor(indices, values, grad.shape, device=grad.device, is_coalesced=True)
                 grad.copy_(clipped)
@@ -213,7 +213,7 @@ def _combined(values: Sequence[Tensor]) -> Tensor:
 
 
 def summed(tensor: Tensor) -> Tensor:
-    """The values of a sparse tensor, those named twice summed in float32 or wider; other tensors as they are."""
+    """The values of a sparse tensor, duplicates summed in float32 or wider; a dense tensor as it is."""
     if tensor.layout == torch.strided:
         return tensor
     return tensor.to_sparse().to(torch.promote_types(tensor.dtype, torch.float32)).coalesce().values()

@@ -18,7 +18,7 @@ class Tables(dict[Tensor, Table]):
     """The parameters that an optimizer keeps in exact mode."""
 
     def of(self, param: Tensor) -> Table:
-        """What is known of the rows of ``param``."""
+        """The table of ``param``, made if there is none."""
         if param not in self:
             self[param] = Table(param)
         return self[param]
@@ -34,12 +34,12 @@ class Tables(dict[Tensor, Table]):
             table.settle(method)
 
     def write_schedules(self, method: Method) -> None:
-        """Put into the state what a checkpoint needs to know of steps that rows have missed."""
+        """Put into the state what a checkpoint needs to bring rows up to date later."""
         for table in self.values():
             table.write_schedule(method)
 
     def forget_schedules(self) -> None:
-        """Take them from the state when they are next needed."""
+        """Another state has been loaded: read the schedules from there when they are next needed."""
         for table in self.values():
             table.forget_schedule()
 
@@ -89,7 +89,7 @@ class SettleRows:
         return self._method() is method
 
     def give_up(self, param: Tensor, method: Method) -> None:
-        """Leave ``param`` to ``method``, another optimizer, if nothing of it is behind.
+        """Leave ``param`` to ``method``, another optimizer, if no row is behind.
 
         Raises:
             RuntimeError: if rows may be behind, and either of the two decays them.

@@ -1,4 +1,4 @@
-"""What rows miss while they get no gradient: many steps of Adam in closed form, as numbers for ``rules.coast``.
+"""What rows miss while they get no gradient: many steps of Adam in closed form, as scalars for ``rules.coast``.
 
 A row has the averages m and v after step k of its optimizer, and no gradient in the steps j = k+1..t. As torch's AdamW
 computes them, these steps multiply it by D(k, t) and take from it
@@ -90,12 +90,12 @@ class Schedule:
         del self._history[-2:]
 
     def missed(self, since: np.ndarray) -> np.ndarray:
-        """The numbers of ``rules.coast`` that bring rows up to date.
+        """The scalars of ``rules.coast`` that bring rows up to date.
 
         Args:
             since: int64 of shape (n,): the step each row is current at, ``start <= since < steps``.
         Returns:
-            float64 of shape (rounds, n, 7). The rule is applied to row i with the numbers ``[0, i]``, then with
+            float64 of shape (rounds, n, 7). The rule is applied to row i with the scalars ``[0, i]``, then with
             ``[1, i]`` if there are two rounds, which takes a row that missed a step with ``lr * weight_decay > 1``.
         """
         self._update()
@@ -103,16 +103,16 @@ class Schedule:
         tables = self._tables[:, rows]
         if not tables[1:, :, 1::2].any():
             tables = tables[:1]
-        numbers = np.empty((len(tables), len(since), 7))
-        numbers[:, :, :5] = tables
-        numbers[0, :, 0] *= later
-        numbers[:, :, 1:5:2] *= later[:, None]
-        numbers[:, :, 5:] = 1.0  # the averages fade once, after all that moves the row
+        scalars = np.empty((len(tables), len(since), 7))
+        scalars[:, :, :5] = tables
+        scalars[0, :, 0] *= later
+        scalars[:, :, 1:5:2] *= later[:, None]
+        scalars[:, :, 5:] = 1.0  # the averages fade once, after all that moves the row
         missed = self.steps - since
-        np.exp(missed * self._log1, out=numbers[-1, :, 5])
-        np.exp(missed * self._log2, out=numbers[-1, :, 6])
-        np.maximum(numbers[-1, :, 6], SMALLEST, out=numbers[-1, :, 6])
-        return numbers
+        np.exp(missed * self._log1, out=scalars[-1, :, 5])
+        np.exp(missed * self._log2, out=scalars[-1, :, 6])
+        np.maximum(scalars[-1, :, 6], SMALLEST, out=scalars[-1, :, 6])
+        return scalars
 
     def shrinkage(self, since: np.ndarray) -> np.ndarray:
         """D(since, steps): all that a row whose averages are zero has missed. For ``rules.decay``."""

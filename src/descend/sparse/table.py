@@ -2,7 +2,7 @@
 
 A dense optimizer moves every row at every step: a row without a gradient coasts on its average and decays. Here such
 a row is left alone and its last step noted. When it is next read, all steps it missed are caught up with in one pass,
-in closed form (``schedule.py``, ``rules.coast``).
+in closed form (``missed_steps.py``, ``rules.coast``).
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from descend.backends import EAGER, available
 from descend.backends.backend import CatchUp
-from descend.core.interrupts import Held
+from descend.core.interrupts import DeferredSignals
 from descend.core.method import Method
 from descend.core.signature import signature
 from descend.sparse.missed_steps import Schedule
@@ -35,12 +35,12 @@ NAMES = frozenset({ROW_STEP, SCHEDULE, CONSTANTS, CHECKSUM})
 
 PIECE = 65_536  # rows brought up to date together when all of them are
 
-# The version counters of tables after the last write that was one of ours, whichever optimizer's it was.
+# The version counter of each table after the last write by any of our optimizers.
 _versions: Any = WeakIdKeyDictionary()
 
 
 def loaded(name: str, value: Tensor, param: Tensor) -> Tensor | None:
-    """What a checkpoint has under ``name``, copied; None if tables have no such thing.
+    """A copy of the entry ``name`` of a checkpoint's state; None if it is not one that tables add.
 
     Raises:
         ValueError: if its shape does not fit the parameter.
@@ -106,7 +106,7 @@ class Table:
     # What a step asks.
 
     def check(self, method: Method, group: int, grad: Tensor) -> None:
-        """Raise if the coming step is not one that rows could miss."""
+        """Raise unless the coming step is one that rows may miss."""
         name = type(method).__name__
         which = method.name_of(self.param)
         if not self.is_attached:
@@ -122,7 +122,7 @@ class Table:
         method.check_exact(method.param_groups[group])
         state = method.state_of(self.param)
         schedule = self._schedule_of(method, state)
-        if schedule is not None and not _counts(state["step"], schedule.steps):
+        if schedule is not None and not _is_count_of(schedule.steps, state["step"]):
             raise RuntimeError(
                 f"{name}: the step count of {which} is {state['step']:g}, but {schedule.steps} steps are on "
                 "record. With sparse='exact' it cannot be edited; nothing has moved."
@@ -142,16 +142,16 @@ class Table:
         """Make what a table adds to the state. Where there is state already, a dense optimizer's, it is current."""
         if isinstance(state.get(ROW_STEP), Tensor):
             return
-        rows, taken = self.param.shape[0], int(state["step"])
+        rows, step = self.param.shape[0], int(state["step"])
         is_on_cpu = self.param.device.type == "cpu"
         steps = lazy_memory.zeros((rows,), torch.int32) if is_on_cpu else self.param.new_zeros(rows, dtype=torch.int32)
-        for first in range(0, rows if taken else 0, PIECE):
+        for first in range(0, rows if step else 0, PIECE):
             piece = slice(first, first + PIECE)
             used = [
                 state[name][piece].view(-1, math.prod(self.param.shape[1:])).any(1)
                 for name in self._state_names(method)
             ]
-            steps[piece] = torch.stack(used).any(0) * taken
+            steps[piece] = torch.stack(used).any(0) * step
         state[ROW_STEP] = steps
 
     def begin_step(self, method: Method, group: int) -> tuple[Tensor, int]:
@@ -199,7 +199,7 @@ class Table:
 
         Indices out of range are left to whoever reads the rows.
         """
-        with self.lock, Held():
+        with self.lock, DeferredSignals():
             schedule = self._schedule_of(method, method.state_of(self.param))
             if schedule is None or not schedule.is_behind:
                 return
@@ -251,14 +251,14 @@ class Table:
     # Checkpoints.
 
     def _schedule_of(self, method: Method, state: MutableMapping[str, Any]) -> Schedule | None:
-        """The schedule; taken from the state after loading, None before the first step."""
+        """The schedule; read from the state after loading, None before the first step."""
         with self.lock:  # in another thread a step may be half-way
             if "step" not in state:
-                self._schedule = None  # somebody has cleared the state
+                self._schedule = None  # the state has been cleared
             elif self._schedule is None and isinstance(state.get(SCHEDULE), Tensor):
                 history = state[SCHEDULE].numpy()
                 beta1, beta2, eps, start, steps = state[CONSTANTS].tolist()
-                if not _counts(state["step"], steps):  # a dense optimizer has gone on from there: all rows are current
+                if not _is_count_of(steps, state["step"]):  # a dense optimizer has gone on: all rows are current
                     for name in (ROW_STEP, SCHEDULE, CONSTANTS):
                         state.pop(name, None)
                     self.ensure_state(method, state)
@@ -310,20 +310,20 @@ class Table:
             )
 
     def forget_schedule(self) -> None:
-        """Take it from the state when it is next needed: another state has been loaded."""
+        """Another state has been loaded: read the schedule from there when it is next needed."""
         self._schedule = None
         self._is_stepping = False
 
 
-def _counts(step: Any, steps: float) -> bool:
-    """Whether a step count stands for ``steps``: in float32 it stands still at 2^24."""
+def _is_count_of(steps: float, step: Any) -> bool:
+    """Whether the step count ``step`` stands for ``steps``: in float32 it stops at 2^24."""
     return float(step) == steps or (getattr(step, "dtype", None) == torch.float32 and steps >= float(step) >= 2**24)
 
 
 def _missed(schedule: Schedule, since: np.ndarray, moves: bool) -> np.ndarray:
     """The scalars of ``rules.coast``; those that do not move the parameter if it is current."""
-    numbers = schedule.missed(since)
+    scalars = schedule.missed(since)
     if not moves:
         shrink, pace1, pace2 = 0, 1, 3
-        numbers[..., shrink], numbers[..., pace1], numbers[..., pace2] = 1.0, 0.0, 0.0
-    return numbers
+        scalars[..., shrink], scalars[..., pace1], scalars[..., pace2] = 1.0, 0.0, 0.0
+    return scalars

@@ -17,7 +17,7 @@ from descend.core.signature import signature
 from descend.core.update import Update, number, signed
 from descend.sparse.table import ROW_STEP, Table
 from descend.state import lazy_memory
-from descend.state.make import ensure_state, scalar_tensors, state_dtypes, steps_taken
+from descend.state.make import ensure_state, scalar_tensors, state_dtypes, step_count
 
 
 class SparseUpdate(Update):
@@ -109,7 +109,7 @@ class SparseUpdate(Update):
         self._scale = scale
         group, state = method.param_groups[self._group], method.state_of(self._param)
         scalar_state = scalar_tensors(method, method.scalar_state, self._param, group, state)
-        step = steps_taken(method, self._rule, state) + 1
+        step = step_count(method, self._rule, state) + 1
         scalars, next_state = method.scalars_and_state(group, step, scalar_state)
         self._scalars = [float(number(value)) for value in scalars]
         self._next_state = [*map(number, next_state)]
@@ -134,12 +134,12 @@ class SparseUpdate(Update):
             param = self._param.data
             if self._is_one_row:  # the gradient has no sparse dimension
                 param, state = param[None], [tensor[None] for tensor in state]
-            self._rows.run(param, state, self._scalars, self._scale_of(method), self._counters, None)
+            self._rows.run(param, state, self._scalars, self._signed_scale(method), self._counters, None)
         else:
             with self._table.lock:
                 mark = self._table.begin_step(method, self._group)
                 torch.autograd.graph.increment_version(self.params)
-                self._rows.run(self._param, state, self._scalars, self._scale_of(method), self._counters, mark)
+                self._rows.run(self._param, state, self._scalars, self._signed_scale(method), self._counters, mark)
                 self._table.end_step()
         for name, value in zip(method.scalar_state, self._next_state, strict=True):
             self._state[name].fill_(value)
@@ -155,7 +155,7 @@ class SparseUpdate(Update):
     def state_tensors(self) -> list[tuple[Tensor, str, Tensor]]:
         return [(self._param, name, value) for name, value in self._state.items() if isinstance(value, Tensor)]
 
-    def _scale_of(self, method: Method) -> float:
+    def _signed_scale(self, method: Method) -> float:
         return signed(self._scale, method.param_groups[self._group])
 
 

@@ -1,4 +1,4 @@
-"""How much memory a process may still take, as far as Linux tells."""
+"""How much memory a process may still allocate, read from Linux's files."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ _V2 = Path("sys/fs/cgroup"), "memory.max", "memory.current", "inactive_file"
 
 
 def available_memory(root: Path = Path("/")) -> int:
-    """Bytes that can be allocated without swapping, in this process's control groups too; 0 if the system is silent.
+    """Bytes that can be allocated without swapping, in this process's control groups too; 0 if the system does not say.
 
     Args:
         root: where ``proc`` and ``sys`` are.

@@ -19,8 +19,6 @@ from descend.core.memory import as_real
 from descend.core.method import Method, StateSpec
 from descend.state import lazy_memory
 
-STATE_DTYPES = (None, torch.float16, torch.bfloat16, torch.float32, torch.float64)
-
 
 def _exposing(name: str) -> Callable[..., Any]:
     method = getattr(defaultdict, name)
@@ -33,8 +31,8 @@ def _exposing(name: str) -> Callable[..., Any]:
     return exposing
 
 
-class Initial(dict[str, Any]):
-    """State made before the first step, which rules that count no steps would take for that of a later one."""
+class InitialState(dict[str, Any]):
+    """State made before the first step. Without a step count, plain state would mean that a step has been taken."""
 
 
 class State(defaultdict[Any, Any]):
@@ -62,10 +60,10 @@ class State(defaultdict[Any, Any]):
         return defaultdict, (dict, {key: copy.copy(value) for key, value in dict.items(self)})
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
-        """As ``deepcopy`` does it; what is zero in the state of embeddings costs the copy no memory either."""
+        """As ``deepcopy`` does it, but pages of zeros in the state of sparse parameters stay uncommitted."""
         if getattr(self.owner(), "sparse", None) is not None:
-            for found in dict.values(self):
-                for tensor in found.values():
+            for content in dict.values(self):
+                for tensor in content.values():
                     if isinstance(tensor, Tensor) and tensor.is_cpu and tensor.layout is torch.strided:
                         memo[id(tensor)] = lazy_memory.copied(tensor)
         return defaultdict(dict, deepcopy(dict(dict.items(self)), memo))
@@ -136,7 +134,7 @@ def new_tensor(param: Tensor, spec: StateSpec, lazy: bool = False) -> Tensor:
 def checked_state(
     method: Method, param: Tensor, names: Sequence[str], group: Mapping[str, Any], state: Mapping[str, Any]
 ) -> list[tuple[str, Tensor]]:
-    """The state tensors that exist of those called ``names``.
+    """Those of the state tensors called ``names`` that exist.
 
     Raises:
         RuntimeError: if a step could not update the parameter or its state: a state tensor has another shape; the
@@ -181,10 +179,10 @@ def _is_expanded(tensor: Tensor) -> bool:
     return any(size > 1 and stride == 0 for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
 
 
-def stored_number(found: Mapping[str, Any], name: str, start: Any) -> Tensor:
-    """A number of a state, a 0-dim tensor on the CPU as in torch; a new one if there is none that we can write."""
-    value: Any = found.get(name)
-    if _is_number(value):
+def scalar_tensor(state: Mapping[str, Any], name: str, start: Any) -> Tensor:
+    """A scalar of a state, a 0-dim tensor on the CPU as in torch; a new one if there is none that kernels can write."""
+    value: Any = state.get(name)
+    if _is_writable_scalar(value):
         return value  # type: ignore[no-any-return]
     value = start if value is None else value
     dtype = torch.float64 if torch.get_default_dtype() == torch.float64 else torch.float32
@@ -192,8 +190,8 @@ def stored_number(found: Mapping[str, Any], name: str, start: Any) -> Tensor:
         return torch.as_tensor(value, dtype=dtype, device="cpu").reshape(()).clone()
 
 
-def _is_number(value: Any) -> bool:
-    """Whether the kernels can read and write it in place."""
+def _is_writable_scalar(value: Any) -> bool:
+    """Whether kernels can read it, and write it in place."""
     return (
         isinstance(value, Tensor)
         and value.numel() == 1

@@ -19,7 +19,7 @@ from descend.state.available_memory import available_memory
 MIN_LAZY_BYTES = 2**20  # smaller tensors are committed at once
 BLOCK_BYTES = 2**21  # a huge page
 SCATTERED = 1 / 16  # of the blocks of a tensor: rows in more of them are scattered,
-DENSE = 0.5  # of pages: rows in more of them are dense, and not scattered
+DENSE = 0.5  # of pages: rows in more of them are dense, not scattered
 MAX_SHARE = 0.5  # of the available memory that "auto" commits ahead of use, for all tensors together
 POPULATE_WRITE = 23  # MADV_POPULATE_WRITE of Linux 5.14; Python does not name it
 

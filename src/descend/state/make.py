@@ -10,7 +10,7 @@ from torch import Tensor
 
 from descend.core.method import Method
 from descend.core.signature import signature
-from descend.state.container import Initial, new_tensor, stored_number
+from descend.state.container import InitialState, new_tensor, scalar_tensor
 
 
 def ensure_state(
@@ -29,7 +29,7 @@ def ensure_state(
     if not names and not method.counts_steps:
         return {}
     state = dict.get(method.state, param)
-    if state is None or type(state) is Initial:
+    if state is None or type(state) is InitialState:
         state = dict(state or {})
         dict.__setitem__(method.state, param, state)
     if method.step_is_int:
@@ -51,7 +51,7 @@ def scalar_tensors(
     method: Method, names: Sequence[str], param: Tensor, group: Mapping[str, Any], state: Mapping[str, Any]
 ) -> list[Tensor]:
     """The 0-dim tensors called ``names``: those in ``state``, new ones for those that are missing."""
-    return [stored_number(state, name, method.initial_state(name, param, group)) for name in names]
+    return [scalar_tensor(state, name, method.initial_state(name, param, group)) for name in names]
 
 
 def state_dtypes(
@@ -63,12 +63,12 @@ def state_dtypes(
     return tuple(tensor.dtype if isinstance(tensor, Tensor) else default for tensor in tensors)
 
 
-def steps_taken(method: Method, rule: Callable[..., Any], state: Mapping[str, Any]) -> float:
-    """Steps a parameter has taken; without step counts, 0 before the first and 1 after."""
+def step_count(method: Method, rule: Callable[..., Any], state: Mapping[str, Any]) -> float:
+    """Number of steps a parameter has taken; without ``counts_steps``, 0 before the first and 1 after."""
     if method.counts_steps:
         return float(state.get("step", 0.0))
     return float(
-        type(state) is not Initial and all(isinstance(state.get(name), Tensor) for name in signature(rule).state)
+        type(state) is not InitialState and all(isinstance(state.get(name), Tensor) for name in signature(rule).state)
     )
 
 
@@ -80,5 +80,5 @@ def init_state(method: Method) -> None:
             if param.requires_grad:
                 state = dict.get(method.state, param)
                 made = ensure_state(method, param, rule, group, lazy=method.options.sparse is not None)
-                if made and not method.counts_steps and (not state or type(state) is Initial):
-                    dict.__setitem__(method.state, param, Initial(made))
+                if made and not method.counts_steps and (not state or type(state) is InitialState):
+                    dict.__setitem__(method.state, param, InitialState(made))

@@ -8,8 +8,8 @@ import torch
 from torch.autograd.function import BackwardCFunction
 
 
-class Seen:
-    """When a parameter got its last gradient."""
+class LastGrad:
+    """The backward pass in which a parameter got its last gradient."""
 
     def __init__(self) -> None:
         self.in_pass = -1
@@ -17,10 +17,10 @@ class Seen:
 
 
 class Passes:
-    """Tells one backward pass from the next, of which reentrant checkpointing nests many in one.
+    """Counts backward passes; those that reentrant checkpointing nests in another belong to that one.
 
-    Torch numbers passes in the order in which they begin, nested ones too, but does not say in which one another is
-    nested. A pass that is not nested ends all that came before.
+    Torch numbers passes in the order in which they begin, nested ones too, but does not say which is nested in which. A
+    pass that is not nested ends all earlier ones.
     """
 
     def __init__(self) -> None:
@@ -28,12 +28,12 @@ class Passes:
         self._task = self._latest = -1
         self._is_nested = False
 
-    def gives_part(self, seen: Seen) -> bool:
-        """Whether the gradient that came is not the parameter's first in this pass."""
+    def is_partial(self, last: LastGrad) -> bool:
+        """Whether the gradient that just came is not the parameter's first in this pass. Records the gradient."""
         self._enter()
-        is_part = seen.in_pass == self._current and (seen.was_nested or self._is_nested)
-        seen.in_pass, seen.was_nested = self._current, self._is_nested
-        return is_part
+        is_partial = last.in_pass == self._current and (last.was_nested or self._is_nested)
+        last.in_pass, last.was_nested = self._current, self._is_nested
+        return is_partial
 
     def end(self) -> None:
         """The pass is over."""
@@ -52,7 +52,7 @@ class Passes:
 
 
 def _is_nested() -> bool:
-    """Whether this backward pass was started by a function's ``backward``, inside of another one."""
+    """Whether this backward pass was started by a function's ``backward``, inside another pass."""
     frame = sys._getframe()
     while frame.f_back is not None:
         frame = frame.f_back

@@ -1,4 +1,4 @@
-"""When an optimizer's parameters step: all together, when ``step`` is called."""
+"""Drivers decide when parameters step. The ordinary one: all of them, when ``step`` is called."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from descend.step.take import take_step
 
 
 class Driver(ABC):
-    """What ``FirstOrder`` leaves its steps to.
+    """Takes the steps of a ``FirstOrder``.
 
     Attributes:
-        takes_scaler: whether a ``GradScaler`` shall leave everything to ``step``.
+        takes_scaler: whether a ``GradScaler`` leaves unscaling and overflows to ``step``.
         handle: what users hold to end it; None if there is nothing to end.
     """
 
@@ -24,15 +24,15 @@ class Driver(ABC):
 
     @abstractmethod
     def step(self, method: Method) -> None:
-        """Do what is left to do when the program calls ``step``."""
+        """Called when the program calls ``step``: take or complete the step."""
 
     @abstractmethod
     def watch(self) -> None:
-        """Parameters have joined the optimizer."""
+        """Called when parameters have joined the optimizer."""
 
     @abstractmethod
     def forget_plan(self) -> None:
-        """Options, groups or state have been replaced: work out anew what a step does."""
+        """Called when options, groups or state have been replaced: the next step makes a new plan."""
 
 
 class WholeStep(Driver):
@@ -47,11 +47,11 @@ class WholeStep(Driver):
         self._plan: Plan | None = None
 
     def step(self, method: Method) -> None:
-        plan, self._plan = self._plan, None  # should the step not end
+        plan, self._plan = self._plan, None  # dropped if the step raises
         self._plan = take_step(method, self._tables, plan)
 
     def watch(self) -> None:
-        """The plan notices."""
+        """Nothing to do: the next step notices that the plan lacks them."""
 
     def forget_plan(self) -> None:
         self._plan = None

@@ -17,7 +17,7 @@ from torch._compile import _disable_dynamo
 
 from descend.core.method import Method
 from descend.sparse.attach import Tables
-from descend.step.backward_passes import Passes, Seen
+from descend.step.backward_passes import LastGrad, Passes
 from descend.step.driver import Driver
 from descend.step.plan import Plan, Position
 from descend.step.scaling import is_scaled
@@ -26,7 +26,7 @@ from descend.step.take import take_step
 Clip: TypeAlias = Literal["previous", "parameter"]
 CLIPS = (None, *get_args(Clip))
 
-# What keeps its kind when it leaves ``backward``; everything else is a RuntimeError there.
+# Errors that leave ``backward`` as what they are; all others become a RuntimeError.
 _KINDS = (FloatingPointError, IndexError, TypeError, ValueError)
 
 
@@ -61,7 +61,7 @@ class InBackward(Driver):
         self._slots: dict[Tensor, _Slot] = {}
         self._passes = Passes()
         self._stepped: set[Tensor] = set()  # since the last step was completed
-        self._norm: float | None = None  # of the gradients they stepped with
+        self._norm: float | None = None  # of the gradients they have stepped with
         self._previous_norm = 0.0
         self.watch()
 
@@ -70,7 +70,7 @@ class InBackward(Driver):
         return self
 
     def remove(self) -> None:
-        """Make the optimizer ordinary again. Gradients that wait for others stay, for its next step."""
+        """Make the optimizer ordinary again. Incomplete sums of gradients stay in ``.grad``, for its next step."""
         for slot in self._slots.values():
             slot.remove_hooks()
         self._slots.clear()
@@ -85,7 +85,7 @@ class InBackward(Driver):
         self.remove()
 
     def watch(self) -> None:
-        """Wait for the gradients of parameters that have joined the optimizer."""
+        """Register hooks for the gradients of parameters that have joined the optimizer."""
         for group in self.optimizer.param_groups:
             for param in group["params"]:
                 if param not in self._slots:
@@ -105,7 +105,7 @@ class InBackward(Driver):
                 for position, param in enumerate(group["params"]):
                     if param.grad is not None:
                         self._check_nothing_came_back(param, self._slots[param])
-                        self._take(param, self._slots[param], Position(index, position))
+                        self._step_param(param, self._slots[param], Position(index, position))
             self._complete()
             self._passes.end()
 
@@ -115,7 +115,7 @@ class InBackward(Driver):
             slot = self._slots.get(param)
             if slot is None or param.grad is None or (position := self._position_of(param, slot)) is None:
                 return
-            if self._passes.gives_part(slot.seen):
+            if self._passes.is_partial(slot.last_grad):
                 raise RuntimeError(
                     f"in_backward: {self.optimizer.name_of(param)} got its gradient in several parts in one backward "
                     "pass, and may have stepped with the first. Reentrant checkpointing of a parameter that several "
@@ -126,7 +126,7 @@ class InBackward(Driver):
             if slot.count >= self.accumulate:
                 if param in self._stepped:
                     self._complete()
-                self._take(param, slot, position)
+                self._step_param(param, slot, position)
             else:
                 slot.version = param.grad._version
 
@@ -145,7 +145,7 @@ class InBackward(Driver):
             param.requires_grad_(is_trained)
 
     def _before(self, param: Tensor, slot: _Slot, grad: Tensor) -> None:
-        if slot.was_thrown_away(param.grad):
+        if slot.was_discarded(param.grad):
             slot.count = 0
         else:
             self._check_nothing_came_back(param, slot)
@@ -175,8 +175,8 @@ class InBackward(Driver):
             None,
         )
 
-    def _take(self, param: Tensor, slot: _Slot, position: Position) -> None:
-        """The step of one parameter."""
+    def _step_param(self, param: Tensor, slot: _Slot, position: Position) -> None:
+        """Take the step of one parameter and free its gradient."""
         optimizer = self.optimizer
         plan, slot.plan, slot.position = slot.plan if position == slot.position else None, None, position
         try:
@@ -201,7 +201,7 @@ class InBackward(Driver):
         return self._previous_norm if self._norm < self._previous_norm else self._norm
 
     def _complete(self) -> None:
-        """All parameters have stepped that will."""
+        """End a step: all parameters that take part have stepped."""
         self._stepped.clear()
         if self._norm is not None:
             self.optimizer.grad_norm = self._norm
@@ -210,18 +210,18 @@ class InBackward(Driver):
 
 
 class _Slot:
-    """What is known of one parameter."""
+    """What the handle remembers of one parameter."""
 
     def __init__(self) -> None:
         self.position: Position | None = None
         self.plan: Plan | None = None
-        self.count = 0  # gradients that wait in ``.grad``
-        self.version = 0  # of ``.grad`` since the last of them came
+        self.count = 0  # gradients summed in ``.grad``
+        self.version = 0  # of ``.grad`` when the last of them came
         self.hooks: tuple[Any, ...] = ()
-        self.seen = Seen()
+        self.last_grad = LastGrad()
 
-    def was_thrown_away(self, grad: Tensor | None) -> bool:
-        """Whether gradients that waited in ``grad`` are gone: ``zero_grad``, with ``set_to_none`` or without."""
+    def was_discarded(self, grad: Tensor | None) -> bool:
+        """Whether the gradients summed in ``grad`` were discarded by ``zero_grad``, with ``set_to_none`` or without."""
         if grad is None:
             return True
         was_written = self.count > 0 and grad._version != self.version
@@ -259,7 +259,7 @@ NO_SCALER = (
 
 
 def _check_step_options(optimizer: Method, clip: str | None, nonfinite: str | None) -> None:
-    """Raise if an option would silently do something else. They may be edited at any time."""
+    """Raise if an option would silently do something else. Options may be edited at any time."""
     if optimizer.max_norm is not None and clip is None:
         raise ValueError(
             f"in_backward: max_norm={optimizer.max_norm} limits the norm of all gradients together, which is only "

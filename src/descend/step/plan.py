@@ -1,4 +1,4 @@
-"""What one step will do, worked out once and kept for as long as it can be proved to hold."""
+"""What a step will do: worked out once, reused while it can be proved to be still true."""
 
 from __future__ import annotations
 
@@ -28,7 +28,13 @@ from descend.step.updates import Entry, LaunchUpdate, SingleUpdate
 
 
 class Placement(NamedTuple):
-    """Where a parameter's rule runs."""
+    """Where a parameter's rule runs.
+
+    Attributes:
+        name: the parameter's name, or its position in the groups.
+        backend: name of the backend.
+        reason: why the compiled backends cannot run it, or were not asked; else its dtype.
+    """
 
     name: str
     backend: str
@@ -36,7 +42,7 @@ class Placement(NamedTuple):
 
 
 class Position(NamedTuple):
-    """Where a parameter stands in the groups."""
+    """The index of a parameter's group, and its index in the group."""
 
     group: int
     offset: int
@@ -71,7 +77,7 @@ class Plan:
             self._state.exposed = True  # two optimizers write it: neither knows of the other's steps
         self._groups = [
             (index, list(params), method.rule_for(group), bool(group.get("differentiable")))
-            for index, group, params in self._listed(method.param_groups)
+            for index, group, params in self._selected(method.param_groups)
         ]
         entries: list[Entry] = []
         for index, params, rule, differentiable in self._groups:
@@ -81,11 +87,11 @@ class Plan:
         self._entries = _in_order_where_memory_is_shared(entries)
         if self._requested not in ("auto", EAGER.name):
             self._refuse_eager(method)
-        self._updates = self._sorted(method, tables)
+        self._updates = self._make_updates(method, tables)
         self._probe: Any = None
 
-    def _listed(self, groups: list[dict[str, Any]]) -> list[tuple[int, dict[str, Any], list[Tensor]]]:
-        """The groups this plan is about, each with its index and those of its parameters that are meant."""
+    def _selected(self, groups: list[dict[str, Any]]) -> list[tuple[int, dict[str, Any], list[Tensor]]]:
+        """The groups of this plan: index, options, and the parameters in it, which may be one of the group's."""
         if self._position is None:
             return [(index, group, group["params"]) for index, group in enumerate(groups)]
         index, offset = self._position
@@ -123,7 +129,7 @@ class Plan:
                     f"{entry.reason}. Use backend='auto' to run such parameters eagerly."
                 )
 
-    def _sorted(self, method: Method, tables: Tables) -> list[Update]:
+    def _make_updates(self, method: Method, tables: Tables) -> list[Update]:
         """Launches first, then sparse updates, then those that must keep the order of the groups."""
         by_backend: dict[str, tuple[Backend, list[Entry]]] = {}
         sparse: list[Update] = []
@@ -148,7 +154,7 @@ class Plan:
         if not self._is_compiled:
             for update in self._updates:
                 update.compile(self._options.wants_norm)
-            make_probe([], [], [], np.zeros((0, 2), np.int64))
+            make_probe([], [], [], np.zeros((0, 2), np.int64))  # compiles the probe
             self._is_compiled = True
 
     def compile_rows(self, method: Method) -> None:
@@ -162,7 +168,7 @@ class Plan:
             backend.rows(rule, len(signature(rule).scalars), dtypes, False).compile(method.options.wants_norm)
 
     def read(self, method: Method) -> None:
-        """Check and sum up what sparse gradients hold: unlike memory, that is new at every step."""
+        """Check the indices of sparse gradients, which are new at every step, and sum their duplicates."""
         for update in self._updates:
             update.read(method)
 
@@ -183,7 +189,7 @@ class Plan:
         ]
 
     def set_scalars(self, method: Method, scale: float) -> None:
-        """Form every scalar of the coming step: an option that cannot be used is found before anything moves."""
+        """Form every scalar of the coming step, so that an option that cannot be used raises before anything moves."""
         try:
             for update in self._updates:
                 update.set_scalars(method, scale)
@@ -229,7 +235,7 @@ class Plan:
 
     def is_valid(self, method: Method) -> bool:
         """Whether nothing this plan relies on has changed since it was made."""
-        groups = self._listed(method.param_groups)
+        groups = self._selected(method.param_groups)
         if (
             not self._has_state
             or method.options is not self._options
@@ -250,7 +256,7 @@ class Plan:
         exposed = not isinstance(self._state, State) or self._state.exposed
         if exposed and not self._has_its_tensors():
             return False
-        return bool(self._probe.holds(state=exposed)) and all(update.is_valid(method) for update in self._updates)
+        return bool(self._probe.revalidate(state=exposed)) and all(update.is_valid(method) for update in self._updates)
 
     def _has_its_tensors(self) -> bool:
         """Whether every state tensor is still the one that was put there."""

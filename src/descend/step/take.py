@@ -1,11 +1,11 @@
-"""One step: what the gradients are multiplied by, and whether it is taken at all. Knows no hooks and no closures."""
+"""One step: its scale, and whether it is taken at all. Knows no hooks and no closures."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
 
-from descend.core.interrupts import Held
+from descend.core.interrupts import DeferredSignals
 from descend.core.method import Method
 from descend.norms.clip import clip_coefficient
 from descend.sparse.attach import Tables
@@ -23,12 +23,12 @@ def take_step(
     """Take one step, of all parameters or of the one at ``position``.
 
     Args:
-        method: whose step it is.
+        method: the optimizer.
         tables: its parameters in exact mode.
-        plan: of the step before, if there is one.
+        plan: the plan of the previous step; None to make a new one.
         position: of the only parameter to update. Default: all parameters with a gradient.
-        norm_to_clip: from the norm of these gradients to the one that is limited by ``max_norm``. Default: the same,
-            which is also noted as the optimizer's ``grad_norm``.
+        norm_to_clip: returns the norm that ``max_norm`` limits, given the norm of these gradients. Default: that norm
+            itself, which is then stored as the optimizer's ``grad_norm``.
     Returns:
         The plan, for the next step.
     Raises:
@@ -49,7 +49,7 @@ def take_step(
             plan.set_scalars(method, scale * coefficient)
             plan.run(method)
         else:
-            with Held():
+            with DeferredSignals():
                 plan.set_scalars(method, scale * coefficient)
                 plan.make_state(method)
                 plan.run(method)
@@ -63,7 +63,7 @@ def take_step(
 def _coefficient(
     method: Method, plan: Plan, scale: float, norm_to_clip: Callable[[float], float] | None
 ) -> float | None:
-    """By how much to clip: 1 for not at all; None to skip the step."""
+    """The clipping coefficient, 1 without clipping; None to skip the step."""
     options = method.options
     if not options.wants_norm:
         return 1.0

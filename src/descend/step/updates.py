@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -11,14 +11,14 @@ import torch
 from torch import Tensor
 
 from descend.backends import eager
-from descend.backends.backend import Backend, Launch
+from descend.backends.backend import Backend, Launch, ScalarState
 from descend.core.method import Method
 from descend.core.signature import signature
 from descend.core.update import Cell, Update, number, signed
 from descend.norms import clip
 from descend.state import lazy_memory
 from descend.state.container import checked_state
-from descend.state.make import ensure_state, scalar_tensors, state_dtypes, steps_taken
+from descend.state.make import ensure_state, scalar_tensors, state_dtypes, step_count
 
 _NONE = np.zeros(0)
 
@@ -47,12 +47,12 @@ class Entry(NamedTuple):
     in_order: bool
 
 
-class _Row:
-    """A row of the scalars table: parameters of one group that have taken the same steps share it."""
+class _ScalarsRow:
+    """A row of the scalars table, shared by parameters of one group with equal step counts and equal scalar state."""
 
-    def __init__(self, group: int, taken: float, state: Sequence[Tensor]) -> None:
+    def __init__(self, group: int, step: float, state: Sequence[Tensor]) -> None:
         self.group = group
-        self.taken = taken
+        self.step = step
         self.state = state  # the scalar state of one of them
         self.next_state: tuple[float, ...] = ()
 
@@ -62,7 +62,7 @@ class _Batch(NamedTuple):
 
     launch: Launch
     entries: list[Entry]
-    rows: list[_Row]
+    rows: list[_ScalarsRow]
     row_of: np.ndarray
 
 
@@ -75,6 +75,11 @@ class LaunchUpdate(Update):
         entries: the parameters.
     """
 
+    # From ``make_state`` on.
+    _counters: ScalarState
+    _scalar_state: ScalarState
+    _run_together: Callable[[np.ndarray], None]
+
     def __init__(self, method: Method, backend: Backend, entries: Sequence[Entry]) -> None:
         self._backend = backend
         self.is_atomic = backend.is_atomic
@@ -86,8 +91,6 @@ class LaunchUpdate(Update):
         self.params = [entry.param for batch in self._batches for entry in batch.entries]
         self._state_tensors: list[tuple[Tensor, str, Tensor]] = []
         self._cells: dict[Tensor, Cell] = {}
-        self._counters: Any = None
-        self._scalar_state: Any = None
 
     def compile(self, wants_norm: bool) -> None:
         for launch in self._launches:
@@ -101,12 +104,13 @@ class LaunchUpdate(Update):
         for launch, _, rows, _ in self._batches:
             for index, row in enumerate(rows):
                 group = groups[row.group]
-                scalars, next_state = method.scalars_and_state(group, row.taken + 1, row.state)
+                scalars, next_state = method.scalars_and_state(group, row.step + 1, row.state)
                 launch.set_scalars(index, signed(scale, group), list(map(float, map(number, scalars))))
                 row.next_state = tuple(map(number, next_state))
 
     def make_state(self, method: Method) -> None:
-        counters, scalar_state = list[Tensor](), list[Tensor]()
+        counters: list[Tensor] = []
+        scalar_state: list[Tensor] = []
         for launch, entries, rows, row_of in self._batches:
             tensors = []
             for position, entry in enumerate(entries):
@@ -133,7 +137,7 @@ class LaunchUpdate(Update):
         self._run_together(values)
         for batch in self._batches:
             for row in batch.rows:
-                row.taken += 1
+                row.step += 1
 
     def _next_values(self) -> np.ndarray:
         """The scalar state after the step, in the order of its tensors."""
@@ -142,7 +146,7 @@ class LaunchUpdate(Update):
         )
 
     def is_valid(self, method: Method) -> bool:
-        return self._counters.is_unchanged() and self._scalar_state.is_unchanged()  # type: ignore[no-any-return]
+        return self._counters.is_unchanged() and self._scalar_state.is_unchanged()
 
     def state_tensors(self) -> list[tuple[Tensor, str, Tensor]]:
         return self._state_tensors
@@ -155,10 +159,10 @@ class LaunchUpdate(Update):
 
 
 class SingleUpdate(Update):
-    """One parameter, updated eagerly from the state as it is then.
+    """One parameter, updated eagerly and by itself.
 
-    It may share memory with another, or be listed twice. It is also what ``differentiable`` needs: autograd sees every
-    operation, on the scalars too.
+    It may share memory with another, or be listed twice, so its state is read when it runs. With ``differentiable``,
+    autograd sees every operation, on the scalars too.
 
     Args:
         entry: the parameter.
@@ -180,7 +184,7 @@ class SingleUpdate(Update):
         takes = signature(self._entry.rule)
         checked_state(method, self._entry.param, takes.state, group, state)
         scalar_state = scalar_tensors(method, method.scalar_state, self._entry.param, group, state)
-        scalars, next_state = method.scalars_and_state(group, self._taken(method) + 1, scalar_state)
+        scalars, next_state = method.scalars_and_state(group, self._step_count(method) + 1, scalar_state)
         for _, value in zip((*takes.scalars, *method.scalar_state), (*scalars, *next_state), strict=True):
             float(number(value))  # raises for what cannot be used, before anything moves
 
@@ -191,12 +195,12 @@ class SingleUpdate(Update):
         entry, differentiable = self._entry, self._differentiable
         group = method.param_groups[entry.group]
         with torch.set_grad_enabled(differentiable):
-            taken = self._taken(method)
+            step = self._step_count(method) + 1
             state = ensure_state(method, entry.param, entry.rule, group)
             scalar_state = [state[name] for name in method.scalar_state]
             # As in the rule: what a graph has seen is not written to.
             seen = [value.clone() for value in scalar_state] if differentiable else scalar_state
-            scalars, next_state = method.scalars_and_state(group, taken + 1, seen)
+            scalars, next_state = method.scalars_and_state(group, step, seen)
             if not differentiable:
                 scalars = tuple(map(number, scalars))
             tensors = [state[name] for name in signature(entry.rule).state]
@@ -212,30 +216,30 @@ class SingleUpdate(Update):
         assert self._entry.param.grad is not None
         return self._entry.param.grad
 
-    def _taken(self, method: Method) -> float:
+    def _step_count(self, method: Method) -> float:
         state = dict.get(method.state, self._entry.param) or {}
-        return steps_taken(method, self._entry.rule, state)
+        return step_count(method, self._entry.rule, state)
 
 
 def _by_signature(method: Method, entries: Sequence[Entry]) -> dict[Any, list[Entry]]:
-    found: defaultdict[Any, list[Entry]] = defaultdict(list)
+    by_signature: defaultdict[Any, list[Entry]] = defaultdict(list)
     for entry in entries:
         grad = entry.param if entry.param.grad is None else entry.param.grad
         dtypes = entry.param.dtype, grad.dtype, *state_dtypes(method, entry.param, entry.rule, entry.state)
-        found[entry.rule, dtypes].append(entry)
-    return found
+        by_signature[entry.rule, dtypes].append(entry)
+    return by_signature
 
 
 def _batch(
     method: Method, backend: Backend, rule: Any, dtypes: tuple[torch.dtype, ...], entries: list[Entry]
 ) -> _Batch:
-    rows: dict[Any, _Row] = {}
+    rows: dict[Any, _ScalarsRow] = {}
     keys = []
     for entry in entries:
-        group, taken = method.param_groups[entry.group], steps_taken(method, rule, entry.state)
+        group, step = method.param_groups[entry.group], step_count(method, rule, entry.state)
         state = scalar_tensors(method, method.scalar_state, entry.param, group, entry.state)
-        keys.append((entry.group, taken, *((tensor.dtype, tensor.item()) for tensor in state)))
-        rows.setdefault(keys[-1], _Row(entry.group, taken, state))
+        keys.append((entry.group, step, *((tensor.dtype, tensor.item()) for tensor in state)))
+        rows.setdefault(keys[-1], _ScalarsRow(entry.group, step, state))
     index = {key: row for row, key in enumerate(rows)}
     row_of = np.array([index[key] for key in keys])
     params = [entry.param for entry in entries]

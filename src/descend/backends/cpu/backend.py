@@ -59,7 +59,7 @@ class CpuBackend:
         )
 
         def run(values: np.ndarray) -> None:
-            scalar_state.prepare(values)
+            scalar_state.set_next(values)
             versions.bump()
             sequence.run()
 

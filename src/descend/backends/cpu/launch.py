@@ -160,11 +160,11 @@ class ScalarState:
         return [part.call(_ADD_ONE) for part in self._parts]
 
     def write_calls(self) -> list[threads.Call]:
-        """Calls that write what ``prepare`` was given."""
+        """Calls that write what ``set_next`` was given."""
         return [part.call(_WRITE) for part in self._parts]
 
-    def prepare(self, values: np.ndarray) -> None:
-        """Take the values to be written, in the order of the tensors."""
+    def set_next(self, values: np.ndarray) -> None:
+        """Set what the calls of ``write_calls`` write, in the order of the tensors."""
         for part in self._parts:
             part.expected[:] = values[part.positions]
 
@@ -177,15 +177,15 @@ _COMPARE, _ADD_ONE, _WRITE = 0, 1, 2  # what ``kernels.scalar_state_kernel`` doe
 
 
 class _ScalarPart:
-    """Those of one dtype: their addresses, the values they should have, and the arguments of each action."""
+    """The tensors of one dtype: their addresses, the values they should have, and the arguments of each action."""
 
     def __init__(self, tensors: Sequence[Tensor], positions: np.ndarray) -> None:
         self.positions = positions
         self.expected = np.array([tensor.item() for tensor in tensors])
         self._addresses = np.array([tensor.data_ptr() for tensor in tensors], np.int64)
         self._kernel = library.scalar_state(tensors[0].dtype)
-        places = self._addresses.ctypes.data, self.expected.ctypes.data, len(tensors)
-        self._arguments = [array("q", (*places, action, 0)) for action in (_COMPARE, _ADD_ONE, _WRITE)]
+        common = self._addresses.ctypes.data, self.expected.ctypes.data, len(tensors)
+        self._arguments = [array("q", (*common, action, 0)) for action in (_COMPARE, _ADD_ONE, _WRITE)]
 
     def call(self, action: int) -> threads.Call:
         return threads.Call(self._kernel, self._arguments[action].buffer_info()[0])

@@ -66,7 +66,7 @@ def scalar_state(dtype: torch.dtype) -> int:
 
 @cache
 def sequence() -> int:
-    """The loop that makes several calls one after the other, see ``threads.run_together``."""
+    """The loop that makes several calls one after the other, see ``threads.CallSequence``."""
 
     def compile_sequence() -> str:
         from descend.backends.cpu import kernels
@@ -138,10 +138,10 @@ def _explain(rule: FunctionType, error: Exception) -> str:
     text = str(error)
     lines = re.findall(r'File "([^"]*)", line (\d+)', text)
     file, line = lines[0] if lines else (rule.__code__.co_filename, rule.__code__.co_firstlineno)
-    said = [line for line in text.splitlines() if line.strip() and not line.startswith("Failed in nopython mode")]
+    reasons = [line for line in text.splitlines() if line.strip() and not line.startswith("Failed in nopython mode")]
     return (
         f"the rule {rule.__name__} cannot be compiled for the CPU ({file}, line {line}): "
-        f"{said[0] if said else repr(error)}\n"
+        f"{reasons[0] if reasons else repr(error)}\n"
         "A rule may use arithmetic, comparisons, the functions of descend.ops imported by name, and helpers made of "
         "these. To run it as it is on tensors, pass backend='eager'."
     )

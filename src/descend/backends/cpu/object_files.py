@@ -64,7 +64,7 @@ def _readable(name: str) -> str:
     return re.sub(r"\W", "", name, flags=re.ASCII)[:40]
 
 
-def assembly(llvm_assembly: str) -> str:
+def machine_assembly(llvm_assembly: str) -> str:
     """Translate LLVM assembly to this machine's assembly."""
     return str(_target_machine().emit_assembly(llvm.parse_assembly(llvm_assembly)))
 

@@ -28,6 +28,7 @@ import torch
 from torch import Tensor
 
 from descend.backends.cpu import library, object_files, threads
+from descend.core.memory import PLAIN
 from descend.core.update import Cell
 
 _SHIMS = (
@@ -67,7 +68,7 @@ class NativeProbe:
         bindings: to this torch.
         params: the parameters to watch.
         cells: for each parameter, where its gradient's address is kept; None if no kernel reads it.
-        state: state tensors, watched when ``holds(state=True)`` is asked.
+        state: state tensors, watched when ``revalidate(state=True)`` is asked.
         written: sorted, disjoint intervals of the addresses that the step writes, shape (n, 2).
     """
 
@@ -96,11 +97,11 @@ class NativeProbe:
         self._kept_alive = tensors, cells, tables
         self._kernel, self._address = library.probe(), self._call.buffer_info()[0]
         self._run_alone = object_files.locked(self._kernel)
-        self.holds(state=True)
+        self.revalidate(state=True)
         self._call[6] = 0  # it was recorded
 
-    def holds(self, state: bool) -> bool:
-        """Whether all is as recorded; gradients that moved are followed. With ``state``, state tensors too."""
+    def revalidate(self, state: bool) -> bool:
+        """Whether all is as recorded, state tensors too if ``state``. Addresses of moved gradients are updated."""
         call = self._call
         call[7], call[8], call[9] = len(self._rows) if state else self._params, 0, 1
         # The interpreter lock is kept: nobody replaces a gradient while it is being looked at.
@@ -112,7 +113,7 @@ class NativeProbe:
 
 
 class PythonProbe:
-    """The same questions, asked in Python."""
+    """The same as ``NativeProbe``, in Python: slower, and the reference for its self-test."""
 
     def __init__(
         self, params: Sequence[Tensor], cells: Sequence[Cell | None], state: Sequence[Tensor], written: np.ndarray
@@ -123,8 +124,8 @@ class PythonProbe:
         self._seen_grads = [_layout(param.grad) for param in params]
         self._seen_state = [_layout(tensor) for tensor in state]
 
-    def holds(self, state: bool) -> bool:
-        """Whether all is as recorded; gradients that moved are followed. With ``state``, state tensors too."""
+    def revalidate(self, state: bool) -> bool:
+        """Whether all is as recorded, state tensors too if ``state``. Addresses of moved gradients are updated."""
         if self._seen != [_layout(param) for param in self._params]:
             return False
         if state and self._seen_state != [_layout(tensor) for tensor in self._state]:
@@ -169,7 +170,7 @@ def make_probe(
 
 
 def _is_plain(tensor: Tensor) -> bool:
-    return type(tensor) in (Tensor, torch.nn.Parameter)  # others no kernel takes; some have no address
+    return type(tensor) in PLAIN  # no kernel takes others; some have no address
 
 
 @cache
@@ -212,8 +213,8 @@ def _agrees_with_python(bindings: _Bindings) -> bool:
     native = NativeProbe(bindings, [param], [Cell(tables[0], 0)], [state], written)
     python = PythonProbe([param], [Cell(tables[1], 0)], [state], written)
     for _ in _edits(param, state):
-        holds = native.holds(state=True)
-        if holds != python.holds(state=True) or (holds and tables[0, 0, 1] != tables[1, 0, 1]):
+        is_valid = native.revalidate(state=True)
+        if is_valid != python.revalidate(state=True) or (is_valid and tables[0, 0, 1] != tables[1, 0, 1]):
             return False
     return True
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from descend.backends.cpu import library, object_files, threads
-from descend.backends.cpu.launch import CHUNK, NUMPY, ChunkCall, chunk_table
+from descend.backends.cpu.launch import CHUNK, NUMPY, ChunkCall, ScalarState, chunk_table
 
 BLOCK = 64  # duplicates summed in sequence; more of one row are split, for threads and for precision
 DIGIT = 12  # most bits of a digit of the radix sort
@@ -104,6 +104,7 @@ class TouchedRows:
         self._sums = library.rows("sums", self._dtypes[1])
         for name in ("touched", "mark"):
             library.rows(name)
+        library.sequence()
         if wants_norm:
             library.sums_of_squares(self._dtypes[1], 1, len(self._dtypes))
 
@@ -176,7 +177,7 @@ class TouchedRows:
         state: Sequence[Tensor],
         scalars: Sequence[float],
         scale: float,
-        counters: Any,
+        counters: ScalarState,
         mark: tuple[Tensor, int] | None,
     ) -> None:
         self._scalars[0] = (scale, *scalars)
@@ -221,6 +222,7 @@ class StaleRows:
         )
         for name in ("stale", "mark"):
             library.rows(name)
+        library.sequence()
 
     def find(
         self, which: Tensor | range, sizes: tuple[int, ...], steps: Tensor, now: int, start: int

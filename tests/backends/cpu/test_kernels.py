@@ -186,7 +186,7 @@ on_x86 = pytest.mark.skipif(platform.machine().lower() not in ("x86_64", "amd64"
 
 @cache
 def assembly_of(rule, dtypes: tuple[torch.dtype, ...], compute: torch.dtype) -> str:
-    return object_files.assembly(kernels.update_kernel(rule, len(signature(rule).scalars), dtypes, compute))
+    return object_files.machine_assembly(kernels.update_kernel(rule, len(signature(rule).scalars), dtypes, compute))
 
 
 def double_precision(assembly: str) -> set[str]:

@@ -33,7 +33,7 @@ for _ in range(3):
     except descend.RuleError:
         gc.collect()
     float32 = torch.float32
-    object_files.assembly(kernels.update_kernel(rules.sgd, 2, (float32, float32), float32))
+    object_files.machine_assembly(kernels.update_kernel(rules.sgd, 2, (float32, float32), float32))
     descend.AdamW([weight], max_norm=1.0).step()
 print("survived")
 """

@@ -78,10 +78,10 @@ def test_any_one_tensor_that_is_edited_is_noticed(kind: Callable[..., Any], edit
     params, state, written = watched(MANY)
     for tensor in (params[0], params[64], params[-1], state[70], state[-1]):
         found, _ = make(kind, params, state, written)
-        assert found.holds(state=True)
+        assert found.revalidate(state=True)
         edit(tensor)
-        assert not found.holds(state=True)
-        assert found.holds(state=False) is any(tensor is one for one in state)
+        assert not found.revalidate(state=True)
+        assert found.revalidate(state=False) is any(tensor is one for one in state)
 
 
 @pytest.mark.parametrize("edit", [double, transpose, flip_sign_bit], ids=lambda edit: edit.__name__)
@@ -92,7 +92,7 @@ def test_gradient_of_another_layout_is_noticed(kind: Callable[..., Any], edit: C
         found, _ = make(kind, params, state, written)
         assert param.grad is not None
         edit(param.grad)
-        assert not found.holds(state=False)
+        assert not found.revalidate(state=False)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -101,10 +101,10 @@ def test_gradient_that_comes_or_goes_is_noticed(kind: Callable[..., Any]) -> Non
     grad, params[1].grad = params[1].grad, None
     found, _ = make(kind, params, state, written)
     params[1].grad = grad
-    assert not found.holds(state=False)
+    assert not found.revalidate(state=False)
     found, _ = make(kind, params, state, written)
     params[1].grad = None
-    assert not found.holds(state=False)
+    assert not found.revalidate(state=False)
 
 
 @pytest.mark.parametrize("threads_used", [1, 2])
@@ -116,7 +116,7 @@ def test_gradients_that_move_are_followed(kind: Callable[..., Any], threads_used
     before = [param.grad for param in params]
     for param in params:
         param.grad = torch.zeros(2, 3)
-    assert found.holds(state=False)
+    assert found.revalidate(state=False)
     assert table[:, 1].tolist() == [param.grad.data_ptr() for param in params]
     assert len(before) == MANY  # the old ones were alive: every gradient has moved
 
@@ -133,7 +133,7 @@ def test_gradient_moved_onto_written_memory_is_noticed(kind: Callable[..., Any])
         found, _ = make(kind, params, [], written)
         params[3].grad = memory[start : start + 6].view(2, 3)
         meets = any(4 + 16 * part < start + 6 and start < 10 + 16 * part for part in range(len(parts)))
-        assert found.holds(state=False) is not meets, start
+        assert found.revalidate(state=False) is not meets, start
 
 
 @native_only
@@ -145,7 +145,7 @@ def test_native_probe_does_not_keep_tensors_from_being_swapped() -> None:
 
 @native_only
 @pytest.mark.parametrize("function", ["is_defined", "get_dtype", "get_dim", "get_sizes", "get_data_ptr", probe._IS_NEG])
-def test_function_that_does_nothing_is_found_out(function: str) -> None:
+def test_self_test_notices_a_function_that_does_nothing(function: str) -> None:
     bindings = probe._bindings()
     assert bindings is not None
     nothing = ctypes.CFUNCTYPE(ctypes.c_int64, ctypes.c_int64, ctypes.c_int64)(lambda tensor, result: 0)
@@ -185,7 +185,7 @@ def test_python_probe_is_linear_in_the_number_of_tensors() -> None:
         before = [param.grad for param in params]
         for param in params:
             param.grad = torch.zeros(2, 3)
-        counts.append(events(lambda found=found: found.holds(state=True)))
+        counts.append(events(lambda found=found: found.revalidate(state=True)))
         assert len(before) == count
     assert counts[1] <= 2 * counts[0]
 
@@ -194,6 +194,6 @@ def test_forked_child_probes_on_its_own_thread(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(threads._openmp, "parallel_locked", None)  # as after a fork
     params, state, written = watched(MANY)
     found, _ = make(probe.make_probe, params, state, written)
-    assert found.holds(state=True)
+    assert found.revalidate(state=True)
     params[-1].data = params[-1].data.clone()
-    assert not found.holds(state=True)
+    assert not found.revalidate(state=True)
