@@ -40,8 +40,16 @@ class DeferredSignals:
     ) -> None:
         handlers = dict(self._handlers)
         self._restore()
-        for number, frame in self._arrived:
-            handlers[number](number, frame)
+        self._run(handlers)
+
+    def _run(self, handlers: dict[int, Any]) -> None:
+        try:
+            while self._arrived:
+                number, frame = self._arrived.pop(0)
+                handlers[number](number, frame)
+        finally:  # one that raises does not keep the others from running
+            if self._arrived:
+                self._run(handlers)
 
     def _record(self, number: int, frame: FrameType | None) -> None:
         self._arrived.append((number, frame))

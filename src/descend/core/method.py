@@ -43,7 +43,8 @@ class _Option:
         return self if method is None else getattr(method.options, self.name)
 
     def __set__(self, method: Any, value: Any) -> None:
-        method.options = dataclasses.replace(method.options, **{self.name: value})
+        options = method.__dict__.get("options") or StepOptions()  # before the constructor has run
+        method.options = dataclasses.replace(options, **{self.name: value})
 
 
 class Method(Optimizer):

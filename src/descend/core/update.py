@@ -27,11 +27,14 @@ class Update(ABC):
 
     Attributes:
         params: the parameters it updates.
-        is_atomic: whether ``run`` cannot be interrupted half-way.
     """
 
     params: Sequence[Tensor]
-    is_atomic = False
+
+    @property
+    def is_atomic(self) -> bool:
+        """Whether ``run`` cannot be interrupted half-way."""
+        return False
 
     def compile(self, wants_norm: bool) -> None:  # noqa: B027 most need nothing
         """Compile, or load from disk, all that the other methods call. May raise ``RuleError``."""

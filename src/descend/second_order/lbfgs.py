@@ -5,22 +5,19 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from descend.core.checks import check_at_least_zero, check_kind
-from descend.core.groups import named
+from descend.core.groups import ParamsT, named
 from descend.second_order.closure_optimizer import ClosureOptimizer
 from descend.second_order.modern_lbfgs import modern_step
 from descend.second_order.parameter_bounds import flat_bounds
 from descend.second_order.parameters import ClosureFunction, Evaluation, FlatParameters, warn_caller
 from descend.second_order.result import MESSAGES, Solver, Status
 from descend.second_order.torch_lbfgs import LBFGSOptions, LineSearchFn, Memory, TorchSteps, check_lbfgs
-
-if TYPE_CHECKING:
-    from descend.core.groups import ParamsT
 
 HAS_MAXIMIZE = "maximize" in inspect.signature(torch.optim.LBFGS).parameters  # from torch 2.14
 RANDOM_CHECKS = 10  # steps whose first evaluation is compared with the last one of the step before

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any, Literal, TypeAlias, get_args
+from typing import Any, Literal, TypeAlias, get_args
 
 from descend.core.checks import check_at_least_zero, check_kind
-from descend.core.groups import named
+from descend.core.groups import ParamsT, named
 from descend.second_order.closure_optimizer import ClosureOptimizer
 from descend.second_order.directions import CompactInverse
 from descend.second_order.newton_descent import PAIRS, DenseNewton, NewtonCG, TrustRegionMethod, trust_region_descent
@@ -15,9 +15,6 @@ from descend.second_order.parameter_objective import ParameterObjective
 from descend.second_order.parameters import FlatParameters
 from descend.second_order.result import MESSAGES, Solver, Status
 from descend.second_order.run import Run
-
-if TYPE_CHECKING:
-    from descend.core.groups import ParamsT
 
 NewtonSolver: TypeAlias = Literal["auto", "cholesky", "cg"]
 SOLVERS = get_args(NewtonSolver)

@@ -281,7 +281,8 @@ class Plan:
 def _in_order_where_memory_is_shared(entries: Sequence[Entry]) -> list[Entry]:
     """Give parameters that share memory to the eager backend, one after the other.
 
-    Memory counts as shared when two tensors of a step overlap and at least one of them is written.
+    Memory counts as shared when two tensors of a step overlap and at least one of them is written. Eager parameters
+    whose memory cannot be compared (tensor subclasses, devices other than the CPU) keep the order of the groups too.
     """
     spans = []
     for i, entry in enumerate(entries):
@@ -291,7 +292,8 @@ def _in_order_where_memory_is_shared(entries: Sequence[Entry]) -> list[Entry]:
                 spans.append((*span, is_written, i))
     entries, shared, counts = list(entries), memory.overlapping(spans), Counter(id(entry.param) for entry in entries)
     for i, entry in enumerate(entries):
-        if i in shared or counts[id(entry.param)] > 1:
+        is_unknown = entry.backend is EAGER and entry.param.numel() > 0 and memory.span(entry.param) is None
+        if i in shared or counts[id(entry.param)] > 1 or is_unknown:
             reason = entry.reason or "shares memory with another tensor of the step"
             entries[i] = entry._replace(backend=EAGER, reason=reason, in_order=True)
     return entries

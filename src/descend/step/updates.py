@@ -82,7 +82,6 @@ class LaunchUpdate(Update):
 
     def __init__(self, method: Method, backend: Backend, entries: Sequence[Entry]) -> None:
         self._backend = backend
-        self.is_atomic = backend.is_atomic
         self._batches = [
             _batch(method, backend, rule, dtypes, members)
             for (rule, dtypes), members in _by_signature(method, entries).items()
@@ -91,6 +90,10 @@ class LaunchUpdate(Update):
         self.params = [entry.param for batch in self._batches for entry in batch.entries]
         self._state_tensors: list[tuple[Tensor, str, Tensor]] = []
         self._cells: dict[Tensor, Cell] = {}
+
+    @property
+    def is_atomic(self) -> bool:
+        return self._backend.is_atomic  # in a forked child it may not be
 
     def compile(self, wants_norm: bool) -> None:
         for launch in self._launches:
