@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from descend import SGD
+from descend import SGD, AdamW
 
 
 class Subclass(Tensor):
@@ -25,3 +25,13 @@ def test_subclasses_that_share_memory_keep_the_order_of_the_groups() -> None:
         return base.as_subclass(Tensor)
 
     torch.testing.assert_close(walk(SGD, Subclass), walk(torch.optim.SGD, Tensor))
+
+
+def test_state_is_in_the_order_of_the_parameters() -> None:
+    dtypes = (torch.float32, torch.bfloat16, torch.float32, torch.complex64, torch.float64)
+    params = [torch.zeros(2, dtype=dtype, requires_grad=True) for dtype in dtypes]
+    optimizer = AdamW(params)
+    for param in params:
+        param.grad = torch.ones_like(param)
+    optimizer.step()
+    assert list(optimizer.state_dict()["state"]) == [0, 1, 2, 3, 4]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -40,6 +40,13 @@ def ensure_state(
         if not isinstance(state.get(name), Tensor):
             state[name] = new_tensor(param, method.state_spec(name, param, group), lazy)
     return state
+
+
+def reserve_state(method: Method, params: Iterable[tuple[Tensor, Callable[..., Any]]]) -> None:
+    """Give parameters with these rules their places in ``method.state``, in this order, whatever is made first."""
+    for param, rule in params:
+        if method.counts_steps or signature(rule).state:
+            dict.setdefault(method.state, param, {})
 
 
 def scalar_names(method: Method) -> tuple[str, ...]:

@@ -23,7 +23,7 @@ from descend.norms import clip
 from descend.sparse.attach import Tables
 from descend.sparse.update import SparseUpdate
 from descend.state.container import State, checked_state
-from descend.state.make import state_dtypes
+from descend.state.make import reserve_state, state_dtypes
 from descend.step.updates import Entry, LaunchUpdate, SingleUpdate
 
 
@@ -208,6 +208,7 @@ class Plan:
         """Make the state that is missing, and begin to watch all tensors. Needed once."""
         if self._has_state:
             return
+        reserve_state(method, [(entry.param, entry.rule) for entry in self._entries])
         cells: dict[Tensor, Cell] = {}
         self._tensors: list[tuple[Tensor, str, Tensor]] = []
         for update in self._updates:
