@@ -32,7 +32,7 @@ ARROWS = {
 
 
 # Modules of second_order that are mathematics, or data, alone.
-PURE = ("directions", "line_search", "result", "structure", "trust_region")
+PURE = ("directions", "line_search", "result", "space", "structure", "trust_region")
 
 
 def modules() -> list[Path]:

@@ -17,6 +17,7 @@ from descend.second_order.modern_lbfgs import modern_step
 from descend.second_order.parameter_bounds import flat_bounds
 from descend.second_order.parameters import ClosureFunction, Evaluation, FlatParameters, warn_caller
 from descend.second_order.result import MESSAGES, Solver, Status
+from descend.second_order.sharded_parameters import flat_parameters
 from descend.second_order.torch_lbfgs import LBFGSOptions, LineSearchFn, Memory, TorchSteps, check_lbfgs
 
 HAS_MAXIMIZE = "maximize" in inspect.signature(torch.optim.LBFGS).parameters  # from torch 2.14
@@ -138,6 +139,8 @@ class LBFGS(ClosureOptimizer):
         point = function.point
         bounds = flat_bounds(point, self.param_groups, self.bounds, type(self).__name__)
         first = partial(self._first_evaluation, function, self._is_at_endpoint(point))
+        if point.space.is_shared:  # the value is known after the reduction only
+            first = function.evaluate_here
         loss, run, status = modern_step(function, first, point, bounds, options, self.shared_state())
         self._is_unevaluated, self._endpoint = False, (run.best.value, _versions(point))
         is_still = status is Status.max_iter and not options.lr
@@ -198,7 +201,7 @@ class LBFGS(ClosureOptimizer):
     def init_state(self) -> None:
         with torch.inference_mode(False), torch.no_grad():
             super().init_state()
-            point, state = FlatParameters(self.param_groups, type(self).__name__), self.shared_state()
+            point, state = flat_parameters(self.param_groups, type(self).__name__), self.shared_state()
             if "d" not in state:
                 zeros = torch.zeros(point.numel, dtype=point.dtype, device=point.device)
                 memory = Memory(d=zeros, prev_flat_grad=zeros.clone())
@@ -232,7 +235,7 @@ class LBFGS(ClosureOptimizer):
             raise ValueError(
                 f"{name}: bounds need line_search_fn='hager_zhang', got {line_search_fn!r}, which knows none."
             )
-        flat_bounds(FlatParameters(groups, name), groups, self.bounds, name)
+        flat_bounds(flat_parameters(groups, name), groups, self.bounds, name)
 
 
 def _versions(point: FlatParameters) -> list[tuple[int, int]]:
