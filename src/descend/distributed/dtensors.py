@@ -1,0 +1,67 @@
+"""DTensors as the plain tensors that this rank holds. Nothing here imports ``torch.distributed.tensor``.
+
+The inner tensor is read and wrapped without DTensor's dispatch, which costs more than a step. ``to_local`` and
+``from_local`` also move: a shard that is offloaded to the CPU would go back to the device of its mesh.
+"""
+
+from __future__ import annotations
+
+import copy
+import sys
+from typing import Any
+
+from torch import Tensor
+
+from descend.core.memory import PLAIN
+
+
+def is_dtensor(tensor: Any) -> bool:
+    """Whether it is a ``DTensor``. A program that has none need not have loaded the class."""
+    if type(tensor) in PLAIN:
+        return False
+    module = sys.modules.get("torch.distributed.tensor")
+    return module is not None and isinstance(tensor, module.DTensor)
+
+
+def local_of(tensor: Any) -> Tensor:
+    """The tensor that this rank holds of a DTensor, in the same memory; any other tensor as it is."""
+    if not is_dtensor(tensor):
+        return tensor  # type: ignore[no-any-return]
+    local: Tensor = tensor._local_tensor
+    functional = sys.modules["torch.distributed._functional_collectives"]
+    if isinstance(local, functional.AsyncCollectiveTensor):
+        return local.wait()  # type: ignore[no-any-return]
+    return local
+
+
+def like(dtensor: Any, local: Tensor) -> Tensor:
+    """A DTensor on ``local``, of the shape, mesh and placements of ``dtensor``."""
+    spec = dtensor._spec
+    if local.dtype != dtensor.dtype:
+        spec = copy.copy(spec)
+        spec.tensor_meta = spec.tensor_meta._replace(dtype=local.dtype)
+    return type(dtensor)(local, spec, requires_grad=False)  # type: ignore[no-any-return]
+
+
+def reduced(tensor: Any) -> Tensor:
+    """A DTensor with its partial sums reduced; any other tensor as it is. A collective for each that has some."""
+    if not is_dtensor(tensor) or not any(placement.is_partial() for placement in tensor.placements):
+        return tensor  # type: ignore[no-any-return]
+    replicate = sys.modules["torch.distributed.tensor"].Replicate()
+    placements = [replicate if placement.is_partial() else placement for placement in tensor.placements]
+    return tensor.redistribute(tensor.device_mesh, placements)  # type: ignore[no-any-return]
+
+
+def layout_of(tensor: Tensor) -> str:
+    """Mesh and placements, for messages."""
+    if not is_dtensor(tensor):
+        return "a plain tensor"
+    mesh, placements = tensor.device_mesh, tensor.placements  # type: ignore[attr-defined]
+    return f"placements {placements} on a mesh of shape {tuple(mesh.shape)}"
+
+
+def same_layout(a: Any, b: Any) -> bool:
+    """Whether two tensors lie on the ranks in the same way."""
+    if not (is_dtensor(a) and is_dtensor(b)):
+        return is_dtensor(a) == is_dtensor(b)
+    return all(getattr(a._spec, name) == getattr(b._spec, name) for name in ("mesh", "placements", "shard_order"))
