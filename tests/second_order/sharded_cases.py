@@ -10,10 +10,11 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
+from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
 import descend
+from descend.distributed.dtensors import is_dtensor
 from descend.second_order.shared_space import full_of
 
 ROWS = 24  # of data: as many for each of 1, 2, 3 or 4 ranks
@@ -174,4 +175,30 @@ def minimize_quartic(start: dict[str, Tensor], options: dict[str, Any]) -> Fit:
     return fit_of([result], [result.x[name] for name in start])
 
 
-__all__ = ["DTensor"]
+# Runs that stop and go on.
+
+
+def optimizer_of(model: Net, kind: str) -> descend.LBFGS | descend.Newton:
+    if kind == "newton":
+        return descend.Newton(model.named_parameters(), max_iter=4, solver="cg")
+    options: dict[str, Any] = dict(max_iter=5, tolerance_grad=1e-9, tolerance_change=1e-14, history_size=4)
+    options |= dict(bounds=(-0.4, 0.4), line_search_fn="hager_zhang") if kind == "bounds" else dict(line_search_fn=kind)
+    return descend.LBFGS(model.named_parameters(), **options)
+
+
+def run_on(wrapping: str | None, kind: str, saved: Any = None, n_steps: int = 1, rank: int = 0) -> tuple[Fit, Any]:
+    """Take steps, from a checkpoint if there is one; return a checkpoint of whole tensors."""
+    model, loss = problem(wrapping, rank)
+    optimizer = optimizer_of(model, kind)
+    if saved is not None:
+        with torch.no_grad():
+            for param, whole in zip(model.parameters(), saved["params"], strict=True):
+                part = distribute_tensor(whole, param.device_mesh, param.placements) if is_dtensor(param) else whole
+                param.copy_(part)
+        optimizer.load_state_dict(saved["optimizer"])
+    results = []
+    for _ in range(n_steps):
+        optimizer.step(loss)
+        results.append(optimizer.result)
+    params = [full_of(param.detach()) for param in model.parameters()]
+    return fit_of(results, model.parameters()), {"params": params, "optimizer": optimizer.state_dict()}

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import sharded_cases as cases
 import torch
+import torch.distributed as dist
 from ranks import on_ranks
 from sharded_cases import Fit
 
@@ -75,3 +76,82 @@ def quartic(rank: int, options: dict[str, Any]) -> Fit:
 def test_minimize_equals_one_process(options: dict[str, Any], world: int) -> None:
     expected = cases.minimize_quartic(cases.make_start(), options)
     assert_fits(on_ranks(world, quartic, options), expected, rtol=1e-9)
+
+
+# Every rank, every run.
+
+
+def test_two_runs_are_identical() -> None:
+    options = LBFGS_OPTIONS["hager_zhang"]
+    first, second = (on_ranks(3, lbfgs, "fsdp", options)[0] for _ in range(2))
+    assert first[:3] == second[:3]
+    assert torch.equal(first.params, second.params)
+
+
+def count_reductions(rank: int, options: dict[str, Any]) -> tuple[Fit, int]:
+    calls, real = [], dist.all_reduce
+
+    def counted(*args: Any, **kwargs: Any) -> Any:
+        calls.append(args)
+        return real(*args, **kwargs)
+
+    dist.all_reduce = counted
+    try:
+        return cases.fit_lbfgs("fsdp", options, n_steps=1, rank=rank), len(calls)
+    finally:
+        dist.all_reduce = real
+
+
+@pytest.mark.parametrize(("line_search_fn", "per_iteration"), [("hager_zhang", 1), ("strong_wolfe", 2), (None, 2)])
+@pytest.mark.parametrize("history_size", [3, 100])
+def test_an_iteration_reduces_once_beside_its_evaluations(
+    line_search_fn: str | None, per_iteration: int, history_size: int
+) -> None:
+    options = dict(max_iter=12, line_search_fn=line_search_fn, history_size=history_size)
+    fit, n_reductions = on_ranks(2, count_reductions, options)[0]
+    ((_, n_iter, n_eval, _),) = fit.counts
+    assert n_iter == 12
+    assert n_reductions <= n_eval + per_iteration * n_iter + 4
+
+
+# Checkpoints.
+
+KINDS = ["strong_wolfe", "hager_zhang", "bounds", "newton"]
+
+
+def run_on_ranks(rank: int, *args: Any) -> tuple[Fit, Any]:
+    return cases.run_on(*args, rank=rank)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_checkpoint_goes_on_on_any_number_of_ranks(kind: str) -> None:
+    rtol = 1e-5 if kind == "newton" else 1e-9  # products of FSDP's parameters are differences
+    _, saved_by_one = cases.run_on(None, kind)
+    expected, _ = cases.run_on(None, kind, saved_by_one, 2)
+    _, saved = on_ranks(2, run_on_ranks, "fsdp", kind)[1]
+    for world in (2, 3):
+        for checkpoint in (saved, saved_by_one):
+            assert_fits([fit for fit, _ in on_ranks(world, run_on_ranks, "fsdp", kind, checkpoint, 2)], expected, rtol)
+    assert_fits([cases.run_on(None, kind, saved, 2)[0]], expected, rtol)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_checkpoint_goes_on_as_if_nothing_had_happened(kind: str) -> None:
+    whole, _ = on_ranks(3, run_on_ranks, "fsdp", kind, None, 3)[0]
+    _, saved = on_ranks(3, run_on_ranks, "fsdp", kind)[0]
+    resumed, _ = on_ranks(3, run_on_ranks, "fsdp", kind, saved, 2)[2]
+    assert resumed.counts == whole.counts[1:]
+    assert torch.equal(resumed.params, whole.params)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_state_dicts_are_those_of_one_process(kind: str) -> None:
+    _, expected = cases.run_on(None, kind)
+    _, saved = on_ranks(2, run_on_ranks, "hsdp" if kind == "bounds" else "fsdp", kind)[0]
+    ours, theirs = saved["optimizer"]["state"][0], expected["optimizer"]["state"][0]
+    assert set(theirs) <= set(ours)
+    rtol = 1e-3 if kind == "newton" else 1e-6
+    vectors = theirs["learned"] if "learned" in theirs else {"d": theirs["d"], "old_dirs": theirs["old_dirs"]}
+    for name, expected_vector in vectors.items():
+        vector = ours.get("learned", ours)[name]
+        torch.testing.assert_close(vector, expected_vector, rtol=rtol, atol=rtol)

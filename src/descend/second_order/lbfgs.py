@@ -138,7 +138,7 @@ class LBFGS(ClosureOptimizer):
     def _run_modern(self, function: ClosureFunction, options: LBFGSOptions) -> tuple[Any, Solver, Status, str]:
         point = function.point
         bounds = flat_bounds(point, self.param_groups, self.bounds, type(self).__name__)
-        first = partial(self._first_evaluation, function, self._is_at_endpoint(point))
+        first: Callable[[], Evaluation] = partial(self._first_evaluation, function, self._is_at_endpoint(point))
         if point.space.is_shared:  # the value is known after the reduction only
             first = function.evaluate_here
         loss, run, status = modern_step(function, first, point, bounds, options, self.shared_state())

@@ -135,7 +135,7 @@ class ParameterObjective(Curved):
         for leaf in leaves:
             leaf.grad = None
         try:
-            value.backward()
+            torch.autograd.backward(value)
             return [leaf.grad for leaf in leaves]
         finally:
             for leaf, grad in zip(leaves, before, strict=True):

@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from descend.distributed.dtensors import is_dtensor, layout_of, like, local_of, same_layout
+from descend.distributed.dtensors import is_dtensor, layout_of, like, local_of, part_of, same_layout
 from descend.second_order.parameters import FlatParameters, ParamGroups
 from descend.second_order.shared_space import SharedSpace, all_gather, mesh_of
 
@@ -108,7 +108,7 @@ class ShardedParameters(FlatParameters):
         pairs = zip(self._locals(), self._local_values(flat), strict=True)
         filled = [(local, values) for local, values in pairs if local.numel()]
         if filled:
-            torch._foreach_copy_(*map(list, zip(*filled, strict=True)))
+            torch._foreach_copy_([local for local, _ in filled], [values for _, values in filled])
         torch.autograd.graph.increment_version([param for param in self.params if is_dtensor(param)])
 
     def split(self, flat: Tensor) -> list[Tensor]:
@@ -238,31 +238,13 @@ def _places(param: Any, who: str) -> Tensor:
     """The place of each entry of the local tensor in the whole one, both in row-major order."""
     if not is_dtensor(param):
         return torch.arange(param.numel())
-    from torch.distributed.tensor import Replicate, distribute_tensor
-
-    place, stride = torch.zeros((), dtype=torch.int64), 1
+    places, stride = torch.zeros(local_of(param).shape, dtype=torch.int64), 1
     for dim in reversed(range(param.ndim)):
-        # One dimension at a time: torch itself says which of its indices are here.
-        placements = [
-            _on_first_dim(placement) if _shards(placement, dim) else Replicate() for placement in param.placements
-        ]
-        indices = torch.arange(param.shape[dim], device=param.device_mesh.device_type)
-        here = local_of(distribute_tensor(indices, param.device_mesh, placements, src_data_rank=None)).cpu()
-        place = here.view(-1, *[1] * place.ndim) * stride + place
+        shape = [-1 if axis == dim else 1 for axis in range(param.ndim)]
+        indices = torch.arange(param.shape[dim]).view(shape).expand(param.shape)  # a view, however large
+        try:
+            places += stride * part_of(indices, param)
+        except ValueError as error:
+            raise ValueError(f"{who}: {error}.") from None
         stride *= param.shape[dim]
-    if place.shape != local_of(param).shape:
-        raise ValueError(
-            f"{who}: which entries of a parameter with {layout_of(param)} are on which rank could not be determined. "
-            "Shard it evenly."
-        )
-    return place.reshape(-1)
-
-
-def _shards(placement: Any, dim: int) -> bool:
-    return not placement.is_replicate() and placement.dim == dim
-
-
-def _on_first_dim(placement: Any) -> Any:
-    """A placement that shards a dimension, for a vector."""
-    options = {name: getattr(placement, name) for name in ("split_factor",) if hasattr(placement, name)}
-    return type(placement)(0, **options)
+    return places.reshape(-1)

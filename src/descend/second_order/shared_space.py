@@ -22,9 +22,9 @@ _all_gather_single = getattr(dist, "all_gather_single", None) or dist.all_gather
 class SharedSpace(Space):
     """Vectors of which every rank of a mesh holds other entries.
 
-    A method makes one collective: a sum in float64 over the mesh, one for each of its dimensions unless it holds all
-    ranks there are. What is not a sum, such as a largest entry, is sent in a place for each rank. So every rank computes
-    with the same bits, and what it decides by them the others decide, too.
+    A method makes one collective: a sum in float64 over the mesh, or one for each of its dimensions unless it holds all
+    ranks there are. What is not a sum, such as a largest entry, has a place for each rank in what is summed. So every
+    rank computes with the same bits, and what it decides by them the others decide, too.
 
     Args:
         numel: entries of a whole vector.
@@ -136,7 +136,7 @@ def all_gather(vector: Tensor, groups: Sequence[Any], device_type: str) -> Tenso
 
 def full_of(loss: Tensor) -> Tensor:
     """The whole of a DTensor on every rank, differentiable; any other tensor as it is."""
-    return loss.full_tensor() if is_dtensor(loss) else loss  # type: ignore[attr-defined,no-any-return]
+    return loss.full_tensor() if is_dtensor(loss) else loss  # type: ignore[attr-defined]
 
 
 def mesh_of(meshes: Sequence[Any], who: str) -> Any:
@@ -147,8 +147,8 @@ def mesh_of(meshes: Sequence[Any], who: str) -> Any:
     """
     if any(mesh.get_coordinate() is None for mesh in meshes):
         raise ValueError(
-            f"{who}: rank {dist.get_rank()} has a parameter on a mesh that it does not belong to. All parameters are one "
-            "problem, so give them only to ranks that hold them."
+            f"{who}: rank {dist.get_rank()} has a parameter on a mesh that it does not belong to. All parameters are "
+            "one problem, so give them only to ranks that hold them."
         )
     largest = max(meshes, key=lambda mesh: mesh.size())
     ranks = set(largest.mesh.flatten().tolist())
