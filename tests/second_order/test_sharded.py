@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,6 +12,20 @@ import torch
 import torch.distributed as dist
 from ranks import on_ranks
 from sharded_cases import Fit
+from torch import Tensor
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_optimizer_state_dict,
+    set_model_state_dict,
+    set_optimizer_state_dict,
+)
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor, Partial, Shard, distribute_tensor
+
+import descend
+from descend.distributed.dtensors import is_dtensor
+from descend.second_order.shared_space import full_of
 
 
 def assert_fits(fits: list[Fit], expected: Fit, rtol: float) -> None:
@@ -155,3 +171,186 @@ def test_state_dicts_are_those_of_one_process(kind: str) -> None:
     for name, expected_vector in vectors.items():
         vector = ours.get("learned", ours)[name]
         torch.testing.assert_close(vector, expected_vector, rtol=rtol, atol=rtol)
+
+
+def distributed_checkpoint(rank: int, kind: str, path: str, saves: bool) -> Fit:
+    model, loss = cases.problem("fsdp", rank)
+    optimizer = cases.optimizer_of(model, kind)
+    optimizer.init_state()
+    if saves:
+        optimizer.step(loss)
+    else:
+        saved = torch.load(path, weights_only=False)
+        set_model_state_dict(model, saved["model"], options=WHOLE)
+        set_optimizer_state_dict(model, optimizer, saved["optimizer"])
+    whole = {
+        "model": get_model_state_dict(model, options=WHOLE),
+        "optimizer": get_optimizer_state_dict(model, optimizer),
+    }
+    if saves and rank == 0:
+        torch.save(whole, path)
+    results = []
+    for _ in range(2):
+        optimizer.step(loss)
+        results.append(optimizer.result)
+    return cases.fit_of(results, model.parameters())
+
+
+WHOLE = StateDictOptions(full_state_dict=True)
+
+
+@pytest.mark.parametrize("kind", ["strong_wolfe", "hager_zhang"])
+def test_optimizer_state_dicts_of_torch_distributed_go_on(kind: str, tmp_path: Path) -> None:
+    path = str(tmp_path / "saved.pt")
+    expected = on_ranks(2, distributed_checkpoint, kind, path, True)[0]
+    assert_fits(on_ranks(3, distributed_checkpoint, kind, path, False), expected, rtol=1e-9)
+
+
+# Long vectors, and others than real ones of one dtype.
+
+
+def long_problem(start: Tensor, options: dict[str, Any], part: slice = slice(None)) -> Fit:
+    """Most variables of a badly scaled quadratic; their scales differ so much that the learned diagonal is clipped."""
+    scales = torch.logspace(0, 9, start.numel(), dtype=start.dtype)[torch.arange(start.numel()) * 7 % start.numel()]
+
+    def loss(p: dict[str, Tensor]) -> Tensor:
+        x = p["x"]
+        here = scales if x is start or not is_dtensor(x) else distribute_tensor(scales, x.device_mesh, x.placements)
+        return full_of(((x - 1) ** 2 * here).sum() + (x**4).sum())
+
+    result = descend.minimize(loss, {"x": start}, **options)
+    return cases.fit_of([result], result.x.values())
+
+
+def long_problem_on_ranks(rank: int, numel: int, options: dict[str, Any]) -> Fit:
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    return long_problem(distribute_tensor(torch.zeros(numel, dtype=torch.float64), mesh, [Shard(0)]), options)
+
+
+@pytest.mark.parametrize(("numel", "rtol"), [(2501, 1e-9), (20_001, 1e-4)], ids=["sampled", "in float32"])
+def test_long_vectors_are_as_in_one_process(numel: int, rtol: float) -> None:
+    options = dict(max_iter=8, tol=1e-12)
+    expected = long_problem(torch.zeros(numel, dtype=torch.float64), options)
+    assert_fits(on_ranks(3, long_problem_on_ranks, numel, options), expected, rtol)
+
+
+def mixed_kinds(options: dict[str, Any], wrap: bool) -> Fit:
+    generator = torch.Generator().manual_seed(0)
+    real = torch.randn(7, generator=generator, dtype=torch.float32)
+    complex_ = torch.randn(3, 2, generator=generator, dtype=torch.complex128)
+    double = torch.randn(5, generator=generator, dtype=torch.float64)
+    params = [real, complex_, double]
+    if wrap:
+        mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+        params = [distribute_tensor(real, mesh, [Shard(0)]), distribute_tensor(complex_, mesh, [Shard(0)]), double]
+    leaves = [torch.nn.Parameter(param) for param in params]
+    optimizer = descend.LBFGS(leaves, tolerance_grad=1e-9, tolerance_change=1e-14, **options)
+
+    def loss() -> Tensor:
+        parts = [(abs(leaf) ** 2 + (abs(leaf) ** 2 - 0.5) ** 2).sum().double() for leaf in leaves]
+        return sum(full_of(part) for part in parts)
+
+    optimizer.step(loss)
+    return cases.fit_of([optimizer.result], [torch.view_as_real(full_of(p.detach()).cdouble()) for p in leaves])
+
+
+def mixed_kinds_on_ranks(rank: int, options: dict[str, Any]) -> Fit:
+    return mixed_kinds(options, wrap=True)
+
+
+@pytest.mark.parametrize("line_search_fn", ["strong_wolfe", "hager_zhang"])
+def test_complex_and_narrow_parameters_are_as_in_one_process(line_search_fn: str) -> None:
+    options = dict(line_search_fn=line_search_fn, max_iter=6)
+    assert_fits(on_ranks(2, mixed_kinds_on_ranks, options), mixed_kinds(options, wrap=False), rtol=1e-5)
+
+
+# What goes wrong.
+
+
+def nan_on_one_rank(rank: int, line_search_fn: str | None) -> tuple[str, int]:
+    """The loss of the last rank is NaN wherever the line search looks first."""
+    model, loss = cases.problem("fsdp", rank)
+    optimizer = descend.LBFGS(model.parameters(), line_search_fn=line_search_fn, max_iter=4, lr=0.5)
+    calls = []
+
+    def closure() -> Tensor:
+        calls.append(None)
+        return loss() * (math.nan if rank == 1 and len(calls) == 2 else 1.0)
+
+    optimizer.step(closure)
+    assert all(bool(full_of(param.detach()).isfinite().all()) for param in model.parameters())
+    return str(optimizer.result.status), len(calls)
+
+
+@pytest.mark.parametrize("line_search_fn", [None, "strong_wolfe", "hager_zhang"])
+def test_nan_on_one_rank_is_met_by_all(line_search_fn: str | None) -> None:
+    first, *others = on_ranks(2, nan_on_one_rank, line_search_fn)
+    assert others == [first]
+
+
+def errors(rank: int) -> list[str]:
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    x = distribute_tensor(torch.ones(5, dtype=torch.float64), mesh, [Shard(0)])
+    partial = DTensor.from_local(torch.ones(2), mesh, [Partial()])
+    calls = [
+        lambda: descend.minimize(torch.sum, x, method="newton"),
+        lambda: descend.minimize(torch.sum, x, method="bfgs"),
+        lambda: descend.minimize(torch.sum, x, jac=True),
+        lambda: descend.Newton([torch.nn.Parameter(x)], solver="cholesky").step(lambda: x.sum()),
+        lambda: descend.LBFGS([torch.nn.Parameter(partial)]).step(lambda: partial.sum()),
+    ]
+    messages = []
+    for call in calls:
+        with pytest.raises(ValueError, match=".") as caught:
+            call()
+        messages.append(str(caught.value))
+    return messages
+
+
+def test_errors_say_what_to_do() -> None:
+    assert on_ranks(2, errors)[0] == [
+        "minimize: method='newton': a dense matrix needs all variables in one process, but they are sharded. "
+        "Use minimize(method='newton-cg') or Newton(solver='cg').",
+        "minimize: method='bfgs': a dense matrix needs all variables in one process, but they are sharded. "
+        "Use method='l-bfgs'.",
+        "minimize: jac and hvp are functions of values, but x0 is made of DTensors, which are set in place. "
+        "Leave jac and hvp out.",
+        "Newton: a dense matrix needs all variables in one process, but they are sharded. "
+        "Use minimize(method='newton-cg') or Newton(solver='cg').",
+        "LBFGS: a parameter has placements (Partial(sum),) on a mesh of shape (2,): it is a partial sum. "
+        "Redistribute it.",
+    ]
+
+
+def bounds_on_ranks(rank: int) -> Tensor:
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    weight = torch.nn.Parameter(distribute_tensor(torch.zeros(5, dtype=torch.float64), mesh, [Shard(0)]))
+    lower = torch.tensor([-1.0, 0.5, -1.0, -1.0, 0.25], dtype=torch.float64)
+    bounds = (distribute_tensor(lower, mesh, [Shard(0)]), lower + 1)
+    optimizer = descend.LBFGS([weight], line_search_fn="hager_zhang", bounds=bounds)
+    optimizer.step(lambda: ((weight - 0.3) ** 2).sum())
+    return full_of(weight.detach())
+
+
+def test_bounds_may_be_sharded_or_whole_tensors() -> None:
+    expected = torch.tensor([0.0, 0.5, 0.0, 0.0, 0.3], dtype=torch.float64)
+    for found in on_ranks(3, bounds_on_ranks):
+        torch.testing.assert_close(found, expected)
+
+
+def raise_on_one_rank(rank: int) -> str:
+    model, loss = cases.problem("fsdp", rank)
+    optimizer = descend.LBFGS(model.parameters(), line_search_fn="hager_zhang")
+
+    def closure() -> Tensor:
+        if rank == 1:
+            raise ZeroDivisionError
+        return loss()
+
+    with pytest.raises((ZeroDivisionError, RuntimeError)) as caught:
+        optimizer.step(closure)
+    return caught.type.__name__
+
+
+def test_a_rank_that_raises_leaves_nobody_waiting_beyond_the_time_out() -> None:
+    assert on_ranks(2, raise_on_one_rank, timeout=5)[1] == "ZeroDivisionError"

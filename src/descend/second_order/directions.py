@@ -332,6 +332,7 @@ class CompactInverse:
         return along_steps, along_changes
 
 
+@np.errstate(all="ignore")
 def measure(diagonal: Array, s: Array, y: Array, space: Space) -> Sequence[Array]:
     """What this rank adds to the ``Pair`` of s and y; nothing where no other rank holds entries."""
     if not space.is_shared:

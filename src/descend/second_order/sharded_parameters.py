@@ -154,7 +154,7 @@ class ShardedParameters(FlatParameters):
             for index, piece in zip(part.indices, pieces, strict=True):
                 local = locals_[index]
                 piece = piece.to(local.device, local.dtype.to_real())
-                shaped = torch.view_as_complex(piece.reshape(-1, 2)) if local.is_complex() else piece
+                shaped = torch.view_as_complex(piece.reshape(-1, 2).clone()) if local.is_complex() else piece
                 values[index] = shaped.view(local.shape)
         return values
 
