@@ -40,6 +40,11 @@ class LBFGS(ClosureOptimizer):
     meets neither NaN nor infinity. Such a trial is never accepted here, so that parameters stay finite. Several groups
     are one problem: ``weight_decay`` and ``bounds`` may differ between them, every other option is the first group's.
 
+    If parameters are sharded (``DTensor``), every rank takes each step alike. What is minimized is the loss if that is
+    a DTensor, else the mean of the ranks' losses, because FSDP averages gradients; a loss that all ranks agree about is
+    its own mean. A plain tensor beside DTensors must be equal on all ranks, and so must be its gradient. Without any
+    DTensor, as under DDP, nothing is known of ranks: return a loss that is averaged over them.
+
     The closure need not call ``backward``. In torch's two modes missing gradients count as zero, with a warning if none
     can have been computed; with ``"hager_zhang"`` a closure that gives no new gradient is an error.
 

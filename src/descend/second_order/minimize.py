@@ -58,7 +58,7 @@ def minimize(
         x0: the start: a floating point or complex tensor, or dicts, lists and tuples of such in any nesting, dtypes and
             devices mixed. It is not changed. An ``nn.Module``, or a structure of ``nn.Parameter`` only, is optimized
             in place instead: ``fun`` gets the module or the parameters themselves, set to each trial, and they hold
-            the result at the end. If tensors are sharded (``DTensor``), every rank calls ``minimize`` alike, and ``fun``
+            the result at the end. If tensors are sharded (``DTensor``), every rank calls ``minimize`` alike; ``fun``
             returns a DTensor, or a plain tensor of which the mean over the ranks is minimized, as FSDP averages
             gradients. A plain tensor beside DTensors must be equal on all ranks, and so must be its gradient.
         method: one of those above. Default: ``"l-bfgs"``.
