@@ -273,7 +273,10 @@ class _Reading:
             return copied(value, lambda tensor: tensor.detach().to(param.device, copy=True))
         if value.is_sparse:  # as torch stores the momentum of sparse gradients
             value = value.to_dense()
+        _check_memory(local_of(value), local_of(param), what)
         if is_dtensor(param) and value.shape == param.shape and shape in (None, param.shape):
+            if in_rule and not is_dtensor(value):
+                self._check_sign(key, value, what)  # of the whole: every rank raises, or none
             local, part = local_of(param), _part_for(param, value, what)
             return like(param, self._tensor(local, key, part, local.shape if in_rule else None, what))
         if is_dtensor(value):
@@ -285,7 +288,6 @@ class _Reading:
     def _tensor(self, param: Tensor, key: str, value: Tensor, shape: torch.Size | None, what: str) -> Tensor:
         """A tensor of a state; ``param`` and ``value`` are plain, or this rank's parts."""
         in_rule = shape is not None
-        _check_memory(value, param, what)
         if not in_rule:
             try:
                 of_table = table.loaded(key, value.detach(), param)
