@@ -397,7 +397,6 @@ def assert_new_head_keeps_its_state(rank: int) -> None:
     loading = AdamW(second)
     missing, unexpected = loading.load_state_dict(saving.state_dict(), strict=False)
     assert missing == unexpected == ["3.weight", "3.bias"]
-    second.load_state_dict(second.state_dict())
     train(second, loading, BEFORE)
     assert [int(loading.state[param]["step"]) for param in second.parameters()] == [6] * 4 + [3] * 2
 
@@ -409,36 +408,34 @@ def test_a_part_of_a_sharded_dictionary_can_be_loaded() -> None:
 # Saving while training goes on, and being killed.
 
 
-class WaitingWriter(dcp.FileSystemWriter):
-    """Writes nothing before it is told to."""
+def assert_saves_the_state_of_the_call(rank: int, folder: str, through_writer: bool) -> None:
+    may_write, write = threading.Event(), dcp.FileSystemWriter.write_data
 
-    def __init__(self, path: str) -> None:
-        super().__init__(path)
-        self.may_write = threading.Event()
+    def write_later(*args: Any) -> Any:
+        assert may_write.wait(30)
+        return write(*args)
 
-    def write_data(self, *args: Any, **kwargs: Any) -> Any:
-        assert self.may_write.wait(30)
-        return super().write_data(*args, **kwargs)
-
-
-def assert_saves_the_state_of_the_call(rank: int, folder: str) -> None:
     background = dist.new_group(backend="gloo")
+    path = f"{folder}/{ADAMW}"
+    where = dict(storage_writer=dcp.FileSystemWriter(path)) if through_writer else dict(checkpoint_id=path)
     model = wrapped()
     optimizer = make(ADAMW, model)
     train(model, optimizer, BEFORE)
     state = {"model": get_model_state_dict(model), "optimizer": get_optimizer_state_dict(model, optimizer)}
-    writer = WaitingWriter(f"{folder}/{ADAMW}")
-    saving = dcp.async_save(state, storage_writer=writer, process_group=background)
-    train(model, optimizer, AFTER)
-    writer.may_write.set()
-    saving.result()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(dcp.FileSystemWriter, "write_data", write_later)
+        saving = dcp.async_save(state, process_group=background, **where)
+        train(model, optimizer, AFTER)
+        assert not saving.done()
+        may_write.set()
+        saving.result()
     assert_as_one_process(model, optimizer, *straight(ADAMW, [*BEFORE, *AFTER]))
     assert_goes_on(rank, [folder], "fsdp", [ADAMW])
 
 
-@pytest.mark.filterwarnings("ignore")  # torch's own
-def test_asynchronous_save_has_the_state_of_its_call(tmp_path: Path) -> None:
-    on_ranks(2, assert_saves_the_state_of_the_call, str(tmp_path))
+@pytest.mark.parametrize("through_writer", [False, True], ids=["checkpoint_id", "storage_writer"])
+def test_asynchronous_save_has_the_state_of_its_call(through_writer: bool, tmp_path: Path) -> None:
+    on_ranks(2, assert_saves_the_state_of_the_call, str(tmp_path), through_writer)
 
 
 class KilledWriter(dcp.FileSystemWriter):
