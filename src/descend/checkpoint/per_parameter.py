@@ -282,7 +282,7 @@ class _Reading:
         if is_dtensor(value):
             if shape is not None and value.shape != shape:
                 raise self._misfit(what, value, shape)
-            raise ValueError(f"{what} has {layout_of(value)}, but the parameter is {layout_of(param)}. {_SAVE_WHOLE}")
+            raise ValueError(f"{what} has {layout_of(value)}, the parameter {layout_of(param)}. {_SAVE_WHOLE}")
         return self._tensor(param, key, value, shape, what)
 
     def _tensor(self, param: Tensor, key: str, value: Tensor, shape: torch.Size | None, what: str) -> Tensor:
@@ -342,7 +342,7 @@ def _part_for(param: Any, value: Any, what: str) -> Tensor:
             raise ValueError(f"{what}: {error}.") from None
     if value.device_mesh == param.device_mesh:
         return local_of(value.detach().redistribute(param.device_mesh, param.placements))
-    raise ValueError(f"{what} has {layout_of(value)}, but the parameter has {layout_of(param)}. {_SAVE_WHOLE}")
+    raise ValueError(f"{what} has {layout_of(value)}, the parameter {layout_of(param)}. {_SAVE_WHOLE}")
 
 
 def _smallest(value: Tensor | float) -> float:
