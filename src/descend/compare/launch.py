@@ -58,7 +58,9 @@ def _status(error: ChildFailedError) -> int:
         raise CommandError(f"compare: rank {rank} was ended by {failure.signal_name()}.")
     message = failure.error_file_data["message"]
     if message == "<NONE>":
-        return failure.exitcode
+        if rank == 0:  # it has reported
+            return failure.exitcode
+        raise CommandError(f"compare: rank {rank} ended with exit status {failure.exitcode}.")
     raise (UsageError if failure.exitcode == UsageError.status else CommandError)(message)
 
 

@@ -98,14 +98,12 @@ class Alone:
 
 
 class Group:
-    """The gloo process group that ``torchrun``'s environment variables describe. Making one joins it."""
+    """The default process group, and a store that outlives each of its processes."""
 
-    def __init__(self) -> None:
-        limit = timedelta(seconds=TIMEOUT)
-        self.store, self.rank, self.world = next(rendezvous("env://", timeout=limit))
-        dist.init_process_group(
-            "gloo", store=PrefixStore("group", self.store), rank=self.rank, world_size=self.world, timeout=limit
-        )
+    def __init__(self, store: Store) -> None:
+        self.store = store
+        self.rank = dist.get_rank()
+        self.world = dist.get_world_size()
 
     def share(self, batch: Batch) -> Batch:
         inputs, targets = (part.chunk(self.world)[self.rank] for part in batch)
@@ -145,3 +143,11 @@ class Group:
 
     def _read(self, store: Store, rank: int) -> Outcome | None:
         return Outcome(*json.loads(store.get(str(rank)))) if store.check([str(rank)]) else None
+
+
+def join() -> Group:
+    """Join the process group that the environment variables of ``torchrun`` describe."""
+    limit = timedelta(seconds=TIMEOUT)
+    store, rank, world = next(rendezvous("env://", timeout=limit))
+    dist.init_process_group("gloo", store=PrefixStore("group", store), rank=rank, world_size=world, timeout=limit)
+    return Group(store)

@@ -12,7 +12,7 @@ from typing import NoReturn
 
 from descend.compare.app import run
 from descend.compare.cli import guard
-from descend.compare.ranks import Group
+from descend.compare.ranks import join
 
 
 def main() -> NoReturn:
@@ -20,7 +20,7 @@ def main() -> NoReturn:
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.default_int_handler)
     try:
-        status = guard(lambda: run(sys.argv[1:], Group()), _leave)
+        status = guard(lambda: run(sys.argv[1:], join()), _leave)
     except Exception as error:
         traceback.print_exc()
         _leave(f"compare: rank {os.environ['RANK']}: {type(error).__name__}: {error}")
