@@ -56,6 +56,7 @@ class Method(Optimizer):
         options: see ``StepOptions``; each field is an attribute of the optimizer too, and may be set.
         grad_norm: norm of the last step's gradients before clipping; None before, or if nothing asked for it.
         skipped_steps: steps left out by ``nonfinite="skip"``.
+        agreed_meshes: device meshes whose ranks have been found to have the same optimizer.
     """
 
     rule: ClassVar[Callable[..., Any]]
@@ -72,6 +73,7 @@ class Method(Optimizer):
     options: StepOptions
     grad_norm: float | None
     skipped_steps: int
+    agreed_meshes: set[Any]
 
     # The fields of ``options``, for type checkers.
     max_norm: float | None

@@ -26,10 +26,12 @@ class Update(ABC):
     first, ``make_state``; then ``run``, and ``release`` in any case. Nothing before ``run`` moves a parameter.
 
     Attributes:
-        params: the parameters it updates.
+        params: the plain tensors it updates.
+        share: which ranks hold the rest of them; None for parameters that are not sharded.
     """
 
     params: Sequence[Tensor]
+    share: Any = None
 
     @property
     def is_atomic(self) -> bool:

@@ -74,6 +74,7 @@ class FirstOrder(Method):
         self.check_step_options()
         self.skipped_steps = 0
         self.grad_norm = None
+        self.agreed_meshes = set()
         self._tables = Tables()
         self._use(WholeStep(self._tables))
         self.check_group(defaults)  # before a generator of parameters is used up
@@ -306,6 +307,7 @@ class FirstOrder(Method):
         set_state(self, {key: value for key, value in state.items() if key not in options})
         self.options = replace(self.__dict__.get("options", StepOptions()), **options)
         if "_tables" not in self.__dict__:
+            self.agreed_meshes = set()
             self._tables = Tables()
             self._driver = WholeStep(self._tables)
         self._use(self._driver)

@@ -110,7 +110,7 @@ class AdamWScheduleFree(FirstOrder):
     def _switch(self, train: bool) -> None:
         for group in self.param_groups:
             for param in group["params"]:
-                checked_state(self, param, ("z",), group, self.state_of(param))
+                checked_state(self, param, param, ("z",), group, self.state_of(param))
         for group in self.param_groups:
             if group["train_mode"] == train:
                 continue

@@ -9,15 +9,18 @@ from __future__ import annotations
 import math
 import warnings
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from types import GeneratorType
 from typing import TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from descend.backends import available
 from descend.backends.backend import Backend
+from descend.distributed.dtensors import is_dtensor, local_of, reduced
+from descend.distributed.ranks import Ranks, Share, share_of
 
 CHUNK = 16_384  # torch sums shorter vectors on one thread, so that results do not depend on their number
 
@@ -83,6 +86,7 @@ def clip_grads_with_norm_(
         tensor([0.3000, 0.4000])
     """
     max_norm = _not_negative("max_norm", max_norm)
+    total_norm = local_of(reduced(total_norm))
     _scale(_grads(parameters), clip_coefficient(max_norm, total_norm.double()))
 
 
@@ -174,8 +178,8 @@ def _scale(grads: Sequence[Tensor], coefficient: Tensor) -> None:
     by_kind: defaultdict[tuple[torch.device, torch.dtype], list[Tensor]] = defaultdict(list)
     for grad in grads:
         # A sparse tensor scaled as a whole would not count as coalesced any more; expanded values cannot be scaled.
-        in_place = grad._values() if grad.is_sparse and grad._values().is_contiguous() else grad
-        by_kind[grad.device, grad.dtype].append(in_place)
+        in_place = grad._values() if grad.is_sparse and grad._values().is_contiguous() else local_of(grad)
+        by_kind[in_place.device, grad.dtype].append(in_place)
     with torch.no_grad():
         for (device, _), members in by_kind.items():
             if device.type == "cpu":
@@ -183,10 +187,17 @@ def _scale(grads: Sequence[Tensor], coefficient: Tensor) -> None:
                     torch._foreach_mul_(members, factor)
             else:  # no waiting for the device
                 torch._foreach_mul_(members, coefficient.to(device))
+        torch.autograd.graph.increment_version([grad for grad in grads if is_dtensor(grad)])
 
 
 def norm(tensors: Sequence[Tensor], norm_type: float) -> Tensor | float:
     """The norm of all tensors together, in float64 where the device has it."""
+    if any(map(is_dtensor, tensors)):
+        parts: defaultdict[Share | None, list[Tensor]] = defaultdict(list)
+        with torch.no_grad():
+            for tensor in map(reduced, tensors):
+                parts[share_of(tensor)].append(local_of(tensor))
+        return norm_of_parts(parts, norm_type, Ranks(parts))
     if norm_type == 2 and (backend := _compiled_for(tensors)) is not None:
         total = backend.sum_of_squares(tensors)
         if math.isfinite(total):
@@ -198,6 +209,38 @@ def norm(tensors: Sequence[Tensor], norm_type: float) -> Tensor | float:
     unit = torch.where(largest > 0, largest, 1.0)
     total_power = _combined([_power_sum(tensor, norm_type, unit) for tensor in tensors]).sum()
     return torch.where(largest.isfinite(), unit * total_power ** (1 / norm_type), largest)
+
+
+def norm_of_parts(parts: Mapping[Share | None, Sequence[Tensor]], norm_type: float, ranks: Ranks) -> float:
+    """The norm of tensors of which each rank holds a part, the same on every rank.
+
+    Args:
+        parts: plain tensors, by the ranks that hold the rest of them.
+        norm_type: p > 0, or ``inf``.
+        ranks: that take part. All make the same calls, whatever they hold.
+    """
+    if norm_type == 2:
+        (total,) = ranks.sum({None: [0.0], **{share: [_sum_of_squares(parts[share])] for share in parts}})
+        if math.isfinite(total):
+            return math.sqrt(total)
+    members = [tensor for tensors in parts.values() for tensor in tensors]
+    found = np.array([0.0, *(_largest(tensor).item() for tensor in members)])
+    (largest,) = ranks.max([float(found.max())])  # NaN if one is
+    if math.isinf(norm_type) or not 0 < largest < math.inf:
+        return largest
+    unit = torch.tensor(largest, dtype=torch.float64, device="cpu")
+    powers = {
+        share: [math.fsum(_power_sum(tensor, norm_type, unit).item() for tensor in tensors)]
+        for share, tensors in parts.items()
+    }
+    return float(largest * ranks.sum({None: [0.0], **powers})[0] ** (1 / norm_type))
+
+
+def _sum_of_squares(tensors: Sequence[Tensor]) -> float:
+    backend = _compiled_for(tensors)
+    if backend is not None:
+        return backend.sum_of_squares(tensors)
+    return math.fsum(_power_sum(tensor, 2.0, torch.ones(())).item() for tensor in tensors)
 
 
 def _compiled_for(tensors: Sequence[Tensor]) -> Backend | None:

@@ -17,6 +17,7 @@ from descend.backends.cpu.threads import serial_in_forked_child
 from descend.core import memory
 from descend.core.memory import as_real
 from descend.core.method import Method, StateSpec
+from descend.distributed.dtensors import is_dtensor, layout_of, like, local_of, same_layout
 from descend.state import lazy_memory
 
 
@@ -114,6 +115,10 @@ def new_tensor(param: Tensor, spec: StateSpec, lazy: bool = False) -> Tensor:
         spec: what to make.
         lazy: whether zeros lie in lazily committed memory.
     """
+    if is_dtensor(param) and spec.shape == param.shape:
+        start = local_of(spec.start) if isinstance(spec.start, Tensor) else spec.start
+        local = local_of(param)
+        return like(param, new_tensor(local, spec._replace(shape=local.shape, start=start), lazy))
     start = spec.start
     is_zero = not isinstance(start, Tensor) and start == 0
     if lazy and is_zero and param.is_cpu and param.is_contiguous():
@@ -132,9 +137,22 @@ def new_tensor(param: Tensor, spec: StateSpec, lazy: bool = False) -> Tensor:
 
 
 def checked_state(
-    method: Method, param: Tensor, names: Sequence[str], group: Mapping[str, Any], state: Mapping[str, Any]
+    method: Method,
+    param: Tensor,
+    local: Tensor,
+    names: Sequence[str],
+    group: Mapping[str, Any],
+    state: Mapping[str, Any],
 ) -> list[tuple[str, Tensor]]:
-    """Those of the state tensors called ``names`` that exist.
+    """Those of the state tensors called ``names`` that exist; of sharded ones, this rank's part.
+
+    Args:
+        method: the optimizer.
+        param: the parameter.
+        local: the plain tensor that is updated, with its gradient.
+        names: of the state tensors.
+        group: the parameter's group.
+        state: the parameter's state.
 
     Raises:
         RuntimeError: if a step could not update the parameter or its state: a state tensor has another shape; the
@@ -155,13 +173,21 @@ def checked_state(
                 f"{who}: {name} of {method.name_of(param)} has shape {tuple(tensor.shape)}, "
                 f"expected {tuple(expected)}. Nothing has moved."
             )
-    for name, tensor in (("it", param), ("its gradient", param.grad), *tensors):
+        if tensor.shape == param.shape and not same_layout(tensor, param):
+            raise RuntimeError(
+                f"{who}: {name} of {method.name_of(param)} has {layout_of(tensor)}, the parameter {layout_of(param)}. "
+                "They must lie on the same ranks: load the state with set_optimizer_state_dict of "
+                "torch.distributed.checkpoint.state_dict. Nothing has moved."
+            )
+    if local is not param:
+        tensors = [(name, local_of(tensor)) for name, tensor in tensors]
+    for name, tensor in (("it", local), ("its gradient", local.grad), *tensors):
         if tensor is not None and memory.is_freed(tensor):
             raise RuntimeError(
                 f"{who}: {method.name_of(param)}: the memory of {name} has been freed "
                 "(untyped_storage().resize_). Restore it before the step, or set the gradient to None."
             )
-    for name, tensor in (("the parameter", param), *tensors):
+    for name, tensor in (("the parameter", local), *tensors):
         if tensor.is_inference() and not torch.is_inference_mode_enabled():
             reason = "was made in inference mode, and torch allows no update of it outside of that mode"
         elif _is_expanded(tensor):

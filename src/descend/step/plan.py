@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 from operator import is_
 from typing import Any, NamedTuple
@@ -17,8 +17,12 @@ from descend.backends.backend import Backend
 from descend.backends.cpu.probe import make_probe
 from descend.core import memory
 from descend.core.method import Method
-from descend.core.signature import signature
+from descend.core.signature import Kind, signature
 from descend.core.update import Cell, Update
+from descend.distributed.agreement import Agreement
+from descend.distributed.dtensors import layout_of, local_of
+from descend.distributed.local_params import LocalParams
+from descend.distributed.ranks import Ranks, Share, gather
 from descend.norms import clip
 from descend.sparse.attach import Tables
 from descend.sparse.update import SparseUpdate
@@ -61,10 +65,16 @@ class Plan:
         tables: its parameters in exact mode.
         only_with_grad: leave out parameters without a gradient. Default: True.
         position: of the one parameter to plan for. Default: all parameters of all groups.
+        previous: the plan of the last step, which is not valid any more. Default: None.
     """
 
     def __init__(
-        self, method: Method, tables: Tables, only_with_grad: bool = True, position: Position | None = None
+        self,
+        method: Method,
+        tables: Tables,
+        only_with_grad: bool = True,
+        position: Position | None = None,
+        previous: Plan | None = None,
     ) -> None:
         method.check_step_options()
         self._options = method.options
@@ -79,6 +89,10 @@ class Plan:
             (index, list(params), method.rule_for(group), bool(group.get("differentiable")))
             for index, group, params in self._selected(method.param_groups)
         ]
+        listed = [param for _, params, _, _ in self._groups for param in params]
+        self._locals: LocalParams = LocalParams(method, listed, previous._locals if previous else None)
+        self._ranks = Ranks(self._locals.shares())
+        self._agreement = Agreement(method, self._ranks) if self._ranks.meshes else None
         entries: list[Entry] = []
         for index, params, rule, differentiable in self._groups:
             for param in params:
@@ -105,20 +119,31 @@ class Plan:
         tables.check_dense(method, param, group)
         state = dict.get(self._state, param) or {}
         takes = signature(rule)
-        tensors = checked_state(method, param, takes.state, group, state)
+        local, share = self._locals.of(param), self._locals.share_of(param)
+        self._check_whole(method, param, takes.kind, share)
+        tensors = checked_state(method, param, local, takes.state, group, state)
         sparse = method.meaning_of_sparse(param, group)
+        entry = Entry(param, local, share, index, rule, state, EAGER, "backend='eager'", sparse, in_order=False)
         if differentiable:
-            return Entry(param, index, rule, state, EAGER, "differentiable=True", sparse, in_order=True)
-        reason = "backend='eager'"
+            return entry._replace(local=param, share=None, reason="differentiable=True", in_order=True)
         for backend in available(self._requested):
             if sparse:
-                why_not = backend.why_not_rows(takes.kind, param, tensors)
+                why_not = backend.why_not_rows(takes.kind, local, tensors)
             else:
-                why_not = backend.why_not(takes.kind, param, param.grad, tensors)
+                why_not = backend.why_not(takes.kind, local, local.grad, tensors)
+            entry = entry._replace(reason=why_not)
             if why_not is None:
-                return Entry(param, index, rule, state, backend, None, sparse, in_order=False)
-            reason = why_not
-        return Entry(param, index, rule, state, EAGER, reason, sparse, in_order=False)
+                return entry._replace(backend=backend)
+        return entry
+
+    def _check_whole(self, method: Method, param: Tensor, kind: Kind, share: Share | None) -> None:
+        """Raise ``RuntimeError`` if a rule of whole matrices would see a part of one."""
+        if kind == "matrix" and share is not None and share.replicas < share.mesh.size():
+            raise RuntimeError(
+                f"{type(method).__name__}: a rule of whole matrices cannot update shards, but {method.name_of(param)} "
+                f"has {layout_of(param)}: leave it unsharded (Replicate), or use an element-wise optimizer for it. "
+                "Nothing has moved."
+            )
 
     def _refuse_eager(self, method: Method) -> None:
         """Raise ``RuntimeError`` if a parameter would run eagerly, where another backend was asked for."""
@@ -131,7 +156,7 @@ class Plan:
 
     def _make_updates(self, method: Method, tables: Tables) -> list[Update]:
         """Launches first, then sparse updates, then those that must keep the order of the groups."""
-        by_backend: dict[str, tuple[Backend, list[Entry]]] = {}
+        launched: dict[tuple[str, Share | None], tuple[Backend, list[Entry]]] = {}
         sparse: list[Update] = []
         in_order: list[Update] = []
         for entry in self._entries:
@@ -143,8 +168,8 @@ class Plan:
                 differentiable = bool(method.param_groups[entry.group].get("differentiable"))
                 in_order.append(SingleUpdate(entry, differentiable))
             else:
-                by_backend.setdefault(entry.backend.name, (entry.backend, []))[1].append(entry)
-        launches = [LaunchUpdate(method, backend, entries) for backend, entries in by_backend.values()]
+                launched.setdefault((entry.backend.name, entry.share), (entry.backend, []))[1].append(entry)
+        launches = [LaunchUpdate(method, backend, entries) for backend, entries in launched.values()]
         return [*launches, *sparse, *in_order]
 
     # What a step asks, in this order.
@@ -159,34 +184,57 @@ class Plan:
 
     def compile_rows(self, method: Method) -> None:
         """Compile, or load from disk, what steps with sparse gradients would call."""
-        for param, _, rule, state, backend, *_ in self._entries:
-            dtypes = (
-                param.dtype,
-                torch.promote_types(param.dtype, torch.float32),
-                *state_dtypes(method, param, rule, state),
-            )
-            backend.rows(rule, len(signature(rule).scalars), dtypes, False).compile(method.options.wants_norm)
+        for entry in self._entries:
+            dtype = entry.param.dtype
+            wide = torch.promote_types(dtype, torch.float32)
+            dtypes = (dtype, wide, *state_dtypes(method, entry.param, entry.rule, entry.state))
+            rows = entry.backend.rows(entry.rule, len(signature(entry.rule).scalars), dtypes, False)
+            rows.compile(method.options.wants_norm)
 
     def read(self, method: Method) -> None:
         """Check the indices of sparse gradients, which are new at every step, and sum their duplicates."""
         for update in self._updates:
             update.read(method)
 
-    def total_norm(self) -> float:
-        """Of all gradients, in float64; its bits do not depend on threads or on how the plan came about."""
-        total = sum(update.sum_of_squares() for update in self._updates)
+    def total_norm(self, method: Method) -> float:
+        """Of all gradients, in float64; its bits do not depend on threads or on how the plan came about.
+
+        Raises:
+            RuntimeError: if ranks that share parameters disagree about the optimizer.
+        """
+        if self._agreement is None:
+            total = sum(update.sum_of_squares() for update in self._updates)
+        else:
+            sums: dict[Share | None, list[float]] = {None: [0.0]}
+            for update in self._updates:
+                sums.setdefault(update.share, [0.0])[0] += update.sum_of_squares()
+            (total,), agreed = self._ranks.reduce(sums, self._agreement.numbers(method))
+            self._agreement.check(method, agreed)
         if math.isfinite(total):
             return math.sqrt(total)
         # Not finite, or finite with squares that overflow: the slower way can tell.
-        return float(clip.norm([entry.param.grad for entry in self._entries], 2.0))  # type: ignore[misc]
+        grads: defaultdict[Share | None, list[Tensor]] = defaultdict(list)
+        for entry in self._entries:
+            if entry.local.grad is not None:
+                grads[entry.share].append(entry.local.grad)
+        return float(clip.norm_of_parts(grads, 2.0, self._ranks))
 
     def nonfinite_gradients(self, method: Method) -> list[str]:
-        """Names of the parameters whose gradients have a NaN or Inf."""
-        return [
+        """Names of the parameters whose gradients have a NaN or Inf, and the ranks if there are several."""
+        names = [
             method.name_of(entry.param)
             for entry in self._entries
-            if entry.param.grad is not None and not clip.is_finite(entry.param.grad)
+            if entry.local.grad is not None and not clip.is_finite(entry.local.grad)
         ]
+        if not self._ranks.meshes:
+            return names
+        by_rank = gather(self._ranks.meshes, names)
+        return [f"{name} on rank {rank}" for rank, names in by_rank.items() for name in names]
+
+    def shake_hands(self, method: Method) -> None:
+        """Raise ``RuntimeError`` if ranks that share parameters disagree about the optimizer. Asked once."""
+        if self._agreement is not None:
+            self._agreement.shake_hands(method)
 
     def set_scalars(self, method: Method, scale: float) -> None:
         """Form every scalar of the coming step, so that an option that cannot be used raises before anything moves."""
@@ -215,15 +263,16 @@ class Plan:
             update.make_state(method)
             self._tensors += update.state_tensors()
             cells |= update.cells()
-        watched = [param for _, params, _, _ in self._groups for param in params]
+        watched = [self._locals.of(param) for _, params, _, _ in self._groups for param in params]
         spans = np.concatenate([np.zeros((0, 2), np.int64), *(update.written() for update in self._updates)])
         written = spans[np.argsort(spans[:, 0])]
-        tensors = [tensor for _, _, tensor in self._tensors]
+        tensors = [local_of(tensor) for _, _, tensor in self._tensors]
         self._probe = make_probe(watched, [cells.get(param) for param in watched], tensors, written)
         self._has_state = True
 
     def run(self, method: Method) -> None:
         """Take the step."""
+        self._locals.increment_versions()
         for update in self._updates:
             update.run(method)
 
@@ -231,6 +280,7 @@ class Plan:
         """Drop the gradients that were read."""
         for update in self._updates:
             update.release()
+        self._locals.release()
 
     # Between steps.
 
@@ -254,6 +304,8 @@ class Plan:
                 or bool(group.get("differentiable")) != differentiable
             ):
                 return False
+        if self._locals and not self._locals.read(method):
+            return False
         exposed = not isinstance(self._state, State) or self._state.exposed
         if exposed and not self._has_its_tensors():
             return False
@@ -287,13 +339,13 @@ def _in_order_where_memory_is_shared(entries: Sequence[Entry]) -> list[Entry]:
     """
     spans = []
     for i, entry in enumerate(entries):
-        state = [value for value in entry.state.values() if isinstance(value, Tensor)]
-        for tensor, is_written in ((entry.param, True), (entry.param.grad, False), *((s, True) for s in state)):
+        state = [local_of(value) for value in entry.state.values() if isinstance(value, Tensor)]
+        for tensor, is_written in ((entry.local, True), (entry.local.grad, False), *((s, True) for s in state)):
             if tensor is not None and (span := memory.span(tensor)):
                 spans.append((*span, is_written, i))
     entries, shared, counts = list(entries), memory.overlapping(spans), Counter(id(entry.param) for entry in entries)
     for i, entry in enumerate(entries):
-        is_unknown = entry.backend is EAGER and entry.param.numel() > 0 and memory.span(entry.param) is None
+        is_unknown = entry.backend is EAGER and entry.local.numel() > 0 and memory.span(entry.local) is None
         if i in shared or counts[id(entry.param)] > 1 or is_unknown:
             reason = entry.reason or "shares memory with another tensor of the step"
             entries[i] = entry._replace(backend=EAGER, reason=reason, in_order=True)

@@ -38,9 +38,10 @@ def take_step(
     if scale is None:
         return plan
     if plan is None or not plan.is_valid(method):
-        plan = Plan(method, tables, position=position)
-    plan.compile()
+        plan = Plan(method, tables, position=position, previous=plan)
     try:
+        plan.compile()
+        plan.shake_hands(method)
         plan.read(method)
         coefficient = _coefficient(method, plan, scale, norm_to_clip)
         if coefficient is None:
@@ -67,7 +68,7 @@ def _coefficient(
     options = method.options
     if not options.wants_norm:
         return 1.0
-    norm = plan.total_norm() * scale
+    norm = plan.total_norm(method) * scale
     if norm_to_clip is None:
         method.grad_norm = norm
     if options.nonfinite != "step" and not math.isfinite(norm) and (names := plan.nonfinite_gradients(method)):

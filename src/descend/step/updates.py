@@ -15,6 +15,8 @@ from descend.backends.backend import Backend, Launch, ScalarState
 from descend.core.method import Method
 from descend.core.signature import signature
 from descend.core.update import Cell, Update, number, signed
+from descend.distributed.dtensors import local_of
+from descend.distributed.ranks import Share
 from descend.norms import clip
 from descend.state import lazy_memory
 from descend.state.container import checked_state
@@ -28,6 +30,8 @@ class Entry(NamedTuple):
 
     Attributes:
         param: the parameter.
+        local: the plain tensor to update, with its gradient: this rank's part of a sharded parameter, else ``param``.
+        share: which ranks hold the parts; None if it is not sharded.
         group: the index of its group.
         rule: the rule to apply.
         state: its state when the plan was made.
@@ -38,6 +42,8 @@ class Entry(NamedTuple):
     """
 
     param: Tensor
+    local: Tensor
+    share: Share | None
     group: int
     rule: Any
     state: Mapping[str, Any]
@@ -72,7 +78,7 @@ class LaunchUpdate(Update):
     Args:
         method: the optimizer.
         backend: runs the rules.
-        entries: the parameters.
+        entries: the parameters, all of one share.
     """
 
     # From ``make_state`` on.
@@ -87,7 +93,8 @@ class LaunchUpdate(Update):
             for (rule, dtypes), members in _by_signature(method, entries).items()
         ]
         self._launches = [batch.launch for batch in self._batches]
-        self.params = [entry.param for batch in self._batches for entry in batch.entries]
+        self.params = [entry.local for batch in self._batches for entry in batch.entries]
+        self.share = entries[0].share
         self._state_tensors: list[tuple[Tensor, str, Tensor]] = []
         self._cells: dict[Tensor, Cell] = {}
 
@@ -119,7 +126,7 @@ class LaunchUpdate(Update):
             for position, entry in enumerate(entries):
                 state = ensure_state(method, entry.param, entry.rule, method.param_groups[entry.group])
                 names = signature(entry.rule).state
-                tensors.append([state[name] for name in names])
+                tensors.append([local_of(state[name]) for name in names])
                 lazy_memory.commit(tensors[-1])
                 if method.counts_steps:
                     counters.append(state["step"])
@@ -129,7 +136,7 @@ class LaunchUpdate(Update):
                 scalar_state += row.state
                 self._state_tensors += [(entry.param, name, state[name]) for name in (*names, *method.scalar_state)]
                 if launch.addresses is not None:
-                    self._cells[entry.param] = Cell(launch.addresses, position)
+                    self._cells[entry.local] = Cell(launch.addresses, position)
             launch.set_state(tensors)
         self._counters = self._backend.scalar_state(counters)
         self._scalar_state = self._backend.scalar_state(scalar_state)
@@ -174,7 +181,7 @@ class SingleUpdate(Update):
 
     def __init__(self, entry: Entry, differentiable: bool) -> None:
         self._entry, self._differentiable = entry, differentiable
-        self.params = [entry.param]
+        self.params, self.share = [entry.local], entry.share
         self._scale = 1.0
 
     def sum_of_squares(self) -> float:
@@ -185,7 +192,7 @@ class SingleUpdate(Update):
         self._scale = scale
         group, state = method.param_groups[self._entry.group], method.state_of(self._entry.param)
         takes = signature(self._entry.rule)
-        checked_state(method, self._entry.param, takes.state, group, state)
+        checked_state(method, self._entry.param, self._entry.local, takes.state, group, state)
         scalar_state = scalar_tensors(method, method.scalar_state, self._entry.param, group, state)
         scalars, next_state = method.scalars_and_state(group, self._step_count(method) + 1, scalar_state)
         for _, value in zip((*takes.scalars, *method.scalar_state), (*scalars, *next_state), strict=True):
@@ -206,9 +213,9 @@ class SingleUpdate(Update):
             scalars, next_state = method.scalars_and_state(group, step, seen)
             if not differentiable:
                 scalars = tuple(map(number, scalars))
-            tensors = [state[name] for name in signature(entry.rule).state]
+            tensors = [local_of(state[name]) if entry.share else state[name] for name in signature(entry.rule).state]
             scale = signed(self._scale, group)
-            eager.run(entry.rule, entry.param, self._grad, tensors, scalars, scale, differentiable)
+            eager.run(entry.rule, entry.local, self._grad, tensors, scalars, scale, differentiable)
             for tensor, value in zip(scalar_state, next_state, strict=True):
                 tensor.copy_(torch.as_tensor(value, device=tensor.device).reshape(()))
             if method.counts_steps:
@@ -216,8 +223,8 @@ class SingleUpdate(Update):
 
     @property
     def _grad(self) -> Tensor:
-        assert self._entry.param.grad is not None
-        return self._entry.param.grad
+        assert self._entry.local.grad is not None
+        return self._entry.local.grad
 
     def _step_count(self, method: Method) -> float:
         state = dict.get(method.state, self._entry.param) or {}
@@ -227,7 +234,7 @@ class SingleUpdate(Update):
 def _by_signature(method: Method, entries: Sequence[Entry]) -> dict[Any, list[Entry]]:
     by_signature: defaultdict[Any, list[Entry]] = defaultdict(list)
     for entry in entries:
-        grad = entry.param if entry.param.grad is None else entry.param.grad
+        grad = entry.local if entry.local.grad is None else entry.local.grad
         dtypes = entry.param.dtype, grad.dtype, *state_dtypes(method, entry.param, entry.rule, entry.state)
         by_signature[entry.rule, dtypes].append(entry)
     return by_signature
@@ -245,6 +252,6 @@ def _batch(
         rows.setdefault(keys[-1], _ScalarsRow(entry.group, step, state))
     index = {key: row for row, key in enumerate(rows)}
     row_of = np.array([index[key] for key in keys])
-    params = [entry.param for entry in entries]
+    params = [entry.local for entry in entries]
     launch = backend.launch(rule, len(signature(rule).scalars), dtypes, params, row_of)
     return _Batch(launch, entries, list(rows.values()), row_of)

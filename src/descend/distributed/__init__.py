@@ -1,0 +1,1 @@
+"""Parameters that several ranks share: local tensors, and reductions over the ranks."""

@@ -1,0 +1,93 @@
+"""Ranks that disagree about an optimizer are told so, before they wait for each other in vain."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from descend.core.method import Method
+from descend.core.update import number
+from descend.distributed.dtensors import is_dtensor
+from descend.distributed.ranks import Ranks, gather
+
+Description = dict[str, str]
+
+
+class Agreement:
+    """What the ranks of each mesh must agree about: class, options, parameters and their groups.
+
+    Each rank sends a digest of it as a few numbers and their squares, along with whatever it reduces anyway.
+
+    Args:
+        method: the optimizer.
+        ranks: of its parameters.
+    """
+
+    def __init__(self, method: Method, ranks: Ranks) -> None:
+        self._ranks = ranks
+        self._described = {mesh: repr(_parameters(method, mesh)) for mesh in ranks.meshes}
+
+    def numbers(self, method: Method) -> dict[Any, list[float]]:
+        """What to sum over each mesh."""
+        options = repr(_options(method))
+        return {mesh: _digest(described + options) for mesh, described in self._described.items()}
+
+    def check(self, method: Method, sums: Mapping[Any, Sequence[float]]) -> None:
+        """Raise ``RuntimeError``, on every rank of the mesh, if the summed ``numbers`` differ between its ranks."""
+        for mesh, summed in sums.items():
+            half = len(summed) // 2
+            # Numbers x are equal if n * sum(x^2) = sum(x)^2. Of bytes, all of this is exact in float64.
+            if any(mesh.size() * square != x * x for x, square in zip(summed[:half], summed[half:], strict=True)):
+                described = {**_parameters(method, mesh), **_options(method)}
+                raise RuntimeError(message(type(method).__name__, gather([mesh], described)))
+
+    def shake_hands(self, method: Method) -> None:
+        """Raise ``RuntimeError`` if ranks disagree. Once, at the first step: later ones may reduce nothing."""
+        if fresh := [mesh for mesh in self._ranks.meshes if mesh not in method.agreed_meshes]:
+            self.check(method, self._ranks.reduce({}, self.numbers(method))[1])
+            method.agreed_meshes.update(fresh)
+
+
+def message(who: str, by_rank: Mapping[int, Description]) -> str:
+    """What the first rank and the first that differs from it disagree about."""
+    (first, expected), *others = by_rank.items()
+    rank, other = next((rank, other) for rank, other in others if other != expected)
+    keys = [key for key in {**expected, **other} if expected.get(key) != other.get(key)]
+    listed = "; ".join(f"{key}: {expected.get(key, 'none')} and {other.get(key, 'none')}" for key in keys[:3])
+    rest = f"; and {len(keys) - 3} more" if len(keys) > 3 else ""
+    return (
+        f"{who}: ranks {first} and {rank} disagree about {listed}{rest}. Make the optimizer in the same way, and edit "
+        "its groups in the same way, on every rank. Nothing has moved."
+    )
+
+
+def _parameters(method: Method, mesh: Any) -> Description:
+    """The parameters that lie on a mesh, in their order."""
+    described = {"class": type(method).__name__}
+    for index, group in enumerate(method.param_groups):
+        names = group.get("param_names") or range(len(group["params"]))
+        for name, param in zip(names, group["params"], strict=True):
+            if is_dtensor(param) and param.device_mesh == mesh:
+                described[f"group {index}, parameter {name}"] = f"{tuple(param.shape)} {param.dtype} {param.placements}"
+    return described
+
+
+def _options(method: Method) -> Description:
+    """The options of the step and of the groups."""
+    described = {name: repr(value) for name, value in vars(method.options).items()}
+    for index, group in enumerate(method.param_groups):
+        described |= {f"group {index}, {key}": repr(_plain(group[key])) for key in method.defaults if key in group}
+    return described
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Sequence) and not isinstance(value, str):
+        return tuple(map(number, value))
+    return number(value)
+
+
+def _digest(text: str) -> list[float]:
+    """Four bytes, and their squares."""
+    digest = [float(byte) for byte in zlib.crc32(text.encode()).to_bytes(4, "big")]
+    return digest + [byte * byte for byte in digest]

@@ -1,0 +1,126 @@
+"""Sharded parameters as plain tensors, and their gradients of one step."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from descend.core.method import Method
+from descend.distributed.dtensors import is_dtensor, layout_of, local_of, same_layout
+from descend.distributed.ranks import Share, share_of
+
+
+class LocalParams:
+    """For each DTensor among some parameters, a plain tensor on the memory of this rank's part of it.
+
+    It carries the local gradient while a step is prepared and taken: after ``read``, until ``release``. A parameter
+    that is no DTensor stands for itself.
+
+    Args:
+        method: the optimizer.
+        params: the parameters.
+        previous: of the last step; what it has reduced for this one is not reduced again. Default: None.
+    Raises:
+        RuntimeError: if a parameter is a partial sum.
+    """
+
+    def __init__(self, method: Method, params: Iterable[Tensor], previous: LocalParams | None = None) -> None:
+        self._reduced: dict[int, tuple[Tensor, Tensor]] = previous._reduced if previous else {}
+        self._locals: dict[Tensor, _Local] = {param: _local(method, param) for param in params if is_dtensor(param)}
+        self.read(method)
+
+    def __bool__(self) -> bool:
+        return bool(self._locals)
+
+    def of(self, param: Tensor) -> Tensor:
+        """The plain tensor of a parameter, which has its gradient."""
+        local = self._locals.get(param) if self._locals else None
+        return param if local is None else local.tensor
+
+    def share_of(self, param: Tensor) -> Share | None:
+        """Which ranks hold its elements."""
+        local = self._locals.get(param) if self._locals else None
+        return None if local is None else local.share
+
+    def shares(self) -> list[Share]:
+        """The share of each sharded parameter."""
+        return [local.share for local in self._locals.values()]
+
+    def read(self, method: Method) -> bool:
+        """Take the present gradients; whether the parameters still lie where they did.
+
+        Raises:
+            RuntimeError: if a gradient lies on other ranks than its parameter.
+        """
+        is_same = True
+        for param, local in self._locals.items():
+            is_same &= param._local_tensor is local.inner  # type: ignore[attr-defined]
+            grad: Any = param.grad
+            if grad is None:
+                local.tensor.grad = None
+            elif type(grad) is type(param) and local.has_direct(grad):
+                local.tensor.grad = grad._local_tensor  # type: ignore[attr-defined]  # the same as below, in a tenth of its time
+            else:
+                local.tensor.grad = self._local_grad(method, param, grad)
+        return is_same
+
+    def release(self) -> None:
+        """Drop the gradients."""
+        self._reduced.clear()
+        for local in self._locals.values():
+            local.tensor.grad = None
+
+    def increment_versions(self) -> None:
+        """Tell autograd that the sharded parameters have been written to; their local tensors know."""
+        if self._locals:
+            torch.autograd.graph.increment_version(list(self._locals))
+
+    def _local_grad(self, method: Method, param: Any, grad: Any) -> Tensor:
+        if same_layout(param, grad):
+            return local_of(grad)
+        partial = is_dtensor(grad) and any(placement.is_partial() for placement in grad.placements)
+        if partial and grad.device_mesh == param.device_mesh:
+            expected = [p if g.is_partial() else g for p, g in zip(param.placements, grad.placements, strict=True)]
+            if tuple(expected) == tuple(param.placements):
+                if id(grad) not in self._reduced:
+                    with torch.no_grad():
+                        reduced = grad.redistribute(param.device_mesh, param.placements)
+                    self._reduced[id(grad)] = grad, local_of(reduced)
+                return self._reduced[id(grad)][1]
+        raise RuntimeError(
+            f"{type(method).__name__}: {method.name_of(param)} has {layout_of(param)}, but its gradient has "
+            f"{layout_of(grad)}. They must be equal: call redistribute on the gradient. Nothing has moved."
+        )
+
+
+def _local(method: Method, param: Tensor) -> _Local:
+    try:
+        return _Local(param, share_of(param))
+    except ValueError as error:
+        raise RuntimeError(f"{type(method).__name__}: {method.name_of(param)}: {error} Nothing has moved.") from None
+
+
+class _Local:
+    """One sharded parameter.
+
+    Attributes:
+        inner: the tensor inside the DTensor.
+        tensor: another tensor on the same memory, which may have a gradient of its own.
+    """
+
+    def __init__(self, param: Any, share: Share | None) -> None:
+        assert share is not None
+        self.share, self.spec, self.inner = share, param._spec, param._local_tensor
+        self.tensor = local_of(param).detach()
+        self.tensor.grad_dtype = None  # gradients may be of any dtype
+
+    def has_direct(self, grad: Any) -> bool:
+        """Whether the tensor inside a gradient is the local one, as far as a few comparisons can tell."""
+        spec, own = grad._spec, self.spec
+        is_same = spec is own or (
+            spec.mesh is own.mesh and spec.placements == own.placements and spec.shard_order == own.shard_order
+        )
+        return is_same and type(grad._local_tensor) is Tensor
