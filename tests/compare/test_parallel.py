@@ -17,11 +17,12 @@ import torch
 from ranks import on_ranks
 from torch.distributed.distributed_c10d import PrefixStore, _get_default_store
 
-from descend.compare import ranks
+from descend.compare import group
 from descend.compare.app import run
 from descend.compare.cli import main
+from descend.compare.group import Group
 from descend.compare.parallel import WAYS
-from descend.compare.ranks import Ending, Group, Outcome, Ranks
+from descend.compare.ranks import Ending, Outcome, Ranks
 
 MODULE = [sys.executable, "-m", "descend.compare"]
 TIMEOUT = 120  # seconds for a whole command
@@ -118,7 +119,7 @@ def test_optimizer_that_fails_on_all_ranks_does_not_stop_the_others(tmp_path: Pa
 
 
 def end_on_rank(rank: int, endings: list[Outcome | None]) -> Ending | None:
-    ranks.GRACE = 0.3
+    group.GRACE = 0.3
     mine = endings[rank]
     return Group(_get_default_store()).end("run", mine) if mine else None
 

@@ -12,7 +12,7 @@ from typing import NoReturn
 
 from descend.compare.app import run
 from descend.compare.cli import guard
-from descend.compare.ranks import join
+from descend.compare.group import join
 
 
 def main() -> NoReturn:
