@@ -21,7 +21,7 @@ SHAPES = ((7, 3), (4,), (1, 5), (8, 2), (0, 3), (), (5, 1, 3))
 CLOSE = dict(rtol=1e-12, atol=1e-12)
 
 
-def heavy_ball(param, grad, momentum_buffer, lr, momentum):  # noqa: ANN001, ANN201
+def heavy_ball(param, grad, momentum_buffer, lr, momentum):
     momentum_buffer = momentum * momentum_buffer + grad
     return param - lr * momentum_buffer, momentum_buffer
 
@@ -89,6 +89,11 @@ def local(tensor: Tensor) -> Tensor:
     return tensor.detach().to_local() if isinstance(tensor, DTensor) else tensor.detach()
 
 
+def whole(tensor: Tensor) -> Tensor:
+    """What all ranks hold together. A collective."""
+    return tensor.detach().full_tensor() if isinstance(tensor, DTensor) else tensor.detach()
+
+
 class Sharded:
     """Our optimizer on tensors that lie on ranks, and torch's on the whole tensors, in float64.
 
@@ -152,12 +157,12 @@ def bits(optimizer: torch.optim.Optimizer) -> list[bytes]:
     return found
 
 
-def mismatches(work: Callable[..., None], names: Iterable[str], *args: Any) -> list[str]:
-    """What ``work(name, *args)`` finds wrong. Ranks go through all names together."""
+def mismatches(work: Callable[..., None], names: Iterable[str], *args: Any, **options: Any) -> list[str]:
+    """What ``work(name, ...)`` finds wrong. Ranks go through all names together."""
     found = []
     for name in names:
         try:
-            work(name, *args)
+            work(name, *args, **options)
         except AssertionError as error:
             found.append(f"{name}: {error}")
     return found
