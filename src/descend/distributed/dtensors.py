@@ -7,6 +7,7 @@ The inner tensor is read and wrapped without DTensor's dispatch, which costs mor
 from __future__ import annotations
 
 import copy
+import math
 import sys
 from typing import Any
 
@@ -50,6 +51,16 @@ def reduced(tensor: Any) -> Tensor:
     replicate = sys.modules["torch.distributed.tensor"].Replicate()
     placements = [replicate if placement.is_partial() else placement for placement in tensor.placements]
     return tensor.redistribute(tensor.device_mesh, placements)  # type: ignore[no-any-return]
+
+
+def summands(dtensor: Any) -> int:
+    """The number of ranks whose parts add up to each element."""
+    mesh = dtensor.device_mesh
+    return math.prod(
+        mesh.size(dim)
+        for dim, placement in enumerate(dtensor.placements)
+        if placement.is_partial() and placement.reduce_op == "sum"
+    )
 
 
 def layout_of(tensor: Tensor) -> str:
