@@ -48,7 +48,12 @@ def nonfinite_on(rank: int, layout: str, bad: int, index: int, value: float, opt
 @pytest.mark.parametrize("value", [math.nan, -math.inf])
 @pytest.mark.parametrize(
     ("layout", "bad", "index", "norm"),
-    [("rows of 2", 1, 3, None), ("rows of 3", 2, 0, 0.5), ("copies of rows", 3, 0, None), ("several meshes", 2, 3, 0.5)],
+    [
+        ("rows of 2", 1, 3, None),
+        ("rows of 3", 2, 0, 0.5),
+        ("copies of rows", 3, 0, None),
+        ("several meshes", 2, 3, 0.5),
+    ],
 )
 def test_all_ranks_step_or_none(option: str, value: float, layout: str, bad: int, index: int, norm: Any) -> None:
     first, *others = on_ranks(LAYOUTS[layout][0], nonfinite_on, layout, bad, index, value, option, norm)
@@ -96,7 +101,9 @@ def test_partial_parameter_is_an_error() -> None:
     first, other = on_ranks(2, partial_param)
     assert first == other
     for text in first:
-        assert text.startswith("RuntimeError: SGD: weight: a tensor of placements (Partial(sum),) must be reduced first")
+        assert text.startswith(
+            "RuntimeError: SGD: weight: a tensor of placements (Partial(sum),) must be reduced first"
+        )
 
 
 def partial_grad(rank: int, options: dict[str, Any]) -> float:
