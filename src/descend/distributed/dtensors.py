@@ -97,6 +97,16 @@ def reduced(tensor: Any) -> Tensor:
 layout_in = attrgetter("mesh", "placements", "shard_order")  # in the spec of a DTensor
 
 
+def summands(dtensor: Any) -> int:
+    """The number of ranks whose parts add up to each element."""
+    mesh = dtensor.device_mesh
+    return math.prod(
+        mesh.size(dim)
+        for dim, placement in enumerate(dtensor.placements)
+        if placement.is_partial() and placement.reduce_op == "sum"
+    )
+
+
 def layout_of(tensor: Tensor) -> str:
     """Mesh and placements, for messages."""
     if not is_dtensor(tensor):
