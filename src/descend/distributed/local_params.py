@@ -24,18 +24,22 @@ class LocalParams:
         method: the optimizer.
         params: the parameters.
         previous: of the last step; what it has reduced for this one is not reduced again. Default: None.
+        reads: whether to read the gradients, which may need other ranks. Default: True.
     Raises:
         RuntimeError: if a parameter is a partial sum.
     """
 
-    def __init__(self, method: Method, params: Iterable[Tensor], previous: LocalParams | None = None) -> None:
+    def __init__(
+        self, method: Method, params: Iterable[Tensor], previous: LocalParams | None = None, reads: bool = True
+    ) -> None:
         self._is_read = False
         self._reduced: dict[int, tuple[Tensor, Tensor]] = previous._reduced if previous else {}
         self._locals: dict[Tensor, _Local] = {param: _local(method, param) for param in params if is_dtensor(param)}
         self._types = {*map(type, self._locals)}
         self._specs = [local.spec for local in self._locals.values()]
         self._layouts = [*map(layout_in, self._specs)]
-        self.read(method)
+        if reads:
+            self.read(method)
 
     def __bool__(self) -> bool:
         return bool(self._locals)

@@ -63,7 +63,8 @@ class Plan:
     Args:
         method: the optimizer.
         tables: its parameters in exact mode.
-        only_with_grad: leave out parameters without a gradient. Default: True.
+        only_with_grad: leave out parameters without a gradient; else gradients of sharded parameters are not read.
+            Default: True.
         position: of the one parameter to plan for. Default: all parameters of all groups.
         previous: the plan of the last step, which is not valid any more. Default: None.
     """
@@ -90,7 +91,8 @@ class Plan:
             for index, group, params in self._selected(method.param_groups)
         ]
         listed = [param for _, params, _, _ in self._groups for param in params]
-        self._locals: LocalParams = LocalParams(method, listed, previous._locals if previous else None)
+        last = previous._locals if previous else None
+        self._locals: LocalParams = LocalParams(method, listed, last, reads=only_with_grad)
         self._ranks = Ranks(self._locals.shares())
         self._agreement = Agreement(method, self._ranks) if self._ranks.meshes else None
         entries: list[Entry] = []
