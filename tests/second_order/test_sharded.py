@@ -11,6 +11,7 @@ import sharded_cases as cases
 import torch
 import torch.distributed as dist
 from ranks import on_ranks
+from sharded import LAYOUTS, Put, values
 from sharded_cases import Fit
 from torch import Tensor
 from torch.distributed.checkpoint.state_dict import (
@@ -49,14 +50,14 @@ LBFGS_OPTIONS: dict[str, dict[str, Any]] = {
     "bounds": dict(max_iter=10, line_search_fn="hager_zhang", bounds={"first.weight": (-0.3, 0.3)}),
     "box": dict(max_iter=8, line_search_fn="hager_zhang", bounds=(-0.4, 0.4), history_size=4),
 }
-LAYOUTS = [("fsdp", 2), ("fsdp", 3), ("hsdp", 4), ("mixed", 3), ("tp", 2)]
+WRAPPED = [("fsdp", 2), ("fsdp", 3), ("hsdp", 4), ("mixed", 3), ("tp", 2)]
 
 
 def lbfgs(rank: int, *args: Any) -> Fit:
     return cases.fit_lbfgs(*args, rank=rank)
 
 
-@pytest.mark.parametrize(("wrapping", "world"), LAYOUTS)
+@pytest.mark.parametrize(("wrapping", "world"), WRAPPED)
 @pytest.mark.parametrize("name", LBFGS_OPTIONS)
 def test_lbfgs_equals_one_process(name: str, wrapping: str, world: int) -> None:
     options = LBFGS_OPTIONS[name]
@@ -92,6 +93,31 @@ def quartic(rank: int, options: dict[str, Any]) -> Fit:
 def test_minimize_equals_one_process(options: dict[str, Any], world: int) -> None:
     expected = cases.minimize_quartic(cases.make_start(), options)
     assert_fits(on_ranks(world, quartic, options), expected, rtol=1e-9)
+
+
+def layout(rank: int, name: str, options: dict[str, Any]) -> Fit:
+    return of_any_layout(LAYOUTS[name][1](), options)
+
+
+def of_any_layout(put: Put, options: dict[str, Any]) -> Fit:
+    params = [torch.nn.Parameter(put(index, value)) for index, value in enumerate(values(0))]
+    targets = [put(index, value) for index, value in enumerate(values(1))]
+    optimizer = descend.LBFGS(params, tolerance_grad=1e-9, tolerance_change=1e-14, **options)
+
+    def loss() -> Tensor:
+        parts = [((p - t) ** 2 * (i + 1) + p**4).sum() for i, (p, t) in enumerate(zip(params, targets, strict=True))]
+        return sum(map(full_of, parts), torch.zeros((), dtype=torch.float64))
+
+    optimizer.step(loss)
+    return cases.fit_of([optimizer.result], params)
+
+
+@pytest.mark.parametrize("line_search_fn", ["strong_wolfe", "hager_zhang"])
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_lbfgs_equals_one_process_on_any_layout(name: str, line_search_fn: str) -> None:
+    options = dict(line_search_fn=line_search_fn, max_iter=8, weight_decay=0.01)
+    expected = of_any_layout(lambda index, tensor: tensor.clone(), options)
+    assert_fits(on_ranks(LAYOUTS[name][0], layout, name, options), expected, rtol=1e-9)
 
 
 # Every rank, every run.
@@ -301,7 +327,7 @@ def errors(rank: int) -> list[str]:
     ]
     messages = []
     for call in calls:
-        with pytest.raises(ValueError, match="sharded|DTensors|partial sum") as caught:
+        with pytest.raises(ValueError, match=r"sharded|DTensors|partial sum") as caught:
             call()
         messages.append(str(caught.value))
     return messages

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from functools import cached_property
 from typing import Any, NamedTuple
@@ -86,11 +87,24 @@ class ShardedParameters(FlatParameters):
         if any(placement.is_partial() for placement in param.placements):
             raise ValueError(f"{self.who}: a parameter has {layout_of(param)}: it is a partial sum. Redistribute it.")
         mesh = param.device_mesh
-        return [
+        others = self._slices_beside(mesh) if mesh.size() < self.space.n_ranks else []
+        return others + [
             mesh.get_group(dim)
             for dim, placement in enumerate(param.placements)
             if placement.is_replicate() and mesh.size(dim) > 1
         ]
+
+    def _slices_beside(self, mesh: Any) -> list[Any]:
+        """Process groups that connect a slice of a mesh with the other slices, which hold the same."""
+        root = mesh._get_root_mesh()
+        names = [name for name in root.mesh_dim_names or () if name not in (mesh.mesh_dim_names or ())]
+        n_slices = math.prod(root[name].size() for name in names)
+        if mesh.size() * n_slices != self.space.n_ranks:
+            raise ValueError(
+                f"{self.who}: a parameter is on {mesh}, others are on {self.space.mesh}. Which ranks have it in common "
+                "is known only if the smaller mesh is a slice of one with all ranks, as in mesh['tp']."
+            )
+        return [root.get_group(name) for name in names if root[name].size() > 1]
 
     # Values.
 
