@@ -64,6 +64,13 @@ def wrap_tp(model: Net) -> None:
     parallelize_module(model, mesh, {"first": ColwiseParallel(), "second": RowwiseParallel()})
 
 
+def wrap_fsdp_tp(model: Net) -> DeviceMesh:
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "tp"))
+    parallelize_module(model, mesh["tp"], {"first": ColwiseParallel(), "second": RowwiseParallel()})
+    fully_shard(model, mesh=mesh["dp"])
+    return mesh["dp"]
+
+
 def wrap_fsdp_of_one(model: Net) -> DeviceMesh:
     """One layer is sharded over all ranks; the other stays plain, with the same gradient on each."""
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
@@ -83,6 +90,7 @@ WRAPPINGS: dict[str, Callable[[Net], DeviceMesh | None]] = {
     "fsdp": wrap_fsdp,
     "hsdp": wrap_hsdp,
     "tp": wrap_tp,
+    "fsdp x tp": wrap_fsdp_tp,
     "mixed": wrap_fsdp_of_one,
 }
 
@@ -112,9 +120,10 @@ def fit_of(results: Iterable[Any], params: Iterable[Tensor]) -> Fit:
 def problem(wrapping: str | None, rank: int = 0) -> tuple[Net, Callable[[], Tensor]]:
     """A model, wrapped unless ``wrapping`` is None, and its loss on this rank's data."""
     model, (x, y) = make_net(), make_data()
-    if wrapping is not None and WRAPPINGS[wrapping](model) is not None:
-        world = dist.get_world_size()
-        x, y = x.tensor_split(world)[rank], y.tensor_split(world)[rank]
+    mesh = WRAPPINGS[wrapping](model) if wrapping is not None else None
+    if mesh is not None:
+        part = rank if mesh.size() == dist.get_world_size() else mesh.get_local_rank()
+        x, y = x.tensor_split(mesh.size())[part], y.tensor_split(mesh.size())[part]
     return model, lambda: (model(x) - y).square().mean()
 
 

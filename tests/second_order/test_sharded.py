@@ -50,7 +50,7 @@ LBFGS_OPTIONS: dict[str, dict[str, Any]] = {
     "bounds": dict(max_iter=10, line_search_fn="hager_zhang", bounds={"first.weight": (-0.3, 0.3)}),
     "box": dict(max_iter=8, line_search_fn="hager_zhang", bounds=(-0.4, 0.4), history_size=4),
 }
-WRAPPED = [("fsdp", 2), ("fsdp", 3), ("hsdp", 4), ("mixed", 3), ("tp", 2)]
+WRAPPED = [("fsdp", 2), ("fsdp", 3), ("hsdp", 4), ("mixed", 3), ("tp", 2), ("fsdp x tp", 4)]
 
 
 def lbfgs(rank: int, *args: Any) -> Fit:
