@@ -234,7 +234,7 @@ def flat_parameters(groups: ParamGroups, who: str) -> FlatParameters:
 
 def _gathered(entries: Tensor, part: Replicas, device_type: str) -> Tensor:
     """The entries of all ranks that have them in common, zeros at the end."""
-    if not part.groups:
+    if not part.groups or not part.chunk:
         return entries
     padded = entries.new_zeros(part.chunk)
     padded[: len(entries)] = entries
