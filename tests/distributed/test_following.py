@@ -240,7 +240,7 @@ def collectives_of_partial_gradients(rank: int) -> int:
     replicated = [torch.nn.Parameter(param.redistribute(trained.mesh, [Replicate()])) for param in trained.params]
     optimizer = AdamW(replicated, lr=0.1)
     count = 0
-    for step in range(2):
+    for _ in range(2):
         for param, plain in zip(replicated, trained.plain, strict=True):
             plain.grad = trained.draw((5, 3))
             part = plain.grad * (0.75 if rank else 0.25)
