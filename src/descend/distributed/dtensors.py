@@ -41,9 +41,11 @@ def local_of(tensor: Any) -> Tensor:
     return local
 
 
-def like(dtensor: Any, local: Tensor) -> Tensor:
-    """A DTensor on ``local``, of the shape, mesh and placements of ``dtensor``."""
+def like(dtensor: Any, local: Tensor, placements: tuple[Any, ...] | None = None) -> Tensor:
+    """A DTensor on ``local``, of the shape, mesh and, unless others are given, placements of ``dtensor``."""
     spec = dtensor._spec
+    if placements is not None:
+        spec = type(spec)(spec.mesh, placements, tensor_meta=spec.tensor_meta)
     if local.dtype != dtensor.dtype:
         spec = copy.copy(spec)
         spec.tensor_meta = spec.tensor_meta._replace(dtype=local.dtype)
@@ -90,26 +92,7 @@ def _order_of_cuts(dtensor: Any) -> list[int]:
     return [mesh_dim for dim in cuts.values() for mesh_dim in dim]
 
 
-def reduced(tensor: Any) -> Tensor:
-    """A DTensor with its partial sums reduced; any other tensor as it is. A collective for each that has some."""
-    if not is_dtensor(tensor) or not any(placement.is_partial() for placement in tensor.placements):
-        return tensor  # type: ignore[no-any-return]
-    replicate = sys.modules["torch.distributed.tensor"].Replicate()
-    placements = [replicate if placement.is_partial() else placement for placement in tensor.placements]
-    return tensor.redistribute(tensor.device_mesh, placements)  # type: ignore[no-any-return]
-
-
 layout_in = attrgetter("mesh", "placements", "shard_order")  # in the spec of a DTensor
-
-
-def summands(dtensor: Any) -> int:
-    """The number of ranks whose parts add up to each element."""
-    mesh = dtensor.device_mesh
-    return math.prod(
-        mesh.size(dim)
-        for dim, placement in enumerate(dtensor.placements)
-        if placement.is_partial() and placement.reduce_op == "sum"
-    )
 
 
 def layout_of(tensor: Tensor) -> str:

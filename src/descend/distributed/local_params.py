@@ -6,12 +6,12 @@ from collections.abc import Iterable
 from operator import eq
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from descend.core.method import Method
 from descend.core.update import Wrapper
 from descend.distributed.dtensors import is_dtensor, is_here, layout_in, layout_of, local_of, same_layout
+from descend.distributed.partial_sums import is_partial, reduced
 from descend.distributed.ranks import Share, share_of
 
 
@@ -70,6 +70,7 @@ class LocalParams:
             RuntimeError: if a gradient lies on other ranks than its parameter.
         """
         self._is_read = is_same = True
+        self._reduce_partial_sums()
         param: Any
         for param, local in self._locals.items():
             is_same &= param._local_tensor is local.inner and local.is_on_inner()
@@ -103,22 +104,34 @@ class LocalParams:
         specs = [own if grad is None else grad._spec for grad, own in zip(grads, self._specs, strict=True)]
         return all(map(eq, map(layout_in, specs), self._layouts))
 
+    def _reduce_partial_sums(self) -> None:
+        """Reduce the gradients that are partial sums, and otherwise lie where their parameters do."""
+        pairs: list[tuple[Any, Any]] = [(param, param.grad) for param, local in self._locals.items() if local.is_here]
+        partial = [
+            (param, grad)
+            for param, grad in pairs
+            if is_partial(grad) and id(grad) not in self._reduced and _lies_there_once_reduced(grad, param)
+        ]
+        wholes: list[Any] = reduced([grad for _, grad in partial])
+        for (param, grad), whole in zip(partial, wholes, strict=True):
+            self._reduced[id(grad)] = grad, local_of(whole.redistribute(param.device_mesh, param.placements))
+
     def _local_grad(self, method: Method, param: Any, grad: Any) -> Tensor:
         if same_layout(param, grad):
             return local_of(grad)
-        partial = is_dtensor(grad) and any(placement.is_partial() for placement in grad.placements)
-        if partial and grad.device_mesh == param.device_mesh:
-            expected = [p if g.is_partial() else g for p, g in zip(param.placements, grad.placements, strict=True)]
-            if tuple(expected) == tuple(param.placements):
-                if id(grad) not in self._reduced:
-                    with torch.no_grad():
-                        reduced = grad.redistribute(param.device_mesh, param.placements)
-                    self._reduced[id(grad)] = grad, local_of(reduced)
-                return self._reduced[id(grad)][1]
+        if id(grad) in self._reduced:
+            return self._reduced[id(grad)][1]
         raise RuntimeError(
             f"{type(method).__name__}: {method.name_of(param)} has {layout_of(param)}, but its gradient has "
             f"{layout_of(grad)}. They must be equal: call redistribute on the gradient. Nothing has moved."
         )
+
+
+def _lies_there_once_reduced(grad: Any, param: Any) -> bool:
+    """Whether a partial gradient lies where its parameter does, but for the sums that are still to be taken."""
+    return grad.device_mesh == param.device_mesh and all(
+        here.is_partial() or here == there for here, there in zip(grad.placements, param.placements, strict=True)
+    )
 
 
 def _local(method: Method, param: Tensor) -> _Local:
