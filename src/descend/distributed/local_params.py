@@ -85,6 +85,12 @@ class LocalParams:
         if partial and grad.device_mesh == param.device_mesh:
             expected = [p if g.is_partial() else g for p, g in zip(param.placements, grad.placements, strict=True)]
             if tuple(expected) == tuple(param.placements):
+                if local_of(grad).layout != torch.strided:
+                    raise RuntimeError(
+                        f"{type(method).__name__}: {method.name_of(param)} has a sparse gradient with partial sums "
+                        f"({layout_of(grad)}), which torch cannot redistribute: sum it over the ranks first "
+                        "(torch.distributed.all_reduce with gloo takes sparse tensors). Nothing has moved."
+                    )
                 if id(grad) not in self._reduced:
                     with torch.no_grad():
                         reduced = grad.redistribute(param.device_mesh, param.placements)
