@@ -35,11 +35,10 @@ class LocalReads:
     def save(self, rows: Tensor, param: Tensor, state: Sequence[Tensor], row_step: Tensor) -> None:
         """Remember rows that are about to be brought up to date."""
         rows = rows.clone()
-        steps = row_step[rows]
+        steps = row_step.index_select(0, rows)
         used = steps > 0
-        with torch.no_grad():
-            copies = [tensor[rows[used]] for tensor in state]
-            self._before.append(_Before(rows, steps, param[rows], used, copies))
+        copies = [tensor.index_select(0, rows[used]) for tensor in state]
+        self._before.append(_Before(rows, steps, param.detach().index_select(0, rows), used, copies))
 
     def undo(
         self, param: Tensor, state: Sequence[Tensor], row_step: Tensor, except_for: np.ndarray | None = None
@@ -47,12 +46,15 @@ class LocalReads:
         """Put all rows back, except for some, given in ascending order; then forget them."""
         for before in self._before:
             back = _not_among(before.rows, except_for)
-            rows, used = before.rows[back], before.used & back
+            if not back.any():
+                continue
+            rows = before.rows[back]
             row_step[rows] = before.row_step[back]
             param.data[rows] = before.param[back]  # no write that autograd should know of
-            if used.any():
+            used, copied = before.rows[before.used & back], back[before.used]
+            if len(used):
                 for tensor, copy in zip(state, before.state, strict=True):
-                    tensor[before.rows[used]] = copy[back[before.used]]
+                    tensor[used] = copy[copied]
         self.forget()
 
     def forget(self) -> None:
