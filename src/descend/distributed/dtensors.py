@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import math
 import sys
+from operator import attrgetter
 from typing import Any
 
 from torch import Tensor
@@ -93,6 +94,19 @@ def reduced(tensor: Any) -> Tensor:
     return tensor.redistribute(tensor.device_mesh, placements)  # type: ignore[no-any-return]
 
 
+layout_in = attrgetter("mesh", "placements", "shard_order")  # in the spec of a DTensor
+
+
+def summands(dtensor: Any) -> int:
+    """The number of ranks whose parts add up to each element."""
+    mesh = dtensor.device_mesh
+    return math.prod(
+        mesh.size(dim)
+        for dim, placement in enumerate(dtensor.placements)
+        if placement.is_partial() and placement.reduce_op == "sum"
+    )
+
+
 def layout_of(tensor: Tensor) -> str:
     """Mesh and placements, for messages."""
     if not is_dtensor(tensor):
@@ -105,4 +119,4 @@ def same_layout(a: Any, b: Any) -> bool:
     """Whether two tensors lie on the ranks in the same way."""
     if not (is_dtensor(a) and is_dtensor(b)):
         return is_dtensor(a) == is_dtensor(b)
-    return all(getattr(a._spec, name) == getattr(b._spec, name) for name in ("mesh", "placements", "shard_order"))
+    return a._spec is b._spec or layout_in(a._spec) == layout_in(b._spec)

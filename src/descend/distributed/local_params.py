@@ -3,21 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from operator import eq
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from descend.core.method import Method
-from descend.distributed.dtensors import is_dtensor, layout_of, local_of, same_layout
+from descend.core.update import Wrapper
+from descend.distributed.dtensors import is_dtensor, layout_in, layout_of, local_of, same_layout
 from descend.distributed.ranks import Share, share_of
 
 
 class LocalParams:
     """For each DTensor among some parameters, a plain tensor on the memory of this rank's part of it.
 
-    It carries the local gradient while a step is prepared and taken: after ``read``, until ``release``. A parameter
-    that is no DTensor stands for itself.
+    It has the local gradient after ``read``, until ``release``. A parameter that is no DTensor stands for itself.
 
     Args:
         method: the optimizer.
@@ -28,8 +29,12 @@ class LocalParams:
     """
 
     def __init__(self, method: Method, params: Iterable[Tensor], previous: LocalParams | None = None) -> None:
+        self._is_read = False
         self._reduced: dict[int, tuple[Tensor, Tensor]] = previous._reduced if previous else {}
         self._locals: dict[Tensor, _Local] = {param: _local(method, param) for param in params if is_dtensor(param)}
+        self._types = {*map(type, self._locals)}
+        self._specs = [local.spec for local in self._locals.values()]
+        self._layouts = [*map(layout_in, self._specs)]
         self.read(method)
 
     def __bool__(self) -> bool:
@@ -55,28 +60,39 @@ class LocalParams:
         Raises:
             RuntimeError: if a gradient lies on other ranks than its parameter.
         """
-        is_same = True
+        self._is_read = is_same = True
+        param: Any
         for param, local in self._locals.items():
-            is_same &= param._local_tensor is local.inner  # type: ignore[attr-defined]
+            is_same &= param._local_tensor is local.inner and local.is_on_inner()
             grad: Any = param.grad
             if grad is None:
                 local.tensor.grad = None
-            elif type(grad) is type(param) and local.has_direct(grad):
-                local.tensor.grad = grad._local_tensor  # type: ignore[attr-defined]  # the same as below, in a tenth of its time
             else:
                 local.tensor.grad = self._local_grad(method, param, grad)
         return is_same
 
     def release(self) -> None:
         """Drop the gradients."""
-        self._reduced.clear()
-        for local in self._locals.values():
-            local.tensor.grad = None
+        if self._is_read:
+            self._is_read = False
+            self._reduced.clear()
+            for local in self._locals.values():
+                local.tensor.grad = None
 
-    def increment_versions(self) -> None:
-        """Tell autograd that the sharded parameters have been written to; their local tensors know."""
-        if self._locals:
-            torch.autograd.graph.increment_version(list(self._locals))
+    def wrapper_of(self, param: Tensor) -> Wrapper | None:
+        """What a probe must know to find the local gradient by itself."""
+        local = self._locals.get(param)
+        if local is None:
+            return None
+        return Wrapper(param, local.inner, local.spec if param.grad is None else getattr(param.grad, "_spec", None))
+
+    def are_direct(self) -> bool:
+        """Whether the inner tensors of all present gradients are the local ones: none must be reduced or refused."""
+        grads: list[Any] = [param.grad for param in self._locals]
+        if not set(map(type, grads)) - {type(None)} <= self._types:
+            return False
+        specs = [own if grad is None else grad._spec for grad, own in zip(grads, self._specs, strict=True)]
+        return all(map(eq, map(layout_in, specs), self._layouts))
 
     def _local_grad(self, method: Method, param: Any, grad: Any) -> Tensor:
         if same_layout(param, grad):
@@ -123,10 +139,7 @@ class _Local:
         self.tensor = local_of(param).detach()
         self.tensor.grad_dtype = None  # gradients may be of any dtype
 
-    def has_direct(self, grad: Any) -> bool:
-        """Whether the tensor inside a gradient is the local one, as far as a few comparisons can tell."""
-        spec, own = grad._spec, self.spec
-        is_same = spec is own or (
-            spec.mesh is own.mesh and spec.placements == own.placements and spec.shard_order == own.shard_order
-        )
-        return is_same and type(grad._local_tensor) is Tensor
+    def is_on_inner(self) -> bool:
+        """Whether the tensor still has the memory of the inner one."""
+        tensor, inner = self.tensor, self.inner
+        return tensor.is_meta or (tensor.data_ptr() == inner.data_ptr() and tensor.shape == inner.shape)

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from descend.backends import available
 from descend.backends.backend import Backend
-from descend.distributed.dtensors import is_dtensor, local_of, reduced
+from descend.distributed.dtensors import is_dtensor, local_of, reduced, summands
 from descend.distributed.ranks import Ranks, Share, share_of
 
 CHUNK = 16_384  # torch sums shorter vectors on one thread, so that results do not depend on their number
@@ -152,14 +152,19 @@ def clip_grad_value_(parameters: Tensor | Iterable[Tensor], clip_value: float, f
         tensor([ 1.0000, -0.5000])
     """
     clip_value = _not_negative("clip_value", clip_value)
+    grads = _grads(parameters)
     with torch.no_grad():
-        for grad in _grads(parameters):
+        for grad in grads:
             if grad.is_sparse:  # duplicates count as their sum
                 indices, values = grad.coalesce().indices(), summed(grad).clamp(-clip_value, clip_value)
                 clipped = torch.sparse_coo_tensor(indices, values, grad.shape, device=grad.device, is_coalesced=True)
                 grad.copy_(clipped)
             else:
-                grad.clamp_(-clip_value, clip_value)
+                whole = reduced(grad)
+                clamped = local_of(whole).clamp_(-clip_value, clip_value)
+                if whole is not grad:  # partial sums, equal ones from now on
+                    local_of(grad).copy_(clamped / summands(grad))
+        torch.autograd.graph.increment_version([grad for grad in grads if is_dtensor(grad)])
 
 
 def _not_negative(name: str, value: float) -> float:
