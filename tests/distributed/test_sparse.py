@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import io
+import re
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,6 +19,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor, init_device_mesh
 from torch.nn.parallel import DistributedDataParallel
 
+import descend
 from descend import SGD, Adagrad, AdamW, SparseAdam
 
 ROWS, DIM = 23, 4
@@ -573,6 +576,38 @@ def test_plain_shards_step_as_the_whole_table(sparse: str) -> None:
     optimizer.settle()
     found = np.concatenate(on_ranks(2, train_plain_shards, dict(sparse=sparse, **OPTIONS)))
     np.testing.assert_allclose(found, table.weight.detach().numpy(), rtol=1e-12, atol=1e-12)
+
+
+# What the documentation says.
+
+
+def run_documented(rank: int, blocks: list[str]) -> list[list[np.ndarray]]:
+    """Train with the examples of docs/sparse.md: under DistributedDataParallel, then a row-sharded table."""
+    torch.manual_seed(0)
+    table = nn.Parameter(distribute_tensor(whole_tables()[0].detach(), init_device_mesh("cpu", (2,)), [Shard(0)]))
+    names: dict[str, Any] = dict(descend=descend, torch=torch, DTensor=DTensor, net=Words(), table=table)
+    names |= dict(DistributedDataParallel=DistributedDataParallel, loss_of=torch.sum)
+    exec(blocks[0], names)
+    for step in range(5):
+        names["optimizer"].zero_grad()
+        names["model"](lookups(step, rank)).backward()
+        names["optimizer"].step()
+    found = numbers(names["net"])
+    names |= dict(indices=torch.tensor([12 * rank, 12 * rank + 1]), first_row=12 * rank)
+    names["optimizer"] = AdamW([table], sparse="touched", lr=1.0, weight_decay=0.0)
+    before = table.full_tensor().detach()
+    exec(blocks[1], names)
+    return [*found, (before - table.full_tensor().detach()).numpy()]
+
+
+def test_documented_examples_run() -> None:
+    section = (Path(__file__).parents[2] / "docs" / "sparse.md").read_text().split("## Across ranks")[1]
+    blocks = re.findall(r"```py\n(.*?)```", section, re.DOTALL)
+    first, second = on_ranks(2, run_documented, blocks)
+    expected = np.zeros((ROWS, DIM))
+    expected[[0, 1, 12, 13]] = 1
+    np.testing.assert_allclose(first[-1], expected, atol=1e-6)
+    assert all(map(np.array_equal, first, second))
 
 
 # What travels.
