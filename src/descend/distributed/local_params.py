@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from operator import eq
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from descend.core.method import Method
@@ -121,6 +122,12 @@ class LocalParams:
             return local_of(grad)
         if id(grad) in self._reduced:
             return self._reduced[id(grad)][1]
+        if is_partial(grad) and local_of(grad).layout is not torch.strided:
+            raise RuntimeError(
+                f"{type(method).__name__}: {method.name_of(param)} has a sparse gradient with partial sums "
+                f"({layout_of(grad)}): sum it over the ranks first (torch.distributed.all_reduce with gloo takes sparse "
+                "tensors). Nothing has moved."
+            )
         raise RuntimeError(
             f"{type(method).__name__}: {method.name_of(param)} has {layout_of(param)}, but its gradient has "
             f"{layout_of(grad)}. They must be equal: call redistribute on the gradient. Nothing has moved."
@@ -128,7 +135,9 @@ class LocalParams:
 
 
 def _lies_there_once_reduced(grad: Any, param: Any) -> bool:
-    """Whether a partial gradient lies where its parameter does, but for the sums that are still to be taken."""
+    """Whether a dense partial gradient lies where its parameter does, but for the sums that are still to be taken."""
+    if local_of(grad).layout is not torch.strided:
+        return False
     return grad.device_mesh == param.device_mesh and all(
         here.is_partial() or here == there for here, there in zip(grad.placements, param.placements, strict=True)
     )

@@ -164,7 +164,17 @@ class Plan:
         for entry in self._entries:
             if entry.sparse:
                 table = tables.of(entry.param) if entry.sparse == "exact" else None
-                update = SparseUpdate(method, entry.param, entry.group, entry.rule, entry.sparse, entry.backend, table)
+                update = SparseUpdate(
+                    method,
+                    entry.param,
+                    entry.local,
+                    entry.share,
+                    entry.group,
+                    entry.rule,
+                    entry.sparse,
+                    entry.backend,
+                    table,
+                )
                 (in_order if entry.in_order else sparse).append(update)
             elif entry.in_order:
                 differentiable = bool(method.param_groups[entry.group].get("differentiable"))
