@@ -124,9 +124,8 @@ class LocalParams:
             return self._reduced[id(grad)][1]
         if is_partial(grad) and local_of(grad).layout is not torch.strided:
             raise RuntimeError(
-                f"{type(method).__name__}: {method.name_of(param)} has a sparse gradient with partial sums "
-                f"({layout_of(grad)}): sum it over the ranks first (torch.distributed.all_reduce with gloo takes sparse "
-                "tensors). Nothing has moved."
+                f"{type(method).__name__}: {method.name_of(param)} has a sparse gradient with {layout_of(grad)}. Sum "
+                "it over the ranks first: torch.distributed.all_reduce takes sparse tensors with gloo. Nothing has moved."
             )
         raise RuntimeError(
             f"{type(method).__name__}: {method.name_of(param)} has {layout_of(param)}, but its gradient has "
