@@ -125,7 +125,7 @@ class LocalParams:
         if is_partial(grad) and local_of(grad).layout is not torch.strided:
             raise RuntimeError(
                 f"{type(method).__name__}: {method.name_of(param)} has a sparse gradient with {layout_of(grad)}. Sum "
-                "it over the ranks first: torch.distributed.all_reduce takes sparse tensors with gloo. Nothing has moved."
+                "it over the ranks first; with gloo, torch.distributed.all_reduce can. Nothing has moved."
             )
         raise RuntimeError(
             f"{type(method).__name__}: {method.name_of(param)} has {layout_of(param)}, but its gradient has "
