@@ -220,6 +220,23 @@ def test_versions_of_wrapper_and_inner_tensor_grow() -> None:
         assert min(grown) >= 1
 
 
+def made_in_inference_mode(rank: int) -> tuple[str, float]:
+    """A DTensor that was wrapped in inference mode around an ordinary tensor."""
+    spec, inner = Trained(rank).params[0]._spec, torch.ones(2 + (rank == 0), 3, dtype=torch.float64)
+    with torch.inference_mode():
+        param = DTensor(inner, spec, requires_grad=False)
+    param.grad = DTensor(torch.ones_like(inner), spec, requires_grad=False)
+    with pytest.raises(RuntimeError) as caught:
+        AdamW([param]).step()
+    return str(caught.value), inner.sum().item() / inner.numel()
+
+
+def test_parameter_made_in_inference_mode_is_an_error() -> None:
+    for message, mean in on_ranks(2, made_in_inference_mode):
+        assert "the parameter was made in inference mode" in message
+        assert mean == 1
+
+
 def gradients_are_let_go(rank: int, name: str) -> bool:
     with probe_called(name):
         trained = Trained(rank)

@@ -189,7 +189,8 @@ def checked_state(
                 "(untyped_storage().resize_). Restore it before the step, or set the gradient to None."
             )
     for name, tensor in (("the parameter", local), *tensors):
-        if tensor.is_inference() and not torch.is_inference_mode_enabled():
+        is_inference = tensor.is_inference() or (tensor is local and param.is_inference())
+        if is_inference and not torch.is_inference_mode_enabled():
             reason = "was made in inference mode, and torch allows no update of it outside of that mode"
         elif _is_expanded(tensor):
             reason = "is expanded: several of its elements share memory, so torch allows no update in place"
