@@ -14,7 +14,7 @@ from sharded import LAYOUTS, TABLE, Sharded, bits, local, place
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
 
-from descend import SGD, AdamW
+from descend import SGD, AdamW, in_backward
 
 
 def said(work: Callable[[], Any]) -> str:
@@ -223,6 +223,24 @@ def test_ranks_that_disagree_later_are_told_at_a_step_with_a_norm(what: str) -> 
     assert first[0].startswith("RuntimeError: AdamW: ranks 0 and 1 disagree about ")
     expected = {"lr": "group 1, lr: 0.1 and 0.7", "nonfinite": "nonfinite: 'step' and 'skip'", "group": "group 2, lr"}
     assert expected[what] in first[0]
+
+
+def gradient_inside_backward(rank: int) -> str:
+    """A gradient comes on one rank only, where each parameter steps by itself."""
+    mesh = init_device_mesh("cpu", (2,))
+    params = [torch.nn.Parameter(place(torch.ones(4, 3), mesh, Shard(0))) for _ in range(2)]
+    optimizer = AdamW(params, max_norm=1.0)
+    in_backward(optimizer, clip="parameter")
+    for param in params[rank:]:
+        param.grad = torch.ones_like(param)
+    return said(optimizer.step)
+
+
+def test_gradient_on_one_rank_inside_backward_is_an_error() -> None:
+    first, other = on_ranks(2, gradient_inside_backward, timeout=5)
+    names = "param_groups[0]['params'][0] and param_groups[0]['params'][1]"
+    for text in (first, other):
+        assert f"ranks 0 and 1 disagree about which gradient is next: {names}" in text
 
 
 def fail_before_the_norm(rank: int) -> tuple[str, float]:

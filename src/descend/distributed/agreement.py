@@ -28,19 +28,33 @@ class Agreement:
         self._ranks = ranks
         self._described = {mesh: repr(_parameters(method, mesh)) for mesh in ranks.meshes}
 
-    def numbers(self, method: Method) -> dict[Any, list[float]]:
-        """What to sum over each mesh."""
-        options = repr(_options(method))
+    def numbers(self, method: Method, alone: str = "") -> dict[Any, list[float]]:
+        """What to sum over each mesh.
+
+        Args:
+            method: the optimizer.
+            alone: the name of the parameter that steps by itself. Default: all of them step.
+        """
+        options = repr({**_options(method), **self._course(method, alone)})
         return {mesh: _digest(described + options) for mesh, described in self._described.items()}
 
-    def check(self, method: Method, sums: Mapping[Any, Sequence[float]]) -> None:
+    def check(self, method: Method, sums: Mapping[Any, Sequence[float]], alone: str = "") -> None:
         """Raise ``RuntimeError``, on every rank of the mesh, if the summed ``numbers`` differ between its ranks."""
         for mesh, summed in sums.items():
             half = len(summed) // 2
             # Numbers x are equal if n * sum(x^2) = sum(x)^2. Of bytes, all of this is exact in float64.
             if any(mesh.size() * square != x * x for x, square in zip(summed[:half], summed[half:], strict=True)):
-                described = {**_parameters(method, mesh), **_options(method)}
+                described = {**_parameters(method, mesh), **_options(method), **self._course(method, alone)}
                 raise RuntimeError(message(type(method).__name__, gather([mesh], described)))
+
+    def _course(self, method: Method, alone: str) -> Description:
+        """What the collectives of a norm depend on."""
+        if not method.options.wants_norm:
+            return {}
+        return {
+            "the number of meshes that are in no larger one": str(self._ranks.rounds),
+            "which gradient is next": alone,
+        }
 
     def shake_hands(self, method: Method) -> None:
         """Raise ``RuntimeError`` if ranks disagree. Once, at the first step: later ones may reduce nothing."""

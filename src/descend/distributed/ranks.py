@@ -44,12 +44,15 @@ class Ranks:
     """The ranks that share some tensors.
 
     Meshes are visited from the smallest to the largest. The largest takes along what the others have found, on average
-    over its ranks that belong to all meshes: on its ranks everything counts, and all of them get the same bits.
+    over its ranks that belong to all meshes: on its ranks everything counts, and all of them get the same bits. If no
+    mesh holds the ranks of all others (slices of one along different dimensions do not), more rounds follow, in which
+    the ranks agree on the largest total that one of them has found.
 
     Args:
         shares: of the tensors, see ``share_of``.
     Attributes:
         meshes: their meshes, those of one rank left out.
+        rounds: over all meshes, until each rank knows what the others do.
     """
 
     def __init__(self, shares: Iterable[Share | None]) -> None:
@@ -57,6 +60,9 @@ class Ranks:
         own = [mesh for mesh in meshes if mesh.get_coordinate() is not None]
         self.meshes = sorted((mesh for mesh in own if mesh.size() > 1), key=_order)
         self._is_in_all = len(own) == len(meshes)
+        ranks = [{*mesh.mesh.flatten().tolist()} for mesh in meshes]
+        largest = max(ranks, key=len, default=set())
+        self.rounds = 1 if all(others <= largest for others in ranks) else len(meshes)
 
     def sum(self, values: Mapping[Share | None, Sequence[float]]) -> list[float]:
         """Totals over all ranks in which each element counts once.
@@ -64,12 +70,12 @@ class Ranks:
         Args:
             values: sums over the local elements of each share, as many for each.
         """
-        return self.reduce(values, {})[0]
+        return self.agree(self.reduce(values, {})[0])
 
     def reduce(
         self, values: Mapping[Share | None, Sequence[float]], beside: Mapping[Any, Sequence[float]]
     ) -> tuple[list[float], dict[Any, list[float]]]:
-        """The totals of ``sum``; and in the same collectives, for each mesh, sums of the numbers that its ranks pass.
+        """The totals of ``sum``, before ``agree``; in the same collectives, sums of what the ranks of each mesh pass.
 
         Args:
             values: as in ``sum``.
@@ -93,14 +99,22 @@ class Ranks:
             summed[mesh] = reduced[2 * width + 1 :].tolist()
         return total.tolist(), summed
 
+    def agree(self, totals: list[float]) -> list[float]:
+        """The totals on which all ranks agree. Nothing is sent if one mesh holds all of them: they are the same."""
+        return totals if self.rounds == 1 else self.max(totals)
+
     def max(self, values: Sequence[float]) -> list[float]:
         """The largest of each over all ranks; NaN if one is NaN."""
         numbers = _float64(values)
         flagged = torch.cat([numbers.nan_to_num(nan=-math.inf, posinf=math.inf, neginf=-math.inf), numbers.isnan()])
-        for mesh in self.meshes:
+        for mesh in self.meshes * self.rounds:
             flagged = all_reduce(mesh, flagged, largest=True)
         largest, is_nan = flagged.chunk(2)
         return torch.where(is_nan > 0, math.nan, largest).tolist()
+
+    def gather(self, item: Any) -> dict[int, Any]:
+        """What each rank passes, by its global rank."""
+        return gather(self.meshes * self.rounds, item)
 
 
 def gather(meshes: Iterable[Any], item: Any) -> dict[int, Any]:
@@ -123,8 +137,13 @@ def all_reduce(mesh: Any, numbers: Tensor, largest: bool = False) -> Tensor:
 
 
 def _order(mesh: Any) -> tuple[Any, ...]:
-    """A place among all meshes, the same on every rank; with one for each mesh, no two ranks wait for each other."""
-    return mesh.size(), mesh.mesh.flatten().tolist(), tuple(mesh.shape), mesh.mesh_dim_names or ()
+    """A place among all meshes, the same on every rank; with one for each mesh, no two ranks wait for each other.
+
+    Slices of a larger mesh along the same dimensions come together, so that each rank has the same kind of mesh last.
+    """
+    ranks = mesh.mesh.flatten().tolist()
+    distances = [rank - ranks[0] for rank in ranks]
+    return mesh.size(), mesh.mesh_dim_names or (), tuple(mesh.shape), distances, ranks
 
 
 def _groups(mesh: Any) -> list[Any]:

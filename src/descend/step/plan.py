@@ -22,7 +22,7 @@ from descend.core.update import Cell, Update
 from descend.distributed.agreement import Agreement
 from descend.distributed.dtensors import layout_of, local_of
 from descend.distributed.local_params import LocalParams
-from descend.distributed.ranks import Ranks, Share, gather
+from descend.distributed.ranks import Ranks, Share
 from descend.norms import clip
 from descend.sparse.attach import Tables
 from descend.sparse.update import SparseUpdate
@@ -95,6 +95,7 @@ class Plan:
         self._locals: LocalParams = LocalParams(method, listed, last, reads=only_with_grad)
         self._ranks = Ranks(self._locals.shares())
         self._agreement = Agreement(method, self._ranks) if self._ranks.meshes else None
+        self._alone = "" if position is None or not listed else method.name_of(listed[0])
         entries: list[Entry] = []
         for index, params, rule, differentiable in self._groups:
             for param in params:
@@ -220,8 +221,9 @@ class Plan:
             sums: dict[Share | None, list[float]] = {None: [0.0]}
             for update in self._updates:
                 sums.setdefault(update.share, [0.0])[0] += update.sum_of_squares()
-            (total,), agreed = self._ranks.reduce(sums, self._agreement.numbers(method))
-            self._agreement.check(method, agreed)
+            totals, agreed = self._ranks.reduce(sums, self._agreement.numbers(method, self._alone))
+            self._agreement.check(method, agreed, self._alone)
+            (total,) = self._ranks.agree(totals)
         if math.isfinite(total):
             return math.sqrt(total)
         # Not finite, or finite with squares that overflow: the slower way can tell.
@@ -242,7 +244,7 @@ class Plan:
         ]
         if not self._ranks.meshes:
             return names
-        by_rank = gather(self._ranks.meshes, names)
+        by_rank = self._ranks.gather(names)
         return [f"{name} on rank {rank}" for rank, names in by_rank.items() for name in names]
 
     def shake_hands(self, method: Method) -> None:
