@@ -233,3 +233,26 @@ def gradients_are_let_go(rank: int, name: str) -> bool:
 @pytest.mark.parametrize("name", ["native", "python"])
 def test_gradients_are_not_kept_alive(name: str) -> None:
     assert on_ranks(2, gradients_are_let_go, name) == [True, True]
+
+
+def collectives_of_partial_gradients(rank: int) -> int:
+    trained = Trained(rank)
+    replicated = [torch.nn.Parameter(param.redistribute(trained.mesh, [Replicate()])) for param in trained.params]
+    optimizer = AdamW(replicated, lr=0.1)
+    count = 0
+    for _ in range(2):
+        for param, plain in zip(replicated, trained.plain, strict=True):
+            plain.grad = trained.draw((5, 3))
+            part = plain.grad * (0.75 if rank else 0.25)
+            param.grad = DTensor.from_local(part, trained.mesh, [Partial()])
+        with mock.patch("torch.distributed.all_reduce", wraps=torch.distributed.all_reduce) as all_reduce:
+            optimizer.step()
+        count = all_reduce.call_count
+        trained.reference.step()
+    for param, plain in zip(replicated, trained.plain, strict=True):
+        torch.testing.assert_close(param.to_local(), plain.detach(), rtol=1e-13, atol=1e-13)
+    return count
+
+
+def test_partial_gradients_share_a_collective() -> None:
+    assert on_ranks(2, collectives_of_partial_gradients) == [1, 1]

@@ -9,6 +9,7 @@ import numpy as np
 from torch import Tensor
 
 from descend.core.method import Method
+from descend.distributed.dtensors import local_of
 
 _UNITS = ("B", "KiB", "MiB", "GiB", "TiB")
 
@@ -21,7 +22,7 @@ class Row(NamedTuple):
         pattern: the pattern that matched its parameters; empty without ``groups`` and for unmatched parameters.
         parameters: number of tensors.
         numbers: total number of elements in them.
-        state_bytes: size of the state that exists now; lazily committed memory counts in full.
+        state_bytes: size of the state that exists now, on this rank; lazily committed memory counts in full.
         options: options that now differ from the optimizer's defaults, and all options that are tensors.
     """
 
@@ -52,7 +53,7 @@ def summarize(method: Method, patterns: Mapping[str, str], file: TextIO | None) 
                 pattern=", ".join(filter(None, matched)),
                 parameters=len(group["params"]),
                 numbers=sum(param.numel() for param in group["params"]),
-                state_bytes=sum(tensor.nbytes for content in state for tensor in _tensors(content)),
+                state_bytes=sum(local_of(tensor).nbytes for content in state for tensor in _tensors(content)),
                 options={
                     name: group[name]
                     for name, default in method.defaults.items()

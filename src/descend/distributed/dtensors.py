@@ -25,6 +25,11 @@ def is_dtensor(tensor: Any) -> bool:
     return module is not None and isinstance(tensor, module.DTensor)
 
 
+def is_here(dtensor: Any) -> bool:
+    """Whether this rank is one of those of its mesh."""
+    return dtensor.device_mesh.get_coordinate() is not None
+
+
 def local_of(tensor: Any) -> Tensor:
     """The tensor that this rank holds of a DTensor, in the same memory; any other tensor as it is."""
     if not is_dtensor(tensor):
@@ -36,9 +41,11 @@ def local_of(tensor: Any) -> Tensor:
     return local
 
 
-def like(dtensor: Any, local: Tensor) -> Tensor:
-    """A DTensor on ``local``, of the shape, mesh and placements of ``dtensor``."""
+def like(dtensor: Any, local: Tensor, placements: tuple[Any, ...] | None = None) -> Tensor:
+    """A DTensor on ``local``, of the shape, mesh and, unless others are given, placements of ``dtensor``."""
     spec = dtensor._spec
+    if placements is not None:
+        spec = type(spec)(spec.mesh, placements, tensor_meta=spec.tensor_meta)
     if local.dtype != dtensor.dtype:
         spec = copy.copy(spec)
         spec.tensor_meta = spec.tensor_meta._replace(dtype=local.dtype)
@@ -83,15 +90,6 @@ def _order_of_cuts(dtensor: Any) -> list[int]:
             raise ValueError(f"parts cannot be found by {layout_of(dtensor)}")
         earlier.insert(pieces.index(factor), mesh_dim)
     return [mesh_dim for dim in cuts.values() for mesh_dim in dim]
-
-
-def reduced(tensor: Any) -> Tensor:
-    """A DTensor with its partial sums reduced; any other tensor as it is. A collective for each that has some."""
-    if not is_dtensor(tensor) or not any(placement.is_partial() for placement in tensor.placements):
-        return tensor  # type: ignore[no-any-return]
-    replicate = sys.modules["torch.distributed.tensor"].Replicate()
-    placements = [replicate if placement.is_partial() else placement for placement in tensor.placements]
-    return tensor.redistribute(tensor.device_mesh, placements)  # type: ignore[no-any-return]
 
 
 layout_in = attrgetter("mesh", "placements", "shard_order")  # in the spec of a DTensor

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from descend.core.method import Method
 from descend.core.update import Wrapper
-from descend.distributed.dtensors import is_dtensor, layout_in, layout_of, local_of, same_layout
+from descend.distributed.dtensors import is_dtensor, is_here, layout_in, layout_of, local_of, same_layout
+from descend.distributed.partial_sums import is_partial, reduced
 from descend.distributed.ranks import Share, share_of
 
 
@@ -24,18 +25,22 @@ class LocalParams:
         method: the optimizer.
         params: the parameters.
         previous: of the last step; what it has reduced for this one is not reduced again. Default: None.
+        reads: whether to read the gradients, which may need other ranks. Default: True.
     Raises:
         RuntimeError: if a parameter is a partial sum.
     """
 
-    def __init__(self, method: Method, params: Iterable[Tensor], previous: LocalParams | None = None) -> None:
+    def __init__(
+        self, method: Method, params: Iterable[Tensor], previous: LocalParams | None = None, reads: bool = True
+    ) -> None:
         self._is_read = False
         self._reduced: dict[int, tuple[Tensor, Tensor]] = previous._reduced if previous else {}
         self._locals: dict[Tensor, _Local] = {param: _local(method, param) for param in params if is_dtensor(param)}
         self._types = {*map(type, self._locals)}
         self._specs = [local.spec for local in self._locals.values()]
         self._layouts = [*map(layout_in, self._specs)]
-        self.read(method)
+        if reads:
+            self.read(method)
 
     def __bool__(self) -> bool:
         return bool(self._locals)
@@ -50,6 +55,11 @@ class LocalParams:
         local = self._locals.get(param) if self._locals else None
         return None if local is None else local.share
 
+    def is_here(self, param: Tensor) -> bool:
+        """Whether this rank is one of those that a parameter lies on. The others have nothing to step."""
+        local = self._locals.get(param) if self._locals else None
+        return local is None or local.is_here
+
     def shares(self) -> list[Share]:
         """The share of each sharded parameter."""
         return [local.share for local in self._locals.values()]
@@ -61,11 +71,12 @@ class LocalParams:
             RuntimeError: if a gradient lies on other ranks than its parameter.
         """
         self._is_read = is_same = True
+        self._reduce_partial_sums()
         param: Any
         for param, local in self._locals.items():
             is_same &= param._local_tensor is local.inner and local.is_on_inner()
             grad: Any = param.grad
-            if grad is None:
+            if grad is None or not local.is_here:
                 local.tensor.grad = None
             else:
                 local.tensor.grad = self._local_grad(method, param, grad)
@@ -82,7 +93,7 @@ class LocalParams:
     def wrapper_of(self, param: Tensor) -> Wrapper | None:
         """What a probe must know to find the local gradient by itself."""
         local = self._locals.get(param)
-        if local is None:
+        if local is None or not local.is_here:
             return None
         return Wrapper(param, local.inner, local.spec if param.grad is None else getattr(param.grad, "_spec", None))
 
@@ -94,22 +105,41 @@ class LocalParams:
         specs = [own if grad is None else grad._spec for grad, own in zip(grads, self._specs, strict=True)]
         return all(map(eq, map(layout_in, specs), self._layouts))
 
+    def _reduce_partial_sums(self) -> None:
+        """Reduce the gradients that are partial sums, and otherwise lie where their parameters do."""
+        pairs: list[tuple[Any, Any]] = [(param, param.grad) for param, local in self._locals.items() if local.is_here]
+        partial = [
+            (param, grad)
+            for param, grad in pairs
+            if is_partial(grad) and id(grad) not in self._reduced and _lies_there_once_reduced(grad, param)
+        ]
+        wholes: list[Any] = reduced([grad for _, grad in partial])
+        for (param, grad), whole in zip(partial, wholes, strict=True):
+            self._reduced[id(grad)] = grad, local_of(whole.redistribute(param.device_mesh, param.placements))
+
     def _local_grad(self, method: Method, param: Any, grad: Any) -> Tensor:
         if same_layout(param, grad):
             return local_of(grad)
-        partial = is_dtensor(grad) and any(placement.is_partial() for placement in grad.placements)
-        if partial and grad.device_mesh == param.device_mesh:
-            expected = [p if g.is_partial() else g for p, g in zip(param.placements, grad.placements, strict=True)]
-            if tuple(expected) == tuple(param.placements):
-                if id(grad) not in self._reduced:
-                    with torch.no_grad():
-                        reduced = grad.redistribute(param.device_mesh, param.placements)
-                    self._reduced[id(grad)] = grad, local_of(reduced)
-                return self._reduced[id(grad)][1]
+        if id(grad) in self._reduced:
+            return self._reduced[id(grad)][1]
+        if is_partial(grad) and local_of(grad).layout is not torch.strided:
+            raise RuntimeError(
+                f"{type(method).__name__}: {method.name_of(param)} has a sparse gradient with {layout_of(grad)}. Sum "
+                "it over the ranks first; with gloo, torch.distributed.all_reduce can. Nothing has moved."
+            )
         raise RuntimeError(
             f"{type(method).__name__}: {method.name_of(param)} has {layout_of(param)}, but its gradient has "
             f"{layout_of(grad)}. They must be equal: call redistribute on the gradient. Nothing has moved."
         )
+
+
+def _lies_there_once_reduced(grad: Any, param: Any) -> bool:
+    """Whether a dense partial gradient lies where its parameter does, but for the sums that are still to be taken."""
+    if local_of(grad).layout is not torch.strided:
+        return False
+    return grad.device_mesh == param.device_mesh and all(
+        here.is_partial() or here == there for here, there in zip(grad.placements, param.placements, strict=True)
+    )
 
 
 def _local(method: Method, param: Tensor) -> _Local:
@@ -125,12 +155,13 @@ class _Local:
     Attributes:
         inner: the tensor inside the DTensor.
         tensor: another tensor on the same memory, which may have a gradient of its own.
+        is_here: whether this rank is one of those of its mesh.
     """
 
     def __init__(self, param: Any, share: Share | None) -> None:
         assert share is not None
         self.share, self.spec, self.inner = share, param._spec, param._local_tensor
-        self.tensor = local_of(param).detach()
+        self.tensor, self.is_here = local_of(param).detach(), is_here(param)
         self.tensor.grad_dtype = None  # gradients may be of any dtype
 
     def is_on_inner(self) -> bool:

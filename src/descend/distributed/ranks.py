@@ -43,8 +43,8 @@ def share_of(tensor: Tensor) -> Share | None:
 class Ranks:
     """The ranks that share some tensors.
 
-    Meshes are visited from the smallest to the largest. The largest takes along what the others have found: on a rank
-    that belongs to it, everything counts, and all of its ranks get the same bits.
+    Meshes are visited from the smallest to the largest. The largest takes along what the others have found, on average
+    over its ranks that belong to all meshes: on its ranks everything counts, and all of them get the same bits.
 
     Args:
         shares: of the tensors, see ``share_of``.
@@ -54,8 +54,9 @@ class Ranks:
 
     def __init__(self, shares: Iterable[Share | None]) -> None:
         meshes = {share.mesh for share in shares if share is not None}
-        shared = [mesh for mesh in meshes if mesh.size() > 1 and mesh.get_coordinate() is not None]
-        self.meshes = sorted(shared, key=lambda mesh: (mesh.size(), mesh.mesh.flatten().tolist(), mesh.ndim))
+        own = [mesh for mesh in meshes if mesh.get_coordinate() is not None]
+        self.meshes = sorted((mesh for mesh in own if mesh.size() > 1), key=_order)
+        self._is_in_all = len(own) == len(meshes)
         self._groups = {mesh: _groups(mesh) for mesh in self.meshes}
 
     def sum(self, values: Mapping[Share | None, Sequence[float]]) -> list[float]:
@@ -82,15 +83,16 @@ class Ranks:
         for share, numbers in values.items():
             if share and share.mesh in own:
                 own[share.mesh] = _add(own[share.mesh], numbers, share.replicas)
-            else:
+            elif not share or share.mesh.get_coordinate() is not None:
                 total = _add(total, numbers, share.replicas if share else 1)
-        summed = {}
+        width, summed = len(zeros), {}
         for mesh in self.meshes:
-            is_last = mesh is self.meshes[-1]
-            part = _add(own[mesh], total, mesh.size()) if is_last else own[mesh]
-            reduced = self._all_reduce(mesh, [*part, *beside.get(mesh, ())], dist.ReduceOp.SUM)
-            found, summed[mesh] = reduced[: len(zeros)], reduced[len(zeros) :]
-            total = found if is_last else _add(found, total, 1)
+            takes_along = mesh is self.meshes[-1] and self._is_in_all
+            others = [*total, 1.0] if takes_along else [*zeros, 0.0]
+            reduced = self._all_reduce(mesh, [*own[mesh], *others, *beside.get(mesh, ())], dist.ReduceOp.SUM)
+            found, others, count = reduced[:width], reduced[width : 2 * width], reduced[2 * width]
+            total = _add(found, others, count) if count > 0 else _add(found, total, 1)
+            summed[mesh] = reduced[2 * width + 1 :]
         return total, summed
 
     def max(self, values: Sequence[float]) -> list[float]:
@@ -121,10 +123,15 @@ def gather(meshes: Iterable[Any], item: Any) -> dict[int, Any]:
     return dict(sorted(found.items()))
 
 
+def _order(mesh: Any) -> tuple[Any, ...]:
+    """A place among all meshes, the same on every rank; with one for each mesh, no two ranks wait for each other."""
+    return mesh.size(), mesh.mesh.flatten().tolist(), tuple(mesh.shape), mesh.mesh_dim_names or ()
+
+
 def _groups(mesh: Any) -> list[Any]:
     return [mesh.get_group(dim) for dim in range(mesh.ndim) if mesh.size(dim) > 1]
 
 
-def _add(numbers: Sequence[float], others: Sequence[float], parts: int) -> list[float]:
+def _add(numbers: Sequence[float], others: Sequence[float], parts: float) -> list[float]:
     """A part of the others added to each number."""
     return [number + other / parts for number, other in zip(numbers, others, strict=True)]

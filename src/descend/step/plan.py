@@ -63,7 +63,8 @@ class Plan:
     Args:
         method: the optimizer.
         tables: its parameters in exact mode.
-        only_with_grad: leave out parameters without a gradient. Default: True.
+        only_with_grad: leave out parameters without a gradient; else gradients of sharded parameters are not read.
+            Default: True.
         position: of the one parameter to plan for. Default: all parameters of all groups.
         previous: the plan of the last step, which is not valid any more. Default: None.
     """
@@ -90,13 +91,14 @@ class Plan:
             for index, group, params in self._selected(method.param_groups)
         ]
         listed = [param for _, params, _, _ in self._groups for param in params]
-        self._locals: LocalParams = LocalParams(method, listed, previous._locals if previous else None)
+        last = previous._locals if previous else None
+        self._locals: LocalParams = LocalParams(method, listed, last, reads=only_with_grad)
         self._ranks = Ranks(self._locals.shares())
         self._agreement = Agreement(method, self._ranks) if self._ranks.meshes else None
         entries: list[Entry] = []
         for index, params, rule, differentiable in self._groups:
             for param in params:
-                if not only_with_grad or param.grad is not None:
+                if (not only_with_grad or param.grad is not None) and self._locals.is_here(param):
                     entries.append(self._entry(method, tables, index, rule, param, differentiable))
         self._entries = _in_order_where_memory_is_shared(entries)
         if self._requested not in ("auto", EAGER.name):
@@ -162,7 +164,17 @@ class Plan:
         for entry in self._entries:
             if entry.sparse:
                 table = tables.of(entry.param) if entry.sparse == "exact" else None
-                update = SparseUpdate(method, entry.param, entry.group, entry.rule, entry.sparse, entry.backend, table)
+                update = SparseUpdate(
+                    method,
+                    entry.param,
+                    entry.local,
+                    entry.share,
+                    entry.group,
+                    entry.rule,
+                    entry.sparse,
+                    entry.backend,
+                    table,
+                )
                 (in_order if entry.in_order else sparse).append(update)
             elif entry.in_order:
                 differentiable = bool(method.param_groups[entry.group].get("differentiable"))
