@@ -26,19 +26,19 @@ class Agreement:
 
     def __init__(self, method: Method, ranks: Ranks) -> None:
         self._ranks = ranks
-        self._described = {mesh: repr(_parameters(method, mesh)) for mesh in ranks.meshes}
+        self._digests = {mesh: _digest(repr(_parameters(method, mesh))) for mesh in ranks.meshes}
 
     def numbers(self, method: Method) -> dict[Any, list[float]]:
         """What to sum over each mesh."""
-        options = repr(_options(method))
-        return {mesh: _digest(described + options) for mesh, described in self._described.items()}
+        options = repr(_values(method))
+        return {mesh: _bytes_and_squares(_digest(options, digest)) for mesh, digest in self._digests.items()}
 
     def check(self, method: Method, sums: Mapping[Any, Sequence[float]]) -> None:
         """Raise ``RuntimeError``, on every rank of the mesh, if the summed ``numbers`` differ between its ranks."""
         for mesh, summed in sums.items():
-            half = len(summed) // 2
+            half, ranks = len(summed) // 2, mesh.size()
             # Numbers x are equal if n * sum(x^2) = sum(x)^2. Of bytes, all of this is exact in float64.
-            if any(mesh.size() * square != x * x for x, square in zip(summed[:half], summed[half:], strict=True)):
+            if any(ranks * square != x * x for x, square in zip(summed[:half], summed[half:], strict=True)):
                 described = {**_parameters(method, mesh), **_options(method)}
                 raise RuntimeError(message(type(method).__name__, gather([mesh], described)))
 
@@ -81,13 +81,24 @@ def _options(method: Method) -> Description:
     return described
 
 
+def _values(method: Method) -> list[list[Any]]:
+    """What ``_options`` describes, without the words: a step has time for no more."""
+    keys = method.defaults
+    in_groups = ([_plain(group[key]) for key in keys if key in group] for group in method.param_groups)
+    return [[*vars(method.options).values()], *in_groups]
+
+
 def _plain(value: Any) -> Any:
-    if isinstance(value, Sequence) and not isinstance(value, str):
+    if isinstance(value, (list, tuple)):
         return tuple(map(number, value))
     return number(value)
 
 
-def _digest(text: str) -> list[float]:
-    """Four bytes, and their squares."""
-    digest = [float(byte) for byte in zlib.crc32(text.encode()).to_bytes(4, "big")]
-    return digest + [byte * byte for byte in digest]
+def _digest(text: str, before: int = 0) -> int:
+    """Four bytes that depend on a text, and on the digest of what stands before it."""
+    return zlib.crc32(text.encode(), before)
+
+
+def _bytes_and_squares(digest: int) -> list[float]:
+    numbers = [float(byte) for byte in digest.to_bytes(4, "big")]
+    return numbers + [number * number for number in numbers]
