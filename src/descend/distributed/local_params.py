@@ -3,21 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
 
 from descend.core.method import Method
 from descend.distributed.dtensors import is_dtensor, layout_of, local_of, same_layout
+from descend.distributed.gather import Cut
 from descend.distributed.ranks import Share, share_of
+from descend.distributed.shard_state import as_sharded, part
 
 
 class LocalParams:
-    """For each DTensor among some parameters, a plain tensor on the memory of this rank's part of it.
+    """For each sharded parameter among some, a plain tensor on the memory of this rank's part of it.
 
-    It carries the local gradient while a step is prepared and taken: after ``read``, until ``release``. A parameter
-    that is no DTensor stands for itself.
+    It carries the local gradient while a step is prepared and taken: after ``read``, until ``release``. Sharded are
+    DTensors, and with ``shard_state`` the parameters that every rank has whole. Any other stands for itself.
 
     Args:
         method: the optimizer.
@@ -29,7 +31,14 @@ class LocalParams:
 
     def __init__(self, method: Method, params: Iterable[Tensor], previous: LocalParams | None = None) -> None:
         self._reduced: dict[int, tuple[Tensor, Tensor]] = previous._reduced if previous else {}
-        self._locals: dict[Tensor, _Local] = {param: _local(method, param) for param in params if is_dtensor(param)}
+        self._dtensors: dict[Tensor, _Local] = {}
+        self._slices: dict[Tensor, _Slice] = {}
+        for param in params:
+            if is_dtensor(param):
+                self._dtensors[param] = _local(method, param)
+            elif is_dtensor(sharded := as_sharded(method, param)):
+                self._slices[param] = _Slice(param, sharded)
+        self._locals: dict[Tensor, _Local | _Slice] = {**self._dtensors, **self._slices}
         self.read(method)
 
     def __bool__(self) -> bool:
@@ -45,6 +54,15 @@ class LocalParams:
         local = self._locals.get(param) if self._locals else None
         return None if local is None else local.share
 
+    def cut_of(self, param: Tensor) -> Cut | None:
+        """How a parameter is cut that this rank has whole; None for all others."""
+        piece = self._slices.get(param) if self._slices else None
+        return None if piece is None else piece.cut
+
+    def wholes(self) -> list[Tensor]:
+        """The parameters that are cut, but that this rank has whole."""
+        return list(self._slices)
+
     def shares(self) -> list[Share]:
         """The share of each sharded parameter."""
         return [local.share for local in self._locals.values()]
@@ -56,7 +74,7 @@ class LocalParams:
             RuntimeError: if a gradient lies on other ranks than its parameter.
         """
         is_same = True
-        for param, local in self._locals.items():
+        for param, local in self._dtensors.items():
             is_same &= param._local_tensor is local.inner  # type: ignore[attr-defined]
             grad: Any = param.grad
             if grad is None:
@@ -65,6 +83,10 @@ class LocalParams:
                 local.tensor.grad = grad._local_tensor  # type: ignore[attr-defined]  # the same as below, in a tenth of its time
             else:
                 local.tensor.grad = self._local_grad(method, param, grad)
+        for param, piece in self._slices.items():
+            if is_dtensor(param.grad):
+                self._refuse_grad(method, param, param.grad)
+            piece.tensor.grad = None if param.grad is None else piece.part_of(param.grad)
         return is_same
 
     def release(self) -> None:
@@ -90,6 +112,10 @@ class LocalParams:
                         reduced = grad.redistribute(param.device_mesh, param.placements)
                     self._reduced[id(grad)] = grad, local_of(reduced)
                 return self._reduced[id(grad)][1]
+        self._refuse_grad(method, param, grad)
+
+    @staticmethod
+    def _refuse_grad(method: Method, param: Any, grad: Any) -> NoReturn:
         raise RuntimeError(
             f"{type(method).__name__}: {method.name_of(param)} has {layout_of(param)}, but its gradient has "
             f"{layout_of(grad)}. They must be equal: call redistribute on the gradient. Nothing has moved."
@@ -124,3 +150,38 @@ class _Local:
             spec.mesh is own.mesh and spec.placements == own.placements and spec.shard_order == own.shard_order
         )
         return is_same and type(grad._local_tensor) is Tensor
+
+
+class _Slice:
+    """One parameter that this rank has whole, and of which it updates a part.
+
+    Args:
+        param: the parameter.
+        sharded: its part as a DTensor, see ``as_sharded``.
+    Attributes:
+        cut: how the parameter is cut.
+        tensor: the part, which may have a gradient of its own.
+    """
+
+    def __init__(self, param: Tensor, sharded: Any) -> None:
+        mesh, dim = sharded.device_mesh, sharded.placements[0].dim
+        self.share, self.cut = Share(mesh, 1), Cut(param.detach(), dim, mesh.size())
+        self._start, self._stop = part(param.shape[dim], mesh.size(), mesh.get_local_rank())
+        self.tensor = local_of(sharded)
+        self.tensor.grad_dtype = None  # gradients may be of any dtype
+
+    def part_of(self, grad: Tensor) -> Tensor:
+        """The part of a gradient that belongs to the tensor; dense ones share memory."""
+        dim, length = self.cut.dim, self._stop - self._start
+        if grad.layout is torch.strided:
+            return grad.detach().narrow(dim, self._start, length)
+        if grad.layout is not torch.sparse_coo:
+            grad = grad.to_sparse()
+        indices, values = grad._indices(), grad._values()
+        if dim < grad.sparse_dim():
+            is_here = (indices[dim] >= self._start) & (indices[dim] < self._stop)
+            indices, values = indices[:, is_here], values[is_here]
+            indices[dim] -= self._start
+        else:
+            values = values.narrow(dim - grad.sparse_dim() + 1, self._start, length)
+        return torch.sparse_coo_tensor(indices, values, self.tensor.shape, check_invariants=False)

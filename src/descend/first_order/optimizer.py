@@ -21,6 +21,7 @@ from descend.core.groups import ParamsT, grouped, named
 from descend.core.method import Method
 from descend.core.options import Options, StepOptions, shows_options
 from descend.core.undecorated import undecorated
+from descend.distributed.shard_state import state_mesh
 from descend.diagnostics.summary import Row, summarize
 from descend.sparse.attach import Tables, attach
 from descend.state.container import State
@@ -59,6 +60,9 @@ class FirstOrder(Method):
         state_pages: how the state of sparse parameters is committed. ``"touched"``: only the pages of touched rows.
             ``"all"``: all of it at the first step. ``"auto"``: all of it if memory is plentiful and the rows are
             scattered, see docs/sparse.md. Default: ``"auto"``.
+        shard_state: a process group or a one-dimensional ``DeviceMesh``, for parameters that all of its ranks have
+            whole, with equal gradients, as under DistributedDataParallel: each rank keeps the state of its part,
+            updates it, and receives the others, see docs/distributed.md. Default: None.
     Raises:
         ValueError: if an option is out of range; nothing has been changed then.
     """
@@ -74,13 +78,14 @@ class FirstOrder(Method):
         self.check_step_options()
         self.skipped_steps = 0
         self.grad_norm = None
-        self.agreed_meshes = set()
+        self.agreed_meshes, self.state_meshes = set(), {}
         self._tables = Tables()
         self._use(WholeStep(self._tables))
         self.check_group(defaults)  # before a generator of parameters is used up
         params, self._patterns = (named(params), {}) if groups is None else grouped(name, params, groups, defaults)
         super().__init__(params, defaults)
         self.state = State.owned_by(self)
+        state_mesh(self)  # raises for what shard_state cannot be
 
     # The step.
 
@@ -298,7 +303,9 @@ class FirstOrder(Method):
     def __getstate__(self) -> dict[str, Any]:
         self._tables.write_schedules(self)
         ours = ("skipped_steps", "grad_norm", "_patterns")
-        return {**super().__getstate__(), **vars(self.options), **{name: getattr(self, name) for name in ours}}
+        # A process group cannot be copied; its mesh can, and finds the group by its name.
+        options = {**vars(self.options), "shard_state": state_mesh(self)}
+        return {**super().__getstate__(), **options, **{name: getattr(self, name) for name in ours}}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         if "_tables" in self.__dict__:
@@ -307,7 +314,7 @@ class FirstOrder(Method):
         set_state(self, {key: value for key, value in state.items() if key not in options})
         self.options = replace(self.__dict__.get("options", StepOptions()), **options)
         if "_tables" not in self.__dict__:
-            self.agreed_meshes = set()
+            self.agreed_meshes, self.state_meshes = set(), {}
             self._tables = Tables()
             self._driver = WholeStep(self._tables)
         self._use(self._driver)

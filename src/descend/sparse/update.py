@@ -15,6 +15,8 @@ from descend.core import memory
 from descend.core.method import Method
 from descend.core.signature import signature
 from descend.core.update import Update, number, signed
+from descend.distributed.dtensors import local_of
+from descend.distributed.ranks import Share
 from descend.sparse.table import ROW_STEP, Table
 from descend.state import lazy_memory
 from descend.state.make import ensure_state, scalar_tensors, state_dtypes, step_count
@@ -26,6 +28,8 @@ class SparseUpdate(Update):
     Args:
         method: the optimizer.
         param: the parameter.
+        local: the plain tensor to update, with its gradient: this rank's part of a sharded parameter, else ``param``.
+        share: which ranks hold the parts.
         group: the index of its group.
         rule: the rule to apply.
         meaning: what happens to rows that the gradient does not name: "all" (a gradient of zero), "touched"
@@ -38,17 +42,19 @@ class SparseUpdate(Update):
         self,
         method: Method,
         param: Tensor,
+        local: Tensor,
+        share: Share | None,
         group: int,
         rule: Any,
         meaning: str,
         backend: Backend,
         table: Table | None,
     ) -> None:
-        self.params = [param]
-        self._param, self._group, self._rule, self._meaning, self._table = param, group, rule, meaning, table
-        self._backend = backend
-        assert param.grad is not None
-        self._dtype = torch.promote_types(param.grad.dtype, torch.float32)  # sums need the digits
+        self.params, self.share = [local], share
+        self._param, self._local, self._group, self._rule = param, local, group, rule
+        self._meaning, self._table, self._backend = meaning, table, backend
+        assert local.grad is not None
+        self._dtype = torch.promote_types(local.grad.dtype, torch.float32)  # sums need the digits
         state = method.state_of(param)
         dtypes = (param.dtype, self._dtype, *state_dtypes(method, param, rule, state))
         self._rows = backend.rows(rule, len(signature(rule).scalars), dtypes, meaning == "all")
@@ -59,13 +65,13 @@ class SparseUpdate(Update):
         self._n_rows = 0
         self._state: dict[str, Any] = state
         self._counters: Any = None
-        self._own_memory = _spans(param, state)
+        self._own_memory = _spans(local, state)
 
     def compile(self, wants_norm: bool) -> None:
         self._rows.compile(wants_norm)
 
     def read(self, method: Method) -> None:
-        grad = self._param.grad
+        grad = self._local.grad
         assert grad is not None
         who, name = type(method).__name__, method.name_of
         indices, values = grad._indices().contiguous(), grad._values()
@@ -121,17 +127,17 @@ class SparseUpdate(Update):
             self._table.ensure_state(method, self._state)
         has_counter = method.counts_steps and not method.step_is_int
         self._counters = self._backend.scalar_state([self._state["step"]] if has_counter else [])
-        self._own_memory = _spans(self._param, self._state)
+        self._own_memory = _spans(self._local, self._state)
 
     def run(self, method: Method) -> None:
         if method.counts_steps:
             self.set_scalars(method, self._scale)  # a parameter that is listed twice has taken a step since
-        state = [self._state[name] for name in signature(self._rule).state]
+        state = [local_of(self._state[name]) for name in signature(self._rule).state]
         written = state if self._table is None else [*state, self._state[ROW_STEP]]
         lazy_memory.commit_rows(written, self._rows.rows, self._n_rows, method.options.state_pages)
         if self._table is None:
             torch.autograd.graph.increment_version(self.params)
-            param = self._param.data
+            param = self._local.data
             if self._is_one_row:  # the gradient has no sparse dimension
                 param, state = param[None], [tensor[None] for tensor in state]
             self._rows.run(param, state, self._scalars, self._signed_scale(method), self._counters, None)
@@ -139,7 +145,7 @@ class SparseUpdate(Update):
             with self._table.lock:
                 mark = self._table.begin_step(method, self._group)
                 torch.autograd.graph.increment_version(self.params)
-                self._rows.run(self._param, state, self._scalars, self._signed_scale(method), self._counters, mark)
+                self._rows.run(self._local, state, self._scalars, self._signed_scale(method), self._counters, mark)
                 self._table.end_step()
         for name, value in zip(method.scalar_state, self._next_state, strict=True):
             self._state[name].fill_(value)
@@ -160,5 +166,5 @@ class SparseUpdate(Update):
 
 
 def _spans(param: Tensor, state: Mapping[str, Any]) -> list[tuple[int, int]]:
-    tensors = [param, *(value for value in state.values() if isinstance(value, Tensor))]
+    tensors = [param, *(local_of(value) for value in state.values() if isinstance(value, Tensor))]
     return [span for tensor in tensors if (span := memory.span(tensor))]
