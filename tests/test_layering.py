@@ -24,7 +24,7 @@ ARROWS = {
     "sparse": {"backends", "core", "distributed", "state"},
     "step": {"backends", "core", "distributed", "norms", "sparse", "state"},
     "checkpoint": {"core", "distributed", "sparse", "state"},
-    "diagnostics": {"core"},
+    "diagnostics": {"core", "distributed"},
     "first_order": {"checkpoint", "core", "diagnostics", "distributed", "rules", "sparse", "state", "step"},
     "second_order": {"checkpoint", "core", "distributed"},
     "__init__": {"backends", "checkpoint", "core", "first_order", "norms", "second_order"},

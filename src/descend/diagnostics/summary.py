@@ -9,6 +9,7 @@ import numpy as np
 from torch import Tensor
 
 from descend.core.method import Method
+from descend.distributed.dtensors import local_of
 
 _UNITS = ("B", "KiB", "MiB", "GiB", "TiB")
 
@@ -52,7 +53,7 @@ def summarize(method: Method, patterns: Mapping[str, str], file: TextIO | None) 
                 pattern=", ".join(filter(None, matched)),
                 parameters=len(group["params"]),
                 numbers=sum(param.numel() for param in group["params"]),
-                state_bytes=sum(tensor.nbytes for content in state for tensor in _tensors(content)),
+                state_bytes=sum(local_of(tensor).nbytes for content in state for tensor in _tensors(content)),
                 options={
                     name: group[name]
                     for name, default in method.defaults.items()

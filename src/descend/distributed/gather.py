@@ -11,7 +11,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from descend.distributed.shard_state import part
+from descend.core.method import Method
+from descend.distributed.dtensors import local_of
+from descend.distributed.shard_state import as_sharded, part, state_mesh
 
 # As in DistributedDataParallel: a collective of this size costs far more than its latency, and an update of this size
 # runs while one is under way.
@@ -119,10 +121,8 @@ class Cut(NamedTuple):
         size = self.whole.shape[self.dim]
         each = -(-size // self.ranks)
         index_bytes = self.ranks * self.whole.nbytes // size
-        step = each if self.is_gathered_in_place() else max(1, BUCKET_BYTES // index_bytes)
-        return [
-            Slab(self.whole, self.dim, self.ranks, first, min(first + step, each)) for first in range(0, each, step)
-        ]
+        spans = [(0, each)] if self.is_gathered_in_place() else _spans(each, index_bytes)
+        return [Slab(self.whole, self.dim, self.ranks, first, last) for first, last in spans]
 
 
 class Bucket(NamedTuple):
@@ -218,6 +218,56 @@ class Transfers:
             return free.pop()
         free.clear()
         return torch.empty(elements, dtype=like.dtype, device=like.device)
+
+
+def gather_params(method: Method, params: Iterable[Tensor]) -> None:
+    """Exchange what ranks have changed, each in its part, of parameters that they have whole; for ``shard_state``."""
+    pairs: list[tuple[Tensor, Any]] = [(param, as_sharded(method, param)) for param in params]
+    cuts = [
+        Cut(param.detach(), sharded.placements[0].dim, sharded.device_mesh.size())
+        for param, sharded in pairs
+        if sharded is not param
+    ]
+    if not cuts:
+        return
+    transfers = Transfers(state_mesh(method))
+    for bucket in bucketed(cuts):
+        for pieces in bucket.gathers:
+            transfers.start(pieces)
+    transfers.finish()
+
+
+def whole_of(dtensor: Any, to: int) -> Tensor | None:
+    """All of a DTensor, in new memory on the CPU, on one rank of its mesh; None on the others.
+
+    Where the mesh has one dimension, the others need memory for one bucket.
+    """
+    mesh, placement = dtensor.device_mesh, dtensor.placements[0]
+    if mesh.ndim > 1 or not placement.is_shard() or not dtensor.numel():
+        whole: Tensor = dtensor.full_tensor()
+        return whole.to("cpu", copy=True) if mesh.get_rank() == to else None
+    ranks, local, dim, size = mesh.size(), local_of(dtensor).detach(), placement.dim, dtensor.shape[placement.dim]
+    is_here = mesh.get_local_rank() == to
+    here = torch.empty(dtensor.shape, dtype=dtensor.dtype, device="cpu") if is_here else None
+    width = dtensor.numel() // size
+    for first, last in _spans(-(-size // ranks), ranks * width * dtensor.itemsize):
+        sent = local.new_empty((last - first) * width)
+        present = local.narrow(dim, min(first, local.shape[dim]), max(0, min(last, local.shape[dim]) - first))
+        sent[: present.numel()].view(present.shape).copy_(present)
+        received = [torch.empty_like(sent) for _ in range(ranks)] if is_here else None
+        as_bytes = [each.view(torch.uint8) for each in received] if received else None
+        dist.gather(sent.view(torch.uint8), as_bytes, group=mesh.get_group(), group_dst=to)
+        if here is not None and received:
+            slab = Slab(here, dim, ranks, first, last)
+            for rank, values in enumerate(received):
+                slab.write(rank, values)
+    return here
+
+
+def _spans(size: int, index_bytes: int) -> list[tuple[int, int]]:
+    """First and last index (exclusive) of pieces of at most a bucket, or of single indices."""
+    step = max(1, BUCKET_BYTES // index_bytes)
+    return [(first, min(first + step, size)) for first in range(0, size, step)]
 
 
 def _nothing() -> None:

@@ -96,9 +96,9 @@ class LocalParams:
             local.tensor.grad = None
 
     def increment_versions(self) -> None:
-        """Tell autograd that the sharded parameters have been written to; their local tensors know."""
-        if self._locals:
-            torch.autograd.graph.increment_version(list(self._locals))
+        """Tell autograd that DTensors have been written to; plain tensors on their memory know."""
+        if self._dtensors:
+            torch.autograd.graph.increment_version(list(self._dtensors))
 
     def _local_grad(self, method: Method, param: Any, grad: Any) -> Tensor:
         if same_layout(param, grad):

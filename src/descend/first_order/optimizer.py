@@ -15,6 +15,7 @@ from torch.optim import optimizer as torch_optimizer
 from typing_extensions import Unpack
 
 from descend.checkpoint import per_parameter
+from descend.checkpoint.consolidate import consolidated
 from descend.checkpoint.matching import Hyperparameters, IncompatibleKeys, Match
 from descend.checkpoint.reading import set_state
 from descend.core.groups import ParamsT, grouped, named
@@ -263,6 +264,21 @@ class FirstOrder(Method):
         """State and options as a dictionary in torch's format; its tensors share memory with the state."""
         self._tables.write_schedules(self)
         return per_parameter.save(self, undecorated(Optimizer.state_dict))
+
+    def consolidated_state_dict(self, to: int = 0) -> dict[str, Any] | None:
+        """The whole state of an optimizer with ``shard_state`` in torch's format, on one rank. All ranks must call it.
+
+        ``load_state_dict`` takes it on any number of ranks, as do torch's optimizers. The state travels bucket by
+        bucket: the other ranks need memory for one bucket.
+
+        Args:
+            to: the rank, in the process group of ``shard_state``, that receives it. Default: 0.
+        Returns:
+            On rank ``to`` the dictionary, the parts that were on several ranks in new memory on the CPU; else None.
+        Raises:
+            ValueError: if there is no such rank.
+        """
+        return consolidated(self, self.state_dict(), to)
 
     def load_state_dict(  # type: ignore[override]  # takes more than torch's, and may return what it left out
         self,
