@@ -27,9 +27,15 @@ from descend.core import memory
 from descend.core.memory import as_real
 from descend.core.method import Method
 from descend.core.signature import signature
+from descend.distributed.dtensors import is_dtensor, layout_of, like, local_of, part_of, same_layout
 from descend.sparse import table
 from descend.state import lazy_memory
 from descend.state.container import InitialState
+
+_SAVE_WHOLE = (
+    "Save it with torch.distributed.checkpoint, or whole: get_optimizer_state_dict with "
+    "StateDictOptions(full_state_dict=True)."
+)
 
 
 class _MisfitError(ValueError):
@@ -54,7 +60,11 @@ def save(optimizer: Method, pack: Callable[[Method], dict[str, Any]]) -> dict[st
 
 def _aliases(state: Mapping[str, Any]) -> dict[str, Any]:
     """A new dict with new tensors on the same memory."""
-    return {name: value.detach() if isinstance(value, Tensor) else value for name, value in state.items()}
+    return {name: _alias(value) if isinstance(value, Tensor) else value for name, value in state.items()}
+
+
+def _alias(tensor: Tensor) -> Tensor:
+    return like(tensor, local_of(tensor).detach()) if is_dtensor(tensor) else tensor.detach()
 
 
 def load(
@@ -246,6 +256,8 @@ class _Reading:
         """One entry of a state; ``shape``: what it must have if the rule uses it, else None."""
         in_rule = shape is not None
         what = f"{self.who}: the loaded {key} of {name}"
+        if isinstance(value, Tensor) and value.dim() == 0:
+            value = local_of(value)
         if key == "step" and self.optimizer.counts_steps:
             step = number_of(value, what, is_count=True)
             if not float(step).is_integer():
@@ -261,6 +273,18 @@ class _Reading:
             return copied(value, lambda tensor: tensor.detach().to(param.device, copy=True))
         if value.is_sparse:  # as torch stores the momentum of sparse gradients
             value = value.to_dense()
+        if is_dtensor(param) and value.shape == param.shape and shape in (None, param.shape):
+            local, part = local_of(param), _part_for(param, value, what)
+            return like(param, self._tensor(local, key, part, local.shape if in_rule else None, what))
+        if is_dtensor(value):
+            if shape is not None and value.shape != shape:
+                raise self._misfit(what, value, shape)
+            raise ValueError(f"{what} has {layout_of(value)}, but the parameter is {layout_of(param)}. {_SAVE_WHOLE}")
+        return self._tensor(param, key, value, shape, what)
+
+    def _tensor(self, param: Tensor, key: str, value: Tensor, shape: torch.Size | None, what: str) -> Tensor:
+        """A tensor of a state; ``param`` and ``value`` are plain, or this rank's parts."""
+        in_rule = shape is not None
         _check_memory(value, param, what)
         if not in_rule:
             try:
@@ -277,9 +301,12 @@ class _Reading:
                 self._check_sign(key, value, what)
             return self._widened(param, value.detach())
         if shape is not None:
-            hint = "" if self.optimizer.param_groups[0].get("param_names") else " Were the parameters in another order?"
-            raise _MisfitError(f"{what} has shape {tuple(value.shape)}, expected {tuple(shape)}.{hint}")
+            raise self._misfit(what, value, shape)
         return value.detach().to(param.device, copy=True)
+
+    def _misfit(self, what: str, value: Tensor, shape: torch.Size) -> _MisfitError:
+        hint = "" if self.optimizer.param_groups[0].get("param_names") else " Were the parameters in another order?"
+        return _MisfitError(f"{what} has shape {tuple(value.shape)}, expected {tuple(shape)}.{hint}")
 
     def _check_sign(self, key: str, value: Tensor | float, what: str) -> None:
         """Raise ``ValueError`` for a negative value in state that no step makes negative."""
@@ -298,8 +325,26 @@ class _Reading:
         return torch.empty_like(param, dtype=dtype).copy_(value)
 
 
+def _part_for(param: Any, value: Any, what: str) -> Tensor:
+    """This rank's part of a state tensor; ranks talk only if its layout is not that of the parameter.
+
+    Raises:
+        ValueError: if the part cannot be found.
+    """
+    if same_layout(value, param):
+        return local_of(value)
+    if not is_dtensor(value):
+        try:
+            return part_of(value, param)
+        except ValueError as error:
+            raise ValueError(f"{what}: {error}.") from None
+    if value.device_mesh == param.device_mesh:
+        return local_of(value.detach().redistribute(param.device_mesh, param.placements))
+    raise ValueError(f"{what} has {layout_of(value)}, but the parameter has {layout_of(param)}. {_SAVE_WHOLE}")
+
+
 def _smallest(value: Tensor | float) -> float:
-    """The smallest value; 0 for tensors that cannot be compared (float8, on meta) or are not plain (sharded)."""
+    """The smallest value; 0 for tensors that cannot be compared (float8, on meta) or are not plain."""
     if not isinstance(value, Tensor):
         return value
     if type(value) not in memory.PLAIN or value.is_meta or value.itemsize == 1 or not value.numel():

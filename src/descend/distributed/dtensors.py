@@ -7,6 +7,7 @@ The inner tensor is read and wrapped without DTensor's dispatch, which costs mor
 from __future__ import annotations
 
 import copy
+import math
 import sys
 from typing import Any
 
@@ -41,6 +42,46 @@ def like(dtensor: Any, local: Tensor) -> Tensor:
         spec = copy.copy(spec)
         spec.tensor_meta = spec.tensor_meta._replace(dtype=local.dtype)
     return type(dtensor)(local, spec, requires_grad=False)  # type: ignore[no-any-return]
+
+
+def part_of(whole: Tensor, dtensor: Any) -> Tensor:
+    """This rank's part of a plain tensor of the whole shape, cut as ``dtensor`` is: a view; nothing is sent.
+
+    Raises:
+        ValueError: if the placements do not tell where the part lies.
+    """
+    local, coordinate = local_of(dtensor), dtensor.device_mesh.get_coordinate()
+    if coordinate is None:  # this rank is not in the mesh
+        return whole.new_empty(local.shape)
+    part = whole
+    for mesh_dim in _order_of_cuts(dtensor):
+        dim, ranks = dtensor.placements[mesh_dim].dim, dtensor.device_mesh.size(mesh_dim)
+        size = part.shape[dim]
+        each = -(-size // ranks)  # as torch.chunk does it: the last parts are smaller, or empty
+        start = min(each * coordinate[mesh_dim], size)
+        part = part.narrow(dim, start, min(each, size - start))
+    if part.shape != local.shape:
+        raise ValueError(
+            f"{layout_of(dtensor)} make a part of shape {tuple(part.shape)} here, but it has shape {tuple(local.shape)}"
+        )
+    return part
+
+
+def _order_of_cuts(dtensor: Any) -> list[int]:
+    """The mesh dimensions that cut a tensor, in their order. Cuts of different dimensions of the tensor commute."""
+    shards = [(i, placement) for i, placement in enumerate(dtensor.placements) if hasattr(placement, "dim")]
+    if not any(hasattr(placement, "split_factor") for _, placement in shards) and dtensor._spec.shard_order:
+        return [mesh_dim for entry in dtensor._spec.shard_order for mesh_dim in entry.mesh_dims]
+    cuts: dict[int, list[int]] = {placement.dim: [] for _, placement in shards}
+    for mesh_dim, placement in reversed(shards):
+        # A strided shard is cut later than those to its right that have made split_factor pieces.
+        earlier = cuts[placement.dim]
+        pieces = [math.prod(map(dtensor.device_mesh.size, earlier[:i])) for i in range(len(earlier) + 1)]
+        factor = getattr(placement, "split_factor", 1)
+        if factor not in pieces:
+            raise ValueError(f"parts cannot be found by {layout_of(dtensor)}")
+        earlier.insert(pieces.index(factor), mesh_dim)
+    return [mesh_dim for dim in cuts.values() for mesh_dim in dim]
 
 
 def reduced(tensor: Any) -> Tensor:

@@ -67,7 +67,8 @@ class State(defaultdict[Any, Any]):
             for content in dict.values(self):
                 for tensor in content.values():
                     if isinstance(tensor, Tensor) and tensor.is_cpu and tensor.layout is torch.strided:
-                        memo[id(tensor)] = lazy_memory.copied(tensor)
+                        copied = lazy_memory.copied(local_of(tensor))
+                        memo[id(tensor)] = like(tensor, copied) if is_dtensor(tensor) else copied
         return defaultdict(dict, deepcopy(dict(dict.items(self)), memo))
 
     def __copy__(self) -> Any:
