@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections import defaultdict, deque
 from collections.abc import Callable, Iterable, Sequence
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import torch
@@ -69,7 +70,9 @@ class Slab(Piece):
         target.copy_(values[: target.numel()].view(target.shape))
 
     def in_place(self) -> Tensor | None:
-        return self.whole.view(-1) if self.width * self._ranks == self.whole.numel() else None
+        is_all = self.width * self._ranks == self.whole.numel()
+        is_outermost = self.whole.is_contiguous() and all(size == 1 for size in self.whole.shape[: self._dim])
+        return self.whole.view(-1) if is_all and is_outermost else None
 
 
 class NamedRows(Piece):
@@ -85,7 +88,7 @@ class NamedRows(Piece):
         self.whole = whole
         stops = torch.tensor([part(len(whole), ranks, rank)[1] for rank in range(ranks)], device=rows.device)
         bounds = [0, *torch.searchsorted(rows, stops).tolist()]
-        self._rows = [rows[start:stop] for start, stop in zip(bounds, bounds[1:], strict=False)]
+        self._rows = [rows[start:stop] for start, stop in pairwise(bounds)]
         self.width = max(map(len, self._rows)) * (whole.numel() // len(whole))
 
     def read(self, rank: int) -> Tensor:
@@ -110,18 +113,14 @@ class Cut(NamedTuple):
     dim: int
     ranks: int
 
-    def is_gathered_in_place(self) -> bool:
-        """Whether its parts lie one after the other, are equal, and large enough for a collective of their own."""
-        whole, dim = self.whole, self.dim
-        is_outermost = whole.is_contiguous() and all(size == 1 for size in whole.shape[:dim])
-        return is_outermost and whole.shape[dim] % self.ranks == 0 and whole.nbytes >= IN_PLACE_BYTES
-
     def slabs(self) -> list[Slab]:
-        """All of it, in pieces that fit into a bucket if single indices do."""
+        """All of it, in pieces that fit into a bucket if single indices do; in one piece if it needs no bucket."""
         size = self.whole.shape[self.dim]
         each = -(-size // self.ranks)
-        index_bytes = self.ranks * self.whole.nbytes // size
-        spans = [(0, each)] if self.is_gathered_in_place() else _spans(each, index_bytes)
+        everything = Slab(self.whole, self.dim, self.ranks, 0, each)
+        if everything.in_place() is not None:
+            return [everything]
+        spans = _spans(each, self.ranks * self.whole.nbytes // size)
         return [Slab(self.whole, self.dim, self.ranks, first, last) for first, last in spans]
 
 
@@ -142,8 +141,10 @@ def bucketed(cuts: Sequence[Cut]) -> list[Bucket]:
     buckets: list[Bucket] = []
     filling: dict[Any, tuple[Bucket, int]] = {}
     for index, cut in enumerate(cuts):
-        if cut.is_gathered_in_place() or cut.whole.nbytes >= BUCKET_BYTES:
-            buckets.append(Bucket([index], [[slab] for slab in cut.slabs()]))
+        slabs = cut.slabs()
+        is_in_place = len(slabs) == 1 and slabs[0].in_place() is not None and cut.whole.nbytes >= IN_PLACE_BYTES
+        if is_in_place or cut.whole.nbytes >= BUCKET_BYTES:
+            buckets.append(Bucket([index], [[slab] for slab in slabs]))
             continue
         key, size = (cut.whole.dtype, cut.whole.device), cut.whole.nbytes
         bucket, filled = filling.get(key, (None, 0))
@@ -151,7 +152,7 @@ def bucketed(cuts: Sequence[Cut]) -> list[Bucket]:
             bucket, filled = Bucket([], [[]]), 0
             buckets.append(bucket)
         bucket.members.append(index)
-        bucket.gathers[0].extend(cut.slabs())
+        bucket.gathers[0].extend(slabs)
         filling[key] = bucket, filled + size
     return buckets
 

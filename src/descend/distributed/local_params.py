@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -84,9 +84,10 @@ class LocalParams:
             else:
                 local.tensor.grad = self._local_grad(method, param, grad)
         for param, piece in self._slices.items():
-            if is_dtensor(param.grad):
-                self._refuse_grad(method, param, param.grad)
-            piece.tensor.grad = None if param.grad is None else piece.part_of(param.grad)
+            grad = param.grad
+            if is_dtensor(grad):
+                raise _grad_error(method, param, grad)
+            piece.tensor.grad = None if grad is None else piece.part_of(grad)
         return is_same
 
     def release(self) -> None:
@@ -112,14 +113,14 @@ class LocalParams:
                         reduced = grad.redistribute(param.device_mesh, param.placements)
                     self._reduced[id(grad)] = grad, local_of(reduced)
                 return self._reduced[id(grad)][1]
-        self._refuse_grad(method, param, grad)
+        raise _grad_error(method, param, grad)
 
-    @staticmethod
-    def _refuse_grad(method: Method, param: Any, grad: Any) -> NoReturn:
-        raise RuntimeError(
-            f"{type(method).__name__}: {method.name_of(param)} has {layout_of(param)}, but its gradient has "
-            f"{layout_of(grad)}. They must be equal: call redistribute on the gradient. Nothing has moved."
-        )
+
+def _grad_error(method: Method, param: Tensor, grad: Tensor) -> RuntimeError:
+    return RuntimeError(
+        f"{type(method).__name__}: {method.name_of(param)} has {layout_of(param)}, but its gradient has "
+        f"{layout_of(grad)}. They must be equal: call redistribute on the gradient. Nothing has moved."
+    )
 
 
 def _local(method: Method, param: Tensor) -> _Local:

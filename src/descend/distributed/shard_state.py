@@ -68,7 +68,8 @@ def as_sharded(method: Method, param: Tensor) -> Tensor:
     local = param.detach().narrow(dim, start, stop - start)
     meta = TensorMeta(param.shape, param.stride(), param.dtype)
     spec = DTensorSpec(mesh, (Shard(dim),), tensor_meta=meta)
-    return DTensor(local, spec, requires_grad=False)  # type: ignore[call-arg, no-any-return]  # no dispatch, no checks
+    make: Any = DTensor  # the constructor itself, as in ``dtensors.like``: from_local dispatches
+    return make(local, spec, requires_grad=False)  # type: ignore[no-any-return]
 
 
 def part(size: int, ranks: int, rank: int) -> tuple[int, int]:
@@ -84,7 +85,8 @@ def dim_to_cut(param: Tensor, ranks: int) -> int | None:
     """
     if param.layout is not torch.strided or not param.dim() or not param.numel():
         return None
-    dims = sorted(range(param.dim()), key=lambda dim: (param.shape[dim] == 1, -param.stride(dim)))
+    strides = param.stride()
+    dims = sorted(range(param.dim()), key=lambda dim: (param.shape[dim] == 1, -strides[dim]))
     if param.numel() <= SMALL or _excess(param.shape[dims[0]], ranks) <= MOST_EXCESS:
         return dims[0]
     return min(dims, key=lambda dim: _excess(param.shape[dim], ranks))

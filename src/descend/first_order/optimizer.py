@@ -22,8 +22,8 @@ from descend.core.groups import ParamsT, grouped, named
 from descend.core.method import Method
 from descend.core.options import Options, StepOptions, shows_options
 from descend.core.undecorated import undecorated
-from descend.distributed.shard_state import state_mesh
 from descend.diagnostics.summary import Row, summarize
+from descend.distributed.shard_state import state_mesh
 from descend.sparse.attach import Tables, attach
 from descend.state.container import State
 from descend.state.make import init_state

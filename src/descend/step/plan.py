@@ -17,7 +17,7 @@ from descend.backends.cpu.probe import make_probe
 from descend.core import memory
 from descend.core.method import Method
 from descend.core.signature import Kind, signature
-from descend.core.update import Cell, Update
+from descend.core.update import Cell
 from descend.distributed.agreement import Agreement
 from descend.distributed.dtensors import layout_of, local_of
 from descend.distributed.local_params import LocalParams

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
+import torch
+
 from descend.backends.backend import Backend
 from descend.core.method import Method
 from descend.core.update import Update
@@ -106,7 +108,7 @@ def _gathers(entry: Entry, cut: Cut) -> Callable[[], Sequence[Sequence[Piece]]]:
     def gathers() -> Sequence[Sequence[Piece]]:
         grad = entry.param.grad
         if entry.sparse == "touched" and grad is not None and cut.dim == 0 and grad.sparse_dim() > 0:
-            return [[NamedRows(cut.whole, grad._indices()[0].unique(), cut.ranks)]]
+            return [[NamedRows(cut.whole, torch.unique(grad._indices()[0]), cut.ranks)]]
         return [[slab] for slab in cut.slabs()]
 
     return gathers
