@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+import signal
 from collections.abc import Callable, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -36,8 +37,10 @@ def small_buckets(size: int = 4096) -> Any:
     """Many buckets, some of which hold a part of a parameter, and gathers in place."""
     before = gather.BUCKET_BYTES, gather.IN_PLACE_BYTES
     gather.BUCKET_BYTES, gather.IN_PLACE_BYTES = size, 2 * size
-    yield
-    gather.BUCKET_BYTES, gather.IN_PLACE_BYTES = before
+    try:
+        yield
+    finally:
+        gather.BUCKET_BYTES, gather.IN_PLACE_BYTES = before
 
 
 def train(optimizer: Any, seeds: range, leave_out: Sequence[int] = ()) -> None:
@@ -451,6 +454,55 @@ def of_matrix(param: Tensor, grad: Tensor, lr: float) -> Tensor:
 
 def test_what_is_refused() -> None:
     on_ranks(2, refusals)
+
+
+def interrupted(rank: int) -> tuple[bool, list[Tensor]]:
+    """On rank 1 Ctrl-C comes while the first of several buckets is under way."""
+    optimizer = AdamW(leaves(SHAPES), lr=0.1, shard_state=world())
+    train(optimizer, range(1))
+    start, raised = gather.Transfers.start, False
+
+    def interrupt(self: Any, exchange: Any) -> None:
+        start(self, exchange)
+        signal.raise_signal(signal.SIGINT)
+
+    gather.Transfers.start = interrupt if rank == 1 else start  # type: ignore[method-assign]
+    try:
+        with small_buckets():
+            train(optimizer, range(1, 2))
+    except KeyboardInterrupt:
+        raised = True
+    finally:
+        gather.Transfers.start = start  # type: ignore[method-assign]
+    train(optimizer, range(2, 3))
+    return raised, [param.detach() for param in params_of(optimizer)]
+
+
+def test_interrupt_on_one_rank_leaves_no_half_step() -> None:
+    reference = AdamW(leaves(SHAPES), lr=0.1)
+    train(reference, range(3))
+    results = on_ranks(2, interrupted)
+    assert [raised for raised, _ in results] == [False, True]
+    for _, params in results:
+        assert all(map(torch.equal, params, params_of(reference)))
+
+
+def lonely(rank: int) -> bool:
+    """Rank 1 cannot take the step, for a reason of its own."""
+    params = leaves([(6, 2), (5,)])
+    optimizer = AdamW(params, shard_state=world())
+    train(optimizer, range(1))
+    before = [param.detach().clone() for param in params]
+    give_grads(params, 1)
+    if rank == 1:
+        params[0].grad.untyped_storage().resize_(0)
+    with pytest.raises(RuntimeError):
+        optimizer.step()
+    return all(map(torch.equal, params, before))
+
+
+def test_rank_that_raises_keeps_the_others_from_stepping() -> None:
+    assert on_ranks(2, lonely, timeout=2) == [True, True]
 
 
 # Whole programs.

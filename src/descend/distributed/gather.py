@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections import defaultdict, deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from itertools import pairwise
 from typing import Any, NamedTuple
 
@@ -22,60 +22,102 @@ BUCKET_BYTES = 25 * 2**20
 IN_PLACE_BYTES = 2**20  # from here on a collective of its own costs less than copying in and out of a bucket
 
 
-class Piece(ABC):
-    """A part of a tensor that ranks have in equal numbers, some of it perhaps padding.
+class Exchange(ABC):
+    """What one collective carries: each rank sends what it has updated, and receives what the others have.
 
     Attributes:
-        whole: the tensor, on every rank.
-        width: elements that each rank sends.
+        dtype, device: of all of it.
+        width: elements that each rank sends; some may be padding.
     """
 
-    whole: Tensor
+    dtype: torch.dtype
+    device: torch.device
     width: int
 
     @abstractmethod
-    def read(self, rank: int) -> Tensor:
-        """What ``rank`` has of it."""
+    def pack(self, rank: int, sent: Tensor) -> None:
+        """Copy what ``rank`` has updated into a vector of ``width`` elements."""
 
     @abstractmethod
-    def write(self, rank: int, values: Tensor) -> None:
-        """Put what ``rank`` has sent, ``width`` elements in a row, into its place."""
+    def unpack(self, rank: int, received: Tensor) -> None:
+        """Copy what ``rank`` has sent into its place."""
 
     def in_place(self) -> Tensor | None:
-        """The tensor as one vector of equal parts, in the order of the ranks; None if it is none."""
+        """The memory of all ranks' parts as one vector, in the order of the ranks; None if it is not one."""
         return None
 
 
-class Slab(Piece):
+class Slab(NamedTuple):
     """The indices ``first`` to ``last`` (exclusive) of each rank's part of a dimension.
 
-    Args:
+    Attributes:
         whole: the tensor, which is cut along ``dim``.
         dim: the dimension.
         ranks: how many.
         first, last: indices within a part.
     """
 
-    def __init__(self, whole: Tensor, dim: int, ranks: int, first: int, last: int) -> None:
-        self.whole, self._dim, self._ranks, self._first, self._last = whole, dim, ranks, first, last
-        self.width = (last - first) * (whole.numel() // whole.shape[dim])
+    whole: Tensor
+    dim: int
+    ranks: int
+    first: int
+    last: int
 
-    def read(self, rank: int) -> Tensor:
-        start, stop = part(self.whole.shape[self._dim], self._ranks, rank)
-        first, last = min(start + self._first, stop), min(start + self._last, stop)
-        return self.whole.narrow(self._dim, first, last - first)
+    @property
+    def width(self) -> int:
+        """Elements that it has of the first rank, which has most."""
+        return (self.last - self.first) * (self.whole.numel() // self.whole.shape[self.dim])
 
-    def write(self, rank: int, values: Tensor) -> None:
-        target = self.read(rank)
-        target.copy_(values[: target.numel()].view(target.shape))
+    def of(self, rank: int) -> Tensor:
+        """What it has of a rank: a view, as a vector if it is contiguous."""
+        start, stop = part(self.whole.shape[self.dim], self.ranks, rank)
+        first, last = min(start + self.first, stop), min(start + self.last, stop)
+        view = self.whole.narrow(self.dim, first, last - first)
+        return view.view(-1) if view.is_contiguous() else view
+
+    def is_whole(self) -> bool:
+        """Whether it is all of a tensor in which equal parts lie one after the other."""
+        is_outermost = self.whole.is_contiguous() and all(size == 1 for size in self.whole.shape[: self.dim])
+        return is_outermost and self.width * self.ranks == self.whole.numel()
+
+
+class Slabs(Exchange):
+    """Slabs of any tensors of one dtype and device. Their views are kept: making them takes longer than copying."""
+
+    def __init__(self, slabs: Sequence[Slab]) -> None:
+        self._slabs = slabs
+        self.dtype, self.device = slabs[0].whole.dtype, slabs[0].whole.device
+        self.width = sum(slab.width for slab in slabs)
+        self._views: dict[int, list[Tensor]] = {}
+        self._sizes: dict[int, list[int]] = {}
+
+    def pack(self, rank: int, sent: Tensor) -> None:
+        views, places = self._pairs(rank, sent)
+        if views:
+            torch._foreach_copy_(places, views)
+
+    def unpack(self, rank: int, received: Tensor) -> None:
+        views, places = self._pairs(rank, received)
+        if views:
+            torch._foreach_copy_(views, places)
 
     def in_place(self) -> Tensor | None:
-        is_all = self.width * self._ranks == self.whole.numel()
-        is_outermost = self.whole.is_contiguous() and all(size == 1 for size in self.whole.shape[: self._dim])
-        return self.whole.view(-1) if is_all and is_outermost else None
+        is_one = len(self._slabs) == 1 and self._slabs[0].is_whole()
+        return self._slabs[0].whole.view(-1) if is_one else None
+
+    def _pairs(self, rank: int, vector: Tensor) -> tuple[list[Tensor], list[Tensor]]:
+        """The views of a rank, and the place of each in a vector."""
+        if rank not in self._views:
+            self._views[rank] = [view for slab in self._slabs if (view := slab.of(rank)).numel()]
+            self._sizes[rank] = [view.numel() for view in self._views[rank]]
+        views, sizes = self._views[rank], self._sizes[rank]
+        places = torch.split_with_sizes(vector[: sum(sizes)], sizes) if sizes else ()
+        return views, [
+            place if view.dim() == 1 else place.view(view.shape) for view, place in zip(views, places, strict=True)
+        ]
 
 
-class NamedRows(Piece):
+class NamedRows(Exchange):
     """Some rows of a tensor that is cut along its first dimension.
 
     Args:
@@ -85,19 +127,21 @@ class NamedRows(Piece):
     """
 
     def __init__(self, whole: Tensor, rows: Tensor, ranks: int) -> None:
-        self.whole = whole
+        self._whole, self.dtype, self.device = whole, whole.dtype, whole.device
         stops = torch.tensor([part(len(whole), ranks, rank)[1] for rank in range(ranks)], device=rows.device)
         bounds = [0, *torch.searchsorted(rows, stops).tolist()]
         self._rows = [rows[start:stop] for start, stop in pairwise(bounds)]
         self.width = max(map(len, self._rows)) * (whole.numel() // len(whole))
 
-    def read(self, rank: int) -> Tensor:
-        return self.whole.index_select(0, self._rows[rank])
+    def pack(self, rank: int, sent: Tensor) -> None:
+        self._place(rank, sent).copy_(self._whole.index_select(0, self._rows[rank]))
 
-    def write(self, rank: int, values: Tensor) -> None:
+    def unpack(self, rank: int, received: Tensor) -> None:
+        self._whole.index_copy_(0, self._rows[rank], self._place(rank, received))
+
+    def _place(self, rank: int, vector: Tensor) -> Tensor:
         rows = self._rows[rank]
-        shape = len(rows), *self.whole.shape[1:]
-        self.whole.index_copy_(0, rows, values[: shape[0] * (self.whole.numel() // len(self.whole))].view(shape))
+        return vector[: len(rows) * (self._whole.numel() // len(self._whole))].view(len(rows), *self._whole.shape[1:])
 
 
 class Cut(NamedTuple):
@@ -118,7 +162,7 @@ class Cut(NamedTuple):
         size = self.whole.shape[self.dim]
         each = -(-size // self.ranks)
         everything = Slab(self.whole, self.dim, self.ranks, 0, each)
-        if everything.in_place() is not None:
+        if everything.is_whole():
             return [everything]
         spans = _spans(each, self.ranks * self.whole.nbytes // size)
         return [Slab(self.whole, self.dim, self.ranks, first, last) for first, last in spans]
@@ -129,36 +173,34 @@ class Bucket(NamedTuple):
 
     Attributes:
         members: their indices in the list that was bucketed.
-        gathers: the pieces of each collective.
+        exchanges: what follows.
     """
 
     members: list[int]
-    gathers: list[list[Piece]]
+    exchanges: list[Slabs]
 
 
 def bucketed(cuts: Sequence[Cut]) -> list[Bucket]:
     """Sort tensors into buckets of one dtype and device each, in their order."""
-    buckets: list[Bucket] = []
-    filling: dict[Any, tuple[Bucket, int]] = {}
+    buckets: list[tuple[list[int], list[list[Slab]]]] = []
+    filling: dict[Any, tuple[int, int]] = {}  # the bucket that is being filled, and its bytes
     for index, cut in enumerate(cuts):
-        slabs = cut.slabs()
-        is_in_place = len(slabs) == 1 and slabs[0].in_place() is not None and cut.whole.nbytes >= IN_PLACE_BYTES
-        if is_in_place or cut.whole.nbytes >= BUCKET_BYTES:
-            buckets.append(Bucket([index], [[slab] for slab in slabs]))
+        slabs, size, key = cut.slabs(), cut.whole.nbytes, (cut.whole.dtype, cut.whole.device)
+        if size >= BUCKET_BYTES or (size >= IN_PLACE_BYTES and slabs[0].is_whole()):
+            buckets.append(([index], [[slab] for slab in slabs]))
             continue
-        key, size = (cut.whole.dtype, cut.whole.device), cut.whole.nbytes
-        bucket, filled = filling.get(key, (None, 0))
-        if bucket is None or filled + size > BUCKET_BYTES:
-            bucket, filled = Bucket([], [[]]), 0
-            buckets.append(bucket)
-        bucket.members.append(index)
-        bucket.gathers[0].extend(slabs)
+        bucket, filled = filling.get(key, (0, BUCKET_BYTES))
+        if filled + size > BUCKET_BYTES:
+            bucket, filled = len(buckets), 0
+            buckets.append(([], [[]]))
+        buckets[bucket][0].append(index)
+        buckets[bucket][1][0].extend(slabs)
         filling[key] = bucket, filled + size
-    return buckets
+    return [Bucket(members, [Slabs(slabs) for slabs in lists]) for members, lists in buckets]
 
 
 class Transfers:
-    """Collectives under way. Two have a buffer each: one is filled while the other is sent.
+    """Collectives under way. Two may need a buffer each: one is filled while the other is sent.
 
     Args:
         mesh: of one dimension.
@@ -166,44 +208,38 @@ class Transfers:
 
     def __init__(self, mesh: Any) -> None:
         self._group, self._ranks, self._rank = mesh.get_group(), mesh.size(), mesh.get_local_rank()
-        self._under_way: deque[tuple[Any, Callable[[], None]]] = deque()
+        self._in_place: list[Any] = []
+        self._buffered: deque[tuple[Any, Exchange, Tensor]] = deque()
         self._free: defaultdict[Any, list[Tensor]] = defaultdict(list)
 
-    def start(self, pieces: Sequence[Piece]) -> None:
-        """Send this rank's part of some pieces, all of one dtype and device, and receive those of the others."""
-        if len(self._under_way) == 2:
-            self._finish_one()
-        width = sum(piece.width for piece in pieces)
-        if not width or self._ranks == 1:
+    def start(self, exchange: Exchange) -> None:
+        """Send this rank's part, and receive those of the others."""
+        if not exchange.width or self._ranks == 1:
             return
-        flat = pieces[0].in_place() if len(pieces) == 1 else None
-        if flat is not None:
-            self._under_way.append((self._all_gather(flat), _nothing))
+        if (flat := exchange.in_place()) is not None:
+            self._in_place.append(self._all_gather(flat))
             return
-        memory = self._memory(pieces[0].whole, width * self._ranks)
-        buffer = memory[: width * self._ranks]
-        own = buffer[self._rank * width :][:width]
-        for piece, values in _split(pieces, own):
-            sent = piece.read(self._rank)
-            values[: sent.numel()].view(sent.shape).copy_(sent)
-        self._under_way.append((self._all_gather(buffer), lambda: self._receive(pieces, buffer, memory)))
+        if len(self._buffered) == 2:
+            self._finish_oldest()
+        memory = self._memory(exchange, exchange.width * self._ranks)
+        buffer = memory[: exchange.width * self._ranks]
+        exchange.pack(self._rank, buffer.chunk(self._ranks)[self._rank])
+        self._buffered.append((self._all_gather(buffer), exchange, memory))
 
     def finish(self) -> None:
         """Wait for all that is under way."""
-        while self._under_way:
-            self._finish_one()
+        while self._buffered:
+            self._finish_oldest()
+        while self._in_place:
+            self._in_place.pop().wait()
 
-    def _finish_one(self) -> None:
-        work, receive = self._under_way.popleft()
+    def _finish_oldest(self) -> None:
+        work, exchange, memory = self._buffered.popleft()
         work.wait()
-        receive()
-
-    def _receive(self, pieces: Sequence[Piece], buffer: Tensor, memory: Tensor) -> None:
-        for rank, sent in enumerate(buffer.chunk(self._ranks)):
+        for rank, received in enumerate(memory[: exchange.width * self._ranks].chunk(self._ranks)):
             if rank != self._rank:
-                for piece, values in _split(pieces, sent):
-                    piece.write(rank, values)
-        self._free[memory.dtype, memory.device].append(memory)
+                exchange.unpack(rank, received)
+        self._free[exchange.dtype, exchange.device].append(memory)
 
     def _all_gather(self, flat: Tensor) -> Any:
         flat = flat.view(torch.uint8)  # not every backend sends every dtype
@@ -212,13 +248,13 @@ class Transfers:
         all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
         return all_gather(flat, own, group=self._group, async_op=True)
 
-    def _memory(self, like: Tensor, elements: int) -> Tensor:
+    def _memory(self, exchange: Exchange, elements: int) -> Tensor:
         """Memory for a buffer: that of an earlier one if it is large enough."""
-        free = self._free[like.dtype, like.device]
+        free = self._free[exchange.dtype, exchange.device]
         if free and free[-1].numel() >= elements:
             return free.pop()
         free.clear()
-        return torch.empty(elements, dtype=like.dtype, device=like.device)
+        return torch.empty(elements, dtype=exchange.dtype, device=exchange.device)
 
 
 def gather_params(method: Method, params: Iterable[Tensor]) -> None:
@@ -233,8 +269,8 @@ def gather_params(method: Method, params: Iterable[Tensor]) -> None:
         return
     transfers = Transfers(state_mesh(method))
     for bucket in bucketed(cuts):
-        for pieces in bucket.gathers:
-            transfers.start(pieces)
+        for exchange in bucket.exchanges:
+            transfers.start(exchange)
     transfers.finish()
 
 
@@ -259,9 +295,9 @@ def whole_of(dtensor: Any, to: int) -> Tensor | None:
         as_bytes = [each.view(torch.uint8) for each in received] if received else None
         dist.gather(sent.view(torch.uint8), as_bytes, group=mesh.get_group(), group_dst=to)
         if here is not None and received:
-            slab = Slab(here, dim, ranks, first, last)
+            slabs = Slabs([Slab(here, dim, ranks, first, last)])
             for rank, values in enumerate(received):
-                slab.write(rank, values)
+                slabs.unpack(rank, values)
     return here
 
 
@@ -269,15 +305,3 @@ def _spans(size: int, index_bytes: int) -> list[tuple[int, int]]:
     """First and last index (exclusive) of pieces of at most a bucket, or of single indices."""
     step = max(1, BUCKET_BYTES // index_bytes)
     return [(first, min(first + step, size)) for first in range(0, size, step)]
-
-
-def _nothing() -> None:
-    """What was gathered in place needs no copying."""
-
-
-def _split(pieces: Iterable[Piece], flat: Tensor) -> Iterable[tuple[Piece, Tensor]]:
-    """Each piece, and its place in a rank's part of a buffer."""
-    offset = 0
-    for piece in pieces:
-        yield piece, flat[offset : offset + piece.width]
-        offset += piece.width

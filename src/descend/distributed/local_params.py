@@ -175,7 +175,8 @@ class _Slice:
         """The part of a gradient that belongs to the tensor; dense ones share memory."""
         dim, length = self.cut.dim, self._stop - self._start
         if grad.layout is torch.strided:
-            return grad.detach().narrow(dim, self._start, length)
+            grad = grad.detach() if grad.requires_grad else grad
+            return grad.narrow(dim, self._start, length)
         if grad.layout is not torch.sparse_coo:
             grad = grad.to_sparse()
         indices, values = grad._indices(), grad._values()

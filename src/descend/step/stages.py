@@ -10,7 +10,7 @@ import torch
 from descend.backends.backend import Backend
 from descend.core.method import Method
 from descend.core.update import Update
-from descend.distributed.gather import Cut, NamedRows, Piece, Transfers, bucketed
+from descend.distributed.gather import Cut, Exchange, NamedRows, Slabs, Transfers, bucketed
 from descend.distributed.local_params import LocalParams
 from descend.distributed.ranks import Share
 from descend.sparse.attach import Tables
@@ -23,12 +23,12 @@ class Stage(NamedTuple):
 
     Attributes:
         updates: the updates.
-        gathers: the pieces of each collective that follows them.
-        waits: whether the next stage needs what is gathered.
+        exchanges: what the ranks exchange then.
+        waits: whether the next stage needs what is exchanged.
     """
 
     updates: list[Update]
-    gathers: Callable[[], Sequence[Sequence[Piece]]]
+    exchanges: Callable[[], Sequence[Exchange]]
     waits: bool = False
 
 
@@ -71,17 +71,17 @@ def make_stages(method: Method, tables: Tables, entries: Sequence[Entry], params
     for entry in entries:
         cut = params.cut_of(entry.param)
         if entry.shares_memory:
-            gathers = _gathers(entry, cut) if cut else _none
-            last.append(Stage(make_updates(method, tables, [entry]), gathers, waits=True))
+            exchanges = _exchanges(entry, cut) if cut else _none
+            last.append(Stage(make_updates(method, tables, [entry]), exchanges, waits=True))
         elif cut is None:
             others.append(entry)
         elif entry.sparse:
-            stages.append(Stage(make_updates(method, tables, [entry]), _gathers(entry, cut)))
+            stages.append(Stage(make_updates(method, tables, [entry]), _exchanges(entry, cut)))
         else:
             dense.append((entry, cut))
     for bucket in bucketed([cut for _, cut in dense]):
         updates = make_updates(method, tables, [dense[member][0] for member in bucket.members])
-        stages.append(Stage(updates, lambda gathers=bucket.gathers: gathers))  # type: ignore[misc]
+        stages.append(Stage(updates, lambda exchanges=bucket.exchanges: exchanges))  # type: ignore[misc]
     return [Stage(make_updates(method, tables, others), _none), *stages, *last]
 
 
@@ -91,24 +91,24 @@ def run_stages(method: Method, stages: Sequence[Stage], mesh: Any) -> None:
     for stage in stages:
         for update in stage.updates:
             update.run(method)
-        for pieces in stage.gathers():
-            transfers.start(pieces)
+        for exchange in stage.exchanges():
+            transfers.start(exchange)
         if stage.waits:
             transfers.finish()
     transfers.finish()
 
 
-def _none() -> Sequence[Sequence[Piece]]:
+def _none() -> Sequence[Exchange]:
     return ()
 
 
-def _gathers(entry: Entry, cut: Cut) -> Callable[[], Sequence[Sequence[Piece]]]:
+def _exchanges(entry: Entry, cut: Cut) -> Callable[[], Sequence[Exchange]]:
     """What changes in one parameter: the rows that its sparse gradient names, or all of it."""
 
-    def gathers() -> Sequence[Sequence[Piece]]:
+    def exchanges() -> Sequence[Exchange]:
         grad = entry.param.grad
         if entry.sparse == "touched" and grad is not None and cut.dim == 0 and grad.sparse_dim() > 0:
-            return [[NamedRows(cut.whole, torch.unique(grad._indices()[0]), cut.ranks)]]
-        return [[slab] for slab in cut.slabs()]
+            return [NamedRows(cut.whole, torch.unique(grad._indices()[0]), cut.ranks)]
+        return [Slabs([slab]) for slab in cut.slabs()]
 
-    return gathers
+    return exchanges
