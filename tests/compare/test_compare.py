@@ -302,7 +302,9 @@ def test_spec_takes_the_options_of_descend() -> None:
 def test_embeddings_get_gradients_that_suit_the_optimizer(text: str, is_sparse: bool, built: list[str]) -> None:
     table = torch.nn.Embedding(5, 2, sparse=not is_sparse)
     [spec] = specs.parse_all([text], LR)
-    optimizers = spec.build_for(torch.nn.Sequential(table, torch.nn.Linear(2, 3)))
+    model = torch.nn.Sequential(table, torch.nn.Linear(2, 3))
+    spec.set_gradients(model)
+    optimizers = spec.build_for(model)
     assert table.sparse == is_sparse
     assert [type(optimizer).__name__ for optimizer in optimizers] == built
     assert len({type(optimizer).__module__.partition(".")[0] for optimizer in optimizers}) == 1

@@ -111,6 +111,7 @@ class EagerBackend:
     ) -> Callable[[np.ndarray], None]:
         def run(values: np.ndarray) -> None:
             with torch.no_grad():
+                torch.autograd.graph.increment_version(params)
                 for launch in launches:
                     launch.run()
                 counters.add_one()

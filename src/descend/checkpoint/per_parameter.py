@@ -275,19 +275,21 @@ class _Reading:
             return copied(value, lambda tensor: tensor.detach().to(param.device, copy=True))
         if value.is_sparse:  # as torch stores the momentum of sparse gradients
             value = value.to_dense()
+        _check_memory(local_of(value), local_of(param), what)
         if is_dtensor(param) and value.shape == param.shape and shape in (None, param.shape):
+            if in_rule and not is_dtensor(value):
+                self._check_sign(key, value, what)  # of the whole: every rank raises, or none
             local, part = local_of(param), _part_for(param, value, what)
             return like(param, self._tensor(local, key, part, local.shape if in_rule else None, what))
         if is_dtensor(value):
             if shape is not None and value.shape != shape:
                 raise self._misfit(what, value, shape)
-            raise ValueError(f"{what} has {layout_of(value)}, but the parameter is {layout_of(param)}. {_SAVE_WHOLE}")
+            raise ValueError(f"{what} has {layout_of(value)}, the parameter {layout_of(param)}. {_SAVE_WHOLE}")
         return self._tensor(param, key, value, shape, what)
 
     def _tensor(self, param: Tensor, key: str, value: Tensor, shape: torch.Size | None, what: str) -> Tensor:
         """A tensor of a state; ``param`` and ``value`` are plain, or this rank's parts."""
         in_rule = shape is not None
-        _check_memory(value, param, what)
         if not in_rule:
             try:
                 of_table = table.loaded(key, value.detach(), param)
@@ -342,7 +344,7 @@ def _part_for(param: Any, value: Any, what: str) -> Tensor:
             raise ValueError(f"{what}: {error}.") from None
     if value.device_mesh == param.device_mesh:
         return local_of(value.detach().redistribute(param.device_mesh, param.placements))
-    raise ValueError(f"{what} has {layout_of(value)}, but the parameter has {layout_of(param)}. {_SAVE_WHOLE}")
+    raise ValueError(f"{what} has {layout_of(value)}, the parameter {layout_of(param)}. {_SAVE_WHOLE}")
 
 
 def _smallest(value: Tensor | float) -> float:

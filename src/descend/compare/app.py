@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -13,9 +14,11 @@ from rich.console import Console
 
 from descend.compare import report, specs
 from descend.compare.errors import UsageError
+from descend.compare.parallel import choose
 from descend.compare.progress import progress
-from descend.compare.tasks import TASKS, find_task
-from descend.compare.train import Problem, compete, prepare
+from descend.compare.ranks import Alone, Ranks
+from descend.compare.tasks import TASKS, Task, find_task
+from descend.compare.train import Problem, Run, compete, prepare
 
 app = typer.Typer(add_completion=False, rich_markup_mode="rich", pretty_exceptions_enable=False)
 
@@ -23,6 +26,10 @@ TASK = "; ".join(f"[bold]{task.name}[/bold]: {task.summary}" for task in TASKS.v
 OPTIMIZER = (
     "NAME or NAME:key=value,key=value; give one for each optimizer. Values are Python literals. "
     "The default lr is the task's. Default: four optimizers that suit the task."
+)
+PARALLEL = (
+    "How the processes share the work. [bold]ddp[/bold] (default): each has the whole model; "
+    "[bold]fsdp[/bold]: a share of parameters, gradients and state; [bold]zero1[/bold]: a share of the state alone."
 )
 EPILOG = (
     "[bold]Example:[/bold] descend compare text --optimizer adamw:lr=3e-3,weight_decay=0.1 "
@@ -45,6 +52,19 @@ def whole_number(option: str, least: int) -> Callable[[str], int]:
     return parse
 
 
+@dataclass(frozen=True)
+class Call:
+    """How ``descend`` was called.
+
+    Args:
+        args: the arguments.
+        ranks: the processes that take part; None before those of ``--nproc`` are started.
+    """
+
+    args: Sequence[str]
+    ranks: Ranks | None
+
+
 @app.callback()
 def descend() -> None:
     """Optimizers for PyTorch, compared."""
@@ -52,6 +72,7 @@ def descend() -> None:
 
 @app.command(epilog=EPILOG)
 def compare(
+    context: typer.Context,
     task: Annotated[str, typer.Argument(metavar="TASK", help=TASK)],
     optimizer: Annotated[list[str] | None, typer.Option(metavar="SPEC", help=OPTIMIZER)] = None,
     steps: Annotated[
@@ -71,8 +92,16 @@ def compare(
         int | None, typer.Option(parser=whole_number("--batch-size", 1), metavar="N", help="Default: the task's.")
     ] = None,
     threads: Annotated[
-        int | None, typer.Option(parser=whole_number("--threads", 1), metavar="N", help="Default: the task's.")
+        int | None,
+        typer.Option(parser=whole_number("--threads", 1), metavar="N", help="Of each process. Default: the task's."),
     ] = None,
+    nproc: Annotated[
+        int,
+        typer.Option(
+            parser=whole_number("--nproc", 1), metavar="N", help="Processes; each takes a share of every batch."
+        ),
+    ] = 1,
+    parallel: Annotated[str | None, typer.Option(metavar="WAY", help=PARALLEL)] = None,
 ) -> int:
     """Train the same model on the same data with several optimizers; compare losses, times and memory.
 
@@ -81,18 +110,28 @@ def compare(
     """
     chosen = find_task(task)
     contestants = specs.parse_all(optimizer or chosen.optimizers, chosen.lr)
-    torch.set_num_threads(threads or chosen.threads or torch.get_num_threads())
-    console = Console()
+    batch_size = batch_size or chosen.batch_size
+    way = choose(parallel, nproc, batch_size, contestants)
+    call: Call = context.obj
+    if nproc > 1 and call.ranks is None:
+        from descend.compare.launch import launch
+
+        return launch(nproc, call.args)
+    ranks = call.ranks or Alone()
+    torch.set_num_threads(threads or chosen.threads or max(1, torch.get_num_threads() // nproc))
+    console = Console(quiet=ranks.rank > 0)
     with console.status("Reading the data and building the optimizers"):
         torch.manual_seed(seed)
         problem = Problem(
             data=chosen.load(seed),
             model=chosen.model(),
             steps=steps or chosen.steps,
-            batch_size=batch_size or chosen.batch_size,
+            batch_size=batch_size,
             seed=seed,
+            ranks=ranks,
+            way=way,
         )
-        runs = prepare(contestants, problem.model)
+        runs = prepare(contestants, problem)
     folder = out or Path("runs") / chosen.name
     make_folder(folder)
 
@@ -102,6 +141,13 @@ def compare(
             compete(problem, runs, on_step)
     except KeyboardInterrupt:
         is_interrupted = True
+    # Rank 0 alone tells what failed: a rank that ends with an error would end the others while they report.
+    status = _report(console, folder, chosen, problem, runs) if ranks.rank == 0 else 0
+    return 130 if is_interrupted else status
+
+
+def _report(console: Console, folder: Path, chosen: Task, problem: Problem, runs: Sequence[Run]) -> int:
+    """Show and write what was measured; return the exit status."""
     measured = [run for run in runs if run.steps or run.error]
     if measured:
         console.print(report.table(chosen, problem, measured))
@@ -112,7 +158,7 @@ def compare(
     failed = [run for run in measured if run.error]
     for run in failed:
         print(f"compare: {run.spec.label} failed after {len(run.steps)} steps: {run.error}", file=sys.stderr)
-    return 130 if is_interrupted else 1 if failed else 0
+    return 1 if failed else 0
 
 
 def make_folder(folder: Path) -> None:
@@ -123,12 +169,17 @@ def make_folder(folder: Path) -> None:
         raise UsageError(f"compare: --out {folder} cannot be made: {error.strerror}.") from error
 
 
-def run(args: list[str]) -> int:
-    """Run ``descend`` with ``args``; return its exit status, or raise a ``UsageError``."""
+def run(args: list[str], ranks: Ranks | None = None) -> int:
+    """Run ``descend`` with ``args``; return its exit status, or raise a ``CommandError``.
+
+    Args:
+        args: the arguments after the program's name.
+        ranks: the processes that take part, this one included. Default: those that ``args`` ask for are started.
+    """
     # The base class of typer's errors has no public name: BadParameter < UsageError < ClickException.
     typer_error: Any = typer.BadParameter.__mro__[2]
     try:
-        status = app(args or ["--help"], prog_name="descend", standalone_mode=False)
+        status = app(args or ["--help"], prog_name="descend", standalone_mode=False, obj=Call(args, ranks))
     except typer.Abort:  # what some versions of typer turn Ctrl-C into
         return 130
     except typer_error as error:

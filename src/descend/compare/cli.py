@@ -6,9 +6,9 @@ The packages of the extra ``compare`` are imported inside ``main``, so that a mi
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
-from descend.compare.errors import UsageError, require
+from descend.compare.errors import CommandError, require
 
 
 def main(args: Sequence[str] | None = None) -> int:
@@ -19,19 +19,25 @@ def main(args: Sequence[str] | None = None) -> int:
     Returns:
         Exit status: 0, 1 (an optimizer or the disk failed), 2 (bad arguments, or a missing package) or 130 (Ctrl-C).
     """
-    try:
+
+    def run() -> int:
         require("typer", "rich", "matplotlib")
         from descend.compare.app import run
 
         return run(sys.argv[1:] if args is None else list(args))
-    except UsageError as error:
-        return _fail(error, status=2)
+
+    return guard(run, tell=lambda message: print(message, file=sys.stderr))
+
+
+def guard(run: Callable[[], int], tell: Callable[[str], object]) -> int:
+    """Return the exit status of ``run()``; if it fails, ``tell`` gets one line that says why."""
+    try:
+        return run()
+    except CommandError as error:
+        message, status = str(error), error.status
     except OSError as error:
-        return _fail(f"compare: {error}.", status=1)
+        message, status = f"compare: {error}.", 1
     except KeyboardInterrupt:
         return 130
-
-
-def _fail(message: object, status: int) -> int:
-    print(" ".join(str(message).split()), file=sys.stderr)
+    tell(" ".join(message.split()))
     return status

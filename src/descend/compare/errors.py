@@ -9,8 +9,16 @@ from difflib import get_close_matches
 PACKAGES = {"sklearn": "scikit-learn"}
 
 
-class UsageError(Exception):
-    """An invalid request. The command prints it as one line, without a traceback, and exits with status 2."""
+class CommandError(Exception):
+    """What ends the command: it prints one line, without a traceback, and exits with ``status``."""
+
+    status = 1
+
+
+class UsageError(CommandError):
+    """An invalid request."""
+
+    status = 2
 
 
 def unknown(problem: str, given: str, known: Iterable[str]) -> UsageError:

@@ -7,6 +7,7 @@ import math
 import os
 import platform
 from collections.abc import Callable, Sequence
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,8 @@ from descend.compare.train import Problem, Run
 CAPTION = (
     "Loss: cross-entropy of a training batch in nats. Optimizer time: inside optimizer.step(), without the first step."
 )
+PER_RANK = ("optimizer\ntime", "state")
+CAPTION_RANKS = " Time and state: the ranks' smallest to largest; results.json has each rank's."
 CAPTION_SPARSE = (
     " With sparse=exact it includes settling rows before they are read. Largest diff.: the largest difference "
     "between a loss and that of {} at the same step."
@@ -35,6 +38,10 @@ def table(task: Task, problem: Problem, runs: Sequence[Run]) -> Table:
     headings = ["final\nloss", "best\nloss", "test\nacc.", "optimizer\ntime", "total\ntime", "steps", "state"]
     dense = reference(runs)
     caption = CAPTION
+    if problem.ranks.world > 1:
+        title += f", {problem.way.name} on {problem.ranks.world} ranks"
+        headings = [heading + "\nper rank" if heading in PER_RANK else heading for heading in headings]
+        caption += CAPTION_RANKS
     if dense:
         headings.append("largest\ndiff.")
         caption += CAPTION_SPARSE.format(escape(dense.spec.label))
@@ -48,10 +55,10 @@ def table(task: Task, problem: Problem, runs: Sequence[Run]) -> Table:
             _loss(run.final_loss),
             _loss(run.best_loss),
             "-" if run.test_accuracy is None else f"{run.test_accuracy:.1%}",
-            "-" if run.optimizer_seconds is None else f"{run.optimizer_seconds:.3f} s",
+            _range(run.optimizer_seconds, lambda seconds: f"{seconds:.3f} s"),
             f"{run.total_seconds:.1f} s",
             str(len(run.steps)),
-            _bytes(run.state_bytes),
+            _range(known(run.state_bytes), _bytes),
             *([_difference(run, dense)] if dense else []),
         )
     return result
@@ -73,6 +80,19 @@ def largest_difference(run: Run, other: Run) -> float | None:
 def _difference(run: Run, dense: Run) -> str:
     difference = largest_difference(run, dense)
     return "-" if run is dense or difference is None else f"{difference:.1e}"
+
+
+def known(values: Sequence[int | None]) -> Sequence[int]:
+    """Return the values of the ranks that told theirs."""
+    return [value for value in values if value is not None]
+
+
+def _range(values: Sequence[float], show: Callable[[float], str]) -> str:
+    """Return the smallest and the largest value as ``show`` writes them; one if they look the same."""
+    if not values:
+        return "-"
+    least, most = show(min(values)), show(max(values))
+    return most if least == most else f"{least}\nto {most}"
 
 
 def _loss(loss: float | None) -> str:
@@ -124,6 +144,8 @@ def results(task: Task, problem: Problem, runs: Sequence[Run]) -> dict[str, Any]
             "batch_size": problem.batch_size,
             "seed": problem.seed,
             "threads": torch.get_num_threads(),
+            "nproc": problem.ranks.world,
+            "parallel": problem.way.name,
             "versions": {
                 "descend": descend.__version__,
                 "torch": torch.__version__,
@@ -152,13 +174,21 @@ def _result(run: Run, dense: Run | None) -> dict[str, Any]:
         "test_loss": run.test_loss,
         "test_accuracy": run.test_accuracy,
         "prepare_seconds": run.prepare_seconds,
-        "first_step_seconds": run.first_step_seconds,
-        "optimizer_seconds": run.optimizer_seconds,
+        "first_step_seconds": max(run.first_step_seconds, default=None),
+        "optimizer_seconds": max(run.optimizer_seconds, default=None),
         "total_seconds": run.total_seconds,
-        "peak_state_bytes": run.state_bytes,
+        "peak_state_bytes": max(known(run.state_bytes), default=0),
+        "ranks": _ranks(run),
         "largest_difference": largest_difference(run, dense) if dense else None,
         "losses": run.losses,
     }
+
+
+def _ranks(run: Run) -> list[dict[str, float | None]]:
+    """Return what differs between the ranks; None for what is not known."""
+    names = ("first_step_seconds", "optimizer_seconds", "peak_state_bytes")
+    each = zip_longest(run.first_step_seconds, run.optimizer_seconds, run.state_bytes)
+    return [dict(zip(names, values, strict=True)) for values in each]
 
 
 def _only_finite(value: Any) -> Any:
@@ -201,4 +231,4 @@ def _smooth(losses: Sequence[float]) -> list[float]:
 
 
 def _seconds_per_step(run: Run) -> float:
-    return (run.optimizer_seconds or 0.0) / max(1, len(run.steps) - 1)
+    return max(run.optimizer_seconds, default=0.0) / max(1, len(run.steps) - 1)

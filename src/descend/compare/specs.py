@@ -6,7 +6,7 @@ import ast
 import inspect
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
@@ -18,7 +18,14 @@ from torch.optim import Optimizer
 import descend
 from descend.compare.errors import UsageError, unknown
 
+Construct = Callable[[type[Optimizer], Iterable[nn.Parameter], Mapping[str, Any]], Optimizer]
+
 WORDS = {"true": True, "false": False, "none": None}
+
+
+def construct(optimizer: type[Optimizer], params: Iterable[nn.Parameter], options: Mapping[str, Any]) -> Optimizer:
+    """Return ``optimizer(params, **options)``."""
+    return optimizer(params, **options)
 
 
 @dataclass(frozen=True)
@@ -37,10 +44,15 @@ class Spec:
     optimizer: type[Optimizer]
     options: Mapping[str, Any]
 
-    def build(self, params: Iterable[nn.Parameter]) -> Optimizer:
-        """Return the optimizer for ``params``, compiled; raise a ``UsageError`` if it rejects them or its options."""
+    def build(self, params: Iterable[nn.Parameter], construct: Construct = construct) -> Optimizer:
+        """Return the optimizer for ``params``, compiled; raise a ``UsageError`` if it rejects them or its options.
+
+        Args:
+            params: what it trains.
+            construct: makes it, from its class, ``params`` and its options.
+        """
         try:
-            optimizer = self.optimizer(params, **self.options)
+            optimizer = construct(self.optimizer, params, self.options)
             if isinstance(optimizer, descend.FirstOrder):
                 descend.warmup(optimizer)
             return optimizer
@@ -52,22 +64,25 @@ class Spec:
         """Whether the optimizer is meant for sparse gradients; all others get dense ones."""
         return self.options.get("sparse") is not None or self.optimizer.__name__ == "SparseAdam"
 
-    def build_for(self, model: nn.Module) -> list[Optimizer]:
-        """Return the optimizers that train ``model``, and set its embeddings to sparse or dense gradients to suit.
+    def set_gradients(self, model: nn.Module) -> None:
+        """Set the embeddings of ``model`` to sparse or dense gradients, as the optimizer needs them."""
+        for table in embeddings(model):
+            table.sparse = self.is_sparse
+
+    def build_for(self, model: nn.Module, construct: Construct = construct) -> list[Optimizer]:
+        """Return the optimizers that train ``model``; its gradients must be as ``set_gradients`` sets them.
 
         SparseAdam does not take dense gradients. All parameters but the embeddings then get a second optimizer, as in
         programs that use SparseAdam: Adam from the same library, with the same options.
         """
         tables = embeddings(model)
-        for table in tables:
-            table.sparse = self.is_sparse
         if tables and self.optimizer.__name__ == "SparseAdam":
             library = descend if issubclass(self.optimizer, descend.FirstOrder) else torch.optim
             weights = {table.weight for table in tables}  # tensors in a set are compared by identity
             own = [param for param in model.parameters() if param in weights]
             others = [param for param in model.parameters() if param not in weights]
-            return [self.build(own), replace(self, optimizer=library.Adam).build(others)]
-        optimizer = self.build(model.parameters())
+            return [self.build(own, construct), replace(self, optimizer=library.Adam).build(others, construct)]
+        optimizer = self.build(model.parameters(), construct)
         if self.options.get("sparse") == "exact" and isinstance(optimizer, descend.FirstOrder):
             optimizer.attach(model)
         return [optimizer]

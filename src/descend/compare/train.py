@@ -15,6 +15,8 @@ from torch.nn.functional import cross_entropy
 from torch.optim import Optimizer
 
 import descend
+from descend.compare.parallel import Way
+from descend.compare.ranks import Outcome, Ranks
 from descend.compare.specs import Spec, embeddings
 from descend.compare.tasks import Batch, Data
 
@@ -28,13 +30,15 @@ class Problem:
     steps: int
     batch_size: int
     seed: int
+    ranks: Ranks
+    way: Way
 
 
 class Step(NamedTuple):
-    """Measurements of one step: the loss before it, in nats, and the seconds inside the optimizer."""
+    """Measurements of one step: the loss before it, in nats, and each rank's seconds inside the optimizer."""
 
     loss: float
-    seconds: float
+    seconds: tuple[float, ...]
 
 
 class Stopwatch:
@@ -64,6 +68,8 @@ class Run:
         options: options of its first group, and those of the spec.
         helper: the second optimizer, for parameters that the first does not take; None if it takes all.
         prepare_seconds: time to build the optimizer, including compilation.
+        state_bytes: memory of the optimizer's state, by rank; only this rank's if the run was interrupted, and None for
+            a rank that was not heard of.
     """
 
     spec: Spec
@@ -71,7 +77,7 @@ class Run:
     prepare_seconds: float
     steps: list[Step] = field(default_factory=list)
     total_seconds: float = 0.0
-    state_bytes: int = 0
+    state_bytes: Sequence[int | None] = ()
     test_loss: float | None = None
     test_accuracy: float | None = None
     helper: type[Optimizer] | None = None
@@ -91,13 +97,14 @@ class Run:
         return min(filter(math.isfinite, self.losses), default=None)
 
     @property
-    def first_step_seconds(self) -> float | None:
-        return self.steps[0].seconds if self.steps else None
+    def first_step_seconds(self) -> Sequence[float]:
+        """Each rank's time inside the optimizer in the first step, which creates the state and may compile."""
+        return self.steps[0].seconds if self.steps else ()
 
     @property
-    def optimizer_seconds(self) -> float | None:
-        """Time inside the optimizer, without the first step, which creates the state and may compile."""
-        return sum(step.seconds for step in self.steps[1:]) if len(self.steps) > 1 else None
+    def optimizer_seconds(self) -> Sequence[float]:
+        """Each rank's time inside the optimizer in all other steps; empty if there are none."""
+        return [sum(seconds) for seconds in zip(*(step.seconds for step in self.steps[1:]), strict=True)]
 
     @property
     def diverged_at(self) -> int | None:
@@ -114,12 +121,13 @@ class Run:
         return "diverged" if has_diverged else "finished"
 
 
-def prepare(specs: Sequence[Spec], model: nn.Module) -> list[Run]:
+def prepare(specs: Sequence[Spec], problem: Problem) -> list[Run]:
     """Build every optimizer once, so that it raises its errors and compiles before any training."""
+    model = problem.way.wrap(copy.deepcopy(problem.model))
     runs = []
     for spec in specs:
         started = time.perf_counter()
-        optimizer = spec.build(model.parameters())
+        optimizer = spec.build(model.parameters(), problem.way.construct)
         seconds = time.perf_counter() - started
         group = {name: value for name, value in optimizer.param_groups[0].items() if name != "params"}
         runs.append(Run(spec, options={**group, **spec.options}, prepare_seconds=seconds))
@@ -129,8 +137,8 @@ def prepare(specs: Sequence[Spec], model: nn.Module) -> list[Run]:
 def compete(problem: Problem, runs: Sequence[Run], on_step: Callable[[Run], None]) -> None:
     """Train with each optimizer in turn, and store the measurements in ``runs``.
 
-    An exception from one optimizer ends only its own run. Ctrl-C raises ``KeyboardInterrupt`` as usual; ``runs`` then
-    hold the measurements so far.
+    An exception from one optimizer ends only its own run, unless it comes on some ranks alone: these cannot go on
+    together. Ctrl-C raises ``KeyboardInterrupt`` as usual. ``runs`` then hold the measurements so far.
 
     Args:
         problem: what the runs share.
@@ -139,20 +147,29 @@ def compete(problem: Problem, runs: Sequence[Run], on_step: Callable[[Run], None
     """
     # The first pass of a process sets up threads and kernels, and the first zero_grad imports torch's compiler.
     # Both happen here, so that no optimizer's time includes them.
-    model = copy.deepcopy(problem.model)
-    _loss(model, problem.data.sample(problem.batch_size, torch.Generator())).backward()  # type: ignore[no-untyped-call]
+    model = problem.way.wrap(copy.deepcopy(problem.model))
+    batch = problem.data.sample(problem.batch_size, torch.Generator())
+    _loss(model, problem.ranks.share(batch)).backward()  # type: ignore[no-untyped-call]
     torch.optim.SGD(model.parameters()).zero_grad()
     for run in runs:
+        error = None
         try:
             _train(problem, run, on_step)
-        except Exception as error:  # the other optimizers are measured all the same
-            run.error = " ".join(f"{type(error).__name__}: {error}".split())
+        except Exception as exception:  # the other optimizers are measured all the same
+            error = " ".join(f"{type(exception).__name__}: {exception}".split())
+        outcome = Outcome(len(run.steps), sum(filter(None, run.state_bytes)), error)
+        ending = problem.ranks.end(run.spec.label, outcome)
+        run.error, run.state_bytes = ending.error, ending.state_bytes
+        if not ending.is_common:
+            return
 
 
 def _train(problem: Problem, run: Run, on_step: Callable[[Run], None]) -> None:
     model = copy.deepcopy(problem.model)
     generator = torch.Generator().manual_seed(problem.seed)
-    optimizers = run.spec.build_for(model)
+    run.spec.set_gradients(model)  # DistributedDataParallel looks at them
+    model = problem.way.wrap(model)
+    optimizers = run.spec.build_for(model, problem.way.construct)
     run.helper = type(optimizers[1]) if len(optimizers) > 1 else None
     watch = Stopwatch()
     for table in embeddings(model):  # settling rows before they are read counts as time in the optimizer
@@ -161,7 +178,8 @@ def _train(problem: Problem, run: Run, on_step: Callable[[Run], None]) -> None:
     started = time.perf_counter()
     try:
         for _ in range(problem.steps):
-            loss = _loss(model, problem.data.sample(problem.batch_size, generator))
+            batch = problem.data.sample(problem.batch_size, generator)
+            loss = _loss(model, problem.ranks.share(batch))
             for optimizer in optimizers:
                 optimizer.zero_grad()
             loss.backward()  # type: ignore[no-untyped-call]
@@ -169,13 +187,13 @@ def _train(problem: Problem, run: Run, on_step: Callable[[Run], None]) -> None:
             for optimizer in optimizers:
                 optimizer.step()
             watch.stop()
-            run.steps.append(Step(loss.item(), watch.reset()))
+            run.steps.append(Step(*problem.ranks.measure(loss.item(), watch.reset())))
             run.total_seconds = time.perf_counter() - started
             on_step(run)
     finally:
         # State only grows, so it is measured once, at the end. Reading the state of a descend optimizer marks it as
         # exposed, which makes the next steps slower.
-        run.state_bytes = sum(map(_state_bytes, optimizers))
+        run.state_bytes = [sum(map(_state_bytes, optimizers))]
     for optimizer in optimizers:
         if isinstance(optimizer, descend.AdamWScheduleFree):
             optimizer.eval()
@@ -198,7 +216,11 @@ def _evaluate(model: nn.Module, batch: Batch) -> tuple[float, float]:
 
 
 def _state_bytes(optimizer: Optimizer) -> int:
-    """Return the bytes of memory behind all state tensors; shared storage counts once."""
-    tensors = (value for state in optimizer.state.values() for value in state.values() if isinstance(value, Tensor))
-    storages = {storage.data_ptr(): storage.nbytes() for storage in (t.untyped_storage() for t in tensors)}
+    """Return the bytes of this rank's memory behind all state tensors; shared storage counts once."""
+    # ZeroRedundancyOptimizer keeps this rank's share in an optimizer of its own.
+    states = getattr(optimizer, "optim", optimizer).state.values()
+    tensors = (value for state in states for value in state.values() if isinstance(value, Tensor))
+    # A DTensor has no memory of its own.
+    local = (tensor.to_local() if hasattr(tensor, "to_local") else tensor for tensor in tensors)
+    storages = {storage.data_ptr(): storage.nbytes() for storage in (tensor.untyped_storage() for tensor in local)}
     return sum(storages.values())

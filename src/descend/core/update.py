@@ -19,6 +19,20 @@ class Cell(NamedTuple):
     row: int
 
 
+class Wrapper(NamedTuple):
+    """A DTensor, in whose place a plain tensor on the memory of its inner one is updated.
+
+    Attributes:
+        param: the DTensor.
+        inner: the tensor in it.
+        spec: what describes the placements of its gradient; None if the inner tensor of that is not the local gradient.
+    """
+
+    param: Tensor
+    inner: Tensor
+    spec: Any
+
+
 class Update(ABC):
     """What a plan asks of each of its parts, in this order.
 

@@ -22,7 +22,7 @@ class Row(NamedTuple):
         pattern: the pattern that matched its parameters; empty without ``groups`` and for unmatched parameters.
         parameters: number of tensors.
         numbers: total number of elements in them.
-        state_bytes: size of the state that exists now; lazily committed memory counts in full.
+        state_bytes: size of the state that exists now, on this rank; lazily committed memory counts in full.
         options: options that now differ from the optimizer's defaults, and all options that are tensors.
     """
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import math
 import sys
+from operator import attrgetter
 from typing import Any
 
 from torch import Tensor
@@ -35,9 +36,11 @@ def local_of(tensor: Any) -> Tensor:
     return local
 
 
-def like(dtensor: Any, local: Tensor) -> Tensor:
-    """A DTensor on ``local``, of the shape, mesh and placements of ``dtensor``."""
+def like(dtensor: Any, local: Tensor, placements: tuple[Any, ...] | None = None) -> Tensor:
+    """A DTensor on ``local``, of the shape, mesh and, unless others are given, placements of ``dtensor``."""
     spec = dtensor._spec
+    if placements is not None:
+        spec = type(spec)(spec.mesh, placements, tensor_meta=spec.tensor_meta)
     if local.dtype != dtensor.dtype:
         spec = copy.copy(spec)
         spec.tensor_meta = spec.tensor_meta._replace(dtype=local.dtype)
@@ -84,13 +87,7 @@ def _order_of_cuts(dtensor: Any) -> list[int]:
     return [mesh_dim for dim in cuts.values() for mesh_dim in dim]
 
 
-def reduced(tensor: Any) -> Tensor:
-    """A DTensor with its partial sums reduced; any other tensor as it is. A collective for each that has some."""
-    if not is_dtensor(tensor) or not any(placement.is_partial() for placement in tensor.placements):
-        return tensor  # type: ignore[no-any-return]
-    replicate = sys.modules["torch.distributed.tensor"].Replicate()
-    placements = [replicate if placement.is_partial() else placement for placement in tensor.placements]
-    return tensor.redistribute(tensor.device_mesh, placements)  # type: ignore[no-any-return]
+layout_in = attrgetter("mesh", "placements", "shard_order")  # in the spec of a DTensor
 
 
 def layout_of(tensor: Tensor) -> str:
@@ -105,4 +102,4 @@ def same_layout(a: Any, b: Any) -> bool:
     """Whether two tensors lie on the ranks in the same way."""
     if not (is_dtensor(a) and is_dtensor(b)):
         return is_dtensor(a) == is_dtensor(b)
-    return all(getattr(a._spec, name) == getattr(b._spec, name) for name in ("mesh", "placements", "shard_order"))
+    return a._spec is b._spec or layout_in(a._spec) == layout_in(b._spec)

@@ -2,70 +2,73 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Sequence
+from operator import eq
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from descend.core.method import Method
-from descend.distributed.dtensors import is_dtensor, layout_of, local_of, same_layout
+from descend.core.update import Wrapper
+from descend.distributed.cut_params import CutParams, grad_error
+from descend.distributed.dtensors import is_dtensor, layout_in, local_of, same_layout
 from descend.distributed.gather import Cut
+from descend.distributed.partial_sums import is_partial, reduced
 from descend.distributed.ranks import Share, share_of
-from descend.distributed.shard_state import as_sharded, part
 
 
 class LocalParams:
     """For each sharded parameter among some, a plain tensor on the memory of this rank's part of it.
 
-    It carries the local gradient while a step is prepared and taken: after ``read``, until ``release``. Sharded are
-    DTensors, and with ``shard_state`` the parameters that every rank has whole. Any other stands for itself.
+    It has the local gradient after ``read``, until ``release``. Sharded are DTensors, and with ``shard_state`` the
+    parameters that every rank has whole. Any other stands for itself.
 
     Args:
         method: the optimizer.
         params: the parameters.
         previous: of the last step; what it has reduced for this one is not reduced again. Default: None.
+        reads: whether to read the gradients, which may need other ranks. Default: True.
     Raises:
         RuntimeError: if a parameter is a partial sum.
     """
 
-    def __init__(self, method: Method, params: Iterable[Tensor], previous: LocalParams | None = None) -> None:
+    def __init__(
+        self, method: Method, params: Sequence[Tensor], previous: LocalParams | None = None, reads: bool = True
+    ) -> None:
+        self._is_read = False
         self._reduced: dict[int, tuple[Tensor, Tensor]] = previous._reduced if previous else {}
-        self._dtensors: dict[Tensor, _Local] = {}
-        self._slices: dict[Tensor, _Slice] = {}
-        for param in params:
-            if is_dtensor(param):
-                self._dtensors[param] = _local(method, param)
-            elif is_dtensor(sharded := as_sharded(method, param)):
-                self._slices[param] = _Slice(param, sharded)
-        self._locals: dict[Tensor, _Local | _Slice] = {**self._dtensors, **self._slices}
-        self.read(method)
+        self._locals: dict[Tensor, _Local] = {param: _local(method, param) for param in params if is_dtensor(param)}
+        self._cuts = CutParams(method, params)
+        self._types = {*map(type, self._locals)}
+        self._specs = [local.spec for local in self._locals.values()]
+        self._layouts = [*map(layout_in, self._specs)]
+        if reads:
+            self.read(method)
 
     def __bool__(self) -> bool:
-        return bool(self._locals)
+        return bool(self._locals) or bool(self._cuts)
 
     def of(self, param: Tensor) -> Tensor:
         """The plain tensor of a parameter, which has its gradient."""
         local = self._locals.get(param) if self._locals else None
-        return param if local is None else local.tensor
+        return self._cuts.of(param) if local is None else local.tensor
 
     def share_of(self, param: Tensor) -> Share | None:
         """Which ranks hold its elements."""
         local = self._locals.get(param) if self._locals else None
-        return None if local is None else local.share
-
-    def cut_of(self, param: Tensor) -> Cut | None:
-        """How a parameter is cut that this rank has whole; None for all others."""
-        piece = self._slices.get(param) if self._slices else None
-        return None if piece is None else piece.cut
-
-    def wholes(self) -> list[Tensor]:
-        """The parameters that are cut, but that this rank has whole."""
-        return list(self._slices)
+        return self._cuts.share_of(param) if local is None else local.share
 
     def shares(self) -> list[Share]:
         """The share of each sharded parameter."""
-        return [local.share for local in self._locals.values()]
+        return [*(local.share for local in self._locals.values()), *self._cuts.shares()]
+
+    def cut_of(self, param: Tensor) -> Cut | None:
+        """How a parameter is cut that this rank has whole; None for all others."""
+        return self._cuts.cut_of(param)
+
+    def wholes(self) -> list[Tensor]:
+        """The parameters that are cut, and that this rank has whole."""
+        return self._cuts.wholes()
 
     def read(self, method: Method) -> bool:
         """Take the present gradients; whether the parameters still lie where they did.
@@ -73,53 +76,67 @@ class LocalParams:
         Raises:
             RuntimeError: if a gradient lies on other ranks than its parameter.
         """
-        is_same = True
-        for param, local in self._dtensors.items():
-            is_same &= param._local_tensor is local.inner  # type: ignore[attr-defined]
+        self._is_read = is_same = True
+        self._reduce_partial_sums()
+        param: Any
+        for param, local in self._locals.items():
+            is_same &= param._local_tensor is local.inner and local.is_on_inner()
             grad: Any = param.grad
             if grad is None:
                 local.tensor.grad = None
-            elif type(grad) is type(param) and local.has_direct(grad):
-                local.tensor.grad = grad._local_tensor  # type: ignore[attr-defined]  # the same as below, in a tenth of its time
             else:
                 local.tensor.grad = self._local_grad(method, param, grad)
-        for param, piece in self._slices.items():
-            grad = param.grad
-            if is_dtensor(grad):
-                raise _grad_error(method, param, grad)
-            piece.tensor.grad = None if grad is None else piece.part_of(grad)
+        self._cuts.read(method)
         return is_same
 
     def release(self) -> None:
         """Drop the gradients."""
-        self._reduced.clear()
-        for local in self._locals.values():
-            local.tensor.grad = None
+        if self._is_read:
+            self._is_read = False
+            self._reduced.clear()
+            for local in self._locals.values():
+                local.tensor.grad = None
+            self._cuts.release()
 
-    def increment_versions(self) -> None:
-        """Tell autograd that DTensors have been written to; plain tensors on their memory know."""
-        if self._dtensors:
-            torch.autograd.graph.increment_version(list(self._dtensors))
+    def wrapper_of(self, param: Tensor) -> Wrapper | None:
+        """What a probe must know to find the local gradient by itself."""
+        local = self._locals.get(param)
+        if local is None:
+            return None
+        return Wrapper(param, local.inner, local.spec if param.grad is None else getattr(param.grad, "_spec", None))
+
+    def are_direct(self) -> bool:
+        """Whether the inner tensors of all present gradients are the local ones: none must be reduced or refused."""
+        grads: list[Any] = [param.grad for param in self._locals]
+        if not set(map(type, grads)) - {type(None)} <= self._types:
+            return False
+        specs = [own if grad is None else grad._spec for grad, own in zip(grads, self._specs, strict=True)]
+        return all(map(eq, map(layout_in, specs), self._layouts))
+
+    def _reduce_partial_sums(self) -> None:
+        """Reduce the gradients that are partial sums, and otherwise lie where their parameters do."""
+        pairs: list[tuple[Any, Any]] = [(param, param.grad) for param in self._locals]
+        partial = [
+            (param, grad)
+            for param, grad in pairs
+            if is_partial(grad) and id(grad) not in self._reduced and _lies_there_once_reduced(grad, param)
+        ]
+        wholes: list[Any] = reduced([grad for _, grad in partial])
+        for (param, grad), whole in zip(partial, wholes, strict=True):
+            self._reduced[id(grad)] = grad, local_of(whole.redistribute(param.device_mesh, param.placements))
 
     def _local_grad(self, method: Method, param: Any, grad: Any) -> Tensor:
         if same_layout(param, grad):
             return local_of(grad)
-        partial = is_dtensor(grad) and any(placement.is_partial() for placement in grad.placements)
-        if partial and grad.device_mesh == param.device_mesh:
-            expected = [p if g.is_partial() else g for p, g in zip(param.placements, grad.placements, strict=True)]
-            if tuple(expected) == tuple(param.placements):
-                if id(grad) not in self._reduced:
-                    with torch.no_grad():
-                        reduced = grad.redistribute(param.device_mesh, param.placements)
-                    self._reduced[id(grad)] = grad, local_of(reduced)
-                return self._reduced[id(grad)][1]
-        raise _grad_error(method, param, grad)
+        if id(grad) in self._reduced:
+            return self._reduced[id(grad)][1]
+        raise grad_error(method, param, grad)
 
 
-def _grad_error(method: Method, param: Tensor, grad: Tensor) -> RuntimeError:
-    return RuntimeError(
-        f"{type(method).__name__}: {method.name_of(param)} has {layout_of(param)}, but its gradient has "
-        f"{layout_of(grad)}. They must be equal: call redistribute on the gradient. Nothing has moved."
+def _lies_there_once_reduced(grad: Any, param: Any) -> bool:
+    """Whether a partial gradient lies where its parameter does, but for the sums that are still to be taken."""
+    return grad.device_mesh == param.device_mesh and all(
+        here.is_partial() or here == there for here, there in zip(grad.placements, param.placements, strict=True)
     )
 
 
@@ -144,46 +161,7 @@ class _Local:
         self.tensor = local_of(param).detach()
         self.tensor.grad_dtype = None  # gradients may be of any dtype
 
-    def has_direct(self, grad: Any) -> bool:
-        """Whether the tensor inside a gradient is the local one, as far as a few comparisons can tell."""
-        spec, own = grad._spec, self.spec
-        is_same = spec is own or (
-            spec.mesh is own.mesh and spec.placements == own.placements and spec.shard_order == own.shard_order
-        )
-        return is_same and type(grad._local_tensor) is Tensor
-
-
-class _Slice:
-    """One parameter that this rank has whole, and of which it updates a part.
-
-    Args:
-        param: the parameter.
-        sharded: its part as a DTensor, see ``as_sharded``.
-    Attributes:
-        cut: how the parameter is cut.
-        tensor: the part, which may have a gradient of its own.
-    """
-
-    def __init__(self, param: Tensor, sharded: Any) -> None:
-        mesh, dim = sharded.device_mesh, sharded.placements[0].dim
-        self.share, self.cut = Share(mesh, 1), Cut(param.detach(), dim, mesh.size())
-        self._start, self._stop = part(param.shape[dim], mesh.size(), mesh.get_local_rank())
-        self.tensor = local_of(sharded)
-        self.tensor.grad_dtype = None  # gradients may be of any dtype
-
-    def part_of(self, grad: Tensor) -> Tensor:
-        """The part of a gradient that belongs to the tensor; dense ones share memory."""
-        dim, length = self.cut.dim, self._stop - self._start
-        if grad.layout is torch.strided:
-            grad = grad.detach() if grad.requires_grad else grad
-            return grad.narrow(dim, self._start, length)
-        if grad.layout is not torch.sparse_coo:
-            grad = grad.to_sparse()
-        indices, values = grad._indices(), grad._values()
-        if dim < grad.sparse_dim():
-            is_here = (indices[dim] >= self._start) & (indices[dim] < self._stop)
-            indices, values = indices[:, is_here], values[is_here]
-            indices[dim] -= self._start
-        else:
-            values = values.narrow(dim - grad.sparse_dim() + 1, self._start, length)
-        return torch.sparse_coo_tensor(indices, values, self.tensor.shape, check_invariants=False)
+    def is_on_inner(self) -> bool:
+        """Whether the tensor still has the memory of the inner one."""
+        tensor, inner = self.tensor, self.inner
+        return tensor.is_meta or (tensor.data_ptr() == inner.data_ptr() and tensor.shape == inner.shape)

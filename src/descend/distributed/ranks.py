@@ -55,7 +55,7 @@ class Ranks:
     def __init__(self, shares: Iterable[Share | None]) -> None:
         meshes = {share.mesh for share in shares if share is not None}
         shared = [mesh for mesh in meshes if mesh.size() > 1 and mesh.get_coordinate() is not None]
-        self.meshes = sorted(shared, key=lambda mesh: (mesh.size(), mesh.mesh.flatten().tolist(), mesh.ndim))
+        self.meshes = sorted(shared, key=_order)
 
     def sum(self, values: Mapping[Share | None, Sequence[float]]) -> list[float]:
         """Totals over all ranks in which each element counts once.
@@ -115,6 +115,11 @@ def all_reduce(mesh: Any, numbers: Tensor, largest: bool = False) -> Tensor:
     for group in _groups(mesh):
         dist.all_reduce(numbers, op=dist.ReduceOp.MAX if largest else dist.ReduceOp.SUM, group=group)
     return numbers.cpu()
+
+
+def _order(mesh: Any) -> tuple[Any, ...]:
+    """A place among all meshes, the same on every rank; with one for each mesh, no two ranks wait for each other."""
+    return mesh.size(), mesh.mesh.flatten().tolist(), tuple(mesh.shape), mesh.mesh_dim_names or ()
 
 
 def _groups(mesh: Any) -> list[Any]:

@@ -19,7 +19,8 @@ from torch import Tensor
 
 from descend.backends import available
 from descend.backends.backend import Backend
-from descend.distributed.dtensors import is_dtensor, local_of, reduced
+from descend.distributed.dtensors import is_dtensor, local_of
+from descend.distributed.partial_sums import reduced, summands
 from descend.distributed.ranks import Ranks, Share, share_of
 
 CHUNK = 16_384  # torch sums shorter vectors on one thread, so that results do not depend on their number
@@ -86,7 +87,7 @@ def clip_grads_with_norm_(
         tensor([0.3000, 0.4000])
     """
     max_norm = _not_negative("max_norm", max_norm)
-    total_norm = local_of(reduced(total_norm))
+    total_norm = local_of(*reduced([total_norm]))
     _scale(_grads(parameters), clip_coefficient(max_norm, total_norm.double()))
 
 
@@ -152,14 +153,18 @@ def clip_grad_value_(parameters: Tensor | Iterable[Tensor], clip_value: float, f
         tensor([ 1.0000, -0.5000])
     """
     clip_value = _not_negative("clip_value", clip_value)
+    grads = _grads(parameters)
     with torch.no_grad():
-        for grad in _grads(parameters):
+        for grad, whole in zip(grads, reduced(grads), strict=True):
             if grad.is_sparse:  # duplicates count as their sum
                 indices, values = grad.coalesce().indices(), summed(grad).clamp(-clip_value, clip_value)
                 clipped = torch.sparse_coo_tensor(indices, values, grad.shape, device=grad.device, is_coalesced=True)
                 grad.copy_(clipped)
             else:
-                grad.clamp_(-clip_value, clip_value)
+                clamped = local_of(whole).clamp_(-clip_value, clip_value)
+                if whole is not grad:  # partial sums, equal ones from now on
+                    local_of(grad).copy_(clamped / summands(grad))
+        torch.autograd.graph.increment_version([grad for grad in grads if is_dtensor(grad)])
 
 
 def _not_negative(name: str, value: float) -> float:
@@ -195,7 +200,7 @@ def norm(tensors: Sequence[Tensor], norm_type: float) -> Tensor | float:
     if any(map(is_dtensor, tensors)):
         parts: defaultdict[Share | None, list[Tensor]] = defaultdict(list)
         with torch.no_grad():
-            for tensor in map(reduced, tensors):
+            for tensor in reduced(tensors):
                 parts[share_of(tensor)].append(local_of(tensor))
         return norm_of_parts(parts, norm_type, Ranks(parts))
     if norm_type == 2 and (backend := _compiled_for(tensors)) is not None:

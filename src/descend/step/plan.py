@@ -63,7 +63,8 @@ class Plan:
     Args:
         method: the optimizer.
         tables: its parameters in exact mode.
-        only_with_grad: leave out parameters without a gradient. Default: True.
+        only_with_grad: leave out parameters without a gradient; else gradients of sharded parameters are not read.
+            Default: True.
         position: of the one parameter to plan for. Default: all parameters of all groups.
         previous: the plan of the last step, which is not valid any more. Default: None.
     """
@@ -90,7 +91,8 @@ class Plan:
             for index, group, params in self._selected(method.param_groups)
         ]
         listed = [param for _, params, _, _ in self._groups for param in params]
-        self._locals: LocalParams = LocalParams(method, listed, previous._locals if previous else None)
+        last = previous._locals if previous else None
+        self._locals: LocalParams = LocalParams(method, listed, last, reads=only_with_grad)
         self._ranks = Ranks(self._locals.shares())
         self._agreement = Agreement(method, self._ranks) if self._ranks.meshes else None
         entries: list[Entry] = []
@@ -209,6 +211,7 @@ class Plan:
         if math.isfinite(total):
             return math.sqrt(total)
         # Not finite, or finite with squares that overflow: the slower way can tell.
+        self._locals.read(method)
         grads: defaultdict[Share | None, list[Tensor]] = defaultdict(list)
         for entry in self._entries:
             if entry.local.grad is not None:
@@ -217,6 +220,7 @@ class Plan:
 
     def nonfinite_gradients(self, method: Method) -> list[str]:
         """Names of the parameters whose gradients have a NaN or Inf, and the ranks if there are several."""
+        self._locals.read(method)
         names = [
             method.name_of(entry.param)
             for entry in self._entries
@@ -271,12 +275,14 @@ class Plan:
         spans = np.concatenate([np.zeros((0, 2), np.int64), *(update.written() for update in self._updates)])
         written = spans[np.argsort(spans[:, 0])]
         tensors = [local_of(tensor) for _, _, tensor in self._tensors]
-        self._probe = make_probe(watched, [cells.get(param) for param in watched], tensors, written)
+        wrappers = [self._locals.wrapper_of(param) for _, params, _, _ in self._groups for param in params]
+        reads_cells = all(entry.local in cells for entry in self._entries if entry.share is not None)
+        wrappers = wrappers if reads_cells and not self._stages and self._locals.are_direct() else []
+        self._probe = make_probe(watched, [cells.get(param) for param in watched], tensors, written, wrappers)
         self._has_state = True
 
     def run(self, method: Method) -> None:
         """Take the step."""
-        self._locals.increment_versions()
         if self._stages:
             run_stages(method, self._stages, state_mesh(method))
             return
@@ -311,12 +317,21 @@ class Plan:
                 or bool(group.get("differentiable")) != differentiable
             ):
                 return False
-        if self._locals and not self._locals.read(method):
-            return False
         exposed = not isinstance(self._state, State) or self._state.exposed
         if exposed and not self._has_its_tensors():
             return False
-        return bool(self._probe.revalidate(state=exposed)) and all(update.is_valid(method) for update in self._updates)
+        return self._is_as_probed(method, exposed) and all(update.is_valid(method) for update in self._updates)
+
+    def _is_as_probed(self, method: Method, exposed: bool) -> bool:
+        """Whether all tensors are as they were. Addresses of gradients that moved are followed."""
+        if not self._locals:
+            return bool(self._probe.revalidate(state=exposed))
+        if not self._probe.unwraps:
+            return self._locals.read(method) and bool(self._probe.revalidate(state=exposed))
+        if self._probe.revalidate(state=exposed):
+            return True
+        # Other objects may describe the placements in the same way.
+        return self._locals.are_direct() and bool(self._probe.revalidate(state=exposed, specs=False))
 
     def _has_its_tensors(self) -> bool:
         """Whether every state tensor is still the one that was put there."""

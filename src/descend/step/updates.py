@@ -97,6 +97,7 @@ class LaunchUpdate(Update):
         self._launches = [batch.launch for batch in self._batches]
         self.params = [entry.local for batch in self._batches for entry in batch.entries]
         self.share = entries[0].share
+        self._wrappers = [entry.param for entry in entries if entry.share is not None]
         self._state_tensors: list[tuple[Tensor, str, Tensor]] = []
         self._cells: dict[Tensor, Cell] = {}
 
@@ -142,7 +143,9 @@ class LaunchUpdate(Update):
             launch.set_state(tensors)
         self._counters = self._backend.scalar_state(counters)
         self._scalar_state = self._backend.scalar_state(scalar_state)
-        self._run_together = self._backend.together(self.params, self._launches, self._counters, self._scalar_state)
+        # Autograd keeps a version counter for a DTensor, and one for its inner tensor.
+        written = [*self.params, *self._wrappers]
+        self._run_together = self._backend.together(written, self._launches, self._counters, self._scalar_state)
 
     def run(self, method: Method) -> None:
         values = self._next_values() if method.scalar_state else _NONE
@@ -217,6 +220,8 @@ class SingleUpdate(Update):
                 scalars = tuple(map(number, scalars))
             tensors = [local_of(state[name]) if entry.share else state[name] for name in signature(entry.rule).state]
             scale = signed(self._scale, group)
+            if entry.share is not None:
+                torch.autograd.graph.increment_version([entry.param])
             eager.run(entry.rule, entry.local, self._grad, tensors, scalars, scale, differentiable)
             for tensor, value in zip(scalar_state, next_state, strict=True):
                 tensor.copy_(torch.as_tensor(value, device=tensor.device).reshape(()))

@@ -29,7 +29,7 @@ from torch import Tensor
 
 from descend.backends.cpu import library, object_files, threads
 from descend.core.memory import PLAIN
-from descend.core.update import Cell
+from descend.core.update import Cell, Wrapper
 
 _SHIMS = (
     "is_defined",
@@ -44,6 +44,8 @@ _SHIMS = (
 _IS_NEG = "_ZN2at6native6is_negERKNS_6TensorE"  # bool at::native::is_neg(const Tensor&)
 _GRAD = "_ZNK3c1010TensorImpl4gradEv"  # const Tensor& c10::TensorImpl::grad() const
 _NO_TABLE, _STATE = 0, -1
+_OBJECT_WORDS = 16  # the words of a TensorImpl that may hold the address of its Python object
+_IS_VALID, _WRAPPERS, _SPECS = 9, 10, 11  # places in the arguments of the kernel
 _SHARED_FROM = 256  # tensors; below, waking a second thread costs more than it saves
 
 
@@ -66,10 +68,13 @@ class NativeProbe:
 
     Args:
         bindings: to this torch.
-        params: the parameters to watch.
+        params: the parameters to watch; with ``wrappers``, plain tensors on the memory of inner tensors.
         cells: for each parameter, where its gradient's address is kept; None if no kernel reads it.
         state: state tensors, watched when ``revalidate(state=True)`` is asked.
         written: sorted, disjoint intervals of the addresses that the step writes, shape (n, 2).
+        wrappers: for each parameter, the DTensor whose gradient it has, if any. Default: none has one.
+    Attributes:
+        unwraps: whether it reads the gradients of wrappers. Otherwise the parameters must have them.
     """
 
     def __init__(
@@ -79,10 +84,11 @@ class NativeProbe:
         cells: Sequence[Cell | None],
         state: Sequence[Tensor],
         written: np.ndarray,
+        wrappers: Sequence[Wrapper | None] = (),
     ) -> None:
         tensors = [*params, *state]
         self._params = len(params)
-        self._rows = np.zeros((len(tensors), 7), np.int64)
+        self._rows = np.zeros((len(tensors), 12), np.int64)
         self._rows[:, 0] = [id(tensor) + bindings.tensor_offset for tensor in tensors]
         self._rows[:, 6] = _NO_TABLE
         self._rows[len(params) :, 6] = _STATE
@@ -93,27 +99,56 @@ class NativeProbe:
         starts, ends = (np.ascontiguousarray(column) for column in written.T)
         tables = bindings.functions, self._rows, starts, ends
         type_word = (bindings.type_offset - bindings.tensor_offset) // 8
-        self._call = array("q", [*(table.ctypes.data for table in tables), len(written), type_word, 1, 0, 0, 1])
+        self._call = array("q", [*(table.ctypes.data for table in tables), len(written), type_word, 1, 0, 0, 1, 0, 1])
         self._kept_alive = tensors, cells, tables
         self._kernel, self._address = library.probe(), self._call.buffer_info()[0]
         self._run_alone = object_files.locked(self._kernel)
+        self._wrapped = [i for i, wrapper in enumerate(wrappers) if wrapper is not None]
+        facts = _facts_about([wrapper for wrapper in wrappers if wrapper is not None], bindings)
+        self.unwraps = facts is not None and self._can_unwrap(facts, wrappers, bindings)
         self.revalidate(state=True)
         self._call[6] = 0  # it was recorded
 
-    def revalidate(self, state: bool) -> bool:
-        """Whether all is as recorded, state tensors too if ``state``. Addresses of moved gradients are updated."""
+    def _can_unwrap(self, facts: np.ndarray, wrappers: Sequence[Wrapper | None], bindings: _Bindings) -> bool:
+        """Whether the gradients found inside those of wrappers are the ones that the parameters have."""
+        self._held = facts, [wrapper for wrapper in wrappers if wrapper is not None]
+        for row, wrapper in zip(self._rows, wrappers, strict=False):
+            if wrapper is not None:
+                row[0] = id(wrapper.inner) + bindings.tensor_offset
+                row[7] = id(wrapper.param) + bindings.tensor_offset
+                row[8:10] = id(wrapper.inner), id(wrapper.spec)
+        self._call[_WRAPPERS] = facts.ctypes.data
+        grads = [self._kept_alive[0][i].grad for i in self._wrapped]
+        expected = [0 if grad is None else grad.data_ptr() for grad in grads]
+        if self.revalidate(state=True) and expected == self._rows[self._wrapped, 3].tolist():
+            return True
+        self._call[_WRAPPERS] = 0
+        self._rows[:, 7] = 0
+        self._rows[self._wrapped, 0] = [id(self._kept_alive[0][i]) + bindings.tensor_offset for i in self._wrapped]
+        return False
+
+    def revalidate(self, state: bool, specs: bool = True) -> bool:
+        """Whether all is as recorded. Addresses of moved gradients are updated.
+
+        Args:
+            state: whether to look at state tensors too.
+            specs: whether the gradients of wrappers must be described by the same objects. Default: True.
+        """
         call = self._call
-        call[7], call[8], call[9] = len(self._rows) if state else self._params, 0, 1
+        call[_SPECS] = specs
+        call[7], call[8], call[_IS_VALID] = len(self._rows) if state else self._params, 0, 1
         # The interpreter lock is kept: nobody replaces a gradient while it is being looked at.
         if call[7] < _SHARED_FROM:
             self._run_alone(self._address)
         else:
             threads.run_locked(self._kernel, self._address)
-        return bool(call[9])
+        return bool(call[_IS_VALID])
 
 
 class PythonProbe:
     """The same as ``NativeProbe``, in Python: slower, and the reference for its self-test."""
+
+    unwraps = False
 
     def __init__(
         self, params: Sequence[Tensor], cells: Sequence[Cell | None], state: Sequence[Tensor], written: np.ndarray
@@ -124,7 +159,7 @@ class PythonProbe:
         self._seen_grads = [_layout(param.grad) for param in params]
         self._seen_state = [_layout(tensor) for tensor in state]
 
-    def revalidate(self, state: bool) -> bool:
+    def revalidate(self, state: bool, specs: bool = True) -> bool:
         """Whether all is as recorded, state tensors too if ``state``. Addresses of moved gradients are updated."""
         if self._seen != [_layout(param) for param in self._params]:
             return False
@@ -161,11 +196,15 @@ def _layout(tensor: Tensor | None) -> tuple[Any, ...]:
 
 
 def make_probe(
-    params: Sequence[Tensor], cells: Sequence[Cell | None], state: Sequence[Tensor], written: np.ndarray
+    params: Sequence[Tensor],
+    cells: Sequence[Cell | None],
+    state: Sequence[Tensor],
+    written: np.ndarray,
+    wrappers: Sequence[Wrapper | None] = (),
 ) -> NativeProbe | PythonProbe:
     """The fastest probe for these tensors on this torch."""
     if all(map(_is_plain, params)) and (bindings := _bindings()) is not None:
-        return NativeProbe(bindings, params, cells, state, written)
+        return NativeProbe(bindings, params, cells, state, written, wrappers)
     return PythonProbe(params, cells, state, written)
 
 
@@ -201,6 +240,23 @@ def tensor_offset() -> int:
     words = (ctypes.c_int64 * (torch._C.TensorBase.__basicsize__ // 8)).from_address(id(tensor))
     # An at::Tensor is a pointer to its TensorImpl, whose address Python tells.
     return 8 * words[:].index(tensor._cdata, object.__basicsize__ // 8)
+
+
+def _facts_about(wrappers: Sequence[Wrapper], bindings: _Bindings) -> np.ndarray | None:
+    """What the kernel must know of wrappers; None if there are none, of several classes, or made otherwise."""
+    classes = {(type(wrapper.param), type(wrapper.inner)) for wrapper in wrappers}
+    if len(classes) != 1 or any(inner is not Tensor for _, inner in classes):
+        return None
+    wrapper, first = wrappers[0], bindings.tensor_offset // 8
+    words = (ctypes.c_int64 * (type(wrapper.param).__basicsize__ // 8)).from_address(id(wrapper.param))[:]
+    own_spec: Any = getattr(wrapper.param, "_spec", None)
+    impl = (ctypes.c_int64 * _OBJECT_WORDS).from_address(wrapper.param._cdata)[:]
+    try:
+        inner, spec = words.index(id(wrapper.inner)) - first, words.index(id(own_spec)) - first
+        owner = impl.index(id(wrapper.param))
+    except ValueError:
+        return None
+    return np.array([id(type(wrapper.param)), id(Tensor), owner, inner, spec, bindings.tensor_offset], np.int64)
 
 
 def _agrees_with_python(bindings: _Bindings) -> bool:

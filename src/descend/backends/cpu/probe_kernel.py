@@ -1,12 +1,20 @@
 """The loop behind ``probe.NativeProbe``: it looks at every tensor of a plan, see there for what and why.
 
-A call receives the address of ten int64 numbers: 0 addresses of torch's functions, 1 rows of facts, 2 starts and 3 ends
-of the intervals that the step writes, 4 their number, 5 where an object's class is, in words from its ``at::Tensor``,
-6 whether to record, 7 number of rows, 8 next row to take (the threads share the work through this counter), 9 set to 0
-unless all is as recorded.
+A call receives the address of twelve int64 numbers: 0 addresses of torch's functions, 1 rows of facts, 2 starts and 3
+ends of the intervals that the step writes, 4 their number, 5 where an object's class is, in words from its
+``at::Tensor``, 6 whether to record, 7 number of rows, 8 next row to take (the threads share the work through this
+counter), 9 set to 0 unless all is as recorded, 10 facts about wrappers (0 if no tensor has one), 11 whether to
+compare what describes the placements of their gradients.
 
 A row of facts: 0 where the ``at::Tensor`` is, 1 address of its data, 2 hash of its layout, 3 and 4 the same of its
-gradient, 5 bytes of the gradient, 6 where a table keeps the gradient's address (0 nowhere, -1 for state tensors).
+gradient, 5 bytes of the gradient, 6 where a table keeps the gradient's address (0 nowhere, -1 for state tensors). If
+the tensor stands for the inside of a wrapper (a DTensor), it has no gradient of its own: 7 where the ``at::Tensor`` of
+the wrapper is (0 for other tensors), 8 the object that is inside, 9 the object that describes the placements of its
+gradient, 10 where the ``at::Tensor`` inside its gradient was found, 11 the same of that gradient (0 if there is none).
+
+Facts about wrappers: 0 their class, 1 the class of what is inside, 2 where a TensorImpl keeps its object, in words; and
+in words from an object's ``at::Tensor``: 3 what is inside a wrapper, 4 what describes it; 5 the bytes from an object to
+its ``at::Tensor``.
 
 Torch's functions read scattered memory: the TensorImpl, the storage and the autograd data of each tensor and of its
 gradient, one found through the other. With cold caches a step would wait for each of them in turn. So the loop
@@ -18,7 +26,7 @@ from __future__ import annotations
 from descend.backends.cpu.intrinsics import call_address, fetch_add, load_int, local_word, prefetch_word, store_int
 from descend.backends.cpu.kernels import OPTIONS, assembly, njit
 
-ROW = 56  # bytes of a row of facts
+ROW = 96  # bytes of a row of facts
 BLOCK = 64  # rows that a thread takes at a time
 AHEAD = 8  # rows between two stages
 
@@ -35,6 +43,11 @@ def probe_kernel() -> str:
     @njit
     def grad_of(functions: int, tensor: int) -> int:
         return call_address(load_int(functions, 9), load_int(tensor, 0), 0)
+
+    @njit
+    def grad_in(functions: int, row: int) -> int:
+        """Where the gradient of a row is: inside that of its wrapper if it has one."""
+        return load_int(row, 10) if load_int(row, 7) != 0 else grad_of(functions, load_int(row, 0))
 
     @njit
     def mixed(seed: int, value: int) -> int:
@@ -89,6 +102,54 @@ def probe_kernel() -> str:
             prefetch_word(where, 16)
 
     @njit
+    def unwrap(call: int, row: int, stage: int, scratch: int) -> bool:
+        """Take one of the stages that find the tensor inside a wrapper's gradient; False if something has changed.
+
+        Each stage prefetches what the next one reads.
+        """
+        functions, facts, wrapper, grad = load_int(call, 0), load_int(call, 10), load_int(row, 7), load_int(row, 11)
+        if stage == 0:
+            prefetch_word(wrapper, 0)
+        elif stage == 1:
+            prefetch_impl(wrapper)
+        elif stage == 2:
+            prefetch_parts(wrapper)
+        elif stage == 3:
+            grad = grad_of(functions, wrapper)
+            store_int(row, 10, grad)  # if it is none, this says so
+            store_int(row, 11, grad if fact(functions, 0, grad, scratch) & 1 else 0)
+            prefetch_word(load_int(grad, 0), 2 * load_int(facts, 2))
+            return load_int(wrapper, load_int(facts, 3)) == load_int(row, 8)
+        elif grad == 0:
+            return True
+        elif stage == 4:
+            found = load_int(load_int(grad, 0), load_int(facts, 2)) + load_int(facts, 5)
+            store_int(row, 11, found)
+            prefetch_word(found, 2 * load_int(call, 5))
+            prefetch_word(found, 2 * load_int(facts, 4))
+        elif stage == 5:
+            if grad == load_int(facts, 5):  # no object
+                return False
+            inside = load_int(grad, load_int(facts, 3)) + load_int(facts, 5)
+            store_int(row, 10, inside)
+            prefetch_word(inside, 0)
+            is_wrapper = load_int(grad, load_int(call, 5)) == load_int(facts, 0)
+            is_described = load_int(call, 11) == 0 or load_int(grad, load_int(facts, 4)) == load_int(row, 9)
+            return is_wrapper and is_described
+        else:
+            return load_int(load_int(row, 10), load_int(call, 5)) == load_int(facts, 1)
+        return True
+
+    @njit
+    def unwrap_all(call: int, first: int, last: int, scratch: int) -> bool:
+        for stage in range(7):
+            for i in range(first, last):
+                row = load_int(call, 1) + ROW * i
+                if load_int(row, 7) != 0 and not unwrap(call, row, stage, scratch):
+                    return False
+        return True
+
+    @njit
     def prefetch(functions: int, rows: int, i: int, first: int, last: int) -> None:
         """Prefetch for four rows ahead of row ``i``, each at another stage; rows outside [first, last) are left out."""
         for stage in range(4):
@@ -99,7 +160,7 @@ def probe_kernel() -> str:
                 if stage >= 2:
                     if load_int(row, 6) < 0:
                         continue
-                    tensor = grad_of(functions, tensor)
+                    tensor = grad_in(functions, row)
                 if stage % 2 == 0:
                     prefetch_impl(tensor)
                 else:
@@ -113,7 +174,7 @@ def probe_kernel() -> str:
         found_address = fact(functions, 7, tensor, scratch)
         grad_layout, grad_address = 0, 0
         if cell >= 0:  # a parameter; state tensors have no gradient
-            grad = grad_of(functions, tensor)
+            grad = grad_in(functions, row)
             grad_layout = layout(functions, grad, scratch)
             if grad_layout & 1 and (record == 1 or grad_layout == load_int(row, 4)):
                 grad_address = fact(functions, 7, grad, scratch)
@@ -142,6 +203,9 @@ def probe_kernel() -> str:
             if first >= count:
                 break
             last = min(first + BLOCK, count)
+            if load_int(call, 10) != 0 and not unwrap_all(call, first, last, scratch):
+                store_int(call, 9, 0)
+                return
             for i in range(first - lead, last):
                 if lead > 0:
                     prefetch(functions, rows, i, first, last)
