@@ -25,6 +25,11 @@ def is_dtensor(tensor: Any) -> bool:
     return module is not None and isinstance(tensor, module.DTensor)
 
 
+def is_here(dtensor: Any) -> bool:
+    """Whether this rank is one of those of its mesh."""
+    return dtensor.device_mesh.get_coordinate() is not None
+
+
 def local_of(tensor: Any) -> Tensor:
     """The tensor that this rank holds of a DTensor, in the same memory; any other tensor as it is."""
     if not is_dtensor(tensor):

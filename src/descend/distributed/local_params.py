@@ -11,7 +11,7 @@ from torch import Tensor
 from descend.core.method import Method
 from descend.core.update import Wrapper
 from descend.distributed.cut_params import CutParams, grad_error
-from descend.distributed.dtensors import is_dtensor, layout_in, local_of, same_layout
+from descend.distributed.dtensors import is_dtensor, is_here, layout_in, local_of, same_layout
 from descend.distributed.gather import Cut
 from descend.distributed.partial_sums import is_partial, reduced
 from descend.distributed.ranks import Share, share_of
@@ -58,6 +58,11 @@ class LocalParams:
         local = self._locals.get(param) if self._locals else None
         return self._cuts.share_of(param) if local is None else local.share
 
+    def is_here(self, param: Tensor) -> bool:
+        """Whether this rank is one of those that a parameter lies on. The others have nothing to step."""
+        local = self._locals.get(param) if self._locals else None
+        return local is None or local.is_here
+
     def shares(self) -> list[Share]:
         """The share of each sharded parameter."""
         return [*(local.share for local in self._locals.values()), *self._cuts.shares()]
@@ -82,7 +87,7 @@ class LocalParams:
         for param, local in self._locals.items():
             is_same &= param._local_tensor is local.inner and local.is_on_inner()
             grad: Any = param.grad
-            if grad is None:
+            if grad is None or not local.is_here:
                 local.tensor.grad = None
             else:
                 local.tensor.grad = self._local_grad(method, param, grad)
@@ -101,7 +106,7 @@ class LocalParams:
     def wrapper_of(self, param: Tensor) -> Wrapper | None:
         """What a probe must know to find the local gradient by itself."""
         local = self._locals.get(param)
-        if local is None:
+        if local is None or not local.is_here:
             return None
         return Wrapper(param, local.inner, local.spec if param.grad is None else getattr(param.grad, "_spec", None))
 
@@ -115,7 +120,7 @@ class LocalParams:
 
     def _reduce_partial_sums(self) -> None:
         """Reduce the gradients that are partial sums, and otherwise lie where their parameters do."""
-        pairs: list[tuple[Any, Any]] = [(param, param.grad) for param in self._locals]
+        pairs: list[tuple[Any, Any]] = [(param, param.grad) for param, local in self._locals.items() if local.is_here]
         partial = [
             (param, grad)
             for param, grad in pairs
@@ -153,12 +158,13 @@ class _Local:
     Attributes:
         inner: the tensor inside the DTensor.
         tensor: another tensor on the same memory, which may have a gradient of its own.
+        is_here: whether this rank is one of those of its mesh.
     """
 
     def __init__(self, param: Any, share: Share | None) -> None:
         assert share is not None
         self.share, self.spec, self.inner = share, param._spec, param._local_tensor
-        self.tensor = local_of(param).detach()
+        self.tensor, self.is_here = local_of(param).detach(), is_here(param)
         self.tensor.grad_dtype = None  # gradients may be of any dtype
 
     def is_on_inner(self) -> bool:

@@ -43,8 +43,8 @@ def share_of(tensor: Tensor) -> Share | None:
 class Ranks:
     """The ranks that share some tensors.
 
-    Meshes are visited from the smallest to the largest. The largest takes along what the others have found: on a rank
-    that belongs to it, everything counts, and all of its ranks get the same bits.
+    Meshes are visited from the smallest to the largest. The largest takes along what the others have found, on average
+    over its ranks that belong to all meshes: on its ranks everything counts, and all of them get the same bits.
 
     Args:
         shares: of the tensors, see ``share_of``.
@@ -54,8 +54,9 @@ class Ranks:
 
     def __init__(self, shares: Iterable[Share | None]) -> None:
         meshes = {share.mesh for share in shares if share is not None}
-        shared = [mesh for mesh in meshes if mesh.size() > 1 and mesh.get_coordinate() is not None]
-        self.meshes = sorted(shared, key=_order)
+        own = [mesh for mesh in meshes if mesh.get_coordinate() is not None]
+        self.meshes = sorted((mesh for mesh in own if mesh.size() > 1), key=_order)
+        self._is_in_all = len(own) == len(meshes)
 
     def sum(self, values: Mapping[Share | None, Sequence[float]]) -> list[float]:
         """Totals over all ranks in which each element counts once.
@@ -74,18 +75,22 @@ class Ranks:
             values: as in ``sum``.
             beside: numbers for each mesh.
         """
-        total = _float64([0.0] * max(map(len, values.values()), default=0))
+        width = max(map(len, values.values()), default=0)
+        total = _float64([0.0] * width)
         own = {mesh: torch.zeros_like(total) for mesh in self.meshes}
         for share, numbers in values.items():
+            if share and share.mesh.get_coordinate() is None:
+                continue
             target = own.get(share.mesh, total) if share else total
             target += _float64(numbers) / (share.replicas if share else 1)
         summed = {}
         for mesh in self.meshes:
-            is_last = mesh is self.meshes[-1]
-            part = own[mesh] + total / mesh.size() if is_last else own[mesh]
-            reduced = all_reduce(mesh, torch.cat([part, _float64(beside.get(mesh, ()))]))
-            total = reduced[: len(total)] + (0 if is_last else total)
-            summed[mesh] = reduced[len(total) :].tolist()
+            takes_along = mesh is self.meshes[-1] and self._is_in_all
+            others = torch.cat([total, _float64([1.0])]) if takes_along else _float64([0.0] * (width + 1))
+            reduced = all_reduce(mesh, torch.cat([own[mesh], others, _float64(beside.get(mesh, ()))]))
+            found, others, count = reduced[:width], reduced[width : 2 * width], reduced[2 * width]
+            total = found + (others / count if count > 0 else total)
+            summed[mesh] = reduced[2 * width + 1 :].tolist()
         return total.tolist(), summed
 
     def max(self, values: Sequence[float]) -> list[float]:

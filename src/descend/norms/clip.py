@@ -19,7 +19,7 @@ from torch import Tensor
 
 from descend.backends import available
 from descend.backends.backend import Backend
-from descend.distributed.dtensors import is_dtensor, local_of
+from descend.distributed.dtensors import is_dtensor, is_here, local_of
 from descend.distributed.partial_sums import reduced, summands
 from descend.distributed.ranks import Ranks, Share, share_of
 
@@ -201,7 +201,9 @@ def norm(tensors: Sequence[Tensor], norm_type: float) -> Tensor | float:
         parts: defaultdict[Share | None, list[Tensor]] = defaultdict(list)
         with torch.no_grad():
             for tensor in reduced(tensors):
-                parts[share_of(tensor)].append(local_of(tensor))
+                members = parts[share_of(tensor)]
+                if not is_dtensor(tensor) or is_here(tensor):
+                    members.append(local_of(tensor))
         return norm_of_parts(parts, norm_type, Ranks(parts))
     if norm_type == 2 and (backend := _compiled_for(tensors)) is not None:
         total = backend.sum_of_squares(tensors)

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from descend.second_order.descent import SearchDirection, first_step, repeat_searches
-from descend.second_order.directions import learn_diagonal_
+from descend.second_order.directions import Pair, learn_diagonal_, measure
 from descend.second_order.objective import Point
 from descend.second_order.result import Status
 from descend.second_order.run import Run
+from descend.second_order.space import Array, Space
 
 INNER_ITERATIONS = 30  # projected Newton steps on the model; a few usually do
 ACCURACY = 1e-2  # of the model's projected gradient, relative to its start
@@ -28,7 +29,10 @@ class CompactHessian:
     Source: Byrd, Nocedal & Schnabel 1994, Theorem 2.3, https://doi.org/10.1007/BF01582063
     """
 
-    def __init__(self, numel: int, history_size: int, dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(
+        self, numel: int, history_size: int, dtype: torch.dtype, device: torch.device, space: Space | None = None
+    ) -> None:
+        self.space = space or Space(numel)
         self.history_size = history_size
         self.steps = torch.empty(0, numel, dtype=dtype, device=device)
         self.changes = self.steps
@@ -44,8 +48,9 @@ class CompactHessian:
         return {"steps": self.steps, "changes": self.changes, "diagonal": self.diagonal}
 
     def accepts(self, state: Mapping[str, Any] | None) -> bool:
-        """Whether this is a ``state`` of the same sizes."""
-        return state is not None and "curvatures" not in state and state["diagonal"].shape == self.diagonal.shape
+        """Whether this is a ``state`` of the same sizes, on every rank."""
+        is_other = state is None or "curvatures" in state or state["diagonal"].shape != self.diagonal.shape
+        return not self.space.largest(is_other)
 
     def load(self, state: Mapping[str, Any]) -> None:
         """Continue from a ``state``; its tensors are taken over."""
@@ -57,9 +62,14 @@ class CompactHessian:
         self.diagonal = torch.ones_like(self.diagonal)
         self._build()
 
-    def update(self, s: Tensor, y: Tensor) -> None:
+    def measure(self, s: Tensor, y: Tensor) -> Sequence[Array]:
+        return measure(self.diagonal, s, y, self.space)
+
+    def update(self, s: Tensor, y: Tensor, pair: Pair | None = None) -> None:
         """Learn that the gradient changed by y along s, where s'y > 0."""
-        scale = learn_diagonal_(self.diagonal, s, y).rsqrt()
+        if pair is None and self.space.is_shared:
+            pair = Pair(*self.space.total(*self.measure(s, y)))
+        scale = learn_diagonal_(self.diagonal, s, y, pair=pair).rsqrt()
         dropped = max(0, len(self.steps) + 1 - self.history_size)
         self.steps = torch.cat([self.steps[dropped:], (scale * s).unsqueeze(0)])
         self.changes = torch.cat([self.changes[dropped:], (scale * y).unsqueeze(0)])
@@ -67,11 +77,12 @@ class CompactHessian:
 
     def _build(self) -> None:
         scaled = self.steps / self.diagonal
-        lower = self.steps.mm(self.changes.T).tril(-1)
+        products, gram = self.space.total(self.steps.mm(self.changes.T), scaled.mm(self.steps.T))
+        lower = products.tril(-1)
         self.rows = torch.cat([scaled, self.changes])
         self.middle = torch.cat(
             [
-                torch.cat([scaled.mm(self.steps.T), lower], dim=1),
+                torch.cat([gram, lower], dim=1),
                 torch.cat([lower.T, -torch.eye(len(lower)).to(lower)], dim=1),
             ]
         )
@@ -81,7 +92,13 @@ class CompactHessian:
         product = vector / self.diagonal
         if self.is_steepest:
             return product
-        return product - self.rows.T.mv(torch.linalg.solve(self.middle, self.rows.mv(vector)))
+        (along,) = self.space.total(self.rows.mv(vector))
+        return product - self.rows.T.mv(torch.linalg.solve(self.middle, along))
+
+    def slope_and_bend(self, grad: Tensor, step: Tensor) -> Sequence[Any]:
+        """grad's and s'B s for a step s."""
+        slope, bend = self.space.total(grad.dot(step), step.dot(self.multiply(step)))
+        return slope, bend
 
     def solve(self, vector: Tensor, free: Tensor) -> Tensor:
         """The solution x of (B x)_i = vector_i for the free i, where the other x_i are 0; by Woodbury's formula."""
@@ -90,8 +107,8 @@ class CompactHessian:
         if self.is_steepest:
             return solution
         scaled = self.rows * diagonal
-        small = self.middle - scaled.mm(self.rows.T)
-        return solution + scaled.T.mv(torch.linalg.solve(small, scaled.mv(vector)))
+        gram, along = self.space.total(scaled.mm(self.rows.T), scaled.mv(vector))
+        return solution + scaled.T.mv(torch.linalg.solve(self.middle - gram, along))
 
 
 def bounded_descent(run: Run, point: Point, model: CompactHessian, lr: float = 1.0) -> Status:
@@ -106,24 +123,26 @@ def bounded_descent(run: Run, point: Point, model: CompactHessian, lr: float = 1
     lower, upper = run.objective.lower, run.objective.upper
     assert lower is not None
     assert upper is not None
-    is_boxed = bool((torch.isfinite(lower) & torch.isfinite(upper)).all())
+    space = run.objective.space
+    is_boxed = not space.largest(not (torch.isfinite(lower) & torch.isfinite(upper)).all())
 
     def propose(point: Point, has_failed: bool) -> SearchDirection:
         low, high = lower - point.x, upper - point.x
         if model.is_steepest:
-            length = 1.0 if is_boxed and not has_failed else first_step(point)
+            length = 1.0 if is_boxed and not has_failed else first_step(run, point)
             direction, step = torch.clamp(-length * point.grad, low, high), 1.0
         else:
             direction, step = minimizer(model, point.grad, low, high), lr
-        return SearchDirection(direction, step, max_feasible_step(direction, low, high))
+        return SearchDirection(direction, step, max_feasible_step(direction, low, high, space))
 
     return repeat_searches(run, point, model, propose)
 
 
-def max_feasible_step(direction: Tensor, low: Tensor, high: Tensor) -> float:
+def max_feasible_step(direction: Tensor, low: Tensor, high: Tensor, space: Space) -> float:
     """The largest step along a direction that stays between low and high, at least 1."""
     limits = torch.where(direction > 0, high, torch.where(direction < 0, low, math.inf)) / direction
-    return max(1.0, float(limits.abs().amin()))
+    nearest = float(limits.abs().amin()) if len(limits) else math.inf
+    return max(1.0, -space.largest(-nearest))
 
 
 def minimizer(model: CompactHessian, grad: Tensor, low: Tensor, high: Tensor) -> Tensor:
@@ -137,7 +156,8 @@ def minimizer(model: CompactHessian, grad: Tensor, low: Tensor, high: Tensor) ->
     for _ in range(INNER_ITERATIONS):
         free = ((d > low) | (residual < 0)) & ((d < high) | (residual > 0))
         wanted = torch.where(free, residual, 0.0)
-        norm = float((d - torch.clamp(d - model.diagonal * wanted, low, high)).abs().amax())
+        moves = d - torch.clamp(d - model.diagonal * wanted, low, high)
+        norm = model.space.largest(float(moves.abs().amax()) if len(moves) else 0.0)
         first = first or norm
         if norm <= ACCURACY * first:
             break
@@ -158,8 +178,8 @@ def _projected_search(
     for _ in range(10):
         moved = torch.clamp(d + step, low, high)
         change = moved - d
-        slope = residual.dot(change)
-        if slope < 0 and slope + 0.5 * change.dot(model.multiply(change)) <= 1e-4 * slope:
+        slope, bend = model.slope_and_bend(residual, change)
+        if slope < 0 and slope + 0.5 * bend <= 1e-4 * slope:
             return moved
         step = step / 2
     return None

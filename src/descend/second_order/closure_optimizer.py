@@ -20,6 +20,7 @@ from descend.core.undecorated import undecorated
 from descend.second_order import flat_checkpoint
 from descend.second_order.parameters import FlatParameters
 from descend.second_order.result import Result, Solver, Status, result_of
+from descend.second_order.sharded_parameters import flat_parameters
 
 
 class ClosureOptimizer(Optimizer, ABC):
@@ -78,7 +79,7 @@ class ClosureOptimizer(Optimizer, ABC):
                     return None if closure is None else closure()
             if closure is None:
                 return self.init_state()
-            point = FlatParameters(self.param_groups, type(self).__name__)
+            point = flat_parameters(self.param_groups, type(self).__name__)
             self.check_options(self.param_groups[0])  # groups may have been edited
             loss, solver, status, message = self.run_solver(closure, point)
             self.result = result_of(
@@ -113,6 +114,15 @@ class ClosureOptimizer(Optimizer, ABC):
         for name in self.counters:
             state.setdefault(name, 0)
         return state
+
+    def state_dict(self) -> dict[str, Any]:
+        """Groups and state; see ``torch.optim.Optimizer.state_dict``.
+
+        Where parameters are sharded, every rank must call it: it gathers the vectors of the state, whole ones for each
+        rank. They can be loaded by any number of ranks, and by one process.
+        """
+        with torch.no_grad():
+            return flat_checkpoint.whole_state(type(self).__name__, self.param_groups, super().state_dict())
 
     def load_state_dict(
         self, state_dict: Mapping[str, Any], *, match: str = "auto", hyperparameters: str = "loaded"

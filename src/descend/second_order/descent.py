@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from descend.second_order.directions import Directions, Learner, modified_secant_factor
+from descend.second_order.directions import Directions, Learner, Pair, modified_secant_factor
 from descend.second_order.line_search import Outcome
 from descend.second_order.objective import Point
 from descend.second_order.result import Status
@@ -38,8 +38,8 @@ def line_search_descent(run: Run, point: Point, directions: Directions, lr: floa
     """
 
     def propose(point: Point, has_failed: bool) -> SearchDirection:
-        step = first_step(point) if directions.is_steepest else lr
-        return SearchDirection(directions.direction(point.grad), step)
+        step = first_step(run, point) if directions.is_steepest else lr
+        return SearchDirection(directions.direction(point.grad, point.norm), step)
 
     return repeat_searches(run, point, directions, propose)
 
@@ -55,6 +55,8 @@ def repeat_searches(
         learner: is shown every step.
         propose: maps a point, and whether the search before has failed, to the next search.
     """
+    if run.objective.space.is_shared:
+        run.objective.measure = learner.measure
     failed: Status | None = None  # why the last search failed, if it did
     while (status := run.stop_status(point)) is None:
         step = run.search(point, *propose(point, failed is not None))
@@ -85,15 +87,20 @@ def learn(run: Run, learner: Learner, point: Point, step: Step) -> None:
     s, y = run.scratch  # allocating would cost more than the subtraction
     torch.sub(new.x, point.x, out=s)
     torch.sub(new.grad, point.grad, out=y)
+    factor = 1.0
     if run.noise(point) < 0.1 * sy:
-        y *= modified_secant_factor(sy, point.value, new.value, step.length * (new.slope + new.slope_before))
-    learner.update(s, y)
+        factor = modified_secant_factor(sy, point.value, new.value, step.length * (new.slope + new.slope_before))
+        y *= factor
+    if new.measured:
+        learner.update(s, y, Pair(*new.measured).scaled(1.0, factor))
+    else:
+        learner.update(s, y)
 
 
-def first_step(point: Point) -> float:
+def first_step(run: Run, point: Point) -> float:
     """First step along the gradient: a length of one, or to the minimum of a parabola whose minimum is 0."""
     largest = point.norm
-    norm = largest * float(torch.linalg.vector_norm(point.grad / largest))
+    norm = largest * run.objective.space.norm(point.grad / largest)
     return max(1 / norm, min(1 / largest, 2 * abs(point.value) / norm / norm))
 
 

@@ -7,12 +7,14 @@ operation costs a third of what it costs for tensors. The formulas are the same.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any, ClassVar, Protocol
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar, NamedTuple, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
+
+from descend.second_order.space import SAMPLE, Array, Space
 
 SHORT = 2**13  # elements in a history for which NumPy is faster, and starts no threads of its own
 LARGE = 2**17  # elements in a history that no longer fits in a cache
@@ -20,7 +22,27 @@ SPREAD = 1e3  # entries of the diagonal stay within this factor of their median
 LEAST_COSINE = 1e-12  # of the angle between s and y, in the metric of the diagonal
 LEAST_FACTOR = 1e-8  # by which a modified secant equation may scale y
 
-Array = Any  # a tensor or a NumPy array
+
+class Pair(NamedTuple):
+    """Inner products of s and y, over all ranks, in the metric of a diagonal D; and samples of all three vectors."""
+
+    y_dy: Any
+    s_ds: Any
+    curvature: Any  # s'y
+    diagonal: Array
+    s: Array
+    y: Array
+
+    def scaled(self, s_factor: Any, y_factor: Any) -> Pair:
+        """That of s and y multiplied by factors."""
+        return Pair(
+            self.y_dy * (y_factor * y_factor),
+            self.s_ds * (s_factor * s_factor),
+            self.curvature * (s_factor * y_factor),
+            self.diagonal,
+            self.s * s_factor,
+            self.y * y_factor,
+        )
 
 
 class Learner(Protocol):
@@ -30,8 +52,11 @@ class Learner(Protocol):
     def is_steepest(self) -> bool:
         """Whether nothing has been learned."""
 
-    def update(self, s: Tensor, y: Tensor) -> None:
-        """Learn that the gradient changed by y along s, where s'y > 0."""
+    def update(self, s: Tensor, y: Tensor, pair: Pair | None = None) -> None:
+        """Learn that the gradient changed by y along s, where s'y > 0; ``pair`` if that is known already."""
+
+    def measure(self, s: Tensor, y: Tensor) -> Sequence[Array]:
+        """What this rank adds to the ``Pair`` of s and y; nothing if ``update`` has no use for one."""
 
     def reset(self) -> None:
         """Forget all pairs."""
@@ -40,8 +65,8 @@ class Learner(Protocol):
 class Directions(Learner, Protocol):
     """A model of the curvature that gives search directions."""
 
-    def direction(self, grad: Tensor) -> Tensor:
-        """The direction -H grad; the negative gradient if nothing has been learned."""
+    def direction(self, grad: Tensor, largest: float | None = None) -> Tensor:
+        """The direction -H grad; the negative gradient if nothing has been learned. ``largest``: entry, if known."""
 
 
 class Steepest:
@@ -50,17 +75,22 @@ class Steepest:
     Source: Barzilai & Borwein 1988, https://doi.org/10.1093/imanum/8.1.141
     """
 
-    def __init__(self) -> None:
+    def __init__(self, space: Space | None = None) -> None:
         self.length: Tensor | None = None
+        self.space = space or Space(0)
 
     @property
     def is_steepest(self) -> bool:
         return self.length is None
 
-    def update(self, s: Tensor, y: Tensor) -> None:
-        self.length = s.dot(s) / s.dot(y)
+    def update(self, s: Tensor, y: Tensor, pair: Pair | None = None) -> None:
+        ss, sy = self.space.total(s.dot(s), s.dot(y))
+        self.length = ss / sy
 
-    def direction(self, grad: Tensor) -> Tensor:
+    def measure(self, s: Tensor, y: Tensor) -> Sequence[Array]:
+        return ()
+
+    def direction(self, grad: Tensor, largest: float | None = None) -> Tensor:
         return -grad if self.length is None else -self.length * grad
 
     def reset(self) -> None:
@@ -77,7 +107,10 @@ class DenseInverse:
         self.is_steepest = True
         self.inverse = torch.empty(numel, numel, dtype=dtype, device=device)
 
-    def update(self, s: Tensor, y: Tensor) -> None:
+    def measure(self, s: Tensor, y: Tensor) -> Sequence[Array]:
+        return ()
+
+    def update(self, s: Tensor, y: Tensor, pair: Pair | None = None) -> None:
         sy = s.dot(y)
         if self.is_steepest:
             self.inverse.zero_().diagonal().copy_((sy / y.dot(y)).expand_as(s))
@@ -87,7 +120,7 @@ class DenseInverse:
         half = (1 + y.dot(hy) / sy) / 2 * s - hy
         self.inverse.addr_(s, half / sy).addr_(half, s / sy)
 
-    def direction(self, grad: Tensor) -> Tensor:
+    def direction(self, grad: Tensor, largest: float | None = None) -> Tensor:
         return -grad if self.is_steepest else self.inverse.mv(grad).neg_()
 
     def reset(self) -> None:
@@ -110,10 +143,14 @@ class CompactInverse:
     float32, as if gradients were known to seven digits. Inner products are those of the stored pairs, so that H stays
     positive definite. After the constructor nothing of the length of a vector is allocated.
 
+    Where ranks share the vectors, everything of a vector's length is this rank's part, and all small matrices are the
+    whole ones: the inner products of a direction are reduced together.
+
     Args:
         numel: length of the vectors.
         history_size: number of pairs kept, >= 1.
         dtype, device: of the vectors.
+        space: theirs. Default: all entries are here.
     Example:
         >>> curvature = torch.tensor([1.0, 100.0], dtype=torch.float64)
         >>> inverse = CompactInverse(2, history_size=10, dtype=torch.float64, device=torch.device("cpu"))
@@ -128,13 +165,17 @@ class CompactInverse:
 
     _ARRAYS: ClassVar = ("steps", "changes", "learned", "diagonal", "r_inverse", "gram", "curvatures")
 
-    def __init__(self, numel: int, history_size: int, dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(
+        self, numel: int, history_size: int, dtype: torch.dtype, device: torch.device, space: Space | None = None
+    ) -> None:
         def zeros(*shape: int, dtype: torch.dtype = torch.float64) -> Array:
             return self._array(torch.zeros(shape, dtype=dtype, device=device))
 
+        self.space = space or Space(numel)
+        whole = self.space.numel
         self.history_size = history_size
-        self.is_large = history_size * numel > LARGE
-        is_short = not self.is_large and history_size * numel <= SHORT and history_size**2 * numel <= 32 * SHORT
+        self.is_large = history_size * whole > LARGE
+        is_short = not self.is_large and history_size * whole <= SHORT and history_size**2 * whole <= 32 * SHORT
         self.is_tensor = not is_short or device.type != "cpu"
         self.count = 0  # pairs taken so far
         self.is_new = False  # whether the newest pair's inner products are still to be taken
@@ -166,8 +207,9 @@ class CompactInverse:
         return {"count": self.count, "is_new": self.is_new, **arrays}
 
     def accepts(self, state: Mapping[str, Any] | None) -> bool:
-        """Whether this is a ``state`` of the same sizes."""
-        return state is not None and "curvatures" in state and state["steps"].shape == self.steps.shape
+        """Whether this is a ``state`` of the same sizes, on every rank."""
+        is_other = state is None or "curvatures" not in state or state["steps"].shape != self.steps.shape
+        return not self.space.largest(is_other)
 
     def load(self, state: Mapping[str, Any]) -> None:
         """Continue from a ``state``; its tensors are taken over."""
@@ -186,28 +228,42 @@ class CompactInverse:
         for small in (self.r_inverse, self.gram, self.curvatures):
             small[:] = 0.0
 
+    def measure(self, s: Tensor, y: Tensor) -> Sequence[Array]:
+        return measure(self.learned, self._array(s), self._array(y), self.space)
+
     @np.errstate(all="ignore")  # as for tensors: an overflow shows in the direction
-    def update(self, s: Tensor, y: Tensor) -> None:
+    def update(self, s: Tensor, y: Tensor, pair: Pair | None = None) -> None:
         if self.is_new:
             self._take_in(None)
         slot = self.count % self.history_size
-        s, y = self._array(s), self._array(y)
-        scale = s.dot(y) ** -0.5
-        self._keep(self.steps, slot, s, scale)
-        self._keep(self.changes, slot, y, scale)
+        if self.space.is_shared:
+            pair = pair or Pair(*self.space.total(*self.measure(s, y)))
+            scale = pair.curvature**-0.5
+            pair = pair.scaled(scale, scale)
+        else:
+            scale = self._array(s).dot(self._array(y)) ** -0.5
+        self._keep(self.steps, slot, self._array(s), scale)
+        self._keep(self.changes, slot, self._array(y), scale)
+        if self.space.is_shared and self.is_large:  # rounding to float32 has changed it
+            stored = measure(self.learned, self.steps[slot], self.changes[slot], self.space)
+            pair = Pair(*self.space.total(*stored))
         work = None if self.work is None else self.work[:2]
-        self.curvatures[slot] = learn_diagonal_(self.learned, self.steps[slot], self.changes[slot], work)
+        self.curvatures[slot] = learn_diagonal_(self.learned, self.steps[slot], self.changes[slot], work, pair)
         self.count += 1
         self.is_new = True
 
-    def direction(self, grad: Tensor) -> Tensor:
+    def direction(self, grad: Tensor, largest: float | None = None) -> Tensor:
         """The direction -H grad; the next call reuses its memory."""
         if self.is_steepest:
             return -grad
         if self.work is None:
             return self._tensor(-self._multiply(self._array(grad)))
-        low, high = torch.aminmax(grad)  # scaled, because its own size may be outside the range of float32
-        scale = torch.maximum(-low, high)
+        # Scaled, because its own size may be outside the range of float32.
+        if self.space.is_shared:
+            scale = grad.new_tensor(self.space.length(grad) if largest is None else largest)
+        else:
+            low, high = torch.aminmax(grad)
+            scale = torch.maximum(-low, high)
         self._keep(self.work, 0, grad, 1 / scale)
         product = self._multiply(self.work[0])
         return torch.mul(product, -scale, out=self.product)
@@ -236,6 +292,7 @@ class CompactInverse:
         filled = min(self.count, self.history_size)
         (along_steps,) = products(self.steps[:filled], grad)
         (along_changes,) = products(self.changes[:filled], self._scaled(grad, 1))
+        along_steps, along_changes = self.space.total(along_steps, along_changes)
         return along_steps, along_changes
 
     def _scaled(self, vector: Array, row: int) -> Array:
@@ -255,9 +312,12 @@ class CompactInverse:
         along_steps, column = products(steps, grad, y)
         if is_renewed:
             (along_changes,) = products(changes, self._scaled(grad, 1))
-            self.gram[:filled, :filled] = scaled_gram(changes, self.diagonal)
+            gram = scaled_gram(changes, self.diagonal)
+            along_steps, column, along_changes, gram = self.space.total(along_steps, column, along_changes, gram)
+            self.gram[:filled, :filled] = gram
         else:
             along_changes, row = products(changes, self._scaled(grad, 1), self._scaled(y, 2))
+            along_steps, column, along_changes, row = self.space.total(along_steps, column, along_changes, row)
             # D is scaled so that y'D y = s'y for the newest pair.
             scale = curvature / row[slot]
             self.diagonal *= scale
@@ -272,10 +332,19 @@ class CompactInverse:
         return along_steps, along_changes
 
 
-def learn_diagonal_(diagonal: Array, s: Array, y: Array, work: Array = None) -> Any:
+@np.errstate(all="ignore")
+def measure(diagonal: Array, s: Array, y: Array, space: Space) -> Sequence[Array]:
+    """What this rank adds to the ``Pair`` of s and y; nothing where no other rank holds entries."""
+    if not space.is_shared:
+        return ()
+    return [(diagonal * y).dot(y), (s / diagonal).dot(s), s.dot(y), *space.samples(diagonal, s, y)]
+
+
+def learn_diagonal_(diagonal: Array, s: Array, y: Array, work: Array = None, pair: Pair | None = None) -> Any:
     """Update a diagonal inverse Hessian in place by a pair; return s'y.
 
-    ``work``: two vectors of scratch memory, for tensors; None to allocate them.
+    ``work``: two vectors of scratch memory, for tensors; None to allocate them. ``pair``: where ranks share the
+    vectors, of which these are parts.
 
     The diagonal is scaled so that y'D y = s'y, then replaced by the diagonal of the BFGS update. s'y is raised to
     ``LEAST_COSINE`` where rounding has made it smaller.
@@ -286,10 +355,26 @@ def learn_diagonal_(diagonal: Array, s: Array, y: Array, work: Array = None) -> 
         growth, shrinkage = diagonal * y, s / diagonal
     else:
         growth, shrinkage = torch.mul(diagonal, y, out=work[0]), torch.div(s, diagonal, out=work[1])
-    y_dy, s_ds, curvature = growth.dot(y), shrinkage.dot(s), s.dot(y)
+    if pair is None:
+        y_dy, s_ds, curvature = growth.dot(y), shrinkage.dot(s), s.dot(y)
+    else:
+        y_dy, s_ds, curvature = pair[:3]
     least = LEAST_COSINE * y_dy**0.5 * s_ds**0.5
     # Without a branch, which would wait for the device.
     curvature = curvature + (least - curvature) * (curvature < least)
+    _update_diagonal_(diagonal, s, y, growth, shrinkage, y_dy, s_ds, curvature)
+    sample = None
+    if pair is not None:  # every rank updates the sampled entries, and so has their median
+        sample, growth, shrinkage = pair.diagonal, pair.diagonal * pair.y, pair.s / pair.diagonal
+        _update_diagonal_(sample, pair.s, pair.y, growth, shrinkage, y_dy, s_ds, curvature)
+    clip_around_median_(diagonal, sample)
+    return curvature
+
+
+def _update_diagonal_(
+    diagonal: Array, s: Array, y: Array, growth: Array, shrinkage: Array, y_dy: Any, s_ds: Any, curvature: Any
+) -> None:
+    """Scale a diagonal and take that of the BFGS update; ``growth`` is D y and ``shrinkage`` D^-1 s, overwritten."""
     growth *= y
     growth /= y_dy
     shrinkage *= s
@@ -298,13 +383,11 @@ def learn_diagonal_(diagonal: Array, s: Array, y: Array, work: Array = None) -> 
     growth += 1.0
     diagonal *= curvature / y_dy
     diagonal /= growth
-    clip_around_median_(diagonal)
-    return curvature
 
 
-def clip_around_median_(diagonal: Array) -> None:
+def clip_around_median_(diagonal: Array, sample: Array = None) -> None:
     """Clip all entries to within a factor of their median, which is estimated from about 1,000 of them."""
-    some = diagonal[:: 1 + len(diagonal) // 1000]
+    some = diagonal[:: 1 + len(diagonal) // SAMPLE] if sample is None else sample
     if isinstance(some, np.ndarray):
         middle = np.partition(some, (len(some) - 1) // 2)[(len(some) - 1) // 2]
         np.minimum(np.maximum(diagonal, middle / SPREAD, out=diagonal), middle * SPREAD, out=diagonal)

@@ -13,6 +13,7 @@ from torch import Tensor
 from descend.checkpoint.matching import Listing, Matching
 from descend.checkpoint.reading import copied, number_of, options_of, unusable_is_value_error
 from descend.second_order.parameters import FlatParameters, ParamGroups
+from descend.second_order.sharded_parameters import flat_parameters
 
 _MEMORY = ("n_iter", "d", "t", "old_dirs", "old_stps", "ro", "H_diag", "prev_flat_grad", "prev_loss")
 _LISTS = ("old_dirs", "old_stps", "ro", "al")
@@ -65,7 +66,8 @@ def read_groups(
 
 def read_state(who: str, groups: ParamGroups, state_dict: Mapping[str, Any]) -> defaultdict[Any, dict[str, Any]]:
     """A checked copy of the saved state, for the parameters of ``groups``."""
-    point = FlatParameters(groups, who)
+    point = flat_parameters(groups, who)
+    numel = point.space.numel
     saved_keys = [key for group in state_dict["param_groups"] for key in group["params"]]
     owner = dict(zip(saved_keys, point.params, strict=True))
     loaded: defaultdict[Any, dict[str, Any]] = defaultdict(dict)
@@ -78,11 +80,44 @@ def read_state(who: str, groups: ParamGroups, state_dict: Mapping[str, Any]) -> 
                 )
             _check_numbers(saved, who)
             if "d" in saved:
-                _check_memory(saved, point.numel, who)
+                _check_memory(saved, numel, who)
             if saved.get("learned") is not None:
-                _check_learned(saved["learned"], point.numel, who)
+                _check_learned(saved["learned"], numel, who)
+            if point.space.is_shared:
+                saved = _mapped(saved, point.narrow)
+            else:
+                saved = {name: value for name, value in saved.items() if name != "products"}
         loaded[owner.get(key, key)] = copied(saved, lambda tensor: _widened(tensor, point))
     return loaded
+
+
+def whole_state(who: str, groups: ParamGroups, state_dict: dict[str, Any]) -> dict[str, Any]:
+    """A state dict with the vectors of one process in place of this rank's parts of them.
+
+    They are the same on every rank, and can be loaded by any number of ranks. Collective, one vector after the other.
+    """
+    point = flat_parameters(groups, who)
+    if not point.space.is_shared:
+        return state_dict
+    state = {key: _mapped(saved, point.whole) for key, saved in state_dict["state"].items()}
+    return {**state_dict, "state": state}
+
+
+def _mapped(saved: Mapping[str, Any], convert: Callable[[Tensor], Tensor]) -> dict[str, Any]:
+    """A parameter's state with its flat vectors, and the rows of its matrices of such, converted."""
+    mapped: dict[str, Any] = {**saved}
+    for name in ("d", "prev_flat_grad"):
+        if saved.get(name) is not None:
+            mapped[name] = convert(saved[name])
+    for name in ("old_dirs", "old_stps"):
+        if saved.get(name) is not None:
+            mapped[name] = [convert(vector) for vector in saved[name]]
+    if saved.get("learned") is not None:
+        vectors = {name for name, shape in _LEARNED.items() if "n" in shape}
+        mapped["learned"] = {
+            name: convert(value) if name in vectors else value for name, value in saved["learned"].items()
+        }
+    return mapped
 
 
 def _check_numbers(saved: Mapping[str, Any], who: str) -> None:

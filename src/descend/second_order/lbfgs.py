@@ -17,6 +17,7 @@ from descend.second_order.modern_lbfgs import modern_step
 from descend.second_order.parameter_bounds import flat_bounds
 from descend.second_order.parameters import ClosureFunction, Evaluation, FlatParameters, warn_caller
 from descend.second_order.result import MESSAGES, Solver, Status
+from descend.second_order.sharded_parameters import flat_parameters
 from descend.second_order.torch_lbfgs import LBFGSOptions, LineSearchFn, Memory, TorchSteps, check_lbfgs
 
 HAS_MAXIMIZE = "maximize" in inspect.signature(torch.optim.LBFGS).parameters  # from torch 2.14
@@ -38,6 +39,11 @@ class LBFGS(ClosureOptimizer):
     With ``line_search_fn`` None or ``"strong_wolfe"`` its steps are torch's, in float64 bit for bit, as long as torch
     meets neither NaN nor infinity. Such a trial is never accepted here, so that parameters stay finite. Several groups
     are one problem: ``weight_decay`` and ``bounds`` may differ between them, every other option is the first group's.
+
+    If parameters are sharded (``DTensor``), every rank takes each step alike. What is minimized is the loss if that is
+    a DTensor, else the mean of the ranks' losses, because FSDP averages gradients; a loss that all ranks agree about is
+    its own mean. A plain tensor beside DTensors must be equal on all ranks, and so must be its gradient. Without any
+    DTensor, as under DDP, nothing is known of ranks: return a loss that is averaged over them.
 
     The closure need not call ``backward``. In torch's two modes missing gradients count as zero, with a warning if none
     can have been computed; with ``"hager_zhang"`` a closure that gives no new gradient is an error.
@@ -137,7 +143,9 @@ class LBFGS(ClosureOptimizer):
     def _run_modern(self, function: ClosureFunction, options: LBFGSOptions) -> tuple[Any, Solver, Status, str]:
         point = function.point
         bounds = flat_bounds(point, self.param_groups, self.bounds, type(self).__name__)
-        first = partial(self._first_evaluation, function, self._is_at_endpoint(point))
+        first: Callable[[], Evaluation] = partial(self._first_evaluation, function, self._is_at_endpoint(point))
+        if point.space.is_shared:  # the value is known after the reduction only
+            first = function.evaluate_here
         loss, run, status = modern_step(function, first, point, bounds, options, self.shared_state())
         self._is_unevaluated, self._endpoint = False, (run.best.value, _versions(point))
         is_still = status is Status.max_iter and not options.lr
@@ -198,7 +206,7 @@ class LBFGS(ClosureOptimizer):
     def init_state(self) -> None:
         with torch.inference_mode(False), torch.no_grad():
             super().init_state()
-            point, state = FlatParameters(self.param_groups, type(self).__name__), self.shared_state()
+            point, state = flat_parameters(self.param_groups, type(self).__name__), self.shared_state()
             if "d" not in state:
                 zeros = torch.zeros(point.numel, dtype=point.dtype, device=point.device)
                 memory = Memory(d=zeros, prev_flat_grad=zeros.clone())
@@ -232,7 +240,7 @@ class LBFGS(ClosureOptimizer):
             raise ValueError(
                 f"{name}: bounds need line_search_fn='hager_zhang', got {line_search_fn!r}, which knows none."
             )
-        flat_bounds(FlatParameters(groups, name), groups, self.bounds, name)
+        flat_bounds(flat_parameters(groups, name), groups, self.bounds, name)
 
 
 def _versions(point: FlatParameters) -> list[tuple[int, int]]:

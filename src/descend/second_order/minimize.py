@@ -9,16 +9,20 @@ from typing import Any, Generic, Literal, TypeAlias, get_args
 
 import torch
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
+from descend.distributed.dtensors import is_dtensor
 from descend.second_order.box import CompactHessian, bounded_descent
 from descend.second_order.descent import line_search_descent
 from descend.second_order.directions import CompactInverse, DenseInverse, Steepest
 from descend.second_order.newton_descent import PAIRS, DenseNewton, NewtonCG, trust_region_descent
-from descend.second_order.objective import Curved, FunctionObjective, Point, check_dense_fits
+from descend.second_order.objective import CG_INSTEAD, Curved, FunctionObjective, Point, check_dense_fits
 from descend.second_order.parameter_objective import ParameterObjective
 from descend.second_order.parameters import FlatParameters
 from descend.second_order.result import MESSAGES, Progress, Result, Status, X, result_of
 from descend.second_order.run import Run
+from descend.second_order.sharded_parameters import flat_parameters
+from descend.second_order.shared_space import full_of
 from descend.second_order.structure import Structure
 
 MinimizeMethod: TypeAlias = Literal["gd", "bfgs", "l-bfgs", "newton-cg", "newton"]
@@ -54,7 +58,9 @@ def minimize(
         x0: the start: a floating point or complex tensor, or dicts, lists and tuples of such in any nesting, dtypes and
             devices mixed. It is not changed. An ``nn.Module``, or a structure of ``nn.Parameter`` only, is optimized
             in place instead: ``fun`` gets the module or the parameters themselves, set to each trial, and they hold
-            the result at the end.
+            the result at the end. If tensors are sharded (``DTensor``), every rank calls ``minimize`` alike; ``fun``
+            returns a DTensor, or a plain tensor of which the mean over the ranks is minimized, as FSDP averages
+            gradients. A plain tensor beside DTensors must be equal on all ranks, and so must be its gradient.
         method: one of those above. Default: ``"l-bfgs"``.
         bounds: ``(lower, upper)``, each a number, a tensor that broadcasts to every tensor of ``x0``, or a structure
             like ``x0``; infinite or None where there is none. ``x0`` is clamped to them; every evaluation is inside.
@@ -74,7 +80,8 @@ def minimize(
         A ``Result``: the best point seen, and why the solver stopped. ``x`` is never NaN unless ``x0`` is; ``fun`` is
         NaN only if it is at ``x0``.
     Raises:
-        ValueError, TypeError: if an argument is not as above, or ``fun`` returns no real scalar.
+        ValueError, TypeError: if an argument is not as above, or ``fun`` returns no real scalar; for ``"bfgs"`` and
+            ``"newton"`` if tensors are sharded.
         RuntimeError: if the value does not depend on ``x0`` as far as autograd can see.
         MemoryError: if a dense matrix would not fit.
         Whatever ``fun`` raises; parameters are then set to the best point seen.
@@ -109,7 +116,7 @@ def minimize(
         finally:
             problem.set_parameters(run)
     x = problem.tree_of(run.best.x)
-    return result_of(run, status, MESSAGES[status], x, problem.structure.unflatten, began=began)
+    return result_of(run, status, MESSAGES[status], x, problem.split_tree, began=began)
 
 
 class _Problem(Generic[X]):
@@ -126,21 +133,27 @@ class _Problem(Generic[X]):
     ) -> None:
         self.tree: Any = list(x0) if hasattr(x0, "__next__") else x0  # module.parameters() can be read only once
         self.structure = structure = Structure(self.tree, WHO)
-        self.start = structure.flatten(structure.leaves).clone()
         flat_bounds = None if bounds is None else _flat_bounds(bounds, structure)
-        if flat_bounds is not None:
-            self.start.clamp_(*flat_bounds)
         self.parameters: FlatParameters | None = None
         self.objective: Curved
-        if all(isinstance(leaf, nn.Parameter) for leaf in structure.leaves):
+        is_sharded = any(map(is_dtensor, structure.leaves))
+        self.is_in_place = all(isinstance(leaf, nn.Parameter) for leaf in structure.leaves)
+        if is_sharded or self.is_in_place:
             if len({id(leaf) for leaf in structure.leaves}) < len(structure.leaves):
                 raise ValueError(f"{WHO}: x0 must hold each parameter once, got one twice. Remove the duplicate.")
             if jac is not None or hvp is not None:
+                kind = "DTensors" if is_sharded else "nn.Parameter"
+                instead = "Leave" if is_sharded else "Detach x0, or leave"
                 raise ValueError(
-                    f"{WHO}: jac and hvp are functions of values, but x0 is made of nn.Parameter, which are set in "
-                    "place. Detach x0, or leave jac and hvp out."
+                    f"{WHO}: jac and hvp are functions of values, but x0 is made of {kind}, which are set in "
+                    f"place. {instead} jac and hvp out."
                 )
-            self.parameters = FlatParameters([{"params": structure.leaves}], WHO)
+            if not self.is_in_place:
+                self._copy_leaves()
+            self.parameters = flat_parameters([{"params": structure.leaves}], WHO)
+            if flat_bounds is not None:
+                flat_bounds = self.parameters.narrow(flat_bounds[0]), self.parameters.narrow(flat_bounds[1])
+            self.start = self.parameters.gather()
             self.objective = ParameterObjective(
                 f"{WHO}: fun",
                 lambda: fun(self.tree),
@@ -149,9 +162,23 @@ class _Problem(Generic[X]):
                 bounds=flat_bounds,
             )
         else:
+            self.start = structure.flatten(structure.leaves).clone()
             self.objective = FunctionObjective(
                 WHO, fun, structure, jac=jac, hvp=hvp, needs_curvature=needs_curvature, bounds=flat_bounds
             )
+        if flat_bounds is not None:
+            self.start.clamp_(*flat_bounds)
+
+    def _copy_leaves(self) -> None:
+        """Sharded values are optimized in place, in copies that require gradients."""
+        self.structure.leaves = [leaf.detach().clone().requires_grad_() for leaf in self.structure.leaves]
+        self.tree = self.structure.tree_of(self.structure.leaves)
+
+    def split_tree(self, x: Tensor) -> Any:
+        """The structure of a flat vector, with tensors of its own."""
+        return (
+            self.structure.unflatten(x) if self.parameters is None else self.structure.tree_of(self.parameters.split(x))
+        )
 
     def set_parameters(self, run: Run) -> None:
         """Set parameters to the best point seen."""
@@ -160,7 +187,7 @@ class _Problem(Generic[X]):
 
     def tree_of(self, x: Tensor) -> X:
         """The structure of a flat vector; the parameters themselves, which have been set to it."""
-        tree: X = self.structure.unflatten(x) if self.parameters is None else self.tree
+        tree: X = self.tree if self.is_in_place else self.split_tree(x)
         return tree
 
     def reporter(self, callback: Callable[[Progress], Any]) -> Callable[[Run, Point], bool]:
@@ -172,7 +199,8 @@ class _Problem(Generic[X]):
             self.objective.move_to(point.x)
             before = self.objective.point.gather()
             is_stopped = call(run, point)
-            if not torch.equal(before, self.objective.point.gather()):
+            is_same = torch.equal(before, self.objective.point.gather())
+            if self.objective.space.largest(not is_same):
                 self.objective.forget_x()
             return is_stopped
 
@@ -180,7 +208,7 @@ class _Problem(Generic[X]):
             progress = Progress(
                 x=self.tree_of(point.x.clone()),
                 fun=point.value,
-                grad=self.structure.unflatten(point.grad.clone()),
+                grad=self.split_tree(point.grad.clone()),
                 grad_norm=point.norm,
                 n_iter=run.n_iter,
                 n_eval=run.objective.n_eval,
@@ -200,8 +228,9 @@ def _flat_bounds(bounds: Any, structure: Structure) -> tuple[Tensor, Tensor]:
         raise ValueError(f"{WHO}: bounds must be (lower, upper), got {bounds!r}.")
     if any(dtype.is_complex for dtype in structure.dtypes):
         raise ValueError(f"{WHO}: complex numbers have no order, so x0 cannot have bounds if it is complex.")
-    lower = structure.bound(bounds[0], -math.inf, f"{WHO}: the lower bound")
-    upper = structure.bound(bounds[1], math.inf, f"{WHO}: the upper bound")
+    lower, upper = pytree.tree_map(lambda end: full_of(end) if isinstance(end, Tensor) else end, tuple(bounds))
+    lower = structure.bound(lower, -math.inf, f"{WHO}: the lower bound")
+    upper = structure.bound(upper, math.inf, f"{WHO}: the upper bound")
     is_wrong = ~(lower <= upper) | (lower == math.inf) | (upper == -math.inf)
     if bool(is_wrong.any()):
         worst = int(is_wrong.long().argmax())
@@ -242,7 +271,11 @@ def _check_functions(method: str, **functions: Any) -> None:
 
 
 def _solve(method: str, run: Run, objective: Curved, x: Tensor, history_size: int) -> Status:
-    point, options = run.start(x), (x.dtype, x.device)
+    space = objective.space
+    if method in ("newton", "bfgs"):
+        instead = CG_INSTEAD if method == "newton" else "method='l-bfgs'"
+        check_dense_fits(f"{WHO}: method={method!r}", x, instead, space)
+    point, options = run.start(x), (x.dtype, x.device, space)
     if method == "newton":
         return trust_region_descent(run, point, DenseNewton(objective))[0]
     if method == "newton-cg":
@@ -251,10 +284,9 @@ def _solve(method: str, run: Run, objective: Curved, x: Tensor, history_size: in
     if run.objective.lower is not None:
         return bounded_descent(run, point, CompactHessian(x.numel(), history_size, *options))
     if method == "gd":
-        return line_search_descent(run, point, Steepest())
+        return line_search_descent(run, point, Steepest(space))
     if method == "bfgs":
-        check_dense_fits("minimize: method='bfgs'", x, "method='l-bfgs'")
-        return line_search_descent(run, point, DenseInverse(x.numel(), *options))
+        return line_search_descent(run, point, DenseInverse(x.numel(), x.dtype, x.device))
     return line_search_descent(run, point, CompactInverse(x.numel(), history_size, *options))
 
 

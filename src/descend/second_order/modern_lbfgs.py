@@ -44,9 +44,9 @@ def modern_step(
     run = Run(objective, tol=options.tolerance_grad, max_iter=max_iter, max_eval=max(1, options.max_eval))
     learner: CompactInverse | CompactHessian
     if bounds is None:
-        learner = CompactInverse(point.numel, options.history_size, point.dtype, point.device)
+        learner = CompactInverse(point.numel, options.history_size, point.dtype, point.device, point.space)
     else:
-        learner = CompactHessian(point.numel, options.history_size, point.dtype, point.device)
+        learner = CompactHessian(point.numel, options.history_size, point.dtype, point.device, point.space)
     if learner.accepts(state.get("learned")):
         learner.load(state["learned"])
     x = point.gather()

@@ -27,7 +27,9 @@ class Newton(ClosureOptimizer):
     The Hessian may be indefinite or singular: a step minimizes the quadratic model within the region, so that it
     follows directions of negative curvature instead of converging to a saddle. A strictly convex quadratic takes one
     iteration. The closure returns the loss with its graph: it need not call ``backward``, and must not use the graph
-    up. ``.grad`` is not touched. If the closure raises, the parameters are set to the best point seen.
+    up. ``.grad`` is not touched. If the closure raises, the parameters are set to the best point seen. Sharded
+    parameters are as in ``LBFGS``; where FSDP keeps autograd from them, a product with the Hessian is a difference of
+    two more gradients.
 
     Args:
         params: parameters, ``(name, parameter)`` pairs, dicts that define groups, or a module; all are one problem.
@@ -37,7 +39,7 @@ class Newton(ClosureOptimizer):
             the first start), >= 0. Default: 1e-7.
         solver: ``"cholesky"``: the dense Hessian and the exact minimizer of the model, O(n^2) memory and O(n^3) time;
             ``"cg"``: truncated conjugate gradients, about a hundred vectors of memory; ``"auto"``: ``"cholesky"`` up to
-            200 parameters, else ``"cg"``. Default: ``"auto"``.
+            200 parameters, else ``"cg"``, also for sharded parameters. Default: ``"auto"``.
         maximize: maximize instead of minimize. Default: False.
     Attributes:
         result: what the last ``step`` did, and why it stopped; None before.
@@ -81,16 +83,17 @@ class Newton(ClosureOptimizer):
         self.check_agreement(self.param_groups)  # groups may have been edited
         name, group, state = type(self).__name__, self.param_groups[0], self.shared_state()
         x = point.gather()
-        is_dense = group["solver"] == "cholesky" or (group["solver"] == "auto" and point.numel <= MAX_DENSE)
+        is_small = point.numel <= MAX_DENSE and not point.space.is_shared
+        is_dense = group["solver"] == "cholesky" or (group["solver"] == "auto" and is_small)
         if is_dense:
-            check_dense_fits(name, x, CG_INSTEAD)
+            check_dense_fits(name, x, CG_INSTEAD, point.space)
         objective = ParameterObjective(
             f"{name}: the closure", closure, point, needs_curvature=True, maximize=self.is_maximizing
         )
         run = Run(
             objective, tol=group["tolerance_grad"], max_iter=group["max_iter"], max_eval=max(1, group["max_eval"])
         )
-        inverse = CompactInverse(0 if is_dense else point.numel, PAIRS, point.dtype, point.device)
+        inverse = CompactInverse(0 if is_dense else point.numel, PAIRS, point.dtype, point.device, point.space)
         radius = state.get("radius")
         if inverse.accepts(state.get("learned")):
             inverse.load(state["learned"])

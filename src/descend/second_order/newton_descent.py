@@ -15,6 +15,7 @@ from descend.second_order.objective import Curved, Point
 from descend.second_order.quartic import first_minimum
 from descend.second_order.result import Status
 from descend.second_order.run import PATIENCE, Run
+from descend.second_order.space import Space
 from descend.second_order.trust_region import CGPath, DenseModel, End, TrialStep, steihaug
 
 ACCEPTED = 1e-4  # ratio of actual to predicted decrease from which a step is accepted
@@ -128,7 +129,7 @@ class NewtonCG:
     def __init__(
         self, objective: Curved, run: Run, start: Point, inverse: CompactInverse, scale: float | None = None
     ) -> None:
-        self.objective, self.run, self.inverse = objective, run, inverse
+        self.objective, self.run, self.inverse, self.space = objective, run, inverse, objective.space
         self.scale = start.norm if scale is None else scale
         self.products: deque[tuple[Tensor, Tensor]] = deque(maxlen=PAIRS - 1)
 
@@ -138,7 +139,7 @@ class NewtonCG:
             return 1.0
         newest = (self.inverse.count - 1) % self.inverse.history_size
         s = torch.as_tensor(self.inverse.steps[newest])
-        return math.sqrt(float(self.inverse.curvatures[newest])) / length(s)
+        return math.sqrt(float(self.inverse.curvatures[newest])) / self.space.length(s)
 
     def model(self, point: Point, radius: float) -> Model:
         self.products.clear()
@@ -150,29 +151,29 @@ class NewtonCG:
         self.scale = max(self.scale, point.norm)  # at a saddle it starts at 0
         forcing = min(0.5, math.sqrt(point.norm / self.scale))
         # Nothing is gained below the target.
-        tolerance = min(max(forcing * length(point.grad), 0.9 * self.run.target), _longest(point))
-        max_products = 2 * point.x.numel() + 10
+        tolerance = min(max(forcing * self.space.length(point.grad), 0.9 * self.run.target), _longest(point))
+        max_products = 2 * self.space.numel + 10
+        arguments = self._multiplier(point), point.grad, radius, tolerance, max_products
         if not self.inverse.is_steepest:
             try:
-                path = steihaug(
-                    self._multiplier(point), point.grad, radius, tolerance, max_products, self._precondition, KEPT
-                )
+                path = steihaug(*arguments, self._precondition, KEPT, self.space)
                 if path.norm > 0:
                     return path
             except ValueError:
                 pass  # rounding has made the preconditioner indefinite
             self.inverse.reset()
-        return steihaug(self._multiplier(point), point.grad, radius, tolerance, max_products, keep=KEPT)
+        return steihaug(*arguments, keep=KEPT, space=self.space)
 
     def _negative_curvature_model(self, point: Point, radius: float) -> Model:
         """The model along a direction of negative curvature, found from a random vector where the gradient is zero."""
-        random = torch.Generator(point.x.device).manual_seed(0)
-        start = torch.randn(point.x.shape, generator=random, dtype=point.x.dtype, device=point.x.device)
-        far, n_probes = min(INITIAL_RADIUS * (1.0 + length(start)), _longest(point)), max(1, min(PROBES, len(start)))
-        if steihaug(self._multiplier(point), start, far, 0.0, n_probes, keep=0).end is End.negative_curvature:
-            return _LineModel(*self.products[-1], point.grad, self.unit)
+        start, space = self.space.random(point.x), self.space
+        far = min(INITIAL_RADIUS * (1.0 + space.length(start)), _longest(point))
+        n_probes = max(1, min(PROBES, space.numel))
+        probes = steihaug(self._multiplier(point), start, far, 0.0, n_probes, keep=0, space=space)
+        if probes.end is End.negative_curvature:
+            return _LineModel(*self.products[-1], point.grad, self.unit, space)
         # Without one: the gradient is within this tolerance, and the step is zero.
-        return steihaug(self._multiplier(point), point.grad, radius, _longest(point), n_probes)
+        return steihaug(self._multiplier(point), point.grad, radius, _longest(point), n_probes, space=space)
 
     def _precondition(self, residual: Tensor) -> Tensor:
         return -self.inverse.direction(residual)
@@ -188,7 +189,8 @@ class NewtonCG:
 
     def learn(self, point: Point, new: Point, trial: TrialStep) -> float:
         y = new.grad - point.grad
-        sy, *curvatures = torch.stack([s.dot(y) for s, y in ((trial.step, y), *self.products)]).tolist()
+        (all_sy,) = self.space.total(torch.stack([s.dot(y) for s, y in ((trial.step, y), *self.products)]))
+        sy, *curvatures = all_sy.tolist()
         if not sy > LEAST_CURVATURE * abs(new.slope_before):
             return 1.0
         for curvature, (s, product) in zip(curvatures, self.products, strict=True):
@@ -201,9 +203,9 @@ class NewtonCG:
 class _LineModel:
     """The model along one direction, of negative curvature."""
 
-    def __init__(self, direction: Tensor, product: Tensor, grad: Tensor, unit: float) -> None:
+    def __init__(self, direction: Tensor, product: Tensor, grad: Tensor, unit: float, space: Space) -> None:
         self.direction, self.unit = direction, unit
-        self.slope, self.curvature = torch.stack([grad.dot(direction), product.dot(direction)]).tolist()
+        self.slope, self.curvature = space.floats(grad.device, grad.dot(direction), product.dot(direction))
 
     def step(self, radius: float) -> TrialStep:
         length = radius / self.unit
@@ -225,7 +227,8 @@ def trust_region_descent(
         Why the solver stopped, and the last radius.
     """
     is_convex = False  # according to the last model
-    longest = UNBOUNDED * (1.0 + length(point.x))
+    space = run.objective.space
+    longest = UNBOUNDED * (1.0 + space.length(point.x))
     while True:
         status = run.stop_status(point)
         is_last = run.n_iter >= run.max_iter or run.evaluations_left < 1
@@ -233,22 +236,24 @@ def trust_region_descent(
             return status, radius
         if PATIENCE - run.patience >= STALLED:
             return Status.precision_limit, radius
-        size = 1.0 + length(point.x)
+        size = 1.0 + space.length(point.x)
         limit = min(INITIAL_RADIUS * size * method.unit if radius is None else radius, _longest(point))
         model = method.model(point, limit)
         trial = model.step(limit)
         if radius is None and trial.on_boundary:  # no minimizer near: the first radius is the size of x
-            radius = min(size * (trial.norm / length(trial.step)), limit)
+            radius = min(size * (trial.norm / space.length(trial.step)), limit)
             trial = model.step(radius)
         is_convex = not trial.negative_curvature
         # A saddle is left if the predicted decrease exceeds that of a slope within the tolerance.
-        if status is not None and trial.decrease <= max(run.noise(point), run.target * float(trial.step.abs().sum())):
-            return status, radius
+        if status is not None:
+            (sum_of_entries,) = space.floats(trial.step.device, trial.step.abs().sum())
+            if trial.decrease <= max(run.noise(point), run.target * sum_of_entries):
+                return status, radius
         accepted = _step(run, point, model, trial, radius)
         if isinstance(accepted, Status):
             return accepted, radius
         new, radius, trial = accepted
-        distance = length(trial.step)
+        distance = space.length(trial.step)
         if distance > longest:
             return Status.line_search_failed, radius
         if radius is not None:
@@ -269,7 +274,7 @@ def _step(
         if run.evaluations_left < 1:
             return Status.max_eval
         x = point.x + trial.step
-        if not trial.decrease > 0 or torch.equal(x, point.x):
+        if not trial.decrease > 0 or not run.objective.space.largest(not torch.equal(x, point.x)):
             break
         new = run.evaluate(x, trial.step, point)
         if run.solves(new, point):
@@ -328,12 +333,6 @@ def _shortening(point: Point, new: Point, trial: TrialStep) -> float:
 def _curvature(new: Point, trial: TrialStep) -> float:
     """The model's second derivative along a step, s'Hs, from the decrease -(g's + s'Hs / 2)."""
     return -2 * (new.slope_before + trial.decrease)
-
-
-def length(vector: Tensor) -> float:
-    """The 2-norm, without overflow or underflow."""
-    largest = float(vector.abs().amax()) if vector.numel() else 0.0
-    return largest * float(torch.linalg.vector_norm(vector / largest)) if 0 < largest < math.inf else largest
 
 
 def _longest(point: Point) -> float:

@@ -6,12 +6,13 @@ import math
 import os
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from descend.second_order.space import Space
 from descend.second_order.structure import Structure
 
 CG_INSTEAD = "minimize(method='newton-cg') or Newton(solver='cg')"
@@ -31,6 +32,7 @@ class Point(NamedTuple):
         slope: inner product of the gradient and the direction that led here.
         slope_before: inner product of the gradient at the direction's origin and the direction.
         graph: what second derivatives are computed from, if the objective needs them.
+        measured: of the pair from the direction's origin to here, what ``Objective.measure`` gives, over all ranks.
     """
 
     x: Tensor
@@ -40,6 +42,7 @@ class Point(NamedTuple):
     slope: float = 0.0
     slope_before: float = 0.0
     graph: Any = None
+    measured: Sequence[Any] = ()
 
     @property
     def is_finite(self) -> bool:
@@ -50,12 +53,17 @@ class Objective(ABC):
     """A function of a flat vector, with bounds and counts.
 
     Args:
+        space: of the vectors.
         eps: relative rounding error of its values.
         lower, upper: flat bounds, both or none.
+    Attributes:
+        measure: what a learner wants to know, over all ranks, of a step and the change of the gradient along it.
     """
 
-    def __init__(self, eps: float, lower: Tensor | None = None, upper: Tensor | None = None) -> None:
-        self.eps = eps
+    measure: Callable[[Tensor, Tensor], Sequence[Any]] | None = None
+
+    def __init__(self, space: Space, eps: float, lower: Tensor | None = None, upper: Tensor | None = None) -> None:
+        self.space, self.eps = space, eps
         self.lower, self.upper = lower, upper
         self.n_eval = 0
         self.n_hvp = 0
@@ -65,7 +73,10 @@ class Objective(ABC):
         """Value, flat gradient and ``graph`` at ``x``."""
 
     def evaluate(self, x: Tensor, direction: Tensor | None = None, origin: Point | None = None) -> Point:
-        """Evaluate and count; ``direction`` leads from ``origin`` to ``x``. One transfer from the device."""
+        """Evaluate and count; ``direction`` leads from ``origin`` to ``x``. One transfer from the device.
+
+        Where ranks share the vectors, it is one collective; they come here together.
+        """
         self.n_eval += 1
         try:
             value, grad, graph = self.value_and_grad(x)
@@ -80,15 +91,16 @@ class Objective(ABC):
             residual = torch.clamp(grad, x - self.upper, x - self.lower)
         low, high = torch.aminmax(residual) if x.numel() else (0.0, 0.0)  # NaN, if there is one
         if direction is None or origin is None:
-            value, low, high = to_floats(x.device, value, low, high)
+            value, low, high = self.space.evaluation(x.device, value, low, high)
             return Point(x, grad, value, max(high, -low), graph=graph)
-        value, low, high, slope, before = to_floats(
-            x.device, value, low, high, grad.dot(direction), origin.grad.dot(direction)
-        )
+        slopes = grad.dot(direction), origin.grad.dot(direction)
+        parts = () if self.measure is None else self.measure(x - origin.x, grad - origin.grad)
+        value, low, high, slope, before, *measured = self.space.evaluation(x.device, value, low, high, *slopes, *parts)
         if x.dtype == torch.float32 and not TINY < abs(before) < math.inf:
             direction = direction.double()
-            slope, before = to_floats(x.device, grad.double().dot(direction), origin.grad.double().dot(direction))
-        return Point(x, grad, value, max(high, -low), slope, before, graph)
+            doubles = grad.double().dot(direction), origin.grad.double().dot(direction)
+            slope, before = self.space.floats(x.device, *doubles)
+        return Point(x, grad, value, max(high, -low), float(slope), float(before), graph, measured)
 
 
 class Curved(Objective):
@@ -127,7 +139,7 @@ class FunctionObjective(Curved):
         needs_curvature: bool = False,
         bounds: tuple[Tensor, Tensor] | None = None,
     ) -> None:
-        super().__init__(structure.eps, *(bounds or ()))
+        super().__init__(Space(structure.numel), structure.eps, *(bounds or ()))
         self.who, self.fun, self.structure, self.jac, self.hvp = who, fun, structure, jac or None, hvp
         self.keeps_graph = needs_curvature and hvp is None
 
@@ -190,7 +202,7 @@ class FunctionObjective(Curved):
         return product
 
     def hessian(self, point: Point) -> Tensor:
-        check_dense_fits(self.who, point.x, CG_INSTEAD)
+        check_dense_fits(self.who, point.x, CG_INSTEAD, self.space)
         self.n_hvp += point.x.numel()
 
         def rows(units: Tensor) -> Tensor:
@@ -264,8 +276,16 @@ def dense_hessian(x: Tensor, rows: Callable[[Tensor], Tensor], row: Callable[[Te
     return (hessian + hessian.T) / 2
 
 
-def check_dense_fits(who: str, x: Tensor, instead: str) -> None:
-    """Raise ``MemoryError`` if a dense matrix for ``x``, with its factors, would not fit into memory."""
+def check_dense_fits(who: str, x: Tensor, instead: str, space: Space) -> None:
+    """Raise ``MemoryError`` if a dense matrix for ``x``, with its factors, would not fit into memory.
+
+    Raises:
+        ValueError: if ranks share the variables: there are no dense matrices of sharded ones.
+    """
+    if space.is_shared:
+        raise ValueError(
+            f"{who}: a dense matrix needs all variables in one process, but they are sharded. Use {instead}."
+        )
     needed = DENSE_COPIES * x.numel() ** 2 * x.element_size()
     available = free_memory(x.device)
     if needed > available:
@@ -285,12 +305,3 @@ def free_memory(device: torch.device) -> int:
         return int(available.split()[1]) * 1024
     except (OSError, StopIteration):
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else 2**34
-
-
-def to_floats(device: torch.device, *scalars: Tensor | float) -> list[float]:
-    """Scalars as Python floats, in one transfer from the device."""
-    if device.type == "cpu":
-        return [float(scalar) for scalar in scalars]
-    on_device = [torch.as_tensor(scalar, dtype=torch.float64, device=device) for scalar in scalars]
-    floats: list[float] = torch.stack(on_device).tolist()
-    return floats

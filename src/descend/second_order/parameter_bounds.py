@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from descend.second_order.parameters import FlatParameters, ParamGroups
+from descend.second_order.shared_space import full_of
 
 
 def flat_bounds(point: FlatParameters, groups: ParamGroups, bounds: Any, who: str) -> tuple[Tensor, Tensor] | None:
@@ -18,8 +19,8 @@ def flat_bounds(point: FlatParameters, groups: ParamGroups, bounds: Any, who: st
     Args:
         point: the parameters.
         groups: their groups; a group's own ``"bounds"`` take precedence over ``bounds``.
-        bounds: ``(lower, upper)``, each a number, a tensor that broadcasts to the parameters, or None; or a dict from
-            names of parameters to such pairs; or None.
+        bounds: ``(lower, upper)``, each a number, a tensor that broadcasts to the (whole) parameters, or None; or a
+            dict from names of parameters to such pairs; or None.
         who: the optimizer's name, for errors.
     Returns:
         lower and upper; None if nothing is bounded.
@@ -38,14 +39,14 @@ def flat_bounds(point: FlatParameters, groups: ParamGroups, bounds: Any, who: st
         ends.append(_ends(pair, param, name or f"parameter {index}", who) if pair else None)
     if not any(ends):
         return None
-    lower = torch.full((point.numel,), -torch.inf, dtype=point.dtype, device=point.device)
+    lower = torch.full((point.space.numel,), -torch.inf, dtype=point.dtype, device=point.device)
     upper = -lower
     sizes = point.structure.sizes
     for end, low, high in zip(ends, torch.split(lower, sizes), torch.split(upper, sizes), strict=True):
         if end is not None:
             low.copy_(end[0].reshape(-1))
             high.copy_(end[1].reshape(-1))
-    return lower, upper
+    return point.narrow(lower), point.narrow(upper)
 
 
 def _pair(bounds: Any, name: str | None) -> Any:
@@ -75,6 +76,7 @@ def _ends(pair: Any, param: Tensor, name: str, who: str) -> tuple[Tensor, Tensor
     ends = []
     for what, end, none in (("lower", pair[0], -torch.inf), ("upper", pair[1], torch.inf)):
         try:
+            end = full_of(end)
             tensor = torch.as_tensor(none if end is None else end, dtype=torch.float64).detach()
             ends.append(tensor.to(param.device).expand(param.shape))
         except (TypeError, ValueError, RuntimeError) as error:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from descend.second_order.objective import CG_INSTEAD, Curved, Objective, Point, check_dense_fits, dense_hessian, scalar
 from descend.second_order.parameters import ClosureFunction, Evaluation, FlatParameters
+from descend.second_order.shared_space import full_of
 
 
 class ClosureObjective(Objective):
@@ -30,14 +31,14 @@ class ClosureObjective(Objective):
         point: FlatParameters,
         bounds: tuple[Tensor, Tensor] | None,
     ) -> None:
-        super().__init__(point.structure.eps, *(bounds or ()))
+        super().__init__(point.space, point.structure.eps, *(bounds or ()))
         self.function, self.first, self.point = function, first, point
         self.first_loss: Any = None
 
     def value_and_grad(self, x: Tensor) -> tuple[Tensor | float, Tensor, Any]:
         self.point.scatter_(x)
         if self.n_eval > 1:
-            evaluation = self.function.evaluate()
+            evaluation = self.function.evaluate_here()
         else:
             evaluation = self.first()
             self.first_loss = evaluation.loss
@@ -48,7 +49,8 @@ class ParameterObjective(Curved):
     """A function that computes a loss from parameters, differentiated here, twice if needed; ``.grad`` is not touched.
 
     Moving the parameters invalidates the graph of the point before. Second derivatives at any point but the last one
-    evaluated cost another evaluation.
+    evaluated cost another evaluation. Parameters wrapped by FSDP get their gradients from hooks of ``backward``, which
+    cannot be differentiated again: there a product is a central difference of two more gradients.
 
     Args:
         who: the name of ``fun`` in errors.
@@ -69,12 +71,13 @@ class ParameterObjective(Curved):
         maximize: bool = False,
         bounds: tuple[Tensor, Tensor] | None = None,
     ) -> None:
-        super().__init__(point.structure.eps, *(bounds or ()))
+        super().__init__(point.space, point.structure.eps, *(bounds or ()))
         self.who, self.fun, self.point = who, fun, point
         self.needs_curvature, self.maximize = needs_curvature, maximize
         self.first_loss: Any = None
         self._x: Tensor | None = None  # what the parameters were last set to
         self._graph: list[Tensor | None] | None = None  # of the gradient there
+        self._is_hooked = False  # whether FSDP keeps autograd from the parameters
 
     def move_to(self, x: Tensor) -> None:
         """Set the parameters to ``x``, unless they are there."""
@@ -90,7 +93,7 @@ class ParameterObjective(Curved):
         self.move_to(x)
         with torch.enable_grad():
             loss = self.fun()
-            value = scalar(loss, self.who)
+            value = scalar(full_of(loss) if isinstance(loss, Tensor) else loss, self.who)
             value = -value if self.maximize else value
             parts = self._gradient_parts(value)
         if self.n_eval == 1:
@@ -102,7 +105,7 @@ class ParameterObjective(Curved):
     def _gradient_parts(self, value: Tensor) -> list[Tensor | None]:
         """The gradient, one tensor for each parameter that requires it."""
         try:
-            parts = _grad([value], self._leaves, create_graph=self.needs_curvature) if value.requires_grad else []
+            parts = self._differentiate(value) if value.requires_grad else []
         except RuntimeError as error:
             if "a second time" not in str(error):
                 raise
@@ -118,12 +121,32 @@ class ParameterObjective(Curved):
             )
         return parts
 
+    def _differentiate(self, value: Tensor) -> list[Tensor | None]:
+        is_shared = self.space.is_shared
+        if not is_shared or (self.needs_curvature and not self._is_hooked):
+            parts = _grad([value], self._leaves, create_graph=self.needs_curvature)
+            self._is_hooked = is_shared and any(part is None for part in parts)
+        return self._by_backward(value) if is_shared and (self._is_hooked or not self.needs_curvature) else parts
+
+    def _by_backward(self, value: Tensor) -> list[Tensor | None]:
+        """The gradient by way of ``.grad``, which is restored."""
+        leaves = self._leaves
+        before = [leaf.grad for leaf in leaves]
+        for leaf in leaves:
+            leaf.grad = None
+        try:
+            torch.autograd.backward(value)
+            return [leaf.grad for leaf in leaves]
+        finally:
+            for leaf, grad in zip(leaves, before, strict=True):
+                leaf.grad = grad
+
     @property
     def _leaves(self) -> list[Tensor]:
         return [param for param in self.point.params if param.requires_grad]
 
     def _flat(self, parts: Sequence[Tensor | None]) -> Tensor:
-        return self.point.structure.flatten(self._with_frozen(parts))
+        return self.point.flatten(self._with_frozen(parts))
 
     def _with_frozen(self, parts: Sequence[Tensor | None]) -> list[Tensor | None]:
         """One part for each parameter: None for those that require no gradient."""
@@ -139,8 +162,19 @@ class ParameterObjective(Curved):
 
     def product(self, point: Point, vector: Tensor) -> Tensor:
         self.n_hvp += 1
+        if self._is_hooked:
+            return self._difference(point.x, vector)
         pieces = zip(self.point.params, self.point.split(vector), strict=True)
         return self._flat(self._backward_twice(point, [piece for param, piece in pieces if param.requires_grad]))
+
+    def _difference(self, x: Tensor, vector: Tensor) -> Tensor:
+        """The Hessian times a vector by a central difference.
+
+        Source: Nocedal & Wright 2006, section 8.1, for the length of the difference.
+        """
+        length = torch.finfo(x.dtype).eps ** (1 / 3) * (1 + self.space.length(x)) / self.space.length(vector)
+        ahead, behind = (self.value_and_grad(torch.add(x, vector, alpha=sign * length))[1] for sign in (1, -1))
+        return ahead.sub_(behind).div_(2 * length)
 
     def _backward_twice(self, point: Point, vectors: Sequence[Tensor], *, is_batched: bool = False) -> Sequence[Any]:
         pairs = [
@@ -154,7 +188,7 @@ class ParameterObjective(Curved):
         return _grad(parts, self._leaves, vectors, retain_graph=True, is_grads_batched=is_batched)
 
     def hessian(self, point: Point) -> Tensor:
-        check_dense_fits(self.who, point.x, CG_INSTEAD)
+        check_dense_fits(self.who, point.x, CG_INSTEAD, self.space)
         self.n_hvp += point.x.numel()
         structure = self.point.structure
         multiply = torch.vmap(lambda unit: [*structure.split(unit)])

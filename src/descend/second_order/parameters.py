@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 from torch._C._nn import flatten_dense_tensors, unflatten_dense_tensors
 
+from descend.second_order.shared_space import full_of
+from descend.second_order.space import Space
 from descend.second_order.structure import Structure
 
 ParamGroups = Sequence[dict[str, Any]]
@@ -26,6 +28,8 @@ class FlatParameters:
     Args:
         groups: an optimizer's ``param_groups``.
         who: the optimizer's name, for errors.
+    Attributes:
+        space: of the vector. If ranks share it, then ``numel``, and the vectors of every method, are this rank's.
     Raises:
         ValueError: if there are no parameters.
         TypeError: if a parameter is not floating point or complex.
@@ -43,6 +47,7 @@ class FlatParameters:
         # Nothing needs converting then, and torch's multi-tensor functions handle all parameters at once.
         self.is_uniform = all(param.dtype == self.dtype and param.device == self.device for param in self.params)
         self._filled = [param for param in self.params if param.numel()]
+        self.space = Space(self.numel)
         self._scattered: Tensor | None = None
         self._pieces: list[Tensor] = []
 
@@ -77,6 +82,27 @@ class FlatParameters:
             return unflatten_dense_tensors(flat, self.params)
         return self.structure.split(flat)
 
+    def flatten(self, tensors: Sequence[Tensor | None]) -> Tensor:
+        """Tensors like the parameters as a flat vector, which may share memory with one; None becomes zeros."""
+        return self.structure.flatten(tensors)
+
+    def spans(self, groups: ParamGroups) -> list[tuple[dict[str, Any], int, int]]:
+        """Groups, each with start and stop of entries of its own in the flat vector."""
+        spans, start, sizes = [], 0, iter(self.structure.sizes)
+        for group in groups:
+            stop = start + sum(next(sizes) for _ in group["params"])
+            spans.append((group, start, stop))
+            start = stop
+        return spans
+
+    def narrow(self, whole: Tensor) -> Tensor:
+        """The entries of a whole vector, or of each row of a matrix, that are held here."""
+        return whole
+
+    def whole(self, held: Tensor) -> Tensor:
+        """A whole vector, or matrix of rows, from the entries held here: the inverse of ``narrow``."""
+        return held
+
     def _flatten(self, tensors: list[Tensor]) -> Tensor:
         if not self.is_uniform or any(tensor.dtype != self.dtype for tensor in tensors):
             return self.structure.flatten(tensors).clone()
@@ -94,11 +120,13 @@ class Evaluation:
         grad: flat gradient of ``value``, in memory of its own.
     """
 
-    __slots__ = ("_norm", "grad", "loss", "value")
+    __slots__ = ("_norm", "_slope", "grad", "loss", "value")
 
-    def __init__(self, loss: Any, value: float, grad: Tensor) -> None:
+    def __init__(
+        self, loss: Any, value: float, grad: Tensor, norm: float | None = None, slope: float | None = None
+    ) -> None:
         self.loss, self.value, self.grad = loss, value, grad
-        self._norm: float | None = None
+        self._norm, self._slope = norm, slope
 
     @property
     def norm(self) -> float:
@@ -106,6 +134,10 @@ class Evaluation:
         if self._norm is None:
             self._norm = largest(self.grad)
         return self._norm
+
+    def slope(self, direction: Tensor) -> float:
+        """Inner product of the gradient and the direction that led here."""
+        return self.grad.dot(direction).item() if self._slope is None else self._slope
 
     @property
     def is_finite(self) -> bool:
@@ -158,8 +190,22 @@ class ClosureFunction:
         self._lacks_backward = False
         self._last_unchanged: Tensor | None = None  # the last gradient that autograd has not seen to change
 
-    def evaluate(self) -> Evaluation:
-        """Call the closure.
+    def evaluate(self, direction: Tensor | None = None) -> Evaluation:
+        """Call the closure; where ranks share the parameters, give the value, norm and slope of all, on every rank.
+
+        Args:
+            direction: along which a line search looks, if one does.
+        """
+        here, space = self.evaluate_here(), self.point.space
+        if not space.is_shared:
+            return here
+        low, high = torch.aminmax(here.grad) if len(here.grad) else (0.0, 0.0)
+        slopes = [] if direction is None else [here.grad.dot(direction)]
+        value, low, high, *totals = space.evaluation(here.grad.device, here.value, low, high, *slopes)
+        return Evaluation(here.loss, value, here.grad, max(-low, high), *map(float, totals))
+
+    def evaluate_here(self) -> Evaluation:
+        """Call the closure; where ranks share the parameters, their mean of ``value`` is what is minimized.
 
         Raises:
             TypeError: if it returns no real number.
@@ -179,7 +225,7 @@ class ClosureFunction:
             x = self.point.gather()
             for start, stop, decay in self.decays:
                 part = x[start:stop]
-                value += 0.5 * decay * float(part.dot(part))
+                value += self.point.space.n_ranks * 0.5 * decay * float(part.dot(part))
                 grad[start:stop].add_(part, alpha=decay)
         return Evaluation(loss, value, grad)
 
@@ -206,7 +252,7 @@ class ClosureFunction:
         flat = self.point.gather_grad()
         # New and all zero: computed, or left so by zero_grad(set_to_none=False)?
         may_lack_backward = has_graph and (self._lacks_backward or self.n_eval == 1)
-        if may_lack_backward and not flat[:1].any() and not flat.any():  # the first entry usually decides
+        if may_lack_backward and not self._is_nonzero(flat):
             try:
                 self._backward(loss)
             except _UsedUpGraphError:
@@ -216,7 +262,8 @@ class ClosureFunction:
             return self.point.gather_grad()
         if self.needs_gradient and not is_new and not has_graph:
             # The gradient may have been written past autograd, as through NumPy; then its values differ.
-            if self._last_unchanged is not None and torch.equal(flat, self._last_unchanged):
+            last = self._last_unchanged
+            if last is not None and not self.point.space.largest(not torch.equal(flat, last)):
                 raise NoGradientError(
                     f"{self.who}: the closure did not compute the gradient at the new parameters: its loss does not "
                     "require grad and no .grad has changed. Call loss.backward() in the closure, or return a loss that "
@@ -224,6 +271,9 @@ class ClosureFunction:
                 )
             self._last_unchanged = flat.clone()
         return flat
+
+    def _is_nonzero(self, flat: Tensor) -> bool:
+        return bool(self.point.space.largest(bool(flat[:1].any() or flat.any())))  # the first entry usually decides
 
     def _report(self, error: NoGradientError, is_missing: bool) -> None:
         """Raise the error if a gradient is needed; else warn if there is none at all."""
@@ -239,7 +289,8 @@ class ClosureFunction:
             param.grad = None
         try:
             if params:
-                torch.autograd.backward(loss, inputs=params)
+                # The leaves of a model wrapped by FSDP are not its parameters, which get their gradients from hooks.
+                torch.autograd.backward(loss, inputs=None if self.point.space.is_shared else params)
             if all(param.grad is None for param in params):
                 raise NoGradientError(
                     f"{self.who}: the closure's loss does not depend on any parameter of the optimizer. "
@@ -274,14 +325,9 @@ def largest(flat: Tensor) -> float:
 
 
 def _decays(point: FlatParameters, groups: ParamGroups, default: float) -> list[tuple[int, int, float]]:
-    """Start, stop and factor, in the flat vector, of each group with weight decay."""
-    decays, start, sizes = [], 0, iter(point.structure.sizes)
-    for group in groups:
-        stop = start + sum(next(sizes) for _ in group["params"])
-        if decay := float(group.get("weight_decay", default)):
-            decays.append((start, stop, decay))
-        start = stop
-    return decays
+    """Start, stop and factor, in the flat vector, of entries with weight decay."""
+    decays = [(start, stop, float(g.get("weight_decay", default))) for g, start, stop in point.spans(groups)]
+    return [decay for decay in decays if decay[-1]]
 
 
 def _number(loss: Any, who: str) -> float:
@@ -289,6 +335,7 @@ def _number(loss: Any, who: str) -> float:
     if loss is None:
         raise TypeError(f"{must} None. Does it end with `return loss`?")
     if isinstance(loss, Tensor):
+        loss = full_of(loss)
         if loss.numel() != 1:
             raise ValueError(f"{must} a tensor of shape {tuple(loss.shape)}. Reduce it, e.g. with .sum() or .mean().")
         if loss.is_complex():

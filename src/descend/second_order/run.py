@@ -157,7 +157,8 @@ class Run:
         self.n_iter += 1
         self.n_negative_curvature += negative_curvature
         self._record(point, step)
-        self.is_stopped = self.callback is not None and self.callback(self, point)
+        if self.callback is not None:  # one rank stops all
+            self.is_stopped = bool(self.objective.space.largest(self.callback(self, point)))
 
     def stop_status(self, point: Point) -> Status | None:
         """Why to stop at ``point``; None to go on."""

@@ -89,8 +89,11 @@ class Structure:
 
     def unflatten(self, flat: Tensor) -> Any:
         """The structure, from a flat vector; a dict for a module."""
-        parts = self.split(flat)
-        return parts[0] if self._is_tensor else pytree.tree_unflatten(parts, self.spec)
+        return self.tree_of(self.split(flat))
+
+    def tree_of(self, leaves: Sequence[Tensor]) -> Any:
+        """The structure, from its leaves; a dict for a module."""
+        return leaves[0] if self._is_tensor else pytree.tree_unflatten(leaves, self.spec)
 
     def like(self, tree: Any, who: str) -> list[Tensor]:
         """The leaves of another tree.

@@ -20,6 +20,7 @@ from torch.optim import Optimizer
 from descend.core.checks import check_at_least_zero, check_lr
 from descend.second_order.parameters import ClosureFunction, Evaluation, FlatParameters, largest
 from descend.second_order.result import Iteration, Status
+from descend.second_order.space import Space
 from descend.second_order.torch_line_search import LinePoint, Scalar, strong_wolfe
 
 LineSearchFn: TypeAlias = Literal["strong_wolfe", "hager_zhang"]
@@ -77,6 +78,7 @@ class Memory:
         ro_tensors: the first entries of ``ro`` as tensors, as the state has them.
         H_diag: the initial inverse Hessian, a multiple of the identity.
         prev_flat_grad, prev_loss: gradient and value at the start of ``d``.
+        space: of the vectors.
     """
 
     n_iter: int = 0
@@ -89,13 +91,18 @@ class Memory:
     H_diag: float = 1
     prev_flat_grad: Tensor | None = None
     prev_loss: float = 0.0
+    space: Space = field(default_factory=lambda: Space(0))
 
     @classmethod
     def read(cls, state: dict[str, Any], point: FlatParameters) -> Memory:
         """From a parameter's state; empty if that is of another number of entries. Copies the lists."""
+        if point.space.is_shared:
+            cls = SharedMemory
         last = state.get("prev_flat_grad")
-        if not state["n_iter"] or last is None or state.get("d") is None or last.numel() != point.numel:
-            return cls()
+        is_other = not state["n_iter"] or last is None or state.get("d") is None or last.numel() != point.numel
+        if point.space.largest(is_other):
+            return cls(space=point.space)
+        assert last is not None
         vectors = [state["d"], last, *state["old_dirs"], *state["old_stps"]]
         if last.dtype != point.dtype or last.device != point.device:  # the model was converted
             vectors = [vector.to(point.device, point.dtype) for vector in vectors]
@@ -112,6 +119,8 @@ class Memory:
             H_diag=float(state["H_diag"]),
             prev_flat_grad=vectors[1],
             prev_loss=state["prev_loss"],
+            space=point.space,
+            **({"products": state.get("products")} if point.space.is_shared else {}),
         )
 
     def write(self, state: dict[str, Any], point: FlatParameters, options: LBFGSOptions) -> None:
@@ -129,6 +138,7 @@ class Memory:
         state["ro"] = self.ro_tensors
         state["H_diag"] = tensor(self.H_diag) if self.ro else 1
         state["prev_flat_grad"], state["prev_loss"] = self.prev_flat_grad, self.prev_loss
+        state.pop("products", None)
         if self.n_iter > 1 and len(state.get("al", ())) < options.history_size:
             state["al"] = [None] * options.history_size  # torch's scratch
 
@@ -142,15 +152,27 @@ class Memory:
             return self.restart(grad)
         assert self.d is not None
         assert self.prev_flat_grad is not None
-        y, s = grad.sub(self.prev_flat_grad), self.d.mul(self.t)
+        self.learn(grad.sub(self.prev_flat_grad), self.d.mul(self.t), grad, history_size)
+        self.d = d = self.descend(grad)
+        return d
+
+    def learn(self, y: Tensor, s: Tensor, grad: Tensor, history_size: int) -> None:
+        """Store a pair unless its curvature is too small."""
         ys = y.dot(s).item()
         if ys > MIN_CURVATURE:
-            while len(self.ro) >= history_size:
-                del self.old_dirs[0], self.old_stps[0], self.ro[0], self.ro_tensors[:1]
-            self.old_dirs.append(y)
-            self.old_stps.append(s)
-            self.ro.append(1.0 / ys)
-            self.H_diag = ys / y.dot(y).item()
+            self.store(y, s, ys, y.dot(y).item(), history_size)
+
+    def store(self, y: Tensor, s: Tensor, ys: float, yy: float, history_size: int) -> None:
+        """Store a pair, and drop the oldest ones."""
+        while len(self.ro) >= history_size:
+            del self.old_dirs[0], self.old_stps[0], self.ro[0], self.ro_tensors[:1]
+        self.old_dirs.append(y)
+        self.old_stps.append(s)
+        self.ro.append(1.0 / ys)
+        self.H_diag = ys / yy
+
+    def descend(self, grad: Tensor) -> Tensor:
+        """-H grad from the stored pairs."""
         pairs = list(zip(self.old_dirs, self.old_stps, self.ro, strict=True))
         d, al = grad.neg(), []
         for y, s, rho in reversed(pairs):
@@ -160,7 +182,6 @@ class Memory:
         d.mul_(self.H_diag)
         for y, s, rho in pairs:
             d.add_(s, alpha=al.pop() - y.dot(d).item() * rho)
-        self.d = d
         return d
 
     def restart(self, grad: Tensor) -> Tensor:
@@ -169,6 +190,86 @@ class Memory:
         self.old_dirs, self.old_stps, self.ro, self.ro_tensors, self.H_diag = [], [], [], [], 1
         self.d = d = grad.neg()
         return d
+
+
+@dataclass
+class SharedMemory(Memory):
+    """The same where ranks share the vectors: all inner products of an iteration are reduced together.
+
+    The two-loop recursion needs those of the gradient with all pairs, and of the pairs with each other. The latter are
+    kept, also in the state: an iteration adds a row and a column.
+
+    Attributes:
+        products: y_i'y_j and s_i'y_j of the stored pairs, two matrices; None if they are not known.
+        along_s, along_y: inner products of the gradient with each s and y.
+
+    Source: Chen, Wang & Zhou 2014, Large-scale L-BFGS using MapReduce, https://papers.nips.cc/paper/5333
+    """
+
+    products: Tensor | None = None
+    along_s: list[float] = field(default_factory=list)
+    along_y: list[float] = field(default_factory=list)
+
+    def learn(self, y: Tensor, s: Tensor, grad: Tensor, history_size: int) -> None:
+        ys_before, ss_before = self.old_dirs, self.old_stps
+        ys, ss, n = [*ys_before, y], [*ss_before, s], len(ys_before) + 1
+        if self.products is None or self.products.shape != (2, n - 1, n - 1):
+            self.products = torch.stack([_dots(ys_before, ys_before), _dots(ss_before, ys_before)])
+            if n > 1:  # one process has made the pairs
+                (self.products,) = self.space.total(self.products)
+        # The new row and column: y with each y, each s with y, s with each y; and the gradient with everything.
+        with_y = _dots([*ys, *ss, grad], [y])[:, 0], _dots([s], ys_before)[0]
+        with_grad = _dots([*ys, *ss], [grad])[:, 0]
+        column, row, along = (part.tolist() for part in self.space.total(*with_y, with_grad))
+        self.along_y, self.along_s = along[:n], along[n:]
+        curvature = column[2 * n - 1]
+        if curvature > MIN_CURVATURE:
+            first = max(0, n - history_size)
+            self.store(y, s, curvature, column[n - 1], history_size)
+            yy, sy = self.products.cpu()
+            yy = _bordered(yy, column[:n], column[:n])
+            sy = _bordered(sy, column[n : 2 * n], [*row, curvature])
+            self.products = torch.stack([yy, sy])[:, first:, first:]
+            self.along_y, self.along_s = self.along_y[first:], self.along_s[first:]
+        else:
+            self.along_y, self.along_s = self.along_y[:-1], self.along_s[:-1]
+
+    def descend(self, grad: Tensor) -> Tensor:
+        yy, sy = ([], []) if self.products is None else self.products.tolist()
+        n, rho, d = len(self.ro), self.ro, grad.neg()
+        alphas, betas = [0.0] * n, [0.0] * n
+        for i in reversed(range(n)):
+            along = -self.along_s[i] - sum(alphas[j] * sy[i][j] for j in range(i + 1, n))
+            alphas[i] = along * rho[i]
+            d.add_(self.old_dirs[i], alpha=-alphas[i])
+        d.mul_(self.H_diag)
+        for i in range(n):
+            along = -self.along_y[i] - sum(alphas[j] * yy[i][j] for j in range(n))
+            along = self.H_diag * along + sum(betas[j] * sy[j][i] for j in range(i))
+            betas[i] = alphas[i] - along * rho[i]
+            d.add_(self.old_stps[i], alpha=betas[i])
+        return d
+
+    def restart(self, grad: Tensor) -> Tensor:
+        self.products = None
+        return super().restart(grad)
+
+    def write(self, state: dict[str, Any], point: FlatParameters, options: LBFGSOptions) -> None:
+        super().write(state, point, options)
+        if self.products is not None:
+            state["products"] = self.products
+
+
+def _dots(left: list[Tensor], right: list[Tensor]) -> Tensor:
+    """Inner products of each of some vectors with each of others, in float64."""
+    dots = [a.dot(b) for a in left for b in right]
+    return torch.stack(dots).double().view(len(left), -1) if dots else torch.zeros(len(left), len(right)).double()
+
+
+def _bordered(matrix: Tensor, column: list[float], row: list[float]) -> Tensor:
+    """A matrix with one more column and row, which end in the same entry."""
+    wider = torch.cat([matrix, matrix.new_tensor(column[:-1]).view(-1, 1)], dim=1)
+    return torch.cat([wider, matrix.new_tensor(row).view(1, -1)])
 
 
 class TorchSteps:
@@ -220,7 +321,8 @@ class TorchSteps:
         assert memory.d is not None
         self._base = self.point.gather().sub_(memory.d, alpha=float(memory.t))
         try:
-            memory.t, evaluation = self._fixed_step(float(memory.t) * BACKTRACK, largest(memory.d), is_last=False)
+            d_norm = self.point.space.largest(largest(memory.d))
+            memory.t, evaluation = self._fixed_step(float(memory.t) * BACKTRACK, d_norm, is_last=False)
         except BaseException:
             self._return_to_base()
             raise
@@ -253,15 +355,24 @@ class TorchSteps:
         """Set the direction; return the first step along it, its slope and its largest absolute entry."""
         memory, lift = self.memory, self._like_lr
         d = memory.next_direction(current.grad, self.options.history_size)
-        slope, d_norm = current.grad.dot(d).item(), largest(d)
+        slope, d_norm = self._slope_and_size(current.grad, d)
         if math.isnan(slope) or not math.isfinite(d_norm):  # the pairs overflow
             d = memory.restart(current.grad)
-            slope, d_norm = current.grad.dot(d).item(), largest(d)
+            slope, d_norm = self._slope_and_size(current.grad, d)
         memory.prev_flat_grad, memory.prev_loss = current.grad, current.value
         t = self.options.lr
         if memory.n_iter == 1:
-            t = min(1.0, 1.0 / current.grad.abs().sum()) * t
+            t = min(1.0, 1.0 / self.point.space.total(current.grad.abs().sum())[0]) * t
         return t, lift(slope), lift(d_norm)
+
+    def _slope_and_size(self, grad: Tensor, d: Tensor) -> tuple[float, float]:
+        """Inner product of gradient and direction, and the direction's largest absolute entry."""
+        space = self.point.space
+        if not space.is_shared:
+            return grad.dot(d).item(), largest(d)
+        size = largest(d)
+        _, low, high, slope = space.evaluation(d.device, 0.0, -size, size, grad.dot(d))
+        return float(slope), max(-low, high)
 
     def _like_lr(self, number: float) -> Scalar:
         """The number as a tensor if the learning rate is one, as in torch."""
@@ -290,8 +401,8 @@ class TorchSteps:
 
         def phi(t: Scalar) -> LinePoint:
             if self._move(t, d_norm):
-                evaluation = self.function.evaluate()
-                slope_there = evaluation.grad.dot(d).item()
+                evaluation = self.function.evaluate(d)
+                slope_there = evaluation.slope(d)
                 if math.isfinite(evaluation.value) and math.isfinite(slope_there):
                     return LinePoint(t, evaluation.value, self._like_lr(slope_there), evaluation)
             self._met_nonfinite = True
@@ -313,7 +424,9 @@ class TorchSteps:
         torch.add(self._base, self.memory.d, alpha=float(t), out=self._trial)
         self.point.scatter_(self._trial)
         # A parameter of a narrower dtype may overflow where the flat vector does not.
-        return self.point.is_uniform or bool(torch.isfinite(self.point.gather()).all())
+        if self.point.is_uniform:
+            return True
+        return not self.point.space.largest(not torch.isfinite(self.point.gather()).all())
 
     def _undo(self) -> int:
         """Undo the step and return its length, 0; after NaN or infinity the next iteration is a restart."""

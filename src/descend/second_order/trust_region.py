@@ -19,6 +19,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from descend.second_order.space import Space
+
 _CHUNK = 1 << 20  # longer float32 dot products lose digits: 3e-5 relative at 10 M elements, 5e-7 at 1 M
 _ROUNDING = 8  # a few units in the last place are noise
 
@@ -296,6 +298,7 @@ def steihaug(
     max_products: int,
     preconditioner: Callable[[Tensor], Tensor] | None = None,
     keep: int = 50,
+    space: Space | None = None,
 ) -> CGPath:
     """Conjugate gradients on Hs = -g, until the residual is small, the boundary reached or the curvature negative.
 
@@ -311,6 +314,7 @@ def steihaug(
         preconditioner: r -> M^-1 r, where M resembles H and is symmetric positive definite; the region is then
             sqrt(s'Ms) <= radius. Default: None, M = I.
         keep: directions kept (N numbers each) for steps with smaller radii, >= 0. Default: 50.
+        space: of the vectors. Default: all of their entries are here.
     Returns:
         The path; ``path.step(radius)`` is the step.
     Raises:
@@ -326,8 +330,8 @@ def steihaug(
     """
     _check("steihaug", radius=radius, max_products=max_products)
     _check("steihaug", 0.0, tolerance=tolerance, keep=keep)
-    path = CGPath(grad, radius, keep)
-    scale, residual, inverse, rz = _start(grad.detach(), preconditioner)
+    path, space = CGPath(grad, radius, keep), space or Space(grad.numel())
+    scale, residual, inverse, rz = _start(grad.detach(), preconditioner, space)
     if scale <= tolerance or not math.isfinite(rz):
         return path._ended(End.converged if scale <= tolerance else End.non_finite)
     # From here on the residual is divided by |g|, and the direction by its length.
@@ -341,12 +345,12 @@ def steihaug(
         direction = (inverse / -length).add_(direction, alpha=turn)
         product = hvp(direction).detach()
         slope = rz / length
-        bend = _dot(direction, product)
+        (bend,) = space.total(_dot(direction, product))
         # Whether this iterate exists is known only after the transfer, in which its own scalars travel.
         following = torch.addcmul(residual, product, slope / bend)
         inverse = following if preconditioner is None else preconditioner(following)
-        scalars = torch.stack([bend, _dot(following, following), _dot(following, inverse)])
-        curvature, rr, next_rz = scalars.tolist()
+        rr_part, rz_part = space.total(_dot(following, following), _dot(following, inverse))
+        curvature, rr, next_rz = torch.stack([bend, rr_part, rz_part]).tolist()
         path.n_products += 1
         if not math.isfinite(curvature):
             return path._ended(End.non_finite)
@@ -364,17 +368,22 @@ def steihaug(
         rz, carried = next_rz, length * next_rz / rz
 
 
-def _start(grad: Tensor, preconditioner: Callable[[Tensor], Tensor] | None) -> tuple[float, Tensor, Tensor, float]:
+def _start(
+    grad: Tensor, preconditioner: Callable[[Tensor], Tensor] | None, space: Space
+) -> tuple[float, Tensor, Tensor, float]:
     """|g|, r = g / |g|, M^-1 r and their product, in one transfer; all zero where g is."""
-    if not grad.numel():
+    if not space.numel:
         return 0.0, grad, grad, 0.0
     tiny = torch.finfo(grad.dtype).tiny
-    largest = torch.linalg.vector_norm(grad, math.inf)
+    largest = torch.linalg.vector_norm(grad, math.inf) if grad.numel() else grad.new_zeros(())
+    if space.is_shared:
+        largest = grad.new_tensor(space.largest(float(largest)))
     residual = grad / largest.clamp(min=tiny)
-    norm = _dot(residual, residual).sqrt()
+    norm = space.total(_dot(residual, residual))[0].sqrt()
     residual = residual / norm.clamp(min=tiny)
     inverse = residual if preconditioner is None else preconditioner(residual)
-    scale, relative, rz = torch.stack([largest, norm, _dot(residual, inverse)]).tolist()
+    (product,) = space.total(_dot(residual, inverse))
+    scale, relative, rz = torch.stack([largest, norm, product]).tolist()
     return scale * relative, residual, inverse, rz
 
 

@@ -98,7 +98,7 @@ class Plan:
         entries: list[Entry] = []
         for index, params, rule, differentiable in self._groups:
             for param in params:
-                if not only_with_grad or param.grad is not None:
+                if (not only_with_grad or param.grad is not None) and self._locals.is_here(param):
                     entries.append(self._entry(method, tables, index, rule, param, differentiable))
         self._entries = _in_order_where_memory_is_shared(entries, self._locals)
         if self._requested not in ("auto", EAGER.name):
