@@ -122,6 +122,29 @@ def test_steps_match_torch() -> None:
         torch.testing.assert_close(params, params_of(reference), rtol=1e-12, atol=1e-12)
 
 
+def all_gathered_steps(rank: int) -> list[Tensor]:
+    """As on devices, where nothing is broadcast."""
+    init = gather.Transfers.__init__
+
+    def without_broadcasts(self: Any, mesh: Any) -> None:
+        init(self, mesh)
+        self._broadcasts = False
+
+    gather.Transfers.__init__ = without_broadcasts  # type: ignore[method-assign]
+    try:
+        with small_buckets():
+            return adamw_steps(rank)
+    finally:
+        gather.Transfers.__init__ = init  # type: ignore[method-assign]
+
+
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_all_gathers_do_as_well_as_broadcasts(ranks: int) -> None:
+    expected = on_ranks(1, adamw_steps)[0]
+    for params in on_ranks(ranks, all_gathered_steps):
+        assert all(map(torch.equal, params, expected))
+
+
 def adamw_steps(rank: int) -> list[Tensor]:
     optimizer = AdamW(leaves(SHAPES), lr=0.1, shard_state=world())
     train(optimizer, range(3))
@@ -329,12 +352,12 @@ def test_each_rank_keeps_its_share(ranks: int) -> None:
 def counted() -> Any:
     """The bytes that each collective of a block is given."""
     calls: list[tuple[str, int]] = []
-    names = ["all_reduce", "all_gather_single" if hasattr(dist, "all_gather_single") else "all_gather_into_tensor"]
+    names = ["all_reduce", "broadcast"]  # gloo's all-gathers are broadcasts
     originals = {name: getattr(dist, name) for name in names}
 
     def counting(name: str) -> Callable[..., Any]:
         def call(*args: Any, **kwargs: Any) -> Any:
-            calls.append((name.split("_")[1], args[0].nbytes))
+            calls.append((name, args[0].nbytes))
             return originals[name](*args, **kwargs)
 
         return call
@@ -363,9 +386,10 @@ def calls_of(rank: int, options: dict[str, Any]) -> list[str]:
     return [name for name, _ in calls]
 
 
-def test_a_step_is_a_vote_and_a_collective_for_each_bucket() -> None:
-    assert on_ranks(2, calls_of, {}) == [["reduce", "gather"]] * 2
-    assert on_ranks(2, calls_of, dict(max_norm=1.0)) == [["reduce", "reduce", "gather"]] * 2
+def test_a_step_is_a_vote_and_an_exchange_for_each_bucket() -> None:
+    exchange = ["broadcast"] * 2
+    assert on_ranks(2, calls_of, {}) == [["all_reduce", *exchange]] * 2
+    assert on_ranks(2, calls_of, dict(max_norm=1.0)) == [["all_reduce", "all_reduce", *exchange]] * 2
     assert on_ranks(1, calls_of, dict(max_norm=1.0)) == [[]]
 
 

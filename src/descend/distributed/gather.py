@@ -208,8 +208,10 @@ class Transfers:
 
     def __init__(self, mesh: Any) -> None:
         self._group, self._ranks, self._rank = mesh.get_group(), mesh.size(), mesh.get_local_rank()
+        # gloo's all-gather receives into memory of its own, and copies: broadcasts take a third of the time.
+        self._broadcasts = mesh.device_type == "cpu"
         self._in_place: list[Any] = []
-        self._buffered: deque[tuple[Any, Exchange, Tensor]] = deque()
+        self._buffered: deque[tuple[list[Any], Exchange, Tensor]] = deque()
         self._free: defaultdict[Any, list[Tensor]] = defaultdict(list)
 
     def start(self, exchange: Exchange) -> None:
@@ -217,7 +219,7 @@ class Transfers:
         if not exchange.width or self._ranks == 1:
             return
         if (flat := exchange.in_place()) is not None:
-            self._in_place.append(self._all_gather(flat))
+            self._in_place += self._all_gather(flat)
             return
         if len(self._buffered) == 2:
             self._finish_oldest()
@@ -234,19 +236,24 @@ class Transfers:
             self._in_place.pop().wait()
 
     def _finish_oldest(self) -> None:
-        work, exchange, memory = self._buffered.popleft()
-        work.wait()
+        works, exchange, memory = self._buffered.popleft()
+        for work in works:
+            work.wait()
         for rank, received in enumerate(memory[: exchange.width * self._ranks].chunk(self._ranks)):
             if rank != self._rank:
                 exchange.unpack(rank, received)
         self._free[exchange.dtype, exchange.device].append(memory)
 
-    def _all_gather(self, flat: Tensor) -> Any:
-        flat = flat.view(torch.uint8)  # not every backend sends every dtype
-        own = flat.chunk(self._ranks)[self._rank]
+    def _all_gather(self, flat: Tensor) -> list[Any]:
+        parts = flat.view(torch.uint8).chunk(self._ranks)  # not every backend sends every dtype
+        if self._broadcasts:
+            return [
+                dist.broadcast(each, group=self._group, group_src=rank, async_op=True)
+                for rank, each in enumerate(parts)
+            ]
         # torch 2.13 renamed it.
         all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
-        return all_gather(flat, own, group=self._group, async_op=True)
+        return [all_gather(flat.view(torch.uint8), parts[self._rank], group=self._group, async_op=True)]
 
     def _memory(self, exchange: Exchange, elements: int) -> Tensor:
         """Memory for a buffer: that of an earlier one if it is large enough."""
