@@ -102,7 +102,14 @@ class Rows(Protocol):
 
 
 class CatchUp(Protocol):
-    """Brings rows up to date that have missed steps."""
+    """Brings rows up to date that have missed steps.
+
+    Attributes:
+        rows: int64, the rows that ``find`` has found, each once; valid until it is called again.
+    """
+
+    @property
+    def rows(self) -> Tensor: ...
 
     def compile(self) -> None:
         """Compile, or load from disk, all that the other methods call."""

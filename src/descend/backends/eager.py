@@ -261,6 +261,10 @@ class EagerCatchUp:
     def __init__(self, with_state: Callable[..., Any], without_state: Callable[..., Any]) -> None:
         self._with_state, self._without_state = with_state, without_state
 
+    @property
+    def rows(self) -> Tensor:
+        return self._rows
+
     def compile(self) -> None:
         """Nothing needs to be compiled."""
 

@@ -6,12 +6,13 @@ from collections.abc import Sequence
 from operator import eq
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from descend.core.method import Method
 from descend.core.update import Wrapper
 from descend.distributed.cut_params import CutParams, grad_error
-from descend.distributed.dtensors import is_dtensor, is_here, layout_in, local_of, same_layout
+from descend.distributed.dtensors import is_dtensor, is_here, layout_in, layout_of, local_of, same_layout
 from descend.distributed.gather import Cut
 from descend.distributed.partial_sums import is_partial, reduced
 from descend.distributed.ranks import Share, share_of
@@ -135,11 +136,18 @@ class LocalParams:
             return local_of(grad)
         if id(grad) in self._reduced:
             return self._reduced[id(grad)][1]
+        if is_partial(grad) and local_of(grad).layout is not torch.strided:
+            raise RuntimeError(
+                f"{type(method).__name__}: {method.name_of(param)} has a sparse gradient with {layout_of(grad)}. Sum "
+                "it over the ranks first; with gloo, torch.distributed.all_reduce can. Nothing has moved."
+            )
         raise grad_error(method, param, grad)
 
 
 def _lies_there_once_reduced(grad: Any, param: Any) -> bool:
-    """Whether a partial gradient lies where its parameter does, but for the sums that are still to be taken."""
+    """Whether a dense partial gradient lies where its parameter does, but for the sums that are still to be taken."""
+    if local_of(grad).layout is not torch.strided:
+        return False
     return grad.device_mesh == param.device_mesh and all(
         here.is_partial() or here == there for here, there in zip(grad.placements, param.placements, strict=True)
     )

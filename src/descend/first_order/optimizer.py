@@ -173,7 +173,7 @@ class FirstOrder(Method):
 
     # Tables in exact mode.
 
-    def attach(self, model: nn.Module | Tensor) -> None:
+    def attach(self, model: nn.Module | Tensor, replicated: bool | None = None) -> None:
         """Bring rows up to date before ``model`` reads them. Call it once, before training with ``sparse="exact"``.
 
         Embeddings (``nn.Embedding``, ``nn.EmbeddingBag`` with ``sparse=True``) settle the rows that their input names,
@@ -183,10 +183,13 @@ class FirstOrder(Method):
 
         Args:
             model: the model; or a single parameter that code of yours reads after calling ``settle`` itself.
+            replicated: whether other processes hold the same tables and read other rows, whose gradients come here too.
+                Rows of the gradient that are behind are brought up to date then, instead of an error. Default: whether
+                ``model`` is or contains a ``DistributedDataParallel`` of several processes; else as it was.
         Raises:
             RuntimeError: if ``sparse`` is not ``"exact"``, or another such optimizer has a table and one of them decays
                 it.
-            ValueError: if there is nothing to attach.
+            ValueError: if there is nothing to attach, or a replicated embedding has ``max_norm``.
         Example:
             >>> from descend import AdamW
             >>> model = torch.nn.EmbeddingBag(1000, 4, sparse=True)
@@ -195,10 +198,13 @@ class FirstOrder(Method):
             >>> model(torch.tensor([[1, 2, 2]])).sum().backward()
             >>> optimizer.step()
         """
-        attach(self, self._tables, model)
+        attach(self, self._tables, model, replicated)
 
     def settle(self) -> None:
-        """Bring all rows of all tables up to date: a pass over those that are behind. For ``sparse="exact"``."""
+        """Bring all rows of all tables up to date: a pass over those that are behind. For ``sparse="exact"``.
+
+        Where tables are replicated, all processes call it between the same two steps.
+        """
         self._tables.settle(self)
 
     @contextmanager

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch._compile import _disable_dynamo
 
@@ -75,9 +76,15 @@ class SettleRows:
         is_last = next(reversed(module._forward_pre_hooks.values())) is self  # a later hook may change the input
         self._settle(module, inputs if looks_up and is_last and isinstance(inputs, Tensor) else None)
 
-    def all_rows(self, module: nn.Module, *args: Any) -> None:
-        """Before a state dict of the module is made or loaded."""
+    def before_saving(self, module: nn.Module, *args: Any) -> None:
+        """Before a state dict of the module is made."""
         self._settle(module, None)
+
+    def before_loading(self, module: nn.Module, *args: Any) -> None:
+        """Before a state dict of the module is loaded."""
+        if (method := self._method()) is not None:
+            for table in self._tables_in(module):
+                table.settle(method)
 
     def after_forward(self, module: nn.Module, *args: Any) -> None:
         """An embedding with ``max_norm`` has scaled the rows it was about to read, which were current."""
@@ -115,14 +122,14 @@ class SettleRows:
         method = self._method()
         if method is not None:
             for table in self._tables_in(module):
-                table.settle(method, indices)
+                table.read(method, indices)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> SettleRows:
         method = self._method()
         if method is not None:
             for param, table in list(self._tables.items()):
                 if id(param) in memo:  # copied already, before it was brought up to date
-                    table.settle(method)
+                    table.read(method)
                     memo[id(param)].data.copy_(param.data)
         return SettleRows(None, Tables())
 
@@ -137,7 +144,7 @@ class SettleRows:
 _untraced = _disable_dynamo(SettleRows.__call__)
 
 
-def attach(method: Method, tables: Tables, model: nn.Module | Tensor) -> None:
+def attach(method: Method, tables: Tables, model: nn.Module | Tensor, replicated: bool | None) -> None:
     """See ``FirstOrder.attach``."""
     name = type(method).__name__
     if method.options.sparse != "exact":
@@ -148,7 +155,7 @@ def attach(method: Method, tables: Tables, model: nn.Module | Tensor) -> None:
     if isinstance(model, Tensor):
         if model not in owned:
             raise ValueError(f"{name}: attach got a tensor that is not one of this optimizer's parameters.")
-        _attach(tables.of(model))
+        tables.of(model).attach(replicated)
         return
     params: set[Tensor] = {
         module.weight
@@ -161,25 +168,39 @@ def attach(method: Method, tables: Tables, model: nn.Module | Tensor) -> None:
             "weight is one of this optimizer's parameters. To read a table in your own code, pass the parameter itself."
         )
     readers = list(_readers(model, params))
+    replicated = True if replicated is None and _is_in_replicas(model, params) else replicated
+    _refuse_scaling(method, readers, replicated)
     for module in readers:
         for hook in _hooks_of(module):
             for param in params.intersection(module._parameters.values()):
                 hook.give_up(param, method)
     for param in params:
-        _attach(tables.of(param))
+        tables.of(param).attach(replicated)
     for module in readers:
         if not any(hook.belongs_to(method) for hook in _hooks_of(module)):
             hook = SettleRows(method, tables)
             module.register_forward_pre_hook(hook, with_kwargs=True)
-            module.register_state_dict_pre_hook(hook.all_rows)  # type: ignore[no-untyped-call]
-            module.register_load_state_dict_pre_hook(hook.all_rows)  # type: ignore[no-untyped-call]
+            module.register_state_dict_pre_hook(hook.before_saving)  # type: ignore[no-untyped-call]
+            module.register_load_state_dict_pre_hook(hook.before_loading)  # type: ignore[no-untyped-call]
             if getattr(module, "max_norm", None) is not None:
                 module.register_forward_hook(hook.after_forward)
 
 
-def _attach(table: Table) -> None:
-    table.is_attached = True
-    table.note_version()
+def _is_in_replicas(model: nn.Module, params: set[Tensor]) -> bool:
+    """Whether a ``DistributedDataParallel`` of several ranks in ``model`` averages the gradients of ``params``."""
+    return any(
+        dist.get_world_size(module.process_group) > 1 and not params.isdisjoint(module.parameters())
+        for module in model.modules()
+        if isinstance(module, nn.parallel.DistributedDataParallel)
+    )
+
+
+def _refuse_scaling(method: Method, readers: list[nn.Module], replicated: bool | None) -> None:
+    if replicated and any(getattr(module, "max_norm", None) is not None for module in readers):
+        raise ValueError(
+            f"{type(method).__name__}: an embedding with max_norm scales the rows it reads. Other ranks read other "
+            "rows, so their replicas would drift apart: leave max_norm of the embedding out."
+        )
 
 
 def _hooks_of(module: nn.Module) -> list[SettleRows]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import threading
-from collections.abc import Mapping, MutableMapping
+from collections.abc import Iterator, Mapping, MutableMapping
 from typing import Any
 
 import numpy as np
@@ -22,6 +22,7 @@ from descend.backends.backend import CatchUp
 from descend.core.interrupts import DeferredSignals
 from descend.core.method import Method
 from descend.core.signature import signature
+from descend.sparse.local_reads import LocalReads
 from descend.sparse.missed_steps import Schedule
 from descend.state import lazy_memory
 from descend.state.container import updatable_tensors
@@ -92,18 +93,43 @@ class Table:
 
     Args:
         param: the parameter; its first dimension counts rows.
+    Attributes:
+        is_attached: whether rows are brought up to date before they are read.
+        is_replicated: whether other ranks hold the same table, and read rows that this one does not.
     """
 
     def __init__(self, param: Tensor) -> None:
         self.param = param
         self.lock = threading.RLock()
-        self.is_attached = False
+        self.is_attached = self.is_replicated = False
+        self._local_reads = LocalReads()
         self._rule: Any = None  # of the last step
         self._schedule: Schedule | None = None
         self._is_stepping = False  # the last step on record may not have been taken
         self._catch_up: tuple[Any, CatchUp] | None = None
 
+    def attach(self, replicated: bool | None) -> None:
+        """Begin to trust that rows are brought up to date before they are read, from the weights as they are.
+
+        Args:
+            replicated: see ``is_replicated``; None to leave it as it is.
+        """
+        self.is_attached = True
+        if replicated is not None:
+            self.is_replicated = replicated
+        self._local_reads.forget()
+        self.note_version()
+
     # What a step asks.
+
+    def check_whole(self, method: Method, local: Tensor) -> None:
+        """Raise ``RuntimeError`` if this rank updates only a part of the table."""
+        if local is not self.param:
+            raise RuntimeError(
+                f"{type(method).__name__}: sparse='exact' needs whole tables, but this rank updates only a part of "
+                f"{method.name_of(self.param)}. Use sparse='touched', or make an optimizer of plain tensors, one for "
+                "the rows of each rank. Nothing has moved."
+            )
 
     def check(self, method: Method, group: int, grad: Tensor) -> None:
         """Raise unless the coming step is one that rows may miss."""
@@ -130,7 +156,9 @@ class Table:
         self._check_version(method, schedule)
 
     def expected_steps(self, method: Method) -> tuple[Tensor | None, int]:
-        """The step each row is current at, and the one that rows with a gradient must be; None if all are."""
+        """The step each row is current at, and the one that rows with a gradient must be; None if any may be behind."""
+        if self.is_replicated:
+            return None, 0  # another rank may have read it
         state = method.state_of(self.param)
         schedule = self._schedule_of(method, state)
         if schedule is None or not schedule.is_behind:
@@ -154,16 +182,27 @@ class Table:
             steps[piece] = torch.stack(used).any(0) * step
         state[ROW_STEP] = steps
 
-    def begin_step(self, method: Method, group: int) -> tuple[Tensor, int]:
+    def prepare(self, method: Method) -> None:
+        """Compile what ``begin_step`` may call to bring rows up to date."""
+        if self.is_replicated:
+            state = method.state_of(self.param)
+            self._catch_up_with(method, [(name, state[name]) for name in self._state_names(method)])
+
+    def begin_step(self, method: Method, group: int, rows: np.ndarray) -> tuple[Tensor, int]:
         """Put the coming step on record; return the step each row is current at, and the number of this step.
 
-        A new schedule begins if there is none, or if betas or eps have changed: all rows are settled first then.
+        On a replicated table, ``rows``, those with a gradient, are brought up to date first: other ranks have read
+        them. What only this rank has read goes back to where it is on the others. A new schedule begins if there is
+        none, or if betas or eps have changed: all rows are settled first then.
         """
         options = method.param_groups[group]
         constants = float(options["betas"][0]), float(options["betas"][1]), float(options["eps"])
         state = method.state_of(self.param)
         schedule = self._schedule_of(method, state)
         self._rule = method.rule_for(options)
+        if self.is_replicated and schedule is not None and schedule.is_behind:
+            self._undo_reads(method, rows)
+            self._settle_some(method, schedule, torch.from_numpy(rows))
         if schedule is None or (schedule.beta1, schedule.beta2, schedule.eps) != constants:
             self.settle(method)
             schedule = self._schedule = Schedule(*constants, int(state["step"]))
@@ -194,29 +233,69 @@ class Table:
 
     # Reading.
 
-    def settle(self, method: Method, indices: Tensor | None = None) -> None:
-        """Bring rows up to date: those that ``indices`` names, or all.
+    def settle(self, method: Method) -> None:
+        """Bring all rows up to date; those of a replicated table on all ranks, between the same two steps."""
+        with self.lock, DeferredSignals():
+            if (schedule := self._behind(method)) is not None:
+                self._undo_reads(method)
+                self._settle_all(method, schedule)
+
+    def read(self, method: Method, indices: Tensor | None = None) -> None:
+        """Bring rows up to date that are about to be read: those that ``indices`` names, or all.
 
         Indices out of range are left to whoever reads the rows.
         """
         with self.lock, DeferredSignals():
-            schedule = self._schedule_of(method, method.state_of(self.param))
-            if schedule is None or not schedule.is_behind:
+            if (schedule := self._behind(method)) is None:
                 return
-            self._check_version(method, schedule)
-            if indices is None:
-                self._settle_all(method, schedule)
+            if indices is not None:
+                self._settle_some(method, schedule, indices, is_local=self.is_replicated)
+            elif self.is_replicated:
+                for piece in self._pieces():
+                    self._settle_some(method, schedule, piece, is_local=True)
             else:
-                self._settle_some(method, schedule, indices)
+                self._settle_all(method, schedule)
+
+    def _behind(self, method: Method) -> Schedule | None:
+        """The schedule, if rows may be behind it."""
+        schedule = self._schedule_of(method, method.state_of(self.param))
+        if schedule is None or not schedule.is_behind:
+            return None
+        self._check_version(method, schedule)
+        return schedule
+
+    def _undo_reads(self, method: Method, except_for: np.ndarray | None = None) -> None:
+        """Take back what ``read`` has done on this rank alone since the last step."""
+        state = method.state_of(self.param)
+        used = [state[name] for name in self._state_names(method)]
+        self._local_reads.undo(self.param, used, state[ROW_STEP], except_for)
+
+    def _pieces(self) -> Iterator[range]:
+        rows = self.param.shape[0]
+        return (range(first, min(first + PIECE, rows)) for first in range(0, rows, PIECE))
 
     def _settle_all(self, method: Method, schedule: Schedule, moves: bool = True) -> None:
-        rows = self.param.shape[0]
-        for first in range(0, rows, PIECE):
-            self._settle_some(method, schedule, range(first, min(first + PIECE, rows)), moves)
+        for piece in self._pieces():
+            self._settle_some(method, schedule, piece, moves)
         self._schedule = Schedule(schedule.beta1, schedule.beta2, schedule.eps, start=schedule.steps)
 
-    def _settle_some(self, method: Method, schedule: Schedule, which: Tensor | range, moves: bool = True) -> None:
-        """``moves``: whether the parameter is behind too, and not its averages alone."""
+    def _settle_some(
+        self,
+        method: Method,
+        schedule: Schedule,
+        which: Tensor | range,
+        moves: bool = True,
+        is_local: bool = False,
+    ) -> None:
+        """Bring the rows ``which`` up to date.
+
+        Args:
+            method: the optimizer.
+            schedule: the steps they may have missed.
+            which: the rows.
+            moves: whether the parameter is behind too, and not its averages alone. Default: True.
+            is_local: whether to remember how to undo it. Default: False.
+        """
         whole = method.state_of(self.param)
         state = [(name, whole[name]) for name in self._state_names(method)]
         catch_up = self._catch_up_with(method, state)
@@ -230,6 +309,8 @@ class Table:
             factors = None
         # Where a range has neither, the schedule begins anew: a mark would only cost memory.
         marks = scalars is not None or factors is not None or isinstance(which, Tensor)
+        if is_local and marks:
+            self._local_reads.save(catch_up.rows, self.param, [tensor for _, tensor in state], whole[ROW_STEP])
         catch_up.run(self.param, [tensor for _, tensor in state], scalars, factors, marks)
 
     def _state_names(self, method: Method) -> tuple[str, ...]:
@@ -254,7 +335,7 @@ class Table:
         """The schedule; read from the state after loading, None before the first step."""
         with self.lock:  # in another thread a step may be half-way
             if "step" not in state:
-                self._schedule = None  # the state has been cleared
+                self.forget_schedule()  # the state has been cleared
             elif self._schedule is None and isinstance(state.get(SCHEDULE), Tensor):
                 history = state[SCHEDULE].numpy()
                 beta1, beta2, eps, start, steps = state[CONSTANTS].tolist()
@@ -313,6 +394,7 @@ class Table:
         """Another state has been loaded: read the schedule from there when it is next needed."""
         self._schedule = None
         self._is_stepping = False
+        self._local_reads.forget()
 
 
 def _is_count_of(steps: float, step: Any) -> bool:

@@ -53,6 +53,8 @@ class SparseUpdate(Update):
         self.params, self.share = [local], share
         self._param, self._local, self._group, self._rule = param, local, group, rule
         self._meaning, self._table, self._backend = meaning, table, backend
+        if table is not None:
+            table.check_whole(method, local)
         assert local.grad is not None
         self._dtype = torch.promote_types(local.grad.dtype, torch.float32)  # sums need the digits
         state = method.state_of(param)
@@ -105,7 +107,8 @@ class SparseUpdate(Update):
                 f"{who}: row {stale} of {name(self._param)} has a gradient, but was "
                 "not brought up to date before it was read. Embeddings that optimizer.attach(model) has seen do so by "
                 "themselves; code that reads the weight itself must call optimizer.settle() first, or run in "
-                "`with optimizer.settled():`. Nothing has moved."
+                "`with optimizer.settled():`. If other processes read rows too, attach the DistributedDataParallel "
+                "module, or call optimizer.attach(model, replicated=True). Nothing has moved."
             )
 
     def sum_of_squares(self) -> float:
@@ -125,6 +128,7 @@ class SparseUpdate(Update):
         self._state = ensure_state(method, self._param, self._rule, group, lazy=self._meaning != "all")
         if self._table is not None:
             self._table.ensure_state(method, self._state)
+            self._table.prepare(method)
         has_counter = method.counts_steps and not method.step_is_int
         self._counters = self._backend.scalar_state([self._state["step"]] if has_counter else [])
         self._own_memory = _spans(self._local, self._state)
@@ -143,7 +147,7 @@ class SparseUpdate(Update):
             self._rows.run(param, state, self._scalars, self._signed_scale(method), self._counters, None)
         else:
             with self._table.lock:
-                mark = self._table.begin_step(method, self._group)
+                mark = self._table.begin_step(method, self._group, self._rows.rows)
                 torch.autograd.graph.increment_version(self.params)
                 self._rows.run(self._local, state, self._scalars, self._signed_scale(method), self._counters, mark)
                 self._table.end_step()

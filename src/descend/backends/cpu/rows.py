@@ -214,6 +214,10 @@ class StaleRows:
         self._positions = np.full(0, -1, np.int64)
         self._no_grad = torch.zeros(CHUNK, dtype=dtypes[0], device="cpu")  # what every chunk has in place of a gradient
 
+    @property
+    def rows(self) -> Tensor:
+        return torch.from_numpy(self._rows)
+
     def compile(self) -> None:
         param, *state = self._dtypes
         self._kernels = (
