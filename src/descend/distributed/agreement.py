@@ -10,6 +10,7 @@ from descend.core.method import Method
 from descend.core.update import number
 from descend.distributed.dtensors import is_dtensor
 from descend.distributed.ranks import Ranks, gather
+from descend.distributed.shard_state import as_sharded
 
 Description = dict[str, str]
 
@@ -28,19 +29,23 @@ class Agreement:
         self._ranks = ranks
         self._digests = {mesh: _digest(repr(_parameters(method, mesh))) for mesh in ranks.meshes}
 
-    def numbers(self, method: Method) -> dict[Any, list[float]]:
-        """What to sum over each mesh."""
-        options = repr(_values(method))
+    def numbers(self, method: Method, more: str = "") -> dict[Any, list[float]]:
+        """What to sum over each mesh; ``more`` is what the ranks must agree about in this step only."""
+        options = repr(_values(method)) + more
         return {mesh: _bytes_and_squares(_digest(options, digest)) for mesh, digest in self._digests.items()}
 
-    def check(self, method: Method, sums: Mapping[Any, Sequence[float]]) -> None:
+    def check(self, method: Method, sums: Mapping[Any, Sequence[float]], more: str = "") -> None:
         """Raise ``RuntimeError``, on every rank of the mesh, if the summed ``numbers`` differ between its ranks."""
         for mesh, summed in sums.items():
             half, ranks = len(summed) // 2, mesh.size()
             # Numbers x are equal if n * sum(x^2) = sum(x)^2. Of bytes, all of this is exact in float64.
             if any(ranks * square != x * x for x, square in zip(summed[:half], summed[half:], strict=True)):
-                described = {**_parameters(method, mesh), **_options(method)}
+                described = {**_parameters(method, mesh), **_options(method), "sparse gradients": more}
                 raise RuntimeError(message(type(method).__name__, gather([mesh], described)))
+
+    def confirm(self, method: Method, more: str) -> None:
+        """Wait for all ranks. Raise ``RuntimeError``, on every rank, if they disagree; ``more`` as in ``numbers``."""
+        self.check(method, self._ranks.reduce({}, self.numbers(method, more))[1], more)
 
     def shake_hands(self, method: Method) -> None:
         """Raise ``RuntimeError`` if ranks disagree. Once, at the first step: later ones may reduce nothing."""
@@ -68,14 +73,18 @@ def _parameters(method: Method, mesh: Any) -> Description:
     for index, group in enumerate(method.param_groups):
         names = group.get("param_names") or range(len(group["params"]))
         for name, param in zip(names, group["params"], strict=True):
-            if is_dtensor(param) and param.device_mesh == mesh:
-                described[f"group {index}, parameter {name}"] = f"{tuple(param.shape)} {param.dtype} {param.placements}"
+            sharded: Any = as_sharded(method, param)
+            if is_dtensor(sharded) and sharded.device_mesh == mesh:
+                what = f"{tuple(param.shape)} {param.dtype} {sharded.placements}"
+                if sharded is not param:  # it is gathered if it is updated
+                    what += " without a gradient" if param.grad is None else f" with a gradient, {param.grad.layout}"
+                described[f"group {index}, parameter {name}"] = what
     return described
 
 
 def _options(method: Method) -> Description:
     """The options of the step and of the groups."""
-    described = {name: repr(value) for name, value in vars(method.options).items()}
+    described = {name: repr(value) for name, value in vars(method.options).items() if name != "shard_state"}
     for index, group in enumerate(method.param_groups):
         described |= {f"group {index}, {key}": repr(_plain(group[key])) for key in method.defaults if key in group}
     return described
@@ -85,7 +94,7 @@ def _values(method: Method) -> list[list[Any]]:
     """What ``_options`` describes, without the words: a step has time for no more."""
     keys = method.defaults
     in_groups = ([_plain(group[key]) for key in keys if key in group] for group in method.param_groups)
-    return [[*vars(method.options).values()], *in_groups]
+    return [[value for name, value in vars(method.options).items() if name != "shard_state"], *in_groups]
 
 
 def _plain(value: Any) -> Any:
