@@ -23,16 +23,18 @@ class Agreement:
     Each rank sends a digest of it as a few numbers and their squares, along with whatever it reduces anyway.
 
     Args:
-        optimizer: the optimizer.
         ranks: of its parameters.
     """
 
-    def __init__(self, optimizer: Optimizer, ranks: Ranks) -> None:
+    def __init__(self, ranks: Ranks) -> None:
         self._ranks = ranks
-        self._digests = {mesh: _digest(repr(_parameters(optimizer, mesh))) for mesh in ranks.meshes}
+        self._digests: dict[Any, int] = {}  # of the parameters on each mesh, which stay the same
 
     def numbers(self, optimizer: Optimizer, more: str = "") -> dict[Any, list[float]]:
         """What to sum over each mesh; ``more`` is what the ranks must agree about in this step only."""
+        for mesh in self._ranks.meshes:
+            if mesh not in self._digests:
+                self._digests[mesh] = _digest(repr(_parameters(optimizer, mesh)))
         options = repr(_values(optimizer)) + more
         return {mesh: _bytes_and_squares(_digest(options, digest)) for mesh, digest in self._digests.items()}
 
@@ -61,7 +63,7 @@ def check_agreement(optimizer: Optimizer) -> None:
     params = [param for group in optimizer.param_groups for param in group["params"]]
     ranks = Ranks(map(share_of, params))
     if ranks.meshes:
-        Agreement(optimizer, ranks).confirm(optimizer)
+        Agreement(ranks).confirm(optimizer)
 
 
 def message(who: str, by_rank: Mapping[int, Description]) -> str:

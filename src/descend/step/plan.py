@@ -94,7 +94,7 @@ class Plan:
         last = previous._locals if previous else None
         self._locals: LocalParams = LocalParams(method, listed, last, reads=only_with_grad)
         self._ranks = Ranks(self._locals.shares())
-        self._agreement = Agreement(method, self._ranks) if self._ranks.meshes else None
+        self._agreement = Agreement(self._ranks) if self._ranks.meshes else None
         entries: list[Entry] = []
         for index, params, rule, differentiable in self._groups:
             for param in params:
