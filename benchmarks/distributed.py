@@ -55,7 +55,7 @@ class Plan(NamedTuple):
     shrink: int
 
 
-FULL = Plan(Pace(rounds=20, share=4.0), shrink=1)
+FULL = Plan(Pace(rounds=20, share=2.0), shrink=1)
 QUICK = Plan(Pace(rounds=2, share=0.0), shrink=16)
 
 

@@ -20,6 +20,7 @@ import resource
 import time
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
+from statistics import fmean
 from typing import Any, NamedTuple
 
 import torch
@@ -99,8 +100,8 @@ class Measured(NamedTuple):
     wall: Timing
     cpu: Timing
     first: float
-    collectives: float
-    payload: float
+    collectives: int
+    payload: int
     sent: float | None
 
 
@@ -270,10 +271,9 @@ def turn(contender: Contender, steps: int, sweep: Tensor | None) -> list[Seconds
     return seconds
 
 
-def traffic(contender: Contender) -> tuple[float, float, float | None]:
+def traffic(contender: Contender) -> tuple[int, int, float | None]:
     """Collectives, their payload, and bytes sent, of one step on this rank."""
-    collectives = Collectives()
-    sent: int | None = 0
+    sent: list[int] = []
     for _ in range(COUNTED_STEPS):
         contender.prepare()
         dist.barrier()
@@ -281,15 +281,12 @@ def traffic(contender: Contender) -> tuple[float, float, float | None]:
         before = sent_on_sockets()
         contender.step()
         after = sent_on_sockets()
-        sent = None if sent is None or before is None or after is None else sent + after - before
-        contender.prepare()
-        with collectives:
-            contender.step()
-    return (
-        collectives.count / COUNTED_STEPS,
-        collectives.payload / COUNTED_STEPS,
-        None if sent is None else sent / COUNTED_STEPS,
-    )
+        if before is not None and after is not None:
+            sent.append(after - before)
+    contender.prepare()
+    with Collectives() as collectives:
+        contender.step()
+    return collectives.count, collectives.payload, fmean(sent) if sent else None
 
 
 def time_case(case: Case, length: Turn, pace: Pace, shrink: int) -> dict[str, Measured]:
@@ -317,7 +314,7 @@ def time_case(case: Case, length: Turn, pace: Pace, shrink: int) -> dict[str, Me
     return {name: _of_all_ranks(seconds[name], firsts[name], sent[name]) for name in names}
 
 
-def _of_all_ranks(seconds: list[Seconds], first: float, sent: tuple[float, float, float | None]) -> Measured:
+def _of_all_ranks(seconds: list[Seconds], first: float, sent: tuple[int, int, float | None]) -> Measured:
     """Each step as long as on the slowest rank."""
     by_rank = from_all((seconds, first, sent))
     steps = [*zip(*(steps for steps, _, _ in by_rank), strict=True)]
