@@ -6,12 +6,15 @@ import datetime
 import os
 import socket
 import struct
+import tempfile
 from collections.abc import Callable
+from multiprocessing import get_context
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
+from torch.multiprocessing.spawn import spawn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 SECONDS = 300  # until ranks that wait for each other give up
@@ -20,18 +23,19 @@ _BYTES_SENT = 200  # where Linux keeps it in a tcp_info
 
 def on_ranks(ranks: int, function: Callable[..., Any], *args: Any) -> Any:
     """Call ``function(*args)`` on each rank; return what rank 0 returns. What a rank raises is raised."""
-    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-    results = mp.get_context("spawn").SimpleQueue()
-    mp.spawn(_work, (ranks, store.port, results, function, args), nprocs=ranks)  # type: ignore[no-untyped-call]
+    results = get_context("spawn").SimpleQueue()
+    with tempfile.TemporaryDirectory() as folder:
+        spawn(_work, (ranks, f"file://{folder}/store", results, function, args), nprocs=ranks)  # type: ignore[no-untyped-call]
     return results.get()
 
 
-def _work(rank: int, ranks: int, port: int, results: Any, function: Callable[..., Any], args: tuple[Any, ...]) -> None:
+def _work(
+    rank: int, ranks: int, meeting: str, results: Any, function: Callable[..., Any], args: tuple[Any, ...]
+) -> None:
     torch.set_num_threads(1)
     torch.manual_seed(0)
-    store = dist.TCPStore("127.0.0.1", port)
     limit = datetime.timedelta(seconds=SECONDS)
-    dist.init_process_group("gloo", store=store, rank=rank, world_size=ranks, timeout=limit)
+    dist.init_process_group("gloo", init_method=meeting, rank=rank, world_size=ranks, timeout=limit)
     result = function(*args)
     if rank == 0:
         results.put(result)
@@ -55,28 +59,28 @@ def from_all(value: Any) -> list[Any]:
 
 def sent_on_sockets() -> int | None:
     """Bytes that this process has sent on its TCP connections since they were opened; None if this is not Linux."""
-    total = 0
-    try:
-        for name in os.listdir("/proc/self/fd"):
-            total += _sent_on(int(name))
-    except (OSError, AttributeError):
+    descriptors = Path("/proc/self/fd")
+    if not descriptors.is_dir():
         return None
-    return total
+    return sum(_sent_on(int(path.name)) for path in descriptors.iterdir() if _target(path).startswith("socket:"))
+
+
+def _target(path: Path) -> str:
+    try:
+        return os.readlink(path)
+    except OSError:  # closed by now, as that of the listing itself
+        return ""
 
 
 def _sent_on(descriptor: int) -> int:
-    try:
-        connection = socket.socket(fileno=os.dup(descriptor))
-    except OSError:  # no socket, or closed by now
-        return 0
-    with connection:
+    with socket.socket(fileno=os.dup(descriptor)) as connection:
         if connection.type != socket.SOCK_STREAM or connection.family not in (socket.AF_INET, socket.AF_INET6):
             return 0
         information = connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, _BYTES_SENT + 8)
         return int(struct.unpack_from("Q", information, _BYTES_SENT)[0])
 
 
-class Collectives(TorchDispatchMode):
+class Collectives(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Counts collectives while it is entered.
 
     Attributes:
@@ -85,7 +89,7 @@ class Collectives(TorchDispatchMode):
     """
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.count = self.payload = 0
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
