@@ -40,10 +40,11 @@ check: $(READY)  ## format, lint, types
 parity: $(READY)  ## write the page about the installed torch in docs/parity
 	$(BIN)/python tests/parity/parity_table.py
 
-bench: $(READY)  ## speed against torch.optim, about ten minutes; evaluations against SciPy, about twenty
+bench: $(READY)  ## speed against torch.optim, about twenty minutes; evaluations against SciPy, about twenty
 	$(BIN)/python benchmarks/step.py
 	$(BIN)/python benchmarks/sparse.py
 	$(BIN)/python benchmarks/in_backward.py
+	$(BIN)/python benchmarks/distributed.py
 	$(BIN)/python benchmarks/minimize.py
 
 $(READY): pyproject.toml constraints.txt

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import contextlib
 import datetime
 import multiprocessing
 import os
@@ -98,6 +99,8 @@ def _work(connection: Connection, path: list[str]) -> None:
             limit = datetime.timedelta(seconds=timeout)
             dist.init_process_group("gloo", store=store, rank=rank, world_size=world, timeout=limit)
             answer = "", function(rank, *args)
+            with contextlib.suppress(Exception):  # another rank may have failed
+                dist.barrier()  # gloo may crash where a rank ends its group while another still sends
         except BaseException:
             answer = traceback.format_exc(), None
         finally:

@@ -25,7 +25,7 @@ ARROWS = {
     "step": {"backends", "core", "distributed", "norms", "sparse", "state"},
     "checkpoint": {"core", "distributed", "sparse", "state"},
     "diagnostics": {"core", "distributed"},
-    "first_order": {"checkpoint", "core", "diagnostics", "rules", "sparse", "state", "step"},
+    "first_order": {"checkpoint", "core", "diagnostics", "distributed", "rules", "sparse", "state", "step"},
     "second_order": {"checkpoint", "core", "distributed"},
     "__init__": {"backends", "checkpoint", "core", "first_order", "norms", "second_order"},
     "compare": {"__init__"},

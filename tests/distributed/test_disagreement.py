@@ -14,7 +14,7 @@ from sharded import LAYOUTS, TABLE, Sharded, bits, local, place
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
 
-from descend import SGD, AdamW, in_backward
+from descend import LBFGS, SGD, AdamW, in_backward
 
 
 def said(work: Callable[[], Any]) -> str:
@@ -263,3 +263,17 @@ def test_rank_that_raises_leaves_the_others_waiting_no_longer_than_the_timeout()
     assert "its gradient has placements" in raised
     assert "Timed out" in waited
     assert seconds < 3.5
+
+
+def lbfgs_that_differs(rank: int) -> tuple[str, bool]:
+    mesh = init_device_mesh("cpu", (2,))
+    param = torch.nn.Parameter(place(torch.ones(5, dtype=torch.float64), mesh, Shard(0)))
+    optimizer = LBFGS([param], lr=0.5 if rank else 1, max_iter=3)
+    text = said(lambda: optimizer.step(lambda: param.square().sum()))
+    return text, torch.equal(param.full_tensor(), torch.ones(5, dtype=torch.float64))
+
+
+def test_ranks_with_different_lbfgs_say_so() -> None:
+    for text, is_unmoved in on_ranks(2, lbfgs_that_differs):
+        assert text.startswith("RuntimeError: LBFGS: ranks 0 and 1 disagree about group 0, lr: 1 and 0.5.")
+        assert is_unmoved

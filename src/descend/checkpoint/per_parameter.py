@@ -28,6 +28,7 @@ from descend.core.memory import as_real
 from descend.core.method import Method
 from descend.core.signature import signature
 from descend.distributed.dtensors import is_dtensor, layout_of, like, local_of, part_of, same_layout
+from descend.distributed.shard_state import as_sharded
 from descend.sparse import table
 from descend.state import lazy_memory
 from descend.state.container import InitialState
@@ -258,6 +259,7 @@ class _Reading:
         what = f"{self.who}: the loaded {key} of {name}"
         if isinstance(value, Tensor) and value.dim() == 0:
             value = local_of(value)
+        param = as_sharded(self.optimizer, param)
         if key == "step" and self.optimizer.counts_steps:
             step = number_of(value, what, is_count=True)
             if not float(step).is_integer():

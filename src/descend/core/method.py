@@ -57,6 +57,7 @@ class Method(Optimizer):
         grad_norm: norm of the last step's gradients before clipping; None before, or if nothing asked for it.
         skipped_steps: steps left out by ``nonfinite="skip"``.
         agreed_meshes: device meshes whose ranks have been found to have the same optimizer.
+        state_meshes: the device mesh of each ``shard_state`` that has been used.
     """
 
     rule: ClassVar[Callable[..., Any]]
@@ -74,6 +75,7 @@ class Method(Optimizer):
     grad_norm: float | None
     skipped_steps: int
     agreed_meshes: set[Any]
+    state_meshes: dict[Any, Any]
 
     # The fields of ``options``, for type checkers.
     max_norm: float | None
@@ -83,6 +85,7 @@ class Method(Optimizer):
     sparse: Sparse | None
     amp: Amp | None
     state_pages: StatePages
+    shard_state: Any
 
     # What a subclass defines.
 

@@ -36,6 +36,7 @@ class Options(TypedDict, total=False):
     groups: Groups | None
     amp: Amp | None
     state_pages: StatePages
+    shard_state: Any
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,6 +50,7 @@ class StepOptions:
     sparse: Sparse | None = None
     amp: Amp | None = None
     state_pages: StatePages = "auto"
+    shard_state: Any = None  # checked by ``distributed/shard_state.py``, which knows what is allowed
 
     @property
     def wants_norm(self) -> bool:
@@ -74,6 +76,8 @@ class StepOptions:
         for name, values in allowed.items():
             if (value := getattr(self, name)) not in values:
                 raise ValueError(f"{who}: {name} must be one of {values}, got {value!r}.")
+        if self.sparse == "exact" and self.shard_state is not None:
+            raise ValueError(f"{who}: sparse='exact' keeps whole tables on every rank; with shard_state use 'touched'.")
 
 
 Function = TypeVar("Function", bound=Callable[..., Any])

@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
+
+from torch.optim import Optimizer
 
 from descend.core.method import Method
 from descend.core.update import number
 from descend.distributed.dtensors import is_dtensor
-from descend.distributed.ranks import Ranks, gather
+from descend.distributed.ranks import Ranks, gather, share_of
+from descend.distributed.shard_state import as_sharded
 
-Description = dict[str, str]
+Description = Mapping[str, str]
+NOTHING: Description = MappingProxyType({})
 
 
 class Agreement:
@@ -20,53 +25,53 @@ class Agreement:
     Each rank sends a digest of it as a few numbers and their squares, along with whatever it reduces anyway.
 
     Args:
-        method: the optimizer.
         ranks: of its parameters.
     """
 
-    def __init__(self, method: Method, ranks: Ranks) -> None:
+    def __init__(self, ranks: Ranks) -> None:
         self._ranks = ranks
-        self._described = {mesh: repr(_parameters(method, mesh)) for mesh in ranks.meshes}
+        self._digests: dict[Any, int] = {}  # of the parameters on each mesh, which stay the same
 
-    def numbers(self, method: Method, alone: str = "") -> dict[Any, list[float]]:
-        """What to sum over each mesh.
+    def numbers(self, optimizer: Optimizer, more: Description = NOTHING) -> dict[Any, list[float]]:
+        """What to sum over each mesh; ``more`` is what the ranks must agree about in this step only."""
+        for mesh in self._ranks.meshes:
+            if mesh not in self._digests:
+                self._digests[mesh] = _digest(repr(_parameters(optimizer, mesh)))
+        options = repr(_values(optimizer)) + "".join(more.values())
+        return {mesh: _bytes_and_squares(_digest(options, digest)) for mesh, digest in self._digests.items()}
 
-        Args:
-            method: the optimizer.
-            alone: the name of the parameter that steps by itself. Default: all of them step.
-        """
-        options = repr({**_options(method), **self._course(method, alone)})
-        return {mesh: _digest(described + options) for mesh, described in self._described.items()}
-
-    def check(self, method: Method, sums: Mapping[Any, Sequence[float]], alone: str = "") -> None:
+    def check(self, optimizer: Optimizer, sums: Mapping[Any, Sequence[float]], more: Description = NOTHING) -> None:
         """Raise ``RuntimeError``, on every rank of the mesh, if the summed ``numbers`` differ between its ranks."""
         for mesh, summed in sums.items():
-            half = len(summed) // 2
+            half, ranks = len(summed) // 2, mesh.size()
             # Numbers x are equal if n * sum(x^2) = sum(x)^2. Of bytes, all of this is exact in float64.
-            if any(mesh.size() * square != x * x for x, square in zip(summed[:half], summed[half:], strict=True)):
-                described = {**_parameters(method, mesh), **_options(method), **self._course(method, alone)}
-                raise RuntimeError(message(type(method).__name__, gather([mesh], described)))
+            if any(ranks * square != x * x for x, square in zip(summed[:half], summed[half:], strict=True)):
+                described = {**_parameters(optimizer, mesh), **_options(optimizer), **more}
+                raise RuntimeError(message(type(optimizer).__name__, gather([mesh], described)))
 
-    def _course(self, method: Method, alone: str) -> Description:
-        """What the collectives of a norm depend on."""
-        if not method.options.wants_norm:
-            return {}
-        return {
-            "the number of meshes that are in no larger one": str(self._ranks.rounds),
-            "which gradient is next": alone,
-        }
+    def confirm(self, optimizer: Optimizer, more: Description = NOTHING) -> None:
+        """Wait for all ranks. Raise ``RuntimeError``, on every rank, if they disagree; ``more`` as in ``numbers``."""
+        self.check(optimizer, self._ranks.reduce({}, self.numbers(optimizer, more))[1], more)
 
-    def shake_hands(self, method: Method) -> None:
+    def shake_hands(self, method: Method, more: Description = NOTHING) -> None:
         """Raise ``RuntimeError`` if ranks disagree. Once, at the first step: later ones may reduce nothing."""
         if fresh := [mesh for mesh in self._ranks.meshes if mesh not in method.agreed_meshes]:
-            self.check(method, self._ranks.reduce({}, self.numbers(method))[1])
+            self.confirm(method, more)
             method.agreed_meshes.update(fresh)
+
+
+def check_agreement(optimizer: Optimizer) -> None:
+    """Raise ``RuntimeError``, on every rank, if the ranks of an optimizer's DTensors disagree about it."""
+    params = [param for group in optimizer.param_groups for param in group["params"]]
+    ranks = Ranks(map(share_of, params))
+    if ranks.meshes:
+        Agreement(ranks).confirm(optimizer)
 
 
 def message(who: str, by_rank: Mapping[int, Description]) -> str:
     """What the first rank and the first that differs from it disagree about."""
     (first, expected), *others = by_rank.items()
-    rank, other = next((rank, other) for rank, other in others if other != expected)
+    rank, other = next((pair for pair in others if pair[1] != expected), others[0])
     keys = [key for key in {**expected, **other} if expected.get(key) != other.get(key)]
     listed = "; ".join(f"{key}: {expected.get(key, 'none')} and {other.get(key, 'none')}" for key in keys[:3])
     rest = f"; and {len(keys) - 3} more" if len(keys) > 3 else ""
@@ -76,32 +81,53 @@ def message(who: str, by_rank: Mapping[int, Description]) -> str:
     )
 
 
-def _parameters(method: Method, mesh: Any) -> Description:
+def _parameters(optimizer: Optimizer, mesh: Any) -> Description:
     """The parameters that lie on a mesh, in their order."""
-    described = {"class": type(method).__name__}
-    for index, group in enumerate(method.param_groups):
+    described = {"class": type(optimizer).__name__}
+    for index, group in enumerate(optimizer.param_groups):
         names = group.get("param_names") or range(len(group["params"]))
         for name, param in zip(names, group["params"], strict=True):
-            if is_dtensor(param) and param.device_mesh == mesh:
-                described[f"group {index}, parameter {name}"] = f"{tuple(param.shape)} {param.dtype} {param.placements}"
+            sharded: Any = as_sharded(optimizer, param) if isinstance(optimizer, Method) else param
+            if is_dtensor(sharded) and sharded.device_mesh == mesh:
+                what = f"{tuple(param.shape)} {param.dtype} {sharded.placements}"
+                if sharded is not param:  # it is gathered if it is updated
+                    what += " without a gradient" if param.grad is None else f" with a gradient, {param.grad.layout}"
+                described[f"group {index}, parameter {name}"] = what
     return described
 
 
-def _options(method: Method) -> Description:
+def _options(optimizer: Optimizer) -> Description:
     """The options of the step and of the groups."""
-    described = {name: repr(value) for name, value in vars(method.options).items()}
-    for index, group in enumerate(method.param_groups):
-        described |= {f"group {index}, {key}": repr(_plain(group[key])) for key in method.defaults if key in group}
+    described = {name: repr(value) for name, value in _step_options(optimizer).items()}
+    for index, group in enumerate(optimizer.param_groups):
+        described |= {f"group {index}, {key}": repr(_plain(group[key])) for key in optimizer.defaults if key in group}
     return described
+
+
+def _values(optimizer: Optimizer) -> list[list[Any]]:
+    """What ``_options`` describes, without the words: a step has time for no more."""
+    keys = optimizer.defaults
+    in_groups = ([_plain(group[key]) for key in keys if key in group] for group in optimizer.param_groups)
+    return [[*_step_options(optimizer).values()], *in_groups]
+
+
+def _step_options(optimizer: Optimizer) -> Mapping[str, Any]:
+    """The options that are in no group, but for the process group itself."""
+    options = vars(optimizer.options) if isinstance(optimizer, Method) else {}
+    return {name: value for name, value in options.items() if name != "shard_state"}
 
 
 def _plain(value: Any) -> Any:
-    if isinstance(value, Sequence) and not isinstance(value, str):
+    if isinstance(value, (list, tuple)):
         return tuple(map(number, value))
     return number(value)
 
 
-def _digest(text: str) -> list[float]:
-    """Four bytes, and their squares."""
-    digest = [float(byte) for byte in zlib.crc32(text.encode()).to_bytes(4, "big")]
-    return digest + [byte * byte for byte in digest]
+def _digest(text: str, before: int = 0) -> int:
+    """Four bytes that depend on a text, and on the digest of what stands before it."""
+    return zlib.crc32(text.encode(), before)
+
+
+def _bytes_and_squares(digest: int) -> list[float]:
+    numbers = [float(byte) for byte in digest.to_bytes(4, "big")]
+    return numbers + [number * number for number in numbers]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Sequence
 from operator import eq
 from typing import Any
 
@@ -11,15 +11,18 @@ from torch import Tensor
 
 from descend.core.method import Method
 from descend.core.update import Wrapper
+from descend.distributed.cut_params import CutParams, grad_error
 from descend.distributed.dtensors import is_dtensor, is_here, layout_in, layout_of, local_of, same_layout
+from descend.distributed.gather import Cut
 from descend.distributed.partial_sums import is_partial, reduced
 from descend.distributed.ranks import Share, share_of
 
 
 class LocalParams:
-    """For each DTensor among some parameters, a plain tensor on the memory of this rank's part of it.
+    """For each sharded parameter among some, a plain tensor on the memory of this rank's part of it.
 
-    It has the local gradient after ``read``, until ``release``. A parameter that is no DTensor stands for itself.
+    It has the local gradient after ``read``, until ``release``. Sharded are DTensors, and with ``shard_state`` the
+    parameters that every rank has whole. Any other stands for itself.
 
     Args:
         method: the optimizer.
@@ -31,11 +34,12 @@ class LocalParams:
     """
 
     def __init__(
-        self, method: Method, params: Iterable[Tensor], previous: LocalParams | None = None, reads: bool = True
+        self, method: Method, params: Sequence[Tensor], previous: LocalParams | None = None, reads: bool = True
     ) -> None:
         self._is_read = False
         self._reduced: dict[int, tuple[Tensor, Tensor]] = previous._reduced if previous else {}
         self._locals: dict[Tensor, _Local] = {param: _local(method, param) for param in params if is_dtensor(param)}
+        self._cuts = CutParams(method, params)
         self._types = {*map(type, self._locals)}
         self._specs = [local.spec for local in self._locals.values()]
         self._layouts = [*map(layout_in, self._specs)]
@@ -43,17 +47,17 @@ class LocalParams:
             self.read(method)
 
     def __bool__(self) -> bool:
-        return bool(self._locals)
+        return bool(self._locals) or bool(self._cuts)
 
     def of(self, param: Tensor) -> Tensor:
         """The plain tensor of a parameter, which has its gradient."""
         local = self._locals.get(param) if self._locals else None
-        return param if local is None else local.tensor
+        return self._cuts.of(param) if local is None else local.tensor
 
     def share_of(self, param: Tensor) -> Share | None:
         """Which ranks hold its elements."""
         local = self._locals.get(param) if self._locals else None
-        return None if local is None else local.share
+        return self._cuts.share_of(param) if local is None else local.share
 
     def is_here(self, param: Tensor) -> bool:
         """Whether this rank is one of those that a parameter lies on. The others have nothing to step."""
@@ -62,7 +66,15 @@ class LocalParams:
 
     def shares(self) -> list[Share]:
         """The share of each sharded parameter."""
-        return [local.share for local in self._locals.values()]
+        return [*(local.share for local in self._locals.values()), *self._cuts.shares()]
+
+    def cut_of(self, param: Tensor) -> Cut | None:
+        """How a parameter is cut that this rank has whole; None for all others."""
+        return self._cuts.cut_of(param)
+
+    def wholes(self) -> list[Tensor]:
+        """The parameters that are cut, and that this rank has whole."""
+        return self._cuts.wholes()
 
     def read(self, method: Method) -> bool:
         """Take the present gradients; whether the parameters still lie where they did.
@@ -80,6 +92,7 @@ class LocalParams:
                 local.tensor.grad = None
             else:
                 local.tensor.grad = self._local_grad(method, param, grad)
+        self._cuts.read(method)
         return is_same
 
     def release(self) -> None:
@@ -89,6 +102,7 @@ class LocalParams:
             self._reduced.clear()
             for local in self._locals.values():
                 local.tensor.grad = None
+            self._cuts.release()
 
     def wrapper_of(self, param: Tensor) -> Wrapper | None:
         """What a probe must know to find the local gradient by itself."""
@@ -127,10 +141,7 @@ class LocalParams:
                 f"{type(method).__name__}: {method.name_of(param)} has a sparse gradient with {layout_of(grad)}. Sum "
                 "it over the ranks first; with gloo, torch.distributed.all_reduce can. Nothing has moved."
             )
-        raise RuntimeError(
-            f"{type(method).__name__}: {method.name_of(param)} has {layout_of(param)}, but its gradient has "
-            f"{layout_of(grad)}. They must be equal: call redistribute on the gradient. Nothing has moved."
-        )
+        raise grad_error(method, param, grad)
 
 
 def _lies_there_once_reduced(grad: Any, param: Any) -> bool:

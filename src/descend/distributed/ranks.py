@@ -63,6 +63,7 @@ class Ranks:
         ranks = [{*mesh.mesh.flatten().tolist()} for mesh in meshes]
         largest = max(ranks, key=len, default=set())
         self.rounds = 1 if all(others <= largest for others in ranks) else len(meshes)
+        self._groups = {mesh: _groups(mesh) for mesh in self.meshes}
 
     def sum(self, values: Mapping[Share | None, Sequence[float]]) -> list[float]:
         """Totals over all ranks in which each element counts once.
@@ -81,23 +82,24 @@ class Ranks:
             values: as in ``sum``.
             beside: numbers for each mesh.
         """
-        width = max(map(len, values.values()), default=0)
-        total = _float64([0.0] * width)
-        own = {mesh: torch.zeros_like(total) for mesh in self.meshes}
+        # Python's numbers are float64 as well, and a small tensor for each sum would cost more than the collective.
+        zeros = [0.0] * max(map(len, values.values()), default=0)
+        own: dict[Any, list[float]] = dict.fromkeys(self.meshes, zeros)
+        total = zeros
         for share, numbers in values.items():
-            if share and share.mesh.get_coordinate() is None:
-                continue
-            target = own.get(share.mesh, total) if share else total
-            target += _float64(numbers) / (share.replicas if share else 1)
-        summed = {}
+            if share and share.mesh in own:
+                own[share.mesh] = _add(own[share.mesh], numbers, share.replicas)
+            elif not share or share.mesh.get_coordinate() is not None:
+                total = _add(total, numbers, share.replicas if share else 1)
+        width, summed = len(zeros), {}
         for mesh in self.meshes:
             takes_along = mesh is self.meshes[-1] and self._is_in_all
-            others = torch.cat([total, _float64([1.0])]) if takes_along else _float64([0.0] * (width + 1))
-            reduced = all_reduce(mesh, torch.cat([own[mesh], others, _float64(beside.get(mesh, ()))]))
+            others = [*total, 1.0] if takes_along else [*zeros, 0.0]
+            reduced = self._all_reduce(mesh, [*own[mesh], *others, *beside.get(mesh, ())], dist.ReduceOp.SUM)
             found, others, count = reduced[:width], reduced[width : 2 * width], reduced[2 * width]
-            total = found + (others / count if count > 0 else total)
-            summed[mesh] = reduced[2 * width + 1 :].tolist()
-        return total.tolist(), summed
+            total = _add(found, others, count) if count > 0 else _add(found, total, 1)
+            summed[mesh] = reduced[2 * width + 1 :]
+        return total, summed
 
     def agree(self, totals: list[float]) -> list[float]:
         """The totals on which all ranks agree. Nothing is sent if one mesh holds all of them: they are the same."""
@@ -105,12 +107,19 @@ class Ranks:
 
     def max(self, values: Sequence[float]) -> list[float]:
         """The largest of each over all ranks; NaN if one is NaN."""
-        numbers = _float64(values)
-        flagged = torch.cat([numbers.nan_to_num(nan=-math.inf, posinf=math.inf, neginf=-math.inf), numbers.isnan()])
+        is_nan = [*map(math.isnan, values)]
+        numbers = [*(-math.inf if bad else value for bad, value in zip(is_nan, values, strict=True)), *is_nan]
         for mesh in self.meshes * self.rounds:
-            flagged = all_reduce(mesh, flagged, largest=True)
-        largest, is_nan = flagged.chunk(2)
-        return torch.where(is_nan > 0, math.nan, largest).tolist()
+            numbers = self._all_reduce(mesh, numbers, dist.ReduceOp.MAX)
+        largest, flags = numbers[: len(values)], numbers[len(values) :]
+        return [math.nan if bad else number for bad, number in zip(flags, largest, strict=True)]
+
+    def _all_reduce(self, mesh: Any, numbers: Sequence[float], op: Any) -> list[float]:
+        """Reduce numbers over a mesh, one collective a dimension."""
+        tensor = torch.tensor(numbers, dtype=torch.float64, device=mesh.device_type)
+        for group in self._groups[mesh]:
+            dist.all_reduce(tensor, op=op, group=group)
+        return tensor.tolist()
 
     def gather(self, item: Any) -> dict[int, Any]:
         """What each rank passes, by its global rank."""
@@ -128,14 +137,6 @@ def gather(meshes: Iterable[Any], item: Any) -> dict[int, Any]:
     return dict(sorted(found.items()))
 
 
-def all_reduce(mesh: Any, numbers: Tensor, largest: bool = False) -> Tensor:
-    """Sum numbers over a mesh, or take the largest, one collective a dimension; they come back on the CPU."""
-    numbers = numbers.to(mesh.device_type)
-    for group in _groups(mesh):
-        dist.all_reduce(numbers, op=dist.ReduceOp.MAX if largest else dist.ReduceOp.SUM, group=group)
-    return numbers.cpu()
-
-
 def _order(mesh: Any) -> tuple[Any, ...]:
     """A place among all meshes, the same on every rank; with one for each mesh, no two ranks wait for each other.
 
@@ -150,5 +151,6 @@ def _groups(mesh: Any) -> list[Any]:
     return [mesh.get_group(dim) for dim in range(mesh.ndim) if mesh.size(dim) > 1]
 
 
-def _float64(numbers: Sequence[float]) -> Tensor:
-    return torch.tensor(numbers, dtype=torch.float64, device="cpu")
+def _add(numbers: Sequence[float], others: Sequence[float], parts: float) -> list[float]:
+    """A part of the others added to each number."""
+    return [number + other / parts for number, other in zip(numbers, others, strict=True)]

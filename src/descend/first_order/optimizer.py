@@ -15,6 +15,7 @@ from torch.optim import optimizer as torch_optimizer
 from typing_extensions import Unpack
 
 from descend.checkpoint import per_parameter
+from descend.checkpoint.consolidate import consolidated
 from descend.checkpoint.matching import Hyperparameters, IncompatibleKeys, Match
 from descend.checkpoint.reading import set_state
 from descend.core.groups import ParamsT, grouped, named
@@ -22,6 +23,7 @@ from descend.core.method import Method
 from descend.core.options import Options, StepOptions, shows_options
 from descend.core.undecorated import undecorated
 from descend.diagnostics.summary import Row, summarize
+from descend.distributed.shard_state import state_mesh
 from descend.sparse.attach import Tables, attach
 from descend.state.container import State
 from descend.state.make import init_state
@@ -59,6 +61,9 @@ class FirstOrder(Method):
         state_pages: how the state of sparse parameters is committed. ``"touched"``: only the pages of touched rows.
             ``"all"``: all of it at the first step. ``"auto"``: all of it if memory is plentiful and the rows are
             scattered, see docs/sparse.md. Default: ``"auto"``.
+        shard_state: a process group or a one-dimensional ``DeviceMesh``, for parameters that all of its ranks have
+            whole, with equal gradients, as under DistributedDataParallel: each rank keeps the state of its part,
+            updates it, and receives the others, see docs/distributed.md. Default: None.
     Raises:
         ValueError: if an option is out of range; nothing has been changed then.
     """
@@ -74,13 +79,14 @@ class FirstOrder(Method):
         self.check_step_options()
         self.skipped_steps = 0
         self.grad_norm = None
-        self.agreed_meshes = set()
+        self.agreed_meshes, self.state_meshes = set(), {}
         self._tables = Tables()
         self._use(WholeStep(self._tables))
         self.check_group(defaults)  # before a generator of parameters is used up
         params, self._patterns = (named(params), {}) if groups is None else grouped(name, params, groups, defaults)
         super().__init__(params, defaults)
         self.state = State.owned_by(self)
+        state_mesh(self)  # raises for what shard_state cannot be
 
     # The step.
 
@@ -265,6 +271,21 @@ class FirstOrder(Method):
         self._tables.write_schedules(self)
         return per_parameter.save(self, undecorated(Optimizer.state_dict))
 
+    def consolidated_state_dict(self, to: int = 0) -> dict[str, Any] | None:
+        """The whole state of an optimizer with ``shard_state`` in torch's format, on one rank. All ranks must call it.
+
+        ``load_state_dict`` takes it on any number of ranks, as do torch's optimizers. The state travels bucket by
+        bucket: the other ranks need memory for one bucket.
+
+        Args:
+            to: the rank, in the process group of ``shard_state``, that receives it. Default: 0.
+        Returns:
+            On rank ``to`` the dictionary, the parts that were on several ranks in new memory on the CPU; else None.
+        Raises:
+            ValueError: if there is no such rank.
+        """
+        return consolidated(self, self.state_dict(), to)
+
     def load_state_dict(  # type: ignore[override]  # takes more than torch's, and may return what it left out
         self,
         state_dict: Mapping[str, Any],
@@ -304,7 +325,9 @@ class FirstOrder(Method):
     def __getstate__(self) -> dict[str, Any]:
         self._tables.write_schedules(self)
         ours = ("skipped_steps", "grad_norm", "_patterns")
-        return {**super().__getstate__(), **vars(self.options), **{name: getattr(self, name) for name in ours}}
+        # A process group cannot be copied; its mesh can, and finds the group by its name.
+        options = {**vars(self.options), "shard_state": state_mesh(self)}
+        return {**super().__getstate__(), **options, **{name: getattr(self, name) for name in ours}}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         if "_tables" in self.__dict__:
@@ -313,7 +336,7 @@ class FirstOrder(Method):
         set_state(self, {key: value for key, value in state.items() if key not in options})
         self.options = replace(self.__dict__.get("options", StepOptions()), **options)
         if "_tables" not in self.__dict__:
-            self.agreed_meshes = set()
+            self.agreed_meshes, self.state_meshes = set(), {}
             self._tables = Tables()
             self._driver = WholeStep(self._tables)
         self._use(self._driver)

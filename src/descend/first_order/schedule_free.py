@@ -11,7 +11,11 @@ from typing_extensions import Unpack
 from descend import rules
 from descend.core.checks import check_adam, check_not_negative
 from descend.core.groups import ParamsT
+from descend.core.interrupts import DeferredSignals
 from descend.core.options import Options
+from descend.distributed.dtensors import is_dtensor, local_of
+from descend.distributed.gather import gather_params
+from descend.distributed.shard_state import as_sharded
 from descend.first_order.optimizer import FirstOrder
 from descend.state.container import checked_state
 
@@ -108,19 +112,29 @@ class AdamWScheduleFree(FirstOrder):
 
     @torch.no_grad()
     def _switch(self, train: bool) -> None:
-        for group in self.param_groups:
-            for param in group["params"]:
-                checked_state(self, param, param, ("z",), group, self.state_of(param))
-        for group in self.param_groups:
-            if group["train_mode"] == train:
-                continue
-            beta1 = group["betas"][0]
-            weight = 1 - beta1 if train else 1 - 1 / beta1  # y = x + (1 - beta1) (z - x), solved for x
-            for param in group["params"]:
-                z = self.state_of(param).get("z")
-                if z is not None:
-                    param.copy_(param + weight * (z - param))
-            group["train_mode"] = train
+        groups = [group for group in self.param_groups if group["train_mode"] != train]
+        parts = [self._parts(group) for group in self.param_groups]
+        with DeferredSignals():
+            for group, pairs in zip(self.param_groups, parts, strict=True):
+                if group["train_mode"] == train:
+                    continue
+                beta1 = group["betas"][0]
+                weight = 1 - beta1 if train else 1 - 1 / beta1  # y = x + (1 - beta1) (z - x), solved for x
+                for part, z in pairs:
+                    part.copy_(part + weight * (z - part))
+                group["train_mode"] = train
+            moved = [param for group in groups for param in group["params"] if "z" in self.state_of(param)]
+            torch.autograd.graph.increment_version([param for param in moved if is_dtensor(param)])
+            gather_params(self, moved)
+
+    def _parts(self, group: Mapping[str, Any]) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """This rank's part of each parameter of a group, and of its z."""
+        pairs = []
+        for param in group["params"]:
+            part = local_of(as_sharded(self, param))
+            state = checked_state(self, param, part, ("z",), group, self.state_of(param))
+            pairs += [(part, local_of(z)) for _, z in state]
+        return pairs
 
     def scalars(self, group: Mapping[str, Any], step: float) -> tuple[Any, ...]:
         if not group["train_mode"]:

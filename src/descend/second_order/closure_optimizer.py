@@ -17,6 +17,7 @@ from torch.optim import Optimizer
 from descend.checkpoint.matching import check_choices
 from descend.checkpoint.reading import restore, set_state, unusable_is_value_error
 from descend.core.undecorated import undecorated
+from descend.distributed.agreement import check_agreement
 from descend.second_order import flat_checkpoint
 from descend.second_order.parameters import FlatParameters
 from descend.second_order.result import Result, Solver, Status, result_of
@@ -60,6 +61,7 @@ class ClosureOptimizer(Optimizer, ABC):
             TypeError, ValueError, RuntimeError: if the closure returns no real scalar, or gives no gradient. After an
                 exception from the closure the parameters are at the last accepted point, and the next step continues
                 from there.
+            RuntimeError: if ranks that share the parameters disagree about the optimizer.
             MemoryError: if a dense Hessian would not fit; nothing has been evaluated then.
         """
         if torch.compiler.is_compiling():  # a graph break: a compiled program calls the step, it does not trace it
@@ -81,6 +83,7 @@ class ClosureOptimizer(Optimizer, ABC):
                 return self.init_state()
             point = flat_parameters(self.param_groups, type(self).__name__)
             self.check_options(self.param_groups[0])  # groups may have been edited
+            check_agreement(self)
             loss, solver, status, message = self.run_solver(closure, point)
             self.result = result_of(
                 solver, status, message, point.params, point.split, began=began, maximize=self.is_maximizing

@@ -18,6 +18,7 @@ from descend.core import memory
 from descend.core.memory import as_real
 from descend.core.method import Method, StateSpec
 from descend.distributed.dtensors import is_dtensor, layout_of, like, local_of, same_layout
+from descend.distributed.shard_state import as_sharded
 from descend.state import lazy_memory
 
 
@@ -112,7 +113,7 @@ def new_tensor(param: Tensor, spec: StateSpec, lazy: bool = False) -> Tensor:
     Both parts of a complex number start as the number: a step treats them as two real ones.
 
     Args:
-        param: the parameter.
+        param: the parameter, or what ``as_sharded`` made of it.
         spec: what to make.
         lazy: whether zeros lie in lazily committed memory.
     """
@@ -174,11 +175,12 @@ def checked_state(
                 f"{who}: {name} of {method.name_of(param)} has shape {tuple(tensor.shape)}, "
                 f"expected {tuple(expected)}. Nothing has moved."
             )
-        if tensor.shape == param.shape and not same_layout(tensor, param):
+        if tensor.shape == param.shape and not same_layout(tensor, sharded := as_sharded(method, param)):
             raise RuntimeError(
-                f"{who}: {name} of {method.name_of(param)} has {layout_of(tensor)}, the parameter {layout_of(param)}. "
-                "They must lie on the same ranks: load the state with set_optimizer_state_dict of "
-                "torch.distributed.checkpoint.state_dict. Nothing has moved."
+                f"{who}: {name} of {method.name_of(param)} has {layout_of(tensor)}, the parameter "
+                f"{layout_of(sharded)}. They must lie on the same ranks: load the state with set_optimizer_state_dict "
+                "of torch.distributed.checkpoint.state_dict; after setting shard_state, load_state_dict(state_dict()) "
+                "moves it. Nothing has moved."
             )
     if local is not param:
         tensors = [(name, local_of(tensor)) for name, tensor in tensors]

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from descend.core.method import Method
 from descend.core.signature import signature
+from descend.distributed.shard_state import as_sharded
 from descend.state.container import InitialState, new_tensor, scalar_tensor
 
 
@@ -38,7 +39,8 @@ def ensure_state(
     state.update(zip(scalars, scalar_tensors(method, scalars, param, group, state), strict=True))
     for name in names:
         if not isinstance(state.get(name), Tensor):
-            state[name] = new_tensor(param, method.state_spec(name, param, group), lazy)
+            sharded = as_sharded(method, param)
+            state[name] = new_tensor(sharded, method.state_spec(name, sharded, group), lazy)
     return state
 
 

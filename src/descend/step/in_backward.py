@@ -260,6 +260,11 @@ NO_SCALER = (
 
 def _check_step_options(optimizer: Method, clip: str | None, nonfinite: str | None) -> None:
     """Raise if an option would silently do something else. Options may be edited at any time."""
+    if optimizer.shard_state is not None:
+        raise ValueError(
+            "in_backward: with shard_state all ranks step together, but inside backward gradients come in any order. "
+            "Leave out shard_state: whole state, but no gradients are kept; or step after backward."
+        )
     if optimizer.max_norm is not None and clip is None:
         raise ValueError(
             f"in_backward: max_norm={optimizer.max_norm} limits the norm of all gradients together, which is only "

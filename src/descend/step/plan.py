@@ -13,22 +13,22 @@ import torch
 from torch import Tensor
 
 from descend.backends import EAGER, available
-from descend.backends.backend import Backend
 from descend.backends.cpu.probe import make_probe
 from descend.core import memory
 from descend.core.method import Method
 from descend.core.signature import Kind, signature
-from descend.core.update import Cell, Update
+from descend.core.update import Cell
 from descend.distributed.agreement import Agreement
 from descend.distributed.dtensors import layout_of, local_of
 from descend.distributed.local_params import LocalParams
 from descend.distributed.ranks import Ranks, Share
+from descend.distributed.shard_state import as_sharded, state_mesh
 from descend.norms import clip
 from descend.sparse.attach import Tables
-from descend.sparse.update import SparseUpdate
 from descend.state.container import State, checked_state
 from descend.state.make import reserve_state, state_dtypes
-from descend.step.updates import Entry, LaunchUpdate, SingleUpdate
+from descend.step.stages import Stage, make_stages, make_updates, run_stages
+from descend.step.updates import Entry
 
 
 class Placement(NamedTuple):
@@ -94,17 +94,24 @@ class Plan:
         last = previous._locals if previous else None
         self._locals: LocalParams = LocalParams(method, listed, last, reads=only_with_grad)
         self._ranks = Ranks(self._locals.shares())
-        self._agreement = Agreement(method, self._ranks) if self._ranks.meshes else None
-        self._alone = "" if position is None or not listed else method.name_of(listed[0])
+        self._agreement = Agreement(self._ranks) if self._ranks.meshes else None
+        self._meshes = {"the number of meshes that are in no larger one": str(self._ranks.rounds)}
+        alone = "" if position is None or not listed else method.name_of(listed[0])
+        self._collectives = {**self._meshes, "which gradient is next": alone}  # of a norm
         entries: list[Entry] = []
         for index, params, rule, differentiable in self._groups:
             for param in params:
                 if (not only_with_grad or param.grad is not None) and self._locals.is_here(param):
                     entries.append(self._entry(method, tables, index, rule, param, differentiable))
-        self._entries = _in_order_where_memory_is_shared(entries)
+        self._entries = _in_order_where_memory_is_shared(entries, self._locals)
         if self._requested not in ("auto", EAGER.name):
             self._refuse_eager(method)
-        self._updates = self._make_updates(method, tables)
+        self._stages: list[Stage] = []
+        if self._locals.wholes():
+            self._stages = make_stages(method, tables, self._entries, self._locals)
+            self._updates = [update for stage in self._stages for update in stage.updates]
+        else:
+            self._updates = make_updates(method, tables, self._entries)
         self._probe: Any = None
 
     def _selected(self, groups: list[dict[str, Any]]) -> list[tuple[int, dict[str, Any], list[Tensor]]]:
@@ -128,6 +135,7 @@ class Plan:
         sparse = method.meaning_of_sparse(param, group)
         entry = Entry(param, local, share, index, rule, state, EAGER, "backend='eager'", sparse, in_order=False)
         if differentiable:
+            self._check_not_cut(method, param)
             return entry._replace(local=param, share=None, reason="differentiable=True", in_order=True)
         for backend in available(self._requested):
             if sparse:
@@ -144,8 +152,16 @@ class Plan:
         if kind == "matrix" and share is not None and share.replicas < share.mesh.size():
             raise RuntimeError(
                 f"{type(method).__name__}: a rule of whole matrices cannot update shards, but {method.name_of(param)} "
-                f"has {layout_of(param)}: leave it unsharded (Replicate), or use an element-wise optimizer for it. "
-                "Nothing has moved."
+                f"has {layout_of(as_sharded(method, param))}: leave it unsharded (Replicate, no shard_state), or use "
+                "an element-wise optimizer for it. Nothing has moved."
+            )
+
+    def _check_not_cut(self, method: Method, param: Tensor) -> None:
+        """Raise ``RuntimeError`` if other ranks would take a part of a step that is to be differentiated."""
+        if self._locals.cut_of(param) is not None:
+            raise RuntimeError(
+                f"{type(method).__name__}: a step that other ranks take a part of cannot be differentiated: leave out "
+                "`differentiable`, or shard_state. Nothing has moved."
             )
 
     def _refuse_eager(self, method: Method) -> None:
@@ -156,34 +172,6 @@ class Plan:
                     f"{type(method).__name__}: backend={self._requested!r} cannot run {method.name_of(entry.param)}: "
                     f"{entry.reason}. Use backend='auto' to run such parameters eagerly."
                 )
-
-    def _make_updates(self, method: Method, tables: Tables) -> list[Update]:
-        """Launches first, then sparse updates, then those that must keep the order of the groups."""
-        launched: dict[tuple[str, Share | None], tuple[Backend, list[Entry]]] = {}
-        sparse: list[Update] = []
-        in_order: list[Update] = []
-        for entry in self._entries:
-            if entry.sparse:
-                table = tables.of(entry.param) if entry.sparse == "exact" else None
-                update = SparseUpdate(
-                    method,
-                    entry.param,
-                    entry.local,
-                    entry.share,
-                    entry.group,
-                    entry.rule,
-                    entry.sparse,
-                    entry.backend,
-                    table,
-                )
-                (in_order if entry.in_order else sparse).append(update)
-            elif entry.in_order:
-                differentiable = bool(method.param_groups[entry.group].get("differentiable"))
-                in_order.append(SingleUpdate(entry, differentiable))
-            else:
-                launched.setdefault((entry.backend.name, entry.share), (entry.backend, []))[1].append(entry)
-        launches = [LaunchUpdate(method, backend, entries) for backend, entries in launched.values()]
-        return [*launches, *sparse, *in_order]
 
     # What a step asks, in this order.
 
@@ -221,8 +209,8 @@ class Plan:
             sums: dict[Share | None, list[float]] = {None: [0.0]}
             for update in self._updates:
                 sums.setdefault(update.share, [0.0])[0] += update.sum_of_squares()
-            totals, agreed = self._ranks.reduce(sums, self._agreement.numbers(method, self._alone))
-            self._agreement.check(method, agreed, self._alone)
+            totals, agreed = self._ranks.reduce(sums, self._agreement.numbers(method, self._collectives))
+            self._agreement.check(method, agreed, self._collectives)
             (total,) = self._ranks.agree(totals)
         if math.isfinite(total):
             return math.sqrt(total)
@@ -249,8 +237,15 @@ class Plan:
 
     def shake_hands(self, method: Method) -> None:
         """Raise ``RuntimeError`` if ranks that share parameters disagree about the optimizer. Asked once."""
-        if self._agreement is not None:
-            self._agreement.shake_hands(method)
+        if self._agreement is not None and not self._stages:
+            self._agreement.shake_hands(method, self._meshes if method.options.wants_norm else {})
+
+    def confirm(self, method: Method) -> None:
+        """Wait, if ranks will exchange what they update, until all of them are about to; raise if they disagree."""
+        if self._agreement is not None and self._stages:
+            grads = [entry.param.grad for entry in self._entries if entry.sparse]
+            named = [tuple(grad._indices().shape) for grad in grads if grad is not None]
+            self._agreement.confirm(method, {"sparse gradients": f"indices of shapes {named}" if named else ""})
 
     def set_scalars(self, method: Method, scale: float) -> None:
         """Form every scalar of the coming step, so that an option that cannot be used raises before anything moves."""
@@ -265,7 +260,7 @@ class Plan:
     @property
     def is_atomic(self) -> bool:
         """Whether ``run`` is all or nothing, whatever interrupts it, and no state is missing."""
-        return self._has_state and len(self._updates) == 1 and self._updates[0].is_atomic
+        return self._has_state and not self._stages and len(self._updates) == 1 and self._updates[0].is_atomic
 
     @torch.no_grad()
     def make_state(self, method: Method) -> None:
@@ -280,17 +275,21 @@ class Plan:
             self._tensors += update.state_tensors()
             cells |= update.cells()
         watched = [self._locals.of(param) for _, params, _, _ in self._groups for param in params]
+        watched += self._locals.wholes()
         spans = np.concatenate([np.zeros((0, 2), np.int64), *(update.written() for update in self._updates)])
         written = spans[np.argsort(spans[:, 0])]
         tensors = [local_of(tensor) for _, _, tensor in self._tensors]
         wrappers = [self._locals.wrapper_of(param) for _, params, _, _ in self._groups for param in params]
         reads_cells = all(entry.local in cells for entry in self._entries if entry.share is not None)
-        wrappers = wrappers if reads_cells and self._locals.are_direct() else []
+        wrappers = wrappers if reads_cells and not self._stages and self._locals.are_direct() else []
         self._probe = make_probe(watched, [cells.get(param) for param in watched], tensors, written, wrappers)
         self._has_state = True
 
     def run(self, method: Method) -> None:
         """Take the step."""
+        if self._stages:
+            run_stages(method, self._stages, state_mesh(method))
+            return
         for update in self._updates:
             update.run(method)
 
@@ -358,7 +357,7 @@ class Plan:
         ]
 
 
-def _in_order_where_memory_is_shared(entries: Sequence[Entry]) -> list[Entry]:
+def _in_order_where_memory_is_shared(entries: Sequence[Entry], params: LocalParams) -> list[Entry]:
     """Give parameters that share memory to the eager backend, one after the other.
 
     Memory counts as shared when two tensors of a step overlap and at least one of them is written. Eager parameters
@@ -367,13 +366,16 @@ def _in_order_where_memory_is_shared(entries: Sequence[Entry]) -> list[Entry]:
     spans = []
     for i, entry in enumerate(entries):
         state = [local_of(value) for value in entry.state.values() if isinstance(value, Tensor)]
-        for tensor, is_written in ((entry.local, True), (entry.local.grad, False), *((s, True) for s in state)):
+        # What overlaps on another rank counts here too: all must take the same order.
+        local = entry.local if params.cut_of(entry.param) is None else entry.param
+        for tensor, is_written in ((local, True), (local.grad, False), *((s, True) for s in state)):
             if tensor is not None and (span := memory.span(tensor)):
                 spans.append((*span, is_written, i))
     entries, shared, counts = list(entries), memory.overlapping(spans), Counter(id(entry.param) for entry in entries)
     for i, entry in enumerate(entries):
         is_unknown = entry.backend is EAGER and entry.local.numel() > 0 and memory.span(entry.local) is None
-        if i in shared or counts[id(entry.param)] > 1 or is_unknown:
+        shares_memory = i in shared or counts[id(entry.param)] > 1
+        if shares_memory or is_unknown:
             reason = entry.reason or "shares memory with another tensor of the step"
-            entries[i] = entry._replace(backend=EAGER, reason=reason, in_order=True)
+            entries[i] = entry._replace(backend=EAGER, reason=reason, in_order=True, shares_memory=shares_memory)
     return entries

@@ -53,6 +53,7 @@ def take_step(
             with DeferredSignals():
                 plan.set_scalars(method, scale * coefficient)
                 plan.make_state(method)
+                plan.confirm(method)
                 plan.run(method)
                 if position is None:
                     method.end_step()

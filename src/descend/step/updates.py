@@ -39,6 +39,7 @@ class Entry(NamedTuple):
         reason: why it runs eagerly; None for a compiled backend.
         sparse: what its gradient means, if that is sparse: "all", "touched" or "exact".
         in_order: whether it must be updated by itself, in the order of the groups.
+        shares_memory: whether another tensor of the step, or the parameter itself once more, is what it changes.
     """
 
     param: Tensor
@@ -51,6 +52,7 @@ class Entry(NamedTuple):
     reason: str | None
     sparse: str | None
     in_order: bool
+    shares_memory: bool = False
 
 
 class _ScalarsRow:
