@@ -115,7 +115,7 @@ def not_listed(rank: int) -> str:
 def test_ranks_that_would_send_differently_are_told() -> None:
     first, second, _ = on_ranks(3, not_listed, timeout=5)
     assert first == second
-    assert "AdamW: ranks 0 and 1 disagree about the number of meshes that are in no larger one: 1 and 2." in first
+    assert "AdamW: ranks 0 and 1 disagree about meshes that are in no larger one: 1 and 2." in first
 
 
 def on_threads(rank: int, world: int, work: Any) -> list[Any]:

@@ -53,10 +53,10 @@ class Agreement:
         """Wait for all ranks. Raise ``RuntimeError``, on every rank, if they disagree; ``more`` as in ``numbers``."""
         self.check(optimizer, self._ranks.reduce({}, self.numbers(optimizer, more))[1], more)
 
-    def shake_hands(self, method: Method, more: Description = NOTHING) -> None:
+    def shake_hands(self, method: Method) -> None:
         """Raise ``RuntimeError`` if ranks disagree. Once, at the first step: later ones may reduce nothing."""
         if fresh := [mesh for mesh in self._ranks.meshes if mesh not in method.agreed_meshes]:
-            self.confirm(method, more)
+            self.confirm(method)
             method.agreed_meshes.update(fresh)
 
 

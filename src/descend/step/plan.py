@@ -95,9 +95,7 @@ class Plan:
         self._locals: LocalParams = LocalParams(method, listed, last, reads=only_with_grad)
         self._ranks = Ranks(self._locals.shares())
         self._agreement = Agreement(self._ranks) if self._ranks.meshes else None
-        self._meshes = {"the number of meshes that are in no larger one": str(self._ranks.rounds)}
-        alone = "" if position is None or not listed else method.name_of(listed[0])
-        self._collectives = {**self._meshes, "which gradient is next": alone}  # of a norm
+        self._collectives = self._collectives_of_norm(method, listed) if self._agreement else {}
         entries: list[Entry] = []
         for index, params, rule, differentiable in self._groups:
             for param in params:
@@ -113,6 +111,11 @@ class Plan:
         else:
             self._updates = make_updates(method, tables, self._entries)
         self._probe: Any = None
+
+    def _collectives_of_norm(self, method: Method, listed: list[Tensor]) -> dict[str, str]:
+        """What decides which collectives a norm needs: ranks must agree about it, or would wait for each other."""
+        alone = "" if self._position is None or not listed else method.name_of(listed[0])
+        return {"meshes that are in no larger one": str(self._ranks.rounds), "which gradient is next": alone}
 
     def _selected(self, groups: list[dict[str, Any]]) -> list[tuple[int, dict[str, Any], list[Tensor]]]:
         """The groups of this plan: index, options, and the parameters in it, which may be one of the group's."""
@@ -238,7 +241,7 @@ class Plan:
     def shake_hands(self, method: Method) -> None:
         """Raise ``RuntimeError`` if ranks that share parameters disagree about the optimizer. Asked once."""
         if self._agreement is not None and not self._stages:
-            self._agreement.shake_hands(method, self._meshes if method.options.wants_norm else {})
+            self._agreement.shake_hands(method)
 
     def confirm(self, method: Method) -> None:
         """Wait, if ranks will exchange what they update, until all of them are about to; raise if they disagree."""
