@@ -113,7 +113,7 @@ def of_any_layout(put: Put, options: dict[str, Any]) -> Fit:
 
 
 @pytest.mark.parametrize("line_search_fn", ["strong_wolfe", "hager_zhang"])
-@pytest.mark.parametrize("name", LAYOUTS)
+@pytest.mark.parametrize("name", [name for name in LAYOUTS if name != "some ranks"])
 def test_lbfgs_equals_one_process_on_any_layout(name: str, line_search_fn: str) -> None:
     options = dict(line_search_fn=line_search_fn, max_iter=8, weight_decay=0.01)
     expected = of_any_layout(lambda index, tensor: tensor.clone(), options)
