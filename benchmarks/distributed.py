@@ -15,17 +15,15 @@ with something else, or with fewer cores than ranks, only CPU times mean somethi
 
 from __future__ import annotations
 
-import argparse
 import json
 from collections.abc import Iterable
 from fnmatch import fnmatchcase
-from pathlib import Path
 from typing import Any, NamedTuple
 
 from contest import FOREACH, FUSED, OURS, Pace
 from process_group import on_ranks
 from sharded import Case, Measured, Memory, Turn, measure_state, time_case
-from step import environment
+from step import environment, parse_arguments
 
 Results = dict[str, dict[str, Measured]]
 """Case name -> contender -> what was measured."""
@@ -209,36 +207,17 @@ def report_figures(results: Results, memories: Memories) -> list[dict[str, Any]]
     ]
 
 
-def parse_arguments(names: list[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="Time steps of sharded parameters, ours against torch's.")
-    parser.add_argument(
-        "--only",
-        metavar="PATTERN",
-        default="*",
-        help="run what has the pattern in its name, as in dtensors1000-clip or state-",
-    )
-    parser.add_argument(
-        "--quick",
-        action="store_true",
-        help="cut the models down: shows that the script works, measures nothing",
-    )
-    parser.add_argument("--json", metavar="FILE", type=Path, help="also write everything measured")
-    arguments = parser.parse_args()
-    if arguments.json and not arguments.json.parent.is_dir():  # said now, not after ten minutes
-        parser.error(f"--json: there is no folder {arguments.json.parent}.")
-    arguments.names = {name for name in names if fnmatchcase(name, f"*{arguments.only}*")}
-    if not arguments.names:
-        parser.error(f"--only: nothing matches {arguments.only!r}. There is {', '.join(names)}.")
-    return arguments
-
-
 def as_json(measured: Measured) -> dict[str, Any]:
     return {**measured._asdict(), "wall": measured.wall._asdict(), "cpu": measured.cpu._asdict()}
 
 
 def main() -> None:
     cases = all_cases()
-    arguments = parse_arguments([*(case.name for case in cases), *(memory_name(*model) for model in MEMORY)])
+    arguments = parse_arguments(
+        [*(case.name for case in cases), *(memory_name(*model) for model in MEMORY)],
+        "Time steps of sharded parameters, ours against torch's.",
+        "dtensors1000-clip or state-",
+    )
     plan = QUICK if arguments.quick else FULL
     about = environment()
     print(", ".join(f"{key} {value}" for key, value in about.items()))

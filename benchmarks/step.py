@@ -308,18 +308,26 @@ def environment() -> dict[str, str | int]:
     }
 
 
-def parse_arguments(names: list[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="Time an optimizer step, ours against torch's.")
+def parse_arguments(names: list[str], description: str, example: str, listing: str = "") -> argparse.Namespace:
+    """Arguments of the command line.
+
+    Args:
+        names: of the cases; those to run are the attribute ``names``.
+        description: of the script.
+        example: patterns of names.
+        listing: how to list the names in a message. Default: all of them.
+    """
+    parser = argparse.ArgumentParser(description=description)
     parser.add_argument(
         "--only",
         metavar="PATTERN",
         default="*",
-        help="run what has the pattern in its name, as in adamw-*-gpt2 or first-step",
+        help=f"run what has the pattern in its name, as in {example}",
     )
     parser.add_argument(
         "--quick",
         action="store_true",
-        help="cut the shapes down: shows that the script works, measures nothing",
+        help="cut the sizes down: shows that the script works, measures nothing",
     )
     parser.add_argument("--json", metavar="FILE", type=Path, help="also write everything measured")
     arguments = parser.parse_args()
@@ -327,17 +335,19 @@ def parse_arguments(names: list[str]) -> argparse.Namespace:
         parser.error(f"--json: there is no folder {arguments.json.parent}.")
     arguments.names = {name for name in names if fnmatchcase(name, f"*{arguments.only}*")}
     if not arguments.names:
-        parser.error(
-            f"--only: nothing matches {arguments.only!r}. There is "
-            f"({'|'.join(METHODS)})-({'|'.join(DTYPES)})-({'|'.join(SHAPES)})-(plain|clip)-"
-            f"(fixed|fresh), {', '.join((PYTHON_PROBE, TRAINING, *STARTUP))}."
-        )
+        parser.error(f"--only: nothing matches {arguments.only!r}. There is {listing or ', '.join(names)}.")
     return arguments
 
 
 def main() -> None:
     models, python = model_cases(), python_cases()
-    arguments = parse_arguments([*(case.name for case in models + python), PYTHON_PROBE, TRAINING, *STARTUP])
+    arguments = parse_arguments(
+        [*(case.name for case in models + python), PYTHON_PROBE, TRAINING, *STARTUP],
+        "Time an optimizer step, ours against torch's.",
+        "adamw-*-gpt2 or first-step",
+        f"({'|'.join(METHODS)})-({'|'.join(DTYPES)})-({'|'.join(SHAPES)})-(plain|clip)-(fixed|fresh), "
+        f"{', '.join((PYTHON_PROBE, TRAINING, *STARTUP))}",
+    )
     plan = QUICK if arguments.quick else FULL
     models = [case for case in models if case.name in arguments.names]
     python = [case for case in python if case.name in arguments.names]
