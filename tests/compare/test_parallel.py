@@ -96,6 +96,7 @@ def test_curve_is_that_of_one_process(way: str, one: dict[str, Any], tmp_path: P
         assert run_of_two["optimizer_seconds"] == max(rank["optimizer_seconds"] for rank in run_of_two["ranks"]) > 0
 
 
+@pytest.mark.slow
 def test_curve_of_four_ranks_is_that_of_one_process(one: dict[str, Any], tmp_path: Path) -> None:
     four = compare(tmp_path, "text", OPTIMIZERS[-1], nproc=4, parallel="fsdp")
     assert_same_curves(four, {"runs": one["runs"][-1:]})
@@ -187,7 +188,8 @@ FAULTS = {
 }
 
 
-@pytest.mark.parametrize("fault", ["raises", pytest.param("killed", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("fault", ["raises", "killed"])
 def test_rank_that_fails_ends_the_others(fault: str, tmp_path: Path) -> None:
     code, message, status = FAULTS[fault]
     (tmp_path / "sitecustomize.py").write_text(FAULT.format(code))

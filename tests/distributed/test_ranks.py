@@ -57,6 +57,7 @@ def test_rank_that_hangs_is_an_error() -> None:
         on_ranks(2, hang_on_one, timeout=1)
 
 
+@pytest.mark.slow  # new processes have to be started
 def test_rank_that_dies_is_an_error() -> None:
     with pytest.raises(RankError, match="rank 0 of 1 has died"):
         on_ranks(1, die)
