@@ -8,7 +8,6 @@ import re
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -28,13 +27,6 @@ MODULE = [sys.executable, "-m", "descend.compare"]
 TIMEOUT = 120  # seconds for a whole command
 
 OPTIMIZERS = ("adamw", "adamw:max_norm=0.5", "torch.adamw")
-
-
-@pytest.fixture(autouse=True)
-def _keep_threads() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    yield
-    torch.set_num_threads(threads)
 
 
 def arguments(out: Path, task: str, *optimizers: str, steps: int = 3, **options: Any) -> list[str]:
@@ -77,8 +69,9 @@ def assert_same_curves(several: dict[str, Any], one: dict[str, Any], rel: float 
 @pytest.fixture(scope="module")
 def one(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """What one process writes about ``text`` in float64."""
-    out = tmp_path_factory.mktemp("one")
+    out, threads = tmp_path_factory.mktemp("one"), torch.get_num_threads()
     assert run_in(torch.float64, arguments(out, "text", *OPTIMIZERS, threads=1)) == 0
+    torch.set_num_threads(threads)  # this fixture is older than the one that restores them after each test
     return read(out)
 
 
