@@ -25,6 +25,23 @@ class RankError(AssertionError):
     """What a function raised, with the traceback of the lowest rank on which it did."""
 
 
+class RankDiedError(RankError):
+    """The process of a rank has died."""
+
+
+def on_ranks_that_may_die(world: int, function: Callable[..., Any], *args: Any) -> list[Any]:
+    """The same as ``on_ranks``, tried once more if a process dies.
+
+    For sparse gradients under DistributedDataParallel: on three ranks gloo's own thread was twice seen to crash in
+    ``malloc`` in many hundred runs (torch 2.13).
+    """
+    try:
+        return on_ranks(world, function, *args)
+    except RankDiedError as error:
+        print(f"{error}; once more", file=sys.stderr)
+        return on_ranks(world, function, *args)
+
+
 def on_ranks(world: int, function: Callable[..., Any], *args: Any, timeout: float = TIMEOUT) -> list[Any]:
     """Call ``function(rank, *args)`` on each of ``world`` ranks of a new process group.
 
@@ -51,7 +68,7 @@ def on_ranks(world: int, function: Callable[..., Any], *args: Any, timeout: floa
             answers.append(connection.recv())
         except EOFError:
             stop()
-            raise RankError(f"the process of rank {rank} of {world} has died") from None
+            raise RankDiedError(f"the process of rank {rank} of {world} has died") from None
     failed = [f"rank {rank} of {world}:\n{text}" for rank, (text, _) in enumerate(answers) if text]
     if failed:
         raise RankError(failed[0])

@@ -14,7 +14,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from exact_cases import ALLOWED, random_tables
-from ranks import on_ranks
+from ranks import on_ranks_that_may_die as on_ranks
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor, init_device_mesh
 from torch.nn.parallel import DistributedDataParallel
