@@ -7,6 +7,10 @@ each. For every parameter and its gradient it compares the address and a hash of
 and strides with what was recorded. A gradient that merely moved is no change: its new address is written into the
 table, unless it now overlaps memory that the step writes.
 
+A DTensor is watched through the tensor inside it. Its gradient is another DTensor, in which the native probe finds the
+local gradient: from the TensorImpl to the Python object, and from there to what is inside. Where it cannot,
+``distributed/local_params.py`` hands the local gradients over.
+
 The native probe reads the ``at::Tensor`` inside each Python object and owns none: ``torch.utils.swap_tensors`` works,
 and is noticed. Neither the C++ names nor the place of the ``at::Tensor`` is a stable interface. At first use they are
 looked up, and a self-test compares the answers with those of ``PythonProbe``. If a name is missing or an answer differs
