@@ -24,11 +24,16 @@ ARROWS = {
     "sparse": {"backends", "core", "distributed", "state"},
     "step": {"backends", "core", "distributed", "norms", "sparse", "state"},
     "checkpoint": {"core", "distributed", "sparse", "state"},
-    "diagnostics": {"core", "distributed"},
+    "diagnostics": {"core", "distributed", "reporting"},
     "first_order": {"checkpoint", "core", "diagnostics", "distributed", "rules", "sparse", "state", "step"},
     "second_order": {"checkpoint", "core", "distributed"},
-    "__init__": {"backends", "checkpoint", "core", "first_order", "norms", "second_order"},
-    "compare": {"__init__"},
+    "public": {"backends", "checkpoint", "core", "diagnostics", "first_order", "norms", "second_order"},
+    "__init__": {"public"},
+    "reporting": set(),
+    "compare": {"__init__", "reporting"},
+    "bench": {"__init__", "reporting"},
+    "command": {"__init__", "bench", "compare", "diagnostics", "reporting"},
+    "__main__": {"command"},
 }
 
 

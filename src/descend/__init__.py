@@ -14,83 +14,30 @@ Example:
 ``import descend as optim`` can replace ``from torch import optim``.
 """
 
-from torch.optim import Adafactor, Muon, Optimizer, lr_scheduler, swa_utils
+from __future__ import annotations
 
-from descend.backends.cpu.library import RuleError
-from descend.checkpoint.matching import IncompatibleKeys
-from descend.core.groups import no_decay
-from descend.first_order.adam import Adam, AdamW
-from descend.first_order.adam_variants import Adamax, NAdam, RAdam
-from descend.first_order.from_rule import from_rule
-from descend.first_order.in_backward import in_backward
-from descend.first_order.optimizer import FirstOrder, warmup
-from descend.first_order.schedule_free import AdamWScheduleFree
-from descend.first_order.sgd import ASGD, SGD
-from descend.first_order.signs import Lion, Rprop
-from descend.first_order.sparse_adam import SparseAdam
-from descend.first_order.squares import Adadelta, Adagrad, RMSprop
-from descend.norms.clip import clip_grad_norm_, clip_grad_value_, clip_grads_with_norm_, get_total_norm
-from descend.second_order.lbfgs import LBFGS
-from descend.second_order.minimize import minimize
-from descend.second_order.newton import Newton
-from descend.second_order.result import Progress, Result, Status
+from importlib import import_module
+from importlib.util import find_spec
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from descend.public import *
 
 __version__ = "0.1.0"
 
-__all__ = [
-    "ASGD",
-    "LBFGS",
-    "SGD",
-    "Adadelta",
-    "Adafactor",
-    "Adagrad",
-    "Adam",
-    "AdamW",
-    "AdamWScheduleFree",
-    "Adamax",
-    "FirstOrder",
-    "IncompatibleKeys",
-    "Lion",
-    "Muon",
-    "NAdam",
-    "Newton",
-    "Optimizer",
-    "Progress",
-    "RAdam",
-    "RMSprop",
-    "Result",
-    "Rprop",
-    "RuleError",
-    "SparseAdam",
-    "Status",
-    "clip_grad_norm_",
-    "clip_grad_value_",
-    "clip_grads_with_norm_",
-    "from_rule",
-    "get_total_norm",
-    "in_backward",
-    "lr_scheduler",
-    "minimize",
-    "no_decay",
-    "swa_utils",
-    "warmup",
-]
 
-try:
-    from torch.optim import swap_in_optimizer_params_and_state
-except ImportError:  # new in torch 2.13
-    pass
-else:
-    __all__ += ["swap_in_optimizer_params_and_state"]
-
-try:
-    from torch.optim import functional  # type: ignore[attr-defined, unused-ignore]
-except ImportError:  # new in torch 2.15
-    pass
-else:
-    __all__ += ["functional"]
+def __getattr__(name: str) -> Any:
+    """Import the library when a public name is first asked for, so that ``descend --help`` needs no torch."""
+    if find_spec(f"{__name__}.{name}"):
+        return import_module(f"{__name__}.{name}")
+    if name == "__all__" or not name.startswith("__"):
+        public = import_module(f"{__name__}.public")
+        globals().update({key: getattr(public, key) for key in ("__all__", *public.__all__)})
+        if name in globals():
+            return globals()[name]
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:
     """The public names."""
-    return sorted(__all__)
+    return sorted(__getattr__("__all__"))

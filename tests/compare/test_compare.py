@@ -16,12 +16,12 @@ from typing import Any
 import pytest
 import torch
 
+from descend.command.cli import main
 from descend.compare import specs
-from descend.compare.cli import main
-from descend.compare.errors import UsageError
-from descend.compare.tasks import TASKS
+from descend.compare.tasks.catalog import SUMMARIES, find_task
+from descend.reporting.errors import UsageError
 
-COMMAND = [sys.executable, "-c", "import sys; from descend.compare.cli import main; sys.exit(main())"]
+COMMAND = [sys.executable, "-c", "import sys; from descend.command.cli import main; sys.exit(main())"]
 
 
 @pytest.fixture(autouse=True)
@@ -47,7 +47,7 @@ def read(out: Path) -> dict[str, Any]:
     return results
 
 
-@pytest.mark.parametrize("task", TASKS)
+@pytest.mark.parametrize("task", SUMMARIES)
 def test_compare_trains_every_optimizer_alike(task: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "new" / "folder"
     results = compare(out, task, "sgd", "adamw:weight_decay=0.1", "torch.adamw:weight_decay=0.1", seed=1)
@@ -64,7 +64,7 @@ def test_compare_trains_every_optimizer_alike(task: str, tmp_path: Path, capsys:
         "torch.adamw:weight_decay=0.1",
     ]
     assert ours["optimizer"] == "descend.first_order.adam.AdamW"
-    assert ours["options"]["lr"] == TASKS[task].lr["adamw"]
+    assert ours["options"]["lr"] == find_task(task).lr["adamw"]
     assert ours["options"]["weight_decay"] == 0.1
     assert ours["status"] == "finished"
     assert ours["steps"] == len(ours["losses"]) == 3
@@ -74,7 +74,7 @@ def test_compare_trains_every_optimizer_alike(task: str, tmp_path: Path, capsys:
     assert 0 < ours["optimizer_seconds"] < ours["total_seconds"]
     assert ours["first_step_seconds"] > 0
     assert sgd["peak_state_bytes"] == 0
-    weights = sum(param.numel() for param in TASKS[task].model().parameters())
+    weights = sum(param.numel() for param in find_task(task).model().parameters())
     assert torchs["peak_state_bytes"] == pytest.approx(8 * weights, rel=0.01)
     assert ours["peak_state_bytes"] == torchs["peak_state_bytes"]
 
@@ -83,7 +83,7 @@ def test_compare_trains_every_optimizer_alike(task: str, tmp_path: Path, capsys:
     assert errors == ""
 
 
-@pytest.mark.parametrize("task", TASKS)
+@pytest.mark.parametrize("task", SUMMARIES)
 def test_same_seed_gives_same_curve(task: str, tmp_path: Path) -> None:
     curves = [
         compare(tmp_path / str(i), task, "adamw", seed=seed)["runs"][0]["losses"] for i, seed in enumerate((5, 5, 6))
@@ -208,13 +208,13 @@ def test_missing_extra_is_one_line(
     monkeypatch.chdir(tmp_path)
     assert main(["compare", "digits", "--steps", "1"]) == 2
     name = {"sklearn": "scikit-learn"}.get(module, module)
-    assert capsys.readouterr() == ("", f"compare needs {name}: pip install 'descend[compare]'.\n")
+    assert capsys.readouterr() == ("", f"descend: this needs {name}: pip install 'descend[compare]'.\n")
     assert list(tmp_path.iterdir()) == []
 
 
 def test_extra_is_imported_only_when_needed() -> None:
     code = (
-        "import sys, descend; import descend.compare.cli; "
+        "import sys, descend; import descend.command.cli; "
         "extra = {'typer', 'rich', 'matplotlib', 'sklearn', 'descend.compare.app'}; print(extra & {*sys.modules})"
     )
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, check=True, text=True).stdout == "set()\n"
@@ -222,7 +222,7 @@ def test_extra_is_imported_only_when_needed() -> None:
 
 def test_module_is_the_command(tmp_path: Path) -> None:
     arguments = ["digits", "--optimizer", "torch.sgd", "--steps", "1", "--out", str(tmp_path / "out")]
-    done = subprocess.run([sys.executable, "-m", "descend.compare", *arguments], capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-m", "descend", "compare", *arguments], capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (0, "")
     assert read(tmp_path / "out")["runs"][0]["optimizer_seconds"] is None  # the only step is the first
 

@@ -16,14 +16,14 @@ import torch
 from ranks import on_ranks
 from torch.distributed.distributed_c10d import PrefixStore, _get_default_store
 
+from descend.command.cli import main
 from descend.compare import group
-from descend.compare.app import run
-from descend.compare.cli import main
 from descend.compare.group import Group
 from descend.compare.parallel import WAYS
 from descend.compare.ranks import Ending, Outcome, Ranks
+from descend.compare.run import run
 
-MODULE = [sys.executable, "-m", "descend.compare"]
+MODULE = [sys.executable, "-m", "descend", "compare"]
 TIMEOUT = 120  # seconds for a whole command
 
 OPTIMIZERS = ("adamw", "adamw:max_norm=0.5", "torch.adamw")

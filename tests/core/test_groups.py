@@ -216,7 +216,7 @@ DECAYS: list[tuple[Callable[[], Any], list[str]]] = [
 ]
 
 
-@pytest.mark.parametrize(("model", "expected"), DECAYS, ids=lambda entry: str(entry)[:40])
+@pytest.mark.parametrize(("model", "expected"), DECAYS, ids=lambda entry: getattr(entry, "__name__", str(entry)[:40]))
 def test_no_decay_names_biases_norms_and_what_has_one_dimension(model: Callable[[], Any], expected: list[str]) -> None:
     assert no_decay(model()) == ([(tuple(expected), {"weight_decay": 0.0})] if expected else [])
 

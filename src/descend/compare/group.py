@@ -12,7 +12,7 @@ from torch.distributed.distributed_c10d import PrefixStore, Store
 from torch.distributed.rendezvous import rendezvous
 
 from descend.compare.ranks import Ending, Outcome
-from descend.compare.tasks import Batch
+from descend.compare.tasks.task import Batch
 
 TIMEOUT = 120.0  # seconds until ranks that wait for each other give up
 GRACE = 5.0  # seconds in which all ranks must fail for it to count as the same failure

@@ -6,7 +6,7 @@ import logging
 import signal
 import sys
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from tempfile import TemporaryDirectory
 
@@ -14,13 +14,14 @@ from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalEx
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-from descend.compare.errors import CommandError, UsageError
+from descend.compare.settings import Settings
+from descend.reporting.errors import CommandError, UsageError
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)
 
 
-def launch(nproc: int, args: Sequence[str]) -> int:
-    """Run ``descend`` with ``args`` on ``nproc`` ranks of this machine.
+def launch(settings: Settings) -> int:
+    """Compare as ``settings`` say, on ``settings.nproc`` ranks of this machine.
 
     Rank 0 reports. A rank that ends with an error ends the others; a signal goes to all ranks.
 
@@ -33,7 +34,7 @@ def launch(nproc: int, args: Sequence[str]) -> int:
         config = LaunchConfig(
             min_nodes=1,
             max_nodes=1,
-            nproc_per_node=nproc,
+            nproc_per_node=settings.nproc,
             run_id=uuid.uuid4().hex,
             rdzv_backend="c10d",
             rdzv_endpoint="localhost:0",  # a free port
@@ -43,7 +44,7 @@ def launch(nproc: int, args: Sequence[str]) -> int:
             signals_to_handle=",".join(number.name for number in SIGNALS),
         )
         try:
-            elastic_launch(config, sys.executable)("-m", "descend.compare.worker", *args)
+            elastic_launch(config, sys.executable)("-m", "descend.compare.worker", settings.to_json())
         except SignalException as error:
             return 128 + error.sigval
         except ChildFailedError as error:
@@ -55,12 +56,12 @@ def _status(error: ChildFailedError) -> int:
     """Return the exit status of the rank that failed first, or raise a ``CommandError`` with its message."""
     rank, failure = error.get_first_failure()
     if failure.exitcode < 0:
-        raise CommandError(f"compare: rank {rank} was ended by {failure.signal_name()}.")
+        raise CommandError(f"rank {rank} was ended by {failure.signal_name()}.")
     message = failure.error_file_data["message"]
     if message == "<NONE>":
         if rank == 0:  # it has reported
             return failure.exitcode
-        raise CommandError(f"compare: rank {rank} ended with exit status {failure.exitcode}.")
+        raise CommandError(f"rank {rank} ended with exit status {failure.exitcode}.")
     raise (UsageError if failure.exitcode == UsageError.status else CommandError)(message)
 
 

@@ -12,9 +12,9 @@ from torch import nn
 from torch.optim import Optimizer
 
 import descend
-from descend.compare.errors import UsageError, unknown
 from descend.compare.models import Block
 from descend.compare.specs import Construct, Spec, construct
+from descend.reporting.errors import UsageError, unknown
 
 
 @dataclass(frozen=True)
@@ -80,20 +80,20 @@ def choose(name: str | None, nproc: int, batch_size: int, contestants: Sequence[
         raise unknown("--parallel: there is no way to train", name, WAYS)
     if nproc == 1:
         if name is not None:
-            raise UsageError(f"compare: --parallel {name} needs several processes: give --nproc, 2 or more.")
+            raise UsageError(f"--parallel {name} needs several processes: give --nproc, 2 or more.")
         return ALONE
     way = WAYS[name or next(iter(WAYS))]
     if batch_size % nproc:
         raise UsageError(
-            f"compare: {nproc} processes take equal shares of a batch, so its size must be a multiple of {nproc}, "
+            f"{nproc} processes take equal shares of a batch, so its size must be a multiple of {nproc}, "
             f"got {batch_size}: choose another --batch-size or --nproc."
         )
     sparse = [spec.text for spec in contestants if spec.is_sparse]
     if sparse and not way.takes_sparse:
         raise UsageError(
-            f"compare: --parallel {way.name} has no sparse gradients, which {', '.join(sparse)} needs: "
+            f"--parallel {way.name} has no sparse gradients, which {', '.join(sparse)} needs: "
             "give other optimizers, or --parallel ddp."
         )
     if not dist.is_available() or not dist.is_gloo_available():
-        raise UsageError("compare: --nproc needs a torch that is built with torch.distributed and gloo.")
+        raise UsageError("--nproc needs a torch that is built with torch.distributed and gloo.")
     return way

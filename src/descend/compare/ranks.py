@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple, Protocol
 
-from descend.compare.tasks import Batch
+from descend.compare.tasks.task import Batch
 
 
 class Outcome(NamedTuple):

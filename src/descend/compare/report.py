@@ -18,7 +18,7 @@ from rich.markup import escape
 from rich.table import Table
 
 import descend
-from descend.compare.tasks import Task
+from descend.compare.tasks.task import Task
 from descend.compare.train import Problem, Run
 
 CAPTION = (

@@ -16,7 +16,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 import descend
-from descend.compare.errors import UsageError, unknown
+from descend.reporting.errors import UsageError, unknown
 
 Construct = Callable[[type[Optimizer], Iterable[nn.Parameter], Mapping[str, Any]], Optimizer]
 
@@ -57,7 +57,7 @@ class Spec:
                 descend.warmup(optimizer)
             return optimizer
         except Exception as error:  # an optimizer may reject an option with any exception
-            raise UsageError(f"compare: --optimizer {self.text}: {error}") from error
+            raise UsageError(f"--optimizer {self.text}: {error}") from error
 
     @property
     def is_sparse(self) -> bool:
@@ -99,7 +99,7 @@ def classes() -> dict[str, type[Optimizer]]:
     return {
         prefix + name.lower(): value
         for prefix, module in (("", descend), ("torch.", torch.optim))
-        for name, value in vars(module).items()
+        for name, value in ((name, getattr(module, name)) for name in dir(module))
         if inspect.isclass(value)
         and issubclass(value, Optimizer)
         and value.__module__.startswith(module.__name__)  # descend re-exports some of torch's own
@@ -168,14 +168,14 @@ def _parse_options(text: str, rest: str, defaults: Mapping[str, Any]) -> dict[st
     for item in re.split(r",(?![^(\[]*[)\]])", rest):  # split at commas outside brackets
         key, equals, value = (part.strip() for part in item.partition("="))
         if not (key and equals and value):
-            raise UsageError(f"compare: --optimizer {text}: expected key=value, got {item.strip()!r}.")
+            raise UsageError(f"--optimizer {text}: expected key=value, got {item.strip()!r}.")
         if key not in defaults:
             raise unknown(f"{text.partition(':')[0]} has no option", key, defaults)
         if key in options:
-            raise UsageError(f"compare: --optimizer {text}: {key} is given twice.")
+            raise UsageError(f"--optimizer {text}: {key} is given twice.")
         options[key] = _parse_value(value)
         if isinstance(options[key], str) and not isinstance(defaults[key], str | None):
-            raise UsageError(f"compare: --optimizer {text}: {key} takes a value like {defaults[key]!r}, got {value!r}.")
+            raise UsageError(f"--optimizer {text}: {key} takes a value like {defaults[key]!r}, got {value!r}.")
     return options
 
 

@@ -11,20 +11,20 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy
 from torch.optim import Optimizer
 
 import descend
 from descend.compare.parallel import Way
 from descend.compare.ranks import Outcome, Ranks
 from descend.compare.specs import Spec, embeddings
-from descend.compare.tasks import Batch, Data
+from descend.compare.tasks.task import Data, Task
 
 
 @dataclass(frozen=True)
 class Problem:
     """Everything that the optimizers of a comparison share."""
 
+    task: Task
     data: Data
     model: nn.Module
     steps: int
@@ -149,7 +149,7 @@ def compete(problem: Problem, runs: Sequence[Run], on_step: Callable[[Run], None
     # Both happen here, so that no optimizer's time includes them.
     model = problem.way.wrap(copy.deepcopy(problem.model))
     batch = problem.data.sample(problem.batch_size, torch.Generator())
-    _loss(model, problem.ranks.share(batch)).backward()  # type: ignore[no-untyped-call]
+    problem.task.loss(model, problem.ranks.share(batch)).backward()  # type: ignore[no-untyped-call]
     torch.optim.SGD(model.parameters()).zero_grad()
     for run in runs:
         error = None
@@ -179,7 +179,7 @@ def _train(problem: Problem, run: Run, on_step: Callable[[Run], None]) -> None:
     try:
         for _ in range(problem.steps):
             batch = problem.data.sample(problem.batch_size, generator)
-            loss = _loss(model, problem.ranks.share(batch))
+            loss = problem.task.loss(model, problem.ranks.share(batch))
             for optimizer in optimizers:
                 optimizer.zero_grad()
             loss.backward()  # type: ignore[no-untyped-call]
@@ -197,22 +197,8 @@ def _train(problem: Problem, run: Run, on_step: Callable[[Run], None]) -> None:
     for optimizer in optimizers:
         if isinstance(optimizer, descend.AdamWScheduleFree):
             optimizer.eval()
-    run.test_loss, run.test_accuracy = _evaluate(model, problem.data.test)
+    run.test_loss, run.test_accuracy = problem.task.score(model, problem.data.test)
     run.is_complete = True
-
-
-def _loss(model: nn.Module, batch: Batch) -> Tensor:
-    inputs, targets = batch
-    return cross_entropy(model(inputs).flatten(0, -2), targets.flatten())
-
-
-@torch.no_grad()
-def _evaluate(model: nn.Module, batch: Batch) -> tuple[float, float]:
-    """Return the loss in nats and the accuracy."""
-    inputs, targets = batch
-    logits = model(inputs)
-    loss = cross_entropy(logits.flatten(0, -2), targets.flatten())
-    return loss.item(), (logits.argmax(-1) == targets).float().mean().item()
 
 
 def _state_bytes(optimizer: Optimizer) -> int:

@@ -10,20 +10,26 @@ import time
 import traceback
 from typing import NoReturn
 
-from descend.compare.app import run
-from descend.compare.cli import guard
 from descend.compare.group import join
+from descend.compare.run import run
+from descend.compare.settings import Settings
+from descend.reporting.errors import CommandError
 
 
 def main() -> NoReturn:
-    """Run ``descend`` as one rank, and end the process."""
+    """Compare as one rank, and end the process."""
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.default_int_handler)
     try:
-        status = guard(lambda: run(sys.argv[1:], join()), _leave)
+        status = run(Settings.from_json(sys.argv[1]), join())
+    except KeyboardInterrupt:
+        status = 130
+    except CommandError as error:
+        _leave(str(error))
+        status = error.status
     except Exception as error:
         traceback.print_exc()
-        _leave(f"compare: rank {os.environ['RANK']}: {type(error).__name__}: {error}")
+        _leave(f"rank {os.environ['RANK']}: {type(error).__name__}: {error}")
         status = 1
     sys.stdout.flush()
     sys.stderr.flush()

@@ -32,7 +32,7 @@ def unknown(problem: str, given: str, known: Iterable[str]) -> UsageError:
     names = sorted(known)
     close = get_close_matches(given, names, n=1)
     hint = f" did you mean {close[0]}?" if close else ""
-    return UsageError(f"compare: {problem} {given!r};{hint} there are {', '.join(names)}.")
+    return UsageError(f"{problem} {given!r};{hint} there are {', '.join(names)}.")
 
 
 def require(*modules: str) -> None:
@@ -44,4 +44,4 @@ def require(*modules: str) -> None:
         except ImportError:
             missing.append(PACKAGES.get(module, module))
     if missing:
-        raise UsageError(f"compare needs {', '.join(missing)}: pip install 'descend[compare]'.")
+        raise UsageError(f"this needs {', '.join(missing)}: pip install 'descend[compare]'.")

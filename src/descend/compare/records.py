@@ -1,0 +1,109 @@
+"""What a comparison measures, as plain data: the lines of ``results.jsonl``.
+
+The first line is a ``Comparison``, each further line a ``Run``. NaN and Inf, which JSON does not have, are null. A run
+is written once, when it has ended; a line that a crash has cut off is ignored when the file is read.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+WINDOW = 20  # steps that a final loss, and each point of a curve, averages
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What all runs share.
+
+    Args:
+        task: name of the task.
+        summary: the task in one line.
+        loss_name: what the loss is, with its unit: "cross-entropy in nats".
+        metric_name: what else is measured on held-out data, "accuracy" or "relative error"; None for nothing.
+        metric_is_error: whether less of it is better.
+        settings: the request, defaults filled in; runs of equal settings can be resumed.
+        versions: of descend, torch and Python.
+        machine: processor, cores, threads.
+        started: date and time, ISO 8601.
+        tuned: how learning rates were chosen, in words; None if they were given or are the task's.
+    """
+
+    task: str
+    summary: str
+    loss_name: str
+    metric_name: str | None
+    metric_is_error: bool
+    settings: Mapping[str, Any]
+    versions: Mapping[str, str]
+    machine: Mapping[str, Any]
+    started: str
+    tuned: str | None = None
+
+
+@dataclass
+class Run:
+    """One optimizer with one learning rate and one seed.
+
+    Args:
+        label: the optimizer's name in tables and legends; runs that differ in ``lr`` (of a sweep) or ``seed`` alone
+            share it.
+        spec: what the user wrote.
+        optimizer: the full name of its class, or ``minimize``'s method.
+        options: its options, defaults filled in.
+        lr: its learning rate; None where it has none.
+        seed: of weights, batches and held-out part.
+        status: "finished", "diverged", "failed" or "interrupted".
+        error: why it failed.
+        diverged_at: the first step, from 1, whose loss is NaN or Inf, or from which on it stays above ten times the
+            first.
+        stopped: why a second-order method ended before the last step, in words.
+        losses: training loss before each step, of its batch.
+        seconds: time since the start of the run, at the end of each step.
+        evaluations: gradients evaluated until the end of each step: 1, 2, 3, ... without a line search.
+        parts: median seconds a step, the first excluded: "data", "forward", "backward", "norm", "optimizer"; a part
+            that does not exist, or cannot be told apart, is absent.
+        prepare_seconds: time to build the optimizer and compile its kernels.
+        first_step_seconds: time inside the optimizer in the first step, which makes the state.
+        test_steps: steps after which held-out data were evaluated; the last is the last step.
+        test_losses: loss on held-out data then.
+        test_metrics: the metric on held-out data then.
+        state_bytes: memory of the optimizer's state; by rank, None for a rank that was not heard of.
+        ranks: what else differs by rank.
+        helper: full name of a second optimizer for parameters that the first does not take.
+    """
+
+    label: str
+    spec: str
+    optimizer: str
+    options: Mapping[str, Any]
+    lr: float | None
+    seed: int
+    status: str = "interrupted"
+    error: str | None = None
+    diverged_at: int | None = None
+    stopped: str | None = None
+    losses: Sequence[float] = field(default_factory=list)
+    seconds: Sequence[float] = field(default_factory=list)
+    evaluations: Sequence[int] = field(default_factory=list)
+    parts: Mapping[str, float] = field(default_factory=dict)
+    prepare_seconds: float = 0.0
+    first_step_seconds: float | None = None
+    test_steps: Sequence[int] = field(default_factory=list)
+    test_losses: Sequence[float] = field(default_factory=list)
+    test_metrics: Sequence[float] = field(default_factory=list)
+    state_bytes: Sequence[int | None] = ()
+    ranks: Sequence[Mapping[str, float | None]] = ()
+    helper: str | None = None
+
+    @property
+    def final_loss(self) -> float | None:
+        """The mean training loss of the last ``WINDOW`` steps; None if the run diverged or has no steps."""
+        last = self.losses[-WINDOW:]
+        return sum(last) / len(last) if last and self.status != "diverged" else None
+
+
+def smooth(losses: Sequence[float]) -> list[float]:
+    """Return the mean of the last ``WINDOW`` losses at each step, so that a curve ends at ``final_loss``."""
+    return [sum(losses[max(0, i - WINDOW) : i]) / min(i, WINDOW) for i in range(1, len(losses) + 1)]
