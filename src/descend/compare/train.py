@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import gc
 import math
-import platform
 import time
 from collections.abc import Callable, Mapping, Sequence
 from statistics import median
@@ -18,7 +17,7 @@ from torch.optim import Optimizer
 from descend.compare.problem import Problem
 from descend.compare.ranks import Outcome
 from descend.compare.records import WINDOW, Run
-from descend.compare.specs import Spec
+from descend.compare.contestant import Contestant, full_name
 from descend.compare.trainer import Trainer
 
 WARM_STEPS = 3  # a table that settles rows compiles one kernel a step
@@ -27,7 +26,7 @@ TESTS = 10  # evaluations on held-out data in a run
 HOPELESS = 10.0  # times the first loss
 
 
-def prepare(spec: Spec, problem: Problem) -> float:
+def prepare(spec: Contestant, problem: Problem) -> float:
     """Build the optimizer once, so that it raises its errors and compiles; return the seconds that it took.
 
     Raises:
@@ -39,7 +38,7 @@ def prepare(spec: Spec, problem: Problem) -> float:
     return time.perf_counter() - started
 
 
-def train(problem: Problem, spec: Spec, run: Run, on_step: Callable[[Run], None]) -> bool:
+def train(problem: Problem, spec: Contestant, run: Run, on_step: Callable[[Run], None]) -> bool:
     """Train with one optimizer, and store the measurements in ``run``.
 
     An exception ends the run and is stored in it. Ctrl-C raises as usual; ``run`` then has the measurements so far.
@@ -78,7 +77,7 @@ def train(problem: Problem, spec: Spec, run: Run, on_step: Callable[[Run], None]
     return ending.is_common
 
 
-def _warm_up(problem: Problem, spec: Spec) -> None:
+def _warm_up(problem: Problem, spec: Contestant) -> None:
     """Train a throw-away copy for a moment, so that each run finds threads, kernels and allocator as warm as the next.
 
     The first steps of a process start threads, choose kernels, import torch's compiler, and grow the heap.
@@ -94,12 +93,12 @@ def _warm_up(problem: Problem, spec: Spec) -> None:
 
 
 def _train(
-    problem: Problem, spec: Spec, run: Run, parts: list[Mapping[str, float]], on_step: Callable[[Run], None]
+    problem: Problem, spec: Contestant, run: Run, parts: list[Mapping[str, float]], on_step: Callable[[Run], None]
 ) -> None:
     model = copy.deepcopy(problem.model)
     trainer = spec.trainer(model, problem)
     run.options = {**_options(trainer), **spec.options}
-    run.helper = _full_name(type(trainer.optimizers[1])) if len(trainer.optimizers) > 1 else None
+    run.helper = full_name(type(trainer.optimizers[1])) if len(trainer.optimizers) > 1 else None
     gc.collect()
     torch.manual_seed(problem.seed)  # a model may draw from it: dropout
     generator = torch.Generator().manual_seed(problem.seed)
@@ -188,10 +187,6 @@ def _options(trainer: Trainer) -> dict[str, Any]:
     return {name: value for name, value in groups[0].items() if name not in ("params", "param_names")}
 
 
-def _full_name(kind: type) -> str:
-    return f"{kind.__module__}.{kind.__qualname__}"
-
-
 def _state_bytes(optimizer: Optimizer) -> int:
     """Return the bytes of this rank's memory behind all state tensors; shared storage counts once."""
     # ZeroRedundancyOptimizer keeps this rank's share in an optimizer of its own.
@@ -201,8 +196,3 @@ def _state_bytes(optimizer: Optimizer) -> int:
     local = (tensor.to_local() if hasattr(tensor, "to_local") else tensor for tensor in tensors)
     storages = {storage.data_ptr(): storage.nbytes() for storage in (tensor.untyped_storage() for tensor in local)}
     return sum(storages.values())
-
-
-def machine() -> dict[str, Any]:
-    """Return what the times depend on."""
-    return {"processor": _processor(), "cores": torch.get_num_threads(), "system": platform.platform()}
