@@ -12,8 +12,6 @@ from torch.nn.functional import cross_entropy
 
 Batch = tuple[Tensor, Tensor]
 
-ADAMS = ("adam", "adamw", "adamax", "nadam", "radam")
-
 
 @dataclass(frozen=True)
 class Data:
