@@ -18,8 +18,9 @@ from rich.markup import escape
 from rich.table import Table
 
 import descend
+from descend.compare.problem import Problem
 from descend.compare.tasks.task import Task
-from descend.compare.train import Problem, Run
+from descend.compare.train import Run
 
 CAPTION = (
     "Loss: cross-entropy of a training batch in nats. Optimizer time: inside optimizer.step(), without the first step."

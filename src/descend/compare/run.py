@@ -11,12 +11,13 @@ from rich.console import Console
 
 from descend.compare import report, specs
 from descend.compare.parallel import choose
+from descend.compare.problem import Problem
 from descend.compare.progress import progress
 from descend.compare.ranks import Alone, Ranks
 from descend.compare.settings import Settings
 from descend.compare.tasks.catalog import find_task
 from descend.compare.tasks.task import Task
-from descend.compare.train import Problem, Run, compete, prepare
+from descend.compare.train import Run, compete, prepare
 from descend.reporting.errors import UsageError
 
 
@@ -30,7 +31,8 @@ def run(settings: Settings, ranks: Ranks | None = None) -> int:
     chosen = find_task(settings.task)
     contestants = specs.parse_all(settings.optimizers or chosen.optimizers, chosen.lr)
     batch_size = settings.batch_size or chosen.batch_size or 1
-    way = choose(settings.parallel, settings.nproc, batch_size, contestants)
+    sparse = [spec.text for spec in contestants if spec.is_sparse]
+    way = choose(settings.parallel, settings.nproc, batch_size, sparse)
     if settings.nproc > 1 and ranks is None:
         from descend.compare.launch import launch
 

@@ -6,7 +6,7 @@ import ast
 import inspect
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
@@ -16,16 +16,13 @@ from torch import nn
 from torch.optim import Optimizer
 
 import descend
+from descend.compare.first_order import FirstOrderTrainer
+from descend.compare.parallel import Construct, construct
+from descend.compare.problem import Problem
+from descend.compare.trainer import Trainer
 from descend.reporting.errors import UsageError, unknown
 
-Construct = Callable[[type[Optimizer], Iterable[nn.Parameter], Mapping[str, Any]], Optimizer]
-
 WORDS = {"true": True, "false": False, "none": None}
-
-
-def construct(optimizer: type[Optimizer], params: Iterable[nn.Parameter], options: Mapping[str, Any]) -> Optimizer:
-    """Return ``optimizer(params, **options)``."""
-    return optimizer(params, **options)
 
 
 @dataclass(frozen=True)
@@ -37,12 +34,25 @@ class Spec:
         text: what the user wrote.
         optimizer: the class.
         options: keyword arguments of the class, ``lr`` included unless the class's own default is used.
+        max_norm: largest norm of the gradients, for a class that has no such option: torch's function clips them.
     """
 
     label: str
     text: str
     optimizer: type[Optimizer]
     options: Mapping[str, Any]
+    max_norm: float | None = None
+
+    def trainer(self, model: nn.Module, problem: Problem) -> Trainer:
+        """Return what trains ``model`` in place, a copy of ``problem.model``.
+
+        Raises:
+            UsageError: if the optimizer rejects the model's parameters or its options.
+        """
+        self.set_gradients(model)  # DistributedDataParallel looks at them
+        wrapped = problem.way.wrap(model)
+        optimizers = self.build_for(wrapped, problem.way.construct)
+        return FirstOrderTrainer(wrapped, problem.task.loss, optimizers, self.max_norm)
 
     def build(self, params: Iterable[nn.Parameter], construct: Construct = construct) -> Optimizer:
         """Return the optimizer for ``params``, compiled; raise a ``UsageError`` if it rejects them or its options.
@@ -142,10 +152,15 @@ def _parse(text: str, label: str, lr: Mapping[str, float]) -> Spec:
         raise unknown("there is no optimizer", name, classes())
     optimizer = classes()[name]
     options = _parse_options(text, rest, _defaults(optimizer)) if colon else {}
+    max_norm = None
+    if not issubclass(optimizer, descend.FirstOrder):
+        max_norm = options.pop("max_norm", None)
+        if max_norm is not None and not (isinstance(max_norm, int | float) and max_norm > 0):
+            raise UsageError(f"--optimizer {text}: max_norm must be positive, got {max_norm!r}.")
     family = name.removeprefix("torch.")
     if "lr" not in options and family in lr:
         options["lr"] = _scaled(lr[family], options.get("momentum"))
-    return Spec(label, text, optimizer, options)
+    return Spec(label, text, optimizer, options, max_norm)
 
 
 def _scaled(lr: float, momentum: Any) -> float:
@@ -160,7 +175,7 @@ def _defaults(optimizer: type[Optimizer]) -> dict[str, Any]:
     if issubclass(optimizer, descend.FirstOrder):
         shared = inspect.signature(descend.FirstOrder).parameters.values()
         parameters += [parameter for parameter in shared if parameter.kind is parameter.KEYWORD_ONLY]
-    return {p.name: p.default for p in parameters if p.kind is not p.VAR_KEYWORD}
+    return {"max_norm": None, **{p.name: p.default for p in parameters if p.kind is not p.VAR_KEYWORD}}
 
 
 def _parse_options(text: str, rest: str, defaults: Mapping[str, Any]) -> dict[str, Any]:

@@ -10,28 +10,13 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.optim import Optimizer
 
 import descend
-from descend.compare.parallel import Way
-from descend.compare.ranks import Outcome, Ranks
+from descend.compare.problem import Problem
+from descend.compare.ranks import Outcome
 from descend.compare.specs import Spec, embeddings
-from descend.compare.tasks.task import Data, Task
-
-
-@dataclass(frozen=True)
-class Problem:
-    """Everything that the optimizers of a comparison share."""
-
-    task: Task
-    data: Data
-    model: nn.Module
-    steps: int
-    batch_size: int
-    seed: int
-    ranks: Ranks
-    way: Way
 
 
 class Step(NamedTuple):
