@@ -13,8 +13,6 @@ from torch.nn.functional import cross_entropy
 Batch = tuple[Tensor, Tensor]
 Loss = Callable[[nn.Module, Batch], Tensor]
 
-ADAMS = ("adam", "adamw", "adamax", "nadam", "radam")
-
 
 @dataclass(frozen=True)
 class Data:
