@@ -6,13 +6,14 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 import descend
+from descend.compare.contestant import full_name
 from descend.compare.problem import Problem
 from descend.compare.tasks.task import Batch, Loss
 from descend.compare.trainer import Step
@@ -34,21 +35,35 @@ GOES_ON = (descend.Status.max_iter, descend.Status.max_eval)
 NO_MOVE = "The step moved no parameter: the gradient is below tolerance_grad, or no step lowers the loss."
 
 
-def alone(text: str, problem: Problem) -> None:
+def check_alone(text: str, problem: Problem) -> None:
     """Raise a ``UsageError`` if several processes share the batches."""
     if problem.ranks.world > 1:
         raise UsageError(f"--optimizer {text} trains in one process: leave --nproc out.")
 
 
+def no_lr(text: str) -> UsageError:
+    """Return the error for a learning rate where a line search or a trust region finds the length of a step."""
+    return UsageError(f"--optimizer {text} finds the length of its steps itself: it has no learning rate to vary.")
+
+
 @dataclass(frozen=True)
 class ClosureSpec:
-    """One of ``CLASSES`` in a comparison; the attributes are those of ``specs.Spec``."""
+    """One of ``CLASSES`` in a comparison; see ``Contestant``."""
 
     label: str
     text: str
     optimizer: type[Optimizer]
     options: Mapping[str, Any]
+    lr: float | None = None
     is_sparse: bool = False
+
+    @property
+    def name(self) -> str:
+        return full_name(self.optimizer)
+
+    def with_lr(self, lr: float) -> NoReturn:
+        """Raise a ``UsageError``: a line search finds the length of a step."""
+        raise no_lr(self.text)
 
     def trainer(self, model: nn.Module, problem: Problem) -> ClosureTrainer:
         """Return what trains ``model`` in place.
@@ -56,7 +71,7 @@ class ClosureSpec:
         Raises:
             UsageError: if the optimizer rejects its options, or several processes share the batches.
         """
-        alone(self.text, problem)
+        check_alone(self.text, problem)
         try:
             optimizer = self.optimizer(model.parameters(), **self.options)
         except Exception as error:  # an optimizer may reject an option with any exception
@@ -99,9 +114,7 @@ class ClosureTrainer:
         needs_graph = isinstance(self._optimizer, descend.Newton)
         before = [param.detach().clone() for param in self._params] if self._is_fixed else []
         started = time.perf_counter()
-        loss: Any = self._optimizer.step(
-            lambda: self._evaluate(batch) if needs_graph else self._differentiate(batch)
-        )
+        loss: Any = self._optimizer.step(lambda: self._evaluate(batch) if needs_graph else self._differentiate(batch))
         seconds = time.perf_counter() - started
         parts = {"forward": self._forward, "optimizer": seconds - self._forward - self._backward}
         if not needs_graph:
@@ -109,7 +122,7 @@ class ClosureTrainer:
         if self._is_fixed:
             self.stopped = self._why_stopped(before)
         result = getattr(self._optimizer, "result", None)
-        return Step(float(loss), self._evaluations + (result.n_hvp if result else 0), parts)
+        return Step(loss.detach().item(), self._evaluations + (result.n_hvp if result else 0), parts)
 
     @contextmanager
     def evaluating(self) -> Iterator[None]:

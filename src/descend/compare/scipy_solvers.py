@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
-from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
 from descend.compare.handoff import End, Iterate, Report
 from descend.compare.problem import Problem
@@ -43,14 +42,21 @@ class Objective:
         self.values: dict[bytes, float] = {}
         self._model, self._loss, self._batch, self._needs_curvature = model, loss, batch, needs_curvature
         self._params = [param for param in model.parameters() if param.requires_grad]
-        self._at: bytes | None = None  # the point of the graph
+        self._x = self._at = b""  # where the parameters and the graph are
         self._graph = torch.empty(0)
 
     def start(self) -> Vector:
-        return _array(parameters_to_vector(self._params))
+        return _array(torch.cat([param.reshape(-1) for param in self._params]))
 
     def move_to(self, x: Vector) -> None:
-        vector_to_parameters(torch.from_numpy(x).to(self._params[0].dtype), self._params)
+        """Set the parameters to ``x``, unless they are there: writing to them would make the graph unusable."""
+        if self._x == x.tobytes():
+            return
+        self._x = x.tobytes()
+        with torch.no_grad():
+            parts = torch.tensor(x).split([param.numel() for param in self._params])
+            for param, part in zip(self._params, parts, strict=True):
+                param.copy_(part.view_as(param))
 
     def value_and_grad(self, x: Vector) -> tuple[float, Vector]:
         self.move_to(x)
@@ -65,7 +71,7 @@ class Objective:
         """Return the Hessian at ``x`` times ``vector``."""
         if self._at != x.tobytes():  # a trial that was rejected has been evaluated since
             self.value_and_grad(x)
-        direction = torch.from_numpy(vector).to(self._graph.dtype)
+        direction = torch.tensor(vector, dtype=self._graph.dtype)
         products = torch.autograd.grad(self._graph, self._params, direction, retain_graph=True)
         self.evaluations += 1
         return _array(torch.cat([product.reshape(-1) for product in products]))
@@ -78,6 +84,9 @@ def _array(vector: Tensor) -> Vector:
 
 class SciPy:
     """``scipy.optimize.minimize``."""
+
+    name = "scipy.optimize.minimize"
+    methods: Collection[str] = tuple(METHODS)
 
     def check(self, method: str, options: Mapping[str, Any], problem: Problem) -> None:
         from scipy.optimize import minimize

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, NoReturn, Protocol
 
 import torch
 from torch import nn
 
 import descend
-from descend.compare.closures import alone
+from descend.compare.closures import check_alone, no_lr
 from descend.compare.handoff import End, Iterate, Report, SolverTrainer
 from descend.compare.problem import Problem
 from descend.compare.tasks.task import Batch, Loss
@@ -18,7 +18,15 @@ from descend.reporting.errors import UsageError
 
 
 class Library(Protocol):
-    """Solvers from one library."""
+    """Solvers from one library.
+
+    Attributes:
+        name: of the function or class that runs them.
+        methods: their names.
+    """
+
+    name: str
+    methods: Collection[str]
 
     def check(self, method: str, options: Mapping[str, Any], problem: Problem) -> None:
         """Raise an exception that says which option is wrong, or which task is needed."""
@@ -31,7 +39,7 @@ class Library(Protocol):
 
 @dataclass(frozen=True)
 class SolverSpec:
-    """A solver in a comparison; the attributes not listed here are those of ``specs.Spec``.
+    """A solver in a comparison; see ``Contestant``.
 
     Args:
         library: runs it.
@@ -43,7 +51,16 @@ class SolverSpec:
     library: Library
     method: str
     options: Mapping[str, Any]
+    lr: float | None = None
     is_sparse: bool = False
+
+    @property
+    def name(self) -> str:
+        return f"{self.library.name}: {self.method}"
+
+    def with_lr(self, lr: float) -> NoReturn:
+        """Raise a ``UsageError``: a line search finds the length of a step."""
+        raise no_lr(self.text)
 
     def trainer(self, model: nn.Module, problem: Problem) -> SolverTrainer:
         """Return what trains ``model`` in place.
@@ -51,7 +68,7 @@ class SolverSpec:
         Raises:
             UsageError: if the library rejects an option or the task, batches differ, or several processes share them.
         """
-        alone(self.text, problem)
+        check_alone(self.text, problem)
         if problem.batch_size:
             raise UsageError(
                 f"--optimizer {self.text} needs the same data in each step, but {problem.task.name} trains on batches "
@@ -71,6 +88,9 @@ class SolverSpec:
 
 class Minimize:
     """``descend.minimize``."""
+
+    name = "descend.minimize"
+    methods: Collection[str] = ("gd", "bfgs", "l-bfgs", "newton-cg", "newton")
 
     def check(self, method: str, options: Mapping[str, Any], problem: Problem) -> None:
         descend.minimize(torch.square, torch.zeros(()), method, **options)  # type: ignore[arg-type]
