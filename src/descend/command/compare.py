@@ -26,8 +26,8 @@ TUNE = (
     "seeds of their own: the same budget for all."
 )
 JOBS = (
-    "Runs at a time. Default: as many as there are cores. One run of each optimizer has the machine to itself; the times "
-    "shown are its."
+    "Runs at a time. Default: as many as there are cores. One run of each optimizer has the machine to itself; "
+    "times are its."
 )
 PARALLEL = (
     "How the processes share the work. [bold]ddp[/bold] (default): each has the whole model; "
@@ -71,7 +71,9 @@ def compare(
     seed: Annotated[
         int,
         typer.Option(
-            parser=whole_number("--seed", 0, 2**62), metavar="N", help="For the weights, the batches and the held-out part."
+            parser=whole_number("--seed", 0, 2**62),
+            metavar="N",
+            help="For the weights, the batches and the held-out part.",
         ),
     ] = 0,
     seeds: Annotated[
@@ -84,9 +86,7 @@ def compare(
     ] = 1,
     sweep: Annotated[list[str] | None, typer.Option(metavar="OPTION=VALUES", help=SWEEP)] = None,
     tune: Annotated[bool, typer.Option("--tune", help=TUNE)] = False,
-    jobs: Annotated[
-        int | None, typer.Option(parser=whole_number("--jobs", 1, 1000), metavar="N", help=JOBS)
-    ] = None,
+    jobs: Annotated[int | None, typer.Option(parser=whole_number("--jobs", 1, 1000), metavar="N", help=JOBS)] = None,
     out: Annotated[
         Path | None,
         typer.Option(

@@ -26,7 +26,7 @@ class Job:
 
     def __init__(self, settings: Settings, threads: int) -> None:
         self.entry: Entry | None = None
-        self._errors: IO[bytes] = TemporaryFile()
+        self._errors: IO[bytes] = TemporaryFile()  # noqa: SIM115, closed at the end
         self._process = subprocess.Popen(
             [sys.executable, "-m", "descend.compare.job"],
             stdin=subprocess.PIPE,

@@ -97,9 +97,7 @@ def _start(folder: Path, comparison: Comparison, taken: Iterable[str]) -> Journa
     return Journal(file, folder, comparison, [], is_continued=False)
 
 
-def _continue(
-    folder: Path, comparison: Comparison, is_complete: Callable[[Sequence[Run]], bool]
-) -> Journal | None:
+def _continue(folder: Path, comparison: Comparison, is_complete: Callable[[Sequence[Run]], bool]) -> Journal | None:
     file = open(folder / NAME, "r+", encoding="utf-8")  # noqa: SIM115, the journal closes it
     if _lock(file):
         text = file.read()
@@ -164,5 +162,3 @@ def _only_finite(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [_only_finite(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
-
-

@@ -73,7 +73,7 @@ class Run:
         ranks: by rank, "first_step_seconds", "optimizer_seconds" (the median of the other steps) and "state_bytes";
             None for what is not known.
         helper: full name of a second optimizer for parameters that the first does not take.
-        tuning: whether the run helped to choose a learning rate; such runs have seeds of their own and are not reported.
+        tuning: whether the run helped to choose a learning rate; it has a seed of its own and is not reported.
         alone: whether no other run went on at the same time; times of runs that shared the machine are not compared.
     """
 

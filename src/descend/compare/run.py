@@ -164,7 +164,9 @@ class Comparing:
     def _done(self) -> set[Key]:
         """Return the runs that rank 0 has in the journal."""
         keys = [key(run) for run in self.journal.runs] if self.journal else []
-        return {(label, lr, seed, tuning) for label, lr, seed, tuning in json.loads(self.work.ranks.tell(json.dumps(keys)))}
+        return {
+            (label, lr, seed, tuning) for label, lr, seed, tuning in json.loads(self.work.ranks.tell(json.dumps(keys)))
+        }
 
     def _run_here(self, entry: Entry) -> bool:
         """Make a run in this process; return False if the ranks cannot go on."""

@@ -108,7 +108,7 @@ def columns(comparison: Comparison, found: Sequence[Row]) -> list[Column]:
     runs = [run for row in found for run in row.runs]
     ranks = "\nper rank" if any(len(run.state_bytes) > 1 for run in runs) else ""
     result = [
-        Column("lr", lambda row: rate(row.lr), 3),
+        Column("lr", lambda row: rate(row.lr), 1),
         Column("final\nloss", lambda row: _spread([run.final_loss for run in row.runs], _loss), 0),
         Column("test\nloss", lambda row: _spread([_last(run, run.test_losses) for run in row.runs], _loss), 1),
     ]
@@ -121,7 +121,7 @@ def columns(comparison: Comparison, found: Sequence[Row]) -> list[Column]:
         Column(f"optimizer\nper step{ranks}", lambda row: _range("optimizer_seconds", row.timed), 2),
         Column(f"optimizer\nfirst step{ranks}", lambda row: _range("first_step_seconds", row.timed), 6),
         Column("whole\nrun", lambda row: _middle([run.seconds[-1] for run in row.timed if run.seconds], seconds), 4),
-        Column(f"state{ranks}", lambda row: _range("state_bytes", row.runs[:1], size), 4),
+        Column(f"state{ranks}", lambda row: _range("state_bytes", row.runs[:1], size), 3),
     ]
     if any(run.evaluations and run.evaluations[-1] != len(run.losses) for run in runs):
         result.append(Column("gradients", lambda row: f"{max(_gradients(run) for run in row.runs):,}", 3))

@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from descend.compare.contestant import Contestant, full_name
 from descend.compare.problem import Problem
 from descend.compare.ranks import Outcome
 from descend.compare.records import WINDOW, Run
-from descend.compare.contestant import Contestant, full_name
 from descend.compare.trainer import Trainer
 
 WARM_STEPS = 3  # a table that settles rows compiles one kernel a step
@@ -103,7 +103,7 @@ def _train(
     torch.manual_seed(problem.seed)  # a model may draw from it: dropout
     generator = torch.Generator().manual_seed(problem.seed)
     tests = test_steps(problem.steps)
-    losses, seconds, evaluations = [], [], []
+    losses, seconds, evaluations = list[float](), list[float](), list[int]()
     run.losses, run.seconds, run.evaluations = losses, seconds, evaluations
     elapsed, count = 0.0, 0
     try:
@@ -161,8 +161,8 @@ def test_steps(steps: int) -> list[int]:
 def diverged_at(losses: Sequence[float]) -> int | None:
     """Return the step, counted from 1, at which the loss became hopeless; None if it did not.
 
-    The loss of a batch is noisy, so the median of the last ``WINDOW`` counts: if it ends above ten times the first loss,
-    the step is the first from which on it stayed there, less what the window lags.
+    The loss of a batch is noisy, so the median of the last ``WINDOW`` counts: if it ends above ten times the first
+    loss, the step is the first from which on it stayed there, less what the window lags.
     """
     bad = next((i for i, loss in enumerate(losses, 1) if not math.isfinite(loss)), None)
     if bad or not losses or losses[0] <= 0:
