@@ -204,6 +204,36 @@ class Table:
 
 
 @dataclass(frozen=True)
+class Key:
+    """Squares of colour with names, which cannot be clicked.
+
+    Args:
+        entries: (name, colour), the colour written as in a ``Chart``.
+    """
+
+    entries: Sequence[tuple[str, str]]
+
+    def html(self, parts: Parts) -> str:
+        items = (
+            f'<li><span class="square" style="background:{_css(colour)}"></span>{escape(name)}</li>'
+            for name, colour in self.entries
+        )
+        return f'<ul class="key">{"".join(items)}</ul>'
+
+
+@dataclass(frozen=True)
+class Details:
+    """Blocks without charts that are shown on demand."""
+
+    summary: str
+    blocks: Sequence[Block]
+
+    def html(self, parts: Parts) -> str:
+        inside = "".join(block.html(parts) for block in self.blocks)
+        return f"<details><summary>{escape(self.summary)}</summary>{inside}</details>"
+
+
+@dataclass(frozen=True)
 class Section:
     """A part of the page under a heading, which the page's list of contents names."""
 
@@ -288,6 +318,11 @@ def _swatch(entry: Entry) -> str:
         f'style="color:var(--series{colour})"><path d="M1 8h28" stroke="currentColor" stroke-width="2.5" '
         f'stroke-dasharray="{dashes}"/><path transform="translate(7)" d="{MARKS[marker]}" fill="currentColor"/></svg>'
     )
+
+
+def _css(colour: str) -> str:
+    name, _, opacity = colour.removeprefix("$").partition("/")
+    return f"color-mix(in srgb,var(--{name}) {100 * float(opacity or 1):.0f}%,transparent)"
 
 
 def _colours() -> str:
