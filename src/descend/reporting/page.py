@@ -171,7 +171,7 @@ class Table:
     Args:
         caption: what it shows.
         headings: of all columns. The first column names the rows.
-        rows: cells as text, as many in each as there are headings.
+        rows: cells as text, as many in each as there are headings; a line break in a cell is kept.
         words: headings of the columns that hold text; all others but the first are aligned as numbers.
         marks: by row, the series that it belongs to, or None.
     """

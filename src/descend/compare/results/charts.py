@@ -47,11 +47,12 @@ def loss_chart(comparison: Comparison, series: Sequence[Series], pairs: Sequence
     for one in order:
         curve, layer = curves[one.index], drawn[one.index]
         traces += [*_band(one, curve), _line(one, curve.x, curve.middle, WIDTHS[layer], dash(one, layer))]
-    for one in order:
-        traces += _marks(one, curves[one.index], len(series))
-        traces += _ends(one, curves[one.index])
     calm = [curves[one.index] for one in series if not one.best.diverged] or list(curves.values())
     y = value_axis(comparison.loss_name, calm, [curve.middle[:1] for curve in curves.values()])
+    top = 10 ** y["range"][1] if "range" in y else math.inf
+    for one in order:
+        traces += _marks(one, curves[one.index], len(series))
+        traces += _ends(one, curves[one.index], top)
     x_axis = {"title": {"text": AXIS_NAMES[axis]}, "rangemode": "tozero"}
     words = (
         f"Training loss against {axis} of {_names(series)}, each the mean of the last {WINDOW} steps. "
@@ -214,6 +215,7 @@ def bar_chart(description: str, bars: Sequence[Bar], title: str, show: Callable[
         "tickvals": ticks,
         "ticktext": [show(tick) for tick in ticks],
         "title": {"text": title},
+        "zeroline": False,
     }
     return Chart(description, traces, {"xaxis": x, "yaxis": _rows_axis(bars), **_rows_layout()}, _rows_height(bars))
 
@@ -241,7 +243,7 @@ def dot_chart(description: str, bars: Sequence[Bar], title: str, show: Callable[
                     "hovertemplate": f"{chart_text(bar.series.label)}: {show(bar.length)}<extra></extra>",
                 }
             )
-        traces.append(_row_text(bar, 10**low, ""))
+        traces.append(_row_text(bar, 1.0001 * 10**low, ""))
     layout = {"xaxis": x, "yaxis": _rows_axis(bars), **_rows_layout()}
     return Chart(description, traces, layout, _rows_height(bars))
 
@@ -312,14 +314,23 @@ def _marks(one: Series, curve: Curve, count: int) -> list[Trace]:
     ]
 
 
-def _ends(one: Series, curve: Curve) -> list[Trace]:
-    """Return a cross where a curve ends because its runs diverged."""
+def end(one: Series, curve: Curve, top: float) -> tuple[float, float] | None:
+    """Return where a curve ends because its runs diverged, or leaves the picture at ``top``; None if it does not."""
     if not one.best.diverged or not len(curve.x):
+        return None
+    above = np.flatnonzero(curve.middle > top)
+    return (float(curve.x[above[0]]), top) if above.size else (float(curve.x[-1]), float(curve.middle[-1]))
+
+
+def _ends(one: Series, curve: Curve, top: float) -> list[Trace]:
+    """Return a cross where a curve ends because its runs diverged."""
+    place = end(one, curve, top)
+    if place is None:
         return []
     return [
         {
-            "x": [float(curve.x[-1])],
-            "y": [float(curve.middle[-1])],
+            "x": [place[0]],
+            "y": [place[1]],
             "mode": "markers",
             "marker": {"symbol": "x-thin", "size": 14, "line": {"width": 4, "color": _colour(one)}},
             "cliponaxis": False,
@@ -368,7 +379,10 @@ def _row_text(bar: Bar, x: float, remark: str) -> Trace:
 
 def _rows_axis(bars: Sequence[Bar]) -> Trace:
     rows = [bar.series.index for bar in bars] or [0]
-    return {"range": [max(rows) + 0.5, min(rows) - 0.75], "showgrid": False, "showticklabels": False, "zeroline": False}
+    return {"range": [max(rows) + 0.5, min(rows) - 0.75], **BARE}
+
+
+BARE = {"showgrid": False, "showticklabels": False, "zeroline": False, "showline": False, "ticks": ""}
 
 
 def _rows_layout() -> Trace:
@@ -382,7 +396,7 @@ def _rows_height(bars: Sequence[Bar]) -> int:
 def _round_ticks(end: float) -> list[float]:
     unit = 10.0 ** math.floor(math.log10(end / 2))
     step = next(unit * factor for factor in (1, 2, 5, 10) if unit * factor * 5 >= end)
-    return [step * i for i in range(int(end / step) + 1)]
+    return [step * i for i in range(1, int(end / step) + 1)]
 
 
 def step_bars(series: Sequence[Series]) -> list[Bar]:

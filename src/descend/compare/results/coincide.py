@@ -11,7 +11,7 @@ import numpy as np
 from descend.compare.results.curves import Floats
 from descend.compare.results.series import Series, losses, smooth_losses
 
-TOLERANCE = 0.01  # of the smoothed loss: less cannot be seen
+TOLERANCE = 0.01  # of the height of the picture, which is logarithmic for positive losses
 Curves = dict[int, tuple[Floats, Floats]]  # by seed: losses, and the same smoothed
 
 
@@ -51,8 +51,16 @@ def pairs(series: Sequence[Series]) -> list[Pair]:
 
 
 def _coincide(first: Curves, second: Curves) -> bool:
-    """Tell whether all seeds are the same, and no smoothed loss differs by more than ``TOLERANCE``."""
-    return first.keys() == second.keys() and all(
-        0 < len(a) == len(b) and (np.abs(a - b) <= TOLERANCE * np.maximum(np.abs(a), np.abs(b))).all()
-        for (_, a), (_, b) in ((first[seed], second[seed]) for seed in first)
-    )
+    """Tell whether all seeds are the same, and nowhere on the axis of the losses can their curves be told apart."""
+    if first.keys() != second.keys():
+        return False
+    for seed, (_, a) in first.items():
+        _, b = second[seed]
+        if len(a) != len(b) or not len(a):
+            return False
+        ends = np.concatenate([a, b])
+        if ends.min() > 0:
+            a, b, ends = np.log(a), np.log(b), np.log(ends)
+        if (np.abs(a - b) > TOLERANCE * (ends.max() - ends.min())).any():
+            return False
+    return True

@@ -23,9 +23,9 @@ from descend.reporting.palette import style
 from descend.reporting.text import joined, number, plural, rate, seconds, size
 
 RULE = (
-    f"A difference is shown if both optimizers have at least {SEEDS} seeds, and every seed of one is below every one of "
-    "the other. If they did not differ, three seeds each would part like this by chance once in 10 times, five once in "
-    "126. Steps, of which every run has many, part in time if their quartiles do not overlap."
+    f"A difference is shown if both optimizers have at least {SEEDS} seeds, and every seed of one is below all of the "
+    "other. Equal optimizers with three seeds each would part like this by chance once in 10 times, with five once in "
+    "126. In brackets: the range over the seeds. Step times differ if their quartiles, over all steps, do not overlap."
 )
 
 
@@ -91,8 +91,8 @@ def _training(comparison: Comparison, series: Sequence[Series], same: Sequence[P
         else:
             blocks.append(
                 Prose(
-                    f"{pair.first.label} and {pair.second.label} coincide to {pair.largest:.0e}, the largest difference "
-                    "of their losses at any step. The dashed curve lies on the wide one."
+                    f"{pair.first.label} and {pair.second.label} coincide to {pair.largest:.0e}, the largest "
+                    "difference of their losses at any step. The dashed curve lies on the wide one."
                 )
             )
     difference = charts.difference_chart(comparison, same)
@@ -128,7 +128,7 @@ def _rates(comparison: Comparison, series: Sequence[Series]) -> list[Block]:
         blocks.append(
             Prose(
                 "Points: median over the seeds, with their range; only where all seeds finished. Crosses at the top: "
-                "rates at which a seed diverged. The other charts show each optimizer at its best rate, by held-out loss.",
+                "rates at which a seed diverged. The other charts show the best rate of each, by held-out loss.",
                 "note",
             )
         )
@@ -165,7 +165,6 @@ def _time(series: Sequence[Series]) -> list[Block]:
         else []
     )
     blocks: list[Block] = [
-        _legend([bar.series for bar in bars], ()),
         Key([*tones, *own]),
         charts.bar_chart("Time of a step by part; the table below has the numbers.", bars, "time of a step", seconds),
     ]
@@ -204,7 +203,7 @@ def _state(series: Sequence[Series]) -> list[Block]:
     for one in series:
         count = one.best.median(state_bytes)
         if count is not None:
-            bars.append(charts.Bar(one, {"state": count}, size(count) if count else "none"))
+            bars.append(charts.Bar(one, {"state": count}, size(count)))
     if not bars:
         return []
     words = "Memory of the optimizer's state: " + joined([f"{bar.series.label} {bar.text}" for bar in bars]) + "."
@@ -307,7 +306,7 @@ def _spread(setting: Setting, measure: Callable[[Run], float | None], show: Call
     if middle is None:
         return "-"
     texts = show(min(values)), show(max(values))
-    return show(middle) if texts[0] == texts[1] else f"{show(middle)} ({texts[0]} to {texts[1]})"
+    return show(middle) if texts[0] == texts[1] else f"{show(middle)}\n({texts[0]} to {texts[1]})"
 
 
 def _share(value: float) -> str:

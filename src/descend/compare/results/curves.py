@@ -22,9 +22,6 @@ AXES: dict[str, Callable[[Run], Sequence[float]]] = {
 }
 
 
-QUANTILES: tuple[tuple[int, Any], ...] = ((25, "lower"), (50, "lower"), (50, "higher"), (75, "higher"))
-
-
 @dataclass(frozen=True)
 class Curve:
     """A measure over the course of the runs of a setting.
@@ -86,8 +83,22 @@ def _over_seeds(courses: Sequence[tuple[Sequence[float], Sequence[Any], str]]) -
         return Curve(*np.empty((4, 0)))
     kept = thin(length)
     xs, ys = xs[:, kept], ys[:, kept]
-    # Quartiles are values of seeds: between a number and Inf there is none.
-    low, below, above, high = (np.nanpercentile(ys, q, axis=0, method=m) for q, m in QUANTILES)
-    middle = (below + above) / 2
+    low, middle, high = _quartiles(ys)
     is_shown = np.isfinite(middle)
-    return Curve(*(values[is_shown] for values in (np.nanmedian(xs, axis=0), low, middle, high)))
+    return Curve(*(values[is_shown] for values in (_quartiles(xs)[1], low, middle, high)))
+
+
+def _quartiles(values: Floats) -> tuple[Floats, Floats, Floats]:
+    """Return quartiles and median of each column without its NaN.
+
+    The quartiles are elements of the column, since between a number and Inf there is no other.
+    """
+    last = (~np.isnan(values)).sum(axis=0) - 1
+    in_order = np.sort(values, axis=0)  # NaN come last
+
+    def element(place: Floats) -> Floats:
+        found: Floats = np.take_along_axis(in_order, place.astype(np.int64)[None], axis=0)[0]
+        return found
+
+    middle = (element(np.floor(last / 2)) + element(np.ceil(last / 2))) / 2
+    return element(np.floor(last / 4)), middle, element(np.ceil(last * 3 / 4))

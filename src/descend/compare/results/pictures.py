@@ -64,11 +64,15 @@ def _draw_losses(axes: Axes, comparison: Comparison, series: Sequence[Series]) -
             label=_plain(_legend_name(one)),
             zorder=order,
         )
-        if one.best.diverged and len(curve.x):
-            axes.plot(curve.x[-1], curve.middle[-1], "x", color=colour, markersize=9, markeredgewidth=2.5, zorder=4)
     calm = [curves[one.index] for one in series if not one.best.diverged] or list(curves.values())
     axis = charts.value_axis(comparison.loss_name, calm, [curve.middle[:1] for curve in curves.values()])
-    if axis.get("type") == "log":
+    top = 10 ** axis["range"][1] if "range" in axis else math.inf
+    for one in series:
+        cross = charts.end(one, curves[one.index], top)
+        if cross:
+            colour = LIGHT.series[style(one.index).colour]
+            axes.plot(*cross, "x", color=colour, markersize=9, markeredgewidth=2.5, zorder=4, clip_on=False)
+    if "range" in axis:
         low, high = axis["range"]
         axes.set(yscale="log", ylim=(10**low, 10**high))
         axes.set_yticks(axis["tickvals"], axis["ticktext"])
@@ -76,7 +80,11 @@ def _draw_losses(axes: Axes, comparison: Comparison, series: Sequence[Series]) -
     axes.set(xlabel="step", ylabel=_plain(comparison.loss_name))
     axes.set_title(_plain(f"{comparison.task}: training loss, mean of {WINDOW} steps"), loc="left", fontsize=11)
     if series:
-        axes.legend(frameon=False, fontsize=9 if len(series) <= 10 else 6.5, handlelength=3.2)
+        few = len(series) <= charts.RAW
+        place: dict[str, Any] = (
+            dict(loc="upper right") if few else dict(loc="upper left", bbox_to_anchor=(0, -0.12), ncols=3)
+        )
+        axes.legend(frameon=False, fontsize=9, handlelength=3.2, **place)
     _style(axes)
 
 

@@ -27,6 +27,12 @@ from descend.reporting.text import joined, number, plural, seconds, size
 
 SEEDS = 3  # that a verdict needs
 NAMED = 6  # that a sentence lists
+VERBS = {
+    "lower": "is lower than",
+    "higher": "is higher than",
+    "fewer": "needs fewer than",
+    "shorter": "needs less time than",
+}
 
 
 @dataclass(frozen=True)
@@ -54,12 +60,12 @@ def findings(comparison: Comparison, series: Sequence[Series]) -> list[Finding]:
 
     seed_count = {one.label: len(one.best.runs) for one in sound}
     found = [
-        of_seeds("Held-out loss", seeds(test_loss), number, "lower"),
-        of_seeds("Training loss", seeds(final_loss), number, "lower"),
+        of_seeds("Held-out loss", seeds(test_loss), _short, "lower"),
+        of_seeds("Training loss", seeds(final_loss), _short, "lower"),
     ]
     if comparison.metric_name:
         better = "lower" if comparison.metric_is_error else "higher"
-        show = number if comparison.metric_is_error else _share
+        show = _short if comparison.metric_is_error else _share
         found.insert(1, of_seeds(f"Held-out {comparison.metric_name}", seeds(test_metric), show, better))
     goal = common_loss(sound)
     if goal is not None:
@@ -68,7 +74,7 @@ def findings(comparison: Comparison, series: Sequence[Series]) -> list[Finding]:
             of_seeds(f"Evaluations{reach}", seeds(lambda run: _at(run, run.evaluations, goal)), number, "fewer"),
             of_seeds(f"Time{reach}", seeds(lambda run: _at(run, run.seconds, goal)), seconds, "shorter"),
         ]
-    found += [of_steps(series), of_bytes({one.label: one.best.median(state_bytes) for one in series})]
+    found += [of_steps(sound), of_bytes({one.label: one.best.median(state_bytes) for one in series})]
     return [finding for finding in found if finding] + [*_ends(series)]
 
 
@@ -120,28 +126,26 @@ def of_seeds(
     best, *others = order
     apart = [name for name in others if _is_apart(values[best], values[name], sign)]
     close = [name for name in others if name not in apart]
-    worse = {"lower": "above", "fewer": "above", "shorter": "above", "higher": "below"}[better]
+    verb = VERBS[better]
     if not apart:
         return Finding(
             quantity, f"No difference shown: the seeds overlap. {_listed([told(name) for name in order])}.", "open"
         )
     if not close:
-        rest = f"the next is {told(apart[0])}" if len(apart) > 1 else told(apart[0])
         total = sum(len(values[name]) for name in order)
         chance = sum(1 / math.comb(total, len(values[name])) for name in order)
         return Finding(
             quantity,
-            f"{told(best)} is {better} than {'all others' if len(apart) > 1 else 'the other'}: every seed of "
-            f"{'theirs' if len(apart) > 1 else apart[0]} is {worse} every one of its own ({rest}). "
-            f"By chance this happens once in {1 / chance:,.0f} times.",
+            f"{told(best)} {verb} {_listed([told(name) for name in apart], ' and ')}: its seeds overlap with no others "
+            f"(by chance: {_odds(chance)}).",
             "shown",
         )
-    chances = [2 / math.comb(len(values[best]) + len(values[name]), len(values[best])) for name in apart]
+    chance = max(2 / math.comb(len(values[best]) + len(values[name]), len(values[best])) for name in apart)
     return Finding(
         quantity,
         f"No difference shown between {_listed([told(name) for name in (best, *close)], ' and ')}: the seeds overlap. "
-        f"{best} is {better} than {_listed([told(name) for name in apart], ' and ')}: every seed is {worse} every one "
-        f"of its own, by chance once in {1 / max(chances):,.0f} times{' each' if len(apart) > 1 else ''}.",
+        f"{best} {verb} {_listed([told(name) for name in apart], ' and ')}: no seeds overlap (by chance: "
+        f"{_odds(chance)}{' for each' if len(apart) > 1 else ''}).",
         "shown",
     )
 
@@ -179,12 +183,13 @@ def of_bytes(sizes: Mapping[str, float | None]) -> Finding | None:
     names: dict[str, list[str]] = {}
     for label, count in sorted(sizes.items(), key=lambda item: item[1] or 0):
         if count is not None:
-            names.setdefault(size(count) if count else "none", []).append(label)
+            names.setdefault(size(count), []).append(label)
     if not names:
         return None
-    told = [f"{shown} with {_listed(labels, ' and ')}" for shown, labels in names.items()]
-    kind = "shown" if len(told) > 1 else "open"
-    return Finding("State", f"{_listed(told)}{'' if len(told) > 1 else ': no difference'}.", kind)
+    told = [f"{_listed(labels, ' and ')} {shown}" for shown, labels in names.items()]
+    if len(told) == 1:
+        return Finding("State", f"{'No difference: ' if len(sizes) > 1 else ''}{told[0]}.", "open")
+    return Finding("State", f"{_listed(told, '; ')}.", "shown")
 
 
 def _ends(series: Sequence[Series]) -> list[Finding]:
@@ -195,7 +200,7 @@ def _ends(series: Sequence[Series]) -> list[Finding]:
             name = one.label if len(one.settings) == 1 else f"{one.label} with lr {number(setting.lr, 3)}"
             some = setting.diverged
             if some:
-                steps = joined([f"step {run.diverged_at}" if run.diverged_at else "the end" for run in some][:NAMED])
+                steps = _steps([run.diverged_at for run in some])
                 of = f" in {len(some)} of {plural(len(setting.runs), 'seed')}" if len(setting.runs) > 1 else ""
                 found.append(Finding("Diverged", f"{name}{of}, at {steps}. It has no final loss.", "bad"))
             failed = next((run for run in setting.runs if run.status == "failed"), None)
@@ -217,6 +222,15 @@ def _ends(series: Sequence[Series]) -> list[Finding]:
     return found
 
 
+def _steps(steps: Sequence[int | None]) -> str:
+    """Return steps in words, each once; None is the end."""
+    known = sorted({step for step in steps if step})
+    words = (
+        [f"step{'s' if len(known) > 1 else ''} {_listed([number(step) for step in known], ' and ')}"] if known else []
+    )
+    return " and ".join([*words, *(["the end"] if None in steps else [])])
+
+
 def _is_apart(better: Sequence[float], worse: Sequence[float], sign: int) -> bool:
     return max(sign * value for value in better) < min(sign * value for value in worse)
 
@@ -224,6 +238,14 @@ def _is_apart(better: Sequence[float], worse: Sequence[float], sign: int) -> boo
 def _spread(values: Sequence[float], show: Callable[[float], str]) -> str:
     middle, low, high = show(median(values)), show(min(values)), show(max(values))
     return middle if low == high else f"{middle} ({low} to {high})"
+
+
+def _short(value: float) -> str:
+    return number(value, 3)
+
+
+def _odds(chance: float) -> str:
+    return f"1 in {1 / chance:,.0f}"
 
 
 def _share(value: float) -> str:
@@ -234,4 +256,4 @@ def _listed(items: Sequence[str], last: str = ", ") -> str:
     """Return the first items as one phrase, and how many more there are."""
     if len(items) > NAMED:
         return f"{', '.join(items[:NAMED])} and {len(items) - NAMED} more"
-    return last.join(filter(None, (", ".join(items[:-1]), *items[-1:])))
+    return last.join(filter(None, ((last if last == "; " else ", ").join(items[:-1]), *items[-1:])))
