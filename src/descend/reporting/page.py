@@ -23,7 +23,7 @@ from dataclasses import asdict, dataclass, field
 from html import escape
 from importlib import resources
 from itertools import count
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from descend.reporting.errors import require
 from descend.reporting.palette import DARK, LIGHT, Theme, style
@@ -58,22 +58,36 @@ class Prose:
         return f'<p class="{self.kind}">{escape(self.text)}</p>'
 
 
-@dataclass(frozen=True)
-class Facts:
-    """A list of facts, each a name and what is said of it.
+class Fact(NamedTuple):
+    """What is said of one thing.
 
     Args:
-        items: (name, text, kind); the kind is "plain", "good" or "bad" and colours the fact's edge.
+        name: the thing.
+        text: what is said.
+        kind: "plain", "good" or "bad"; it colours the fact's edge.
+        details: what backs it, in smaller letters, each item by itself.
     """
 
-    items: Sequence[tuple[str, str, str]]
+    name: str
+    text: str
+    kind: str = "plain"
+    details: Sequence[str] = ()
+
+
+@dataclass(frozen=True)
+class Facts:
+    """A list of facts."""
+
+    items: Sequence[Fact]
 
     def html(self, parts: Parts) -> str:
-        items = (
-            f'<div class="{kind}"><dt>{escape(name)}</dt><dd>{escape(text)}</dd></div>'
-            for name, text, kind in self.items
-        )
-        return f'<dl class="facts">{"".join(items)}</dl>'
+        rows = []
+        for name, text, kind, details in self.items:
+            said = f"<p>{escape(text)}</p>" if text else ""
+            backing = "".join(f"<li>{escape(detail)}</li>" for detail in details)
+            backing = f"<ul>{backing}</ul>" if backing else ""
+            rows.append(f'<div class="{kind}"><dt>{escape(name)}</dt><dd>{said}{backing}</dd></div>')
+        return f'<dl class="facts">{"".join(rows)}</dl>'
 
 
 @dataclass(frozen=True)
@@ -196,10 +210,12 @@ class Table:
                 f'<td class="{kind}">{escape(cell)}</td>' for kind, cell in zip(kinds[1:], rest, strict=True)
             )
             body.append(f'<tr><th scope="row">{swatch}{escape(first)}</th>{cells}</tr>')
+        # The caption is outside of what scrolls, where a narrow screen would cut it.
+        name = parts.new_id("caption")
         return (
-            f'<div class="wide" role="region" tabindex="0" aria-label="{escape(self.caption)}"><table>'
-            f"<caption>{escape(self.caption)}</caption><thead><tr>{head}</tr></thead>"
-            f"<tbody>{''.join(body)}</tbody></table></div>"
+            f'<p class="caption" id="{name}">{escape(self.caption)}</p>'
+            f'<div class="wide" role="region" tabindex="0" aria-labelledby="{name}"><table aria-labelledby="{name}">'
+            f"<thead><tr>{head}</tr></thead><tbody>{''.join(body)}</tbody></table></div>"
         )
 
 

@@ -172,6 +172,7 @@ class Bar:
         return sum(self.parts.values())
 
 
+LABEL = 28  # characters
 ROW = 46  # pixels: a bar and the line of text above it
 TONES = {"data": 0.3, "forward": 0.5, "backward": 0.75, "norm": 1.0, "step": 0.5}
 
@@ -208,7 +209,7 @@ def bar_chart(description: str, bars: Sequence[Bar], title: str, show: Callable[
             )
             start += length
         is_cut = bar.length > end
-        traces.append(_row_text(bar, 0.0, " (the bar is cut)" if is_cut else ""))
+        traces.append(_row_text(bar, 0.0, " (cut)" if is_cut else ""))
     ticks = _round_ticks(end)
     x = {
         "range": [0, end],
@@ -368,13 +369,18 @@ def _row_text(bar: Bar, x: float, remark: str) -> Trace:
         "x": [x],
         "y": [bar.series.index - 0.42],
         "mode": "text",
-        "text": [f"{chart_text(bar.series.label)}  <b>{chart_text(bar.text)}</b>{remark}"],
+        "text": [f"{chart_text(_short(bar.series.label))}  <b>{chart_text(bar.text)}</b>{remark}"],
         "textposition": "middle right",
         "textfont": {"color": "$ink"},
         "cliponaxis": False,
         "hoverinfo": "skip",
         "legendgroup": bar.series.group,
     }
+
+
+def _short(label: str) -> str:
+    """Return a label that fits on a phone beside a number."""
+    return label if len(label) <= LABEL else f"{label[: LABEL - 1]}…"
 
 
 def _rows_axis(bars: Sequence[Bar]) -> Trace:

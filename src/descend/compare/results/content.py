@@ -18,7 +18,7 @@ from descend.compare.results.series import (
     test_metric,
 )
 from descend.compare.results.verdict import SEEDS, findings
-from descend.reporting.page import Block, Details, Entry, Facts, Key, Legend, Prose, Section, Table, Tabs, page
+from descend.reporting.page import Block, Details, Entry, Fact, Facts, Key, Legend, Prose, Section, Table, Tabs, page
 from descend.reporting.palette import style
 from descend.reporting.text import joined, number, plural, rate, seconds, size
 
@@ -62,7 +62,7 @@ def _verdict(comparison: Comparison, series: Sequence[Series]) -> list[Block]:
     if not found:
         return [Prose("No run has a result.")]
     kinds = {"shown": "good", "open": "plain", "bad": "bad"}
-    facts = Facts([(finding.quantity, finding.words, kinds[finding.kind]) for finding in found])
+    facts = Facts([Fact(finding.quantity, finding.words, kinds[finding.kind], finding.numbers) for finding in found])
     rates = f"Learning rates: {comparison.tuned or 'as given, or the defaults of the task; they were not tuned'}."
     return [facts, Prose(rates, "note"), Prose(RULE, "note")]
 

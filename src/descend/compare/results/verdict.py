@@ -41,13 +41,15 @@ class Finding:
 
     Args:
         quantity: its name.
-        words: a sentence or two.
+        words: the verdict; empty where there is nothing to compare.
         kind: "shown" for a difference, "open" for none, "bad" for what went wrong.
+        numbers: what backs it, by optimizer, the best first.
     """
 
     quantity: str
     words: str
     kind: str
+    numbers: Sequence[str] = ()
 
 
 def findings(comparison: Comparison, series: Sequence[Series]) -> list[Finding]:
@@ -114,40 +116,28 @@ def of_seeds(
     if not order:
         return None
 
-    def told(name: str) -> str:
-        return f"{name} {_spread(values[name], show)}"
-
+    numbers = _first([f"{name} {_spread(values[name], show)}" for name in order])
+    if len(order) == 1:
+        return Finding(quantity, "", "open", numbers)
     least = min(len(values[name]) for name in order)
-    if len(order) == 1 or least < SEEDS:
-        words = f"{_listed([told(name) for name in order])}."
-        if len(order) > 1:
-            words += f" No verdict from {plural(least, 'seed')}: it takes {SEEDS}."
-        return Finding(quantity, words, "open")
+    if least < SEEDS:
+        return Finding(quantity, f"No verdict from {plural(least, 'seed')}: it takes {SEEDS}.", "open", numbers)
     best, *others = order
     apart = [name for name in others if _is_apart(values[best], values[name], sign)]
     close = [name for name in others if name not in apart]
-    verb = VERBS[better]
     if not apart:
-        return Finding(
-            quantity, f"No difference shown: the seeds overlap. {_listed([told(name) for name in order])}.", "open"
-        )
+        return Finding(quantity, "No difference shown: the seeds overlap.", "open", numbers)
+    better = f"{best} {VERBS[better]} {_listed(apart)}: no seeds overlap"
     if not close:
         total = sum(len(values[name]) for name in order)
         chance = sum(1 / math.comb(total, len(values[name])) for name in order)
-        return Finding(
-            quantity,
-            f"{told(best)} {verb} {_listed([told(name) for name in apart], ' and ')}: its seeds overlap with no others "
-            f"(by chance: {_odds(chance)}).",
-            "shown",
-        )
+        return Finding(quantity, f"{better} (by chance: {_odds(chance)}).", "shown", numbers)
     chance = max(2 / math.comb(len(values[best]) + len(values[name]), len(values[best])) for name in apart)
-    return Finding(
-        quantity,
-        f"No difference shown between {_listed([told(name) for name in (best, *close)], ' and ')}: the seeds overlap. "
-        f"{best} {verb} {_listed([told(name) for name in apart], ' and ')}: no seeds overlap (by chance: "
-        f"{_odds(chance)}{' for each' if len(apart) > 1 else ''}).",
-        "shown",
+    words = (
+        f"No difference shown between {_listed([best, *close])}: the seeds overlap. "
+        f"{better} (by chance: {_odds(chance)}{' for each' if len(apart) > 1 else ''})."
     )
+    return Finding(quantity, words, "shown", numbers)
 
 
 def of_steps(series: Sequence[Series]) -> Finding | None:
@@ -165,17 +155,14 @@ def of_steps(series: Sequence[Series]) -> Finding | None:
         low, middle, high = spreads[name]
         return f"{name} {seconds(middle)} ({seconds(low)} to {seconds(high)})"
 
+    numbers = _first([told(name) for name in order])
     best = order[0]
     apart = [name for name in order[1:] if spreads[best][2] < spreads[name][0]]
     close = [name for name in order[1:] if name not in apart]
-    listed = f"Median and quartiles: {_listed([told(name) for name in order])}."
-    if not apart:
-        words = f"No difference shown: the quartiles overlap. {listed}" if close else listed
-        return Finding("Time of a step", words, "open")
-    words = f"{best} is faster than {_listed(apart, ' and ')}."
-    if close:
-        words += f" No difference shown between {_listed([best, *close], ' and ')}: the quartiles overlap."
-    return Finding("Time of a step", f"{words} {listed}", "shown")
+    words = f"No difference shown between {_listed([best, *close])}: the quartiles overlap." if close else ""
+    if apart:
+        words = f"{words} {best} is faster than {_listed(apart)}: the quartiles do not overlap.".strip()
+    return Finding("Time of a step", words, "shown" if apart else "open", numbers)
 
 
 def of_bytes(sizes: Mapping[str, float | None]) -> Finding | None:
@@ -186,10 +173,10 @@ def of_bytes(sizes: Mapping[str, float | None]) -> Finding | None:
             names.setdefault(size(count), []).append(label)
     if not names:
         return None
-    told = [f"{_listed(labels, ' and ')} {shown}" for shown, labels in names.items()]
-    if len(told) == 1:
-        return Finding("State", f"{'No difference: ' if len(sizes) > 1 else ''}{told[0]}.", "open")
-    return Finding("State", f"{_listed(told, '; ')}.", "shown")
+    numbers = _first([f"{_listed(labels)} {shown}" for shown, labels in names.items()])
+    if len(names) == 1:
+        return Finding("State", "No difference." if len(sizes) > 1 else "", "open", numbers)
+    return Finding("State", f"{_listed(next(iter(names.values())))} keeps least.", "shown", numbers)
 
 
 def _ends(series: Sequence[Series]) -> list[Finding]:
@@ -208,7 +195,7 @@ def _ends(series: Sequence[Series]) -> list[Finding]:
                 found.append(Finding("Failed", f"{name}: {failed.error or 'unknown error'}", "bad"))
             interrupted = [run for run in setting.runs if run.status == "interrupted"]
             if interrupted:
-                steps = joined([number(len(run.losses)) for run in interrupted][:NAMED])
+                steps = _listed([number(len(run.losses)) for run in interrupted])
                 found.append(Finding("Interrupted", f"{name}, after {steps} steps. It is not judged.", "bad"))
             stopped = next((run for run in setting.runs if run.stopped and run.status == "finished"), None)
             if stopped:
@@ -225,9 +212,7 @@ def _ends(series: Sequence[Series]) -> list[Finding]:
 def _steps(steps: Sequence[int | None]) -> str:
     """Return steps in words, each once; None is the end."""
     known = sorted({step for step in steps if step})
-    words = (
-        [f"step{'s' if len(known) > 1 else ''} {_listed([number(step) for step in known], ' and ')}"] if known else []
-    )
+    words = [f"step{'s' if len(known) > 1 else ''} {_listed([number(step) for step in known])}"] if known else []
     return " and ".join([*words, *(["the end"] if None in steps else [])])
 
 
@@ -252,8 +237,12 @@ def _share(value: float) -> str:
     return f"{value:.1%}"
 
 
-def _listed(items: Sequence[str], last: str = ", ") -> str:
-    """Return the first items as one phrase, and how many more there are."""
-    if len(items) > NAMED:
-        return f"{', '.join(items[:NAMED])} and {len(items) - NAMED} more"
-    return last.join(filter(None, ((last if last == "; " else ", ").join(items[:-1]), *items[-1:])))
+def _listed(names: Sequence[str]) -> str:
+    """Return the first names as one phrase, and how many more there are."""
+    more = len(names) - NAMED
+    return joined([*names[:NAMED], f"{more} more"] if more > 0 else names)
+
+
+def _first(numbers: Sequence[str]) -> list[str]:
+    most = 2 * NAMED
+    return [*numbers[:most], f"and {len(numbers) - most} more"] if len(numbers) > most else list(numbers)
