@@ -107,8 +107,8 @@ def test_chart(
 
 def rate_chart(series: Sequence[Series], name: str, measure: Callable[[Run], float | None]) -> Chart:
     """Draw a final value against the learning rate, with the range over the seeds; crosses at the top have diverged."""
-    swept = [one for one in series if len(one.settings) > 1]
-    values = [value for one in swept for setting in one.settings for value in setting.values(measure)]
+    swept = [one for one in series if one.swept]
+    values = [value for one in swept for setting in one.swept for value in setting.values(measure)]
     y = value_axis(name, [], [np.array(values)])
     is_log = y.get("type") == "log"
     low, high = y.get("range") or (min(values, default=0.0), max(values, default=1.0))
@@ -116,7 +116,7 @@ def rate_chart(series: Sequence[Series], name: str, measure: Callable[[Run], flo
     y["range"] = [low - (0 if is_log else 0.05 * (high - low)), top + 0.05 * (high - low)]
     traces: list[Trace] = []
     for one in swept:
-        sound = [(setting, setting.median(measure)) for setting in one.settings]
+        sound = [(setting, setting.median(measure)) for setting in one.swept]
         xs = [setting.lr for setting, _ in sound]
         spreads = [setting.values(measure) if middle is not None else [] for setting, middle in sound]
         error = {
@@ -132,7 +132,7 @@ def rate_chart(series: Sequence[Series], name: str, measure: Callable[[Run], flo
             | {"mode": "lines+markers", "marker": _marker(one, 8), "error_y": error}
             | {"hovertemplate": f"{chart_text(one.label)}<br>lr %{{x:.3g}}: %{{y:.4g}}<extra></extra>"}
         )
-        lost = [setting for setting in one.settings if setting.diverged]
+        lost = [setting for setting in one.swept if setting.diverged]
         if lost:
             texts = [f"diverged in {len(setting.diverged)} of {len(setting.runs)}" for setting in lost]
             traces.append(
@@ -148,7 +148,7 @@ def rate_chart(series: Sequence[Series], name: str, measure: Callable[[Run], flo
                     "hovertemplate": f"{chart_text(one.label)}<br>lr %{{x:.3g}}: %{{customdata}}<extra></extra>",
                 }
             )
-    rates = [setting.lr for one in swept for setting in one.settings if setting.lr]
+    rates = [setting.lr for one in swept for setting in one.swept if setting.lr]
     layout = {"xaxis": log_axis("learning rate", rates, rate), "yaxis": y}
     return Chart(f"{name.capitalize()} against the learning rate of {_names(swept)}.", traces, layout, height=400)
 
@@ -406,10 +406,10 @@ def _round_ticks(end: float) -> list[float]:
 
 
 def step_bars(series: Sequence[Series]) -> list[Bar]:
-    """Return the time of a step by part, the median over the seeds."""
+    """Return the time of a step by part, the median over the runs that had the machine to themselves."""
     bars = []
     for one in series:
-        parts = parts_of(one.best)
+        parts = parts_of(one.timed)
         if parts:
             total, own = sum(parts.values()), parts.get("optimizer")
             share = "" if own is None or len(parts) == 1 else f", optimizer {seconds(own)}"

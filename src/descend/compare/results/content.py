@@ -82,6 +82,8 @@ def _training(comparison: Comparison, series: Sequence[Series], same: Sequence[P
         words += " Line: median over the seeds. Band: quartiles."
     if len(series) <= charts.RAW:
         words += " Faint: the losses of single batches, of the first seed."
+    if not all(run.alone for one in series for run in one.best.runs):
+        words += " Against time: runs that had the machine to themselves, where there are any."
     if any(one.best.diverged for one in series):
         words += " A cross: diverged."
     blocks: list[Block] = [_legend(series, same), tabs, Prose(words, "note")]
@@ -113,7 +115,7 @@ def _held_out(comparison: Comparison, series: Sequence[Series], same: Sequence[P
 
 def _rates(comparison: Comparison, series: Sequence[Series]) -> list[Block]:
     blocks: list[Block] = []
-    swept = [one for one in series if len(one.settings) > 1]
+    swept = [one for one in series if one.swept]
     if swept:
         measures: list[tuple[str, str, Callable[[Run], float | None]]] = [
             ("Held-out loss", f"held-out {comparison.loss_name}", test_loss),
@@ -122,7 +124,7 @@ def _rates(comparison: Comparison, series: Sequence[Series]) -> list[Block]:
         panels = [
             (tab, [charts.rate_chart(series, name, measure)])
             for tab, name, measure in measures
-            if any(setting.values(measure) for one in swept for setting in one.settings)
+            if any(setting.values(measure) for one in swept for setting in one.swept)
         ]
         blocks += [_legend(swept, ()), Tabs("Against the learning rate", panels)] if panels else []
         blocks.append(
@@ -145,7 +147,7 @@ def _rates(comparison: Comparison, series: Sequence[Series]) -> list[Block]:
 
 
 def _tried(one: Series) -> str:
-    lrs = [setting.lr for setting in one.settings if setting.lr is not None]
+    lrs = [setting.lr for setting in one.swept if setting.lr is not None]
     return "-" if len(lrs) < 2 else f"{len(lrs)}, from {rate(lrs[0])} to {rate(lrs[-1])}"
 
 
@@ -156,7 +158,8 @@ def _options(run: Run) -> str:
 def _time(series: Sequence[Series]) -> list[Block]:
     bars = charts.step_bars(series)
     if not bars:
-        return []
+        shared = any(run.seconds for one in series for run in one.best.runs)
+        return [Prose("All runs shared the machine with others: their times are not compared.")] if shared else []
     names = list(dict.fromkeys(name for bar in bars for name in bar.parts))
     tones = [(_part(name), f"$muted/{charts.TONES[name]}") for name in names if name in charts.TONES]
     own = (
@@ -178,7 +181,7 @@ def _time(series: Sequence[Series]) -> list[Block]:
         blocks.append(charts.dot_chart("Time in the optimizer alone, by step.", alone, title, seconds))
     rows = []
     for bar in bars:
-        runs = bar.series.best
+        runs = bar.series.timed
         rows.append(
             [
                 bar.series.label,
@@ -221,7 +224,8 @@ def _numbers(comparison: Comparison, series: Sequence[Series]) -> list[Block]:
     rows, marks = [], []
     for one in series:
         for setting in one.settings:
-            parts = charts.parts_of(setting)
+            timed = Setting(setting.lr, [run for run in setting.runs if run.alone])
+            parts = charts.parts_of(timed)
             rows.append(
                 [
                     one.label,
@@ -233,7 +237,7 @@ def _numbers(comparison: Comparison, series: Sequence[Series]) -> list[Block]:
                     _spread(setting, final_loss, number),
                     _spread(setting, lambda run: len(run.losses), number),
                     _spread(setting, lambda run: run.evaluations[-1] if run.evaluations else None, number),
-                    _spread(setting, lambda run: run.seconds[-1] if run.seconds else None, seconds),
+                    _spread(timed, lambda run: run.seconds[-1] if run.seconds else None, seconds),
                     seconds(sum(parts.values())) if parts else "-",
                     seconds(parts["optimizer"]) if "optimizer" in parts else "-",
                     _spread(setting, state_bytes, size),
@@ -241,6 +245,8 @@ def _numbers(comparison: Comparison, series: Sequence[Series]) -> list[Block]:
             )
             marks.append(one.index)
     caption = "Median over the seeds, and their range. A run that diverged has no loss."
+    if not all(run.alone for one in series for setting in one.settings for run in setting.runs):
+        caption += " Times are of runs that had the machine to themselves."
     return [
         Table(caption, headings, rows, words=["result"], marks=marks),
         Details("Every run", [_runs(comparison, series)]),
@@ -314,4 +320,8 @@ def _share(value: float) -> str:
 
 
 def _pairs(values: Any) -> str:
-    return ", ".join(f"{name} {value}" for name, value in values.items())
+    return ", ".join(f"{name} {_value(value)}" for name, value in values.items() if value not in (None, [], ()))
+
+
+def _value(value: Any) -> str:
+    return " ".join(map(str, value)) if isinstance(value, list | tuple) else str(value)

@@ -43,9 +43,11 @@ def loss_curve(setting: Setting, axis: str) -> Curve:
     """Return the smoothed training loss against "steps", "time" or "evaluations".
 
     A diverged run counts as infinitely high from where it diverged, and a run that stopped early keeps its last loss.
-    Interrupted and failed runs count as far as they came, and their steps with nothing after them are left out.
+    Interrupted and failed runs count as far as they came. Against time, runs that shared the machine with others count
+    only if there are no others.
     """
-    return _over_seeds([(AXES[axis](run), smooth_losses(run), run.status) for run in setting.runs])
+    runs = [run for run in setting.runs if run.alone or axis != "time"] or setting.runs
+    return _over_seeds([(AXES[axis](run), smooth_losses(run), run.status) for run in runs])
 
 
 def test_curve(setting: Setting, measure: Callable[[Run], Sequence[float]]) -> Curve:

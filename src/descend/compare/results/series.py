@@ -88,11 +88,13 @@ class Series:
         index: its place, which selects its style.
         label: its name.
         settings: by learning rate, ascending.
+        tried: what ``--tune`` tried to choose the learning rate, ascending.
     """
 
     index: int
     label: str
     settings: Sequence[Setting]
+    tried: Sequence[Setting] = ()
 
     @property
     def best(self) -> Setting:
@@ -104,6 +106,17 @@ class Series:
             return next((value for value in measures if value is not None), math.inf)
 
         return min(self.settings, key=order)
+
+    @property
+    def swept(self) -> Sequence[Setting]:
+        """The settings that show what another learning rate does; empty if there was only one."""
+        return next((settings for settings in (self.settings, self.tried) if len(settings) > 1), ())
+
+    @property
+    def timed(self) -> Setting:
+        """The runs whose times count, of any learning rate: those that had the machine to themselves."""
+        runs = [run for setting in self.settings for run in setting.runs if run.alone]
+        return Setting(self.best.lr, runs)
 
     @property
     def group(self) -> str:
@@ -120,11 +133,16 @@ class Series:
 
 
 def gather(runs: Sequence[Run]) -> list[Series]:
-    """Return the series, in the order of their first runs."""
-    by_label: dict[str, dict[float | None, list[Run]]] = {}
-    for run in runs:
-        by_label.setdefault(run.label, {}).setdefault(run.lr, []).append(run)
-    return [
-        Series(index, label, [Setting(lr, of_lr[lr]) for lr in sorted(of_lr, key=lambda lr: lr or 0.0)])
-        for index, (label, of_lr) in enumerate(by_label.items())
-    ]
+    """Return the series, in the order of their first runs; one with nothing but tuning has none."""
+    labels = dict.fromkeys(run.label for run in runs if not run.tuning)
+    found = []
+    for index, label in enumerate(labels):
+        own = [run for run in runs if run.label == label]
+        settings = _settings([run for run in own if not run.tuning])
+        found.append(Series(index, label, settings, _settings([run for run in own if run.tuning])))
+    return found
+
+
+def _settings(runs: Sequence[Run]) -> list[Setting]:
+    rates = sorted({run.lr for run in runs}, key=lambda lr: lr or 0.0)
+    return [Setting(lr, sorted((run for run in runs if run.lr == lr), key=lambda run: run.seed)) for lr in rates]

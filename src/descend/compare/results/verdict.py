@@ -74,7 +74,12 @@ def findings(comparison: Comparison, series: Sequence[Series]) -> list[Finding]:
         reach = f", to a training loss of {number(goal, 3)}"
         found += [
             of_seeds(f"Evaluations{reach}", seeds(lambda run: _at(run, run.evaluations, goal)), number, "fewer"),
-            of_seeds(f"Time{reach}", seeds(lambda run: _at(run, run.seconds, goal)), seconds, "shorter"),
+            of_seeds(
+                f"Time{reach}",
+                seeds(lambda run: _at(run, run.seconds, goal) if run.alone else None),
+                seconds,
+                "shorter",
+            ),
         ]
     found += [of_steps(sound), of_bytes({one.label: one.best.median(state_bytes) for one in series})]
     return [finding for finding in found if finding] + [*_ends(series)]
@@ -144,7 +149,7 @@ def of_steps(series: Sequence[Series]) -> Finding | None:
     """Judge the time of a step by the quartiles over all steps but the first of each run."""
     spreads: dict[str, list[float]] = {}
     for one in series:
-        durations = [duration for run in one.best.runs for duration in step_seconds(run)]
+        durations = [duration for run in one.timed.runs for duration in step_seconds(run)]
         if len(durations) >= 4:
             spreads[one.label] = quantiles(durations, n=4)
     order = sorted(spreads, key=lambda name: spreads[name][1])
