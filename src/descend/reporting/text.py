@@ -27,6 +27,8 @@ def seconds(duration: float) -> str:
         >>> seconds(0.0000256), seconds(12.34), seconds(754), seconds(7200)
         ('25.6 us', '12.3 s', '12.6 min', '2 h')
     """
+    if duration == 0:
+        return "0 s"
     for factor, unit in ((1e9, "ns"), (1e6, "us"), (1e3, "ms"), (1, "s")):
         if abs(duration) * factor < (999.5 if factor > 1 else 119.5):
             return f"{duration * factor:.3g} {unit}"
