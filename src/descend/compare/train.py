@@ -54,6 +54,7 @@ def train(problem: Problem, spec: Contestant, run: Run, on_step: Callable[[Run],
     error, parts = None, list[Mapping[str, float]]()
     try:
         _warm_up(problem, spec)
+        gc.collect()  # its copy of the model and the state
         _train(problem, spec, run, parts, on_step)
     except Exception as exception:  # the other optimizers are measured all the same
         error = " ".join(f"{type(exception).__name__}: {exception}".split())
@@ -99,7 +100,6 @@ def _train(
     trainer = spec.trainer(model, problem)
     run.options = {**_options(trainer), **spec.options}
     run.helper = full_name(type(trainer.optimizers[1])) if len(trainer.optimizers) > 1 else None
-    gc.collect()
     torch.manual_seed(problem.seed)  # a model may draw from it: dropout
     generator = torch.Generator().manual_seed(problem.seed)
     tests = test_steps(problem.steps)
