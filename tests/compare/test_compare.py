@@ -163,7 +163,7 @@ BAD = {
     "digits --sweep lr=1,2 --optimizer adamw:lr=1": ["adamw:lr=1 has a learning rate already"],
     "digits --sweep lr=1,2 --tune": ["--tune", "--sweep lr"],
     "digits --jobs 2 --nproc 2": ["--jobs", "--nproc"],
-    "": ["TASK", "digits, text, embeddings"],
+    "": ["TASK", "--list"],
 }
 
 

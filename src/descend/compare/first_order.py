@@ -68,6 +68,8 @@ class FirstOrderTrainer:
     def evaluating(self) -> Iterator[None]:
         """Inside, the model has the weights that it should be judged by: averages, for a schedule-free optimizer."""
         averaging = [optimizer for optimizer in self.optimizers if isinstance(optimizer, descend.AdamWScheduleFree)]
+        # There and back again is not exact, and looking must not change anything.
+        weights = [(param, param.detach().clone()) for param in self._model.parameters()] if averaging else []
         for optimizer in averaging:
             optimizer.eval()
         try:
@@ -75,6 +77,8 @@ class FirstOrderTrainer:
         finally:
             for optimizer in averaging:
                 optimizer.train()
+            for param, weight in weights:
+                param.data.copy_(weight)
 
     def _settling_starts(self, *_: object) -> None:
         self._settling -= time.perf_counter()
