@@ -42,15 +42,19 @@ def run(settings: Settings, ranks: Ranks | None = None) -> int:
     comparing = Comparing(work, Console(quiet=work.ranks.rank > 0))
     status = 0
     try:
+        try:
+            with interruptible():
+                comparing.run_all()
+        except KeyboardInterrupt as error:
+            status = error.status if isinstance(error, Interrupted) else 130
+        # Rank 0 alone tells what failed: a rank that ends with an error would end the others while they report.
+        if work.ranks.rank > 0:
+            return status
         with interruptible():
-            comparing.run_all()
-    except KeyboardInterrupt as error:
-        status = error.status if isinstance(error, Interrupted) else 130
-    # Rank 0 alone tells what failed: a rank that ends with an error would end the others while they report.
-    if work.ranks.rank > 0:
-        return status
-    with interruptible():
-        return comparing.report(is_interrupted=status > 0) or status
+            return comparing.report(is_interrupted=status > 0) or status
+    finally:
+        if comparing.journal:
+            comparing.journal.close()
 
 
 class Comparing:
@@ -201,14 +205,11 @@ class Comparing:
         runs = [*journal.runs]
         if self.current and self.current not in runs:
             runs.append(self.current)
-        try:
-            if any(not run.tuning and (run.losses or run.error) for run in runs):
-                from descend.compare import report
+        if any(not run.tuning and (run.losses or run.error) for run in runs):
+            from descend.compare import report
 
-                show(self.console, journal.comparison, runs)
-                report.write(folder, journal.comparison, runs)
-        finally:
-            journal.close()
+            show(self.console, journal.comparison, runs)
+            report.write(folder, journal.comparison, runs)
         if is_interrupted:
             done = f"{plural(len(journal.runs), 'run')} of {self._count()} done"
             self._say(f"Interrupted: {done}. The same command continues in {folder}.")
