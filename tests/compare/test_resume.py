@@ -44,14 +44,14 @@ def test_signal_during_imports_is_one_line(number: signal.Signals, status: int, 
 
 def test_signal_between_runs_keeps_what_was_measured(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "out"
-    args = arguments(out, "digits", "torch.sgd", "torch.adamw", steps=1000, batch_size=8)
-    code, output, errors = interrupt(args, "torch.sgd: lr 0.2, seed 0, 1000 steps", signal.SIGTERM)
+    args = arguments(out, "digits", "torch.sgd", "torch.adamw", steps=400, batch_size=8)
+    code, output, errors = interrupt(args, "torch.sgd: lr 0.2, seed 0, 400 steps", signal.SIGTERM)
     assert (code, errors) == (143, "")
     assert f"Interrupted: 1 run of 2 done. The same command continues in {out}." in output
     _, [first] = read(out)
     assert first["status"] == "finished"
     assert main(args) == 0
-    assert "2 runs of 1000 steps, 1 of them already there" in capsys.readouterr().out
+    assert "2 runs of 400 steps, 1 of them already there" in capsys.readouterr().out
     _, (same, second) = read(out)
     assert same == first
     assert (second["label"], second["status"]) == ("torch.adamw", "finished")
