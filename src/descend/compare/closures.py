@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -115,7 +116,9 @@ class ClosureTrainer:
         needs_graph = isinstance(self._optimizer, descend.Newton)
         before = [param.detach().clone() for param in self._params] if self._is_fixed else []
         started = time.perf_counter()
-        loss: Any = self._optimizer.step(lambda: self._evaluate(batch) if needs_graph else self._differentiate(batch))
+        evaluate = self._evaluate if needs_graph else self._differentiate
+        closure: Any = functools.partial(evaluate, batch)  # torch's stub wants a float, its documentation a tensor
+        loss: Any = self._optimizer.step(closure)
         seconds = time.perf_counter() - started
         parts = {"forward": self._forward, "optimizer": seconds - self._forward - self._backward}
         if not needs_graph:

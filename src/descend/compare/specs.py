@@ -19,7 +19,7 @@ from functools import cache
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 import descend
@@ -133,7 +133,7 @@ class Spec:
         return {"lr": self.options["lr"] * ratio} if "lr" in self.options else {}
 
 
-def _is_among(param: nn.Parameter, params: Iterable[nn.Parameter]) -> bool:
+def _is_among(param: Tensor, params: Iterable[Tensor]) -> bool:
     return any(param is other for other in params)
 
 

@@ -94,8 +94,8 @@ class UserFile:
         sys.modules[MODULE] = self._module
         with self._errors_named():
             spec.loader.exec_module(self._module)
-        self._task = getattr(self._module, "task", None)
-        if not callable(self._task):
+        self._task: Callable[[], Any] = getattr(self._module, "task", lambda: None)
+        if not (hasattr(self._module, "task") and callable(self._task)):
             raise UsageError(f"{path} defines no function task(): it must return model, data and loss.")
         self._parts: Parts | None = None
 
@@ -162,7 +162,11 @@ class UserFile:
             if not (inputs.ndim and targets.ndim and len(inputs) == len(targets)):
                 shapes = f"{tuple(inputs.shape)} and {tuple(targets.shape)}"
                 raise self._wrong("must return inputs and targets of one length", f"shapes {shapes}")
-            count, pick = len(inputs), lambda rows: (inputs[rows], targets[rows])
+            count = len(inputs)
+
+            def pick(rows: Tensor) -> Batch:
+                return inputs[rows], targets[rows]
+
         elif isinstance(data, Dataset) and hasattr(data, "__len__"):
             count = len(cast(Sized, data))
 
