@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from itertools import pairwise
 
 import torch
 from torch import nn
@@ -57,7 +58,7 @@ class FirstOrderTrainer:
         for optimizer in self.optimizers:
             optimizer.step()
         times.append(time.perf_counter())
-        forward, backward, norm, step = (end - start for start, end in zip(times, times[1:], strict=False))
+        forward, backward, norm, step = (end - start for start, end in pairwise(times))
         parts = {"forward": forward - self._settling, "backward": backward, "optimizer": step + self._settling}
         if self._max_norm is not None:
             parts["norm"] = norm

@@ -58,7 +58,7 @@ class Run:
         error: why it failed.
         diverged_at: the first step, from 1, whose loss is NaN or Inf, or from which on it stays above ten times the
             first.
-        stopped: why a second-order method ended before the last step, in words.
+        stopped: why it ended before the last step, in words.
         losses: training loss before each step, of its batch.
         seconds: time since the start of the run, at the end of each step.
         evaluations: gradients evaluated until the end of each step: 1, 2, 3, ... without a line search.
@@ -70,8 +70,11 @@ class Run:
         test_losses: loss on held-out data then.
         test_metrics: the metric on held-out data then.
         state_bytes: memory of the optimizer's state; by rank, None for a rank that was not heard of.
-        ranks: what else differs by rank.
+        ranks: by rank, "first_step_seconds", "optimizer_seconds" (the median of the other steps) and "state_bytes";
+            None for what is not known.
         helper: full name of a second optimizer for parameters that the first does not take.
+        tuning: whether the run helped to choose a learning rate; it has a seed of its own and is not reported.
+        alone: whether no other run went on at the same time; times of runs that shared the machine are not compared.
     """
 
     label: str
@@ -96,6 +99,8 @@ class Run:
     state_bytes: Sequence[int | None] = ()
     ranks: Sequence[Mapping[str, float | None]] = ()
     helper: str | None = None
+    tuning: bool = False
+    alone: bool = True
 
     @property
     def final_loss(self) -> float | None:
