@@ -98,7 +98,7 @@ TASK = Task(
     steps=1000,
     batch_size=None,
     lr=rates(sgd=1e-2, adam=5e-3),
-    optimizers=("adam", "lbfgs", "adam:steps=300+lbfgs", "torch.adam:steps=300+torch.lbfgs"),
+    optimizers=("adam", "lbfgs", "adam:steps=300+lbfgs", "adam:steps=300+scipy.l-bfgs-b"),
     threads=1,
     loss=loss,
     score=score,
