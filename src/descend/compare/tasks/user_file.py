@@ -18,6 +18,7 @@ The seed is set before ``task`` is called, and every optimizer starts from the w
 
 from __future__ import annotations
 
+import copy
 import importlib.util
 import sys
 import traceback
@@ -195,13 +196,15 @@ class UserFile:
         return Data(sample, pick(test))
 
     def _try(self, parts: Parts) -> None:
-        """Evaluate the loss once; raise a ``UsageError`` if that fails. Neither the weights nor a generator changes."""
+        """Evaluate the loss once, on a copy of the model; raise a ``UsageError`` if that cannot be trained with."""
         self._parts = parts
-        rows = parts.data.test[0][:2], parts.data.test[1][:2]
+        rows, model = parts.data.sample(2, torch.Generator()), copy.deepcopy(parts.model)
         state = torch.get_rng_state()
         with self._errors_named("the loss of a batch"), torch.enable_grad():
-            value = self.loss(parts.model, rows)
-            self.score(parts.model, rows)
+            value = self.loss(model, rows)
+        if isinstance(value, Tensor) and value.numel() == 1:
+            with self._errors_named("the score of a batch"):
+                self.score(model.eval(), rows)
         torch.set_rng_state(state)
         if not isinstance(value, Tensor) or value.numel() != 1 or not value.is_floating_point():
             got = f"shape {tuple(value.shape)}, {value.dtype}" if isinstance(value, Tensor) else value
