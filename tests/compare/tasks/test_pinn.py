@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 import torch
 from scipy.integrate import solve_ivp
-from task_runs import problem_of, train
+from task_runs import losses, problem_of, train
 
+from descend.compare.problem import Problem
 from descend.compare.tasks import pinn
 
 TIMES = (0.1, 0.3, 0.5, 1.0)
@@ -17,7 +18,7 @@ TIMES = (0.1, 0.3, 0.5, 1.0)
 
 def test_reference_agrees_with_finite_differences() -> None:
     """By the method of lines: central differences of fourth order on half the interval, as u is odd."""
-    cells = 800
+    cells = 400
     x = np.linspace(0, 1, cells + 1)
     step = x[1]
 
@@ -29,7 +30,7 @@ def test_reference_agrees_with_finite_differences() -> None:
         return (pinn.VISCOSITY * u_xx - u * u_x)[1:-1]
 
     start = -np.sin(math.pi * x[1:-1])
-    lines = solve_ivp(slope, (0, 1), start, method="BDF", t_eval=TIMES, rtol=1e-8, atol=1e-10, lband=2, uband=2)
+    lines = solve_ivp(slope, (0, 1), start, method="LSODA", t_eval=TIMES, rtol=1e-8, atol=1e-10, lband=2, uband=2)
     assert lines.success
     for time, u in zip(TIMES, lines.y.T, strict=True):
         exact = pinn.reference(x[1:-1], np.full(cells - 1, time))
@@ -66,21 +67,22 @@ def test_network_has_the_values_at_start_and_walls() -> None:
         assert model(torch.stack([wall, line], dim=1)).abs().max() < 1e-12
 
 
+@pytest.fixture(scope="module")
+def problem() -> Problem:
+    return problem_of(pinn.TASK)
+
+
+def test_adam_then_lbfgs_beats_adam(problem: Problem) -> None:
+    chained, _, model = train(problem, "adam:steps=30+lbfgs", 100)
+    alone, _, other = train(problem, "adam", 100)
+    assert losses(chained)[:31] == losses(alone)[:31]
+    assert chained[-1].loss < 0.7 * alone[-1].loss
+    assert pinn.score(model, problem.data.test).metric < 0.8 * pinn.score(other, problem.data.test).metric
+
+
 @pytest.mark.parametrize(
-    "text", ["adam:steps=60+lbfgs", "adam:steps=60+minimize.l-bfgs", "adam:steps=60+scipy.l-bfgs-b"]
+    "text", ["minimize.l-bfgs", "minimize.newton-cg", "scipy.l-bfgs-b", "scipy.trust-krylov", "newton"]
 )
-def test_adam_then_lbfgs_beats_adam(text: str) -> None:
-    problem = problem_of(pinn.TASK)
-    steps = 160
-    chained, _, model = train(problem, text, steps)
-    alone, _, other = train(problem, "adam", steps)
-    assert [step.loss for step in chained[:61]] == [step.loss for step in alone[:61]]
-    assert chained[-1].loss < 0.2 * alone[-1].loss
-    assert pinn.score(model, problem.data.test).metric < 0.5 * pinn.score(other, problem.data.test).metric
-
-
-def test_newton_has_the_derivatives_it_needs() -> None:
-    problem = problem_of(pinn.TASK)
-    steps, _, _ = train(problem, "newton", 3)
+def test_solvers_have_the_derivatives_they_need(text: str, problem: Problem) -> None:
+    steps, _, _ = train(problem, text, 4)
     assert steps[-1].loss < steps[0].loss
-    assert steps[0].evaluations > 2

@@ -68,7 +68,7 @@ TASK = Task(
     model=model,
     steps=2000,
     batch_size=32,
-    lr=rates(sgd=0.1, adam=1e-3),
+    lr=rates(sgd=0.1, adam=1e-3, adagrad=2e-2, adafactor=5e-3),
     optimizers=("sgd:momentum=0.9,max_norm=1.0", "sgd:momentum=0.9", "adam:max_norm=1.0", "adam"),
     threads=1,  # each step waits for the one before it
     loss=loss,
