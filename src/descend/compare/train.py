@@ -6,7 +6,8 @@ import copy
 import gc
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from statistics import median
 from typing import Any
 
@@ -190,9 +191,17 @@ def _options(trainer: Trainer) -> dict[str, Any]:
 def _state_bytes(optimizer: Optimizer) -> int:
     """Return the bytes of this rank's memory behind all state tensors; shared storage counts once."""
     # ZeroRedundancyOptimizer keeps this rank's share in an optimizer of its own.
-    states = getattr(optimizer, "optim", optimizer).state.values()
-    tensors = (value for state in states for value in state.values() if isinstance(value, Tensor))
+    tensors = _tensors(getattr(optimizer, "optim", optimizer).state)
     # A DTensor has no memory of its own.
     local = (tensor.to_local() if hasattr(tensor, "to_local") else tensor for tensor in tensors)
     storages = {storage.data_ptr(): storage.nbytes() for storage in (tensor.untyped_storage() for tensor in local)}
     return sum(storages.values())
+
+
+def _tensors(value: object) -> Iterator[Tensor]:
+    """Yield the tensors in nested mappings and lists, such as L-BFGS's pairs."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, Mapping | list | tuple | deque):
+        for item in value.values() if isinstance(value, Mapping) else value:
+            yield from _tensors(item)
