@@ -77,6 +77,7 @@ def test_closures_work_on_batches(text: str) -> None:
     assert len(steps) == 4
     assert trainer.stopped is None
     assert all(step.evaluations >= 2 for step in steps)
+    assert min(losses(steps)[1:]) < steps[0].loss
     assert steps[0].loss == train(problem, "sgd", 1)[0][0].loss
     assert {"forward", "optimizer"} <= steps[0].parts.keys()
 

@@ -1,9 +1,9 @@
 """Optimizers by name.
 
 ``adamw``, ``adamw:lr=3e-3,betas=(0.9,0.95)``, ``torch.sgd:momentum=0.9,max_norm=1.0``: classes of ``descend`` and of
-``torch.optim``; ``lbfgs``, ``newton`` and ``torch.lbfgs`` too, which take one iteration a step, torch's five, unless
-``max_iter`` says otherwise. ``minimize.l-bfgs``, ``scipy.newton-cg``, ``sklearn.lbfgs``: methods of
-``descend.minimize``, of ``scipy.optimize.minimize`` and of scikit-learn's ``LogisticRegression``.
+``torch.optim``; ``lbfgs``, ``newton`` and ``torch.lbfgs`` too, which take one iteration a step (torch's, and L-BFGS on
+batches, five) unless ``max_iter`` says otherwise. ``minimize.l-bfgs``, ``scipy.newton-cg``, ``sklearn.lbfgs``: methods
+of ``descend.minimize``, of ``scipy.optimize.minimize`` and of scikit-learn's ``LogisticRegression``.
 ``adam:steps=300+lbfgs``: one after another.
 """
 
