@@ -102,7 +102,7 @@ class ClosureTrainer:
     """Takes steps on a closure over the step's batch.
 
     Where all steps have the same data, the loss at the end of one step is that at the start of the next. It is then
-    remembered, not evaluated again.
+    remembered, not evaluated again; but not for Newton's method, which needs its graph.
 
     Args:
         model: what is trained.

@@ -168,11 +168,11 @@ def test_bad_file_is_one_line_that_names_it(
     name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     text, parts = BAD[name]
-    path = write(tmp_path, text)
+    write(tmp_path, text)
     folder = tmp_path / "empty"
     folder.mkdir()
     monkeypatch.chdir(folder)
-    assert main(["compare", path, "--steps", "1"]) == 2
+    assert main(["compare", "../mine.py", "--steps", "1"]) == 2
     errors = capsys.readouterr().err
     assert errors.count("\n") == 1
     assert "Traceback" not in errors

@@ -22,7 +22,7 @@ import copy
 import importlib.util
 import sys
 import traceback
-from collections.abc import Callable, Mapping, Sequence, Sized
+from collections.abc import Callable, Iterator, Mapping, Sequence, Sized
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -219,7 +219,7 @@ class UserFile:
         return UsageError(f"{self.path}{line}: task() {problem}, got {_shortened(text)}.")
 
     @contextmanager
-    def _errors_named(self, doing: str = "") -> Any:
+    def _errors_named(self, doing: str = "") -> Iterator[None]:
         """Turn what the user's code raises into a ``UsageError`` that names the line of the file."""
         try:
             yield
@@ -228,7 +228,8 @@ class UserFile:
         except SyntaxError as error:
             raise UsageError(f"{error.filename or self.path}:{error.lineno}: {error.msg}.") from error
         except (Exception, SystemExit) as error:
-            own = [frame for frame in traceback.extract_tb(error.__traceback__) if Path(frame.filename) == self.path]
+            frames = traceback.extract_tb(error.__traceback__)
+            own = [frame for frame in frames if Path(frame.filename).resolve() == self.path.resolve()]
             place = f"{self.path}:{own[-1].lineno}" if own else f"{self.path}"
             where = f" in {doing}" if doing and not own else ""
             text = _shortened(" ".join(str(error).split()))
