@@ -239,12 +239,12 @@ def _parse(text: str, label: str, lr: Mapping[str, float]) -> Contestant:
             raise UsageError(f"--optimizer {text}: max_norm must be positive, got {max_norm!r}.")
     family = name.removeprefix("torch.")
     if "lr" not in options and family in lr:
-        options["lr"] = _scaled(lr[family], options.get("momentum"))
+        options["lr"] = lr[family] if family == "muon" else _scaled(lr[family], options.get("momentum"))
     return Spec(label, text, optimizer, options, max_norm)
 
 
 def _scaled(lr: float, momentum: Any) -> float:
-    # With momentum every gradient eventually counts 1 / (1 - momentum) times.
+    # With momentum every gradient eventually counts 1 / (1 - momentum) times. (Muon scales the sum to norm 1.)
     has_momentum = isinstance(momentum, float) and 0 < momentum < 1
     return round(lr * (1 - momentum), 9) if has_momentum else lr
 
