@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -25,13 +26,13 @@ CLASSES: Mapping[str, type[Optimizer]] = {
     "torch.lbfgs": torch.optim.LBFGS,
 }
 
-# Few iterations a step, so that a curve has many points; line searches that are safe far from a minimum. With
-# max_iter=1, torch's stops to move after three steps of the task regression.
+# Line searches that are safe far from a minimum.
 DEFAULTS: Mapping[str, Mapping[str, Any]] = {
-    "lbfgs": {"max_iter": 1, "max_eval": 41, "line_search_fn": "hager_zhang"},
-    "newton": {"max_iter": 1},
-    "torch.lbfgs": {"max_iter": 5, "line_search_fn": "strong_wolfe"},
+    "lbfgs": {"max_eval": 41, "line_search_fn": "hager_zhang"},
+    "newton": {},
+    "torch.lbfgs": {"line_search_fn": "strong_wolfe"},
 }
+BATCH_ITERATIONS = 5
 GOES_ON = (descend.Status.max_iter, descend.Status.max_eval)
 NO_MOVE = "The step moved no parameter: the gradient is below tolerance_grad, or no step lowers the loss."
 
@@ -73,11 +74,20 @@ class ClosureSpec:
             UsageError: if the optimizer rejects its options, or several processes share the batches.
         """
         check_alone(self.text, problem)
+        options = {"max_iter": self._iterations(problem), **self.options}
         try:
-            optimizer = self.optimizer(model.parameters(), **self.options)
+            optimizer = self.optimizer(model.parameters(), **options)
         except Exception as error:  # an optimizer may reject an option with any exception
             raise UsageError(f"--optimizer {self.text}: {error}") from error
         return ClosureTrainer(model, problem.task.loss, optimizer, is_fixed=not problem.batch_size)
+
+    def _iterations(self, problem: Problem) -> int:
+        """Return the iterations of a step: one, so that a curve has a point for each, with two exceptions."""
+        # On batches, L-BFGS must learn a batch's curvature on that batch: with one iteration each, the loss of digits
+        # has not fallen after 40 steps. With max_iter=1, torch's never moves after the third step of regression.
+        is_lbfgs = self.optimizer is not descend.Newton
+        needs_more = is_lbfgs and (problem.batch_size or self.optimizer is torch.optim.LBFGS)
+        return BATCH_ITERATIONS if needs_more else 1
 
 
 class Evaluation(NamedTuple):
@@ -92,7 +102,7 @@ class ClosureTrainer:
     """Takes steps on a closure over the step's batch.
 
     Where all steps have the same data, the loss at the end of one step is that at the start of the next. It is then
-    remembered, not evaluated again.
+    remembered, not evaluated again; but not for Newton's method, which needs its graph.
 
     Args:
         model: what is trained.
@@ -115,7 +125,9 @@ class ClosureTrainer:
         needs_graph = isinstance(self._optimizer, descend.Newton)
         before = [param.detach().clone() for param in self._params] if self._is_fixed else []
         started = time.perf_counter()
-        loss: Any = self._optimizer.step(lambda: self._evaluate(batch) if needs_graph else self._differentiate(batch))
+        evaluate = self._evaluate if needs_graph else self._differentiate
+        closure: Any = functools.partial(evaluate, batch)  # torch's stub wants a float, its documentation a tensor
+        loss: Any = self._optimizer.step(closure)
         seconds = time.perf_counter() - started
         parts = {"forward": self._forward, "optimizer": seconds - self._forward - self._backward}
         if not needs_graph:

@@ -54,7 +54,7 @@ class Objective:
             return
         self._x = x.tobytes()
         with torch.no_grad():
-            parts = torch.tensor(x).split([param.numel() for param in self._params])
+            parts = torch.split(torch.tensor(x), [param.numel() for param in self._params])
             for param, part in zip(self._params, parts, strict=True):
                 param.copy_(part.view_as(param))
 

@@ -37,6 +37,10 @@ class ScikitLearn:
 
         if problem.task.name != TASK:
             raise ValueError(f"scikit-learn's solvers fit logistic regression, which is the task {TASK} alone.")
+        others = options.keys() - DEFAULTS.keys()
+        if others:
+            allowed = " and ".join(DEFAULTS)
+            raise ValueError(f"only {allowed} can be given, got {', '.join(sorted(others))}; the rest is the task's.")
         LogisticRegression(solver=method, **options).fit([[0.0], [1.0]], [0, 1])
 
     def solve(

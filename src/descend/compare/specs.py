@@ -1,9 +1,9 @@
 """Optimizers by name.
 
 ``adamw``, ``adamw:lr=3e-3,betas=(0.9,0.95)``, ``torch.sgd:momentum=0.9,max_norm=1.0``: classes of ``descend`` and of
-``torch.optim``; ``lbfgs``, ``newton`` and ``torch.lbfgs`` too, which take one iteration a step, torch's five, unless
-``max_iter`` says otherwise. ``minimize.l-bfgs``, ``scipy.newton-cg``, ``sklearn.lbfgs``: methods of
-``descend.minimize``, of ``scipy.optimize.minimize`` and of scikit-learn's ``LogisticRegression``.
+``torch.optim``; ``lbfgs``, ``newton`` and ``torch.lbfgs`` too, which take one iteration a step (torch's, and L-BFGS on
+batches, five) unless ``max_iter`` says otherwise. ``minimize.l-bfgs``, ``scipy.newton-cg``, ``sklearn.lbfgs``: methods
+of ``descend.minimize``, of ``scipy.optimize.minimize`` and of scikit-learn's ``LogisticRegression``.
 ``adam:steps=300+lbfgs``: one after another.
 """
 
@@ -19,7 +19,7 @@ from functools import cache
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 import descend
@@ -133,7 +133,7 @@ class Spec:
         return {"lr": self.options["lr"] * ratio} if "lr" in self.options else {}
 
 
-def _is_among(param: nn.Parameter, params: Iterable[nn.Parameter]) -> bool:
+def _is_among(param: Tensor, params: Iterable[Tensor]) -> bool:
     return any(param is other for other in params)
 
 
@@ -239,12 +239,12 @@ def _parse(text: str, label: str, lr: Mapping[str, float]) -> Contestant:
             raise UsageError(f"--optimizer {text}: max_norm must be positive, got {max_norm!r}.")
     family = name.removeprefix("torch.")
     if "lr" not in options and family in lr:
-        options["lr"] = _scaled(lr[family], options.get("momentum"))
+        options["lr"] = lr[family] if family == "muon" else _scaled(lr[family], options.get("momentum"))
     return Spec(label, text, optimizer, options, max_norm)
 
 
 def _scaled(lr: float, momentum: Any) -> float:
-    # With momentum every gradient eventually counts 1 / (1 - momentum) times.
+    # With momentum every gradient eventually counts 1 / (1 - momentum) times. (Muon scales the sum to norm 1.)
     has_momentum = isinstance(momentum, float) and 0 < momentum < 1
     return round(lr * (1 - momentum), 9) if has_momentum else lr
 

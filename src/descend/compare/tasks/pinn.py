@@ -41,7 +41,8 @@ def reference(x: NDArray[np.float64], t: NDArray[np.float64]) -> NDArray[np.floa
 
 def load(seed: int) -> Data:
     """Return 1,000 scattered points (x, t) at which the equation shall hold, and a grid with the reference solution."""
-    unit = SobolEngine(2, scramble=True, seed=seed).draw(POINTS, dtype=torch.float64)
+    engine = SobolEngine(2, scramble=True, seed=seed)  # type: ignore[no-untyped-call]
+    unit = engine.draw(POINTS, dtype=torch.float64)
     points = torch.stack([2 * unit[:, 0] - 1, unit[:, 1]], dim=1)
     everything = points, torch.zeros(POINTS, dtype=torch.float64)
 
@@ -97,7 +98,7 @@ TASK = Task(
     steps=1000,
     batch_size=None,
     lr=rates(sgd=1e-2, adam=5e-3),
-    optimizers=("adam", "lbfgs", "adam:steps=300+lbfgs", "torch.adam:steps=300+torch.lbfgs"),
+    optimizers=("adam", "lbfgs", "adam:steps=300+lbfgs", "adam:steps=300+scipy.l-bfgs-b"),
     threads=1,
     loss=loss,
     score=score,

@@ -6,13 +6,13 @@ from collections.abc import Mapping
 
 # Each as a multiple of Adam's rate.
 LIKE_ADAM = {
-    **dict.fromkeys(("adam", "adamw", "adamax", "nadam", "radam", "sparseadam"), 1.0),
-    "adamwschedulefree": 1.0,
+    **dict.fromkeys(("adam", "adamw", "nadam", "radam", "sparseadam", "adamwschedulefree"), 1.0),
+    "adamax": 2.0,  # as in Kingma & Ba 2015, whose defaults are 0.001 and 0.002
     "rmsprop": 0.5,  # its first steps are 1 / sqrt(1 - alpha) = 10 times Adam's
     "rprop": 0.5,  # of the first step only
-    "lion": 0.1,  # Chen et al. 2023: 3 to 10 times smaller than Adam's
+    "lion": 0.3,  # Chen et al. 2023: 3 to 10 times smaller than Adam's; short runs need the larger
     "adagrad": 5.0,  # its steps shrink with the square root of their number
-    "adafactor": 5.0,  # it takes the rate as a part of the weights' size
+    "adafactor": 20.0,  # a share of the weights' own size
     "muon": 10.0,  # its steps have norm 1 by singular value, Adam's by entry
 }
 LIKE_SGD = ("sgd", "asgd")

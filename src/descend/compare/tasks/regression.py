@@ -57,7 +57,7 @@ TASK = Task(
     model=model,
     steps=200,
     batch_size=None,
-    lr=rates(sgd=1.0, adam=5e-2),
+    lr=rates(sgd=1.0, adam=5e-2, lion=5e-3),
     optimizers=(
         "adamw:weight_decay=0",
         "lbfgs",

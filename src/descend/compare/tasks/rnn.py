@@ -4,8 +4,8 @@ A sum over many steps is learned best by a network that starts as a memory, with
 (Le et al. 2015, https://arxiv.org/abs/1504.00941). Its gradients then grow with powers of that matrix, as soon as it
 has an eigenvalue above 1. Gradient descent either clips them (Pascanu et al. 2013, https://arxiv.org/abs/1211.5063), or
 takes a step so long that the units die or the loss overflows; the error stays at that of always answering 1, or above.
-So it went with each of six seeds: the mean error of the last 400 of 2,000 steps was 0.03 to 0.06 with ``max_norm=1.0``
-and 0.17 without. Adam divides by the size of the gradients, learns either way, and twice as well.
+So it went with each of six seeds: the mean error of the last 400 of 2,000 steps was 0.03 to 0.07 with ``max_norm=1.0``
+and 0.165 to 0.169 without. Adam, which divides by the size of the gradients, learns better than both with or without.
 """
 
 from __future__ import annotations
@@ -68,12 +68,12 @@ TASK = Task(
     model=model,
     steps=2000,
     batch_size=32,
-    lr=rates(sgd=0.1, adam=1e-3),
+    lr=rates(sgd=0.1, adam=1e-3, adagrad=2e-2, adafactor=5e-3),
     optimizers=("sgd:momentum=0.9,max_norm=1.0", "sgd:momentum=0.9", "adam:max_norm=1.0", "adam"),
     threads=1,  # each step waits for the one before it
     loss=loss,
     score=score,
     loss_name="mean squared error",
-    metric_name="error over that of always answering 1",
+    metric_name="error / baseline",
     metric_is_error=True,
 )

@@ -18,10 +18,11 @@ The seed is set before ``task`` is called, and every optimizer starts from the w
 
 from __future__ import annotations
 
+import copy
 import importlib.util
 import sys
 import traceback
-from collections.abc import Callable, Mapping, Sequence, Sized
+from collections.abc import Callable, Iterator, Mapping, Sequence, Sized
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -94,8 +95,8 @@ class UserFile:
         sys.modules[MODULE] = self._module
         with self._errors_named():
             spec.loader.exec_module(self._module)
-        self._task = getattr(self._module, "task", None)
-        if not callable(self._task):
+        self._task: Callable[[], Any] = getattr(self._module, "task", lambda: None)
+        if not (hasattr(self._module, "task") and callable(self._task)):
             raise UsageError(f"{path} defines no function task(): it must return model, data and loss.")
         self._parts: Parts | None = None
 
@@ -162,7 +163,11 @@ class UserFile:
             if not (inputs.ndim and targets.ndim and len(inputs) == len(targets)):
                 shapes = f"{tuple(inputs.shape)} and {tuple(targets.shape)}"
                 raise self._wrong("must return inputs and targets of one length", f"shapes {shapes}")
-            count, pick = len(inputs), lambda rows: (inputs[rows], targets[rows])
+            count = len(inputs)
+
+            def pick(rows: Tensor) -> Batch:
+                return inputs[rows], targets[rows]
+
         elif isinstance(data, Dataset) and hasattr(data, "__len__"):
             count = len(cast(Sized, data))
 
@@ -191,13 +196,15 @@ class UserFile:
         return Data(sample, pick(test))
 
     def _try(self, parts: Parts) -> None:
-        """Evaluate the loss once; raise a ``UsageError`` if that fails. Neither the weights nor a generator changes."""
+        """Evaluate the loss once, on a copy of the model; raise a ``UsageError`` if that cannot be trained with."""
         self._parts = parts
-        rows = parts.data.test[0][:2], parts.data.test[1][:2]
+        rows, model = parts.data.sample(2, torch.Generator()), copy.deepcopy(parts.model)
         state = torch.get_rng_state()
         with self._errors_named("the loss of a batch"), torch.enable_grad():
-            value = self.loss(parts.model, rows)
-            self.score(parts.model, rows)
+            value = self.loss(model, rows)
+        if isinstance(value, Tensor) and value.numel() == 1:
+            with self._errors_named("the score of a batch"):
+                self.score(model.eval(), rows)
         torch.set_rng_state(state)
         if not isinstance(value, Tensor) or value.numel() != 1 or not value.is_floating_point():
             got = f"shape {tuple(value.shape)}, {value.dtype}" if isinstance(value, Tensor) else value
@@ -212,7 +219,7 @@ class UserFile:
         return UsageError(f"{self.path}{line}: task() {problem}, got {_shortened(text)}.")
 
     @contextmanager
-    def _errors_named(self, doing: str = "") -> Any:
+    def _errors_named(self, doing: str = "") -> Iterator[None]:
         """Turn what the user's code raises into a ``UsageError`` that names the line of the file."""
         try:
             yield
@@ -221,7 +228,8 @@ class UserFile:
         except SyntaxError as error:
             raise UsageError(f"{error.filename or self.path}:{error.lineno}: {error.msg}.") from error
         except (Exception, SystemExit) as error:
-            own = [frame for frame in traceback.extract_tb(error.__traceback__) if Path(frame.filename) == self.path]
+            frames = traceback.extract_tb(error.__traceback__)
+            own = [frame for frame in frames if Path(frame.filename).resolve() == self.path.resolve()]
             place = f"{self.path}:{own[-1].lineno}" if own else f"{self.path}"
             where = f" in {doing}" if doing and not own else ""
             text = _shortened(" ".join(str(error).split()))
