@@ -69,6 +69,16 @@ def plural(count: int, noun: str) -> str:
     return f"{count:,} {noun}{'' if count == 1 else 's'}"
 
 
+def shortened(text: str, most: int) -> str:
+    """Return the text, or its start and an ellipsis, in at most ``most`` characters.
+
+    Example:
+        >>> shortened("momentum=0.9", 12), shortened("momentum=0.95", 12)
+        ('momentum=0.9', 'momentum=0.…')
+    """
+    return text if len(text) <= most else f"{text[: most - 1]}…"
+
+
 def joined(names: Sequence[str]) -> str:
     """Return names as a phrase.
 

@@ -16,7 +16,7 @@ from descend.compare.results.series import Series, Setting
 from descend.reporting.axes import log_axis
 from descend.reporting.page import Chart, chart_text
 from descend.reporting.palette import style
-from descend.reporting.text import joined, rate, seconds
+from descend.reporting.text import joined, rate, seconds, shortened
 
 Trace = dict[str, Any]
 RAW = 8  # more optimizers than this, and the raw losses behind their curves hide each other
@@ -100,14 +100,17 @@ def test_chart(
     calm = [curves[one.index] for one in series if not one.best.diverged] or list(curves.values())
     y = value_axis(name, calm, [])
     if scale == "share":
-        y = {"title": {"text": name}, "tickformat": ".0%"}
+        y = {"title": {"text": chart_text(shortened(name, TITLE))}, "tickformat": ".0%"}
     layout = {"xaxis": {"title": {"text": "step"}, "rangemode": "tozero"}, "yaxis": y}
     return Chart(f"Held-out {name} against steps of {_names(series)}.", traces, layout, height=380)
 
 
-def rate_chart(series: Sequence[Series], name: str, measure: Callable[[Run], float | None]) -> Chart:
+def rate_chart(
+    series: Sequence[Series], pairs: Sequence[Pair], name: str, measure: Callable[[Run], float | None]
+) -> Chart:
     """Draw a final value against the learning rate, with the range over the seeds; crosses at the top have diverged."""
-    swept = [one for one in series if one.swept]
+    drawn = layers(series, pairs)
+    swept = sorted((one for one in series if one.swept), key=lambda one: drawn[one.index] != "under")
     values = [value for one in swept for setting in one.swept for value in setting.values(measure)]
     y = value_axis(name, [], [np.array(values)])
     is_log = y.get("type") == "log"
@@ -116,6 +119,7 @@ def rate_chart(series: Sequence[Series], name: str, measure: Callable[[Run], flo
     y["range"] = [low - (0 if is_log else 0.05 * (high - low)), top + 0.05 * (high - low)]
     traces: list[Trace] = []
     for one in swept:
+        layer = drawn[one.index]
         sound = [(setting, setting.median(measure)) for setting in one.swept]
         xs = [setting.lr for setting, _ in sound]
         spreads = [setting.values(measure) if middle is not None else [] for setting, middle in sound]
@@ -128,8 +132,8 @@ def rate_chart(series: Sequence[Series], name: str, measure: Callable[[Run], flo
             "width": 4,
         }
         traces.append(
-            _line(one, xs, [middle for _, middle in sound], WIDTHS["alone"], style(one.index).dash)
-            | {"mode": "lines+markers", "marker": _marker(one, 8), "error_y": error}
+            _line(one, xs, [middle for _, middle in sound], WIDTHS[layer], dash(one, layer))
+            | {"mode": "lines+markers", "marker": _marker(one, 13 if layer == "under" else 7), "error_y": error}
             | {"hovertemplate": f"{chart_text(one.label)}<br>lr %{{x:.3g}}: %{{y:.4g}}<extra></extra>"}
         )
         lost = [setting for setting in one.swept if setting.diverged]
@@ -172,7 +176,7 @@ class Bar:
         return sum(self.parts.values())
 
 
-LABEL = 28  # characters
+LABEL, TITLE = 28, 50  # characters that fit on a phone: beside a number, along an axis
 ROW = 46  # pixels: a bar and the line of text above it
 TONES = {"data": 0.3, "forward": 0.5, "backward": 0.75, "norm": 1.0, "step": 0.5}
 
@@ -251,6 +255,7 @@ def dot_chart(description: str, bars: Sequence[Bar], title: str, show: Callable[
 
 def value_axis(title: str, curves: Iterable[Curve], more: Iterable[Floats]) -> dict[str, Any]:
     """Return the axis of a loss: logarithmic if all is positive and spans more than a factor of three."""
+    title = chart_text(shortened(title, TITLE))
     arrays = [np.concatenate([curve.low, curve.middle, curve.high]) for curve in curves]
     values = np.concatenate([*arrays, *more, np.empty(0)])
     values = values[np.isfinite(values)]
@@ -369,18 +374,13 @@ def _row_text(bar: Bar, x: float, remark: str) -> Trace:
         "x": [x],
         "y": [bar.series.index - 0.42],
         "mode": "text",
-        "text": [f"{chart_text(_short(bar.series.label))}  <b>{chart_text(bar.text)}</b>{remark}"],
+        "text": [f"{chart_text(shortened(bar.series.label, LABEL))}  <b>{chart_text(bar.text)}</b>{remark}"],
         "textposition": "middle right",
         "textfont": {"color": "$ink"},
         "cliponaxis": False,
         "hoverinfo": "skip",
         "legendgroup": bar.series.group,
     }
-
-
-def _short(label: str) -> str:
-    """Return a label that fits on a phone beside a number."""
-    return label if len(label) <= LABEL else f"{label[: LABEL - 1]}…"
 
 
 def _rows_axis(bars: Sequence[Bar]) -> Trace:

@@ -37,7 +37,7 @@ def report_page(comparison: Comparison, runs: Sequence[Run]) -> str:
         ("Verdict", _verdict(comparison, series)),
         ("Training loss", _training(comparison, series, same)),
         ("Held-out data", _held_out(comparison, series, same)),
-        ("Learning rates", _rates(comparison, series)),
+        ("Learning rates", _rates(comparison, series, same)),
         ("Time of a step", _time(series)),
         ("State", _state(series)),
         ("All numbers", _numbers(comparison, series)),
@@ -93,7 +93,7 @@ def _training(comparison: Comparison, series: Sequence[Series], same: Sequence[P
         else:
             blocks.append(
                 Prose(
-                    f"{pair.first.label} and {pair.second.label} coincide to {pair.largest:.0e}, the largest "
+                    f"{pair.first.label} and {pair.second.label} coincide to {number(pair.largest, 1)}, the largest "
                     "difference of their losses at any step. The dashed curve lies on the wide one."
                 )
             )
@@ -113,7 +113,7 @@ def _held_out(comparison: Comparison, series: Sequence[Series], same: Sequence[P
     return [_legend(series, same), Tabs("Held-out", [("Loss", [loss]), (name.capitalize(), [metric])])]
 
 
-def _rates(comparison: Comparison, series: Sequence[Series]) -> list[Block]:
+def _rates(comparison: Comparison, series: Sequence[Series], same: Sequence[Pair]) -> list[Block]:
     blocks: list[Block] = []
     swept = [one for one in series if one.swept]
     if swept:
@@ -122,11 +122,11 @@ def _rates(comparison: Comparison, series: Sequence[Series]) -> list[Block]:
             ("Training loss", f"final {comparison.loss_name}", final_loss),
         ]
         panels = [
-            (tab, [charts.rate_chart(series, name, measure)])
+            (tab, [charts.rate_chart(series, same, name, measure)])
             for tab, name, measure in measures
             if any(setting.values(measure) for one in swept for setting in one.swept)
         ]
-        blocks += [_legend(swept, ()), Tabs("Against the learning rate", panels)] if panels else []
+        blocks += [_legend(series, same, swept), Tabs("Against the learning rate", panels)] if panels else []
         blocks.append(
             Prose(
                 "Points: median over the seeds, with their range; only where all seeds finished. Crosses at the top: "
@@ -300,10 +300,10 @@ def _result(setting: Setting) -> str:
     return ", ".join(f"{count} {end}" for end, count in ends.items())
 
 
-def _legend(series: Sequence[Series], same: Sequence[Pair]) -> Legend:
+def _legend(series: Sequence[Series], same: Sequence[Pair], shown: Sequence[Series] | None = None) -> Legend:
     drawn = charts.layers(series, same)
     dashes = {"over": "dash", "under": "solid"}
-    return Legend([Entry(one.name, one.group, one.index, dashes.get(drawn[one.index])) for one in series])
+    return Legend([Entry(one.name, one.group, one.index, dashes.get(drawn[one.index])) for one in shown or series])
 
 
 def _spread(setting: Setting, measure: Callable[[Run], float | None], show: Callable[[float], str]) -> str:

@@ -8,15 +8,16 @@ from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, NullFormatter
+from matplotlib.ticker import NullFormatter
 
 from descend.compare.records import WINDOW, Comparison, Run
 from descend.compare.results import charts
 from descend.compare.results.coincide import pairs
 from descend.compare.results.curves import loss_curve, raw_curve
 from descend.compare.results.series import Series, gather
+from descend.reporting.axes import log_axis
 from descend.reporting.palette import LIGHT, style
-from descend.reporting.text import number, seconds
+from descend.reporting.text import number, seconds, shortened
 
 MARKERS = {
     "circle": "o",
@@ -38,6 +39,8 @@ def picture(comparison: Comparison, runs: Sequence[Run]) -> Figure:
     losses, times = figure.subplots(1, 2, width_ratios=(2, 1))
     _draw_losses(losses, comparison, series)
     _draw_times(times, series)
+    if len(series) > charts.RAW:
+        figure.legend(loc="outside lower left", ncols=4, frameon=False, fontsize=9, handlelength=3.2)
     return figure
 
 
@@ -78,13 +81,13 @@ def _draw_losses(axes: Axes, comparison: Comparison, series: Sequence[Series]) -
         axes.set_yticks(axis["tickvals"], axis["ticktext"])
         axes.yaxis.set_minor_formatter(NullFormatter())
     axes.set(xlabel="step", ylabel=_plain(comparison.loss_name))
-    axes.set_title(_plain(f"{comparison.task}: training loss, mean of {WINDOW} steps"), loc="left", fontsize=11)
-    if series:
-        few = len(series) <= charts.RAW
-        place: dict[str, Any] = (
-            dict(loc="upper right") if few else dict(loc="upper left", bbox_to_anchor=(0, -0.12), ncols=3)
-        )
-        axes.legend(frameon=False, fontsize=9, handlelength=3.2, **place)
+    axes.set_title(
+        _plain(f"{shortened(comparison.task, charts.LABEL)}: training loss, mean of {WINDOW} steps"),
+        loc="left",
+        fontsize=11,
+    )
+    if 0 < len(series) <= charts.RAW:
+        axes.legend(frameon=False, fontsize=9, handlelength=3.2, loc="upper right")
     _style(axes)
 
 
@@ -95,7 +98,7 @@ def _draw_times(axes: Axes, series: Sequence[Series]) -> None:
         look = style(one.index)
         axes.plot(duration, row, MARKERS[look.marker], color=LIGHT.series[look.colour], markersize=9)
         axes.annotate(
-            _plain(f"{one.label}  {seconds(duration)}"),
+            _plain(f"{shortened(one.label, charts.LABEL)}  {seconds(duration)}"),
             (0, row),
             xycoords=("axes fraction", "data"),
             xytext=(2, 9),
@@ -103,10 +106,11 @@ def _draw_times(axes: Axes, series: Sequence[Series]) -> None:
             fontsize=9,
         )
     if bars:
-        low, high = math.log10(min(value for _, value in bars)), math.log10(max(value for _, value in bars))
-        margin = max(0.08 * (high - low), 0.15)
+        axis = log_axis("", [value for _, value in bars], seconds)
+        low, high = axis["range"]
+        margin = 0.05 * (high - low)  # beside the markers
         axes.set(xscale="log", xlim=(10 ** (low - margin), 10 ** (high + margin)), ylim=(len(bars) - 0.5, -0.8))
-        axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: seconds(value)))
+        axes.set_xticks(axis["tickvals"], axis["ticktext"])
         axes.xaxis.set_minor_formatter(NullFormatter())
     else:
         axes.text(0.5, 0.5, "not known", transform=axes.transAxes, ha="center", color=LIGHT.muted)
@@ -138,5 +142,5 @@ def _finite(values: Any) -> Any:
 
 
 def _plain(text: str) -> str:
-    """Return ``text`` so that matplotlib does not read mathematics between dollars."""
-    return text.replace("$", r"\$")
+    """Return the start of ``text`` so that matplotlib does not read mathematics between dollars."""
+    return shortened(text, 60).replace("$", r"\$")
