@@ -25,11 +25,12 @@ CLASSES: Mapping[str, type[Optimizer]] = {
     "torch.lbfgs": torch.optim.LBFGS,
 }
 
-# A step is one iteration, so that a curve has a point for each; line searches that are safe far from a minimum.
+# Few iterations a step, so that a curve has many points; line searches that are safe far from a minimum. With
+# max_iter=1, torch's stops to move after three steps of the task regression.
 DEFAULTS: Mapping[str, Mapping[str, Any]] = {
     "lbfgs": {"max_iter": 1, "max_eval": 41, "line_search_fn": "hager_zhang"},
     "newton": {"max_iter": 1},
-    "torch.lbfgs": {"max_iter": 1, "line_search_fn": "strong_wolfe"},
+    "torch.lbfgs": {"max_iter": 5, "line_search_fn": "strong_wolfe"},
 }
 GOES_ON = (descend.Status.max_iter, descend.Status.max_eval)
 NO_MOVE = "The step moved no parameter: the gradient is below tolerance_grad, or no step lowers the loss."

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-WINDOW = 20  # steps that a final loss, and each point of a curve, averages
+WINDOW = 20  # steps that a final loss, and each point of a curve, averages, where each step has a batch of its own
 
 
 @dataclass(frozen=True)
@@ -74,6 +74,7 @@ class Run:
             None for what is not known.
         helper: full name of a second optimizer for parameters that the first does not take.
         tuning: whether the run helped to choose a learning rate; it has a seed of its own and is not reported.
+        window: steps that ``final_loss`` averages: ``WINDOW``, or 1 if each step uses all data.
         alone: whether no other run went on at the same time; times of runs that shared the machine are not compared.
     """
 
@@ -100,15 +101,16 @@ class Run:
     ranks: Sequence[Mapping[str, float | None]] = ()
     helper: str | None = None
     tuning: bool = False
+    window: int = WINDOW
     alone: bool = True
 
     @property
     def final_loss(self) -> float | None:
-        """The mean training loss of the last ``WINDOW`` steps; None if the run diverged or has no steps."""
-        last = self.losses[-WINDOW:]
+        """The mean training loss of the last ``window`` steps; None if the run diverged or has no steps."""
+        last = self.losses[-self.window :]
         return sum(last) / len(last) if last and self.status != "diverged" else None
 
 
-def smooth(losses: Sequence[float]) -> list[float]:
-    """Return the mean of the last ``WINDOW`` losses at each step, so that a curve ends at ``final_loss``."""
-    return [sum(losses[max(0, i - WINDOW) : i]) / min(i, WINDOW) for i in range(1, len(losses) + 1)]
+def smooth(losses: Sequence[float], window: int = WINDOW) -> list[float]:
+    """Return the mean of the last ``window`` losses at each step, so that a curve ends at ``final_loss``."""
+    return [sum(losses[max(0, i - window) : i]) / min(i, window) for i in range(1, len(losses) + 1)]

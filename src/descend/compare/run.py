@@ -23,6 +23,7 @@ from descend.compare.table import show
 from descend.compare.train import prepare
 from descend.compare.work import Work, cores, machine, versions
 from descend.reporting.signals import Interrupted, interruptible
+from descend.reporting.text import plural
 
 
 def run(settings: Settings, ranks: Ranks | None = None) -> int:
@@ -112,10 +113,12 @@ class Comparing:
         return [each for entry in self.work.variants for each in candidates(entry)] if tune else []
 
     def _plan(self) -> str:
-        runs = len(self._tuning()) + len(self.entries) * len(self.work.seeds)
         done = len(self.journal.runs) if self.journal else 0
-        words = f"{runs} runs of {self.work.steps} steps"
+        words = f"{plural(self._count(), 'run')} of {plural(self.work.steps, 'step')}"
         return f"{words}, {done} of them already there." if done else f"{words}."
+
+    def _count(self) -> int:
+        return len(self._tuning()) + len(self.entries) * len(self.work.seeds)
 
     def run_all(self) -> None:
         """Make all runs that are not in the journal; if ranks end differently, stop there."""
@@ -207,7 +210,8 @@ class Comparing:
         finally:
             journal.close()
         if is_interrupted:
-            self._say(f"Interrupted with {len(journal.runs)} runs done. The same command continues in {folder}.")
+            done = f"{plural(len(journal.runs), 'run')} of {self._count()} done"
+            self._say(f"Interrupted: {done}. The same command continues in {folder}.")
             return 0
         self._say(f"Wrote results.jsonl, report.html, curves.png and curves.svg into {folder}.")
         failed = {run.label: run for run in reversed(runs) if run.error}

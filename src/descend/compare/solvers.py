@@ -1,4 +1,4 @@
-"""Solvers that minimize a function in a loop of their own: ``descend.minimize``, and in files of their own its peers."""
+"""Solvers that minimize a function in a loop of their own: ``descend.minimize``, and elsewhere its peers."""
 
 from __future__ import annotations
 

@@ -1,9 +1,10 @@
 """Optimizers by name.
 
 ``adamw``, ``adamw:lr=3e-3,betas=(0.9,0.95)``, ``torch.sgd:momentum=0.9,max_norm=1.0``: classes of ``descend`` and of
-``torch.optim``; ``lbfgs``, ``newton`` and ``torch.lbfgs`` too, which take one iteration a step unless ``max_iter`` says
-otherwise. ``minimize.l-bfgs``, ``scipy.newton-cg``, ``sklearn.lbfgs``: methods of ``descend.minimize``, of
-``scipy.optimize.minimize`` and of scikit-learn's ``LogisticRegression``. ``adam:steps=300+lbfgs``: one after another.
+``torch.optim``; ``lbfgs``, ``newton`` and ``torch.lbfgs`` too, which take one iteration a step, torch's five, unless
+``max_iter`` says otherwise. ``minimize.l-bfgs``, ``scipy.newton-cg``, ``sklearn.lbfgs``: methods of
+``descend.minimize``, of ``scipy.optimize.minimize`` and of scikit-learn's ``LogisticRegression``.
+``adam:steps=300+lbfgs``: one after another.
 """
 
 from __future__ import annotations
@@ -180,8 +181,8 @@ def parse_all(texts: Sequence[str], lr: Mapping[str, float]) -> list[Contestant]
     """Return the specs written as ``texts``, with unique labels.
 
     Args:
-        texts: ``NAME`` or ``NAME:key=value,key=value``; values are Python literals, names of dtypes, or strings. Several
-            with ``+`` between them train one after another; all but the last have an option ``steps``.
+        texts: ``NAME`` or ``NAME:key=value,key=value``; values are Python literals, names of dtypes, or strings.
+            Several with ``+`` between them train one after another; all but the last have an option ``steps``.
         lr: learning rate by optimizer name, for specs that give none.
     Raises:
         UsageError: if a name or an option does not exist, or a value has the wrong type.

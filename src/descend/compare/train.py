@@ -6,7 +6,8 @@ import copy
 import gc
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from statistics import median
 from typing import Any
 
@@ -54,6 +55,7 @@ def train(problem: Problem, spec: Contestant, run: Run, on_step: Callable[[Run],
     error, parts = None, list[Mapping[str, float]]()
     try:
         _warm_up(problem, spec)
+        gc.collect()  # its copy of the model and the state
         _train(problem, spec, run, parts, on_step)
     except Exception as exception:  # the other optimizers are measured all the same
         error = " ".join(f"{type(exception).__name__}: {exception}".split())
@@ -99,7 +101,6 @@ def _train(
     trainer = spec.trainer(model, problem)
     run.options = {**_options(trainer), **spec.options}
     run.helper = full_name(type(trainer.optimizers[1])) if len(trainer.optimizers) > 1 else None
-    gc.collect()
     torch.manual_seed(problem.seed)  # a model may draw from it: dropout
     generator = torch.Generator().manual_seed(problem.seed)
     tests = test_steps(problem.steps)
@@ -190,9 +191,17 @@ def _options(trainer: Trainer) -> dict[str, Any]:
 def _state_bytes(optimizer: Optimizer) -> int:
     """Return the bytes of this rank's memory behind all state tensors; shared storage counts once."""
     # ZeroRedundancyOptimizer keeps this rank's share in an optimizer of its own.
-    states = getattr(optimizer, "optim", optimizer).state.values()
-    tensors = (value for state in states for value in state.values() if isinstance(value, Tensor))
+    tensors = _tensors(getattr(optimizer, "optim", optimizer).state)
     # A DTensor has no memory of its own.
     local = (tensor.to_local() if hasattr(tensor, "to_local") else tensor for tensor in tensors)
     storages = {storage.data_ptr(): storage.nbytes() for storage in (tensor.untyped_storage() for tensor in local)}
     return sum(storages.values())
+
+
+def _tensors(value: object) -> Iterator[Tensor]:
+    """Yield the tensors in nested mappings and lists, such as L-BFGS's pairs."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, Mapping | list | tuple | deque):
+        for item in value.values() if isinstance(value, Mapping) else value:
+            yield from _tensors(item)

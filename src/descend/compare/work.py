@@ -17,7 +17,7 @@ from descend.compare.parallel import choose
 from descend.compare.plan import Entry, variants
 from descend.compare.problem import Problem
 from descend.compare.ranks import Ranks
-from descend.compare.records import Run
+from descend.compare.records import WINDOW, Run
 from descend.compare.settings import Settings
 from descend.compare.sweep import parse_sweeps
 from descend.compare.tasks.catalog import find_task
@@ -84,6 +84,7 @@ class Work:
             seed=entry.seed,
             prepare_seconds=prepare_seconds,
             tuning=entry.tuning,
+            window=WINDOW if self.batch_size else 1,
         )
 
     def identity(self) -> dict[str, Any]:

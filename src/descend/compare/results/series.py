@@ -24,7 +24,7 @@ def losses(run: Run) -> list[float]:
 
 def smooth_losses(run: Run) -> list[float]:
     """Return the smoothed training losses until the run diverged; the last is the table's number."""
-    return smooth(losses(run))
+    return smooth(losses(run), run.window)
 
 
 def test_loss(run: Run) -> float | None:

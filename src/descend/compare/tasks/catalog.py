@@ -1,4 +1,4 @@
-"""The names of the tasks. Each is in the module of its name, which is imported when the task is asked for; so is torch."""
+"""The names of the tasks. Each is in the module of its name, which is imported when the task is asked for."""
 
 from __future__ import annotations
 
