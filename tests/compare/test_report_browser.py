@@ -170,7 +170,8 @@ def test_everything_that_can_be_used_is_reached_by_tab(browser: Browser, pages: 
     browser.open(pages["one step"])
     wanted = browser.run(
         "return [...document.querySelectorAll('a, button, summary, [tabindex=\"0\"]')]"
-        ".filter((one) => one.tabIndex >= 0 && one.checkVisibility()).map((one, i) => { one.dataset.place = i; return i; })"
+        ".filter((one) => one.tabIndex >= 0 && one.checkVisibility())"
+        ".map((one, i) => { one.dataset.place = i; return i; })"
     )
     reached = []
     for _ in wanted:

@@ -10,10 +10,8 @@ import pytest
 from report_runs import diverged, rich, run, seeds
 
 from descend.compare.results.coincide import pairs
-from descend.compare.results.curves import loss_curve, raw_curve, test_curve, thin
+from descend.compare.results.curves import held_out_curve, loss_curve, raw_curve, thin
 from descend.compare.results.series import Setting, gather
-
-test_curve.__test__ = False  # type: ignore[attr-defined]
 
 
 @pytest.mark.parametrize("axis", ["steps", "time", "evaluations"])
@@ -66,7 +64,7 @@ def test_raw_losses_are_not_smoothed() -> None:
 
 
 def test_held_out_curve_has_the_steps_that_were_measured() -> None:
-    curve = test_curve(Setting(0.1, seeds("a", (0.1, 0.3, 0.2))), lambda one: one.test_losses)
+    curve = held_out_curve(Setting(0.1, seeds("a", (0.1, 0.3, 0.2))), lambda one: one.test_losses)
     assert curve.x.tolist() == [30, 60]
     assert curve.middle[0] == pytest.approx(0.4)
 

@@ -39,10 +39,10 @@ def rate(lr: float | None) -> str:
     """Return a learning rate as people write it; ``-`` for None.
 
     Example:
-        >>> rate(0.00031622776), rate(1.0), rate(None)
-        ('0.000316', '1', '-')
+        >>> rate(0.00031622776), rate(1000.0), rate(None)
+        ('0.000316', '1000', '-')
     """
-    return "-" if lr is None else f"{lr:.3g}"
+    return "-" if lr is None else f"{lr:.{3 if lr < 100 else 6}g}"
 
 
 def number(value: float | None, digits: int = 4) -> str:

@@ -11,7 +11,7 @@ import numpy as np
 
 from descend.compare.records import WINDOW, Comparison, Run
 from descend.compare.results.coincide import Pair
-from descend.compare.results.curves import Curve, Floats, loss_curve, raw_curve, test_curve, thin
+from descend.compare.results.curves import Curve, Floats, held_out_curve, loss_curve, raw_curve, thin
 from descend.compare.results.series import Series, Setting
 from descend.reporting.axes import log_axis
 from descend.reporting.page import Chart, chart_text
@@ -82,12 +82,12 @@ def difference_chart(comparison: Comparison, pairs: Sequence[Pair]) -> Chart | N
     return Chart(words, traces, layout, height=260)
 
 
-def test_chart(
+def held_out_chart(
     series: Sequence[Series], pairs: Sequence[Pair], name: str, measure: Callable[[Run], Sequence[float]], scale: str
 ) -> Chart:
     """Draw a held-out measure against steps; ``scale`` is "free" for a loss or an error, "share" for an accuracy."""
     drawn = layers(series, pairs)
-    curves = {one.index: test_curve(one.best, measure) for one in series}
+    curves = {one.index: held_out_curve(one.best, measure) for one in series}
     traces: list[Trace] = []
     for one in sorted(series, key=lambda one: drawn[one.index] != "under"):
         curve, layer = curves[one.index], drawn[one.index]
@@ -178,7 +178,13 @@ class Bar:
 
 LABEL, TITLE = 28, 50  # characters that fit on a phone: beside a number, along an axis
 ROW = 46  # pixels: a bar and the line of text above it
-TONES = {"data": 0.3, "forward": 0.5, "backward": 0.75, "norm": 1.0, "step": 0.5}
+TONES = {
+    "data": "$muted/0.3",
+    "forward": "$muted/0.5",
+    "backward": "$muted/0.75",
+    "norm": "$muted",
+    "step": "$ink/0.85",
+}
 
 
 def bar_chart(description: str, bars: Sequence[Bar], title: str, show: Callable[[float], str]) -> Chart:
@@ -194,7 +200,6 @@ def bar_chart(description: str, bars: Sequence[Bar], title: str, show: Callable[
             if name not in bar.parts:
                 continue
             length = max(min(bar.parts[name], end - start), 0.0)
-            tone = TONES.get(name)
             traces.append(
                 {
                     "type": "bar",
@@ -204,7 +209,7 @@ def bar_chart(description: str, bars: Sequence[Bar], title: str, show: Callable[
                     "y": [row],
                     "width": 0.42,
                     "marker": {
-                        "color": _colour(bar.series) if tone is None else f"$muted/{tone}",
+                        "color": TONES.get(name, _colour(bar.series)),
                         "line": {"color": "$surface", "width": 1},
                     },
                     "legendgroup": group,
@@ -226,24 +231,20 @@ def bar_chart(description: str, bars: Sequence[Bar], title: str, show: Callable[
 
 
 def dot_chart(description: str, bars: Sequence[Bar], title: str, show: Callable[[float], str]) -> Chart:
-    """Draw the bars' lengths as dots on a logarithmic axis, where one that is far longer does not squash the others."""
-    x = log_axis(title, [bar.length for bar in bars], show)
+    """Draw lengths so that one which is far longer does not squash the others: if so, as dots on a logarithmic axis."""
+    if not is_wide([bar.length for bar in bars]):
+        return bar_chart(description, bars, title, show)
+    x = log_axis(f"{title} (logarithmic)", [bar.length for bar in bars], show)
     low = x["range"][0]
     traces: list[Trace] = []
     for bar in bars:
         if bar.length > 0:
             traces.append(
                 {
-                    "x": [10**low, bar.length],
-                    "y": [bar.series.index] * 2,
-                    "mode": "lines+markers",
-                    "line": {"color": f"{_colour(bar.series)}/0.35", "width": 2},
-                    "marker": {
-                        "size": [0, 12],
-                        "symbol": style(bar.series.index).marker,
-                        "color": _colour(bar.series),
-                        "opacity": 1,
-                    },
+                    "x": [bar.length],
+                    "y": [bar.series.index],
+                    "mode": "markers",
+                    "marker": _marker(bar.series, 13),
                     "legendgroup": bar.series.group,
                     "hovertemplate": f"{chart_text(bar.series.label)}: {show(bar.length)}<extra></extra>",
                 }
@@ -251,6 +252,11 @@ def dot_chart(description: str, bars: Sequence[Bar], title: str, show: Callable[
         traces.append(_row_text(bar, 1.0001 * 10**low, ""))
     layout = {"xaxis": x, "yaxis": _rows_axis(bars), **_rows_layout()}
     return Chart(description, traces, layout, _rows_height(bars))
+
+
+def is_wide(lengths: Sequence[float]) -> bool:
+    """Tell whether lengths differ so much that bars from zero would not show them all."""
+    return max(lengths, default=0.0) > 4 * min(lengths, default=0.0)
 
 
 def value_axis(title: str, curves: Iterable[Curve], more: Iterable[Floats]) -> dict[str, Any]:

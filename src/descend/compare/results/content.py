@@ -13,9 +13,10 @@ from descend.compare.results.series import (
     Setting,
     final_loss,
     gather,
+    held_out_loss,
+    held_out_metric,
+    is_finite,
     state_bytes,
-    test_loss,
-    test_metric,
 )
 from descend.compare.results.verdict import SEEDS, findings
 from descend.reporting.page import Block, Details, Entry, Fact, Facts, Key, Legend, Prose, Section, Table, Tabs, page
@@ -102,14 +103,14 @@ def _training(comparison: Comparison, series: Sequence[Series], same: Sequence[P
 
 
 def _held_out(comparison: Comparison, series: Sequence[Series], same: Sequence[Pair]) -> list[Block]:
-    if not any(len(run.test_losses) for one in series for run in one.best.runs):
+    if not any(is_finite(loss) for one in series for run in one.best.runs for loss in run.test_losses):
         return []
-    loss = charts.test_chart(series, same, comparison.loss_name, lambda run: run.test_losses, "free")
+    loss = charts.held_out_chart(series, same, comparison.loss_name, lambda run: run.test_losses, "free")
     if not comparison.metric_name:
         return [_legend(series, same), loss]
     name = comparison.metric_name
     scale = "free" if comparison.metric_is_error else "share"
-    metric = charts.test_chart(series, same, name, lambda run: run.test_metrics, scale)
+    metric = charts.held_out_chart(series, same, name, lambda run: run.test_metrics, scale)
     return [_legend(series, same), Tabs("Held-out", [("Loss", [loss]), (name.capitalize(), [metric])])]
 
 
@@ -118,7 +119,7 @@ def _rates(comparison: Comparison, series: Sequence[Series], same: Sequence[Pair
     swept = [one for one in series if one.swept]
     if swept:
         measures: list[tuple[str, str, Callable[[Run], float | None]]] = [
-            ("Held-out loss", f"held-out {comparison.loss_name}", test_loss),
+            ("Held-out loss", f"held-out {comparison.loss_name}", held_out_loss),
             ("Training loss", f"final {comparison.loss_name}", final_loss),
         ]
         panels = [
@@ -137,7 +138,7 @@ def _rates(comparison: Comparison, series: Sequence[Series], same: Sequence[Pair
     rows = [[one.label, rate(one.best.lr), _tried(one), _options(one.best.runs[0])] for one in series]
     source = comparison.tuned or "as given on the command line, or the task's, or the default of the class"
     table = Table(
-        f"Learning rates used; how they were chosen: {source}",
+        f"Learning rates used: {source}",
         ["optimizer", "lr", "rates tried", "other options"],
         rows,
         words=["rates tried", "other options"],
@@ -161,7 +162,7 @@ def _time(series: Sequence[Series]) -> list[Block]:
         shared = any(run.seconds for one in series for run in one.best.runs)
         return [Prose("All runs shared the machine with others: their times are not compared.")] if shared else []
     names = list(dict.fromkeys(name for bar in bars for name in bar.parts))
-    tones = [(_part(name), f"$muted/{charts.TONES[name]}") for name in names if name in charts.TONES]
+    tones = [(_part(name), charts.TONES[name]) for name in names if name in charts.TONES]
     own = (
         [("optimizer (in its own colour)", f"$series{style(bars[0].series.index).colour}")]
         if "optimizer" in names
@@ -177,7 +178,7 @@ def _time(series: Sequence[Series]) -> list[Block]:
         if "optimizer" in bar.parts
     ]
     if alone:
-        title = "time in the optimizer alone, a step (logarithmic)"
+        title = "time in the optimizer alone, a step"
         blocks.append(charts.dot_chart("Time in the optimizer alone, by step.", alone, title, seconds))
     rows = []
     for bar in bars:
@@ -209,6 +210,8 @@ def _state(series: Sequence[Series]) -> list[Block]:
             bars.append(charts.Bar(one, {"state": count}, size(count)))
     if not bars:
         return []
+    if not any(bar.length for bar in bars):
+        return [Prose("None of the optimizers keeps state.")]
     words = "Memory of the optimizer's state: " + joined([f"{bar.series.label} {bar.text}" for bar in bars]) + "."
     blocks: list[Block] = [charts.bar_chart(words, bars, "bytes of state", size)]
     if any(len(run.state_bytes) > 1 for one in series for run in one.best.runs):
@@ -232,8 +235,8 @@ def _numbers(comparison: Comparison, series: Sequence[Series]) -> list[Block]:
                     rate(setting.lr),
                     str(len(setting.runs)),
                     _result(setting),
-                    _spread(setting, test_loss, number),
-                    *([_spread(setting, test_metric, show_metric)] if metric else []),
+                    _spread(setting, held_out_loss, number),
+                    *([_spread(setting, held_out_metric, show_metric)] if metric else []),
                     _spread(setting, final_loss, number),
                     _spread(setting, lambda run: len(run.losses), number),
                     _spread(setting, lambda run: run.evaluations[-1] if run.evaluations else None, number),
@@ -277,8 +280,8 @@ def _runs(comparison: Comparison, series: Sequence[Series]) -> Table:
                         rate(run.lr),
                         str(run.seed),
                         _result(single) + (f": {run.error or run.stopped}" if run.error or run.stopped else ""),
-                        number(test_loss(run)),
-                        *([number(test_metric(run))] if metric else []),
+                        number(held_out_loss(run)),
+                        *([number(held_out_metric(run))] if metric else []),
                         number(final_loss(run)),
                         number(len(run.losses)),
                         number(run.evaluations[-1] if run.evaluations else None),

@@ -8,7 +8,7 @@ from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import NullFormatter
+from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter
 
 from descend.compare.records import WINDOW, Comparison, Run
 from descend.compare.results import charts
@@ -106,12 +106,17 @@ def _draw_times(axes: Axes, series: Sequence[Series]) -> None:
             fontsize=9,
         )
     if bars:
-        axis = log_axis("", [value for _, value in bars], seconds)
-        low, high = axis["range"]
-        margin = 0.05 * (high - low)  # beside the markers
-        axes.set(xscale="log", xlim=(10 ** (low - margin), 10 ** (high + margin)), ylim=(len(bars) - 0.5, -0.8))
-        axes.set_xticks(axis["tickvals"], axis["ticktext"])
-        axes.xaxis.set_minor_formatter(NullFormatter())
+        durations = [duration for _, duration in bars]
+        axes.set(xlim=(0, 1.1 * max(durations)), ylim=(len(bars) - 0.5, -0.8))
+        axes.xaxis.set_major_locator(MaxNLocator(4))
+        axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: seconds(value)))
+        if charts.is_wide(durations):
+            axis = log_axis("", durations, seconds)
+            low, high = axis["range"]
+            margin = 0.05 * (high - low)  # beside the markers
+            axes.set(xscale="log", xlim=(10 ** (low - margin), 10 ** (high + margin)))
+            axes.set_xticks(axis["tickvals"], axis["ticktext"])
+            axes.xaxis.set_minor_formatter(NullFormatter())
     else:
         axes.text(0.5, 0.5, "not known", transform=axes.transAxes, ha="center", color=LIGHT.muted)
         axes.set_xticks([])
