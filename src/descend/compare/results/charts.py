@@ -219,6 +219,18 @@ def bar_chart(description: str, bars: Sequence[Bar], title: str, show: Callable[
             start += length
         is_cut = bar.length > end
         traces.append(_row_text(bar, 0.0, " (cut)" if is_cut else ""))
+        if is_cut:
+            traces.append(
+                {
+                    "x": [end],
+                    "y": [row],
+                    "mode": "markers",
+                    "marker": {"symbol": "triangle-right", "size": 16, "color": "$ink"},
+                    "cliponaxis": False,
+                    "hoverinfo": "skip",
+                    "legendgroup": group,
+                }
+            )
     ticks = _round_ticks(end)
     x = {
         "range": [0, end],

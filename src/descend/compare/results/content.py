@@ -327,4 +327,4 @@ def _pairs(values: Any) -> str:
 
 
 def _value(value: Any) -> str:
-    return " ".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
+    return f"({', '.join(map(str, value))})" if isinstance(value, list | tuple) else str(value)

@@ -34,12 +34,12 @@ DASHES: dict[str, Any] = {"solid": "-", "dash": (0, (4, 2)), "dot": (0, (1, 1.5)
 def picture(comparison: Comparison, runs: Sequence[Run]) -> Figure:
     """Return the figure. Texts are taken as they are, dollars included."""
     series = gather(runs)
-    height = max(4.8, 1.2 + 0.42 * len(series))
+    height = max(5.0, 1.2 + 0.45 * len(series))
     figure = Figure(figsize=(11, height), layout="constrained", facecolor=LIGHT.surface)
     losses, times = figure.subplots(1, 2, width_ratios=(2, 1))
     _draw_losses(losses, comparison, series)
     _draw_times(times, series)
-    if len(series) > charts.RAW:
+    if series:  # below, where it hides no curve
         figure.legend(loc="outside lower left", ncols=4, frameon=False, fontsize=9, handlelength=3.2)
     return figure
 
@@ -86,8 +86,6 @@ def _draw_losses(axes: Axes, comparison: Comparison, series: Sequence[Series]) -
         loc="left",
         fontsize=11,
     )
-    if 0 < len(series) <= charts.RAW:
-        axes.legend(frameon=False, fontsize=9, handlelength=3.2, loc="upper right")
     _style(axes)
 
 
