@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from descend.compare.records import WINDOW, Comparison, Run
-from descend.compare.results import charts
+from descend.compare.results import bars, charts, looks
 from descend.compare.results.coincide import Pair, pairs
 from descend.compare.results.series import (
     Series,
@@ -157,31 +157,31 @@ def _options(run: Run) -> str:
 
 
 def _time(series: Sequence[Series]) -> list[Block]:
-    bars = charts.step_bars(series)
-    if not bars:
+    drawn = bars.step_bars(series)
+    if not drawn:
         shared = any(run.seconds for one in series for run in one.best.runs)
         return [Prose("All runs shared the machine with others: their times are not compared.")] if shared else []
-    names = list(dict.fromkeys(name for bar in bars for name in bar.parts))
-    tones = [(_part(name), charts.TONES[name]) for name in names if name in charts.TONES]
+    names = list(dict.fromkeys(name for bar in drawn for name in bar.parts))
+    tones = [(_part(name), bars.TONES[name]) for name in names if name in bars.TONES]
     own = (
-        [("optimizer (in its own colour)", f"$series{style(bars[0].series.index).colour}")]
+        [("optimizer (in its own colour)", f"$series{style(drawn[0].series.index).colour}")]
         if "optimizer" in names
         else []
     )
     blocks: list[Block] = [
         Key([*tones, *own]),
-        charts.bar_chart("Time of a step by part; the table below has the numbers.", bars, "time of a step", seconds),
+        bars.bar_chart("Time of a step by part; the table below has the numbers.", drawn, "time of a step", seconds),
     ]
     alone = [
-        charts.Bar(bar.series, {"optimizer": bar.parts["optimizer"]}, seconds(bar.parts["optimizer"]))
-        for bar in bars
+        bars.Bar(bar.series, {"optimizer": bar.parts["optimizer"]}, seconds(bar.parts["optimizer"]))
+        for bar in drawn
         if "optimizer" in bar.parts
     ]
     if alone:
         title = "time in the optimizer alone, a step"
-        blocks.append(charts.dot_chart("Time in the optimizer alone, by step.", alone, title, seconds))
+        blocks.append(bars.dot_chart("Time in the optimizer alone, by step.", alone, title, seconds))
     rows = []
-    for bar in bars:
+    for bar in drawn:
         runs = bar.series.timed
         rows.append(
             [
@@ -193,7 +193,7 @@ def _time(series: Sequence[Series]) -> list[Block]:
             ]
         )
     headings = ["optimizer", *map(_part, names), "sum", "first step, optimizer", "to build and compile"]
-    marks = [bar.series.index for bar in bars]
+    marks = [bar.series.index for bar in drawn]
     blocks.append(Table("Median time of a step but the first, by part", headings, rows, marks=marks))
     return blocks
 
@@ -203,17 +203,17 @@ def _part(name: str) -> str:
 
 
 def _state(series: Sequence[Series]) -> list[Block]:
-    bars = []
+    drawn = []
     for one in series:
         count = one.best.median(state_bytes)
         if count is not None:
-            bars.append(charts.Bar(one, {"state": count}, size(count)))
-    if not bars:
+            drawn.append(bars.Bar(one, {"state": count}, size(count)))
+    if not drawn:
         return []
-    if not any(bar.length for bar in bars):
+    if not any(bar.length for bar in drawn):
         return [Prose("None of the optimizers keeps state.")]
-    words = "Memory of the optimizer's state: " + joined([f"{bar.series.label} {bar.text}" for bar in bars]) + "."
-    blocks: list[Block] = [charts.bar_chart(words, bars, "bytes of state", size)]
+    words = "Memory of the optimizer's state: " + joined([f"{bar.series.label} {bar.text}" for bar in drawn]) + "."
+    blocks: list[Block] = [bars.bar_chart(words, drawn, "bytes of state", size)]
     if any(len(run.state_bytes) > 1 for one in series for run in one.best.runs):
         blocks.append(Prose("Of the rank that keeps most.", "note"))
     return blocks
@@ -228,7 +228,7 @@ def _numbers(comparison: Comparison, series: Sequence[Series]) -> list[Block]:
     for one in series:
         for setting in one.settings:
             timed = Setting(setting.lr, [run for run in setting.runs if run.alone])
-            parts = charts.parts_of(timed)
+            parts = bars.parts_of(timed)
             rows.append(
                 [
                     one.label,
@@ -304,7 +304,7 @@ def _result(setting: Setting) -> str:
 
 
 def _legend(series: Sequence[Series], same: Sequence[Pair], shown: Sequence[Series] | None = None) -> Legend:
-    drawn = charts.layers(series, same)
+    drawn = looks.layers(series, same)
     dashes = {"over": "dash", "under": "solid"}
     return Legend([Entry(one.name, one.group, one.index, dashes.get(drawn[one.index])) for one in shown or series])
 

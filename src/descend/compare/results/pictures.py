@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter
 
 from descend.compare.records import WINDOW, Comparison, Run
-from descend.compare.results import charts
+from descend.compare.results import bars, charts, looks
 from descend.compare.results.coincide import pairs
 from descend.compare.results.curves import loss_curve, raw_curve
 from descend.compare.results.series import Series, gather
@@ -45,7 +45,7 @@ def picture(comparison: Comparison, runs: Sequence[Run]) -> Figure:
 
 
 def _draw_losses(axes: Axes, comparison: Comparison, series: Sequence[Series]) -> None:
-    drawn = charts.layers(series, pairs(series))
+    drawn = looks.layers(series, pairs(series))
     curves = {one.index: loss_curve(one.best, "steps") for one in series}
     for one in series:
         look, curve, layer = style(one.index), curves[one.index], drawn[one.index]
@@ -58,8 +58,8 @@ def _draw_losses(axes: Axes, comparison: Comparison, series: Sequence[Series]) -
             curve.x,
             curve.middle,
             color=colour,
-            linewidth=charts.WIDTHS[layer] * 0.8,
-            linestyle=DASHES[charts.dash(one, layer)],
+            linewidth=looks.WIDTHS[layer] * 0.8,
+            linestyle=DASHES[looks.dash(one, layer)],
             marker=MARKERS[look.marker],
             markevery=((one.index + 0.5) / len(series) / 6, 1 / 6) if len(curve.x) > 12 else None,
             markersize=6,
@@ -68,7 +68,7 @@ def _draw_losses(axes: Axes, comparison: Comparison, series: Sequence[Series]) -
             zorder=order,
         )
     calm = [curves[one.index] for one in series if not one.best.diverged] or list(curves.values())
-    axis = charts.value_axis(comparison.loss_name, calm, [curve.middle[:1] for curve in curves.values()])
+    axis = looks.value_axis(comparison.loss_name, calm, [curve.middle[:1] for curve in curves.values()])
     top = 10 ** axis["range"][1] if "range" in axis else math.inf
     for one in series:
         cross = charts.end(one, curves[one.index], top)
@@ -82,7 +82,7 @@ def _draw_losses(axes: Axes, comparison: Comparison, series: Sequence[Series]) -
         axes.yaxis.set_minor_formatter(NullFormatter())
     axes.set(xlabel="step", ylabel=_plain(comparison.loss_name))
     axes.set_title(
-        _plain(f"{shortened(comparison.task, charts.LABEL)}: training loss, mean of {WINDOW} steps"),
+        _plain(f"{shortened(comparison.task, bars.LABEL)}: training loss, mean of {WINDOW} steps"),
         loc="left",
         fontsize=11,
     )
@@ -91,24 +91,24 @@ def _draw_losses(axes: Axes, comparison: Comparison, series: Sequence[Series]) -
 
 def _draw_times(axes: Axes, series: Sequence[Series]) -> None:
     axes.set_title("time in the optimizer, a step", loc="left", fontsize=11)
-    bars = [(bar.series, bar.parts["optimizer"]) for bar in charts.step_bars(series) if bar.parts.get("optimizer")]
-    for row, (one, duration) in enumerate(bars):
+    drawn = [(bar.series, bar.parts["optimizer"]) for bar in bars.step_bars(series) if bar.parts.get("optimizer")]
+    for row, (one, duration) in enumerate(drawn):
         look = style(one.index)
         axes.plot(duration, row, MARKERS[look.marker], color=LIGHT.series[look.colour], markersize=9)
         axes.annotate(
-            _plain(f"{shortened(one.label, charts.LABEL)}  {seconds(duration)}"),
+            _plain(f"{shortened(one.label, bars.LABEL)}  {seconds(duration)}"),
             (0, row),
             xycoords=("axes fraction", "data"),
             xytext=(2, 9),
             textcoords="offset points",
             fontsize=9,
         )
-    if bars:
-        durations = [duration for _, duration in bars]
-        axes.set(xlim=(0, 1.1 * max(durations)), ylim=(len(bars) - 0.5, -0.8))
+    if drawn:
+        durations = [duration for _, duration in drawn]
+        axes.set(xlim=(0, 1.1 * max(durations)), ylim=(len(drawn) - 0.5, -0.8))
         axes.xaxis.set_major_locator(MaxNLocator(4))
         axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: seconds(value)))
-        if charts.is_wide(durations):
+        if bars.is_wide(durations):
             axis = log_axis("", durations, seconds)
             low, high = axis["range"]
             margin = 0.05 * (high - low)  # beside the markers
