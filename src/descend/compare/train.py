@@ -24,6 +24,7 @@ from descend.compare.trainer import Trainer
 WARM_STEPS = 3  # a table that settles rows compiles one kernel a step
 WARM_SECONDS = 2.0
 TESTS = 10  # evaluations on held-out data in a run
+APART = 5  # steps between them, at least
 HOPELESS = 10.0  # times the first loss
 
 
@@ -155,8 +156,9 @@ def _test(problem: Problem, trainer: Trainer, model: torch.nn.Module, run: Run, 
 
 
 def test_steps(steps: int) -> list[int]:
-    """Return about ten steps after which held-out data are evaluated, evenly spaced; the last is the last step."""
-    return sorted({math.ceil(steps * (i + 1) / TESTS) for i in range(TESTS)})
+    """Return up to ten steps after which held-out data are evaluated, evenly spaced; the last is the last step."""
+    count = min(TESTS, max(1, steps // APART))
+    return [math.ceil(steps * (i + 1) / count) for i in range(count)]
 
 
 def diverged_at(losses: Sequence[float]) -> int | None:
