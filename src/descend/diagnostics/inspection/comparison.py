@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -41,7 +41,8 @@ class Comparison:
         groups: changes of groups and options, in words.
         added, removed: labels of parameters.
         changes: of each parameter that both have.
-        appeared, vanished: findings, as pairs of kind and place.
+        appeared: what looks wrong, or is worth knowing, only in the later file.
+        vanished: what did only in the earlier one.
     """
 
     matched_by: str
@@ -49,8 +50,8 @@ class Comparison:
     added: list[str]
     removed: list[str]
     changes: list[Change]
-    appeared: list[tuple[str, str]]
-    vanished: list[tuple[str, str]]
+    appeared: list[Finding]
+    vanished: list[Finding]
 
 
 def compare(
@@ -65,7 +66,8 @@ def compare(
     else:
         pairs = list(zip(old.params, new.params, strict=False))
     kept_old, kept_new = {id(param) for param, _ in pairs}, {id(param) for _, param in pairs}
-    was = {(finding.kind, case.where) for finding in found_before for case in finding.cases}
+    renamed = {was.label: now.label for was, now in pairs}
+    was = {(finding.kind, renamed.get(case.where, case.where)) for finding in found_before for case in finding.cases}
     now = {(finding.kind, case.where) for finding in found_after for case in finding.cases}
     return Comparison(
         matched_by="name" if by_name else "order",
@@ -73,9 +75,21 @@ def compare(
         added=[param.label for param in new.params if id(param) not in kept_new],
         removed=[param.label for param in old.params if id(param) not in kept_old],
         changes=[_change(*pair) for pair in pairs],
-        appeared=sorted(now - was),
-        vanished=sorted(was - now),
+        appeared=_without(found_after, was, {}),
+        vanished=_without(found_before, now, renamed),
     )
+
+
+def _without(findings: Sequence[Finding], known: set[tuple[str, str]], renamed: Mapping[str, str]) -> list[Finding]:
+    """The findings less the cases that are among ``known``."""
+    left = (
+        Finding(
+            finding.kind,
+            tuple(case for case in finding.cases if (finding.kind, renamed.get(case.where, case.where)) not in known),
+        )
+        for finding in findings
+    )
+    return [finding for finding in left if finding.cases]
 
 
 def _group_changes(old: list[dict[str, Any]], new: list[dict[str, Any]]) -> list[str]:

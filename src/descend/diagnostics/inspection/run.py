@@ -18,7 +18,14 @@ from descend.diagnostics.inspection.findings import Finding, findings_of
 from descend.diagnostics.inspection.optimizers import find_optimizers
 from descend.diagnostics.inspection.step_sizes import QUANTILES
 from descend.diagnostics.inspection.stored import Stored
-from descend.diagnostics.inspection.text import Page, write_checkpoint, write_comparison, write_optimizer
+from descend.diagnostics.inspection.text import (
+    Page,
+    write_checkpoint,
+    write_comparison,
+    write_findings,
+    write_optimizer,
+    write_state,
+)
 from descend.reporting.errors import UsageError
 
 Examined = list[tuple[Examination, list[Finding]]]
@@ -52,7 +59,10 @@ def run(path: Path, other: Path | None, top: int | None, json_file: str | None, 
     for checkpoint, examined in zip(checkpoints, found, strict=True):
         write_checkpoint(page, checkpoint)
         for examination, findings in examined:
-            write_optimizer(page, examination, findings, top if other is None else 0)
+            write_optimizer(page, examination)
+            if other is None:
+                write_findings(page, findings)
+                write_state(page, examination, findings, top)
         page.add()
     for title, comparison in comparisons:
         write_comparison(page, comparison, title, top)
@@ -123,7 +133,15 @@ def _document(
         }
         for checkpoint, examined in zip(checkpoints, found, strict=True)
     ]
-    changes = [{"where": title, **asdict(comparison)} for title, comparison in comparisons]
+    changes = [
+        {
+            "where": title,
+            **asdict(comparison),
+            "appeared": [_of_finding(finding) for finding in comparison.appeared],
+            "vanished": [_of_finding(finding) for finding in comparison.vanished],
+        }
+        for title, comparison in comparisons
+    ]
     document: dict[str, Any] = _finite({"quantiles": list(QUANTILES), "files": files, "comparisons": changes})
     return document
 
@@ -157,16 +175,17 @@ def _of_optimizer(examination: Examination, findings: list[Finding]) -> dict[str
             }
             for param, measures in zip(saved.params, examination.measures, strict=True)
         ],
-        "findings": [
-            {
-                "kind": finding.kind,
-                "wrong": finding.is_wrong,
-                "what": finding.what,
-                "advice": finding.advice,
-                "cases": [asdict(case) for case in finding.cases],
-            }
-            for finding in findings
-        ],
+        "findings": [_of_finding(finding) for finding in findings],
+    }
+
+
+def _of_finding(finding: Finding) -> dict[str, Any]:
+    return {
+        "kind": finding.kind,
+        "wrong": finding.is_wrong,
+        "what": finding.what,
+        "advice": finding.advice,
+        "cases": [asdict(case) for case in finding.cases],
     }
 
 

@@ -55,21 +55,23 @@ def write_checkpoint(page: Page, checkpoint: Checkpoint) -> None:
     page.add(f"{checkpoint.path}: {checkpoint.kind}, {size(checkpoint.size)}")
 
 
-def write_optimizer(page: Page, examination: Examination, findings: Sequence[Finding], top: int | None) -> None:
-    """Groups, findings, and the state of the ``top`` most telling parameters; of all if None."""
-    saved = examination.saved
+def write_optimizer(page: Page, examination: Examination) -> None:
+    """What it is, and its groups."""
     page.add()
-    page.add(_title(saved))
-    for index, options in enumerate(saved.groups):
+    page.add(_title(examination.saved))
+    for index, options in enumerate(examination.saved.groups):
         _write_group(page, index, options, examination)
-    write_findings(page, findings)
-    order = _order(examination, findings)
-    there = [index for index in order if saved.params[index].tensors]
+
+
+def write_state(page: Page, examination: Examination, findings: Sequence[Finding], top: int | None) -> None:
+    """The state of the ``top`` most telling parameters; of all if None."""
+    params = examination.saved.params
+    there = [index for index in _order(examination, findings) if params[index].tensors]
     listed = there if top is None else there[:top]
     if listed:
         page.add()
     for index in listed:
-        _write_param(page, saved.params[index], examination.measures[index])
+        _write_param(page, params[index], examination.measures[index])
     if len(there) > len(listed):
         page.add(f"... and {len(there) - len(listed):,} more parameters; --all lists them.")
 
@@ -110,9 +112,11 @@ def write_comparison(page: Page, comparison: Comparison, title: str, top: int | 
         page.add(f"{change.label}: {', '.join([*change.other, *parts])}", 4)
     if top is not None and len(moved) > top:
         page.add(f"... and {len(moved) - top:,} more; --all lists them.", 4)
-    for what, found in (("newly found", comparison.appeared), ("no longer found", comparison.vanished)):
-        for kind in dict.fromkeys(kind for kind, _ in found):
-            page.add(f"{what}: {kind}: {_some([where for other, where in found if other == kind])}", 2)
+    for title, found in (("Newly found:", comparison.appeared), ("No longer found:", comparison.vanished)):
+        if found:
+            page.add(title)
+        for finding in found:
+            _write_finding(page, finding)
 
 
 def _title(saved: SavedOptimizer) -> str:
