@@ -8,13 +8,13 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from descend.diagnostics.inspection.stored import Stored, pieces
 
 # A histogram over the leading bits of float64: 8 of the mantissa, so that a bin is 0.4 % wide.
 _SHIFT = 44
-_BINS = 1 << 19
 
 
 @dataclass(frozen=True)
@@ -102,25 +102,39 @@ class Histogram:
     """Counts of positive numbers over all magnitudes, from which quantiles are read to 0.2 %."""
 
     def __init__(self) -> None:
-        self.counts = np.zeros(_BINS, dtype=np.int64)
+        self._first = 0  # the bin of the first of the counts
+        self._counts = np.zeros(0, dtype=np.int64)
 
     def add(self, values: Tensor) -> None:
         """Count the elements of ``values``: float64, positive, finite."""
-        self.counts += np.bincount((values.numpy().view(np.int64) >> _SHIFT), minlength=_BINS)
+        if values.numel():
+            bins = values.numpy().view(np.int64) >> _SHIFT
+            first = int(bins.min())
+            self._add(first, np.bincount(bins - first))
 
     def merge(self, other: Histogram) -> None:
         """Count what ``other`` has counted."""
-        self.counts += other.counts
+        self._add(other._first, other._counts)
+
+    def _add(self, first: int, counts: NDArray[np.int64]) -> None:
+        if not self._counts.size:
+            self._first, self._counts = first, counts.copy()
+            return
+        start = min(self._first, first)
+        both = np.zeros(max(self._first + len(self._counts), first + len(counts)) - start, dtype=np.int64)
+        both[self._first - start :][: len(self._counts)] += self._counts
+        both[first - start :][: len(counts)] += counts
+        self._first, self._counts = start, both
 
     @property
     def total(self) -> int:
-        return int(self.counts.sum())
+        return int(self._counts.sum())
 
     def quantiles(self, at: Sequence[float]) -> list[float]:
         """The middle of the bin that each quantile lies in."""
-        last = np.cumsum(self.counts)
+        last = np.cumsum(self._counts)
         ranks = [min(last[-1], max(1, math.ceil(q * last[-1]))) for q in at]
-        bins = np.searchsorted(last, ranks)
+        bins = self._first + np.searchsorted(last, ranks)
         edges = np.stack([bins, bins + 1]).astype(np.int64) << _SHIFT
         return [float(value) for value in edges.view(np.float64).mean(axis=0)]
 
