@@ -20,6 +20,7 @@ from descend.diagnostics.inspection.step_sizes import QUANTILES
 from descend.diagnostics.inspection.stored import Stored
 from descend.diagnostics.inspection.text import (
     Page,
+    printable,
     write_checkpoint,
     write_comparison,
     write_findings,
@@ -52,10 +53,13 @@ def run(path: Path, other: Path | None, top: int | None, json_file: str | None, 
         if not target.parent.is_dir():
             raise UsageError(f"--json: there is no folder {target.parent}.")
     page = Page(shutil.get_terminal_size((100, 24)).columns)
-    checkpoints = [open_checkpoint(given) for given in (path, other) if given is not None]
-    found = [_examined(checkpoint) for checkpoint in checkpoints]
-    pairs = _pairs(found[0], found[1]) if other is not None else []
-    comparisons = [(title, compare(a, b, x, y)) for title, (a, x), (b, y) in pairs]
+    try:
+        checkpoints = [open_checkpoint(given) for given in (path, other) if given is not None]
+        found = [_examined(checkpoint) for checkpoint in checkpoints]
+        pairs = _pairs(found[0], found[1]) if other is not None else []
+        comparisons = [(title, compare(a, b, x, y)) for title, (a, x), (b, y) in pairs]
+    except UsageError as error:
+        raise UsageError(printable(str(error))) from None
     for checkpoint, examined in zip(checkpoints, found, strict=True):
         write_checkpoint(page, checkpoint)
         for examination, findings in examined:

@@ -31,7 +31,7 @@ class Page:
     def add(self, text: str = "", indent: int = 0, hang: int = 2) -> None:
         """Add a paragraph; what does not fit goes to further lines, indented by ``hang`` more."""
         self.lines += textwrap.wrap(
-            text,
+            printable(text),
             self.width,
             initial_indent=" " * indent,
             subsequent_indent=" " * (indent + hang),
@@ -40,6 +40,7 @@ class Page:
 
     def table(self, rows: Sequence[Sequence[str]], indent: int) -> bool:
         """Add aligned columns, unless they do not fit; say whether they do."""
+        rows = [[printable(cell) for cell in row] for row in rows]
         widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
         if indent + sum(widths) + 2 * (len(widths) - 1) > self.width:
             return False
@@ -210,6 +211,11 @@ def _range(values: Sequence[float]) -> str:
 
 def _largest(values: Iterable[float]) -> float:
     return max((math.inf if math.isnan(value) else value for value in values), default=0.0)
+
+
+def printable(text: str) -> str:
+    """The text without control characters: a name in a file may hold commands to the terminal."""
+    return "".join(char if char.isprintable() else " " if char.isspace() else "?" for char in text)
 
 
 def size(count: int) -> str:
