@@ -56,10 +56,10 @@ def test_output_says_what_is_there(
     out = capsys.readouterr().out
     assert "looks like Adam, 6 parameters (108 elements), 864 B of state, step 3" in out
     assert "Looks wrong:" in out
-    assert "... and 5 more parameters; --all lists them." in out
+    assert "... and 5 more; --all lists them." in out
     assert main(["inspect", str(path), "--all"]) == 0
     out = capsys.readouterr().out
-    assert "more parameters" not in out
+    assert "--all" not in out
     assert "3.bias  [4] float32, step=3, group 0" in out
     assert main(["inspect", str(checkpoint(tmp_path / "b.pt"))]) == 0
     assert "Nothing looks wrong." in capsys.readouterr().out

@@ -6,6 +6,8 @@ import builtins
 import os
 import pickle
 import struct
+import subprocess
+import sys
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -27,8 +29,6 @@ from descend.diagnostics.inspection import files
 from descend.diagnostics.inspection.files import open_checkpoint
 from descend.diagnostics.inspection.optimizers import find_optimizers
 from descend.diagnostics.inspection.stored import PIECE
-
-NORM = torch.nn.utils.get_total_norm
 
 
 def norms(examination: Any) -> dict[str, float]:
@@ -93,6 +93,35 @@ def test_distributed_folder(adam: Any, flat: bool, tmp_path: Path) -> None:
     assert all(param.weight is not None and param.step == 3 for param in examination.saved.params)
     assert (tmp_path / "folder" / "__0_0.distcp").unlink() is None
     assert refused(tmp_path / "folder").endswith("__0_0.distcp is missing.")
+
+
+def test_distributed_folder_of_a_plain_state_dict(adam: Any, tmp_path: Path) -> None:
+    net, optimizer = adam
+    with pytest.warns():
+        dcp.save(optimizer.state_dict(), checkpoint_id=tmp_path / "folder")
+    examination, found = inspected(tmp_path / "folder")
+    assert not found
+    assert norms(examination) == expected_norms(optimizer, net)
+
+
+def test_sharded_tensors_in_a_torch_file(tmp_path: Path) -> None:
+    """A file of one rank: its part of each tensor is read, in a process without ranks."""
+    program = f"""if True:
+        import torch, torch.distributed as dist
+        from torch.distributed.tensor import distribute_tensor, Shard, init_device_mesh
+        dist.init_process_group("gloo", rank=0, world_size=1, store=dist.HashStore())
+        weight = torch.nn.Parameter(distribute_tensor(torch.ones(4, 3), init_device_mesh("cpu", (1,)), [Shard(0)]))
+        optimizer = torch.optim.Adam([weight])
+        weight.grad = torch.ones_like(weight)
+        optimizer.step()
+        torch.save(optimizer.state_dict(), {str(tmp_path / "a.pt")!r})
+        dist.destroy_process_group()"""
+    subprocess.run([sys.executable, "-c", program], check=True, capture_output=True)
+    done = subprocess.run(
+        [sys.executable, "-m", "descend", "inspect", str(tmp_path / "a.pt")], capture_output=True, text=True
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "#0  [4, 3] float32, step=1, group 0" in done.stdout
 
 
 def test_safetensors(adam: Any, tmp_path: Path) -> None:
@@ -241,6 +270,21 @@ def other_content(path: Path) -> None:
     torch.save({"epoch": 3, "loss": 0.5}, path)
 
 
+def too_deep(path: Path) -> None:
+    nested: Any = []
+    for _ in range(200):
+        nested = [nested]
+    pickled = pickle.dumps(nested, protocol=2)
+    # A thousand levels more than Python's pickler can write.
+    deep = b"\x80\x02" + b"]" * 3000 + b"a" * 2999 + b"."
+    torch.save(nested, path)
+    with zipfile.ZipFile(path) as archive:
+        entries = {name: archive.read(name) for name in archive.namelist()}
+    with zipfile.ZipFile(path, "w") as archive:
+        for name, content in entries.items():
+            archive.writestr(name, deep if content == pickled else content)
+
+
 def a_tensor(path: Path) -> None:
     torch.save(torch.ones(3), path)
 
@@ -291,6 +335,7 @@ def fifo(path: Path) -> None:
         (expanded, "claims 1,099,511,627,776 elements"),
         (model_only, "it has 6 tensors with 108 elements, as a model's state_dict()"),
         (other_content, "it has the keys epoch, loss"),
+        (too_deep, "nested too deeply"),
         (a_tensor, "it is a tensor [3]"),
         (bad_groups, "param_groups are no list"),
         (bad_state, "state of 0 is a int"),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+import logging
 import pickle
 import re
 import warnings
@@ -102,18 +104,36 @@ def _check_archive(path: Path) -> None:
 
 def _torch_content(path: Path, mmap: bool) -> Any:
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            loaded = torch.load(str(path), map_location="cpu", weights_only=True, mmap=mmap)
+        loaded = _load(path, mmap)
+    except MemoryError:
+        raise UsageError(f"{path} claims more memory than there is.") from None
+    except Exception as error:  # a damaged pickle can raise anything
+        raise UsageError(f"{path} {_why(error)}") from None
+    try:
         return wrapped(loaded)
     except UsageError as error:
         raise UsageError(f"{path}: {error}") from None
     except RecursionError:
         raise UsageError(f"{path} is no checkpoint: it is nested too deeply.") from None
-    except MemoryError:
-        raise UsageError(f"{path} claims more memory than there is.") from None
-    except Exception as error:  # a damaged pickle can raise anything
-        raise UsageError(f"{path} {_why(error)}") from None
+
+
+def _load(path: Path, mmap: bool) -> Any:
+    log = logging.getLogger("torch.distributed.device_mesh")
+    level = log.level
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            return torch.load(str(path), map_location="cpu", weights_only=True, mmap=mmap)
+        except pickle.UnpicklingError as error:
+            if "must be imported to load DTensors" not in str(error):
+                raise
+        importlib.import_module("torch.distributed.tensor")  # it tells torch.load which of its classes are data
+
+        log.setLevel(logging.ERROR)  # the mesh of the file has no processes here, and needs none
+        try:
+            return torch.load(str(path), map_location="cpu", weights_only=True, mmap=mmap)
+        finally:
+            log.setLevel(level)
 
 
 def _why(error: Exception) -> str:

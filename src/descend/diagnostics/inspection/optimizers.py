@@ -159,12 +159,12 @@ def _dictionaries(content: Any) -> Iterator[tuple[str, Mapping[Any, Any]]]:
 
 def _optimizer(where: str, state: Any, groups: Any) -> SavedOptimizer:
     who = f"the optimizer at {where!r}" if where else "the optimizer in it"
-    if isinstance(state, list):  # a distributed checkpoint of a dictionary whose keys are 0, 1, 2 ...
-        state = dict(enumerate(state))
     if not isinstance(state, Mapping):
         raise UsageError(f"{who} is damaged: its state is a {type(state).__name__}, not a dictionary.")
     if not isinstance(groups, list) or not all(isinstance(group, Mapping) for group in groups):
         raise UsageError(f"{who} is damaged: its param_groups are no list of dictionaries.")
+    if all(isinstance(key, str) and key.isdecimal() for key in state):  # torch.distributed.checkpoint makes them so
+        state = {int(key) if len(key) < 10 else key: content for key, content in state.items()}
     optimizer = SavedOptimizer(where, "", [], [], [], [])
     for index, group in enumerate(groups):
         keys = group.get("params")

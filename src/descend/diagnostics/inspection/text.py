@@ -74,7 +74,7 @@ def write_state(page: Page, examination: Examination, findings: Sequence[Finding
     for index in listed:
         _write_param(page, params[index], examination.measures[index])
     if len(there) > len(listed):
-        page.add(f"... and {len(there) - len(listed):,} more parameters; --all lists them.")
+        page.add(f"... and {len(there) - len(listed):,} more; --all lists them.")
 
 
 def write_findings(page: Page, findings: Sequence[Finding]) -> None:
