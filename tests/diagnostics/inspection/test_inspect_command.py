@@ -65,6 +65,18 @@ def test_output_says_what_is_there(
     assert "Nothing looks wrong." in capsys.readouterr().out
 
 
+def test_control_characters_do_not_reach_the_terminal(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    state = trained()
+    state["param_groups"][0]["param_names"][0] = "\x1b[2Jweight"
+    torch.save({"\x1b]0;title": state}, tmp_path / "a.pt")
+    assert main(["inspect", str(tmp_path / "a.pt"), "--all"]) == 0
+    torch.save({"\x1b]0;title": 1}, tmp_path / "b.pt")
+    assert main(["inspect", str(tmp_path / "b.pt")]) == 2
+    printed = capsys.readouterr()
+    assert "\x1b" not in printed.out + printed.err
+    assert "?[2Jweight" in printed.out
+
+
 def test_check_fails_for_the_last_file(tmp_path: Path) -> None:
     good, bad = str(checkpoint(tmp_path / "good.pt")), str(damaged(tmp_path / "bad.pt"))
     assert main(["inspect", good, "--check"]) == 0

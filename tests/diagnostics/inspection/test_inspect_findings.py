@@ -156,6 +156,14 @@ def eps(state: Any) -> None:
     state["state"][0]["exp_avg_sq"].fill_(1e-22)
 
 
+def small(state: Any) -> None:
+    state["state"][1]["exp_avg_sq"].fill_(1e-22)
+
+
+def bad_scalar(state: Any) -> None:
+    state["state"][3]["step"].fill_(float("nan"))
+
+
 def flags(state: Any) -> None:
     state["param_groups"][0].update(foreach=True, fused=True)
 
@@ -194,6 +202,7 @@ def subnormal(state: Any) -> None:
         (stuck, "stuck", "0.weight", "exp_avg_sq: 48 of 48 in bfloat16 are the same after a decay by 0.999"),
         (underflow, "underflow", "0.weight", "at least 48 of 48"),
         (eps, "eps", "0.weight", "sqrt(v_hat) is below eps=1e-08 in 48 of 48"),
+        (small, "small", "0.bias", "sqrt(v_hat) is below eps=1e-08 in 8 of 8"),
         (flags, "flags", "group 0", "foreach=True, fused=True"),
         (decay, "decay", "0.bias", "weight_decay=0.1"),
         (rows, "rows", "0.weight", "2 of 8"),
@@ -209,6 +218,17 @@ def test_damage_is_found(damage: Callable[[Any], None], kind: str, place: str, d
     assert list(found) == [kind]
     assert found[kind].cases[0].where == place
     assert found[kind].cases[0].detail == detail
+
+
+def test_scalars_and_weights_are_looked_at(tmp_path: Path) -> None:
+    state = trained()
+    bad_scalar(state)
+    assert of(tmp_path / "state.pt", state)[1]["nonfinite"].cases[0].detail == "step is nan"
+    weights = model().state_dict()
+    weights["3.bias"][0] = float("inf")
+    _, found = of(tmp_path / "both.pt", {"optimizer": trained(), "model": weights})
+    assert list(found) == ["nonfinite"]
+    assert found["nonfinite"].cases[0].detail == "weight: 0 NaN, 1 Inf of 4"
 
 
 def test_bfloat16_that_decays_is_not_reported(tmp_path: Path) -> None:

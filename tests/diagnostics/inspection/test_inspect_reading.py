@@ -104,6 +104,7 @@ def test_distributed_folder_of_a_plain_state_dict(adam: Any, tmp_path: Path) -> 
     assert norms(examination) == expected_norms(optimizer, net)
 
 
+@pytest.mark.slow
 def test_sharded_tensors_in_a_torch_file(tmp_path: Path) -> None:
     """A file of one rank: its part of each tensor is read, in a process without ranks."""
     program = f"""if True:

@@ -110,8 +110,7 @@ def _change(old: Param, new: Param) -> Change:
     change = Change(new.label, steps)
     if old.group != new.group:
         change.other.append(f"moved from group {old.group} to {new.group}")
-    was = {**old.tensors, **({"weight": [old.weight]} if old.weight else {})}
-    now = {**new.tensors, **({"weight": [new.weight]} if new.weight else {})}
+    was, now = old.everything, new.everything
     for name in dict.fromkeys([*was, *now]):
         if name not in now or name not in was:
             change.other.append(f"{name} was {'added' if name in now else 'removed'}")

@@ -21,7 +21,7 @@ class Measures:
     """What was measured of one parameter.
 
     Attributes:
-        statistics: by name of the state; None where the file has no values.
+        statistics: by name of the state, and of the weight; None where the file has no values.
         step_sizes: effective step sizes at ``QUANTILES``, of the elements that have had a gradient.
         eps: of the denominator, bias corrections included.
         below_eps: elements whose root of v is smaller than eps, and all that are positive.
@@ -59,7 +59,7 @@ def examine(saved: SavedOptimizer) -> Examination:
     for param in saved.params:
         options = saved.groups[param.group] if param.group is not None else {}
         measured = Measures()
-        for name, tensors in param.tensors.items():
+        for name, tensors in param.everything.items():
             tensors = [_kept(tensor) for tensor in tensors]
             measured.statistics[name] = statistics(tensors)
             values = tensors[0].read()

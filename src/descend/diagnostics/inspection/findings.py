@@ -14,7 +14,7 @@ from descend.diagnostics.inspection.examination import ZERO_WITHOUT_GRADIENT, Ex
 from descend.diagnostics.inspection.optimizers import FULL_SHAPED, Param, SavedOptimizer
 from descend.diagnostics.inspection.stored import number
 
-# Shares of a tensor's elements from which on something is reported.
+# Shares of the elements of a tensor (for eps, also of its group) from which on something is reported.
 EPS_SHARE = 0.1
 STUCK_SHARE = 0.5
 UNDERFLOW_SHARE = 0.01
@@ -35,7 +35,7 @@ _NOT_NEGATIVE = (
 
 # Of each kind: whether it is wrong (or only worth knowing), what it is, and what follows from it.
 KINDS = {
-    "nonfinite": (True, "NaN or Inf in the state", "Every later step keeps them: go back to an earlier checkpoint."),
+    "nonfinite": (True, "NaN or Inf", "Every later step keeps them: go back to an earlier checkpoint."),
     "negative": (True, "Negative state, where none can be", "Its square root is NaN: the file was damaged or edited."),
     "option": (True, "An option is out of range", "No optimizer would accept it."),
     "twice": (True, "A parameter is in the groups more than once", "It is updated twice a step."),
@@ -70,6 +70,11 @@ KINDS = {
         "Those elements move as in plain momentum with lr / eps: lower eps, or scale the loss.",
     ),
     "flags": (True, "foreach and fused are both True", "torch refuses to construct such an optimizer."),
+    "small": (
+        False,
+        "eps dominates the denominator of a few",
+        "Their gradients are tiny, as those of a key's bias in attention are.",
+    ),
     "decay": (
         False,
         "Weight decay on biases or norms",
@@ -130,6 +135,8 @@ def findings_of(examination: Examination) -> list[Finding]:
     for param, measures in zip(saved.params, examination.measures, strict=True):
         for kind, case in _of_values(param, measures):
             cases[kind].append(case)
+    for kind, case in _of_eps(examination):
+        cases[kind].append(case)
     return [Finding(kind, tuple(found)) for kind, found in cases.items() if found]
 
 
@@ -236,6 +243,9 @@ def _expects_state(group: dict[str, Any]) -> bool:
 
 
 def _of_values(param: Param, measures: Measures) -> Iterator[tuple[str, Case]]:
+    for name, value in param.scalars.items():
+        if not math.isfinite(value):
+            yield "nonfinite", Case(param.label, f"{name} is {value:g}")
     for name, numbers in measures.statistics.items():
         if numbers is None or not numbers.numel:
             continue
@@ -257,10 +267,21 @@ def _of_values(param: Param, measures: Measures) -> Iterator[tuple[str, Case]]:
             dtype = str(param.tensors[name][0].dtype).removeprefix("torch.")
             detail = f"{name}: {still:,} of {alive:,} in {dtype} are the same after a decay by {beta:g}"
             yield "stuck", Case(param.label, detail)
-    below, total = measures.below_eps
-    if total and below > EPS_SHARE * total:
-        detail = f"sqrt(v_hat) is below eps={measures.eps:.3g} in {below:,} of {total:,}"
-        yield "eps", Case(param.label, detail)
+
+
+def _of_eps(examination: Examination) -> Iterator[tuple[str, Case]]:
+    """It is wrong if it holds for much of a group; single parameters can have such gradients in a healthy model."""
+    counts: dict[int | None, tuple[int, int]] = {}
+    params = list(zip(examination.saved.params, examination.measures, strict=True))
+    for param, measures in params:
+        below, total = counts.get(param.group, (0, 0))
+        counts[param.group] = (below + measures.below_eps[0], total + measures.below_eps[1])
+    for param, measures in params:
+        below, total = measures.below_eps
+        if total and below > EPS_SHARE * total:
+            of_group, in_group = counts[param.group]
+            kind = "eps" if of_group > EPS_SHARE * in_group else "small"
+            yield kind, Case(param.label, f"sqrt(v_hat) is below eps={measures.eps:.3g} in {below:,} of {total:,}")
 
 
 def _of_zeros(param: Param, measures: Measures) -> Iterator[tuple[str, Case]]:

@@ -86,6 +86,11 @@ class Param:
         return self.scalars.get("step")
 
     @property
+    def everything(self) -> dict[str, list[Stored]]:
+        """The weight, if it is there, and all state tensors."""
+        return {**({"weight": [self.weight]} if self.weight else {}), **self.tensors}
+
+    @property
     def shape(self) -> tuple[int, ...] | None:
         """Its shape: the weight's, else that of state that is shaped like it; None if neither is there."""
         if self.weight is not None:

@@ -171,10 +171,10 @@ def _of_optimizer(examination: Examination, findings: list[Finding]) -> dict[str
                         "tensors": len(tensors),
                         **(asdict(numbers) if (numbers := measures.statistics.get(name)) else {}),
                     }
-                    for name, tensors in param.tensors.items()
+                    for name, tensors in param.everything.items()
                 },
                 "step_sizes": measures.step_sizes,
-                "eps_dominates": list(measures.below_eps),
+                "below_eps": list(measures.below_eps),
                 "rows_without_gradient": list(measures.zero_rows),
             }
             for param, measures in zip(saved.params, examination.measures, strict=True)

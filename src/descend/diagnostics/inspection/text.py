@@ -67,7 +67,7 @@ def write_optimizer(page: Page, examination: Examination) -> None:
 def write_state(page: Page, examination: Examination, findings: Sequence[Finding], top: int | None) -> None:
     """The state of the ``top`` most telling parameters; of all if None."""
     params = examination.saved.params
-    there = [index for index in _order(examination, findings) if params[index].tensors]
+    there = [index for index in _order(examination, findings) if params[index].everything]
     listed = there if top is None else there[:top]
     if listed:
         page.add()
@@ -152,7 +152,7 @@ def _write_finding(page: Page, finding: Finding) -> None:
 
 
 def _write_param(page: Page, param: Param, measures: Measures) -> None:
-    every = [tensor for tensors in param.tensors.values() for tensor in tensors]
+    every = [tensor for tensors in param.everything.values() for tensor in tensors]
     same = len({(tensor.shape, tensor.dtype) for tensor in every}) == 1
     head = [_kind(every[0].shape, every[0].dtype)] if same else []
     head += [f"{name}={value:.6g}" for name, value in param.scalars.items()]
@@ -160,7 +160,7 @@ def _write_param(page: Page, param: Param, measures: Measures) -> None:
         head.append(f"group {param.group}")
     page.add(f"{param.label}  {', '.join(head)}")
     rows = []
-    for name, tensors in param.tensors.items():
+    for name, tensors in param.everything.items():
         label = name if len(tensors) == 1 else f"{name} x{len(tensors)}"
         label = label if same else f"{label} {_kind(tensors[0].shape, tensors[0].dtype)}"
         rows.append((label, *_cells(measures.statistics.get(name))))
