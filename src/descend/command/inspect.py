@@ -17,7 +17,7 @@ def inspect(
         ),
     ],
     other: Annotated[
-        Path | None, typer.Argument(metavar="[OTHER]", help="A later checkpoint: what changed?", show_default=False)
+        Path | None, typer.Argument(metavar="OTHER", help="A later checkpoint: what changed?", show_default=False)
     ] = None,
     top: Annotated[
         int, typer.Option(min=1, metavar="N", help="Parameters to list: suspicious ones, then the largest.")

@@ -353,6 +353,20 @@ def test_bad_input_is_one_line(write: Callable[[Path], None], says: str, tmp_pat
     assert says in refused(tmp_path / "bad.pt")
 
 
+def test_name_that_is_too_long(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["inspect", "a" * 5000]) == 2
+    assert "too long" in capsys.readouterr().err
+
+
+def test_part_of_a_folder_may_be_empty(adam: Any, tmp_path: Path) -> None:
+    net, optimizer = adam
+    folder = tmp_path / "folder"
+    with pytest.warns():
+        dcp.save({"optimizer": get_optimizer_state_dict(net, optimizer)}, checkpoint_id=folder)
+    (folder / "__0_0.distcp").write_bytes(b"")
+    assert "is cut off" in refused(folder)
+
+
 def test_folder_of_a_trainer_names_its_file(tmp_path: Path) -> None:
     torch.save(trained(), tmp_path / "optimizer.pt")
     assert f"It has {tmp_path / 'optimizer.pt'}: give that." in refused(tmp_path)

@@ -128,7 +128,6 @@ def _load(path: Path, mmap: bool) -> Any:
             if "must be imported to load DTensors" not in str(error):
                 raise
         importlib.import_module("torch.distributed.tensor")  # it tells torch.load which of its classes are data
-
         log.setLevel(logging.ERROR)  # the mesh of the file has no processes here, and needs none
         try:
             return torch.load(str(path), map_location="cpu", weights_only=True, mmap=mmap)

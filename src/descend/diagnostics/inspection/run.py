@@ -60,6 +60,8 @@ def run(path: Path, other: Path | None, top: int | None, json_file: str | None, 
         comparisons = [(title, compare(a, b, x, y)) for title, (a, x), (b, y) in pairs]
     except UsageError as error:
         raise UsageError(printable(str(error))) from None
+    except OSError as error:  # a name that is too long, or a folder that may not be entered
+        raise UsageError(printable(f"{error}.")) from None
     for checkpoint, examined in zip(checkpoints, found, strict=True):
         write_checkpoint(page, checkpoint)
         for examination, findings in examined:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import mmap
 import pickle
 from collections.abc import Mapping
 from math import prod
@@ -158,8 +157,9 @@ def _length(folder: Path, place: Any) -> int:
 def _part(folder: Path, name: str, place: Any) -> Any:
     length = _length(folder, place)
     file = _file(folder, place)
-    with file.open("rb") as opened, mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ) as view:
-        content = view[place.get("offset") : place.get("offset") + length]
+    with file.open("rb") as opened:
+        opened.seek(place.get("offset"))
+        content = opened.read(length)
     try:
         if content[:2] == b"PK":
             return torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
