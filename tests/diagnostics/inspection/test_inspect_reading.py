@@ -17,6 +17,7 @@ import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 from inspecting import inspected, model, of, train, trained
+from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_model_state_dict,
@@ -93,6 +94,25 @@ def test_distributed_folder(adam: Any, flat: bool, tmp_path: Path) -> None:
     assert all(param.weight is not None and param.step == 3 for param in examination.saved.params)
     assert (tmp_path / "folder" / "__0_0.distcp").unlink() is None
     assert refused(tmp_path / "folder").endswith("__0_0.distcp is missing.")
+
+
+def test_parts_of_ranks_are_put_together(tmp_path: Path) -> None:
+    folder, whole = tmp_path / "folder", torch.arange(15000.0).reshape(5000, 3)
+    with pytest.warns():
+        dcp.save({"a": whole[:3000].clone(), "b": whole[3000:].clone()}, checkpoint_id=folder)
+    index = pickle.loads((folder / ".metadata").read_bytes())
+    places = {key.fqn: place for key, place in index.storage_data.items()}
+    entry = index.state_dict_metadata["a"]
+    entry.size = whole.shape
+    entry.chunks.append(ChunkStorageMetadata(torch.Size([3000, 0]), torch.Size([2000, 3])))
+    index.state_dict_metadata = {"w": entry}
+    index.storage_data = {MetadataIndex("w", [0, 0]): places["a"], MetadataIndex("w", [3000, 0]): places["b"]}
+    index.planner_data = {"w": ("w",)}
+    (folder / ".metadata").write_bytes(pickle.dumps(index))
+    assert torch.equal(open_checkpoint(folder).content["w"].read(), whole)
+    entry.size = torch.Size([1 << 40, 3])
+    (folder / ".metadata").write_bytes(pickle.dumps(index))
+    assert "w claims 13,194,139,533,312 bytes" in refused(folder)
 
 
 def test_distributed_folder_of_a_plain_state_dict(adam: Any, tmp_path: Path) -> None:
