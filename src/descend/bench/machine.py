@@ -10,6 +10,8 @@ from datetime import datetime, timezone
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
+from descend import __version__
+
 
 @dataclass(frozen=True)
 class Machine:
@@ -39,7 +41,8 @@ class Machine:
             system=f"{platform.system()} {platform.release()}",
             versions={
                 "Python": platform.python_version(),
-                **{package: _version(package) for package in ("descend", "torch", "numba")},
+                "descend": __version__,
+                **{package: _version(package) for package in ("torch", "numba")},
             },
             date=datetime.now(timezone.utc).strftime("%Y-%m-%d"),
         )
@@ -70,10 +73,6 @@ def processor(cpuinfo: Path = Path("/proc/cpuinfo")) -> str:
 
 
 def _version(package: str) -> str:
-    if package == "descend":  # the code that runs, which may not be the one installed
-        from descend import __version__
-
-        return __version__
     try:
         return version(package)
     except PackageNotFoundError:

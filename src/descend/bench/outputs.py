@@ -12,6 +12,7 @@ from descend.bench.picture import draw
 from descend.bench.report import Report
 from descend.bench.settings import FOLDER, Settings
 from descend.reporting.errors import UsageError
+from descend.reporting.whole_files import write_whole
 
 FILES = ("bench.json", "bench.png", "bench.svg")
 
@@ -50,12 +51,7 @@ class Outputs:
         written: list[Path] = []
 
         def write(file: Path, write_to: Callable[[Path], object]) -> None:
-            partial = file.with_name(f".{file.name}.{os.getpid()}")
-            try:
-                write_to(partial)
-                partial.replace(file)
-            finally:
-                partial.unlink(missing_ok=True)
+            write_whole(file, write_to)
             written.append(file)
 
         for file in (self.folder / "bench.json", *([self._json] if self._json else [])):

@@ -9,10 +9,11 @@ from matplotlib.figure import Figure
 
 from descend.bench.measure import Case
 from descend.bench.methods import DEFAULT, FOREACH, FUSED, OURS
-from descend.bench.report import LABELS, Report, seconds_text, title
+from descend.bench.report import LABELS, Report, title
+from descend.reporting.palette import LIGHT
+from descend.reporting.text import seconds
 
-# Okabe & Ito 2008, https://jfly.uni-koeln.de/color/; ours is the darkest, and hatches tell the others apart in grey.
-COLORS = {OURS: "#0072b2", DEFAULT: "#e69f00", FOREACH: "#56b4e9", FUSED: "#cc79a7"}
+COLORS = dict(zip(LABELS, LIGHT.series, strict=False))
 HATCHES = {OURS: "", DEFAULT: "//", FOREACH: "..", FUSED: "xx"}
 
 
@@ -39,19 +40,19 @@ def _panel(axis: Any, case: Case) -> None:
             median,
             color=COLORS[row.name],
             hatch=HATCHES[row.name],
-            edgecolor="white",
+            edgecolor=LIGHT.surface,
             xerr=spread,
-            error_kw={"ecolor": "#222222", "capsize": 2, "linewidth": 1},
+            error_kw={"ecolor": LIGHT.ink, "capsize": 2, "linewidth": 1},
         )
         axis.annotate(
-            seconds_text(timing.median) + ("" if row.agrees else ", differs"),
+            seconds(timing.median) + ("" if row.agrees else ", differs"),
             (timing.quartile3 * scale, place),
             xytext=(5, 0),
             textcoords="offset points",
             va="center",
             fontsize=8,
         )
-    axis.axvline(rows[0][0].limit * scale, color="#222222", linestyle="--", linewidth=1.2)
+    axis.axvline(rows[0][0].limit * scale, color=LIGHT.ink, linestyle="--", linewidth=1.2)
     axis.set_yticks(range(len(rows)), [LABELS[row.name] for row, _ in rows], fontsize=9)
     axis.invert_yaxis()
     axis.margins(x=0.12)

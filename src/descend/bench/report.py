@@ -11,11 +11,12 @@ from descend.bench.bandwidth import Bandwidth
 from descend.bench.machine import Machine
 from descend.bench.measure import Case, Row
 from descend.bench.methods import DEFAULT, FOREACH, FUSED, OURS
+from descend.reporting.text import plural, seconds, size
 
 LABELS = {OURS: "descend", DEFAULT: "torch for-loop", FOREACH: "torch foreach", FUSED: "torch fused"}
 HEADINGS = ("step", "median", "quartiles", "first step", "descend is", "GB/s", "of limit")
 # What a narrow terminal does without, in this order.
-DISPENSABLE = ("quartiles", "GB/s", "first step")
+DISPENSABLE = ("GB/s", "quartiles", "first step")
 GAP = 2
 NOTES = (
     "Median and quartiles of a step with {gradients} gradients. First step: with new state; the first optimizer of a "
@@ -50,14 +51,13 @@ class Report:
         """Return one line: machine, programs and date."""
         machine = self.machine
         versions = ", ".join(f"{name} {version}" for name, version in machine.versions.items())
-        cores = f"{machine.cores} core{'s' * (machine.cores != 1)}"
-        threads = f"{self.threads} thread{'s' * (self.threads != 1)}"
+        cores, threads = plural(machine.cores, "core"), plural(self.threads, "thread")
         device = "" if self.device == "cpu" else f", {self.device}"
         return f"{machine.processor}, {cores}, {threads}{device}; {machine.system}; {versions}; {machine.date}"
 
     def memory(self) -> str:
         """Return one line: the bandwidth by size of the arrays."""
-        rates = ", ".join(f"{each.rate / 1e9:.3g} ({size_text(each.footprint)})" for each in self.bandwidths)
+        rates = ", ".join(f"{each.rate / 1e9:.3g} ({size(each.footprint)})" for each in self.bandwidths)
         return f"Memory bandwidth in GB/s, by size of the arrays: {rates}."
 
     def notes(self) -> str:
@@ -98,8 +98,9 @@ class Report:
                 shown.remove(HEADINGS.index(name))
 
         def line(row: Sequence[str]) -> str:
-            first, *others = ((row[i], widths[i]) for i in shown)
-            return " ".join([f"{first[0]:<{first[1]}}", *(f"{text:>{size + 1}}" for text, size in others)]).rstrip()
+            first, *others = shown
+            numbers = [f"{row[i]:>{widths[i] + GAP}}" for i in others]
+            return f"{row[first]:<{widths[first]}}{''.join(numbers)}".rstrip()
 
         text = [line(HEADINGS)]
         for case, rows in body:
@@ -124,7 +125,7 @@ class Report:
                 if _is_shown(row):
                     name, *numbers = cells(case, row)
                     name += f" ({remark(row)})" if remark(row) else ""
-                    texts = (f"{title(case)}", name, *numbers)
+                    texts = (title(case), name, *numbers)
                     lines.append("| " + " | ".join(text.replace("|", r"\|") for text in texts) + " |")
         return "\n".join([*lines, "", f"{self.where()}.", "", self.memory(), "", self.notes(), ""])
 
@@ -135,8 +136,8 @@ def title(case: Case) -> str:
     tensors = len(workload.templates)
     parts = [case.optimizer, workload.name, workload.dtype]
     parts += [] if case.max_norm is None else [f"clipped at {case.max_norm:g}"]
-    parts.append(f"{count_text(workload.shape.numel)} in {tensors:,} tensor{'s' * (tensors != 1)}")
-    parts.append(f"limit {seconds_text(case.rows[0].limit)}")
+    parts.append(f"{count_text(workload.shape.numel)} in {plural(tensors, 'tensor')}")
+    parts.append(f"limit {seconds(case.rows[0].limit)}")
     parts += [] if case.interleaved else ["one after the other, as memory is short"]
     return ", ".join(parts)
 
@@ -149,12 +150,12 @@ def cells(case: Case, row: Row) -> tuple[str, ...]:
     faster = f"{timing.median / ours.median:.2f}x" if ours and row.name != OURS else ""
     return (
         LABELS[row.name],
-        seconds_text(timing.median),
-        f"{seconds_text(timing.quartile1)} to {seconds_text(timing.quartile3)}",
-        seconds_text(row.first) if row.first is not None else "-",
+        seconds(timing.median),
+        _range(timing.quartile1, timing.quartile3),
+        seconds(row.first) if row.first is not None else "-",
         faster,
         f"{row.moved / timing.median / 1e9:.3g}",
-        f"{row.limit / timing.median:.0%}",
+        _percent(row.limit / timing.median),
     )
 
 
@@ -168,19 +169,6 @@ def remark(row: Row) -> str:
     return ""
 
 
-def seconds_text(seconds: float) -> str:
-    """Return a time with three digits.
-
-    Example:
-        >>> seconds_text(0.00123), seconds_text(4.56e-06), seconds_text(78.9)
-        ('1.23 ms', '4.56 us', '78.9 s')
-    """
-    for unit, size in (("s", 1.0), ("ms", 1e-3)):
-        if seconds >= 0.9995 * size:
-            return f"{_digits(seconds / size)} {unit}"
-    return f"{_digits(seconds / 1e-6)} us"
-
-
 def count_text(count: int) -> str:
     """Return a count of numbers.
 
@@ -188,24 +176,21 @@ def count_text(count: int) -> str:
         >>> count_text(124_439_808), count_text(17)
         ('124 M numbers', '17 numbers')
     """
-    for unit, size in (("G", 1e9), ("M", 1e6), ("k", 1e3)):
-        if count >= 0.9995 * size:
-            return f"{_digits(count / size)} {unit} numbers"
-    return f"{count} number{'s' * (count != 1)}"
+    for unit, factor in (("G", 1e9), ("M", 1e6), ("k", 1e3)):
+        if count >= 0.9995 * factor:
+            return f"{count / factor:.3g} {unit} numbers"
+    return plural(count, "number")
 
 
-def size_text(size: int) -> str:
-    """Return a number of bytes that is a power of two.
-
-    Example:
-        >>> size_text(2**18), size_text(2**29)
-        ('256 KiB', '512 MiB')
-    """
-    return f"{size >> 20} MiB" if size >= 2**20 else f"{size >> 10} KiB"
+def _range(least: float, most: float) -> str:
+    first, last = seconds(least), seconds(most)
+    if first == last:
+        return last
+    return f"{first.removesuffix(last[last.index(' ') :])} to {last}"  # the unit once, if it is the same
 
 
-def _digits(number: float) -> str:
-    return f"{number:.0f}" if number >= 99.95 else f"{number:.3g}"
+def _percent(share: float) -> str:
+    return f"{share:.0%}" if share >= 0.0995 else f"{share:.1%}"
 
 
 def _is_shown(row: Row) -> bool:

@@ -10,14 +10,15 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
-from descend.bench.bandwidth import Bandwidth, measure_all
+from descend.bench.bandwidth import FOOTPRINTS, Bandwidth, measure_all
 from descend.bench.machine import Machine
 from descend.bench.measure import Case
 from descend.bench.outputs import Outputs
-from descend.bench.report import Report, seconds_text, title
+from descend.bench.report import Report, title
 from descend.bench.settings import Settings
 from descend.bench.workload import workloads
 from descend.reporting.errors import CommandError, UsageError
+from descend.reporting.text import seconds
 from descend.state.available_memory import available_memory
 
 INTERRUPTED = 130
@@ -48,7 +49,7 @@ def run(settings: Settings, machine: Machine) -> int:
         with _status(console, "memory bandwidth") as advance:
             for bandwidth in measure_all(settings.device, memory_left(settings.device)):
                 bandwidths.append(bandwidth)
-                advance(len(bandwidths) / 5)
+                advance(len(bandwidths) / len(FOOTPRINTS))
         report = replace(report, bandwidths=bandwidths)
         _print(console, report.memory())
         cases = [
@@ -62,7 +63,7 @@ def run(settings: Settings, machine: Machine) -> int:
                 case.time(settings.device, settings.seconds / len(cases), memory_left(settings.device), advance)
             if not console.is_terminal:
                 ours = case.rows[0].timing
-                _print(console, f"{title(case)}: {seconds_text(ours.median) if ours else 'not measured'}")
+                _print(console, f"{title(case)}: {seconds(ours.median) if ours else 'not measured'}")
     except KeyboardInterrupt:
         report = replace(report, interrupted=True)
     return _finish(console, report, outputs)
@@ -84,8 +85,9 @@ def _finish(console: Console, report: Report, outputs: Outputs) -> int:
     files = outputs.write(report)
     _print(console, "")
     _print(console, report.table(console.width))
-    _print(console, "\n" + "Interrupted: what was measured so far. " * report.interrupted)
-    _print(console, f"Written: {', '.join(map(str, files))}")
+    _print(console, f"\n{'Interrupted; this is what was measured so far. ' if report.interrupted else ''}Written:")
+    for file in files:
+        _print(console, f"  {file}")
     if report.interrupted:
         return INTERRUPTED
     return int(any(row.remark or not row.agrees for case in report.cases for row in case.rows))
