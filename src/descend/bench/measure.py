@@ -133,6 +133,7 @@ class Case:
             for row in self.rows:
                 row.remark = row.remark or _said(error)
         finally:
+            gc.unfreeze()
             gc.collect()  # gigabytes must not wait for it, should an optimizer be in a reference cycle
 
     def _first_steps(self, rows: Sequence[Row], values: Sequence[Tensor]) -> dict[str, Entry]:

@@ -84,7 +84,11 @@ def _located(path: Path, text: str, error: BaseException) -> UsageError:
         line: int | str = error.lineno or "?"
         problem = error.msg
     else:
-        frames = [frame for frame in traceback.extract_tb(error.__traceback__) if Path(frame.filename) == path]
+        frames = [
+            frame
+            for frame in traceback.extract_tb(error.__traceback__)
+            if Path(frame.filename).resolve() == path.resolve()
+        ]
         line = frames[-1].lineno or "?" if frames else "?"
         problem = str(error)
     return UsageError(f"--model {text}: {path}, line {line}: {type(error).__name__}: {problem.rstrip('.')}.")
