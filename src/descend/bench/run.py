@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import signal
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -31,8 +33,8 @@ def run(settings: Settings, machine: Machine) -> int:
         settings: what to measure.
         machine: what it is measured on.
     Returns:
-        Exit status: 0; 1 if something could not be measured or results differ; 130 after Ctrl-C, when what was measured
-        so far is printed and written.
+        Exit status: 0; 1 if something could not be measured or results differ; 130 after Ctrl-C or SIGTERM, when what was
+        measured so far is printed and written.
     Raises:
         CommandError: nothing could be measured.
         UsageError: the request is not valid; nothing has been written then.
@@ -45,6 +47,7 @@ def run(settings: Settings, machine: Machine) -> int:
     console = Console(highlight=False)
     report = Report(machine, torch.get_num_threads(), settings.device, settings.gradients, (), ())
     try:
+        _end_on(signal.SIGTERM)
         bandwidths: list[Bandwidth] = []
         with _status(console, "memory bandwidth") as advance:
             for bandwidth in measure_all(settings.device, memory_left(settings.device)):
@@ -95,6 +98,12 @@ def _finish(console: Console, report: Report, outputs: Outputs) -> int:
 
 def _print(console: Console, text: str) -> None:
     console.print(text, markup=False, soft_wrap=True)
+
+
+def _end_on(number: signal.Signals) -> None:
+    """Treat a signal as Ctrl-C, so that it does not lose what was measured."""
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(number, signal.default_int_handler)
 
 
 def _check_device(device: str) -> None:
