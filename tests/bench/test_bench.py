@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -36,7 +37,7 @@ def _small(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 
 
 def bench(*options: str, status: int = 0) -> None:
-    assert main(["bench", "--seconds", "0.01", *options]) == status
+    assert main(["bench", "--seconds", "60", *options]) == status
 
 
 def read(path: Path) -> dict[str, Any]:
@@ -77,7 +78,7 @@ def test_table_and_files_show_the_same_numbers(capsys: pytest.CaptureFixture[str
         assert row["bytes_moved"] == 37 * 4 * 8
         assert row["agrees"]
         assert row["counted_steps"] == 3 * (20 - 5)
-        assert row["steps"] == 1 + 20 + 3 * 20
+        assert row["steps"] == 2 + 20 + 3 * 20
         rate = row["bytes_moved"] / row["limit_seconds"]
         assert rate in [pytest.approx(each["bytes_per_second"]) for each in results["bandwidth"]]
         assert row["share_of_limit"] == pytest.approx(row["limit_seconds"] / row["median_seconds"])
@@ -254,6 +255,13 @@ def test_interrupt_shows_what_was_measured(monkeypatch: pytest.MonkeyPatch, caps
     assert errors == ""
 
 
+def test_sigterm_is_like_ctrl_c(monkeypatch: pytest.MonkeyPatch) -> None:
+    before = signal.getsignal(signal.SIGTERM)
+    monkeypatch.setattr(run, "measure_all", lambda device, memory: signal.raise_signal(signal.SIGTERM))
+    bench("--sizes", "3", "--out", "out", status=130)
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
 def test_interrupt_before_anything_was_measured_leaves_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     def interrupt(*args: Any) -> None:
         raise KeyboardInterrupt
@@ -304,7 +312,15 @@ def test_result_that_differs_is_said_in_the_row(monkeypatch: pytest.MonkeyPatch,
     ours, other = read(Path("out/bench.json"))["cases"][0]["rows"]
     assert ours["agrees"]
     assert not other["agrees"]
-    assert "differs from descend after 81 steps" in " ".join(capsys.readouterr().out.split())
+    assert "differs from descend after 82 steps" in " ".join(capsys.readouterr().out.split())
+
+
+def test_slow_machines_take_shorter_turns() -> None:
+    [load] = workloads(Settings(sizes="100"))
+    case = Case.of("sgd", load, None, True, [Bandwidth(8, 1e9)])
+    case.time("cpu", 0.0, 0, lambda done: None)
+    assert [row.steps for row in case.rows] == 4 * [2 + 1 + 3]
+    assert [len(row.seconds) for row in case.rows] == 4 * [3]
 
 
 def test_progress_reaches_the_end() -> None:

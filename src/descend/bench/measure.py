@@ -10,7 +10,7 @@ from torch import Tensor
 
 from descend.bench.agreement import Disagreement
 from descend.bench.bandwidth import Bandwidth, nearest
-from descend.bench.clock import Pace, Timing, turns
+from descend.bench.clock import FEWEST_TURNS, Pace, Timing, turns
 from descend.bench.contenders import Entry, enter
 from descend.bench.methods import METHODS, OURS, bytes_moved
 from descend.bench.workload import Workload
@@ -155,9 +155,16 @@ class Case:
             return
         rows = {row.name: row for row in self.rows}
         contenders = {name: entry.contender for name, entry in entries.items()}
-        for turn in turns(contenders, self.workload.shape, Pace(ROUNDS, seconds / len(entries))):
+        share = seconds / len(entries)
+        shape = self.workload.shape
+        slowest = max(contender.run(1)[0] for contender in contenders.values())
+        if slowest * shape.burst * (1 + FEWEST_TURNS) > 2 * share:  # a slow machine: shorter turns, or it takes minutes
+            shape = shape._replace(burst=1, uncounted=0)
+        for name in entries:
+            rows[name].steps += 1
+        for turn in turns(contenders, shape, Pace(ROUNDS, share)):
             rows[turn.name].seconds += turn.seconds
-            rows[turn.name].steps += self.workload.shape.burst
+            rows[turn.name].steps += shape.burst
             yield turn.done
 
     def _compare(self, values: Sequence[Tensor], results: dict[str, Sequence[Tensor]]) -> None:

@@ -33,8 +33,8 @@ def run(settings: Settings, machine: Machine) -> int:
         settings: what to measure.
         machine: what it is measured on.
     Returns:
-        Exit status: 0; 1 if something could not be measured or results differ; 130 after Ctrl-C or SIGTERM, when what was
-        measured so far is printed and written.
+        Exit status: 0; 1 if something could not be measured or results differ; 130 after Ctrl-C or SIGTERM, when what
+        was measured so far is printed and written.
     Raises:
         CommandError: nothing could be measured.
         UsageError: the request is not valid; nothing has been written then.
@@ -47,26 +47,26 @@ def run(settings: Settings, machine: Machine) -> int:
     console = Console(highlight=False)
     report = Report(machine, torch.get_num_threads(), settings.device, settings.gradients, (), ())
     try:
-        _end_on(signal.SIGTERM)
-        bandwidths: list[Bandwidth] = []
-        with _status(console, "memory bandwidth") as advance:
-            for bandwidth in measure_all(settings.device, memory_left(settings.device)):
-                bandwidths.append(bandwidth)
-                advance(len(bandwidths) / len(FOOTPRINTS))
-        report = replace(report, bandwidths=bandwidths)
-        _print(console, report.memory())
-        cases = [
-            Case.of(optimizer, load, settings.max_norm, settings.gradients == "fresh", bandwidths)
-            for load in loads
-            for optimizer in dict.fromkeys(settings.optimizers)
-        ]
-        report = replace(report, cases=cases)
-        for case in cases:
-            with _status(console, f"{case.optimizer}, {case.workload.name}, {case.workload.dtype}") as advance:
-                case.time(settings.device, settings.seconds / len(cases), memory_left(settings.device), advance)
-            if not console.is_terminal:
-                ours = case.rows[0].timing
-                _print(console, f"{title(case)}: {seconds(ours.median) if ours else 'not measured'}")
+        with _sigterm_like_ctrl_c():
+            bandwidths: list[Bandwidth] = []
+            with _status(console, "memory bandwidth") as advance:
+                for bandwidth in measure_all(settings.device, memory_left(settings.device)):
+                    bandwidths.append(bandwidth)
+                    advance(len(bandwidths) / len(FOOTPRINTS))
+            report = replace(report, bandwidths=bandwidths)
+            _print(console, report.memory())
+            cases = [
+                Case.of(optimizer, load, settings.max_norm, settings.gradients == "fresh", bandwidths)
+                for load in loads
+                for optimizer in dict.fromkeys(settings.optimizers)
+            ]
+            report = replace(report, cases=cases)
+            for case in cases:
+                with _status(console, f"{case.optimizer}, {case.workload.name}, {case.workload.dtype}") as advance:
+                    case.time(settings.device, settings.seconds / len(cases), memory_left(settings.device), advance)
+                if not console.is_terminal:
+                    ours = case.rows[0].timing
+                    _print(console, f"{title(case)}: {seconds(ours.median) if ours else 'not measured'}")
     except KeyboardInterrupt:
         report = replace(report, interrupted=True)
     return _finish(console, report, outputs)
@@ -100,10 +100,17 @@ def _print(console: Console, text: str) -> None:
     console.print(text, markup=False, soft_wrap=True)
 
 
-def _end_on(number: signal.Signals) -> None:
-    """Treat a signal as Ctrl-C, so that it does not lose what was measured."""
-    if threading.current_thread() is threading.main_thread():
-        signal.signal(number, signal.default_int_handler)
+@contextmanager
+def _sigterm_like_ctrl_c() -> Iterator[None]:
+    """Let SIGTERM raise ``KeyboardInterrupt``, so that it does not lose what was measured."""
+    if threading.current_thread() is not threading.main_thread():  # where no handler can be set
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _check_device(device: str) -> None:
