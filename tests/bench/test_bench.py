@@ -8,6 +8,7 @@ import re
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -337,6 +338,9 @@ def test_report_without_measurements_is_a_table() -> None:
     case = Case.of("sgd", load, None, True, [Bandwidth(8, 1e9)])
     report = Report(Machine("P", 1, "S", {}, "2026-01-01"), 2, "cpu", "fresh", [Bandwidth(2**20, 1e9)], [case])
     assert report.where() == "P, 1 core, 2 threads; S; ; 2026-01-01"
+    assert "busy" not in report.notes()
+    busy = replace(report, machine=replace(report.machine, load=3.0))
+    assert "The machine was busy (load 3.0 on 1 core)" in busy.notes()
     assert report.memory() == "Memory bandwidth in GB/s, by size of the arrays: 1 (1.05 MB)."
     assert "not measured" in report.table(Console(width=80).width)
 
@@ -352,7 +356,9 @@ def test_help_and_refusals_need_no_torch() -> None:
 def test_bandwidth_is_that_of_the_nearest_size() -> None:
     measured = [Bandwidth(2**10, 3.0), Bandwidth(2**20, 2.0), Bandwidth(2**30, 1.0)]
     footprints = (1, 2**10, 2**14, 2**16, 2**24, 2**26, 2**40)
-    assert [bandwidth.nearest(measured, size).rate for size in footprints] == [3, 3, 3, 2, 2, 1, 1]
+    assert [bandwidth.bandwidth_for(measured, size).rate for size in footprints] == [3, 3, 3, 2, 2, 1, 1]
+    disturbed = [Bandwidth(2**10, 3.0), Bandwidth(2**20, 0.5), Bandwidth(2**30, 1.0)]
+    assert bandwidth.bandwidth_for(disturbed, 2**20).rate == 1
 
 
 def test_bandwidth_counts_two_reads_and_a_write(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -23,6 +23,7 @@ class Machine:
         system: name and version of the operating system.
         versions: of Python, descend, torch and Numba.
         date: of the measurement, in UTC.
+        load: processes that ran in the minute before, on average; None where the system does not say.
     """
 
     processor: str
@@ -30,6 +31,7 @@ class Machine:
     system: str
     versions: dict[str, str]
     date: str
+    load: float | None = None
 
     @classmethod
     def this(cls) -> Machine:
@@ -45,7 +47,13 @@ class Machine:
                 **{package: _version(package) for package in ("torch", "numba")},
             },
             date=datetime.now(timezone.utc).strftime("%Y-%m-%d"),
+            load=os.getloadavg()[0] if hasattr(os, "getloadavg") else None,
         )
+
+    @property
+    def is_busy(self) -> bool:
+        """Whether other programs kept all cores busy."""
+        return self.load is not None and self.load >= self.cores
 
 
 def processor(cpuinfo: Path = Path("/proc/cpuinfo")) -> str:

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from torch import Tensor
 
 from descend.bench.agreement import Disagreement
-from descend.bench.bandwidth import Bandwidth, nearest
+from descend.bench.bandwidth import Bandwidth, bandwidth_for
 from descend.bench.clock import FEWEST_TURNS, Pace, Timing, turns
 from descend.bench.contenders import Entry, enter
 from descend.bench.methods import METHODS, OURS, bytes_moved
@@ -91,7 +91,7 @@ class Case:
         for name in (OURS, *method.rivals):
             state = workload.state_bytes(method.state, name == OURS)
             moved = bytes_moved(workload.param_bytes, state, max_norm is not None)
-            rate = nearest(bandwidths, 2 * workload.param_bytes + state).rate
+            rate = bandwidth_for(bandwidths, 2 * workload.param_bytes + state).rate
             rows.append(Row(name, moved, moved / rate))
         return cls(optimizer, workload, max_norm, fresh, rows)
 

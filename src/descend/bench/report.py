@@ -61,8 +61,13 @@ class Report:
         return f"Memory bandwidth in GB/s, by size of the arrays: {rates}."
 
     def notes(self) -> str:
-        """Return what the columns mean."""
-        return NOTES.format(gradients=self.gradients)
+        """Return what the columns mean, and what makes them doubtful."""
+        notes = NOTES.format(gradients=self.gradients)
+        machine = self.machine
+        if machine.is_busy:
+            load = f"load {machine.load:.1f} on {plural(machine.cores, 'core')}"
+            notes += f" The machine was busy ({load}): do not trust the times."
+        return notes
 
     def to_json(self) -> dict[str, Any]:
         """Return what ``bench.json`` holds: times in seconds, null for what was not measured."""

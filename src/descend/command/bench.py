@@ -83,6 +83,8 @@ def bench(
     machine = Machine.this()
     versions = machine.versions
     print(f"descend {versions['descend']}, torch {versions['torch']}, {machine.processor}, {machine.date}", flush=True)
+    if machine.is_busy:
+        print(f"Other programs keep the machine busy (load {machine.load:.1f}): times will be too long.", flush=True)
     from descend.bench.run import run
 
     return run(settings, machine)
