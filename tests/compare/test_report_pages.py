@@ -131,6 +131,12 @@ def test_one_slow_optimizer_does_not_squash_the_bars() -> None:
     assert end < 0.01 < 0.499
 
 
+def test_page_says_where_the_rates_come_from() -> None:
+    sweep = [run("a", lr=lr) for lr in (0.01, 0.1)]
+    assert "of those swept" in Reader(content.report_page(comparison(), sweep)).text
+    assert "not tuned" in Reader(content.report_page(comparison(), sweep[:1])).text
+
+
 def test_tuning_runs_are_in_the_rates_chart_alone() -> None:
     tried = [run("a", seed=1000, lr=lr, floor=0.77, tuning=True) for lr in (0.001, 0.01, 0.1)]
     page = content.report_page(comparison(tuned="by trying"), [run("a", lr=0.01), *tried])

@@ -129,3 +129,12 @@ def test_of_a_sweep_the_best_rate_by_held_out_loss_is_judged() -> None:
     assert best["adamw"] == best["torch.adamw"] == best["sgd"] == 0.01
     ends = [finding.words for finding in findings(comparison(), gather(runs)) if finding.quantity == "Diverged"]
     assert [words.split(",")[0] for words in ends] == ["sgd with lr 0.1 in 3 of 3 seeds", "sgd:lr=100 in 3 of 3 seeds"]
+
+
+def test_rate_at_the_edge_of_those_tried_is_told() -> None:
+    inside = [run("a", floor=floor, lr=lr) for lr, floor in ((0.01, 0.3), (0.1, 0.1), (1.0, 0.3))]
+    edge = [run("b", floor=floor, lr=lr) for lr, floor in ((0.01, 0.3), (0.1, 0.2), (1.0, 0.1))]
+    assert say(inside + edge)["Rate at the edge"].words.startswith("b: 1 is the largest rate that was tried")
+    assert "Rate at the edge" not in say([*inside, run("c")])
+    tried = [run("d", seed=1000, lr=lr, tuning=True) for lr in (0.01, 0.1)]
+    assert say([run("d", lr=0.01), *tried])["Rate at the edge"].words.startswith("d: 0.01 is the smallest")

@@ -125,12 +125,12 @@ def rate_chart(
         )
         lost = [setting for setting in one.swept if setting.diverged]
         if lost:
+            height = top - 0.04 * (one.index % 5) * (high - low)  # crosses at one rate stand one below the other
             texts = [f"diverged in {len(setting.diverged)} of {len(setting.runs)}" for setting in lost]
             traces.append(
                 {
                     "x": [setting.lr for setting in lost],
-                    # Crosses of several optimizers at one rate stand one below the other.
-                    "y": [(10**place if is_log else place) for place in [top - 0.03 * one.index % 0.2] * len(lost)],
+                    "y": [10**height if is_log else height] * len(lost),
                     "mode": "markers",
                     "marker": {"symbol": "x-thin", "size": 10, "line": {"width": 3, "color": colour(one)}},
                     "legendgroup": one.group,

@@ -64,8 +64,17 @@ def _verdict(comparison: Comparison, series: Sequence[Series]) -> list[Block]:
         return [Prose("No run has a result.")]
     kinds = {"shown": "good", "open": "plain", "bad": "bad"}
     facts = Facts([Fact(finding.quantity, finding.words, kinds[finding.kind], finding.numbers) for finding in found])
-    rates = f"Learning rates: {comparison.tuned or 'as given, or the defaults of the task; they were not tuned'}."
-    return [facts, Prose(rates, "note"), Prose(RULE, "note")]
+    return [facts, Prose(f"Learning rates: {_source(comparison, series)}.", "note"), Prose(RULE, "note")]
+
+
+def _source(comparison: Comparison, series: Sequence[Series]) -> str:
+    """Say where the learning rates come from."""
+    if any(len(one.settings) > 1 for one in series):
+        return (
+            "of those swept, the one with the lowest held-out loss; chosen and judged by the same data, an optimizer "
+            "looks better than it is"
+        )
+    return comparison.tuned or "as given, or the defaults of the task; they were not tuned"
 
 
 def _training(comparison: Comparison, series: Sequence[Series], same: Sequence[Pair]) -> list[Block]:
@@ -127,18 +136,15 @@ def _rates(comparison: Comparison, series: Sequence[Series], same: Sequence[Pair
             for tab, name, measure in measures
             if any(setting.values(measure) for one in swept for setting in one.swept)
         ]
-        blocks += [_legend(series, same, swept), Tabs("Against the learning rate", panels)] if panels else []
-        blocks.append(
-            Prose(
+        if panels:
+            words = (
                 "Points: median over the seeds, with their range; only where all seeds finished. Crosses at the top: "
-                "rates at which a seed diverged. The other charts show the best rate of each, by held-out loss.",
-                "note",
+                "rates at which a seed diverged. The other charts show the best rate of each, by held-out loss."
             )
-        )
+            blocks += [_legend(series, same, swept), Tabs("Against the learning rate", panels), Prose(words, "note")]
     rows = [[one.label, rate(one.best.lr), _tried(one), _options(one.best.runs[0])] for one in series]
-    source = comparison.tuned or "as given on the command line, or the task's, or the default of the class"
     table = Table(
-        f"Learning rates used: {source}",
+        f"Learning rates used: {_source(comparison, series)}",
         ["optimizer", "lr", "rates tried", "other options"],
         rows,
         words=["rates tried", "other options"],

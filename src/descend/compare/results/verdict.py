@@ -82,7 +82,7 @@ def findings(comparison: Comparison, series: Sequence[Series]) -> list[Finding]:
             ),
         ]
     found += [of_steps(sound), of_bytes({one.label: one.best.median(state_bytes) for one in series})]
-    return [finding for finding in found if finding] + [*_ends(series)]
+    return [finding for finding in found if finding] + [*_edges(sound), *_ends(series)]
 
 
 def common_loss(series: Sequence[Series]) -> float | None:
@@ -182,6 +182,18 @@ def of_bytes(sizes: Mapping[str, float | None]) -> Finding | None:
     if len(names) == 1:
         return Finding("State", "No difference." if len(next(iter(names.values()))) > 1 else "", "open", numbers)
     return Finding("State", f"{_listed(next(iter(names.values())))} keeps least.", "shown", numbers)
+
+
+def _edges(series: Sequence[Series]) -> list[Finding]:
+    """Name the optimizers whose best learning rate is the smallest or the largest that was tried."""
+    found = []
+    for one in series:
+        rates = [setting.lr for setting in one.swept]
+        if one.best.lr in (*rates[:1], *rates[-1:]):
+            which = "largest" if one.best.lr == rates[-1] else "smallest"
+            words = f"{one.label}: {rate(one.best.lr)} is the {which} rate that was tried; one beyond it may be better."
+            found.append(Finding("Rate at the edge", words, "open"))
+    return found
 
 
 def _ends(series: Sequence[Series]) -> list[Finding]:
