@@ -209,7 +209,8 @@ class Table:
             cells = "".join(
                 f'<td class="{kind}">{escape(cell)}</td>' for kind, cell in zip(kinds[1:], rest, strict=True)
             )
-            body.append(f'<tr><th scope="row">{swatch}{escape(first)}</th>{cells}</tr>')
+            name = f'<span class="named">{swatch}<span>{escape(first)}</span></span>'
+            body.append(f'<tr><th scope="row">{name}</th>{cells}</tr>')
         # The caption is outside of what scrolls, where a narrow screen would cut it.
         name = parts.new_id("caption")
         return (

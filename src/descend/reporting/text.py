@@ -39,10 +39,10 @@ def rate(lr: float | None) -> str:
     """Return a learning rate as people write it; ``-`` for None.
 
     Example:
-        >>> rate(0.00031622776), rate(1.0), rate(None)
-        ('0.000316', '1', '-')
+        >>> rate(0.00031622776), rate(1000.0), rate(None)
+        ('0.000316', '1000', '-')
     """
-    return "-" if lr is None else f"{lr:.3g}"
+    return "-" if lr is None else f"{lr:.{3 if lr < 100 else 6}g}"
 
 
 def number(value: float | None, digits: int = 4) -> str:
@@ -67,6 +67,16 @@ def plural(count: int, noun: str) -> str:
         ('1 seed', '5 seeds')
     """
     return f"{count:,} {noun}{'' if count == 1 else 's'}"
+
+
+def shortened(text: str, most: int) -> str:
+    """Return the text, or its start and an ellipsis, in at most ``most`` characters.
+
+    Example:
+        >>> shortened("momentum=0.9", 12), shortened("momentum=0.95", 12)
+        ('momentum=0.9', 'momentum=0.…')
+    """
+    return text if len(text) <= most else f"{text[: most - 1]}…"
 
 
 def joined(names: Sequence[str]) -> str:

@@ -1,36 +1,23 @@
-"""The figures of the report, as plotly's traces."""
+"""The figures of losses, as plotly's traces."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
 from descend.compare.records import WINDOW, Comparison, Run
 from descend.compare.results.coincide import Pair
-from descend.compare.results.curves import Curve, Floats, loss_curve, raw_curve, test_curve, thin
-from descend.compare.results.series import Series, Setting
+from descend.compare.results.curves import Curve, held_out_curve, loss_curve, raw_curve, thin
+from descend.compare.results.looks import TITLE, WIDTHS, Trace, colour, dash, layers, line, marker, stroke, value_axis
+from descend.compare.results.series import Series
 from descend.reporting.axes import log_axis
 from descend.reporting.page import Chart, chart_text
-from descend.reporting.palette import style
-from descend.reporting.text import joined, rate, seconds
+from descend.reporting.text import joined, rate, shortened
 
-Trace = dict[str, Any]
 RAW = 8  # more optimizers than this, and the raw losses behind their curves hide each other
 AXIS_NAMES = {"steps": "step", "time": "seconds", "evaluations": "gradients evaluated"}
-WIDTHS = {"alone": 2.2, "under": 6.0, "over": 2.2}
-
-
-def layers(series: Sequence[Series], pairs: Sequence[Pair]) -> dict[int, str]:
-    """Return how each series' curve is drawn: "under" is wide, and "over" is dashed and lies on it."""
-    drawn = {one.index: "alone" for one in series}
-    for pair in pairs:
-        drawn[pair.first.index] = "under"
-        drawn[pair.second.index] = "over"
-    return drawn
 
 
 def loss_chart(comparison: Comparison, series: Sequence[Series], pairs: Sequence[Pair], axis: str) -> Chart:
@@ -41,12 +28,12 @@ def loss_chart(comparison: Comparison, series: Sequence[Series], pairs: Sequence
     traces: list[Trace] = []
     if len(series) <= RAW:
         for one in order:
-            faint = {"line": _stroke(one, 1, "solid", 0.22), "hoverinfo": "skip", "hovertemplate": None}
-            traces.append(_line(one, *raw_curve(one.best, axis), width=1) | faint)
+            faint = {"line": stroke(one, 1, "solid", 0.22), "hoverinfo": "skip", "hovertemplate": None}
+            traces.append(line(one, *raw_curve(one.best, axis), width=1) | faint)
     curves = {one.index: loss_curve(one.best, axis) for one in series}
     for one in order:
         curve, layer = curves[one.index], drawn[one.index]
-        traces += [*_band(one, curve), _line(one, curve.x, curve.middle, WIDTHS[layer], dash(one, layer))]
+        traces += [*_band(one, curve), line(one, curve.x, curve.middle, WIDTHS[layer], dash(one, layer))]
     calm = [curves[one.index] for one in series if not one.best.diverged] or list(curves.values())
     y = value_axis(comparison.loss_name, calm, [curve.middle[:1] for curve in curves.values()])
     top = 10 ** y["range"][1] if "range" in y else math.inf
@@ -72,7 +59,7 @@ def difference_chart(comparison: Comparison, pairs: Sequence[Pair]) -> Chart | N
         kept = thin(len(pair.differences))
         y = np.maximum.reduceat(pair.differences, kept)
         name = chart_text(f"{pair.second.label} against {pair.first.label}")
-        traces.append(_line(pair.second, kept + 1.0, np.where(y > 0, y, np.nan), WIDTHS["alone"]) | {"name": name})
+        traces.append(line(pair.second, kept + 1.0, np.where(y > 0, y, np.nan), WIDTHS["alone"]) | {"name": name})
     values = [float(value) for pair in shown for value in pair.differences]
     layout = {
         "xaxis": {"title": {"text": "step"}, "rangemode": "tozero"},
@@ -82,32 +69,35 @@ def difference_chart(comparison: Comparison, pairs: Sequence[Pair]) -> Chart | N
     return Chart(words, traces, layout, height=260)
 
 
-def test_chart(
+def held_out_chart(
     series: Sequence[Series], pairs: Sequence[Pair], name: str, measure: Callable[[Run], Sequence[float]], scale: str
 ) -> Chart:
     """Draw a held-out measure against steps; ``scale`` is "free" for a loss or an error, "share" for an accuracy."""
     drawn = layers(series, pairs)
-    curves = {one.index: test_curve(one.best, measure) for one in series}
+    curves = {one.index: held_out_curve(one.best, measure) for one in series}
     traces: list[Trace] = []
     for one in sorted(series, key=lambda one: drawn[one.index] != "under"):
         curve, layer = curves[one.index], drawn[one.index]
         traces += _band(one, curve)
         size = 13 if layer == "under" else 7
         traces.append(
-            _line(one, curve.x, curve.middle, WIDTHS[layer], dash(one, layer))
-            | {"mode": "lines+markers", "marker": _marker(one, size)}
+            line(one, curve.x, curve.middle, WIDTHS[layer], dash(one, layer))
+            | {"mode": "lines+markers", "marker": marker(one, size)}
         )
     calm = [curves[one.index] for one in series if not one.best.diverged] or list(curves.values())
     y = value_axis(name, calm, [])
     if scale == "share":
-        y = {"title": {"text": name}, "tickformat": ".0%"}
+        y = {"title": {"text": chart_text(shortened(name, TITLE))}, "tickformat": ".0%"}
     layout = {"xaxis": {"title": {"text": "step"}, "rangemode": "tozero"}, "yaxis": y}
     return Chart(f"Held-out {name} against steps of {_names(series)}.", traces, layout, height=380)
 
 
-def rate_chart(series: Sequence[Series], name: str, measure: Callable[[Run], float | None]) -> Chart:
+def rate_chart(
+    series: Sequence[Series], pairs: Sequence[Pair], name: str, measure: Callable[[Run], float | None]
+) -> Chart:
     """Draw a final value against the learning rate, with the range over the seeds; crosses at the top have diverged."""
-    swept = [one for one in series if one.swept]
+    drawn = layers(series, pairs)
+    swept = sorted((one for one in series if one.swept), key=lambda one: drawn[one.index] != "under")
     values = [value for one in swept for setting in one.swept for value in setting.values(measure)]
     y = value_axis(name, [], [np.array(values)])
     is_log = y.get("type") == "log"
@@ -116,6 +106,7 @@ def rate_chart(series: Sequence[Series], name: str, measure: Callable[[Run], flo
     y["range"] = [low - (0 if is_log else 0.05 * (high - low)), top + 0.05 * (high - low)]
     traces: list[Trace] = []
     for one in swept:
+        layer = drawn[one.index]
         sound = [(setting, setting.median(measure)) for setting in one.swept]
         xs = [setting.lr for setting, _ in sound]
         spreads = [setting.values(measure) if middle is not None else [] for setting, middle in sound]
@@ -128,20 +119,20 @@ def rate_chart(series: Sequence[Series], name: str, measure: Callable[[Run], flo
             "width": 4,
         }
         traces.append(
-            _line(one, xs, [middle for _, middle in sound], WIDTHS["alone"], style(one.index).dash)
-            | {"mode": "lines+markers", "marker": _marker(one, 8), "error_y": error}
+            line(one, xs, [middle for _, middle in sound], WIDTHS[layer], dash(one, layer))
+            | {"mode": "lines+markers", "marker": marker(one, 13 if layer == "under" else 7), "error_y": error}
             | {"hovertemplate": f"{chart_text(one.label)}<br>lr %{{x:.3g}}: %{{y:.4g}}<extra></extra>"}
         )
         lost = [setting for setting in one.swept if setting.diverged]
         if lost:
+            height = top - 0.04 * (one.index % 5) * (high - low)  # crosses at one rate stand one below the other
             texts = [f"diverged in {len(setting.diverged)} of {len(setting.runs)}" for setting in lost]
             traces.append(
                 {
                     "x": [setting.lr for setting in lost],
-                    # Crosses of several optimizers at one rate stand one below the other.
-                    "y": [(10**place if is_log else place) for place in [top - 0.03 * one.index % 0.2] * len(lost)],
+                    "y": [10**height if is_log else height] * len(lost),
                     "mode": "markers",
-                    "marker": {"symbol": "x-thin", "size": 10, "line": {"width": 3, "color": _colour(one)}},
+                    "marker": {"symbol": "x-thin", "size": 10, "line": {"width": 3, "color": colour(one)}},
                     "legendgroup": one.group,
                     "name": chart_text(one.label),
                     "customdata": texts,
@@ -151,128 +142,6 @@ def rate_chart(series: Sequence[Series], name: str, measure: Callable[[Run], flo
     rates = [setting.lr for one in swept for setting in one.swept if setting.lr]
     layout = {"xaxis": log_axis("learning rate", rates, rate), "yaxis": y}
     return Chart(f"{name.capitalize()} against the learning rate of {_names(swept)}.", traces, layout, height=400)
-
-
-@dataclass(frozen=True)
-class Bar:
-    """One row of a bar chart.
-
-    Args:
-        series: whose it is.
-        parts: lengths by part, left to right; the part named ``own`` has the series' colour.
-        text: what is written above the bar.
-    """
-
-    series: Series
-    parts: Mapping[str, float]
-    text: str
-
-    @property
-    def length(self) -> float:
-        return sum(self.parts.values())
-
-
-LABEL = 28  # characters
-ROW = 46  # pixels: a bar and the line of text above it
-TONES = {"data": 0.3, "forward": 0.5, "backward": 0.75, "norm": 1.0, "step": 0.5}
-
-
-def bar_chart(description: str, bars: Sequence[Bar], title: str, show: Callable[[float], str]) -> Chart:
-    """Draw bars of parts. One that is more than four times as long as the median is cut, and says so."""
-    lengths = sorted(bar.length for bar in bars)
-    usual = lengths[len(lengths) // 2] if lengths else 0.0
-    end = max((length for length in lengths if length <= 4 * usual), default=0.0) * 1.08 or 1.0
-    names = list(dict.fromkeys(name for bar in bars for name in bar.parts))
-    traces: list[Trace] = []
-    for bar in bars:
-        start, group, row, label = 0.0, bar.series.group, bar.series.index, chart_text(bar.series.label)
-        for name in names:
-            if name not in bar.parts:
-                continue
-            length = max(min(bar.parts[name], end - start), 0.0)
-            tone = TONES.get(name)
-            traces.append(
-                {
-                    "type": "bar",
-                    "orientation": "h",
-                    "x": [length],
-                    "base": [start],
-                    "y": [row],
-                    "width": 0.42,
-                    "marker": {
-                        "color": _colour(bar.series) if tone is None else f"$muted/{tone}",
-                        "line": {"color": "$surface", "width": 1},
-                    },
-                    "legendgroup": group,
-                    "hovertemplate": f"{label}<br>{name}: {show(bar.parts[name])}<extra></extra>",
-                }
-            )
-            start += length
-        is_cut = bar.length > end
-        traces.append(_row_text(bar, 0.0, " (cut)" if is_cut else ""))
-    ticks = _round_ticks(end)
-    x = {
-        "range": [0, end],
-        "tickvals": ticks,
-        "ticktext": [show(tick) for tick in ticks],
-        "title": {"text": title},
-        "zeroline": False,
-    }
-    return Chart(description, traces, {"xaxis": x, "yaxis": _rows_axis(bars), **_rows_layout()}, _rows_height(bars))
-
-
-def dot_chart(description: str, bars: Sequence[Bar], title: str, show: Callable[[float], str]) -> Chart:
-    """Draw the bars' lengths as dots on a logarithmic axis, where one that is far longer does not squash the others."""
-    x = log_axis(title, [bar.length for bar in bars], show)
-    low = x["range"][0]
-    traces: list[Trace] = []
-    for bar in bars:
-        if bar.length > 0:
-            traces.append(
-                {
-                    "x": [10**low, bar.length],
-                    "y": [bar.series.index] * 2,
-                    "mode": "lines+markers",
-                    "line": {"color": f"{_colour(bar.series)}/0.35", "width": 2},
-                    "marker": {
-                        "size": [0, 12],
-                        "symbol": style(bar.series.index).marker,
-                        "color": _colour(bar.series),
-                        "opacity": 1,
-                    },
-                    "legendgroup": bar.series.group,
-                    "hovertemplate": f"{chart_text(bar.series.label)}: {show(bar.length)}<extra></extra>",
-                }
-            )
-        traces.append(_row_text(bar, 1.0001 * 10**low, ""))
-    layout = {"xaxis": x, "yaxis": _rows_axis(bars), **_rows_layout()}
-    return Chart(description, traces, layout, _rows_height(bars))
-
-
-def value_axis(title: str, curves: Iterable[Curve], more: Iterable[Floats]) -> dict[str, Any]:
-    """Return the axis of a loss: logarithmic if all is positive and spans more than a factor of three."""
-    arrays = [np.concatenate([curve.low, curve.middle, curve.high]) for curve in curves]
-    values = np.concatenate([*arrays, *more, np.empty(0)])
-    values = values[np.isfinite(values)]
-    if values.size and values.min() > 0 and values.max() > 3 * values.min():
-        return log_axis(title, values.tolist())
-    return {"title": {"text": title}}
-
-
-def _line(one: Series, x: Any, y: Any, width: float, dashes: str | None = None) -> Trace:
-    return {
-        "x": list(x),
-        "y": list(y),
-        "mode": "lines",
-        "line": _stroke(one, width, dashes or style(one.index).dash),
-        "legendgroup": one.group,
-        "name": chart_text(one.label),
-        "hovertemplate": f"{chart_text(one.label)}<br>%{{x:.4g}}: %{{y:.4g}}<extra></extra>",
-    }
-
-
-def _stroke(one: Series, width: float, dash: str, opacity: float | None = None) -> Trace:
-    return {"color": _colour(one) + (f"/{opacity}" if opacity else ""), "width": width, "dash": dash}
 
 
 def _band(one: Series, curve: Curve) -> list[Trace]:
@@ -287,9 +156,9 @@ def _band(one: Series, curve: Curve) -> list[Trace]:
             "x": [*x, *x[::-1]],
             "y": [*high, *low[::-1]],
             "mode": "lines",
-            "line": {"width": 0, "color": _colour(one)},
+            "line": {"width": 0, "color": colour(one)},
             "fill": "toself",
-            "fillcolor": f"{_colour(one)}/0.18",
+            "fillcolor": f"{colour(one)}/0.18",
             "hoverinfo": "skip",
             "legendgroup": one.group,
         }
@@ -308,7 +177,7 @@ def _marks(one: Series, curve: Curve, count: int) -> list[Trace]:
             "x": curve.x[places].tolist(),
             "y": curve.middle[places].tolist(),
             "mode": "markers",
-            "marker": _marker(one, 9),
+            "marker": marker(one, 9),
             "hoverinfo": "skip",
             "legendgroup": one.group,
         }
@@ -333,7 +202,7 @@ def _ends(one: Series, curve: Curve, top: float) -> list[Trace]:
             "x": [place[0]],
             "y": [place[1]],
             "mode": "markers",
-            "marker": {"symbol": "x-thin", "size": 14, "line": {"width": 4, "color": _colour(one)}},
+            "marker": {"symbol": "x-thin", "size": 14, "line": {"width": 4, "color": colour(one)}},
             "cliponaxis": False,
             "legendgroup": one.group,
             "name": chart_text(one.label),
@@ -342,92 +211,5 @@ def _ends(one: Series, curve: Curve, top: float) -> list[Trace]:
     ]
 
 
-def dash(one: Series, layer: str) -> str:
-    """Return the dashes of a curve: one that lies on another lets it through."""
-    return {"over": "dash", "under": "solid"}.get(layer, style(one.index).dash)
-
-
-def _marker(one: Series, size: int) -> Trace:
-    return {
-        "symbol": style(one.index).marker,
-        "size": size,
-        "color": _colour(one),
-        "line": {"width": 1, "color": "$surface"},
-    }
-
-
-def _colour(one: Series) -> str:
-    return f"$series{style(one.index).colour}"
-
-
 def _names(series: Sequence[Series]) -> str:
     return joined([one.name for one in series])
-
-
-def _row_text(bar: Bar, x: float, remark: str) -> Trace:
-    return {
-        "x": [x],
-        "y": [bar.series.index - 0.42],
-        "mode": "text",
-        "text": [f"{chart_text(_short(bar.series.label))}  <b>{chart_text(bar.text)}</b>{remark}"],
-        "textposition": "middle right",
-        "textfont": {"color": "$ink"},
-        "cliponaxis": False,
-        "hoverinfo": "skip",
-        "legendgroup": bar.series.group,
-    }
-
-
-def _short(label: str) -> str:
-    """Return a label that fits on a phone beside a number."""
-    return label if len(label) <= LABEL else f"{label[: LABEL - 1]}…"
-
-
-def _rows_axis(bars: Sequence[Bar]) -> Trace:
-    rows = [bar.series.index for bar in bars] or [0]
-    return {"range": [max(rows) + 0.5, min(rows) - 0.75], **BARE}
-
-
-BARE = {"showgrid": False, "showticklabels": False, "zeroline": False, "showline": False, "ticks": ""}
-
-
-def _rows_layout() -> Trace:
-    return {"margin": {"l": 8, "r": 12, "t": 4, "b": 44}, "hovermode": "closest"}
-
-
-def _rows_height(bars: Sequence[Bar]) -> int:
-    return 60 + ROW * max(len(bars), 1)
-
-
-def _round_ticks(end: float) -> list[float]:
-    unit = 10.0 ** math.floor(math.log10(end / 2))
-    step = next(unit * factor for factor in (1, 2, 5, 10) if unit * factor * 5 >= end)
-    return [step * i for i in range(1, int(end / step) + 1)]
-
-
-def step_bars(series: Sequence[Series]) -> list[Bar]:
-    """Return the time of a step by part, the median over the runs that had the machine to themselves."""
-    bars = []
-    for one in series:
-        parts = parts_of(one.timed)
-        if parts:
-            total, own = sum(parts.values()), parts.get("optimizer")
-            share = "" if own is None or len(parts) == 1 else f", optimizer {seconds(own)}"
-            bars.append(Bar(one, parts, f"{seconds(total)}{share}"))
-    return bars
-
-
-def parts_of(setting: Setting) -> dict[str, float]:
-    """Return the seconds of each part of a step; "step" is a whole one, where the parts are not known."""
-    names = dict.fromkeys(name for run in setting.runs for name in run.parts)
-    parts = {name: setting.median(lambda run, name=name: run.parts.get(name)) for name in names}  # type: ignore[misc]
-    known = {name: value for name, value in parts.items() if value is not None}
-    if known:
-        return known
-    whole = setting.median(_median_step)
-    return {} if whole is None else {"step": whole}
-
-
-def _median_step(run: Run) -> float | None:
-    durations = np.diff(np.array(run.seconds, float))
-    return float(np.median(durations)) if durations.size else None

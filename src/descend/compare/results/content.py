@@ -6,16 +6,17 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from descend.compare.records import WINDOW, Comparison, Run
-from descend.compare.results import charts
+from descend.compare.results import bars, charts, looks
 from descend.compare.results.coincide import Pair, pairs
 from descend.compare.results.series import (
     Series,
     Setting,
     final_loss,
     gather,
+    held_out_loss,
+    held_out_metric,
+    is_finite,
     state_bytes,
-    test_loss,
-    test_metric,
 )
 from descend.compare.results.verdict import SEEDS, findings
 from descend.reporting.page import Block, Details, Entry, Fact, Facts, Key, Legend, Prose, Section, Table, Tabs, page
@@ -37,7 +38,7 @@ def report_page(comparison: Comparison, runs: Sequence[Run]) -> str:
         ("Verdict", _verdict(comparison, series)),
         ("Training loss", _training(comparison, series, same)),
         ("Held-out data", _held_out(comparison, series, same)),
-        ("Learning rates", _rates(comparison, series)),
+        ("Learning rates", _rates(comparison, series, same)),
         ("Time of a step", _time(series)),
         ("State", _state(series)),
         ("All numbers", _numbers(comparison, series)),
@@ -63,8 +64,17 @@ def _verdict(comparison: Comparison, series: Sequence[Series]) -> list[Block]:
         return [Prose("No run has a result.")]
     kinds = {"shown": "good", "open": "plain", "bad": "bad"}
     facts = Facts([Fact(finding.quantity, finding.words, kinds[finding.kind], finding.numbers) for finding in found])
-    rates = f"Learning rates: {comparison.tuned or 'as given, or the defaults of the task; they were not tuned'}."
-    return [facts, Prose(rates, "note"), Prose(RULE, "note")]
+    return [facts, Prose(f"Learning rates: {_source(comparison, series)}.", "note"), Prose(RULE, "note")]
+
+
+def _source(comparison: Comparison, series: Sequence[Series]) -> str:
+    """Say where the learning rates come from."""
+    if any(len(one.settings) > 1 for one in series):
+        return (
+            "of those swept, the one with the lowest held-out loss; chosen and judged by the same data, an optimizer "
+            "looks better than it is"
+        )
+    return comparison.tuned or "as given, or the defaults of the task; they were not tuned"
 
 
 def _training(comparison: Comparison, series: Sequence[Series], same: Sequence[Pair]) -> list[Block]:
@@ -93,7 +103,7 @@ def _training(comparison: Comparison, series: Sequence[Series], same: Sequence[P
         else:
             blocks.append(
                 Prose(
-                    f"{pair.first.label} and {pair.second.label} coincide to {pair.largest:.0e}, the largest "
+                    f"{pair.first.label} and {pair.second.label} coincide to {number(pair.largest, 1)}, the largest "
                     "difference of their losses at any step. The dashed curve lies on the wide one."
                 )
             )
@@ -102,42 +112,39 @@ def _training(comparison: Comparison, series: Sequence[Series], same: Sequence[P
 
 
 def _held_out(comparison: Comparison, series: Sequence[Series], same: Sequence[Pair]) -> list[Block]:
-    if not any(len(run.test_losses) for one in series for run in one.best.runs):
+    if not any(is_finite(loss) for one in series for run in one.best.runs for loss in run.test_losses):
         return []
-    loss = charts.test_chart(series, same, comparison.loss_name, lambda run: run.test_losses, "free")
+    loss = charts.held_out_chart(series, same, comparison.loss_name, lambda run: run.test_losses, "free")
     if not comparison.metric_name:
         return [_legend(series, same), loss]
     name = comparison.metric_name
     scale = "free" if comparison.metric_is_error else "share"
-    metric = charts.test_chart(series, same, name, lambda run: run.test_metrics, scale)
+    metric = charts.held_out_chart(series, same, name, lambda run: run.test_metrics, scale)
     return [_legend(series, same), Tabs("Held-out", [("Loss", [loss]), (name.capitalize(), [metric])])]
 
 
-def _rates(comparison: Comparison, series: Sequence[Series]) -> list[Block]:
+def _rates(comparison: Comparison, series: Sequence[Series], same: Sequence[Pair]) -> list[Block]:
     blocks: list[Block] = []
     swept = [one for one in series if one.swept]
     if swept:
         measures: list[tuple[str, str, Callable[[Run], float | None]]] = [
-            ("Held-out loss", f"held-out {comparison.loss_name}", test_loss),
+            ("Held-out loss", f"held-out {comparison.loss_name}", held_out_loss),
             ("Training loss", f"final {comparison.loss_name}", final_loss),
         ]
         panels = [
-            (tab, [charts.rate_chart(series, name, measure)])
+            (tab, [charts.rate_chart(series, same, name, measure)])
             for tab, name, measure in measures
             if any(setting.values(measure) for one in swept for setting in one.swept)
         ]
-        blocks += [_legend(swept, ()), Tabs("Against the learning rate", panels)] if panels else []
-        blocks.append(
-            Prose(
+        if panels:
+            words = (
                 "Points: median over the seeds, with their range; only where all seeds finished. Crosses at the top: "
-                "rates at which a seed diverged. The other charts show the best rate of each, by held-out loss.",
-                "note",
+                "rates at which a seed diverged. The other charts show the best rate of each, by held-out loss."
             )
-        )
+            blocks += [_legend(series, same, swept), Tabs("Against the learning rate", panels), Prose(words, "note")]
     rows = [[one.label, rate(one.best.lr), _tried(one), _options(one.best.runs[0])] for one in series]
-    source = comparison.tuned or "as given on the command line, or the task's, or the default of the class"
     table = Table(
-        f"Learning rates used; how they were chosen: {source}",
+        f"Learning rates used: {_source(comparison, series)}",
         ["optimizer", "lr", "rates tried", "other options"],
         rows,
         words=["rates tried", "other options"],
@@ -156,31 +163,31 @@ def _options(run: Run) -> str:
 
 
 def _time(series: Sequence[Series]) -> list[Block]:
-    bars = charts.step_bars(series)
-    if not bars:
+    drawn = bars.step_bars(series)
+    if not drawn:
         shared = any(run.seconds for one in series for run in one.best.runs)
         return [Prose("All runs shared the machine with others: their times are not compared.")] if shared else []
-    names = list(dict.fromkeys(name for bar in bars for name in bar.parts))
-    tones = [(_part(name), f"$muted/{charts.TONES[name]}") for name in names if name in charts.TONES]
+    names = list(dict.fromkeys(name for bar in drawn for name in bar.parts))
+    tones = [(_part(name), bars.TONES[name]) for name in names if name in bars.TONES]
     own = (
-        [("optimizer (in its own colour)", f"$series{style(bars[0].series.index).colour}")]
+        [("optimizer (in its own colour)", f"$series{style(drawn[0].series.index).colour}")]
         if "optimizer" in names
         else []
     )
     blocks: list[Block] = [
         Key([*tones, *own]),
-        charts.bar_chart("Time of a step by part; the table below has the numbers.", bars, "time of a step", seconds),
+        bars.bar_chart("Time of a step by part; the table below has the numbers.", drawn, "time of a step", seconds),
     ]
     alone = [
-        charts.Bar(bar.series, {"optimizer": bar.parts["optimizer"]}, seconds(bar.parts["optimizer"]))
-        for bar in bars
+        bars.Bar(bar.series, {"optimizer": bar.parts["optimizer"]}, seconds(bar.parts["optimizer"]))
+        for bar in drawn
         if "optimizer" in bar.parts
     ]
     if alone:
-        title = "time in the optimizer alone, a step (logarithmic)"
-        blocks.append(charts.dot_chart("Time in the optimizer alone, by step.", alone, title, seconds))
+        title = "time in the optimizer alone, a step"
+        blocks.append(bars.dot_chart("Time in the optimizer alone, by step.", alone, title, seconds))
     rows = []
-    for bar in bars:
+    for bar in drawn:
         runs = bar.series.timed
         rows.append(
             [
@@ -192,7 +199,7 @@ def _time(series: Sequence[Series]) -> list[Block]:
             ]
         )
     headings = ["optimizer", *map(_part, names), "sum", "first step, optimizer", "to build and compile"]
-    marks = [bar.series.index for bar in bars]
+    marks = [bar.series.index for bar in drawn]
     blocks.append(Table("Median time of a step but the first, by part", headings, rows, marks=marks))
     return blocks
 
@@ -202,15 +209,17 @@ def _part(name: str) -> str:
 
 
 def _state(series: Sequence[Series]) -> list[Block]:
-    bars = []
+    drawn = []
     for one in series:
         count = one.best.median(state_bytes)
         if count is not None:
-            bars.append(charts.Bar(one, {"state": count}, size(count)))
-    if not bars:
+            drawn.append(bars.Bar(one, {"state": count}, size(count)))
+    if not drawn:
         return []
-    words = "Memory of the optimizer's state: " + joined([f"{bar.series.label} {bar.text}" for bar in bars]) + "."
-    blocks: list[Block] = [charts.bar_chart(words, bars, "bytes of state", size)]
+    if not any(bar.length for bar in drawn):
+        return [Prose("None of the optimizers keeps state.")]
+    words = "Memory of the optimizer's state: " + joined([f"{bar.series.label} {bar.text}" for bar in drawn]) + "."
+    blocks: list[Block] = [bars.bar_chart(words, drawn, "bytes of state", size)]
     if any(len(run.state_bytes) > 1 for one in series for run in one.best.runs):
         blocks.append(Prose("Of the rank that keeps most.", "note"))
     return blocks
@@ -225,15 +234,15 @@ def _numbers(comparison: Comparison, series: Sequence[Series]) -> list[Block]:
     for one in series:
         for setting in one.settings:
             timed = Setting(setting.lr, [run for run in setting.runs if run.alone])
-            parts = charts.parts_of(timed)
+            parts = bars.parts_of(timed)
             rows.append(
                 [
                     one.label,
                     rate(setting.lr),
                     str(len(setting.runs)),
                     _result(setting),
-                    _spread(setting, test_loss, number),
-                    *([_spread(setting, test_metric, show_metric)] if metric else []),
+                    _spread(setting, held_out_loss, number),
+                    *([_spread(setting, held_out_metric, show_metric)] if metric else []),
                     _spread(setting, final_loss, number),
                     _spread(setting, lambda run: len(run.losses), number),
                     _spread(setting, lambda run: run.evaluations[-1] if run.evaluations else None, number),
@@ -277,8 +286,8 @@ def _runs(comparison: Comparison, series: Sequence[Series]) -> Table:
                         rate(run.lr),
                         str(run.seed),
                         _result(single) + (f": {run.error or run.stopped}" if run.error or run.stopped else ""),
-                        number(test_loss(run)),
-                        *([number(test_metric(run))] if metric else []),
+                        number(held_out_loss(run)),
+                        *([number(held_out_metric(run))] if metric else []),
                         number(final_loss(run)),
                         number(len(run.losses)),
                         number(run.evaluations[-1] if run.evaluations else None),
@@ -300,10 +309,10 @@ def _result(setting: Setting) -> str:
     return ", ".join(f"{count} {end}" for end, count in ends.items())
 
 
-def _legend(series: Sequence[Series], same: Sequence[Pair]) -> Legend:
-    drawn = charts.layers(series, same)
+def _legend(series: Sequence[Series], same: Sequence[Pair], shown: Sequence[Series] | None = None) -> Legend:
+    drawn = looks.layers(series, same)
     dashes = {"over": "dash", "under": "solid"}
-    return Legend([Entry(one.name, one.group, one.index, dashes.get(drawn[one.index])) for one in series])
+    return Legend([Entry(one.name, one.group, one.index, dashes.get(drawn[one.index])) for one in shown or series])
 
 
 def _spread(setting: Setting, measure: Callable[[Run], float | None], show: Callable[[float], str]) -> str:
@@ -324,4 +333,4 @@ def _pairs(values: Any) -> str:
 
 
 def _value(value: Any) -> str:
-    return " ".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
+    return f"({', '.join(map(str, value))})" if isinstance(value, list | tuple) else str(value)

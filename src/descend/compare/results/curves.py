@@ -50,7 +50,7 @@ def loss_curve(setting: Setting, axis: str) -> Curve:
     return _over_seeds([(AXES[axis](run), smooth_losses(run), run.status) for run in runs])
 
 
-def test_curve(setting: Setting, measure: Callable[[Run], Sequence[float]]) -> Curve:
+def held_out_curve(setting: Setting, measure: Callable[[Run], Sequence[float]]) -> Curve:
     """Return ``test_losses`` or ``test_metrics`` against steps."""
     return _over_seeds([(run.test_steps, measure(run), run.status) for run in setting.runs])
 

@@ -8,15 +8,16 @@ from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, NullFormatter
+from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter
 
 from descend.compare.records import WINDOW, Comparison, Run
-from descend.compare.results import charts
+from descend.compare.results import bars, charts, looks
 from descend.compare.results.coincide import pairs
 from descend.compare.results.curves import loss_curve, raw_curve
 from descend.compare.results.series import Series, gather
+from descend.reporting.axes import log_axis
 from descend.reporting.palette import LIGHT, style
-from descend.reporting.text import number, seconds
+from descend.reporting.text import number, seconds, shortened
 
 MARKERS = {
     "circle": "o",
@@ -33,16 +34,18 @@ DASHES: dict[str, Any] = {"solid": "-", "dash": (0, (4, 2)), "dot": (0, (1, 1.5)
 def picture(comparison: Comparison, runs: Sequence[Run]) -> Figure:
     """Return the figure. Texts are taken as they are, dollars included."""
     series = gather(runs)
-    height = max(4.8, 1.2 + 0.42 * len(series))
+    height = max(5.0, 1.2 + 0.45 * len(series))
     figure = Figure(figsize=(11, height), layout="constrained", facecolor=LIGHT.surface)
     losses, times = figure.subplots(1, 2, width_ratios=(2, 1))
     _draw_losses(losses, comparison, series)
     _draw_times(times, series)
+    if series:  # below, where it hides no curve
+        figure.legend(loc="outside lower left", ncols=4, frameon=False, fontsize=9, handlelength=3.2)
     return figure
 
 
 def _draw_losses(axes: Axes, comparison: Comparison, series: Sequence[Series]) -> None:
-    drawn = charts.layers(series, pairs(series))
+    drawn = looks.layers(series, pairs(series))
     curves = {one.index: loss_curve(one.best, "steps") for one in series}
     for one in series:
         look, curve, layer = style(one.index), curves[one.index], drawn[one.index]
@@ -55,8 +58,8 @@ def _draw_losses(axes: Axes, comparison: Comparison, series: Sequence[Series]) -
             curve.x,
             curve.middle,
             color=colour,
-            linewidth=charts.WIDTHS[layer] * 0.8,
-            linestyle=DASHES[charts.dash(one, layer)],
+            linewidth=looks.WIDTHS[layer] * 0.8,
+            linestyle=DASHES[looks.dash(one, layer)],
             marker=MARKERS[look.marker],
             markevery=((one.index + 0.5) / len(series) / 6, 1 / 6) if len(curve.x) > 12 else None,
             markersize=6,
@@ -65,7 +68,7 @@ def _draw_losses(axes: Axes, comparison: Comparison, series: Sequence[Series]) -
             zorder=order,
         )
     calm = [curves[one.index] for one in series if not one.best.diverged] or list(curves.values())
-    axis = charts.value_axis(comparison.loss_name, calm, [curve.middle[:1] for curve in curves.values()])
+    axis = looks.value_axis(comparison.loss_name, calm, [curve.middle[:1] for curve in curves.values()])
     top = 10 ** axis["range"][1] if "range" in axis else math.inf
     for one in series:
         cross = charts.end(one, curves[one.index], top)
@@ -78,36 +81,40 @@ def _draw_losses(axes: Axes, comparison: Comparison, series: Sequence[Series]) -
         axes.set_yticks(axis["tickvals"], axis["ticktext"])
         axes.yaxis.set_minor_formatter(NullFormatter())
     axes.set(xlabel="step", ylabel=_plain(comparison.loss_name))
-    axes.set_title(_plain(f"{comparison.task}: training loss, mean of {WINDOW} steps"), loc="left", fontsize=11)
-    if series:
-        few = len(series) <= charts.RAW
-        place: dict[str, Any] = (
-            dict(loc="upper right") if few else dict(loc="upper left", bbox_to_anchor=(0, -0.12), ncols=3)
-        )
-        axes.legend(frameon=False, fontsize=9, handlelength=3.2, **place)
+    axes.set_title(
+        _plain(f"{shortened(comparison.task, bars.LABEL)}: training loss, mean of {WINDOW} steps"),
+        loc="left",
+        fontsize=11,
+    )
     _style(axes)
 
 
 def _draw_times(axes: Axes, series: Sequence[Series]) -> None:
     axes.set_title("time in the optimizer, a step", loc="left", fontsize=11)
-    bars = [(bar.series, bar.parts["optimizer"]) for bar in charts.step_bars(series) if bar.parts.get("optimizer")]
-    for row, (one, duration) in enumerate(bars):
+    drawn = [(bar.series, bar.parts["optimizer"]) for bar in bars.step_bars(series) if bar.parts.get("optimizer")]
+    for row, (one, duration) in enumerate(drawn):
         look = style(one.index)
         axes.plot(duration, row, MARKERS[look.marker], color=LIGHT.series[look.colour], markersize=9)
         axes.annotate(
-            _plain(f"{one.label}  {seconds(duration)}"),
+            _plain(f"{shortened(one.label, bars.LABEL)}  {seconds(duration)}"),
             (0, row),
             xycoords=("axes fraction", "data"),
             xytext=(2, 9),
             textcoords="offset points",
             fontsize=9,
         )
-    if bars:
-        low, high = math.log10(min(value for _, value in bars)), math.log10(max(value for _, value in bars))
-        margin = max(0.08 * (high - low), 0.15)
-        axes.set(xscale="log", xlim=(10 ** (low - margin), 10 ** (high + margin)), ylim=(len(bars) - 0.5, -0.8))
+    if drawn:
+        durations = [duration for _, duration in drawn]
+        axes.set(xlim=(0, 1.1 * max(durations)), ylim=(len(drawn) - 0.5, -0.8))
+        axes.xaxis.set_major_locator(MaxNLocator(4))
         axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: seconds(value)))
-        axes.xaxis.set_minor_formatter(NullFormatter())
+        if bars.is_wide(durations):
+            axis = log_axis("", durations, seconds)
+            low, high = axis["range"]
+            margin = 0.05 * (high - low)  # beside the markers
+            axes.set(xscale="log", xlim=(10 ** (low - margin), 10 ** (high + margin)))
+            axes.set_xticks(axis["tickvals"], axis["ticktext"])
+            axes.xaxis.set_minor_formatter(NullFormatter())
     else:
         axes.text(0.5, 0.5, "not known", transform=axes.transAxes, ha="center", color=LIGHT.muted)
         axes.set_xticks([])
@@ -138,5 +145,5 @@ def _finite(values: Any) -> Any:
 
 
 def _plain(text: str) -> str:
-    """Return ``text`` so that matplotlib does not read mathematics between dollars."""
-    return text.replace("$", r"\$")
+    """Return the start of ``text`` so that matplotlib does not read mathematics between dollars."""
+    return shortened(text, 60).replace("$", r"\$")

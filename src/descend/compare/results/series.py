@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from statistics import median
 
 from descend.compare.records import Run, smooth
+from descend.reporting.text import rate
 
 
 def is_finite(value: float | None) -> bool:
@@ -27,13 +28,13 @@ def smooth_losses(run: Run) -> list[float]:
     return smooth(losses(run), run.window)
 
 
-def test_loss(run: Run) -> float | None:
+def held_out_loss(run: Run) -> float | None:
     """Return the last loss on held-out data; None if there is none, or the run diverged."""
     last = run.test_losses[-1] if run.test_losses and run.status == "finished" else None
     return last if is_finite(last) else None
 
 
-def test_metric(run: Run) -> float | None:
+def held_out_metric(run: Run) -> float | None:
     """Return the last metric on held-out data; None if there is none, or the run diverged."""
     last = run.test_metrics[-1] if run.test_metrics and run.status == "finished" else None
     return last if is_finite(last) else None
@@ -102,7 +103,7 @@ class Series:
         loss, or training loss if nothing was held out; the first if none finished."""
 
         def order(setting: Setting) -> float:
-            measures = (setting.median(test_loss), setting.median(final_loss))
+            measures = (setting.median(held_out_loss), setting.median(final_loss))
             return next((value for value in measures if value is not None), math.inf)
 
         return min(self.settings, key=order)
@@ -129,7 +130,7 @@ class Series:
         lr = self.best.lr
         if lr is None or "lr=" in self.label:
             return self.label
-        return f"{self.label}, lr {lr:.3g}" + (f", best of {len(self.settings)}" if len(self.settings) > 1 else "")
+        return f"{self.label}, lr {rate(lr)}" + (f", best of {len(self.settings)}" if len(self.settings) > 1 else "")
 
 
 def gather(runs: Sequence[Run]) -> list[Series]:

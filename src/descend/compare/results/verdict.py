@@ -17,13 +17,13 @@ from descend.compare.records import Comparison, Run
 from descend.compare.results.series import (
     Series,
     final_loss,
+    held_out_loss,
+    held_out_metric,
     smooth_losses,
     state_bytes,
     step_seconds,
-    test_loss,
-    test_metric,
 )
-from descend.reporting.text import joined, number, plural, seconds, size
+from descend.reporting.text import joined, number, plural, rate, seconds, size
 
 SEEDS = 3  # that a verdict needs
 NAMED = 6  # that a sentence lists
@@ -62,16 +62,16 @@ def findings(comparison: Comparison, series: Sequence[Series]) -> list[Finding]:
 
     seed_count = {one.label: len(one.best.runs) for one in sound}
     found = [
-        of_seeds("Held-out loss", seeds(test_loss), _short, "lower"),
+        of_seeds("Held-out loss", seeds(held_out_loss), _short, "lower"),
         of_seeds("Training loss", seeds(final_loss), _short, "lower"),
     ]
     if comparison.metric_name:
         better = "lower" if comparison.metric_is_error else "higher"
         show = _short if comparison.metric_is_error else _share
-        found.insert(1, of_seeds(f"Held-out {comparison.metric_name}", seeds(test_metric), show, better))
+        found.insert(1, of_seeds(f"Held-out {comparison.metric_name}", seeds(held_out_metric), show, better))
     goal = common_loss(sound)
     if goal is not None:
-        reach = f", to a training loss of {number(goal, 3)}"
+        reach = f" to a training loss of {number(goal, 3)}"
         found += [
             of_seeds(f"Evaluations{reach}", seeds(lambda run: _at(run, run.evaluations, goal)), number, "fewer"),
             of_seeds(
@@ -82,7 +82,7 @@ def findings(comparison: Comparison, series: Sequence[Series]) -> list[Finding]:
             ),
         ]
     found += [of_steps(sound), of_bytes({one.label: one.best.median(state_bytes) for one in series})]
-    return [finding for finding in found if finding] + [*_ends(series)]
+    return [finding for finding in found if finding] + [*_edges(sound), *_ends(series)]
 
 
 def common_loss(series: Sequence[Series]) -> float | None:
@@ -180,8 +180,20 @@ def of_bytes(sizes: Mapping[str, float | None]) -> Finding | None:
         return None
     numbers = _first([f"{_listed(labels)} {shown}" for shown, labels in names.items()])
     if len(names) == 1:
-        return Finding("State", "No difference." if len(sizes) > 1 else "", "open", numbers)
+        return Finding("State", "No difference." if len(next(iter(names.values()))) > 1 else "", "open", numbers)
     return Finding("State", f"{_listed(next(iter(names.values())))} keeps least.", "shown", numbers)
+
+
+def _edges(series: Sequence[Series]) -> list[Finding]:
+    """Name the optimizers whose best learning rate is the smallest or the largest that was tried."""
+    found = []
+    for one in series:
+        rates = [setting.lr for setting in one.swept]
+        if one.best.lr in (*rates[:1], *rates[-1:]):
+            which = "largest" if one.best.lr == rates[-1] else "smallest"
+            words = f"{one.label}: {rate(one.best.lr)} is the {which} rate that was tried; one beyond it may be better."
+            found.append(Finding("Rate at the edge", words, "open"))
+    return found
 
 
 def _ends(series: Sequence[Series]) -> list[Finding]:
@@ -189,7 +201,7 @@ def _ends(series: Sequence[Series]) -> list[Finding]:
     found = []
     for one in series:
         for setting in one.settings:
-            name = one.label if len(one.settings) == 1 else f"{one.label} with lr {number(setting.lr, 3)}"
+            name = one.label if len(one.settings) == 1 else f"{one.label} with lr {rate(setting.lr)}"
             some = setting.diverged
             if some:
                 steps = _steps([run.diverged_at for run in some])
