@@ -239,7 +239,7 @@ def _spread(values: Sequence[float | None], show: Callable[[float], str]) -> str
     if len(padded) < 3:
         return middle
     low, _, high = quantiles(padded, n=4, method="inclusive")
-    return f"{middle}\n{show(low)} to {show(high) if math.isfinite(high) else 'diverged'}"
+    return f"{middle}\n{show(low)}\nto {show(high) if math.isfinite(high) else 'diverged'}"
 
 
 def _middle(values: Sequence[float | None], show: Callable[[float], str]) -> str:
