@@ -104,7 +104,7 @@ def _train(
     run.helper = full_name(type(trainer.optimizers[1])) if len(trainer.optimizers) > 1 else None
     torch.manual_seed(problem.seed)  # a model may draw from it: dropout
     generator = torch.Generator().manual_seed(problem.seed)
-    tests = test_steps(problem.steps)
+    tests = [problem.steps] if run.tuning else test_steps(problem.steps)
     losses, seconds, evaluations = list[float](), list[float](), list[int]()
     run.losses, run.seconds, run.evaluations = losses, seconds, evaluations
     elapsed, count = 0.0, 0
