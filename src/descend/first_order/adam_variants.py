@@ -21,7 +21,8 @@ class Adamax(FirstOrder):
     Drop-in for ``torch.optim.Adamax``.
 
     Args:
-        params: parameters, ``(name, parameter)`` pairs, or dicts that define groups.
+        params: a module, whose parameters then have names; or parameters, ``(name, parameter)`` pairs, or dicts that
+            define groups, as in torch.
         lr: step size, >= 0; a float or a tensor of one element. Default: 2e-3.
         betas: decay of the average and of the largest gradient, each in [0, 1). Default: (0.9, 0.999).
         eps: >= 0, added to each gradient's size, in units of the gradient. Default: 1e-8.
@@ -29,8 +30,6 @@ class Adamax(FirstOrder):
         foreach, capturable: accepted and kept in the groups; the backend is chosen by ``backend``.
         maximize: ascend instead. Default: False.
         differentiable: let autograd see the step. Default: False.
-        options: ``max_norm``, ``nonfinite``, ``backend``, ``state_dtype``, ``sparse``, ``groups``, ``amp``,
-            ``state_pages``: see ``FirstOrder``.
     Raises:
         ValueError: if an option is out of range.
     Example:
@@ -88,7 +87,8 @@ class NAdam(FirstOrder):
     Drop-in for ``torch.optim.NAdam``.
 
     Args:
-        params: parameters, ``(name, parameter)`` pairs, or dicts that define groups.
+        params: a module, whose parameters then have names; or parameters, ``(name, parameter)`` pairs, or dicts that
+            define groups, as in torch.
         lr: step size, >= 0; a float or a tensor of one element. Default: 2e-3.
         betas: decay of the averages of gradient and squared gradient, each in [0, 1). Default: (0.9, 0.999).
         eps: >= 0, added to the denominator, in units of the gradient. Default: 1e-8.
@@ -99,8 +99,6 @@ class NAdam(FirstOrder):
         foreach, capturable: accepted and kept in the groups; the backend is chosen by ``backend``.
         maximize: ascend instead. Default: False.
         differentiable: let autograd see the step. Default: False.
-        options: ``max_norm``, ``nonfinite``, ``backend``, ``state_dtype``, ``sparse``, ``groups``, ``amp``,
-            ``state_pages``: see ``FirstOrder``.
     Raises:
         ValueError: if an option is out of range.
     Example:
@@ -177,7 +175,8 @@ class RAdam(FirstOrder):
     Drop-in for ``torch.optim.RAdam``. The effect is similar to that of a learning rate warmup.
 
     Args:
-        params: parameters, ``(name, parameter)`` pairs, or dicts that define groups.
+        params: a module, whose parameters then have names; or parameters, ``(name, parameter)`` pairs, or dicts that
+            define groups, as in torch.
         lr: step size, >= 0; a float or a tensor of one element. Default: 1e-3.
         betas: decay of the averages of gradient and squared gradient, each in [0, 1). Default: (0.9, 0.999).
         eps: >= 0, added to the denominator, in units of the gradient. Default: 1e-8.
@@ -186,8 +185,6 @@ class RAdam(FirstOrder):
         foreach, capturable: accepted and kept in the groups; the backend is chosen by ``backend``.
         maximize: ascend instead. Default: False.
         differentiable: let autograd see the step. Default: False.
-        options: ``max_norm``, ``nonfinite``, ``backend``, ``state_dtype``, ``sparse``, ``groups``, ``amp``,
-            ``state_pages``: see ``FirstOrder``.
     Raises:
         ValueError: if an option is out of range.
     Example:

@@ -31,7 +31,8 @@ class AdamWScheduleFree(FirstOrder):
     ``betas[0]``, so ``OneCycleLR`` needs ``cycle_momentum=False``.
 
     Args:
-        params: parameters, ``(name, parameter)`` pairs, or dicts that define groups.
+        params: a module, whose parameters then have names; or parameters, ``(name, parameter)`` pairs, or dicts that
+            define groups, as in torch.
         lr: step size, >= 0, held constant; a float or a tensor of one element. Default: 2.5e-3.
         betas: weight of x in y, in (0, 1), and decay of the average of squared gradients, in [0, 1).
             Default: (0.9, 0.999).
@@ -42,8 +43,6 @@ class AdamWScheduleFree(FirstOrder):
         weight_lr_power: and to this power of the largest ``lr`` so far. Default: 2.
         foreach: accepted and kept in the groups; the backend is chosen by ``backend``.
         maximize: ascend instead. Default: False.
-        options: ``max_norm``, ``nonfinite``, ``backend``, ``state_dtype``, ``sparse``, ``groups``, ``amp``,
-            ``state_pages``: see ``FirstOrder``.
     Raises:
         ValueError: if an option is out of range.
         RuntimeError: by ``step()`` in eval mode.

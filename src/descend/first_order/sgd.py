@@ -21,7 +21,8 @@ class SGD(FirstOrder):
     Drop-in for ``torch.optim.SGD``. Weight decay and L2 regularisation are the same thing here; in Adam they are not.
 
     Args:
-        params: parameters, ``(name, parameter)`` pairs, or dicts that define groups.
+        params: a module, whose parameters then have names; or parameters, ``(name, parameter)`` pairs, or dicts that
+            define groups, as in torch.
         lr: step size, >= 0; a float or a tensor of one element. Default: 1e-3.
         momentum: >= 0. Default: 0.
         dampening: 1 minus the weight of a new gradient in the buffer, from the second step on. Default: 0.
@@ -30,8 +31,6 @@ class SGD(FirstOrder):
         maximize: ascend instead. Default: False.
         foreach, fused: accepted and kept in the groups; the backend is chosen by ``backend``.
         differentiable: let autograd see the step. Default: False.
-        options: ``max_norm``, ``nonfinite``, ``backend``, ``state_dtype``, ``sparse``, ``groups``, ``amp``,
-            ``state_pages``: see ``FirstOrder``.
     Raises:
         ValueError: if an option is out of range.
     Example:
@@ -115,7 +114,8 @@ class ASGD(FirstOrder):
     ``lr`` takes effect one step later, as in torch.
 
     Args:
-        params: parameters, ``(name, parameter)`` pairs, or dicts that define groups.
+        params: a module, whose parameters then have names; or parameters, ``(name, parameter)`` pairs, or dicts that
+            define groups, as in torch.
         lr: first step size, >= 0; a float or a tensor of one element. Default: 1e-2.
         lambd: >= 0; rate at which step sizes shrink, and decay of the weights. Default: 1e-4.
         alpha: >= 0; power with which step sizes shrink. Default: 0.75.
@@ -124,8 +124,6 @@ class ASGD(FirstOrder):
         maximize: ascend instead. Default: False.
         foreach, capturable: accepted and kept in the groups; the backend is chosen by ``backend``.
         differentiable: let autograd see the step. Default: False.
-        options: ``max_norm``, ``nonfinite``, ``backend``, ``state_dtype``, ``sparse``, ``groups``, ``amp``,
-            ``state_pages``: see ``FirstOrder``.
     Raises:
         ValueError: if an option is out of range.
     Example:

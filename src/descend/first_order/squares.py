@@ -22,7 +22,8 @@ class Adagrad(FirstOrder):
     Drop-in for ``torch.optim.Adagrad``. Rare features keep long steps. The sum never shrinks, so steps never grow.
 
     Args:
-        params: parameters, ``(name, parameter)`` pairs, or dicts that define groups.
+        params: a module, whose parameters then have names; or parameters, ``(name, parameter)`` pairs, or dicts that
+            define groups, as in torch.
         lr: step size, >= 0; a float or a tensor of one element. Default: 1e-2.
         lr_decay: >= 0; ``lr`` is divided by ``1 + (step - 1) * lr_decay``. Default: 0.
         weight_decay: >= 0, added to the gradient as ``weight_decay * param``. Default: 0.
@@ -31,8 +32,6 @@ class Adagrad(FirstOrder):
         foreach, fused: accepted and kept in the groups; the backend is chosen by ``backend``.
         maximize: ascend instead. Default: False.
         differentiable: let autograd see the step. Default: False.
-        options: ``max_norm``, ``nonfinite``, ``backend``, ``state_dtype``, ``sparse``, ``groups``, ``amp``,
-            ``state_pages``: see ``FirstOrder``.
     Raises:
         ValueError: if an option is out of range.
         RuntimeError: by ``step()``, for a sparse gradient with ``weight_decay`` unless ``sparse`` is ``"touched"``.
@@ -117,7 +116,8 @@ class RMSprop(FirstOrder):
     Drop-in for ``torch.optim.RMSprop``.
 
     Args:
-        params: parameters, ``(name, parameter)`` pairs, or dicts that define groups.
+        params: a module, whose parameters then have names; or parameters, ``(name, parameter)`` pairs, or dicts that
+            define groups, as in torch.
         lr: step size, >= 0; a float or a tensor of one element. Default: 1e-2.
         alpha: decay of the averages, >= 0. Default: 0.99.
         eps: >= 0, added to the denominator, in units of the gradient. Default: 1e-8.
@@ -127,8 +127,6 @@ class RMSprop(FirstOrder):
         capturable, foreach: accepted and kept in the groups; the backend is chosen by ``backend``.
         maximize: ascend instead. Default: False.
         differentiable: let autograd see the step. Default: False.
-        options: ``max_norm``, ``nonfinite``, ``backend``, ``state_dtype``, ``sparse``, ``groups``, ``amp``,
-            ``state_pages``: see ``FirstOrder``.
     Raises:
         ValueError: if an option is out of range.
     Example:
@@ -196,7 +194,8 @@ class Adadelta(FirstOrder):
     Drop-in for ``torch.optim.Adadelta``.
 
     Args:
-        params: parameters, ``(name, parameter)`` pairs, or dicts that define groups.
+        params: a module, whose parameters then have names; or parameters, ``(name, parameter)`` pairs, or dicts that
+            define groups, as in torch.
         lr: factor of the steps, >= 0; a float or a tensor of one element. Default: 1.0.
         rho: decay of the averages, in [0, 1]. Default: 0.9.
         eps: >= 0, added to both averages of squares. Default: 1e-6.
@@ -204,8 +203,6 @@ class Adadelta(FirstOrder):
         foreach, capturable: accepted and kept in the groups; the backend is chosen by ``backend``.
         maximize: ascend instead. Default: False.
         differentiable: let autograd see the step. Default: False.
-        options: ``max_norm``, ``nonfinite``, ``backend``, ``state_dtype``, ``sparse``, ``groups``, ``amp``,
-            ``state_pages``: see ``FirstOrder``.
     Raises:
         ValueError: if an option is out of range.
     Example:
