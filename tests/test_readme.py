@@ -13,15 +13,41 @@ import torch
 import descend
 
 ROOT = Path(__file__).parents[1]
+DOCS = ROOT / "docs"
+
+
+def blocks_of(path: Path) -> list[str]:
+    return re.findall(r"```python\n(.*?)```", path.read_text(), re.DOTALL)
 
 
 def run_examples(path: Path, least: int) -> dict[str, Any]:
-    blocks = re.findall(r"```python\n(.*?)```", path.read_text(), re.DOTALL)
+    blocks = blocks_of(path)
     assert len(blocks) >= least
     names: dict[str, Any] = {}
     for block in blocks:
         exec(compile(block, path.name, "exec"), names)
     return names
+
+
+# Pages with a test of their own below.
+TESTED = ("second_order.md", "training.md", "sparse.md", "groups.md", "checkpoints.md")
+PAGES = sorted(
+    path.relative_to(DOCS).as_posix()
+    for path in DOCS.rglob("*.md")
+    if "```python\n" in path.read_text() and path.relative_to(DOCS).as_posix() not in TESTED
+)
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_examples_of_the_page_run_and_print_what_it_says(
+    page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Lines that begin with ``# `` after a block's last call are what it prints."""
+    monkeypatch.chdir(tmp_path)
+    run_examples(DOCS / page, 1)
+    printed = capsys.readouterr().out.splitlines()
+    told = re.findall(r"^# (.+)$", "\n".join(blocks_of(DOCS / page)), re.MULTILINE)
+    assert [line for line in told if line not in printed] == []
 
 
 def test_second_order_examples_run_as_told() -> None:
