@@ -26,8 +26,8 @@ class Adam(FirstOrder):
             define groups, as in torch.
         lr: step size, >= 0; a float or a tensor of one element. Default: 1e-3.
         betas: decay of the averages of gradient and squared gradient, each in [0, 1). Default: (0.9, 0.999).
-        eps: >= 0, added to the denominator, in units of the gradient. Default: 1e-8.
-        weight_decay: >= 0. Default: 0.
+        eps: added to the denominator, >= 0, in units of the gradient. Default: 1e-8.
+        weight_decay: L2 regularisation, >= 0. Default: 0.
         amsgrad: divide by the largest average so far. Default: False.
         maximize: ascend instead. Default: False.
         foreach, fused, capturable: accepted and kept in the groups; the backend is chosen by ``backend``.
@@ -124,8 +124,8 @@ class AdamW(Adam):
             define groups, as in torch.
         lr: step size, >= 0; a float or a tensor of one element. Default: 1e-3.
         betas: decay of the averages of gradient and squared gradient, each in [0, 1). Default: (0.9, 0.999).
-        eps: >= 0, added to the denominator, in units of the gradient. Default: 1e-8.
-        weight_decay: >= 0, multiplied by ``lr``. Default: 1e-2.
+        eps: added to the denominator, >= 0, in units of the gradient. Default: 1e-8.
+        weight_decay: decoupled, >= 0, multiplied by ``lr``. Default: 1e-2.
         amsgrad: divide by the largest average so far. Default: False.
         maximize: ascend instead. Default: False.
         foreach, capturable, fused: accepted and kept in the groups; the backend is chosen by ``backend``.

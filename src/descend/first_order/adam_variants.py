@@ -25,8 +25,8 @@ class Adamax(FirstOrder):
             define groups, as in torch.
         lr: step size, >= 0; a float or a tensor of one element. Default: 2e-3.
         betas: decay of the average and of the largest gradient, each in [0, 1). Default: (0.9, 0.999).
-        eps: >= 0, added to each gradient's size, in units of the gradient. Default: 1e-8.
-        weight_decay: >= 0, added to the gradient as ``weight_decay * param``. Default: 0.
+        eps: added to each gradient's size, >= 0, in units of the gradient. Default: 1e-8.
+        weight_decay: L2 regularisation, >= 0: adds ``weight_decay * param`` to the gradient. Default: 0.
         foreach, capturable: accepted and kept in the groups; the backend is chosen by ``backend``.
         maximize: ascend instead. Default: False.
         differentiable: let autograd see the step. Default: False.
@@ -91,9 +91,9 @@ class NAdam(FirstOrder):
             define groups, as in torch.
         lr: step size, >= 0; a float or a tensor of one element. Default: 2e-3.
         betas: decay of the averages of gradient and squared gradient, each in [0, 1). Default: (0.9, 0.999).
-        eps: >= 0, added to the denominator, in units of the gradient. Default: 1e-8.
-        weight_decay: >= 0, L2 regularisation. Default: 0.
-        momentum_decay: >= 0; the momentum of a step is ``betas[0] * (1 - 0.5 * 0.96 ** (step * momentum_decay))``. It
+        eps: added to the denominator, >= 0, in units of the gradient. Default: 1e-8.
+        weight_decay: L2 regularisation, >= 0. Default: 0.
+        momentum_decay: the momentum of a step is ``betas[0] * (1 - 0.5 * 0.96 ** (step * momentum_decay))``, >= 0. It
             grows from half of ``betas[0]`` to ``betas[0]``. Default: 4e-3.
         decoupled_weight_decay: decay as ``AdamW`` does. Default: False.
         foreach, capturable: accepted and kept in the groups; the backend is chosen by ``backend``.
@@ -179,8 +179,8 @@ class RAdam(FirstOrder):
             define groups, as in torch.
         lr: step size, >= 0; a float or a tensor of one element. Default: 1e-3.
         betas: decay of the averages of gradient and squared gradient, each in [0, 1). Default: (0.9, 0.999).
-        eps: >= 0, added to the denominator, in units of the gradient. Default: 1e-8.
-        weight_decay: >= 0, L2 regularisation. Default: 0.
+        eps: added to the denominator, >= 0, in units of the gradient. Default: 1e-8.
+        weight_decay: L2 regularisation, >= 0. Default: 0.
         decoupled_weight_decay: decay as ``AdamW`` does. Default: False.
         foreach, capturable: accepted and kept in the groups; the backend is chosen by ``backend``.
         maximize: ascend instead. Default: False.

@@ -27,7 +27,7 @@ class Lion(FirstOrder):
         lr: step size, >= 0; a float or a tensor of one element. Default: 1e-4.
         betas: decay of the average used for the step, and of the average kept as state, each in [0, 1).
             Default: (0.9, 0.99).
-        weight_decay: >= 0, decoupled, multiplied by ``lr``. Default: 0.
+        weight_decay: decoupled, >= 0, multiplied by ``lr``. Default: 0.
         maximize: ascend instead. Default: False.
         differentiable: let autograd see the step. Default: False.
     Raises:

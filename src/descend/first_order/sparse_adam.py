@@ -27,7 +27,7 @@ class SparseAdam(FirstOrder):
             define groups, as in torch.
         lr: step size, > 0; a float or a tensor of one element. Default: 1e-3.
         betas: decay of the averages of gradient and squared gradient, each in [0, 1). Default: (0.9, 0.999).
-        eps: > 0, added to the denominator before bias correction, in units of the gradient. Default: 1e-8.
+        eps: added to the denominator before bias correction, > 0, in units of the gradient. Default: 1e-8.
         maximize: ascend instead. Default: False.
     Raises:
         ValueError: if an option is out of range, or a parameter is itself sparse.
