@@ -1,7 +1,7 @@
 """What optimizer packages do, asked of the packages themselves: the evidence behind docs/comparison.md.
 
-Usage: ``python examples/features.py``, with torch-optimi and pytorch_optimizer installed beside descend. Each question is
-a few lines of code that either finish or raise; nothing is read from documentation.
+Usage: ``python examples/features.py``, with torch-optimi and pytorch_optimizer installed beside descend. Each question
+is a few lines of code that either finish or raise; nothing is read from documentation.
 """
 
 from __future__ import annotations
@@ -29,7 +29,9 @@ def weight_of(dtype: torch.dtype = torch.float32, value: float = 1.0) -> nn.Para
 
 
 def stepped(library: ModuleType, param: nn.Parameter, grad: torch.Tensor, steps: int = 1, **options: Any) -> None:
-    optimizer = library.AdamW([param], **{"lr": 1e-3, **options})
+    # pytorch_optimizer's AdamW is torch's own; its own class for half precision is StableAdamW.
+    kind = library.StableAdamW if library is pytorch_optimizer else library.AdamW
+    optimizer = kind([param], **{"lr": 1e-3, **options})
     for _ in range(steps):
         param.grad = grad.clone()
         optimizer.step()
@@ -82,7 +84,9 @@ def gives_reordered_layers_their_own_state(library: ModuleType) -> bool:
     optimizer.step()
     other = library.AdamW(list(reversed(params.items())), lr=1e-3)
     other.load_state_dict(optimizer.state_dict())
-    return all(torch.equal(other.state[param]["exp_avg"], optimizer.state[param]["exp_avg"]) for param in params.values())
+    return all(
+        torch.equal(other.state[param]["exp_avg"], optimizer.state[param]["exp_avg"]) for param in params.values()
+    )
 
 
 def loads_a_checkpoint_of_torch(library: ModuleType) -> bool:
