@@ -77,12 +77,21 @@ def new_figure(title: str, x: str, y: str) -> tuple[Figure, Axes]:
     return figure, axes
 
 
+def power_of_ten(value: float) -> str:
+    """The label of a tick."""
+    if 1e-3 <= value < 1e5:
+        return f"{value:,g}" if value < 1e3 else f"{value:,.0f}"
+    mantissa, exponent = f"{value:.0e}".split("e")
+    power = "10" + str(int(exponent)).translate(str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹"))
+    return power if mantissa == "1" else f"{mantissa} × {power}"
+
+
 def use_log_scale(axes: Axes, axis: str) -> None:
-    """Make ``"x"``, ``"y"`` or both (``"xy"``) logarithmic, with labels such as 0.01 and 1,000."""
+    """Make ``"x"``, ``"y"`` or both (``"xy"``) logarithmic, with labels such as 0.01 and 1,000, or 10⁻⁴ and 10⁵."""
     for name in axis:
         getattr(axes, f"set_{name}scale")("log")
         which = getattr(axes, f"{name}axis")
-        which.set_major_formatter(lambda value, _: f"{value:,.0f}" if 1 <= value < 1e5 else f"{value:.0e}" if not 1e-4 < value < 1e5 else f"{value:g}")
+        which.set_major_formatter(lambda value, _: power_of_ten(value))
         which.set_minor_formatter("")
 
 

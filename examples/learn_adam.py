@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
-from figures import BLUE, INK, ORANGE, Chapter, name_curve, new_figure
+from figures import BLUE, INK, ORANGE, Chapter, name_curve, new_figure, use_log_scale
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
 
@@ -72,14 +72,16 @@ def step_lengths(chapter: Chapter) -> None:
     for kind, (make, color) in KINDS.items():
         runs = [train(make, lr, seed, steps).moves for seed in range(seeds)]
         lengths = torch.stack([root_mean_square(moves, (1, 2)) for moves in runs]).median(0).values / lr
-        axes.loglog(range(1, steps + 1), lengths, color=color)
+        axes.plot(range(1, steps + 1), lengths, color=color)
         name_curve(axes, 1, float(lengths[0]), kind, color, dx=4, dy=12)
         longest = int(lengths.argmax())
         chapter.say(
             f"{kind}: first step {lengths[0]:.2f} lr, longest {lengths[longest]:.2f} lr at step {longest + 1}, "
             f"step {steps} {lengths[-1]:.2f} lr"
         )
-    axes.set_ylim(top=6)
+    use_log_scale(axes, "xy")
+    axes.set_ylim(0.1, 8)
+    axes.set_yticks([0.1, 0.2, 0.5, 1, 2, 5])
     chapter.save(figure, "steps")
 
 
@@ -93,11 +95,12 @@ def learning_rates(chapter: Chapter) -> None:
             [[float(train(make, lr, seed, steps).losses[-20:].mean()) for seed in range(seeds)] for lr in rates]
         )
         low, middle, high = losses.quantile(torch.tensor([0.25, 0.5, 0.75]), 1)
-        axes.loglog(rates, middle, "o-", color=color, markersize=4)
+        axes.plot(rates, middle, "o-", color=color, markersize=4)
         axes.fill_between(rates, low, high, color=color, alpha=0.2, linewidth=0)
         best = int(middle.argmin())
         chapter.say(f"{kind}: best lr {rates[best]:.2g}, loss {middle[best]:.3f}; at lr {rates[-2]:.2g} {middle[-2]:.3f}")
-        name_curve(axes, rates[-1], float(middle[-1]), kind, color, dx=-70, dy=0)
+        name_curve(axes, rates[-1], float(middle[-1]), kind, color, dx=-68, dy=-4 if make is descend.Adam else 2)
+    use_log_scale(axes, "xy")
     chapter.save(figure, "rates")
 
 
@@ -109,10 +112,11 @@ def pixels(chapter: Chapter) -> None:
     figure, axes = new_figure("Gradients differ, steps hardly do", "pixel, from dark to bright", "relative to the median")
     for name, values, color in (("gradient", grads, ORANGE), ("Adam's step", moves, BLUE)):
         relative = values[grads > 0][order] / values[grads > 0].median()
-        axes.semilogy(relative, color=color)
+        axes.plot(relative, color=color)
         chapter.say(f"{name}: the largest pixel has {relative.max() / relative.min():.0f} times the smallest's")
-        name_curve(axes, 0, float(relative[0]), name, color, dx=14, dy=2)
+        name_curve(axes, 0, float(relative[0]), name, color, dx=14, dy=0 if values is grads else -16)
     axes.axhline(1, color=INK, linewidth=0.8)
+    use_log_scale(axes, "y")
     chapter.say(f"pixels that are dark in every digit: {int((grads == 0).sum())} of 64")
     chapter.save(figure, "pixels")
 

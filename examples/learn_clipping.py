@@ -17,6 +17,7 @@ import descend
 LENGTH, HIDDEN, BATCH = 25, 64, 64
 ALWAYS_ONE = 1 / 6  # the loss of always answering 1, the mean of the sum: its variance
 WINDOW = 50
+PLACES = {"without clipping": (60, 1e8), "max_norm=0.3": (60, 0.01)}  # of the names beside the norms
 
 
 def sums(generator: torch.Generator) -> tuple[Tensor, Tensor]:
@@ -77,14 +78,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
         for losses, norms in runs:
             means = losses.unfold(0, WINDOW, WINDOW).mean(1)
             loss_axes.plot(range(WINDOW, steps + 1, WINDOW), means, color=color, linewidth=1.2)
-            norm_axes.plot(range(1, len(norms[:300]) + 1), norms[:300], color=color, linewidth=0.9)
+            norm_axes.plot(range(1, len(norms[:100]) + 1), norms[:100], color=color, linewidth=1.2)
         last = sorted(float(losses[-100:].mean()) for losses, _ in runs)
         chapter.say(f"{name}: loss of the last 100 steps {', '.join(f'{loss:.3f}' for loss in last)}")
         chapter.say(f"{name}: largest loss {max(losses.max() for losses, _ in runs):.2g}, largest gradient norm {max(norms.max() for _, norms in runs):.2g}")
-        name_curve(loss_axes, steps, last[seeds // 2], name, color, dx=-80, dy=-9)
-        name_curve(norm_axes, 300, float(runs[0][1][-50:].median()), name, color, dx=-75, dy=-9)
+        name_curve(loss_axes, steps, last[seeds // 2], name, color, dx=-80, dy=-10 if max_norm < 1 else 8)
+        name_curve(norm_axes, *PLACES[name], name, color)
     loss_axes.axhline(ALWAYS_ONE, color=INK, linewidth=0.8, linestyle=":")
     use_log_scale(loss_axes, "y")
+    loss_axes.set_ylim(0.01, 10)
     use_log_scale(norm_axes, "y")
     chapter.save(loss_figure, "loss")
     chapter.save(norm_figure, "norms")

@@ -33,6 +33,7 @@ def rosenbrock(x: Tensor) -> Tensor:
 def valley(chapter: Chapter) -> None:
     """The three paths through one valley."""
     figure, axes = new_figure("Three ways through a valley", "x", "y")
+    figure.set_figheight(4.2)
     x, y = torch.meshgrid(torch.linspace(-1.6, 1.4, 120), torch.linspace(-0.6, 2.2, 120), indexing="xy")
     levels = [0.1 * 4**k for k in range(8)]
     axes.contour(x, y, rosenbrock(torch.stack([x, y])), levels=levels, colors=PALE, linewidths=0.8)

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from figures import BLUE, GREEN, INK, ORANGE, Chapter, name_curve, new_figure, use_log_scale
+from figures import BLUE, INK, ORANGE, Chapter, name_curve, new_figure, use_log_scale
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
 
@@ -50,15 +50,15 @@ def loss_scales(chapter: Chapter) -> None:
     figure, axes = new_figure("Only decay ignores the scale of the loss", "loss multiplied by", "norm of the weights")
     without = [train(descend.Adam, 0, steps, scale)[0].norm() for scale in scales]
     axes.plot(scales, without, color=INK, linestyle=":")
-    name_curve(axes, scales[0], float(without[0]), "neither", INK, dx=0, dy=9)
+    name_curve(axes, scales[0], float(without[0]), "neither", INK, dy=8)
     chapter.say(f"norm of the weights without either: {without[0]:.2f} to {without[-1]:.2f}")
     for name, (make, weight_decay, color) in METHODS.items():
         norms = [train(make, weight_decay, steps, scale)[0].norm() for scale in scales]
         axes.plot(scales, norms, "o-", color=color, markersize=4)
-        name_curve(axes, scales[-1], float(norms[-1]), name, color, dx=-66, dy=-12)
+        name_curve(axes, scales[-1], float(norms[-1]), name, color, dx=-66, dy=-16 if make is descend.Adam else -10)
         chapter.say(f"{name}: " + ", ".join(f"{norm:.2f} (loss x {scale:g})" for scale, norm in zip(scales, norms, strict=True)))
     use_log_scale(axes, "x")
-    axes.set_ylim(bottom=0)
+    axes.set_ylim(0, 19)
     chapter.save(figure, "scales")
 
 

@@ -11,6 +11,7 @@ import ast
 import html
 import posixpath
 import re
+import textwrap
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,9 +22,10 @@ if TYPE_CHECKING:
 
 ROOT = Path(__file__).parents[2]
 FORMULA = re.compile(r'<(span|div) class="arithmatex">\s*\\[(\[](.*?)\\[)\]]\s*</\1>', re.DOTALL)
-SOURCE = re.compile(r"^\[source: (\w+)\]\(([^)#\s]+)\)$", re.MULTILINE)
+SOURCE = re.compile(r"^\[source: ([\w.]+)\]\(([^)#\s]+)\)$", re.MULTILINE)
 OUTPUT = re.compile(r"^\[output\]\(([^)#\s]+)\)$", re.MULTILINE)
 LINK = re.compile(r"(\]\()([^)#:\s]+)((?:#[^)\s]*)?\))")
+DEFINITIONS = (ast.FunctionDef, ast.ClassDef)
 LANGUAGES = {".py": "python", ".toml": "toml", ".md": "markdown"}
 
 
@@ -37,13 +39,16 @@ def with_mathml(page: str) -> str:
     )
 
 
-def function_source(path: Path, name: str) -> str:
-    """The lines of a function or class of a file."""
+def definition(path: Path, name: str) -> str:
+    """The lines of a function or class of a file, or of a method (``Class.method``)."""
     text = path.read_text("utf-8")
-    for node in ast.parse(text).body:
-        if isinstance(node, (ast.FunctionDef, ast.ClassDef)) and node.name == name:
-            return "\n".join(text.splitlines()[node.lineno - 1 : node.end_lineno])
-    raise LookupError(f"{path.name} defines no {name}.")
+    node: ast.AST = ast.parse(text)
+    for part in name.split("."):
+        inside = {child.name: child for child in getattr(node, "body", ()) if isinstance(child, DEFINITIONS)}
+        if part not in inside:
+            raise LookupError(f"{path.name} defines no {name}.")
+        node = inside[part]
+    return textwrap.dedent("\n".join(text.splitlines()[node.lineno - 1 : node.end_lineno]))
 
 
 def repository_path(page: str, link: str) -> str | None:
@@ -58,7 +63,7 @@ def with_quotations(markdown: str, page: str) -> str:
     folder = ROOT / "docs" / posixpath.dirname(page)
 
     def source(found: re.Match[str]) -> str:
-        code = function_source(folder / found[2], found[1])
+        code = definition(folder / found[2], found[1])
         return f'```python title="{posixpath.normpath(found[2]).replace("../", "")}"\n{code}\n```'
 
     def link(found: re.Match[str]) -> str:
