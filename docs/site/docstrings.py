@@ -1,7 +1,8 @@
 """Docstrings for the reference as Python sees them at run time, in the form that griffe parses.
 
-The options that all optimizers share are added to their docstrings when the classes are made, so griffe, which only reads
-the source, would not see them. It also needs a blank line before each section, a title "Examples", and one name an entry.
+The options that all optimizers share are added to their docstrings when the classes are made, so griffe, which reads
+the source alone, would not see them. It also needs a blank line before each section, a title "Examples", and one name
+an entry.
 """
 
 from __future__ import annotations
