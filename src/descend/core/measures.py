@@ -101,4 +101,4 @@ def correction(group: Mapping[str, Any], step: float) -> float:
     if "betas" not in group:
         return 1.0
     beta1, beta2 = map(float, group["betas"])
-    return math.sqrt(1 - beta2**step) / (1 - beta1**step)
+    return math.sqrt(1 - math.pow(beta2, step)) / (1 - math.pow(beta1, step))

@@ -242,7 +242,14 @@ class SingleUpdate(Update):
             if entry.share is not None:
                 torch.autograd.graph.increment_version([entry.param])
             sums = eager.run(
-                entry.rule, entry.local, self._grad, tensors, scalars, scale, differentiable, measures=sample is not None
+                entry.rule,
+                entry.local,
+                self._grad,
+                tensors,
+                scalars,
+                scale,
+                differentiable,
+                measures=sample is not None,
             )
             if sample is not None and sums is not None:
                 dtypes = entry.param.dtype, self._grad.dtype, *(tensor.dtype for tensor in tensors)

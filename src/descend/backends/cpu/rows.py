@@ -195,7 +195,8 @@ class TouchedRows:
         threads.CallSequence([*calls, *counters.add_one_calls()]).run()
 
     def measured(self) -> np.ndarray:
-        return self._call.measured_chunks().sum(axis=0, keepdims=True)
+        sums: np.ndarray = self._call.measured_chunks().sum(axis=0, keepdims=True)
+        return sums
 
     def release(self) -> None:
         self._held = ()
