@@ -20,6 +20,7 @@ from descend.checkpoint.matching import Hyperparameters, IncompatibleKeys, Match
 from descend.checkpoint.reading import set_state
 from descend.core.docstrings import summary_of, with_sections
 from descend.core.groups import ParamsT, grouped, named
+from descend.core.measures import Observer
 from descend.core.method import Method
 from descend.core.options import DOCUMENTATION, Options, StepOptions, shows_options
 from descend.core.undecorated import undecorated
@@ -110,6 +111,21 @@ class FirstOrder(Method):
                 loss = closure()
         self._driver.step(self)
         return loss
+
+    def observe(self, observer: Observer | None) -> None:
+        """Tell ``observer`` of all steps from now on; None to tell nobody. ``Monitor`` calls it.
+
+        Raises:
+            RuleError: if a rule cannot be compiled.
+        """
+        self._driver.forget_plan()
+        self.observer = observer
+        if observer is not None:
+            try:
+                warmup(self)
+            except BaseException:
+                self.observer = None
+                raise
 
     def _use(self, driver: Driver) -> None:
         """Leave the steps to ``driver``."""
