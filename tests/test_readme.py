@@ -99,3 +99,10 @@ def test_examples_of_the_readme_run() -> None:
     assert names["result"].success
     assert isinstance(names["optimizer"], descend.AdamW)
     assert issubclass(names["Signum"], torch.optim.Optimizer)
+
+
+def test_links_of_the_readme_lead_to_files() -> None:
+    text = (ROOT / "README.md").read_text()
+    links = re.findall(r"\]\(([^)#:]+)", text) + re.findall(r"^\[\w+\]: ([^#\s]+)", text, re.MULTILINE)
+    assert len(links) > 20
+    assert [link for link in links if not (ROOT / link).exists()] == []
