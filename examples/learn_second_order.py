@@ -8,11 +8,12 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 from typing import Literal
 
 import torch
 from figures import BLUE, GREEN, INK, ORANGE, PALE, Chapter, name_curve, new_figure, use_log_scale
-from sklearn.datasets import load_breast_cancer, load_digits
+from sklearn.datasets import load_breast_cancer
 from torch import Tensor
 
 import descend
@@ -68,7 +69,9 @@ def real_data(chapter: Chapter) -> None:
     """The distance from the minimum after each evaluation."""
     loss, start = logistic_regression()
     best = descend.minimize(loss, start, method="newton", tol=1e-12).fun
-    figure, axes = new_figure("A logistic regression with 31 weights", "evaluations of loss and gradient", "loss above the minimum")
+    figure, axes = new_figure(
+        "A logistic regression with 31 weights", "evaluations of loss and gradient", "loss above the minimum"
+    )
     for method, (name, color) in METHODS.items():
         seen: list[tuple[int, float]] = [(1, float(loss(start)) - best)]
         descend.minimize(
@@ -100,7 +103,7 @@ def seconds_per_iteration(method: Method, variables: int) -> float:
     descend.minimize(
         chained_rosenbrock, start, method=method, max_iter=4, callback=lambda _: times.append(time.perf_counter())
     )
-    return min(late - early for early, late in zip(times[:-1], times[1:], strict=True))
+    return min(late - early for early, late in pairwise(times))
 
 
 def cost(chapter: Chapter) -> None:
@@ -115,7 +118,10 @@ def cost(chapter: Chapter) -> None:
         power = math.log(times[-1] / times[-2]) / math.log(sizes[-1] / sizes[-2])
         axes.plot(sizes, times, "o-", color=color, markersize=4)
         name_curve(axes, sizes[-1], times[-1], name, color, dx=-50, dy=6)
-        chapter.say(f"{name}: " + ", ".join(f"{1e3 * seconds:.2g} ms (N = {size:,})" for size, seconds in zip(sizes, times, strict=True)))
+        chapter.say(
+            f"{name}: "
+            + ", ".join(f"{1e3 * seconds:.2g} ms (N = {size:,})" for size, seconds in zip(sizes, times, strict=True))
+        )
         chapter.say(f"{name}: the last two times grow as N^{power:.1f}")
     use_log_scale(axes, "xy")
     chapter.save(figure, "cost")

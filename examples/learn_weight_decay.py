@@ -21,10 +21,12 @@ METHODS = {
 }
 
 
-def train(make: type[descend.Adam] | type[descend.AdamW], weight_decay: float, steps: int, scale: float = 1.0) -> tuple[Tensor, Tensor]:
-    """The weights of a softmax regression on the digits, (classes, pixels), and the root mean squares of their gradients.
+def train(
+    make: type[descend.Adam] | type[descend.AdamW], weight_decay: float, steps: int, scale: float = 1.0
+) -> tuple[Tensor, Tensor]:
+    """Train a softmax regression on the digits, with its loss multiplied by ``scale``.
 
-    ``scale`` multiplies the loss.
+    Returns the weights, (classes, pixels), and the root mean squares of their gradients.
     """
     data = load_digits()
     inputs, labels = torch.tensor(data.data / 16, dtype=torch.float32), torch.tensor(data.target)
@@ -56,7 +58,9 @@ def loss_scales(chapter: Chapter) -> None:
         norms = [train(make, weight_decay, steps, scale)[0].norm() for scale in scales]
         axes.plot(scales, norms, "o-", color=color, markersize=4)
         name_curve(axes, scales[-1], float(norms[-1]), name, color, dx=-66, dy=-16 if make is descend.Adam else -10)
-        chapter.say(f"{name}: " + ", ".join(f"{norm:.2f} (loss x {scale:g})" for scale, norm in zip(scales, norms, strict=True)))
+        chapter.say(
+            f"{name}: " + ", ".join(f"{norm:.2f} (loss x {scale:g})" for scale, norm in zip(scales, norms, strict=True))
+        )
     use_log_scale(axes, "x")
     axes.set_ylim(0, 19)
     chapter.save(figure, "scales")
@@ -67,13 +71,19 @@ def pixels(chapter: Chapter) -> None:
     steps = 20 if chapter.quick else STEPS
     weights, grads = train(descend.Adam, 0, steps)
     lit = grads.norm(dim=0) > 0
-    figure, axes = new_figure("L2 spares the weights with large gradients", "root mean square of the pixel's gradient", "norm of its weights, relative to neither")
+    figure, axes = new_figure(
+        "L2 spares the weights with large gradients",
+        "root mean square of the pixel's gradient",
+        "norm of its weights, relative to neither",
+    )
     for name, (make, weight_decay, color) in METHODS.items():
         left = train(make, weight_decay, steps)[0].norm(dim=0)[lit] / weights.norm(dim=0)[lit]
         size = grads.square().mean(0).sqrt()[lit]
         axes.plot(size, left, "o", color=color, markersize=4, alpha=0.8, label=name)
         small, large = left[size < size.median()].median(), left[size >= size.median()].median()
-        chapter.say(f"{name}: pixels with small gradients keep {small:.2f} of their weights, with large ones {large:.2f}")
+        chapter.say(
+            f"{name}: pixels with small gradients keep {small:.2f} of their weights, with large ones {large:.2f}"
+        )
     use_log_scale(axes, "x")
     axes.set_ylim(bottom=0)
     axes.legend()
