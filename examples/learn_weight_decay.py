@@ -50,17 +50,14 @@ def loss_scales(chapter: Chapter) -> None:
     scales = [0.1, 10.0] if chapter.quick else [0.001, 0.01, 0.1, 1.0, 10.0, 100.0]
     steps = 20 if chapter.quick else STEPS
     figure, axes = new_figure("Only decay ignores the scale of the loss", "loss multiplied by", "norm of the weights")
-    without = [train(descend.Adam, 0, steps, scale)[0].norm() for scale in scales]
-    axes.plot(scales, without, color=INK, linestyle=":")
-    name_curve(axes, scales[0], float(without[0]), "neither", INK, dy=8)
-    chapter.say(f"norm of the weights without either: {without[0]:.2f} to {without[-1]:.2f}")
-    for name, (make, weight_decay, color) in METHODS.items():
-        norms = [train(make, weight_decay, steps, scale)[0].norm() for scale in scales]
-        axes.plot(scales, norms, "o-", color=color, markersize=4)
-        name_curve(axes, scales[-1], float(norms[-1]), name, color, dx=-66, dy=-16 if make is descend.Adam else -10)
-        chapter.say(
-            f"{name}: " + ", ".join(f"{norm:.2f} (loss x {scale:g})" for scale, norm in zip(scales, norms, strict=True))
-        )
+    norms: dict[str, list[float]] = {}
+    for name, (make, weight_decay, color) in {"neither": (descend.Adam, 0.0, INK), **METHODS}.items():
+        norms[name] = [float(train(make, weight_decay, steps, scale)[0].norm()) for scale in scales]
+        axes.plot(scales, norms[name], "o-", color=color, markersize=4)
+        dx, dy = {"neither": (0, 8), "Adam, L2": (-66, -16), "AdamW, decay": (-66, -10)}[name]
+        name_curve(axes, scales[-1 if dx else 0], norms[name][-1 if dx else 0], name, color, dx=dx, dy=dy)
+    for i, scale in enumerate(scales):
+        chapter.say(f"loss x {scale:g}, norm: " + "; ".join(f"{name} {norms[name][i]:.2f}" for name in norms))
     use_log_scale(axes, "x")
     axes.set_ylim(0, 19)
     chapter.save(figure, "scales")
