@@ -73,7 +73,8 @@ class LBFGS(ClosureOptimizer):
         result: what the last ``step`` did, and why it stopped; None before.
     Raises:
         ValueError: if an option is out of range.
-    Source: Liu & Nocedal 1989, https://doi.org/10.1007/BF01589116
+    Source:
+        Liu & Nocedal 1989, https://doi.org/10.1007/BF01589116
     Example:
         >>> weight = torch.zeros(2, dtype=torch.float64, requires_grad=True)
         >>> optimizer = LBFGS([weight], tolerance_change=0, line_search_fn="strong_wolfe")

@@ -84,7 +84,7 @@ def minimize(
             ``"newton"`` if tensors are sharded.
         RuntimeError: if the value does not depend on ``x0`` as far as autograd can see.
         MemoryError: if a dense matrix would not fit.
-        Whatever ``fun`` raises; parameters are then set to the best point seen.
+        Exception: whatever ``fun`` raises; parameters are then set to the best point seen.
     Example:
         >>> def rosenbrock(x):
         ...     return (100 * (x[1:] - x[:-1] ** 2) ** 2 + (1 - x[:-1]) ** 2).sum()

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from descend.backends.cpu import library, object_files, threads
+from descend.core.measures import COLUMNS
 
 # Elements in a chunk: small enough to balance the threads, large enough that claiming a chunk costs nothing. Norms are
 # summed chunk by chunk, so their last bits depend on this constant and not on the number of threads.
@@ -23,11 +24,12 @@ class ChunkCall:
     """The arguments of a compiled loop over chunks, in the order that ``kernels`` lists."""
 
     def __init__(self) -> None:
-        self._arguments = array("q", bytes(56))
+        self._arguments = array("q", bytes(64))
         self._address = self._arguments.buffer_info()[0]
         self._held: dict[int, np.ndarray] = {}
         self._elements = 0
         self._sums: np.ndarray | None = None
+        self._measured: np.ndarray | None = None
 
     def describe(
         self, chunks: np.ndarray, count: int, addresses: np.ndarray, scalars: np.ndarray, elements: int
@@ -48,6 +50,19 @@ class ChunkCall:
     def call(self, kernel: int) -> threads.Call:
         """The same as a part of a sequence."""
         return threads.Call(kernel, self._address, self._elements, self._address + 40)
+
+    def measured_call(self, kernel: int) -> threads.Call:
+        """The call of a loop that measures, as a part of a sequence."""
+        chunks = self._arguments[1]
+        if self._measured is None or len(self._measured) < chunks:
+            self._measured = np.zeros((chunks, len(COLUMNS)))
+        self._arguments[7] = self._measured.ctypes.data
+        return self.call(kernel)
+
+    def measured_chunks(self) -> np.ndarray:
+        """What the last such call has summed up, a row a chunk."""
+        assert self._measured is not None
+        return self._measured[: self._arguments[1]]
 
     def sum_of_squares(self, column: int, dtype: torch.dtype) -> float:
         """Sum of the squares in one column of the address table, in float64, over fixed chunks in a fixed order."""
@@ -83,6 +98,7 @@ class ChunkTable(ChunkCall):
         self._sizes = np.array([tensor.numel() for tensor in columns[0]], np.int64)
         self.scalars = scalars
         chunks = chunk_table(self._sizes, np.asarray(rows, np.int64))
+        self._counts = -(-self._sizes // CHUNK)
         self.describe(chunks, len(chunks), self.addresses, scalars, int(self._sizes.sum()))
 
 
@@ -110,12 +126,14 @@ class Launch(ChunkTable):
         grads = [param if param.grad is None else param.grad for param in params]
         super().__init__([params, grads], len(dtypes), rows, table)
         self._rule, self._n_scalars, self._dtypes = rule, scalars, dtypes
-        self._update = 0
+        self._update = self._measured_update = 0
 
-    def compile(self, wants_norm: bool) -> None:
+    def compile(self, wants_norm: bool, measures: bool = False) -> None:
         self._update = library.update(self._rule, self._n_scalars, self._dtypes, self._compute)
         for dtype in (torch.float32, torch.get_default_dtype()):
             library.scalar_state(dtype)
+        if measures:
+            self._measured_update = library.measured_update(self._rule, self._n_scalars, self._dtypes, self._compute)
         library.sequence()
         library.versions()
         if wants_norm:
@@ -140,6 +158,18 @@ class Launch(ChunkTable):
     def update_call(self) -> threads.Call:
         """The call that applies the rule to everything."""
         return self.call(self._update)
+
+    def measured_update_call(self) -> threads.Call:
+        """The same; it also sums up what ``measured`` returns."""
+        return self.measured_call(self._measured_update)
+
+    def measured(self) -> np.ndarray:
+        """Chunks added in their order: the bits do not depend on threads."""
+        sums, filled = np.zeros((len(self._counts), len(COLUMNS))), self._counts > 0
+        if filled.any():
+            counts = self._counts[filled]
+            sums[filled] = np.add.reduceat(self.measured_chunks(), np.cumsum(counts) - counts)
+        return sums
 
     def sum_of_squares(self, column: int = 1, dtype: torch.dtype | None = None) -> float:
         """Of all gradients."""

@@ -13,6 +13,7 @@ import torch
 from descend import ops
 from descend.backends.cpu import object_files
 from descend.backends.retarget import fingerprint
+from descend.core.measures import COLUMNS, moments
 
 _OPS = {getattr(ops, name): name for name in ops.__all__}
 
@@ -38,6 +39,22 @@ def update(rule: FunctionType, scalars: int, dtypes: tuple[torch.dtype, ...], co
             raise RuleError(_explain(rule, error)) from error
 
     return object_files.load(rule.__name__, key, compile_update)
+
+
+@cache
+def measured_update(rule: FunctionType, scalars: int, dtypes: tuple[torch.dtype, ...], compute: torch.dtype) -> int:
+    """The same loop, which also sums up what ``core.measures.COLUMNS`` lists."""
+
+    def compile_measured() -> str:
+        from descend.backends.cpu import measured_kernel
+
+        try:
+            return measured_kernel.measured_kernel(rule, scalars, dtypes, compute, moments(rule))
+        except Exception as error:
+            raise RuleError(_explain(rule, error)) from error
+
+    key = f"measured|{_sources()}|{COLUMNS}|{fingerprint(rule, _OPS)}|{moments(rule)}|{scalars}|{dtypes}|{compute}"
+    return object_files.load(f"{rule.__name__}_measured", key, compile_measured)
 
 
 @cache
@@ -129,7 +146,8 @@ def loop(function: FunctionType, arrays: int) -> int:
 def _sources() -> str:
     """A digest of the code that writes kernels: an edit there invalidates every cached kernel."""
     folder = files("descend.backends")
-    names = ("cpu/intrinsics.py", "cpu/kernels.py", "cpu/probe_kernel.py", "cpu/rows_kernel.py", "retarget.py")
+    kernels = ("intrinsics", "kernels", "measured_kernel", "probe_kernel", "rows_kernel")
+    names = (*(f"cpu/{name}.py" for name in kernels), "retarget.py")
     texts = [folder.joinpath(name).read_bytes() for name in names]
     return hashlib.sha256(b"".join(texts)).hexdigest()
 
