@@ -1,7 +1,7 @@
-"""What the scripts behind the Learn chapters share: options, how figures look, and how their numbers are written down.
+"""What the scripts behind the Learn chapters share: options, how figures look, and where their numbers go.
 
-A script writes ``docs/learn/NAME-*.svg`` and ``docs/learn/NAME.txt``, which the chapter quotes. The text begins with the
-machine, the date, and a digest of the script: a test fails when the script is newer than its figures.
+A script writes ``docs/learn/NAME-*.svg`` and ``docs/learn/NAME.txt``, which the chapter quotes. The text begins with
+the date, the machine and a digest of the script: a test fails when the script is newer than its figures.
 """
 
 from __future__ import annotations
@@ -83,7 +83,7 @@ def power_of_ten(value: float) -> str:
         return f"{value:,g}" if value < 1e3 else f"{value:,.0f}"
     mantissa, exponent = f"{value:.0e}".split("e")
     power = "10" + str(int(exponent)).translate(str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹"))
-    return power if mantissa == "1" else f"{mantissa} × {power}"
+    return power if mantissa == "1" else f"{mantissa}·{power}"
 
 
 def use_log_scale(axes: Axes, axis: str) -> None:

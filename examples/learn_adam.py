@@ -98,7 +98,9 @@ def learning_rates(chapter: Chapter) -> None:
         axes.plot(rates, middle, "o-", color=color, markersize=4)
         axes.fill_between(rates, low, high, color=color, alpha=0.2, linewidth=0)
         best = int(middle.argmin())
-        chapter.say(f"{kind}: best lr {rates[best]:.2g}, loss {middle[best]:.3f}; at lr {rates[-2]:.2g} {middle[-2]:.3f}")
+        chapter.say(
+            f"{kind}: best lr {rates[best]:.2g}, loss {middle[best]:.3f}; at lr {rates[-2]:.2g} {middle[-2]:.3f}"
+        )
         name_curve(axes, rates[-1], float(middle[-1]), kind, color, dx=-68, dy=-4 if make is descend.Adam else 2)
     use_log_scale(axes, "xy")
     chapter.save(figure, "rates")
@@ -109,7 +111,9 @@ def pixels(chapter: Chapter) -> None:
     run = train(descend.Adam, 1e-3, 0, 20 if chapter.quick else 1000)
     grads, moves = (root_mean_square(values, (0, 1)) for values in (run.grads, run.moves))
     order = grads[grads > 0].argsort()
-    figure, axes = new_figure("Gradients differ, steps hardly do", "pixel, from dark to bright", "relative to the median")
+    figure, axes = new_figure(
+        "Gradients differ, steps hardly do", "pixel, from dark to bright", "relative to the median"
+    )
     for name, values, color in (("gradient", grads, ORANGE), ("Adam's step", moves, BLUE)):
         relative = values[grads > 0][order] / values[grads > 0].median()
         axes.plot(relative, color=color)

@@ -81,7 +81,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
             norm_axes.plot(range(1, len(norms[:100]) + 1), norms[:100], color=color, linewidth=1.2)
         last = sorted(float(losses[-100:].mean()) for losses, _ in runs)
         chapter.say(f"{name}: loss of the last 100 steps {', '.join(f'{loss:.3f}' for loss in last)}")
-        chapter.say(f"{name}: largest loss {max(losses.max() for losses, _ in runs):.2g}, largest gradient norm {max(norms.max() for _, norms in runs):.2g}")
+        highest, steepest = (
+            max(float(values.nan_to_num(0).max()) for values in kind) for kind in zip(*runs, strict=True)
+        )
+        chapter.say(f"{name}: largest loss {highest:.2g}, largest gradient norm {steepest:.2g}")
         name_curve(loss_axes, steps, last[seeds // 2], name, color, dx=-80, dy=-10 if max_norm < 1 else 8)
         name_curve(norm_axes, *PLACES[name], name, color)
     loss_axes.axhline(ALWAYS_ONE, color=INK, linewidth=0.8, linestyle=":")

@@ -5,14 +5,15 @@ python examples/learn_second_order.py
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 from typing import Literal
 
+import numpy as np
 import torch
 from figures import BLUE, GREEN, INK, ORANGE, PALE, Chapter, name_curve, new_figure, use_log_scale
-from sklearn.datasets import load_breast_cancer, load_digits
+from sklearn.datasets import load_breast_cancer
 from torch import Tensor
 
 import descend
@@ -68,7 +69,9 @@ def real_data(chapter: Chapter) -> None:
     """The distance from the minimum after each evaluation."""
     loss, start = logistic_regression()
     best = descend.minimize(loss, start, method="newton", tol=1e-12).fun
-    figure, axes = new_figure("A logistic regression with 31 weights", "evaluations of loss and gradient", "loss above the minimum")
+    figure, axes = new_figure(
+        "A logistic regression with 31 weights", "evaluations of loss and gradient", "loss above the minimum"
+    )
     for method, (name, color) in METHODS.items():
         seen: list[tuple[int, float]] = [(1, float(loss(start)) - best)]
         descend.minimize(
@@ -100,23 +103,28 @@ def seconds_per_iteration(method: Method, variables: int) -> float:
     descend.minimize(
         chained_rosenbrock, start, method=method, max_iter=4, callback=lambda _: times.append(time.perf_counter())
     )
-    return min(late - early for early, late in zip(times[:-1], times[1:], strict=True))
+    return min(late - early for early, late in pairwise(times))
 
 
 def cost(chapter: Chapter) -> None:
-    """The time of an iteration against the number of variables, and the power that fits the largest ones."""
+    """The time of an iteration on one thread against the number of variables."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
     figure, axes = new_figure("What an iteration costs", "variables N", "seconds an iteration")
     for method, sizes in (
         ("l-bfgs", [100, 1000] if chapter.quick else [100, 1000, 10_000, 100_000]),
         ("newton", [50, 100] if chapter.quick else [100, 200, 400, 800, 1600]),
     ):
         name, color = METHODS[method]
+        seconds_per_iteration(method, sizes[0])
         times = [seconds_per_iteration(method, size) for size in sizes]
-        power = math.log(times[-1] / times[-2]) / math.log(sizes[-1] / sizes[-2])
         axes.plot(sizes, times, "o-", color=color, markersize=4)
         name_curve(axes, sizes[-1], times[-1], name, color, dx=-50, dy=6)
-        chapter.say(f"{name}: " + ", ".join(f"{1e3 * seconds:.2g} ms (N = {size:,})" for size, seconds in zip(sizes, times, strict=True)))
-        chapter.say(f"{name}: the last two times grow as N^{power:.1f}")
+        for size, seconds in zip(sizes, times, strict=True):
+            chapter.say(f"{name}, N = {size:,}: {1e3 * seconds:,.1f} ms an iteration")
+        power, _ = np.polyfit(np.log(sizes[-3:]), np.log(times[-3:]), 1)
+        chapter.say(f"{name}: the largest {len(sizes[-3:])} grow as N^{power:.1f}")
+    torch.set_num_threads(threads)
     use_log_scale(axes, "xy")
     chapter.save(figure, "cost")
 

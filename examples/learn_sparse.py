@@ -12,6 +12,7 @@ import statistics
 import time
 import zlib
 from collections.abc import Iterator, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +42,7 @@ class Lines:
         for module, path in enumerate(paths):
             for line in path.read_text("utf-8").splitlines():
                 words = re.findall(r"\w+", line)
-                pairs = [f"{a} {b}" for a, b in zip(words, words[1:], strict=False)]
+                pairs = [f"{a} {b}" for a, b in pairwise(words)]
                 if words:
                     self.lines.append(([zlib.crc32(token.encode()) for token in words + pairs], module))
         self.modules = len(paths)
@@ -150,7 +151,9 @@ def equality(chapter: Chapter, lines: Lines) -> None:
         color = MODES[mode][1]
         axes.plot(range(steps, steps * checks + 1, steps), distances, "o-", color=color, markersize=4)
         name_curve(axes, steps, distances[0], mode, color, dx=8, dy=12)
-        chapter.say(f"{mode}: after {steps * checks} steps no weight differs from dense by more than {distances[-1]:.3g} lr")
+        chapter.say(
+            f"{mode}: after {steps * checks} steps no weight differs from dense by more than {distances[-1]:.3g} lr"
+        )
     use_log_scale(axes, "y")
     chapter.save(figure, "equality")
 

@@ -21,10 +21,12 @@ METHODS = {
 }
 
 
-def train(make: type[descend.Adam] | type[descend.AdamW], weight_decay: float, steps: int, scale: float = 1.0) -> tuple[Tensor, Tensor]:
-    """The weights of a softmax regression on the digits, (classes, pixels), and the root mean squares of their gradients.
+def train(
+    make: type[descend.Adam] | type[descend.AdamW], weight_decay: float, steps: int, scale: float = 1.0
+) -> tuple[Tensor, Tensor]:
+    """Train a softmax regression on the digits, with its loss multiplied by ``scale``.
 
-    ``scale`` multiplies the loss.
+    Returns the weights, (classes, pixels), and the root mean squares of their gradients.
     """
     data = load_digits()
     inputs, labels = torch.tensor(data.data / 16, dtype=torch.float32), torch.tensor(data.target)
@@ -48,15 +50,14 @@ def loss_scales(chapter: Chapter) -> None:
     scales = [0.1, 10.0] if chapter.quick else [0.001, 0.01, 0.1, 1.0, 10.0, 100.0]
     steps = 20 if chapter.quick else STEPS
     figure, axes = new_figure("Only decay ignores the scale of the loss", "loss multiplied by", "norm of the weights")
-    without = [train(descend.Adam, 0, steps, scale)[0].norm() for scale in scales]
-    axes.plot(scales, without, color=INK, linestyle=":")
-    name_curve(axes, scales[0], float(without[0]), "neither", INK, dy=8)
-    chapter.say(f"norm of the weights without either: {without[0]:.2f} to {without[-1]:.2f}")
-    for name, (make, weight_decay, color) in METHODS.items():
-        norms = [train(make, weight_decay, steps, scale)[0].norm() for scale in scales]
-        axes.plot(scales, norms, "o-", color=color, markersize=4)
-        name_curve(axes, scales[-1], float(norms[-1]), name, color, dx=-66, dy=-16 if make is descend.Adam else -10)
-        chapter.say(f"{name}: " + ", ".join(f"{norm:.2f} (loss x {scale:g})" for scale, norm in zip(scales, norms, strict=True)))
+    norms: dict[str, list[float]] = {}
+    for name, (make, weight_decay, color) in {"neither": (descend.Adam, 0.0, INK), **METHODS}.items():
+        norms[name] = [float(train(make, weight_decay, steps, scale)[0].norm()) for scale in scales]
+        axes.plot(scales, norms[name], "o-", color=color, markersize=4)
+        dx, dy = {"neither": (0, 8), "Adam, L2": (-66, -16), "AdamW, decay": (-66, -10)}[name]
+        name_curve(axes, scales[-1 if dx else 0], norms[name][-1 if dx else 0], name, color, dx=dx, dy=dy)
+    for i, scale in enumerate(scales):
+        chapter.say(f"loss x {scale:g}, norm: " + "; ".join(f"{name} {norms[name][i]:.2f}" for name in norms))
     use_log_scale(axes, "x")
     axes.set_ylim(0, 19)
     chapter.save(figure, "scales")
@@ -67,13 +68,19 @@ def pixels(chapter: Chapter) -> None:
     steps = 20 if chapter.quick else STEPS
     weights, grads = train(descend.Adam, 0, steps)
     lit = grads.norm(dim=0) > 0
-    figure, axes = new_figure("L2 spares the weights with large gradients", "root mean square of the pixel's gradient", "norm of its weights, relative to neither")
+    figure, axes = new_figure(
+        "L2 spares the weights with large gradients",
+        "root mean square of the pixel's gradient",
+        "norm of its weights, relative to neither",
+    )
     for name, (make, weight_decay, color) in METHODS.items():
         left = train(make, weight_decay, steps)[0].norm(dim=0)[lit] / weights.norm(dim=0)[lit]
         size = grads.square().mean(0).sqrt()[lit]
         axes.plot(size, left, "o", color=color, markersize=4, alpha=0.8, label=name)
         small, large = left[size < size.median()].median(), left[size >= size.median()].median()
-        chapter.say(f"{name}: pixels with small gradients keep {small:.2f} of their weights, with large ones {large:.2f}")
+        chapter.say(
+            f"{name}: pixels with small gradients keep {small:.2f} of their weights, with large ones {large:.2f}"
+        )
     use_log_scale(axes, "x")
     axes.set_ylim(bottom=0)
     axes.legend()

@@ -1,8 +1,9 @@
 """What mkdocs does not do by itself: formulas, quotations and links to the repository's files.
 
-Formulas become MathML when the site is built, so that pages load no script. ``[source: adamw](../../src/...)`` on a line
-of its own is replaced by that function, read from the file: it cannot go stale. ``[output](adam.txt)`` is replaced by the
-file's text. In any other viewer both are links that work. A link to a file outside of docs leads to a page with its text.
+Formulas become MathML when the site is built, so that pages load no script. ``[source: adamw](../../src/...)`` on a
+line of its own is replaced by that function, read from the file: it cannot go stale. ``[output](adam.txt)`` is replaced
+by the file's text. In any other viewer both are links that work. A link to a file outside of docs leads to a page with
+its text.
 """
 
 from __future__ import annotations
@@ -25,16 +26,13 @@ FORMULA = re.compile(r'<(span|div) class="arithmatex">\s*\\[(\[](.*?)\\[)\]]\s*<
 SOURCE = re.compile(r"^\[source: ([\w.]+)\]\(([^)#\s]+)\)$", re.MULTILINE)
 OUTPUT = re.compile(r"^\[output\]\(([^)#\s]+)\)$", re.MULTILINE)
 LINK = re.compile(r"(\]\()([^)#:\s]+)((?:#[^)\s]*)?\))")
-DEFINITIONS = (ast.FunctionDef, ast.ClassDef)
 LANGUAGES = {".py": "python", ".toml": "toml", ".md": "markdown"}
 
 
 def with_mathml(page: str) -> str:
     """The page with each formula as MathML."""
     return FORMULA.sub(
-        lambda found: convert(
-            html.unescape(found[2]).strip(), display="block" if found[1] == "div" else "inline"
-        ),
+        lambda found: convert(html.unescape(found[2]).strip(), display="block" if found[1] == "div" else "inline"),
         page,
     )
 
@@ -42,13 +40,14 @@ def with_mathml(page: str) -> str:
 def definition(path: Path, name: str) -> str:
     """The lines of a function or class of a file, or of a method (``Class.method``)."""
     text = path.read_text("utf-8")
-    node: ast.AST = ast.parse(text)
+    body = ast.parse(text).body
+    lines: list[str] = []
     for part in name.split("."):
-        inside = {child.name: child for child in getattr(node, "body", ()) if isinstance(child, DEFINITIONS)}
+        inside = {node.name: node for node in body if isinstance(node, (ast.FunctionDef, ast.ClassDef))}
         if part not in inside:
             raise LookupError(f"{path.name} defines no {name}.")
-        node = inside[part]
-    return textwrap.dedent("\n".join(text.splitlines()[node.lineno - 1 : node.end_lineno]))
+        body, lines = inside[part].body, text.splitlines()[inside[part].lineno - 1 : inside[part].end_lineno]
+    return textwrap.dedent("\n".join(lines))
 
 
 def repository_path(page: str, link: str) -> str | None:
@@ -70,7 +69,8 @@ def with_quotations(markdown: str, page: str) -> str:
         path = repository_path(page, found[2])
         if path is None:
             return found[0]
-        return f"{found[1]}{posixpath.relpath(f'source/{path}.md', posixpath.dirname(page) or '.')})"
+        lines = re.sub(r"^#L(\d+).*\)$", r"#__codelineno-0-\1)", found[3])
+        return f"{found[1]}{posixpath.relpath(f'source/{path}.md', posixpath.dirname(page) or '.')}{lines}"
 
     markdown = SOURCE.sub(source, markdown)
     markdown = OUTPUT.sub(lambda found: f"```text\n{(folder / found[1]).read_text('utf-8').rstrip()}\n```", markdown)
@@ -81,7 +81,7 @@ def source_page(path: str) -> str:
     """A page with the text of a file of the repository."""
     language = LANGUAGES.get(posixpath.splitext(path)[1], "text")
     text = (ROOT / path).read_text("utf-8").rstrip()
-    return f"---\nsearch:\n  exclude: true\n---\n# `{path}`\n\n````{language} linenums=\"1\"\n{text}\n````\n"
+    return f'---\nsearch:\n  exclude: true\n---\n# `{path}`\n\n````{language} linenums="1"\n{text}\n````\n'
 
 
 def on_files(files: Files, config: Any) -> Files:
@@ -96,9 +96,7 @@ def on_files(files: Files, config: Any) -> Files:
     }
     for path in sorted(linked):
         files.append(
-            File.generated(
-                config, f"source/{path}.md", content=source_page(path), inclusion=InclusionLevel.NOT_IN_NAV
-            )
+            File.generated(config, f"source/{path}.md", content=source_page(path), inclusion=InclusionLevel.NOT_IN_NAV)
         )
     return files
 
