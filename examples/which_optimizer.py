@@ -43,14 +43,9 @@ def rows(optimizers: dict[str, Losses]) -> list[str]:
         near = [rate for rate in by_rate if median(by_rate[rate]) <= NEARLY * least]
         spread = f"{min(by_rate[best]):.3f} to {max(by_rate[best]):.3f}"
         nearly = f"{min(near):.2g} to {max(near):.2g}"
-        table.append(
-            (least, f"| `{label}` | {best:.2g} | {least:.3f} | {spread} | {nearly} |")
-        )
-    head = [
-        "| optimizer | best `lr` | test loss, median | over the seeds | rates within 25 % |",
-        "|---|---|---|---|---|",
-    ]
-    return head + [row for _, row in sorted(table))]
+        table.append((least, f"| `{label}` | {best:.2g} | {least:.3f} | {spread} | {nearly} |"))
+    head = "| optimizer | best `lr` | test loss, median | over the seeds | rates within 25 % |"
+    return [head, "|---|---|---|---|---|", *(row for _, row in sorted(table))]
 
 
 def draw(task: str, optimizers: dict[str, Losses], path: Path) -> None:
