@@ -101,7 +101,8 @@ def learning_rates(chapter: Chapter) -> None:
         chapter.say(
             f"{kind}: best lr {rates[best]:.2g}, loss {middle[best]:.3f}; at lr {rates[-2]:.2g} {middle[-2]:.3f}"
         )
-        name_curve(axes, rates[-1], float(middle[-1]), kind, color, dx=-68, dy=-4 if make is descend.Adam else 2)
+        dx, dy = (-72, 2) if make is Uncorrected else (-48, -42)
+        name_curve(axes, rates[-1], float(middle[-1]), kind, color, dx=dx, dy=dy)
     use_log_scale(axes, "xy")
     chapter.save(figure, "rates")
 

@@ -56,7 +56,7 @@ def prose(page: Path) -> str:
 def anchors(page: Path) -> set[str]:
     """What a link to the page may name behind ``#``."""
     text = FENCE.sub("", page.read_text("utf-8"))
-    seen: set[str] = set(re.findall(r"\{[^}\n]*#([\w.-]+)[^}\n]*\}", text))
+    seen: set[str] = set(re.findall(r"(?<=\{#)[\w.-]+|(?<=<a id=\")[\w.-]+", text))
     for heading in re.findall(r"^#{1,6} (.*?)(?: \{[^}]*\})?$", text, re.MULTILINE):
         plain = unicodedata.normalize("NFKD", re.sub(r"[`*]|\]\([^)]*\)|\[", "", heading)).encode("ascii", "ignore")
         slug = re.sub(r"[-\s]+", "-", re.sub(r"[^\w\s-]", "", plain.decode()).strip().lower())
