@@ -43,7 +43,9 @@ def test_blocks_run_and_print_what_the_page_says(
 
 
 def check_readme(names: dict[str, Any], text: str) -> None:
-    assert isinstance(names["optimizer"], torch.optim.Optimizer)
+    assert isinstance(names["optimizer"], descend.AdamW)
+    assert issubclass(names["Signum"], torch.optim.Optimizer)
+    assert names["result"].success
 
 
 def check_second_order(names: dict[str, Any], text: str) -> None:

@@ -9,11 +9,12 @@ import pytest
 from doc_pages import PAGES, ROOT, anchors, name_of, prose
 
 LINK = re.compile(r"(!?)\[([^\]]*)\]\(([^)\s]+)\)")
+DEFINITION = re.compile(r"^()\[(\w+)\]: (\S+)$", re.MULTILINE)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=name_of)
 def test_links_exist(page: Path) -> None:
-    for is_image, text, link in LINK.findall(prose(page)):
+    for is_image, text, link in LINK.findall(prose(page)) + DEFINITION.findall(prose(page)):
         if re.match(r"[a-z]+:", link):
             continue
         path, _, anchor = link.partition("#")
