@@ -19,7 +19,7 @@ ALWAYS_ONE = 1 / 6  # the loss of always answering 1, the mean of the sum: its v
 WINDOW = 50
 KINDS = {  # max_norm, color, and where the name stands in the figures
     "without clipping": (math.inf, ORANGE, {"loss": (900, 0.24), "norm": (60, 1e8)}),
-    "max_norm=0.3": (0.3, BLUE, {"loss": (450, 0.035), "norm": (60, 0.01)}),
+    "max_norm=0.3": (0.3, BLUE, {"loss": (450, 0.035), "norm": (30, 0.02)}),
 }
 
 
@@ -87,13 +87,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
         highest, steepest = (
             max(float(values[values.isfinite()].max()) for values in kind) for kind in zip(*runs, strict=True)
         )
-        chapter.say(f"{name}: largest finite loss {highest:.2g}, largest finite gradient norm {steepest:.2g}")
+        chapter.say(f"{name}: largest finite loss {highest:.3g}, largest finite gradient norm {steepest:.3g}")
         name_curve(loss_axes, *places["loss"], name, color)
         name_curve(norm_axes, *places["norm"], name, color)
     loss_axes.axhline(ALWAYS_ONE, color=INK, linewidth=0.8, linestyle=":")
     use_log_scale(loss_axes, "y")
     loss_axes.set_ylim(0.01, 10)
     use_log_scale(norm_axes, "y")
+    norm_axes.set_ylim(bottom=1e-3)
     chapter.save(loss_figure, "loss")
     chapter.save(norm_figure, "norms")
     chapter.close()

@@ -148,7 +148,7 @@ def equality(chapter: Chapter, lines: Lines) -> None:
     for mode, distances in away.items():
         color = MODES[mode][1]
         axes.plot(range(steps, steps * checks + 1, steps), distances, "o-", color=color, markersize=4)
-        name_curve(axes, steps, distances[0], mode, color, dx=8, dy=12)
+        name_curve(axes, steps, distances[0], mode, color, dx=8, dy=12 if mode == "exact" else -12)
         chapter.say(
             f"{mode}: after {steps * checks} steps no weight differs from dense by more than {distances[-1]:.3g} lr"
         )
