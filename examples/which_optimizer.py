@@ -14,9 +14,9 @@ from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
-from figures import BLUE, GREEN, INK, ORANGE, PURPLE, name_curve, new_figure, use_log_scale, with_dark_scheme
+from figures import BLUE, GREEN, INK, ORANGE, PURPLE, new_figure, use_log_scale, with_dark_scheme
 
-NEARLY = 1.25  # times the best loss
+NEARLY = 0.05  # nats above the best loss
 Losses = dict[float, list[float]]  # by learning rate, of each seed; inf for a run that diverged
 
 
@@ -40,11 +40,11 @@ def rows(optimizers: dict[str, Losses]) -> list[str]:
     for label, by_rate in optimizers.items():
         best = min(by_rate, key=lambda rate: median(by_rate[rate]))
         least = median(by_rate[best])
-        near = [rate for rate in by_rate if median(by_rate[rate]) <= NEARLY * least]
+        near = [rate for rate in by_rate if median(by_rate[rate]) <= least + NEARLY]
         spread = f"{min(by_rate[best]):.3f} to {max(by_rate[best]):.3f}"
         nearly = f"{min(near):.2g} to {max(near):.2g}"
         table.append((least, f"| `{label}` | {best:.2g} | {least:.3f} | {spread} | {nearly} |"))
-    head = "| optimizer | best `lr` | test loss, median | over the seeds | rates within 25 % |"
+    head = "| optimizer | best `lr` | test loss, median | over the seeds | rates within 0.05 |"
     return [head, "|---|---|---|---|---|", *(row for _, row in sorted(table))]
 
 
@@ -53,9 +53,9 @@ def draw(task: str, optimizers: dict[str, Losses], path: Path) -> None:
     figure, axes = new_figure(f"{task}: held-out loss", "learning rate", "")
     for (label, by_rate), color in zip(optimizers.items(), (BLUE, ORANGE, GREEN, PURPLE, INK), strict=False):
         points = [(rate, median(losses)) for rate, losses in by_rate.items() if median(losses) < 10]
-        axes.plot(*zip(*points, strict=True), color=color, marker="o", markersize=3.5)
-        name_curve(axes, *points[0], label.partition(":")[0], color, dx=0, dy=9)
+        axes.plot(*zip(*points, strict=True), color=color, marker="o", markersize=3.5, label=label)
     use_log_scale(axes, "xy")
+    axes.legend(loc="upper center", fontsize="small")
     figure.savefig(path, metadata={"Date": None})
     path.write_text(with_dark_scheme(path.read_text("utf-8")), "utf-8")
 

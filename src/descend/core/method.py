@@ -15,7 +15,7 @@ from torch.utils._foreach_utils import _get_fused_kernels_supported_devices
 
 from descend.core.checks import check_kinds, check_lr
 from descend.core.measures import Observer
-from descend.core.options import BACKENDS, Amp, BackendName, Nonfinite, Sparse, StatePages, StepOptions
+from descend.core.options import BACKENDS, DOCUMENTATION, Amp, BackendName, Nonfinite, Sparse, StatePages, StepOptions
 from descend.core.signature import signature
 
 
@@ -39,7 +39,7 @@ class _Option:
     """A field of ``StepOptions`` as an attribute of the optimizer. An edit is checked by the next step."""
 
     def __init__(self, name: str) -> None:
-        self.name = name
+        self.name, self.__doc__ = name, DOCUMENTATION[name]
 
     def __get__(self, method: Any, kind: type) -> Any:
         return self if method is None else getattr(method.options, self.name)
