@@ -88,7 +88,7 @@ def step_lengths(chapter: Chapter) -> None:
 def learning_rates(chapter: Chapter) -> None:
     """The loss after a hundred steps for each learning rate."""
     steps, seeds = (20, 2) if chapter.quick else (100, 5)
-    rates = torch.logspace(-4, -0.5, 8).tolist()
+    rates = torch.logspace(-4, -0.5, 3 if chapter.quick else 8).tolist()
     figure, axes = new_figure("Uncorrected, Adam bears a smaller learning rate", "lr", "loss of the last 20 steps")
     for kind, (make, color) in KINDS.items():
         losses = torch.tensor(
@@ -101,7 +101,8 @@ def learning_rates(chapter: Chapter) -> None:
         chapter.say(
             f"{kind}: best lr {rates[best]:.2g}, loss {middle[best]:.3f}; at lr {rates[-2]:.2g} {middle[-2]:.3f}"
         )
-        name_curve(axes, rates[-1], float(middle[-1]), kind, color, dx=-68, dy=-4 if make is descend.Adam else 2)
+        dx, dy = (-72, 2) if make is Uncorrected else (-48, -42)
+        name_curve(axes, rates[-1], float(middle[-1]), kind, color, dx=dx, dy=dy)
     use_log_scale(axes, "xy")
     chapter.save(figure, "rates")
 

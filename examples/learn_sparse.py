@@ -8,7 +8,6 @@ from __future__ import annotations
 import gc
 import os
 import re
-import statistics
 import time
 import zlib
 from collections.abc import Iterator, Sequence
@@ -103,7 +102,7 @@ def resident() -> int:
 
 
 def cost(chapter: Chapter, lines: Lines) -> None:
-    """Time and memory of training steps for tables of several sizes; the modes take turns."""
+    """The fastest training step for tables of several sizes, in turns, and the memory of the largest."""
     sizes, warm, steps = ([1000, 2000], 1, 2) if chapter.quick else ([10_000, 100_000, 1_000_000], 5, 25)
     seconds: dict[tuple[str, int], float] = {}
     for rows in sizes:
@@ -120,11 +119,10 @@ def cost(chapter: Chapter, lines: Lines) -> None:
             for mode, training in trainings.items():
                 times[mode].append(training.step())
         for mode in MODES:
-            seconds[mode, rows] = statistics.median(times[mode])
-            chapter.say(
-                f"{rows:,} rows, {mode}: {1e3 * seconds[mode, rows]:.1f} ms a training step, "
-                f"{megabytes[mode]:.0f} MB for weights, gradients and state"
-            )
+            seconds[mode, rows] = min(times[mode])
+            chapter.say(f"{rows:,} rows, {mode}: {1e3 * seconds[mode, rows]:.1f} ms a training step")
+    for mode in MODES:
+        chapter.say(f"{sizes[-1]:,} rows, {mode}: {megabytes[mode]:.0f} MB for weights, gradients and state")
     figure, axes = new_figure("A step costs what it touches", "rows of the table", "milliseconds a training step")
     for mode, (_, color) in MODES.items():
         times_of_mode = [1e3 * seconds[mode, rows] for rows in sizes]
@@ -150,7 +148,7 @@ def equality(chapter: Chapter, lines: Lines) -> None:
     for mode, distances in away.items():
         color = MODES[mode][1]
         axes.plot(range(steps, steps * checks + 1, steps), distances, "o-", color=color, markersize=4)
-        name_curve(axes, steps, distances[0], mode, color, dx=8, dy=12)
+        name_curve(axes, steps, distances[0], mode, color, dx=8, dy=12 if mode == "exact" else -12)
         chapter.say(
             f"{mode}: after {steps * checks} steps no weight differs from dense by more than {distances[-1]:.3g} lr"
         )

@@ -71,7 +71,7 @@ def pixels(chapter: Chapter) -> None:
     figure, axes = new_figure(
         "L2 spares the weights with large gradients",
         "root mean square of the pixel's gradient",
-        "norm of its weights, relative to neither",
+        "norm of its weights / with neither",
     )
     for name, (make, weight_decay, color) in METHODS.items():
         left = train(make, weight_decay, steps)[0].norm(dim=0)[lit] / weights.norm(dim=0)[lit]

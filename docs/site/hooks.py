@@ -73,7 +73,7 @@ def with_quotations(markdown: str, page: str) -> str:
         return f"{found[1]}{posixpath.relpath(f'source/{path}.md', posixpath.dirname(page) or '.')}{lines}"
 
     markdown = SOURCE.sub(source, markdown)
-    markdown = OUTPUT.sub(lambda found: f"```text\n{(folder / found[1]).read_text('utf-8').rstrip()}\n```", markdown)
+    markdown = OUTPUT.sub(lambda found: f"```{{.text .printed}}\n{(folder / found[1]).read_text('utf-8').rstrip()}\n```", markdown)
     return LINK.sub(link, markdown)
 
 

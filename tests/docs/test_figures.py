@@ -46,7 +46,9 @@ def test_numbers_are_those_of_the_newest_script(script: Path) -> None:
     quoted = MEASURED.findall((LEARN / f"{chapter_of(script)}.md").read_text("utf-8"))
     assert len(quoted) > 3
     for number in quoted:
-        assert re.search(rf"(?<![\d.,]){re.escape(number)}(?!\d|[.,]\d)", printed), f"The script does not print {number}."
+        assert re.search(rf"(?<![\d.,]){re.escape(number)}(?!\d|[.,]\d)", printed), (
+            f"The script does not print {number}."
+        )
 
 
 def test_labels_of_powers_of_ten() -> None:

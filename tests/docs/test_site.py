@@ -45,9 +45,9 @@ def test_functions_are_quoted_from_the_source(hooks: ModuleType) -> None:
 
 
 def test_links_to_files_of_the_repository_lead_to_pages(hooks: ModuleType) -> None:
-    link = "[rules](../src/descend/rules.py) [sgd](../src/descend/rules.py#L1) [other](groups.md) [net](https://a.b/c)"
+    link = "[rules](../src/descend/rules.py) [l](../src/descend/rules.py#L1) [b](groups.md) [net](https://a.b/c)"
     assert hooks.with_quotations(link, "sparse.md") == (
-        "[rules](source/src/descend/rules.py.md) [sgd](source/src/descend/rules.py.md#__codelineno-0-1) [other](groups.md) "
+        "[rules](source/src/descend/rules.py.md) [l](source/src/descend/rules.py.md#__codelineno-0-1) [b](groups.md) "
         "[net](https://a.b/c)"
     )
     assert hooks.with_quotations("[r](../../README.md)", "how-to/switch.md") == "[r](../source/README.md.md)"
