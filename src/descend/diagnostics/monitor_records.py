@@ -105,11 +105,12 @@ class Record:
         self.stepped = np.zeros(count, bool)
         self.rows = np.full(count, np.nan)
         for part in sample.parts:
-            # A parameter may have left the groups before a sample that waited on its device was read.
-            places = [names.index.get(id(param), -1) for param in part.params]
-            at, kept = np.array(places, np.int64), np.array(places, np.int64) >= 0
-            at = at[kept]
-            sums = np.array(part.sums.cpu() if isinstance(part.sums, Tensor) else part.sums, np.float64)[kept]
+            # Inside backward, a parameter may have left the groups since it took its step.
+            places = np.array([names.index.get(id(param), -1) for param in part.params], np.int64)
+            kept = places >= 0
+            at = places[kept]
+            sums = part.sums.cpu().double().numpy() if isinstance(part.sums, Tensor) else part.sums
+            sums = sums[kept]
             sums[:, _AT["grad_sq"]] *= part.scale**2
             if part.corrections is not None:
                 sums[:, _AT["ratio"]] *= part.corrections[kept]
