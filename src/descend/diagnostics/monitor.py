@@ -31,8 +31,8 @@ class Monitor(Observer):
       the old one, as they are stored; ``weight_norm``: of the old one; ``update_ratio``: update by weight norm.
     - ``signal_to_noise``: the mean of |exp_avg| / sqrt(exp_avg_sq), without their bias, over elements where exp_avg_sq
       is positive. For Adam, AdamW, NAdam, RAdam.
-    - ``lost_updates``: of the elements that the rule changes, the share whose stored value stays the same. Only of
-      parameters stored in fewer digits than the arithmetic has: bfloat16, float16.
+    - ``lost_updates``: of the elements whose gradient is not zero, the share whose stored value stays the same: updates
+      too small for the parameter's digits. In bfloat16 that happens below 1/512 of a weight.
     - ``nonfinite_grads``, ``nonfinite_weights``: NaN and Inf in the gradient, and in the parameter after the step.
     - ``rows_named``: rows that a sparse gradient names. Its other numbers are those of the rows that were updated.
     - With ``max_norm``: ``clipped``, the share of the steps since the last sample whose norm was above it, and

@@ -116,14 +116,14 @@ class Watch:
                 "gradient norm": np.sqrt(_column(record, "grad_sq")),
                 "update norm": np.sqrt(_column(record, "update_sq")) / np.where(np.isnan(rates), 1.0, rates),
             }
-        alerts = []
-        for name, window in self._norms.items():
-            times = window.add(np.where(record.stepped, values[name], np.nan))
-            names = _names(record, times > 0, times)
-            if names:
-                message = f"{_listed(names)}: the {name} at step {record.step} is {times.max():.3g} times its median."
-                alerts.append(Alert("spike", record.step, names, message))
-        return alerts
+        found = {
+            name: window.add(np.where(record.stepped, values[name], np.nan)) for name, window in self._norms.items()
+        }
+        times = np.max([*found.values()], axis=0)
+        names = _names(record, times > 0, times)
+        said = [f"its {name} is {high.max():.3g} times the median" for name, high in found.items() if (high > 0).any()]
+        message = f"{_listed(names)}: at step {record.step} {' and '.join(said)}."
+        return [Alert("spike", record.step, names, message)] if names else []
 
     def _dead(self, record: Record) -> list[Alert]:
         is_zero = _column(record, "grad_sq") == 0

@@ -114,8 +114,6 @@ class Record:
             sums[:, _AT["grad_sq"]] *= part.scale**2
             if part.corrections is not None:
                 sums[:, _AT["ratio"]] *= part.corrections[kept]
-            if not part.can_lose:
-                sums[:, _AT["moved"]] = 0
             self.sums[at], self.stepped[at] = sums, True
             if part.rows is not None:
                 self.rows[at] = part.rows
@@ -173,7 +171,7 @@ def metrics_of(sums: np.ndarray) -> dict[str, np.ndarray]:
         "weight_norm": weight,
         "update_ratio": _ratio(update, weight),
         "signal_to_noise": _ratio(column["ratio"], column["ratios"]),
-        "lost_updates": _ratio(column["lost"], column["moved"]),
+        "lost_updates": _ratio(column["lost"], column["moving"]),
         "nonfinite_grads": column["bad_grads"],
         "nonfinite_weights": column["bad_weights"],
     }
