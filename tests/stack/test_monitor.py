@@ -127,11 +127,16 @@ def test_weights_and_biases_takes_samples(tmp_path: Path, monkeypatch: pytest.Mo
     assert [step for _, step in seen] == [2, 4]
 
 
-def test_trackio_takes_samples(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_trackio_stores_samples(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TRACKIO_DIR", str(tmp_path))
-    imported("trackio")
-    import inspect
+    trackio = imported("trackio")
+    from trackio.sqlite_storage import SQLiteStorage
 
-    from trackio.run import Run
-
-    assert {"metrics", "step"} <= {*inspect.signature(Run.log).parameters}
+    run = trackio.init(project="monitor", name="run", embed=False, auto_log_gpu=False, auto_log_cpu=False)
+    monitor = Monitor(AdamW(network()), every=2, to=run)
+    train(monitor)
+    trackio.finish()
+    stored = SQLiteStorage.get_logs("monitor", "run")
+    assert [entry["step"] for entry in stored] == [2, 4]
+    assert stored[-1]["grad_norm/0"] == monitor.read()["layers"]["0"]["grad_norm"]
+    assert (tmp_path / "monitor.db").exists()
