@@ -54,10 +54,11 @@ class Monitor(Observer):
             all of them. Dead: a gradient of zero in 5 samples in a row. Default: warnings of all three.
         detail: what is written beside the totals: of each of the ``"layers"`` or of all ``"params"``.
             Default: ``"layers"``.
-        keep: samples in ``history``, 72 bytes for each parameter tensor. Default: 1000.
+        keep: samples in ``history``, about 80 bytes for each parameter tensor. Default: 1000.
         step: steps taken before, for a run that continues. Default: 0.
     Attributes:
         step: steps taken so far.
+        skipped: steps left out so far.
         alerts: all alerts so far.
     Raises:
         TypeError: if the optimizer is of another kind, or ``to`` is nothing that can be written to.
@@ -100,11 +101,12 @@ class Monitor(Observer):
         if optimizer.observer is not None:
             raise RuntimeError(f"Monitor: this {type(optimizer).__name__} has a monitor already; close() it first.")
         self.optimizer, self.every, self.step, self._detail = optimizer, every, step, detail
+        self.skipped = 0
         self.alerts: list[Alert] = []
         self._actions = monitor_alerts.actions(on)
         self._writers = [writer(each) for each in (to if isinstance(to, list | tuple) else [to]) if each is not None]
         pairs = names.named_parameters() if isinstance(names, nn.Module) else names or ()
-        self._given = {id(param): name for name, param in pairs}
+        self._given = {param: name for name, param in pairs}
         self._names = Names(optimizer.param_groups, self._given)
         self._watch = Watch()
         self._records: deque[Record] = deque(maxlen=keep)
@@ -115,7 +117,6 @@ class Monitor(Observer):
         self._has_moved = self._was_bad = False
         self._bad: tuple[str, ...] = ()
         self._coefficient = 1.0
-        self.skipped = 0
         optimizer.observe(self)
 
     @classmethod
@@ -268,7 +269,8 @@ class Monitor(Observer):
                 metrics = record.flat(self._detail)
                 for write in self._writers:
                     write(metrics, record.step)
-            self._alert(self._watch.look(record))
+            if self._actions:
+                self._alert(self._watch.look(record))
 
     def _alert(self, alerts: Sequence[Alert]) -> None:
         wanted = [alert for alert in alerts if alert.kind in self._actions]

@@ -56,7 +56,9 @@ def actions(on: On) -> dict[str, Action]:
         ValueError: for a kind or an action that does not exist.
     """
     kinds: Iterable[Any] = [on] if isinstance(on, str) else on
-    chosen: dict[str, Action] = {**on} if isinstance(on, Mapping) else dict.fromkeys(kinds, "warn")
+    chosen: dict[str, Any] = (
+        {str(kind): on[kind] for kind in on} if isinstance(on, Mapping) else dict.fromkeys(kinds, "warn")
+    )
     for kind, action in chosen.items():
         if kind not in KINDS:
             raise ValueError(f"Monitor: on must name alerts among {KINDS}, got {kind!r}.")
@@ -101,6 +103,7 @@ class Watch:
         self._names = names
         self._norms = {name: _Window(count) for name in ("gradient norm", "update norm")}
         self._zeros = np.zeros(count, np.int64)  # samples in a row
+        self._has_elements = np.array([param.numel() > 0 for param in names.params], bool)
         self._was_nonfinite = np.zeros(count, bool)
 
     def _nonfinite(self, record: Record) -> list[Alert]:
@@ -126,10 +129,9 @@ class Watch:
         return [Alert("spike", record.step, names, message)] if names else []
 
     def _dead(self, record: Record) -> list[Alert]:
-        is_zero = _column(record, "grad_sq") == 0
+        is_zero = _column(record, "moving") == 0
         self._zeros = np.where(record.stepped, np.where(is_zero, self._zeros + 1, 0), self._zeros)
-        has_elements = np.array([param.numel() > 0 for param in record.names.params], bool)
-        names = _names(record, (self._zeros == FEWEST) & record.stepped & has_elements, self._zeros)
+        names = _names(record, (self._zeros == FEWEST) & record.stepped & self._has_elements, self._zeros)
         message = (
             f"{_listed(names)}: the gradient was zero in {FEWEST} samples in a row, the last at step {record.step}."
         )

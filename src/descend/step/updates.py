@@ -67,9 +67,10 @@ class _ScalarsRow:
 
 
 class _Batch(NamedTuple):
-    """One launch: the parameters in it, the rows of its scalars table, and the row of each parameter."""
+    """One launch: its parameters and their entries, the rows of its scalars table, and the row of each parameter."""
 
     launch: Launch
+    params: list[Tensor]
     entries: list[Entry]
     rows: list[_ScalarsRow]
     row_of: np.ndarray
@@ -116,7 +117,7 @@ class LaunchUpdate(Update):
 
     def set_scalars(self, method: Method, scale: float) -> None:
         groups = method.param_groups
-        for launch, _, rows, _ in self._batches:
+        for launch, _, _, rows, _ in self._batches:
             for index, row in enumerate(rows):
                 group = groups[row.group]
                 scalars, next_state = method.scalars_and_state(group, row.step + 1, row.state)
@@ -126,7 +127,7 @@ class LaunchUpdate(Update):
     def make_state(self, method: Method) -> None:
         counters: list[Tensor] = []
         scalar_state: list[Tensor] = []
-        for launch, entries, rows, row_of in self._batches:
+        for launch, _, entries, rows, row_of in self._batches:
             tensors = []
             for position, entry in enumerate(entries):
                 state = ensure_state(method, entry.param, entry.rule, method.param_groups[entry.group])
@@ -167,10 +168,9 @@ class LaunchUpdate(Update):
 
     def _add_to(self, sample: Sample, method: Method) -> None:
         """Add what the launches have measured in the step that is about to be counted."""
-        for launch, entries, rows, row_of in self._batches:
+        for launch, params, entries, rows, row_of in self._batches:
             corrections = np.array([correction(method.param_groups[row.group], row.step + 1) for row in rows])
-            params, rule = [entry.param for entry in entries], entries[0].rule
-            sample.add(params, launch.measured(), rule, corrections[row_of])
+            sample.add(params, launch.measured(), entries[0].rule, corrections[row_of])
 
     def _next_values(self) -> np.ndarray:
         """The scalar state after the step, in the order of its tensors."""
@@ -291,4 +291,4 @@ def _batch(
     row_of = np.array([index[key] for key in keys])
     params = [entry.local for entry in entries]
     launch = backend.launch(rule, len(signature(rule).scalars), dtypes, params, row_of)
-    return _Batch(launch, entries, list(rows.values()), row_of)
+    return _Batch(launch, [entry.param for entry in entries], entries, list(rows.values()), row_of)

@@ -18,11 +18,12 @@ from descend.backends.cpu.intrinsics import (
     fetch_add,
     load_int,
     loader,
+    prefetcher,
     store_double,
     store_int,
     storer,
 )
-from descend.backends.cpu.kernels import ROW, assembly
+from descend.backends.cpu.kernels import AHEAD, PREFETCHED, ROW, assembly
 from descend.core.measures import COLUMNS
 
 # The order of these sums is free, so that they are vectorised; NaN and Inf stay exact.
@@ -45,11 +46,13 @@ def measures_kernel(dtypes: tuple[torch.dtype, ...], compute: torch.dtype, momen
         moments: positions of Adam's two averages among the state tensors, if the rule has both.
     """
     addresses_of, load = chunk_addresses(dtypes), loader(dtypes, compute)
+    prefetch, line = prefetcher(dtypes), 64 // max(dtype.itemsize for dtype in dtypes)
     keep, kept = storer((compute, compute), compute), loader((compute,), compute)
     tensors, columns, has_moments = len(dtypes), len(COLUMNS), moments is not None
     first, second = (2 + position for position in moments or (-2, -2))
     number = _NUMBER[compute]
-    # Counts are exact in float32, too: a chunk has fewer than 2**24 elements.
+    # Counts are exact in float32, too: a chunk has fewer than 2**24 elements. Ratios are summed in it, all positive and
+    # of one magnitude; squares are not, they would overflow.
     zero, one, infinity = number(0), number(1), number(math.inf)
 
     def kernel(call: int) -> None:
@@ -69,6 +72,13 @@ def measures_kernel(dtypes: tuple[torch.dtype, ...], compute: torch.dtype, momen
             if begin >= count:
                 break
             for chunk in range(begin, min(begin + block, count)):
+                if chunk + AHEAD < count:  # the other loop sees one chunk at a time, and asks for nothing ahead
+                    row = chunks + ROW * (chunk + AHEAD)
+                    pointers = addresses_of(
+                        addresses + 8 * tensors * load_int(row, 0), load_int(row, 1), load_int(row, 2)
+                    )
+                    for i in range(0, min(load_int(row, 3), PREFETCHED), line):
+                        prefetch(pointers, i)
                 row = chunks + ROW * chunk
                 length = load_int(row, 3)
                 pointers = addresses_of(addresses + 8 * tensors * load_int(row, 0), load_int(row, 1), load_int(row, 2))
@@ -77,29 +87,32 @@ def measures_kernel(dtypes: tuple[torch.dtype, ...], compute: torch.dtype, momen
                 store_int(update, 0, row)
                 store_int(update, 5, 0)
                 call_address(load_int(call, 8), update, 0)
-                grad_sq, update_sq, weight_sq, ratio = 0.0, 0.0, 0.0, 0.0
-                ratios, moving, lost, bad_grads, bad_weights = zero, zero, zero, zero, zero
+                grad_sq, update_sq, weight_sq = 0.0, 0.0, 0.0
+                ratio, ratios, moving, lost, bad_grads, bad_weights = zero, zero, zero, zero, zero, zero
                 for i in range(length):
                     values, before = load(pointers, i), kept((scratch,), i)[0]
                     after, grad = values[0], values[1]
-                    change = np.float64(after) - np.float64(before)
+                    change = after - before
                     grad_sq += np.float64(grad) * np.float64(grad)
-                    update_sq += change * change
+                    update_sq += np.float64(change) * np.float64(change)
                     weight_sq += np.float64(before) * np.float64(before)
                     if has_moments:
                         is_used = values[second] > zero
                         noise = math.sqrt(values[second] if is_used else one)
-                        ratio += np.float64(math.fabs(values[first]) / noise if is_used else zero)
+                        ratio += math.fabs(values[first]) / noise if is_used else zero
                         ratios += one if is_used else zero
                     moving += one if grad != zero else zero
                     lost += one if grad != zero and after == before else zero
-                    bad_grads += zero if math.fabs(grad) < infinity else one
-                    bad_weights += zero if math.fabs(after) < infinity else one
+                if not grad_sq + update_sq + weight_sq < math.inf:  # else there is none
+                    for i in range(length):
+                        values = load(pointers, i)
+                        bad_grads += zero if math.fabs(values[1]) < infinity else one
+                        bad_weights += zero if math.fabs(values[0]) < infinity else one
                 place = columns * chunk
                 store_double(sums, place, grad_sq)
                 store_double(sums, place + 1, update_sq)
                 store_double(sums, place + 2, weight_sq)
-                store_double(sums, place + 3, ratio)
+                store_double(sums, place + 3, np.float64(ratio))
                 store_double(sums, place + 4, np.float64(ratios))
                 store_double(sums, place + 5, np.float64(moving))
                 store_double(sums, place + 6, np.float64(lost))
