@@ -72,8 +72,8 @@ class Monitor(Observer):
         >>> monitor = Monitor(optimizer, every=1)
         >>> model.weight.grad = torch.tensor([[3.0, 4.0]])
         >>> optimizer.step()
-        >>> monitor.read()["params"]["weight"]["update_norm"]
-        2.5
+        >>> monitor.read()["params"]["weight"]["grad_norm"]
+        5.0
     """
 
     def __init__(
