@@ -11,7 +11,7 @@ demo: $(READY)  ## train a small network on handwritten digits with four optimiz
 	$(BIN)/descend compare digits --out runs/digits
 
 test: $(READY)  ## tests and doctests
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses auto --dist worksteal
 	$(BIN)/python -m pytest --doctest-modules --pyargs descend
 
 test-all: $(READY)  ## also every combination of dtypes

@@ -20,10 +20,12 @@ from collections.abc import Iterable
 from fnmatch import fnmatchcase
 from typing import Any, NamedTuple
 
-from contest import FOREACH, FUSED, OURS, Pace
 from process_group import on_ranks
 from sharded import Case, Measured, Memory, Turn, measure_state, time_case
 from step import environment, parse_arguments
+
+from descend.bench.clock import Pace
+from descend.bench.methods import FOREACH, FUSED, OURS
 
 Results = dict[str, dict[str, Measured]]
 """Case name -> contender -> what was measured."""

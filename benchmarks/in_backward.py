@@ -27,11 +27,14 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from contest import FUSED, OURS, Contender, Pace, Shape, Timing, interleave, small_transformer
+from contest import small_transformer
 from step import environment, print_row
 from torch import Tensor, nn
 
 import descend
+from descend.bench.clock import Contender, Pace, Timing, interleave
+from descend.bench.methods import FUSED, OURS
+from descend.bench.shapes import Shape
 
 INSIDE = " inside"
 WAYS = (OURS, OURS + INSIDE, FUSED, FUSED + INSIDE)

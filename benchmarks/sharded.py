@@ -1,6 +1,6 @@
 """What ``distributed.py`` times on each rank: models whose parameters lie on ranks, contenders, and the clock.
 
-How the times are made comparable (the rest is as in ``contest.py``):
+How the times are made comparable (the rest is as in ``descend.bench``):
 
 - **All ranks begin at the same instant**; a step takes as long as on the slowest of them. The first rotates. A barrier
   alone lets ranks go up to milliseconds apart, which a step that reduces something would have to wait for.
@@ -26,21 +26,7 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
-from contest import (
-    FEWEST_TURNS,
-    FOREACH,
-    FUSED,
-    MAX_NORM,
-    OURS,
-    PEERS,
-    Pace,
-    Timing,
-    clip_and_step,
-    gpt2_sizes,
-    keep_gradients,
-    resnet50_sizes,
-    small_transformer,
-)
+from contest import MAX_NORM, small_transformer
 from process_group import Collectives, from_all, from_rank_0, sent_on_sockets
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
@@ -50,6 +36,10 @@ from torch.distributed.tensor import DTensor, Shard
 from torch.nn.parallel import DistributedDataParallel
 
 import descend
+from descend.bench.clock import FEWEST_TURNS, Pace, Timing, keep_gradients
+from descend.bench.contenders import clip_and_step
+from descend.bench.methods import FOREACH, FUSED, OURS, PEERS
+from descend.bench.shapes import gpt2_sizes, resnet50_sizes
 
 SMALL = (32, 16)
 COUNTED_STEPS = 4
@@ -245,7 +235,7 @@ def contender(name: str, case: Case, shrink: int) -> Contender:
         peer = ZeroRedundancyOptimizer(params, torch.optim.AdamW, fused=True)
     else:
         peer = torch.optim.AdamW(params, **PEERS[name])
-    return Contender(partial(clip_and_step, params, peer) if case.clip else peer.step, prepare)
+    return Contender(partial(clip_and_step, params, peer, MAX_NORM) if case.clip else peer.step, prepare)
 
 
 # The clock.

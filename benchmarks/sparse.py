@@ -46,7 +46,7 @@ from typing import Any, Literal, NamedTuple
 import numba
 import numpy as np
 import torch
-from contest import DTYPES, Contender, Shape
+from contest import DTYPES
 from llvmlite import ir as llvm_ir
 from numba import types
 from step import environment, print_row
@@ -55,6 +55,8 @@ from torch import Tensor
 import descend
 from descend.backends.cpu import threads
 from descend.backends.cpu.intrinsics import fetch_add, intrinsic, load_int, prefetcher
+from descend.bench.clock import Contender
+from descend.bench.shapes import Shape
 from descend.state.available_memory import available_memory
 
 TOUCHED, EXACT, TORCH, DENSE, FLOOR = "touched", "exact", "torch", "dense", "floor"

@@ -3,11 +3,11 @@
     python benchmarks/step.py [--only PATTERN] [--quick] [--json FILE]
 
 Prints milliseconds, how many times faster ours is than each peer (torch's AdamW, for the two that
-torch does not have), and the bytes per second that ours moves beside a measured copy bandwidth;
+torch does not have), and the bytes per second that ours moves beside the memory bandwidth measured;
 then Python time per step, a training step, import and first-step times; at last the figures that
 the project wants to reach, with what was measured.
 
-All times are medians. ``contest.py`` says what is timed and how the comparison is kept fair. On a
+All times are medians. ``contest.py`` says what is timed, ``descend.bench`` how the comparison is kept fair. On a
 machine that is busy with something else the figures are worthless.
 """
 
@@ -26,23 +26,13 @@ from unittest import mock
 import torch
 from contest import (
     COLD_SHAPES,
-    DEFAULT,
     DTYPES,
-    FUSED,
-    METHODS,
     MODEL_SHAPES,
-    OURS,
-    PEERS,
     PYTHON_SHAPES,
     ROW_SHAPES,
-    SHAPES,
     THOROUGH,
     UNPLANNED,
     Case,
-    Pace,
-    Shape,
-    Timing,
-    copy_bandwidth,
     draw_values,
     time_case,
     time_training,
@@ -50,6 +40,10 @@ from contest import (
 from first_step import in_fresh_process
 
 from descend.backends.cpu import probe
+from descend.bench.bandwidth import Bandwidth, measure
+from descend.bench.clock import Pace, Timing
+from descend.bench.methods import DEFAULT, FUSED, METHODS, OURS, PEERS
+from descend.bench.shapes import SHAPES, Shape
 
 Timings = dict[str, dict[str, Timing]]
 """Case name -> contender -> seconds."""
@@ -214,16 +208,16 @@ def times_faster(timings: dict[str, Timing], peers: Iterable[str]) -> list[str]:
     return [f"{timings[peer].median / timings[OURS].median:.2f}x" if peer in timings else "-" for peer in peers]
 
 
-def report_models(cases: list[Case], plan: Plan, copied: float) -> Timings:
+def report_models(cases: list[Case], plan: Plan, memory: Bandwidth) -> Timings:
     """Print a line per case as it is measured: milliseconds, ratios, bandwidth."""
     print("\nMilliseconds per step; how many times faster ours is; what a step of ours moves.\n")
-    print_row("case", [OURS, *PEERS, *(f"/{peer}" for peer in PEERS), "GB/s", "of copy"])
+    print_row("case", [OURS, *PEERS, *(f"/{peer}" for peer in PEERS), "GB/s", "of memory"])
     report: Timings = {}
     for case, timings in run_cases(cases, plan):
         report[case.name] = timings
         moved = case.bytes_moved(plan.shapes[case.shape]) / timings[OURS].median
         milliseconds = [f"{timings[name].median * 1e3:.3f}" if name in timings else "-" for name in (OURS, *PEERS)]
-        bandwidth = [f"{moved / 1e9:.1f}", f"{moved / copied:.0%}"]
+        bandwidth = [f"{moved / 1e9:.1f}", f"{moved / memory.rate:.0%}"]
         print_row(case.name, [*milliseconds, *times_faster(timings, PEERS), *bandwidth])
     return report
 
@@ -353,12 +347,12 @@ def main() -> None:
     python = [case for case in python if case.name in arguments.names]
 
     about = environment()
-    copied = copy_bandwidth(numel=64 * 2**20, repeats=15)
-    print(", ".join(f"{key} {value}" for key, value in about.items()) + f", copy {copied / 1e9:.1f} GB/s")
+    memory = measure(footprint=512 * 2**20)
+    print(", ".join(f"{key} {value}" for key, value in about.items()) + f", memory {memory.rate / 1e9:.1f} GB/s")
 
     timings: Timings = {}
     if models:
-        timings |= report_models(models, plan, copied)
+        timings |= report_models(models, plan, memory)
     if python:
         timings |= report_python(python, plan)
     if PYTHON_PROBE in arguments.names:
@@ -379,7 +373,7 @@ def main() -> None:
         report = {
             "environment": about,
             "quick": arguments.quick,
-            "copy_bytes_per_second": copied,
+            "memory_bytes_per_second": memory.rate,
             "seconds": cases,
             "figures": figures,
         }

@@ -31,7 +31,7 @@ ARROWS = {
     "__init__": {"public"},
     "reporting": set(),
     "compare": {"__init__", "reporting"},
-    "bench": {"__init__", "reporting"},
+    "bench": {"__init__", "reporting", "state"},
     "command": {"__init__", "bench", "compare", "diagnostics", "reporting"},
     "__main__": {"command"},
 }

@@ -102,7 +102,7 @@ GROUPS: list[tuple[list[Any], list[list[str]]]] = [
 
 
 @pytest.mark.parametrize("params", [Model, lambda: Model().named_parameters(), lambda: [*Model().named_parameters()]])
-@pytest.mark.parametrize(("groups", "expected"), GROUPS, ids=lambda entry: str(entry)[:50])
+@pytest.mark.parametrize(("groups", "expected"), GROUPS, ids=map(str, range(len(GROUPS))))
 def test_patterns_sort_parameters(groups: Any, expected: Any, params: Callable[[], Any]) -> None:
     optimizer = AdamW(params(), lr=0.01, weight_decay=0.1, groups=groups)
     found = groups_of(optimizer)

@@ -7,11 +7,15 @@ from typing import Annotated, Any, cast
 import typer
 
 from descend import __version__
+from descend.command.bench import bench
 from descend.command.compare import compare
+from descend.command.inspect import inspect
 from descend.reporting.errors import UsageError
 
 app = typer.Typer(add_completion=False, rich_markup_mode="rich", pretty_exceptions_enable=False)
 app.command()(compare)
+app.command()(bench)
+app.command()(inspect)
 
 
 def _version(is_given: bool) -> None:
