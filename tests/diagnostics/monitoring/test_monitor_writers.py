@@ -13,7 +13,7 @@ from cases import give_grads, params_of
 from torch import nn
 
 from descend import SGD, Monitor
-from descend.diagnostics.monitor_writers import JsonLines, read_json_lines, writer
+from descend.diagnostics.monitoring.writers import JsonLines, read_json_lines, writer
 
 
 def watched(steps: int = 2, **options: Any) -> Monitor:

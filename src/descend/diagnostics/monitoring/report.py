@@ -9,9 +9,9 @@ from typing import Any
 
 import numpy as np
 
-from descend.diagnostics.dead_rows import DeadRows
-from descend.diagnostics.monitor_alerts import Alert
-from descend.diagnostics.monitor_records import Record, metrics_of
+from descend.diagnostics.monitoring.alerts import Alert
+from descend.diagnostics.monitoring.dead_rows import DeadRows
+from descend.diagnostics.monitoring.records import Record, metrics_of
 from descend.reporting.axes import log_axis
 from descend.reporting.errors import UsageError, unknown
 from descend.reporting.page import Block, Chart, Entry, Legend, Prose, Section, Table, chart_text, page

@@ -13,11 +13,12 @@ from torch import Tensor, nn
 
 from descend.core.measures import Observer, Sample
 from descend.core.method import Method
-from descend.diagnostics import monitor_alerts, monitor_callbacks, monitor_ranks, monitor_report
-from descend.diagnostics.dead_rows import DeadRows, dead_rows
-from descend.diagnostics.monitor_alerts import KINDS, Alert, On, Watch
-from descend.diagnostics.monitor_records import Clipping, Names, Record
-from descend.diagnostics.monitor_writers import writer
+from descend.diagnostics.monitoring import alerts, callbacks, ranks
+from descend.diagnostics.monitoring import report as page
+from descend.diagnostics.monitoring.alerts import KINDS, Alert, On, Watch
+from descend.diagnostics.monitoring.dead_rows import DeadRows, dead_rows
+from descend.diagnostics.monitoring.records import Clipping, Names, Record
+from descend.diagnostics.monitoring.writers import writer
 
 
 class Monitor(Observer):
@@ -103,7 +104,7 @@ class Monitor(Observer):
         self.optimizer, self.every, self.step, self._detail = optimizer, every, step, detail
         self.skipped = 0
         self.alerts: list[Alert] = []
-        self._actions = monitor_alerts.actions(on)
+        self._actions = alerts.actions(on)
         self._writers = [writer(each) for each in (to if isinstance(to, list | tuple) else [to]) if each is not None]
         pairs = names.named_parameters() if isinstance(names, nn.Module) else names or ()
         self._given = {param: name for name, param in pairs}
@@ -131,7 +132,7 @@ class Monitor(Observer):
         Raises:
             ImportError: if Lightning is not installed.
         """
-        return monitor_callbacks.lightning(cls, options)
+        return callbacks.lightning(cls, options)
 
     @classmethod
     def transformers_callback(cls, **options: Any) -> Any:
@@ -145,7 +146,7 @@ class Monitor(Observer):
         Raises:
             ImportError: if transformers is not installed.
         """
-        return monitor_callbacks.transformers(cls, options)
+        return callbacks.transformers(cls, options)
 
     def close(self) -> None:
         """Measure no more. What was measured stays."""
@@ -175,7 +176,7 @@ class Monitor(Observer):
         if not self._records:
             return {}
         record = self._records[-1]
-        return (monitor_ranks.reduced(self.optimizer, record) if all_ranks else record).as_dict()
+        return (ranks.reduced(self.optimizer, record) if all_ranks else record).as_dict()
 
     @property
     def history(self) -> list[dict[str, Any]]:
@@ -209,7 +210,7 @@ class Monitor(Observer):
             UsageError: if there is nothing to draw, the file exists, a layer does not, or plotly is not installed.
         """
         self._collect()
-        return monitor_report.report(
+        return page.report(
             Path(path),
             overwrite,
             type(self.optimizer).__name__,
@@ -247,7 +248,7 @@ class Monitor(Observer):
         if sample is not None:
             self._take(sample)
         if is_news:
-            self._alert([monitor_alerts.nonfinite(self.step, bad)])
+            self._alert([alerts.nonfinite(self.step, bad)])
 
     def _take(self, sample: Sample) -> None:
         """Put a sample on record; if it is on a device, it waits there until the next."""
@@ -272,11 +273,11 @@ class Monitor(Observer):
             if self._actions:
                 self._alert(self._watch.look(record))
 
-    def _alert(self, alerts: Sequence[Alert]) -> None:
-        wanted = [alert for alert in alerts if alert.kind in self._actions]
+    def _alert(self, found: Sequence[Alert]) -> None:
+        wanted = [alert for alert in found if alert.kind in self._actions]
         self.alerts += wanted
         for alert in wanted:
-            monitor_alerts.act(alert, self._actions[alert.kind])
+            alerts.act(alert, self._actions[alert.kind])
 
     def _current_names(self) -> Names:
         if not self._names.fit(self.optimizer.param_groups):

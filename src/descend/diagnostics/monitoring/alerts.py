@@ -9,7 +9,7 @@ from typing import Any, Literal, NamedTuple, TypeAlias
 import numpy as np
 
 from descend.core.measures import COLUMNS
-from descend.diagnostics.monitor_records import Names, Record
+from descend.diagnostics.monitoring.records import Names, Record
 
 Kind: TypeAlias = Literal["spike", "dead", "nonfinite"]
 KINDS: tuple[Kind, ...] = ("spike", "dead", "nonfinite")

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from descend import SGD, AdamW, Monitor
-from descend.diagnostics.monitor_alerts import Alert, MonitorError, MonitorWarning
+from descend.diagnostics.monitoring.alerts import Alert, MonitorError, MonitorWarning
 
 
 def run(grads: list[float], rates: list[float] | None = None, **options: Any) -> Monitor:
