@@ -35,38 +35,36 @@ DARK = {
     PURPLE: "#d79bd0",
 }
 
-matplotlib.use("svg")
-matplotlib.rcParams.update(
-    {
-        "axes.edgecolor": PALE,
-        "axes.facecolor": PAPER,
-        "axes.grid": True,
-        "axes.labelcolor": INK,
-        "axes.spines.right": False,
-        "axes.spines.top": False,
-        "axes.titlelocation": "left",
-        "axes.titlesize": "medium",
-        "axes.titlecolor": INK,
-        "axes.titlepad": 10,
-        "figure.constrained_layout.use": True,
-        "figure.facecolor": PAPER,
-        "figure.figsize": (5.2, 3.3),
-        "font.size": 9.5,
-        "grid.color": PALE,
-        "grid.linewidth": 0.6,
-        "legend.frameon": False,
-        "legend.labelcolor": INK,
-        "lines.linewidth": 1.8,
-        "savefig.facecolor": PAPER,
-        "svg.fonttype": "none",
-        "svg.hashsalt": "descend",
-        "text.color": INK,
-        "xtick.color": PALE,
-        "xtick.labelcolor": INK,
-        "ytick.color": PALE,
-        "ytick.labelcolor": INK,
-    }
-)
+STYLE = {
+    "axes.edgecolor": PALE,
+    "axes.facecolor": PAPER,
+    "axes.grid": True,
+    "axes.labelcolor": INK,
+    "axes.spines.right": False,
+    "axes.spines.top": False,
+    "axes.titlelocation": "left",
+    "axes.titlesize": "medium",
+    "axes.titlecolor": INK,
+    "axes.titlepad": 10,
+    "figure.constrained_layout.use": True,
+    "figure.facecolor": PAPER,
+    "figure.figsize": (5.2, 3.3),
+    "font.size": 9.5,
+    "grid.color": PALE,
+    "grid.linewidth": 0.6,
+    "legend.frameon": False,
+    "legend.labelcolor": INK,
+    "lines.linewidth": 1.8,
+    "savefig.facecolor": PAPER,
+    "svg.fonttype": "none",
+    "svg.hashsalt": "descend",
+    "text.color": INK,
+    "xtick.color": PALE,
+    "xtick.labelcolor": INK,
+    "ytick.color": PALE,
+    "ytick.labelcolor": INK,
+}
+matplotlib.rcParams.update(STYLE)
 
 
 def new_figure(title: str, x: str, y: str) -> tuple[Figure, Axes]:

@@ -65,6 +65,9 @@ def with_quotations(markdown: str, page: str) -> str:
         code = definition(folder / found[2], found[1])
         return f'```python title="{posixpath.normpath(found[2]).replace("../", "")}"\n{code}\n```'
 
+    def output(found: re.Match[str]) -> str:
+        return f"```{{.text .printed}}\n{(folder / found[1]).read_text('utf-8').rstrip()}\n```"
+
     def link(found: re.Match[str]) -> str:
         path = repository_path(page, found[2])
         if path is None:
@@ -72,9 +75,7 @@ def with_quotations(markdown: str, page: str) -> str:
         lines = re.sub(r"^#L(\d+).*\)$", r"#__codelineno-0-\1)", found[3])
         return f"{found[1]}{posixpath.relpath(f'source/{path}.md', posixpath.dirname(page) or '.')}{lines}"
 
-    markdown = SOURCE.sub(source, markdown)
-    markdown = OUTPUT.sub(lambda found: f"```{{.text .printed}}\n{(folder / found[1]).read_text('utf-8').rstrip()}\n```", markdown)
-    return LINK.sub(link, markdown)
+    return LINK.sub(link, OUTPUT.sub(output, SOURCE.sub(source, markdown)))
 
 
 def source_page(path: str) -> str:

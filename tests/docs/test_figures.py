@@ -7,9 +7,12 @@ import re
 import xml.etree.ElementTree as ElementTree
 from pathlib import Path
 
+import matplotlib
 import pytest
 from doc_pages import ROOT
-from figures import DARK, LEARN, digest, power_of_ten, with_dark_scheme
+
+with matplotlib.rc_context():  # for the scripts alone
+    from figures import DARK, LEARN, STYLE, digest, power_of_ten, with_dark_scheme
 
 SCRIPTS = sorted((ROOT / "examples").glob("learn_*.py"))
 MEASURED = re.compile(r"\*\*([\d.,e+-]*\d)\*\*")
@@ -30,7 +33,8 @@ def test_every_chapter_has_a_script() -> None:
 @pytest.mark.parametrize("script", SCRIPTS, ids=chapter_of)
 def test_script_draws_what_the_chapter_shows(script: Path, tmp_path: Path) -> None:
     chapter = chapter_of(script)
-    importlib.import_module(script.stem).main(["--quick", "--out", str(tmp_path)])
+    with matplotlib.rc_context(STYLE):
+        importlib.import_module(script.stem).main(["--quick", "--out", str(tmp_path)])
     shown = set(re.findall(r"!\[[^\]]+\]\(([\w-]+\.svg)\)", (LEARN / f"{chapter}.md").read_text("utf-8")))
     assert figures_of(tmp_path, chapter) == shown == figures_of(LEARN, chapter)
     assert len((tmp_path / f"{chapter}.txt").read_text("utf-8").splitlines()) > 3
