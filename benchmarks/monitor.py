@@ -18,9 +18,11 @@ from fnmatch import fnmatchcase
 from typing import NamedTuple
 
 import torch
-from contest import SHAPES, draw_values, reallocate_gradients
+from contest import draw_values
 
 from descend import AdamW, Monitor
+from descend.bench.contenders import reallocate_gradients
+from descend.bench.shapes import SHAPES
 
 CASES = (("1000x1000", "float32", 40), ("gpt2", "float32", 1), ("gpt2", "bfloat16", 1))
 

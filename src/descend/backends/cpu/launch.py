@@ -170,10 +170,13 @@ class Launch(ChunkTable):
 
     def measured(self) -> np.ndarray:
         """Chunks added in their order: the bits do not depend on threads."""
-        sums, filled = np.zeros((len(self._counts), len(COLUMNS))), self._counts > 0
+        chunks, counts = self.measured_chunks(), self._counts
+        if (counts == 1).all():
+            return chunks.copy()
+        sums, filled = np.zeros((len(counts), len(COLUMNS))), counts > 0
         if filled.any():
-            counts = self._counts[filled]
-            sums[filled] = np.add.reduceat(self.measured_chunks(), np.cumsum(counts) - counts)
+            starts = np.cumsum(counts) - counts
+            sums[filled] = np.add.reduceat(chunks, starts[filled])
         return sums
 
     def sum_of_squares(self, column: int = 1, dtype: torch.dtype | None = None) -> float:

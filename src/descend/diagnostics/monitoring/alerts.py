@@ -148,19 +148,18 @@ class _Window:
 
     def add(self, values: np.ndarray) -> np.ndarray:
         """Take values in; return how many times the median they are where a spike begins, elsewhere 0."""
-        times = np.zeros(len(values))
+        times, high = np.zeros(len(values)), np.zeros(len(values), bool)
         last = self._rows[(self._count - 1) % WINDOW]
         rows = self._rows[: min(self._count, WINDOW)]
-        if self._count >= FEWEST:
-            # The largest first: medians cost more, and are rarely needed.
-            above = np.flatnonzero(values > rows.max(axis=0))
+        # The largest first: medians cost more, and are rarely needed.
+        above = np.flatnonzero(values > rows.max(axis=0)) if self._count >= FEWEST else np.zeros(0, np.int64)
+        if len(above):
             median = np.median(rows[:, above], axis=0)
             is_high = (median > 0) & (values[above] > FACTOR * median)
             above, median = above[is_high], median[is_high]
-            high = np.zeros(len(values), bool)
             high[above] = True
             times[above] = np.where(self._was_high[above], 0, values[above] / median)
-            self._was_high = high
+        self._was_high = high
         # What is not known, NaN and Inf, would spoil the medians to come.
         self._rows[self._count % WINDOW] = np.where(np.isfinite(values), values, last)
         self._count += 1
