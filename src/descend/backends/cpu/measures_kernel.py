@@ -31,7 +31,7 @@ _OPTIONS: dict[str, Any] = {"error_model": "numpy", "fastmath": {"contract", "ns
 
 _NUMBER: dict[torch.dtype, Any] = {torch.float32: np.float32, torch.float64: np.float64}
 
-CALL = 128  # bytes in front of a thread's scratch memory, for the arguments of the other loop
+CALL = 128  # as in ``launch``: bytes in front of a thread's scratch memory, for the arguments of the other loop
 
 
 def measures_kernel(dtypes: tuple[torch.dtype, ...], compute: torch.dtype, moments: tuple[int, int] | None) -> str:
