@@ -17,11 +17,7 @@ def help_of(name: str) -> str:
 
     command: Any = typer.main.get_command(app)
     command = command.commands[name]
-    rows = [
-        f"| `{' '.join([*_names(param), *_value(param)])}` | {_markdown(param.help)} |"
-        for param in command.params
-        if param.name != "help" and not getattr(param, "hidden", False)
-    ]
+    rows = [f"| `{' '.join([*_names(param), *_value(param)])}` | {_markdown(param.help)} |" for param in command.params]
     return "\n".join([_markdown(inspect.cleandoc(command.help)), "", "| argument or option | |", "|---|---|", *rows])
 
 

@@ -49,7 +49,7 @@ def run(
     if before is None:
         return None
     with torch.no_grad():
-        return _sums(before, grad, results[0], written, moments(rule))
+        return _sums(before, grad, written, moments(rule))
 
 
 def run_rows(
@@ -343,19 +343,18 @@ def _widest(tensor: Tensor) -> torch.dtype:
     return torch.float32 if tensor.device.type == "mps" else torch.float64
 
 
-def _sums(before: Tensor, grad: Tensor, after: Tensor, written: Sequence[Tensor], moments: Any) -> Tensor:
+def _sums(before: Tensor, grad: Tensor, written: Sequence[Tensor], moments: Any) -> Tensor:
     """What ``core.measures.COLUMNS`` lists, as a tensor on the parameter's device: nothing waits for it.
 
     Args:
         before: the parameter before the step, in the compute dtype.
         grad: the gradient as it is stored, in the compute dtype.
-        after: the parameter that the rule returned.
         written: parameter and state tensors after the step.
         moments: positions of the two averages among the state tensors, or None.
     """
     wide = _widest(before)
     kept, old, new = written[0].to(before.dtype), before.to(wide), written[0].to(wide)
-    moved = after != before
+    moving = grad != 0
     sums = [grad.to(wide).square().sum(), (new - old).square().sum(), old.square().sum()]
     if moments is None:
         sums += [old.new_zeros(())] * 2
@@ -363,5 +362,5 @@ def _sums(before: Tensor, grad: Tensor, after: Tensor, written: Sequence[Tensor]
         exp_avg, exp_avg_sq = (written[1 + position].to(before.dtype) for position in moments)
         is_used = exp_avg_sq > 0
         sums += [torch.where(is_used, exp_avg.abs() / exp_avg_sq.sqrt(), 0).to(wide).sum(), is_used.sum()]
-    sums += [moved.sum(), (moved & (kept == before)).sum(), (~grad.isfinite()).sum(), (~new.isfinite()).sum()]
+    sums += [moving.sum(), (moving & (kept == before)).sum(), (~grad.isfinite()).sum(), (~new.isfinite()).sum()]
     return torch.stack([value.to(wide) for value in sums])

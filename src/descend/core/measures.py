@@ -8,16 +8,15 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from descend.core.signature import signature
 
 # Sums over the elements of a parameter. Squares: of the gradient as it is stored, of the change of the stored
-# parameter, of the parameter before it. ``ratio``: |exp_avg| / sqrt(exp_avg_sq) where the latter is positive, and at
-# how many elements it is. Counts: elements that the rule changes in the precision of its arithmetic; those among them
-# whose stored value stays the same; NaN and Inf in the gradient, and in the parameter after the step.
-COLUMNS = ("grad_sq", "update_sq", "weight_sq", "ratio", "ratios", "moved", "lost", "bad_grads", "bad_weights")
+# parameter, of the parameter before it. ``ratio``: |exp_avg| / sqrt(exp_avg_sq) after it, where the latter is
+# positive; ``ratios``: at how many elements it is. Counts: elements whose gradient is not zero; those among them whose
+# stored value stays the same; NaN and Inf in the gradient, and in the parameter after the step.
+COLUMNS = ("grad_sq", "update_sq", "weight_sq", "ratio", "ratios", "moving", "lost", "bad_grads", "bad_weights")
 
 
 class Part(NamedTuple):
@@ -28,7 +27,6 @@ class Part(NamedTuple):
         sums: a row a parameter, its columns are ``COLUMNS``, float64; on the parameters' device.
         scale: what stored gradients were multiplied by to undo a loss scale.
         corrections: for each parameter, what removes the averages' bias from ``ratio``; None without such averages.
-        can_lose: whether parameters are stored in fewer digits than the rule computes with.
         rows: how many rows the gradient named, if it was sparse.
     """
 
@@ -36,7 +34,6 @@ class Part(NamedTuple):
     sums: np.ndarray | Tensor
     scale: float
     corrections: np.ndarray | None
-    can_lose: bool
     rows: int | None = None
 
 
@@ -58,13 +55,10 @@ class Sample:
         sums: np.ndarray | Tensor,
         rule: Callable[..., Any],
         corrections: np.ndarray,
-        dtypes: tuple[torch.dtype, ...],
         rows: int | None = None,
     ) -> None:
-        """Add a part, see ``Part``; ``dtypes`` are those of parameter, gradient and state."""
-        has_ratio = moments(rule) is not None
-        can_lose = any(torch.promote_types(dtype, torch.float32) != dtypes[0] for dtype in dtypes)
-        self.parts.append(Part(params, sums, self.scale, corrections if has_ratio else None, can_lose, rows))
+        """Add a part, see ``Part``."""
+        self.parts.append(Part(params, sums, self.scale, corrections if moments(rule) else None, rows))
 
 
 class Observer(ABC):

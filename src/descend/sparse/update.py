@@ -60,8 +60,8 @@ class SparseUpdate(Update):
         assert local.grad is not None
         self._dtype = torch.promote_types(local.grad.dtype, torch.float32)  # sums need the digits
         state = method.state_of(param)
-        self._dtypes = (param.dtype, self._dtype, *state_dtypes(method, param, rule, state))
-        self._rows = backend.rows(rule, len(signature(rule).scalars), self._dtypes, meaning == "all")
+        dtypes = (param.dtype, self._dtype, *state_dtypes(method, param, rule, state))
+        self._rows = backend.rows(rule, len(signature(rule).scalars), dtypes, meaning == "all")
         self._scale = self._step = 1.0
         self._scalars: list[float] = []
         self._next_state: list[float] = []
@@ -158,7 +158,7 @@ class SparseUpdate(Update):
         if sample is not None:
             corrections = np.array([correction(method.param_groups[self._group], self._step)])
             named = len(self._rows.rows)
-            sample.add([self._param], self._rows.measured(), self._rule, corrections, self._dtypes, named)
+            sample.add([self._param], self._rows.measured(), self._rule, corrections, named)
         for name, value in zip(method.scalar_state, self._next_state, strict=True):
             self._state[name].fill_(value)
         if method.counts_steps and method.step_is_int:

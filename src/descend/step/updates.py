@@ -67,10 +67,10 @@ class _ScalarsRow:
 
 
 class _Batch(NamedTuple):
-    """One launch: the parameters in it, the rows of its scalars table, and the row of each parameter."""
+    """One launch: its parameters and their entries, the rows of its scalars table, and the row of each parameter."""
 
     launch: Launch
-    dtypes: tuple[torch.dtype, ...]
+    params: list[Tensor]
     entries: list[Entry]
     rows: list[_ScalarsRow]
     row_of: np.ndarray
@@ -168,10 +168,9 @@ class LaunchUpdate(Update):
 
     def _add_to(self, sample: Sample, method: Method) -> None:
         """Add what the launches have measured in the step that is about to be counted."""
-        for launch, dtypes, entries, rows, row_of in self._batches:
+        for launch, params, entries, rows, row_of in self._batches:
             corrections = np.array([correction(method.param_groups[row.group], row.step + 1) for row in rows])
-            params, rule = [entry.param for entry in entries], entries[0].rule
-            sample.add(params, launch.measured(), rule, corrections[row_of], dtypes)
+            sample.add(params, launch.measured(), entries[0].rule, corrections[row_of])
 
     def _next_values(self) -> np.ndarray:
         """The scalar state after the step, in the order of its tensors."""
@@ -252,9 +251,8 @@ class SingleUpdate(Update):
                 measures=sample is not None,
             )
             if sample is not None and sums is not None:
-                dtypes = entry.param.dtype, self._grad.dtype, *(tensor.dtype for tensor in tensors)
                 corrections = np.array([correction(group, step) if method.counts_steps else 1.0])
-                sample.add([entry.param], sums[None], entry.rule, corrections, dtypes)
+                sample.add([entry.param], sums[None], entry.rule, corrections)
             for tensor, value in zip(scalar_state, next_state, strict=True):
                 tensor.copy_(torch.as_tensor(value, device=tensor.device).reshape(()))
             if method.counts_steps:
@@ -293,4 +291,4 @@ def _batch(
     row_of = np.array([index[key] for key in keys])
     params = [entry.local for entry in entries]
     launch = backend.launch(rule, len(signature(rule).scalars), dtypes, params, row_of)
-    return _Batch(launch, dtypes, entries, list(rows.values()), row_of)
+    return _Batch(launch, [entry.param for entry in entries], entries, list(rows.values()), row_of)

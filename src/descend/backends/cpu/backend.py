@@ -66,6 +66,9 @@ class CpuBackend:
         def run(values: np.ndarray) -> None:
             scalar_state.set_next(values)
             versions.bump()
+            if measures:
+                for launch in launches:
+                    launch.measured_update_call()
             sequence.run()
 
         return run

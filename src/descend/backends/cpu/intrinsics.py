@@ -255,29 +255,6 @@ def storer(dtypes: tuple[torch.dtype, ...], compute: torch.dtype) -> Any:
     return store
 
 
-def rounder(dtypes: tuple[torch.dtype, ...], compute: torch.dtype) -> Any:
-    """What ``storer`` would leave in memory, read again; and the new parameter in the compute dtype."""
-    columns = [column for column in range(len(dtypes)) if column != 1]
-    target = COMPUTED[compute]
-
-    @intrinsic
-    def stored(typing: Any, values: Any) -> Any:
-        kinds = getattr(values, "types", [values])
-
-        def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-            rounded, param = [], None
-            for position, (column, kind) in enumerate(zip(columns, kinds, strict=True)):
-                value = builder.extract_value(args[0], position) if isinstance(values, types.BaseTuple) else args[0]
-                value = context.cast(builder, value, kind, target)
-                param = value if param is None else param
-                rounded.append(_widen(builder, _narrow(builder, value, dtypes[column]), dtypes[column], value.type))
-            return context.make_tuple(builder, signature.return_type, [_pack(context, builder, rounded, target), param])
-
-        return types.Tuple([types.UniTuple(target, len(columns)), target])(values), generate
-
-    return stored
-
-
 @intrinsic
 def store_int(typing: Any, address: Any, index: Any, value: Any) -> Any:
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:

@@ -2,7 +2,7 @@
 
 This module is imported only to compile: ``object_files`` loads cached kernels without it.
 
-A kernel receives the address of eight int64 arguments, see ``launch.ChunkCall``:
+A kernel receives the address of seven int64 arguments, see ``launch.ChunkCall``:
 
     0 chunk table      rows of (tensor, offset in parameter and state, offset in gradient, length, scalars row, times):
                        the rule is applied so many times, with consecutive rows of scalars from that one on
@@ -12,7 +12,6 @@ A kernel receives the address of eight int64 arguments, see ``launch.ChunkCall``
     4 block            chunks that a thread claims at a time
     5 next chunk       the counter through which threads share the work
     6 partial sums     float64, one per chunk (the norm kernel's result)
-    7 measured sums    float64, a row per chunk (the result of ``measured_kernel``)
 """
 
 from __future__ import annotations
@@ -119,15 +118,6 @@ def _operations(compiled: Any) -> dict[Any, Any]:
     }
 
 
-def compiled_rule(rule: Any, compute: torch.dtype) -> Any:
-    """``rule`` on single elements of dtype ``compute``, for kernels to call."""
-
-    def compiled(function: Any) -> Any:
-        return njit(pipeline_class=_COMPILERS[compute], **OPTIONS)(function)
-
-    return retarget(rule, _operations(compiled), compiled)
-
-
 def update_kernel(rule: Any, scalars: int, dtypes: tuple[torch.dtype, ...], compute: torch.dtype) -> str:
     """LLVM assembly of the loop that applies ``rule`` to every element of every chunk.
 
@@ -137,7 +127,11 @@ def update_kernel(rule: Any, scalars: int, dtypes: tuple[torch.dtype, ...], comp
         dtypes: of the parameter, the gradient and the state tensors.
         compute: float32 or float64, the dtype of the arithmetic.
     """
-    apply = compiled_rule(rule, compute)
+
+    def compiled(function: Any) -> Any:
+        return njit(pipeline_class=_COMPILERS[compute], **OPTIONS)(function)
+
+    apply = retarget(rule, _operations(compiled), compiled)
     addresses_of, load, store = chunk_addresses(dtypes), loader(dtypes, compute), storer(dtypes, compute)
     load_scalars = scalars_loader(1 + scalars, compute)
     prefetch, line = prefetcher(dtypes), 64 // max(dtype.itemsize for dtype in dtypes)

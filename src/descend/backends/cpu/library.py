@@ -13,7 +13,7 @@ import torch
 from descend import ops
 from descend.backends.cpu import object_files
 from descend.backends.retarget import fingerprint
-from descend.core.measures import COLUMNS, moments
+from descend.core.measures import COLUMNS
 
 _OPS = {getattr(ops, name): name for name in ops.__all__}
 
@@ -42,19 +42,16 @@ def update(rule: FunctionType, scalars: int, dtypes: tuple[torch.dtype, ...], co
 
 
 @cache
-def measured_update(rule: FunctionType, scalars: int, dtypes: tuple[torch.dtype, ...], compute: torch.dtype) -> int:
-    """The same loop, which also sums up what ``core.measures.COLUMNS`` lists."""
+def measures(dtypes: tuple[torch.dtype, ...], compute: torch.dtype, moments: tuple[int, int] | None) -> int:
+    """The loop that runs another one, and sums up what ``core.measures.COLUMNS`` lists."""
 
-    def compile_measured() -> str:
-        from descend.backends.cpu import measured_kernel
+    def compile_measures() -> str:
+        from descend.backends.cpu import measures_kernel
 
-        try:
-            return measured_kernel.measured_kernel(rule, scalars, dtypes, compute, moments(rule))
-        except Exception as error:
-            raise RuleError(_explain(rule, error)) from error
+        return measures_kernel.measures_kernel(dtypes, compute, moments)
 
-    key = f"measured|{_sources()}|{COLUMNS}|{fingerprint(rule, _OPS)}|{moments(rule)}|{scalars}|{dtypes}|{compute}"
-    return object_files.load(f"{rule.__name__}_measured", key, compile_measured)
+    key = f"measures|{_sources()}|{COLUMNS}|{dtypes}|{compute}|{moments}"
+    return object_files.load("measures", key, compile_measures)
 
 
 @cache
@@ -146,7 +143,7 @@ def loop(function: FunctionType, arrays: int) -> int:
 def _sources() -> str:
     """A digest of the code that writes kernels: an edit there invalidates every cached kernel."""
     folder = files("descend.backends")
-    kernels = ("intrinsics", "kernels", "measured_kernel", "probe_kernel", "rows_kernel")
+    kernels = ("intrinsics", "kernels", "measures_kernel", "probe_kernel", "rows_kernel")
     names = (*(f"cpu/{name}.py" for name in kernels), "retarget.py")
     texts = [folder.joinpath(name).read_bytes() for name in names]
     return hashlib.sha256(b"".join(texts)).hexdigest()

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from descend.backends.cpu import library, object_files, threads
 from descend.backends.cpu.launch import CHUNK, NUMPY, ChunkCall, ScalarState, chunk_table
+from descend.core.measures import moments
 
 BLOCK = 64  # duplicates summed in sequence; more of one row are split, for threads and for precision
 DIGIT = 12  # most bits of a digit of the radix sort
@@ -83,7 +84,7 @@ class TouchedRows:
         self._compute = torch.float64 if torch.float64 in dtypes else torch.float32
         self._scalars = np.zeros((1, 1 + scalars), NUMPY[self._compute])
         self._rule, self._n_scalars, self._dtypes, self._all_rows = rule, scalars, dtypes, all_rows
-        self._update = self._measured_update = self._sums = 0
+        self._update = self._measures = self._sums = 0
         self._addresses = np.zeros((3, len(dtypes)), np.int64)
         self._call = ChunkCall()
         self._arguments = _Arguments("touched", 27)
@@ -102,7 +103,7 @@ class TouchedRows:
     def compile(self, wants_norm: bool, measures: bool = False) -> None:
         self._update = library.update(self._rule, self._n_scalars, self._dtypes, self._compute)
         if measures:
-            self._measured_update = library.measured_update(self._rule, self._n_scalars, self._dtypes, self._compute)
+            self._measures = library.measures(self._dtypes, self._compute, moments(self._rule))
         self._sums = library.rows("sums", self._dtypes[1])
         for name in ("touched", "mark"):
             library.rows(name)
@@ -188,7 +189,8 @@ class TouchedRows:
         if pointers != self._pointers:
             self._pointers = pointers
             self._addresses[:, 0], self._addresses[:, 2:] = pointers[0], pointers[1:]
-        calls = [self._call.measured_call(self._measured_update) if measures else self._call.call(self._update)]
+        update = self._call.measured_call(self._measures, self._update) if measures else self._call.call(self._update)
+        calls = [update]
         if mark is not None:
             steps, step = mark
             calls.append(_mark_call(self._mark, self.rows, steps, step, have_state=True))

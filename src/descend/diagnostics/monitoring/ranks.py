@@ -7,7 +7,7 @@ import copy
 import numpy as np
 
 from descend.core.method import Method
-from descend.diagnostics.monitor_records import Record
+from descend.diagnostics.monitoring.records import Record
 from descend.distributed.ranks import Ranks, Share, share_of
 from descend.distributed.shard_state import as_sharded
 

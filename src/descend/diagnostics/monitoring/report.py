@@ -9,9 +9,9 @@ from typing import Any
 
 import numpy as np
 
-from descend.diagnostics.dead_rows import DeadRows
-from descend.diagnostics.monitor_alerts import Alert
-from descend.diagnostics.monitor_records import Record, metrics_of
+from descend.diagnostics.monitoring.alerts import Alert
+from descend.diagnostics.monitoring.dead_rows import DeadRows
+from descend.diagnostics.monitoring.records import Record, metrics_of
 from descend.reporting.axes import log_axis
 from descend.reporting.errors import UsageError, unknown
 from descend.reporting.page import Block, Chart, Entry, Legend, Prose, Section, Table, chart_text, page
@@ -20,6 +20,7 @@ from descend.reporting.text import number, plural
 from descend.reporting.whole_files import write_whole
 
 _CURVES = 8  # layers drawn as curves, unless they are named
+_LOST = 0.01  # a smaller share of updates lost to rounding is not drawn
 _TITLES = {
     "update_ratio": "update-to-weight ratio",
     "grad_norm": "gradient norm",
@@ -60,7 +61,7 @@ def report(
         Section("Last sample", [_last(names, records[-1], values)]),
     ]
     if dead_rows:
-        sections.insert(3, Section("Dead rows", [_dead(dead_rows)]))
+        sections.insert(3, Section("Dead rows", _dead(dead_rows)))
     span = f"steps {steps[0]:,} to {steps[-1]:,}" if len(steps) > 1 else f"step {steps[0]:,}"
     lead = f"{optimizer}: {plural(len(steps), 'sample')} of {plural(len(names), 'layer')}, {span}; "
     text = page("What the optimizer did", f"{lead}{plural(len(alerts), 'alert')}.", sections)
@@ -143,7 +144,7 @@ def _curves(
     charts: list[Block] = []
     for metric, title in _TITLES.items():
         rows = values[metric][chosen]
-        if not np.isfinite(rows).any():
+        if not np.isfinite(rows).any() or (metric == "lost_updates" and np.nanmax(rows) < _LOST):
             continue
         traces = []
         for i, (name, row) in enumerate(zip(names, rows.tolist(), strict=True)):
@@ -176,12 +177,16 @@ def _alerts(alerts: Sequence[Alert]) -> Block:
     )
 
 
-def _dead(found: Mapping[str, DeadRows]) -> Block:
+def _dead(found: Mapping[str, DeadRows]) -> list[Block]:
+    text = "Rows that no gradient has reached since the state was made: tokens that no batch has named, or units."
     rows = [
-        (name, f"{dead:,}", f"{count:,}", number(100 * dead / count, 3) if count else "-")
+        (name, f"{dead:,}", f"{count:,}", number(100 * dead / count, 3))
         for name, (dead, count) in sorted(found.items(), key=lambda item: -item[1].dead)
+        if dead
     ]
-    return Table("Rows that no gradient has reached", ("parameter", "dead", "rows", "percent"), rows)
+    if not rows:
+        return [Prose(f"{text} There are none.")]
+    return [Prose(text), Table("Parameters with dead rows", ("parameter", "dead", "rows", "percent"), rows)]
 
 
 def _last(names: Sequence[str], record: Record, values: Mapping[str, np.ndarray]) -> Block:

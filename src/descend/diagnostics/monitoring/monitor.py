@@ -13,11 +13,12 @@ from torch import Tensor, nn
 
 from descend.core.measures import Observer, Sample
 from descend.core.method import Method
-from descend.diagnostics import monitor_alerts, monitor_callbacks, monitor_ranks, monitor_report
-from descend.diagnostics.dead_rows import DeadRows, dead_rows
-from descend.diagnostics.monitor_alerts import KINDS, Alert, On, Watch
-from descend.diagnostics.monitor_records import Clipping, Names, Record
-from descend.diagnostics.monitor_writers import writer
+from descend.diagnostics.monitoring import alerts, callbacks, ranks
+from descend.diagnostics.monitoring import report as page
+from descend.diagnostics.monitoring.alerts import KINDS, Alert, On, Watch
+from descend.diagnostics.monitoring.dead_rows import DeadRows, dead_rows
+from descend.diagnostics.monitoring.records import Clipping, Names, Record
+from descend.diagnostics.monitoring.writers import writer
 
 
 class Monitor(Observer):
@@ -31,8 +32,8 @@ class Monitor(Observer):
       the old one, as they are stored; ``weight_norm``: of the old one; ``update_ratio``: update by weight norm.
     - ``signal_to_noise``: the mean of |exp_avg| / sqrt(exp_avg_sq), without their bias, over elements where exp_avg_sq
       is positive. For Adam, AdamW, NAdam, RAdam.
-    - ``lost_updates``: of the elements that the rule changes, the share whose stored value stays the same. Only of
-      parameters stored in fewer digits than the arithmetic has: bfloat16, float16.
+    - ``lost_updates``: of the elements whose gradient is not zero, the share whose stored value stays the same: updates
+      too small for the parameter's digits. In bfloat16 that happens below 1/512 of a weight.
     - ``nonfinite_grads``, ``nonfinite_weights``: NaN and Inf in the gradient, and in the parameter after the step.
     - ``rows_named``: rows that a sparse gradient names. Its other numbers are those of the rows that were updated.
     - With ``max_norm``: ``clipped``, the share of the steps since the last sample whose norm was above it, and
@@ -54,10 +55,11 @@ class Monitor(Observer):
             all of them. Dead: a gradient of zero in 5 samples in a row. Default: warnings of all three.
         detail: what is written beside the totals: of each of the ``"layers"`` or of all ``"params"``.
             Default: ``"layers"``.
-        keep: samples in ``history``, 72 bytes for each parameter tensor. Default: 1000.
+        keep: samples in ``history``, about 80 bytes for each parameter tensor. Default: 1000.
         step: steps taken before, for a run that continues. Default: 0.
     Attributes:
         step: steps taken so far.
+        skipped: steps left out so far.
         alerts: all alerts so far.
     Raises:
         TypeError: if the optimizer is of another kind, or ``to`` is nothing that can be written to.
@@ -71,8 +73,8 @@ class Monitor(Observer):
         >>> monitor = Monitor(optimizer, every=1)
         >>> model.weight.grad = torch.tensor([[3.0, 4.0]])
         >>> optimizer.step()
-        >>> monitor.read()["params"]["weight"]["update_norm"]
-        2.5
+        >>> monitor.read()["params"]["weight"]["grad_norm"]
+        5.0
     """
 
     def __init__(
@@ -100,11 +102,12 @@ class Monitor(Observer):
         if optimizer.observer is not None:
             raise RuntimeError(f"Monitor: this {type(optimizer).__name__} has a monitor already; close() it first.")
         self.optimizer, self.every, self.step, self._detail = optimizer, every, step, detail
+        self.skipped = 0
         self.alerts: list[Alert] = []
-        self._actions = monitor_alerts.actions(on)
+        self._actions = alerts.actions(on)
         self._writers = [writer(each) for each in (to if isinstance(to, list | tuple) else [to]) if each is not None]
         pairs = names.named_parameters() if isinstance(names, nn.Module) else names or ()
-        self._given = {id(param): name for name, param in pairs}
+        self._given = {param: name for name, param in pairs}
         self._names = Names(optimizer.param_groups, self._given)
         self._watch = Watch()
         self._records: deque[Record] = deque(maxlen=keep)
@@ -115,7 +118,6 @@ class Monitor(Observer):
         self._has_moved = self._was_bad = False
         self._bad: tuple[str, ...] = ()
         self._coefficient = 1.0
-        self.skipped = 0
         optimizer.observe(self)
 
     @classmethod
@@ -130,7 +132,7 @@ class Monitor(Observer):
         Raises:
             ImportError: if Lightning is not installed.
         """
-        return monitor_callbacks.lightning(cls, options)
+        return callbacks.lightning(cls, options)
 
     @classmethod
     def transformers_callback(cls, **options: Any) -> Any:
@@ -144,7 +146,7 @@ class Monitor(Observer):
         Raises:
             ImportError: if transformers is not installed.
         """
-        return monitor_callbacks.transformers(cls, options)
+        return callbacks.transformers(cls, options)
 
     def close(self) -> None:
         """Measure no more. What was measured stays."""
@@ -174,7 +176,7 @@ class Monitor(Observer):
         if not self._records:
             return {}
         record = self._records[-1]
-        return (monitor_ranks.reduced(self.optimizer, record) if all_ranks else record).as_dict()
+        return (ranks.reduced(self.optimizer, record) if all_ranks else record).as_dict()
 
     @property
     def history(self) -> list[dict[str, Any]]:
@@ -208,7 +210,7 @@ class Monitor(Observer):
             UsageError: if there is nothing to draw, the file exists, a layer does not, or plotly is not installed.
         """
         self._collect()
-        return monitor_report.report(
+        return page.report(
             Path(path),
             overwrite,
             type(self.optimizer).__name__,
@@ -246,7 +248,7 @@ class Monitor(Observer):
         if sample is not None:
             self._take(sample)
         if is_news:
-            self._alert([monitor_alerts.nonfinite(self.step, bad)])
+            self._alert([alerts.nonfinite(self.step, bad)])
 
     def _take(self, sample: Sample) -> None:
         """Put a sample on record; if it is on a device, it waits there until the next."""
@@ -268,13 +270,14 @@ class Monitor(Observer):
                 metrics = record.flat(self._detail)
                 for write in self._writers:
                     write(metrics, record.step)
-            self._alert(self._watch.look(record))
+            if self._actions:
+                self._alert(self._watch.look(record))
 
-    def _alert(self, alerts: Sequence[Alert]) -> None:
-        wanted = [alert for alert in alerts if alert.kind in self._actions]
+    def _alert(self, found: Sequence[Alert]) -> None:
+        wanted = [alert for alert in found if alert.kind in self._actions]
         self.alerts += wanted
         for alert in wanted:
-            monitor_alerts.act(alert, self._actions[alert.kind])
+            alerts.act(alert, self._actions[alert.kind])
 
     def _current_names(self) -> Names:
         if not self._names.fit(self.optimizer.param_groups):

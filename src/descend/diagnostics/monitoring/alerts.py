@@ -9,7 +9,7 @@ from typing import Any, Literal, NamedTuple, TypeAlias
 import numpy as np
 
 from descend.core.measures import COLUMNS
-from descend.diagnostics.monitor_records import Names, Record
+from descend.diagnostics.monitoring.records import Names, Record
 
 Kind: TypeAlias = Literal["spike", "dead", "nonfinite"]
 KINDS: tuple[Kind, ...] = ("spike", "dead", "nonfinite")
@@ -56,7 +56,9 @@ def actions(on: On) -> dict[str, Action]:
         ValueError: for a kind or an action that does not exist.
     """
     kinds: Iterable[Any] = [on] if isinstance(on, str) else on
-    chosen: dict[str, Action] = {**on} if isinstance(on, Mapping) else dict.fromkeys(kinds, "warn")
+    chosen: dict[str, Any] = (
+        {str(kind): on[kind] for kind in on} if isinstance(on, Mapping) else dict.fromkeys(kinds, "warn")
+    )
     for kind, action in chosen.items():
         if kind not in KINDS:
             raise ValueError(f"Monitor: on must name alerts among {KINDS}, got {kind!r}.")
@@ -101,6 +103,7 @@ class Watch:
         self._names = names
         self._norms = {name: _Window(count) for name in ("gradient norm", "update norm")}
         self._zeros = np.zeros(count, np.int64)  # samples in a row
+        self._has_elements = np.array([param.numel() > 0 for param in names.params], bool)
         self._was_nonfinite = np.zeros(count, bool)
 
     def _nonfinite(self, record: Record) -> list[Alert]:
@@ -116,20 +119,19 @@ class Watch:
                 "gradient norm": np.sqrt(_column(record, "grad_sq")),
                 "update norm": np.sqrt(_column(record, "update_sq")) / np.where(np.isnan(rates), 1.0, rates),
             }
-        alerts = []
-        for name, window in self._norms.items():
-            times = window.add(np.where(record.stepped, values[name], np.nan))
-            names = _names(record, times > 0, times)
-            if names:
-                message = f"{_listed(names)}: the {name} at step {record.step} is {times.max():.3g} times its median."
-                alerts.append(Alert("spike", record.step, names, message))
-        return alerts
+        found = {
+            name: window.add(np.where(record.stepped, values[name], np.nan)) for name, window in self._norms.items()
+        }
+        times = np.max([*found.values()], axis=0)
+        names = _names(record, times > 0, times)
+        said = [f"its {name} is {high.max():.3g} times the median" for name, high in found.items() if (high > 0).any()]
+        message = f"{_listed(names)}: at step {record.step} {' and '.join(said)}."
+        return [Alert("spike", record.step, names, message)] if names else []
 
     def _dead(self, record: Record) -> list[Alert]:
-        is_zero = _column(record, "grad_sq") == 0
+        is_zero = _column(record, "moving") == 0
         self._zeros = np.where(record.stepped, np.where(is_zero, self._zeros + 1, 0), self._zeros)
-        has_elements = np.array([param.numel() > 0 for param in record.names.params], bool)
-        names = _names(record, (self._zeros == FEWEST) & record.stepped & has_elements, self._zeros)
+        names = _names(record, (self._zeros == FEWEST) & record.stepped & self._has_elements, self._zeros)
         message = (
             f"{_listed(names)}: the gradient was zero in {FEWEST} samples in a row, the last at step {record.step}."
         )
@@ -146,19 +148,18 @@ class _Window:
 
     def add(self, values: np.ndarray) -> np.ndarray:
         """Take values in; return how many times the median they are where a spike begins, elsewhere 0."""
-        times = np.zeros(len(values))
+        times, high = np.zeros(len(values)), np.zeros(len(values), bool)
         last = self._rows[(self._count - 1) % WINDOW]
         rows = self._rows[: min(self._count, WINDOW)]
-        if self._count >= FEWEST:
-            # The largest first: medians cost more, and are rarely needed.
-            above = np.flatnonzero(values > rows.max(axis=0))
+        # The largest first: medians cost more, and are rarely needed.
+        above = np.flatnonzero(values > rows.max(axis=0)) if self._count >= FEWEST else np.zeros(0, np.int64)
+        if len(above):
             median = np.median(rows[:, above], axis=0)
             is_high = (median > 0) & (values[above] > FACTOR * median)
             above, median = above[is_high], median[is_high]
-            high = np.zeros(len(values), bool)
             high[above] = True
             times[above] = np.where(self._was_high[above], 0, values[above] / median)
-            self._was_high = high
+        self._was_high = high
         # What is not known, NaN and Inf, would spoil the medians to come.
         self._rows[self._count % WINDOW] = np.where(np.isfinite(values), values, last)
         self._count += 1

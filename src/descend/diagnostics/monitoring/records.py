@@ -21,7 +21,7 @@ class Names:
 
     Args:
         groups: ``param_groups``.
-        given: names of parameters by their ``id``, where the groups have none.
+        given: names of parameters, for groups that have none.
     Attributes:
         params: the parameters, in the order of the groups.
         of_params: their names.
@@ -29,10 +29,9 @@ class Names:
         of_groups: the groups' positions, as text.
         layer: for each parameter, the position of its layer.
         group: for each parameter, the position of its group.
-        index: the position of a parameter, by its ``id``.
     """
 
-    def __init__(self, groups: Sequence[Mapping[str, Any]], given: Mapping[int, str]) -> None:
+    def __init__(self, groups: Sequence[Mapping[str, Any]], given: Mapping[Tensor, str]) -> None:
         self.params: list[Tensor] = [param for group in groups for param in group["params"]]
         self.group = np.array([i for i, group in enumerate(groups) for _ in group["params"]], np.int64)
         names = []
@@ -40,7 +39,7 @@ class Names:
             listed = group.get("param_names") or [
                 f"param_groups[{i}]['params'][{j}]" for j in range(len(group["params"]))
             ]
-            names += [given.get(id(param), name) for param, name in zip(group["params"], listed, strict=True)]
+            names += [given.get(param, name) for param, name in zip(group["params"], listed, strict=True)]
         if len({*names}) < len({*map(id, self.params)}):  # two models with the same names
             names = [f"group{group}.{name}" for group, name in zip(self.group, names, strict=True)]
         self.of_params: tuple[str, ...] = tuple(names)
@@ -49,7 +48,14 @@ class Names:
         position = {name: i for i, name in enumerate(self.of_layers)}
         self.layer = np.array([position[name] for name in layers], np.int64)
         self.of_groups: tuple[str, ...] = tuple(map(str, range(len(groups))))
-        self.index = {id(param): i for i, param in enumerate(self.params)}
+        self._index = {id(param): i for i, param in enumerate(self.params)}
+        self._last: tuple[Sequence[Tensor], np.ndarray] = ((), np.zeros(0, np.int64))
+
+    def places(self, params: Sequence[Tensor]) -> np.ndarray:
+        """The positions of parameters; -1 for one that has left the groups since it took its step, inside backward."""
+        if self._last[0] is not params:  # a plan passes the same list at every step
+            self._last = params, np.array([self._index.get(id(param), -1) for param in params], np.int64)
+        return self._last[1]
 
     def fit(self, groups: Sequence[Mapping[str, Any]]) -> bool:
         """Whether the groups still have the same parameters."""
@@ -105,16 +111,14 @@ class Record:
         self.stepped = np.zeros(count, bool)
         self.rows = np.full(count, np.nan)
         for part in sample.parts:
-            # A parameter may have left the groups before a sample that waited on its device was read.
-            places = [names.index.get(id(param), -1) for param in part.params]
-            at, kept = np.array(places, np.int64), np.array(places, np.int64) >= 0
-            at = at[kept]
-            sums = np.array(part.sums.cpu() if isinstance(part.sums, Tensor) else part.sums, np.float64)[kept]
+            places = names.places(part.params)
+            kept = places >= 0
+            at = places[kept]
+            sums = part.sums.cpu().double().numpy() if isinstance(part.sums, Tensor) else part.sums
+            sums = sums[kept]
             sums[:, _AT["grad_sq"]] *= part.scale**2
             if part.corrections is not None:
                 sums[:, _AT["ratio"]] *= part.corrections[kept]
-            if not part.can_lose:
-                sums[:, _AT["moved"]] = 0
             self.sums[at], self.stepped[at] = sums, True
             if part.rows is not None:
                 self.rows[at] = part.rows
@@ -125,22 +129,8 @@ class Record:
 
     def as_dict(self) -> dict[str, Any]:
         """Plain numbers: see ``Monitor.read``."""
-        names, groups = self.names, len(self.names.of_groups)
-        params = _by_name(names.of_params, self.sums, self.stepped)
-        for i in np.flatnonzero(~np.isnan(self.rows)):
-            params[names.of_params[i]]["rows_named"] = float(self.rows[i])
-        layers, stepped_layers = self.of_layers(), np.bincount(names.layer, self.stepped, len(names.of_layers)) > 0
-        of_groups, stepped_groups = (
-            _grouped(self.sums, names.group, groups),
-            np.bincount(names.group, self.stepped, groups) > 0,
-        )
-        return {
-            "step": self.step,
-            **self._summary(),
-            "groups": _by_name(names.of_groups, of_groups, stepped_groups),
-            "layers": _by_name(names.of_layers, layers, stepped_layers),
-            "params": params,
-        }
+        details = {detail: self._detail(detail) for detail in ("groups", "layers", "params")}
+        return {"step": self.step, **self._summary(), **details}
 
     def flat(self, detail: str) -> Metrics:
         """One number a name: ``"grad_norm"`` of everything, ``"grad_norm/NAME"`` of a layer or parameter.
@@ -148,11 +138,21 @@ class Record:
         Args:
             detail: ``"layers"`` or ``"params"``.
         """
-        found = self.as_dict()
-        summary: Metrics = self._summary()
-        return summary | {
-            f"{metric}/{name}": value for name, metrics in found[detail].items() for metric, value in metrics.items()
-        }
+        found = self._detail(detail)
+        parts = {f"{metric}/{name}": value for name, metrics in found.items() for metric, value in metrics.items()}
+        return {**self._summary(), **parts}
+
+    def _detail(self, detail: str) -> dict[str, Metrics]:
+        """The metrics of all groups, layers or parameters that took a step."""
+        names = self.names
+        if detail == "params":
+            found = _by_name(names.of_params, self.sums, self.stepped)
+            for i in np.flatnonzero(~np.isnan(self.rows)):
+                found[names.of_params[i]]["rows_named"] = float(self.rows[i])
+            return found
+        owner, of_owner = (names.group, names.of_groups) if detail == "groups" else (names.layer, names.of_layers)
+        stepped = np.bincount(owner, self.stepped, len(of_owner)) > 0
+        return _by_name(of_owner, _grouped(self.sums, owner, len(of_owner)), stepped)
 
     def _summary(self) -> Metrics:
         total = metrics_of(self.sums.sum(axis=0, keepdims=True))
@@ -172,7 +172,7 @@ def metrics_of(sums: np.ndarray) -> dict[str, np.ndarray]:
         "weight_norm": weight,
         "update_ratio": _ratio(update, weight),
         "signal_to_noise": _ratio(column["ratio"], column["ratios"]),
-        "lost_updates": _ratio(column["lost"], column["moved"]),
+        "lost_updates": _ratio(column["lost"], column["moving"]),
         "nonfinite_grads": column["bad_grads"],
         "nonfinite_weights": column["bad_weights"],
     }
