@@ -128,8 +128,8 @@ def cost(chapter: Chapter, lines: Lines) -> None:
     figure, axes = new_figure("A step costs what it touches", "rows of the table", "milliseconds a training step")
     for mode, (_, color) in MODES.items():
         times_of_mode = [1e3 * seconds[mode, rows] for rows in sizes]
-        axes.plot(sizes, times_of_mode, "o-", color=color, markersize=4)
-        name_curve(axes, sizes[-1], times_of_mode[-1], mode, color, dx=-46, dy=-10 if mode == "touched" else 9)
+        axes.plot(sizes, times_of_mode, "o-", color=color, markersize=4, label=mode)
+    axes.legend()
     use_log_scale(axes, "xy")
     chapter.save(figure, "cost")
 
