@@ -48,7 +48,11 @@ def valley(chapter: Chapter) -> None:
             max_iter=50 if chapter.quick else None,
             callback=lambda p, path=path: path.append(p.x),
         )
-        xs, ys = torch.stack(path[:100] + path[100::20]).unbind(1)  # as many points as the eye can tell apart
+        drawn = path[:1]
+        for point in path[1:]:
+            if torch.dist(point, drawn[-1]) > 0.01:  # what the eye can tell apart
+                drawn.append(point)
+        xs, ys = torch.stack(drawn).unbind(1)
         axes.plot(xs, ys, ".-", color=color, label=name, linewidth=1.2, markersize=4)
         chapter.say(f"{name}: {result.n_iter} iterations, {result.n_eval} evaluations, f = {result.fun:.0e}")
     axes.plot(1, 1, "*", color=INK, markersize=10)

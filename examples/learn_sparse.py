@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import gc
 import os
+import platform
 import re
 import time
 import zlib
@@ -96,9 +97,10 @@ class Training:
         return self.model.state_dict()["table.weight"].clone()
 
 
-def resident() -> int:
-    """Bytes of memory that the process occupies."""
-    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+def resident() -> float:
+    """Bytes of memory that the process occupies; NaN where the system does not say."""
+    statm = Path("/proc/self/statm")
+    return int(statm.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") if statm.exists() else float("nan")
 
 
 def cost(chapter: Chapter, lines: Lines) -> None:
@@ -126,8 +128,8 @@ def cost(chapter: Chapter, lines: Lines) -> None:
     figure, axes = new_figure("A step costs what it touches", "rows of the table", "milliseconds a training step")
     for mode, (_, color) in MODES.items():
         times_of_mode = [1e3 * seconds[mode, rows] for rows in sizes]
-        axes.plot(sizes, times_of_mode, "o-", color=color, markersize=4)
-        name_curve(axes, sizes[-1], times_of_mode[-1], mode, color, dx=-46, dy=-10 if mode == "touched" else 9)
+        axes.plot(sizes, times_of_mode, "o-", color=color, markersize=4, label=mode)
+    axes.legend()
     use_log_scale(axes, "xy")
     chapter.save(figure, "cost")
 
@@ -161,7 +163,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     chapter = Chapter("sparse", __file__, arguments)
     lines = Lines(10 if chapter.quick else 100)
     distinct = len({token for tokens, _ in lines.lines for token in tokens})
-    chapter.say(f"{len(lines.lines):,} lines of {lines.modules} modules, {distinct:,} different words and pairs")
+    source = f"{lines.modules} modules of Python {platform.python_version()}"
+    chapter.say(f"{len(lines.lines):,} lines of {source}, {distinct:,} different words and pairs")
     equality(chapter, lines)
     cost(chapter, lines)
     chapter.close()
