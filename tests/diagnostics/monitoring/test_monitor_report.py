@@ -11,7 +11,6 @@ from torch import nn
 from descend import AdamW, Monitor
 from descend.reporting.errors import UsageError
 
-
 HOSTILE = "</script><b>x"
 
 
