@@ -138,3 +138,30 @@ def test_rate_at_the_edge_of_those_tried_is_told() -> None:
     assert "Rate at the edge" not in say([*inside, run("c")])
     tried = [run("d", seed=1000, lr=lr, tuning=True) for lr in (0.01, 0.1)]
     assert say([run("d", lr=0.01), *tried])["Rate at the edge"].words.startswith("d: 0.01 is the smallest")
+
+
+def test_state_that_is_not_known_is_not_judged() -> None:
+    said = say([run("a", state_bytes=[None]), run("b", state_bytes=[1_000]), run("c", state_bytes=[1_000])])["State"]
+    assert (said.words, list(said.numbers)) == ("No difference.", ["b and c 1 kB"])
+    said = say([run("b", state_bytes=[1_000]), run("c", state_bytes=[1_000]), run("d", state_bytes=[2_000])])["State"]
+    assert said.words == "b and c keep least."
+
+
+def test_run_that_blew_up_and_came_back_is_named() -> None:
+    spiked = run("a")
+    spiked.losses = [*spiked.losses[:30], 1e15, *spiked.losses[31:]]
+    finding = say([spiked, run("b")])["Blew up"]
+    assert finding.words == "a: the loss rose to 1e+15 at step 31 and came back."
+    assert "Blew up" not in say([run("a"), run("b")])
+
+
+@pytest.mark.parametrize(("second", "is_tie"), [((0.12, 0.18), True), ((0.3, 0.4), False)])
+def test_rates_that_the_tuning_seeds_do_not_tell_apart_are_named(second: tuple[float, float], is_tie: bool) -> None:
+    tried = {0.01: (0.1, 0.2), 0.1: second, 1.0: (0.8, 0.9)}
+    tuning = [
+        run("a", seed, lr=lr, test_losses=[loss], tuning=True)
+        for lr, losses in tried.items()
+        for seed, loss in enumerate(losses, 10_000)
+    ]
+    finding = say([*tuning, run("a", lr=0.1)]).get("Rates as good")
+    assert [*finding.numbers] == ["a 0.01 or 0.1"] if finding else not is_tie

@@ -226,7 +226,8 @@ class UserFile:
         except UsageError:
             raise
         except SyntaxError as error:
-            raise UsageError(f"{error.filename or self.path}:{error.lineno}: {error.msg}.") from error
+            place = ":".join(map(str, filter(None, (error.filename or self.path, error.lineno))))
+            raise UsageError(f"{place}: {error.msg}.") from error
         except (Exception, SystemExit) as error:
             frames = traceback.extract_tb(error.__traceback__)
             own = [frame for frame in frames if Path(frame.filename).resolve() == self.path.resolve()]
