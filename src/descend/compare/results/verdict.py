@@ -182,7 +182,9 @@ def of_bytes(sizes: Mapping[str, float | None]) -> Finding | None:
     if len(names) == 1:
         return Finding("State", "No difference." if len(next(iter(names.values()))) > 1 else "", "open", numbers)
     least = next(iter(names.values()))
-    return Finding("State", f"{_listed(least)} {'keeps' if len(least) == 1 else 'keep'} least.", "shown", numbers)
+    words = f"{_listed(least)} {'keeps' if len(least) == 1 else 'keep'} least"
+    known = ", of those known" if None in sizes.values() else ""
+    return Finding("State", f"{words}{known}.", "shown", numbers)
 
 
 def _edges(series: Sequence[Series]) -> list[Finding]:
