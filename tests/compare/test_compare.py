@@ -25,7 +25,9 @@ def _keep_threads() -> Iterator[None]:
     torch.set_num_threads(threads)
 
 
-@pytest.mark.parametrize("task", ["digits", pytest.param("text", marks=pytest.mark.slow), "embeddings"])
+@pytest.mark.parametrize(
+    "task", ["digits", *(pytest.param(task, marks=pytest.mark.slow) for task in ("text", "embeddings"))]
+)
 def test_compare_trains_every_optimizer_alike(task: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "new" / "folder"
     first, runs = compare(out, task, "sgd", "adamw:weight_decay=0.1", "torch.adamw:weight_decay=0.1", seed=1)

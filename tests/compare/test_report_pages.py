@@ -107,8 +107,10 @@ def test_page_counts_the_seeds_that_are_reported() -> None:
 def test_curves_of_all_data_are_not_said_to_be_averaged() -> None:
     page = Reader(content.report_page(comparison(), [run("a", window=1)])).text
     assert "mean of the last" not in page
-    assert "Each point is the loss of its step" in page
-    assert "mean of the last 20 steps" in Reader(content.report_page(comparison(), [run("a")])).text
+    assert "Each point is the loss of one step." in page
+    for steps, averaged in ((60, 20), (5, 5)):
+        page = Reader(content.report_page(comparison(), [run("a", steps=steps)])).text
+        assert f"mean of the last {averaged} steps" in page
 
 
 def test_diverged_runs_have_a_step_and_no_loss() -> None:

@@ -138,7 +138,8 @@ def columns(comparison: Comparison, found: Sequence[Row]) -> list[Column]:
 def caption(comparison: Comparison, found: Sequence[Row]) -> str:
     """Return what must be known to read the table."""
     settings = comparison.settings
-    final = f"mean of the last {WINDOW} steps, each of its training batch" if settings["batch_size"] else "last step"
+    steps = min(WINDOW, settings["steps"]) if settings["batch_size"] else 1
+    final = f"mean of the last {steps} steps, each of its training batch" if steps > 1 else "last step"
     words = [f"Loss: {comparison.loss_name}; final: {final}."]
     if any(len(row.runs) > 1 for row in found):
         words.append("Median over the seeds, and below it the quartiles.")

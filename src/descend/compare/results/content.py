@@ -90,7 +90,7 @@ def _training(comparison: Comparison, series: Sequence[Series], same: Sequence[P
         ],
     )
     steps = window(series)
-    words = "Each point is the loss of its step, on all training data."
+    words = "Each point is the loss of one step."
     if steps > 1:
         words = f"Each curve is the mean of the last {steps} steps, so that it ends at the number in the table."
     if any(len(one.best.runs) > 1 for one in series):

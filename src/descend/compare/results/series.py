@@ -134,8 +134,8 @@ class Series:
 
 
 def window(series: Sequence[Series]) -> int:
-    """Return the steps that a final loss and each point of a curve averages."""
-    return max((run.window for one in series for run in one.best.runs), default=WINDOW)
+    """Return the most steps that a final loss averages."""
+    return max((min(run.window, len(run.losses)) for one in series for run in one.best.runs), default=WINDOW)
 
 
 def gather(runs: Sequence[Run]) -> list[Series]:
