@@ -140,7 +140,8 @@ def caption(comparison: Comparison, found: Sequence[Row]) -> str:
     settings = comparison.settings
     steps = min(WINDOW, settings["steps"]) if settings["batch_size"] else 1
     final = f"mean of the last {steps} steps, each of its training batch" if steps > 1 else "last step"
-    words = [f"Loss: {comparison.loss_name}; final: {final}."]
+    has_name = comparison.loss_name != "loss"  # a user's has none
+    words = [f"Loss: {comparison.loss_name}; final: {final}." if has_name else f"Final loss: {final}."]
     if any(len(row.runs) > 1 for row in found):
         words.append("Median over the seeds, and below it the quartiles.")
     if comparison.tuned:
