@@ -164,6 +164,8 @@ BAD = {
     "digits --sweep lr=1,2 --sweep lr=3": ["lr is given twice"],
     "digits --sweep lr=1,2 --optimizer adamw:lr=1": ["adamw:lr=1 has a learning rate already"],
     "digits --sweep lr=1,2 --tune": ["--tune", "--sweep lr"],
+    "digits --sweep lr=1,2 --optimizer lbfgs": ["--sweep lr", "got lbfgs"],
+    "digits --tune --optimizer lbfgs --optimizer newton": ["--tune", "got lbfgs and newton"],
     "digits --jobs 2 --nproc 2": ["--jobs", "--nproc"],
     "": ["TASK", "--list"],
 }
