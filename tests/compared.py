@@ -32,7 +32,7 @@ def compare(out: Path, task: str, *optimizers: str, steps: int = 3, status: int 
     """Run the command without its report, assert its exit status, and return what it measured."""
     options = {"batch_size": 8, **options}
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(report, "write", _write_nothing)  # takes longer than a few steps, and has tests of its own
+        patch.setattr(report, "write", write_nothing)  # takes longer than a few steps, and has tests of its own
         assert main(arguments(out, task, *optimizers, steps=steps, **options)) == status
     return read(out)
 
@@ -46,6 +46,7 @@ def read(out: Path) -> Results:
     return first, runs
 
 
-def _write_nothing(folder: Path, comparison: Comparison, runs: Sequence[Run]) -> None:
+def write_nothing(folder: Path, comparison: Comparison, runs: Sequence[Run]) -> None:
+    """Stand in for ``report.write``: write files that are no report."""
     for name in FILES[:-1]:
         (folder / name).write_bytes(b"\x89PNG")
