@@ -43,13 +43,13 @@ KINDS = {
     "empty": (
         True,
         "There are no parameters",
-        "No optimizer can be made without any: the file is not the trained one.",
+        "torch makes no optimizer without them: the file was damaged or edited.",
     ),
     "count": (True, "A step count is not a whole number from 0 on", "The file was damaged or edited."),
     "twice": (
         True,
         "A parameter is in the groups more than once",
-        "It is updated as often in each step, and other torch versions refuse it.",
+        "It is updated more than once a step; torch warns of it, or refuses it.",
     ),
     "orphan": (True, "State of parameters that are in no group", "Loading refuses or loses it."),
     "names": (True, "The list of names does not fit the list of parameters", "State may go to the wrong parameter."),
