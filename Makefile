@@ -5,10 +5,10 @@ READY := .venv/ready
 TORCH ?= 2.15.0
 OTHER = .venv-torch-$(TORCH)
 
-.PHONY: demo test test-all test-stack test-torch mutate check parity bench clean
+.PHONY: demo test test-all test-stack test-torch mutate check docs docs-serve figures parity bench clean
 
-demo: $(READY)  ## train a small network on handwritten digits with four optimizers
-	$(BIN)/descend compare digits --out runs/digits
+demo: $(READY)  ## train a small network on handwritten digits with four optimizers, each at its best learning rate of five
+	$(BIN)/descend compare digits --tune --seeds 3 --steps 150
 
 test: $(READY)  ## tests and doctests
 	$(BIN)/python -m pytest --numprocesses auto --dist worksteal
@@ -39,6 +39,21 @@ check: $(READY)  ## format, lint, types
 
 parity: $(READY)  ## write the page about the installed torch in docs/parity
 	$(BIN)/python tests/parity/parity_table.py
+
+docs: $(READY)  ## build the site into build/site; a warning is an error
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[docs]'
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
+docs-serve: $(READY)  ## show the site, and follow what changes
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[docs]'
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs serve --watch src --watch examples
+
+figures: $(READY)  ## compute the figures and numbers of docs/learn, five minutes; close everything else first
+	$(BIN)/python examples/learn_adam.py
+	$(BIN)/python examples/learn_weight_decay.py
+	$(BIN)/python examples/learn_second_order.py
+	$(BIN)/python examples/learn_clipping.py
+	$(BIN)/python examples/learn_sparse.py
 
 bench: $(READY)  ## speed against torch.optim, about twenty minutes; evaluations against SciPy, about twenty
 	$(BIN)/python benchmarks/step.py

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+from browser import browser  # noqa: F401, a fixture
 
 from descend.backends.cpu import probe
 

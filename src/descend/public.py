@@ -5,6 +5,7 @@ from torch.optim import Adafactor, Muon, Optimizer, lr_scheduler, swa_utils
 from descend.backends.cpu.library import RuleError
 from descend.checkpoint.matching import IncompatibleKeys
 from descend.core.groups import no_decay
+from descend.diagnostics.monitoring.monitor import Monitor
 from descend.first_order.adam import Adam, AdamW
 from descend.first_order.adam_variants import Adamax, NAdam, RAdam
 from descend.first_order.from_rule import from_rule
@@ -35,6 +36,7 @@ __all__ = [
     "FirstOrder",
     "IncompatibleKeys",
     "Lion",
+    "Monitor",
     "Muon",
     "NAdam",
     "Newton",

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import pickle
-from typing import get_type_hints
+from typing import Any, get_type_hints
 
 import pytest
 import torch
 
-from descend import AdamW, FirstOrder
+import descend
+from descend import AdamW, FirstOrder, from_rule
 from descend.core.method import Method
 from descend.core.options import Options, StepOptions
 
@@ -23,11 +24,27 @@ def test_every_option_has_one_type() -> None:
         assert value[name] == given[name] == attributes[name]
 
 
-@pytest.mark.parametrize("name", FIELDS)
-def test_every_option_is_documented_once(name: str) -> None:
-    documentation = FirstOrder.__doc__ or ""
-    assert documentation.count(f"\n        {name}:") == 1
-    assert name not in {*AdamW([torch.zeros(1)]).defaults}
+def test_every_option_is_documented_once_in_every_class() -> None:
+    kinds = [kind for kind in map(vars(descend.public).get, descend.__all__) if isinstance(kind, type)]
+    kinds = [kind for kind in kinds if issubclass(kind, FirstOrder)]
+    assert len(kinds) >= 15
+    for kind in [*kinds, from_rule(lambda param, grad, lr: param - lr * grad, "Own")]:
+        for name in (*FIELDS, "groups"):
+            assert (kind.__doc__ or "").count(f"\n    {name}: ") == 1, f"{name} in {kind.__name__}"
+
+
+def test_options_are_not_in_the_groups() -> None:
+    assert not AdamW([torch.zeros(1)]).defaults.keys() & {*FIELDS, "groups"}
+
+
+def test_docstring_of_an_own_optimizer_says_what_its_rule_and_its_numbers_are() -> None:
+    def halve(param: Any, grad: Any, lr: Any, factor: Any = 0.5) -> Any:
+        """Shrinks."""
+        return factor * param
+
+    documentation = from_rule(halve, "Halve", lr=0.1).__doc__ or ""
+    assert documentation.startswith("Shrinks.\n\nArgs:\n")
+    assert "    factor: a number of the rule. Default: 0.5.\n" in documentation
 
 
 def test_options_compare_and_pickle() -> None:

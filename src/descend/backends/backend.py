@@ -22,8 +22,13 @@ class Launch(Protocol):
     def addresses(self) -> np.ndarray | None:
         """A row a parameter, its gradient's address in column 1; None if no addresses are kept."""
 
-    def compile(self, wants_norm: bool) -> None:
-        """Compile, or load from disk, all that the other methods call. May raise ``RuleError``."""
+    def compile(self, wants_norm: bool, measures: bool = False) -> None:
+        """Compile, or load from disk, all that the other methods call. May raise ``RuleError``.
+
+        Args:
+            wants_norm: whether ``sum_of_squares`` will be called.
+            measures: whether steps will be measured.
+        """
 
     def set_state(self, tensors: Sequence[Sequence[Tensor]]) -> None:
         """Take the state tensors, one sequence a parameter."""
@@ -33,6 +38,9 @@ class Launch(Protocol):
 
     def sum_of_squares(self) -> float:
         """Of all gradients, in float64; may overflow to Inf."""
+
+    def measured(self) -> np.ndarray | Tensor:
+        """What the last measured step has summed up: a row a parameter, columns as in ``core.measures``, float64."""
 
     def written(self) -> np.ndarray:
         """First and last addresses (exclusive) of what the launch writes through kept addresses, shape (n, 2)."""
@@ -54,8 +62,13 @@ class Rows(Protocol):
 
     rows: np.ndarray
 
-    def compile(self, wants_norm: bool) -> None:
-        """Compile, or load from disk, all that the other methods call. May raise ``RuleError``."""
+    def compile(self, wants_norm: bool, measures: bool = False) -> None:
+        """Compile, or load from disk, all that the other methods call. May raise ``RuleError``.
+
+        Args:
+            wants_norm: whether ``sum_of_squares`` will be called.
+            measures: whether steps will be measured.
+        """
 
     def read(
         self, indices: Tensor, values: Tensor, sizes: tuple[int, ...], steps: Tensor | None, step: int
@@ -85,6 +98,7 @@ class Rows(Protocol):
         scale: float,
         counters: Any,
         mark: tuple[Tensor, int] | None,
+        measures: bool = False,
     ) -> None:
         """Apply the rule to the gradient times ``scale``.
 
@@ -95,7 +109,11 @@ class Rows(Protocol):
             scale: what the gradient is multiplied by.
             counters: a ``ScalarState`` of this backend; one is added to each of its tensors.
             mark: int32, the step each row is current at; and the step that the updated rows are current at now.
+            measures: whether ``measured`` will be asked.
         """
+
+    def measured(self) -> np.ndarray | Tensor:
+        """What the last measured ``run`` has summed up over the rows it updated, as one row of ``core.measures``."""
 
     def release(self) -> None:
         """Drop the gradient."""
@@ -186,11 +204,17 @@ class Backend(Protocol):
         """Keep these 0-dim CPU tensors together."""
 
     def together(
-        self, params: Sequence[Tensor], launches: Sequence[Any], counters: Any, scalar_state: Any
+        self,
+        params: Sequence[Tensor],
+        launches: Sequence[Any],
+        counters: Any,
+        scalar_state: Any,
+        measures: bool = False,
     ) -> Callable[[np.ndarray], None]:
         """A function that runs launches of ``params`` and adds one to each counter.
 
-        It also raises the parameters' version counters, and writes the scalar state that it is given.
+        It also raises the parameters' version counters, and writes the scalar state that it is given. With
+        ``measures``, each launch's ``measured`` tells afterwards what the step was like.
         """
 
     def rows(self, rule: Rule, scalars: int, dtypes: Dtypes, all_rows: bool) -> Rows:

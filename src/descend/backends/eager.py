@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from descend.core.measures import COLUMNS, moments
 from descend.core.memory import as_real
 from descend.core.signature import Kind
 
@@ -23,8 +24,9 @@ def run(
     scalars: Sequence[Any],
     scale: float,
     differentiable: bool = False,
-) -> None:
-    """Apply ``rule`` to one parameter and write the results in place.
+    measures: bool = False,
+) -> Tensor | None:
+    """Apply ``rule`` to one parameter and write the results in place. Return what was measured, if it was.
 
     Arithmetic is in float32, or wider where a tensor is; complex numbers are pairs of real ones, as in torch.
     ``differentiable`` keeps the graph: what the rule saw is cloned first, so that writing does not invalidate it.
@@ -39,9 +41,15 @@ def run(
         compute = torch.promote_types(compute, tensor.dtype)
     first, *rest = [tensor.to(compute) for tensor in seen]
     grad = grad.to(compute)
+    before = first.detach().clone() if measures else None
     results = rule(first, grad if scale == 1 else grad * scale, *rest, *scalars)
-    for tensor, result in zip(written, results if state else (results,), strict=True):
+    results = results if state else (results,)
+    for tensor, result in zip(written, results, strict=True):
         tensor.copy_(result)
+    if before is None:
+        return None
+    with torch.no_grad():
+        return _sums(before, grad, written, moments(rule))
 
 
 def run_rows(
@@ -52,7 +60,8 @@ def run_rows(
     state: Sequence[Tensor],
     scalars: Sequence[Any],
     scale: float = 1.0,
-) -> None:
+    measures: bool = False,
+) -> Tensor | None:
     """Apply ``rule`` to the rows of ``param`` and of the state tensors that ``index`` names, each once.
 
     Args:
@@ -63,6 +72,7 @@ def run_rows(
         state: state tensors.
         scalars: one value for all rows, or a tensor with one a row.
         scale: of the gradient.
+        measures: whether to return what was measured.
     """
     # Not seen by autograd: rows may be brought up to date between a forward pass and its backward pass.
     tables = [tensor.data for tensor in (param, *state)]
@@ -70,9 +80,10 @@ def run_rows(
     aligned = [
         x.view(-1, *[1] * (as_real(first).dim() - 1)) if isinstance(x, Tensor) and x.dim() == 1 else x for x in scalars
     ]
-    run(rule, first, first if grad is None else grad, rest, aligned, scale)
+    sums = run(rule, first, first if grad is None else grad, rest, aligned, scale, measures=measures)
     for table, rows in zip(tables, (first, *rest), strict=True):
         table[index] = rows
+    return sums
 
 
 class EagerBackend:
@@ -108,12 +119,13 @@ class EagerBackend:
         launches: Sequence[EagerLaunch],
         counters: EagerScalarState,
         scalar_state: EagerScalarState,
+        measures: bool = False,
     ) -> Callable[[np.ndarray], None]:
         def run(values: np.ndarray) -> None:
             with torch.no_grad():
                 torch.autograd.graph.increment_version(params)
                 for launch in launches:
-                    launch.run()
+                    launch.run(measures)
                 counters.add_one()
                 scalar_state.write(values)
 
@@ -148,8 +160,9 @@ class EagerLaunch:
         self._rule, self._n_scalars, self._params, self._rows = rule, scalars, params, rows
         self._state: Sequence[Sequence[Tensor]] = ()
         self._scalars: dict[int, tuple[float, Sequence[float]]] = {}
+        self._measured: list[Tensor] = []
 
-    def compile(self, wants_norm: bool) -> None:
+    def compile(self, wants_norm: bool, measures: bool = False) -> None:
         """Nothing needs to be compiled."""
 
     def set_state(self, tensors: Sequence[Sequence[Tensor]]) -> None:
@@ -166,12 +179,18 @@ class EagerLaunch:
     def written(self) -> np.ndarray:
         return _NO_MEMORY
 
-    def run(self) -> None:
+    def measured(self) -> Tensor:
+        return torch.stack(self._measured)
+
+    def run(self, measures: bool) -> None:
         """Apply the rule to one parameter after the other."""
+        self._measured.clear()
         for param, row, state in zip(self._params, self._rows, self._state, strict=True):
             scale, scalars = self._scalars[row]
             assert param.grad is not None
-            run(self._rule, param, param.grad, state, scalars, scale)
+            sums = run(self._rule, param, param.grad, state, scalars, scale, measures=measures)
+            if sums is not None:
+                self._measured.append(sums)
 
 
 class EagerScalarState:
@@ -205,7 +224,7 @@ class EagerRows:
         self._grad: Tensor | None = None
         self.rows = np.empty(0, np.int64)
 
-    def compile(self, wants_norm: bool) -> None:
+    def compile(self, wants_norm: bool, measures: bool = False) -> None:
         """Nothing needs to be compiled."""
 
     def read(
@@ -238,18 +257,24 @@ class EagerRows:
         scale: float,
         counters: EagerScalarState,
         mark: tuple[Tensor, int] | None,
+        measures: bool = False,
     ) -> None:
         assert self._grad is not None
         with torch.no_grad():
+            sums = None
             if self._all_rows:
-                run(self._rule, param, self._grad, state, scalars, scale)
+                sums = run(self._rule, param, self._grad, state, scalars, scale, measures=measures)
             elif self._grad._nnz():
                 index = tuple(self._grad.indices())
-                run_rows(self._rule, param, index, self._grad.values(), state, scalars, scale)
+                sums = run_rows(self._rule, param, index, self._grad.values(), state, scalars, scale, measures)
+            self._measured = param.new_zeros(len(COLUMNS), dtype=_widest(param)) if sums is None else sums
             if mark is not None:
                 steps, step = mark
                 steps[self._grad.indices()[0]] = step
             counters.add_one()
+
+    def measured(self) -> Tensor:
+        return self._measured[None]
 
     def release(self) -> None:
         self._grad = None
@@ -309,5 +334,33 @@ def _sum_of_squares(tensor: Tensor) -> float:
     if tensor.layout != torch.strided:
         tensor = tensor.to_sparse().to(torch.promote_types(tensor.dtype, torch.float32)).coalesce().values()
     flat = as_real(tensor.detach())
-    flat = flat.to(torch.float32 if tensor.device.type == "mps" else torch.float64)
+    flat = flat.to(_widest(tensor))
     return float((flat * flat).sum())
+
+
+def _widest(tensor: Tensor) -> torch.dtype:
+    """The widest real dtype of a tensor's device."""
+    return torch.float32 if tensor.device.type == "mps" else torch.float64
+
+
+def _sums(before: Tensor, grad: Tensor, written: Sequence[Tensor], moments: Any) -> Tensor:
+    """What ``core.measures.COLUMNS`` lists, as a tensor on the parameter's device: nothing waits for it.
+
+    Args:
+        before: the parameter before the step, in the compute dtype.
+        grad: the gradient as it is stored, in the compute dtype.
+        written: parameter and state tensors after the step.
+        moments: positions of the two averages among the state tensors, or None.
+    """
+    wide = _widest(before)
+    kept, old, new = written[0].to(before.dtype), before.to(wide), written[0].to(wide)
+    moving = grad != 0
+    sums = [grad.to(wide).square().sum(), (new - old).square().sum(), old.square().sum()]
+    if moments is None:
+        sums += [old.new_zeros(())] * 2
+    else:
+        exp_avg, exp_avg_sq = (written[1 + position].to(before.dtype) for position in moments)
+        is_used = exp_avg_sq > 0
+        sums += [torch.where(is_used, exp_avg.abs() / exp_avg_sq.sqrt(), 0).to(wide).sum(), is_used.sum()]
+    sums += [moving.sum(), (moving & (kept == before)).sum(), (~grad.isfinite()).sum(), (~new.isfinite()).sum()]
+    return torch.stack([value.to(wide) for value in sums])

@@ -30,13 +30,15 @@ class Group:
         inputs, targets = (part.chunk(self.world)[self.rank] for part in batch)
         return inputs, targets
 
-    def measure(self, loss: float, seconds: float) -> tuple[float, tuple[float, ...]]:
-        figures = torch.zeros(1 + self.world, dtype=torch.float64)
-        figures[0] = loss / self.world
-        figures[1 + self.rank] = seconds
-        dist.all_reduce(figures)
-        mean, *each = figures.tolist()
-        return mean, tuple(each)
+    def mean(self, loss: float) -> float:
+        total = torch.tensor(loss / self.world, dtype=torch.float64)
+        dist.all_reduce(total)
+        return total.item()
+
+    def tell(self, text: str) -> str:
+        box = [text]
+        dist.broadcast_object_list(box, src=0)
+        return box[0]
 
     def end(self, name: str, outcome: Outcome) -> Ending:
         # A rank that failed may have left the others waiting in a collective operation, so this needs none: all go

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+from itertools import pairwise
+
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
@@ -97,3 +100,56 @@ def transformer(vocabulary: int, length: int, width: int, heads: int, depth: int
         nn.LayerNorm(width),
         nn.Linear(width, vocabulary),
     )
+
+
+class BurgersNet(nn.Module):
+    """A function u of points (x, t), shape (n, 2), that is -sin(pi x) at t = 0 and 0 at x = -1 and x = 1.
+
+    What is to be learned is multiplied by t (1 - x^2), so that it cannot touch these values: Lagaris et al. 1998,
+    https://arxiv.org/abs/physics/9705023.
+    """
+
+    def __init__(self, width: int, depth: int) -> None:
+        super().__init__()
+        sizes = [2] + [width] * depth
+        layers = [nn.Sequential(nn.Linear(i, o), nn.Tanh()) for i, o in pairwise(sizes)]
+        self.net = nn.Sequential(*layers, nn.Linear(width, 1))
+        for module in self.net.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.xavier_normal_(module.weight)
+                nn.init.zeros_(module.bias)
+
+    def forward(self, points: Tensor) -> Tensor:
+        x, t = points.unbind(1)
+        u: Tensor = t * (1 - x * x) * self.net(points).squeeze(1) - torch.sin(math.pi * x)
+        return u
+
+
+class Recurrent(nn.Module):
+    """A layer of rectified units that feed back; a linear map of the last step's is the output."""
+
+    def __init__(self, inputs: int, width: int, outputs: int) -> None:
+        super().__init__()
+        self.rnn = nn.RNN(inputs, width, nonlinearity="relu", batch_first=True)
+        self.head = nn.Linear(width, outputs)
+
+    def forward(self, sequences: Tensor) -> Tensor:
+        hidden, _ = self.rnn(sequences)
+        out: Tensor = self.head(hidden[:, -1])
+        return out
+
+
+def recurrent_net(inputs: int, width: int, outputs: int) -> nn.Module:
+    """Return a net that maps (batch, length, inputs) to (batch, outputs); the recurrent matrix starts as the identity.
+
+    Le et al. 2015, https://arxiv.org/abs/1504.00941.
+    """
+    net = Recurrent(inputs, width, outputs)
+    for name, param in net.named_parameters():
+        if "bias" in name:
+            nn.init.zeros_(param)
+        elif "hh" in name:
+            nn.init.eye_(param)
+        else:
+            nn.init.normal_(param, std=0.1)
+    return net

@@ -13,8 +13,14 @@ from torch.optim import Optimizer
 
 import descend
 from descend.compare.models import Block
-from descend.compare.specs import Construct, Spec, construct
 from descend.reporting.errors import UsageError, unknown
+
+Construct = Callable[[type[Optimizer], Iterable[nn.Parameter], Mapping[str, Any]], Optimizer]
+
+
+def construct(optimizer: type[Optimizer], params: Iterable[nn.Parameter], options: Mapping[str, Any]) -> Optimizer:
+    """Return ``optimizer(params, **options)``."""
+    return optimizer(params, **options)
 
 
 @dataclass(frozen=True)
@@ -74,8 +80,15 @@ WAYS = {
 }
 
 
-def choose(name: str | None, nproc: int, batch_size: int, contestants: Sequence[Spec]) -> Way:
-    """Return the way called ``name``, by default the first; raise a ``UsageError`` if the other options rule it out."""
+def choose(name: str | None, nproc: int, batch_size: int, sparse: Sequence[str]) -> Way:
+    """Return the way called ``name``, by default the first; raise a ``UsageError`` if the other options rule it out.
+
+    Args:
+        name: as on the command line; None for the first, or for one process.
+        nproc: number of processes.
+        batch_size: samples in a batch.
+        sparse: the optimizers that take sparse gradients, as the user wrote them.
+    """
     if name is not None and name not in WAYS:
         raise unknown("--parallel: there is no way to train", name, WAYS)
     if nproc == 1:
@@ -88,7 +101,6 @@ def choose(name: str | None, nproc: int, batch_size: int, contestants: Sequence[
             f"{nproc} processes take equal shares of a batch, so its size must be a multiple of {nproc}, "
             f"got {batch_size}: choose another --batch-size or --nproc."
         )
-    sparse = [spec.text for spec in contestants if spec.is_sparse]
     if sparse and not way.takes_sparse:
         raise UsageError(
             f"--parallel {way.name} has no sparse gradients, which {', '.join(sparse)} needs: "

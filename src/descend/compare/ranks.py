@@ -15,12 +15,16 @@ class Outcome(NamedTuple):
         steps: complete steps.
         state_bytes: memory of the optimizer's state on this rank.
         error: type and text of the exception that ended the run, or None.
+        first_step_seconds: time inside the optimizer in the first step; None without steps.
+        optimizer_seconds: median time inside the optimizer in the other steps; None without any.
         order: the place among the ranks, the first to end being 1.
     """
 
     steps: int
     state_bytes: int
     error: str | None
+    first_step_seconds: float | None = None
+    optimizer_seconds: float | None = None
     order: int = 1
 
     def is_like(self, other: Outcome) -> bool:
@@ -63,8 +67,11 @@ class Ranks(Protocol):
     def share(self, batch: Batch) -> Batch:
         """Return this rank's part of a batch, whose size is a multiple of the number of ranks."""
 
-    def measure(self, loss: float, seconds: float) -> tuple[float, tuple[float, ...]]:
-        """Return the mean of the ranks' losses, and the seconds of each."""
+    def mean(self, loss: float) -> float:
+        """Return the mean of the ranks' losses."""
+
+    def tell(self, text: str) -> str:
+        """Return what rank 0 passes; the others wait for it."""
 
     def end(self, name: str, outcome: Outcome) -> Ending:
         """Tell the other ranks how the run called ``name`` ended here, and return how it ended there."""
@@ -79,8 +86,11 @@ class Alone:
     def share(self, batch: Batch) -> Batch:
         return batch
 
-    def measure(self, loss: float, seconds: float) -> tuple[float, tuple[float, ...]]:
-        return loss, (seconds,)
+    def mean(self, loss: float) -> float:
+        return loss
+
+    def tell(self, text: str) -> str:
+        return text
 
     def end(self, name: str, outcome: Outcome) -> Ending:
         return Ending([outcome], is_common=True)

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-WINDOW = 20  # steps that a final loss, and each point of a curve, averages
+WINDOW = 20  # steps that a final loss, and each point of a curve, averages, where each step has a batch of its own
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,7 @@ class Run:
         error: why it failed.
         diverged_at: the first step, from 1, whose loss is NaN or Inf, or from which on it stays above ten times the
             first.
-        stopped: why a second-order method ended before the last step, in words.
+        stopped: why it ended before the last step, in words.
         losses: training loss before each step, of its batch.
         seconds: time since the start of the run, at the end of each step.
         evaluations: gradients evaluated until the end of each step: 1, 2, 3, ... without a line search.
@@ -70,8 +70,12 @@ class Run:
         test_losses: loss on held-out data then.
         test_metrics: the metric on held-out data then.
         state_bytes: memory of the optimizer's state; by rank, None for a rank that was not heard of.
-        ranks: what else differs by rank.
+        ranks: by rank, "first_step_seconds", "optimizer_seconds" (the median of the other steps) and "state_bytes";
+            None for what is not known.
         helper: full name of a second optimizer for parameters that the first does not take.
+        tuning: whether the run helped to choose a learning rate; it has a seed of its own and is not reported.
+        window: steps that ``final_loss`` averages: ``WINDOW``, or 1 if each step uses all data.
+        alone: whether no other run went on at the same time; times of runs that shared the machine are not compared.
     """
 
     label: str
@@ -96,14 +100,17 @@ class Run:
     state_bytes: Sequence[int | None] = ()
     ranks: Sequence[Mapping[str, float | None]] = ()
     helper: str | None = None
+    tuning: bool = False
+    window: int = WINDOW
+    alone: bool = True
 
     @property
     def final_loss(self) -> float | None:
-        """The mean training loss of the last ``WINDOW`` steps; None if the run diverged or has no steps."""
-        last = self.losses[-WINDOW:]
+        """The mean training loss of the last ``window`` steps; None if the run diverged or has no steps."""
+        last = self.losses[-self.window :]
         return sum(last) / len(last) if last and self.status != "diverged" else None
 
 
-def smooth(losses: Sequence[float]) -> list[float]:
-    """Return the mean of the last ``WINDOW`` losses at each step, so that a curve ends at ``final_loss``."""
-    return [sum(losses[max(0, i - WINDOW) : i]) / min(i, WINDOW) for i in range(1, len(losses) + 1)]
+def smooth(losses: Sequence[float], window: int = WINDOW) -> list[float]:
+    """Return the mean of the last ``window`` losses at each step, so that a curve ends at ``final_loss``."""
+    return [sum(losses[max(0, i - window) : i]) / min(i, window) for i in range(1, len(losses) + 1)]

@@ -16,8 +16,13 @@ class Settings:
         task: name of a task, or path of a file that defines one.
         optimizers: specs, ``NAME`` or ``NAME:key=value,...``.
         steps: steps of each run.
-        seed: for the weights, the batches and the held-out part.
+        seed: for the weights, the batches and the held-out part; the first of ``seeds``.
+        seeds: how many seeds, counted up from ``seed``.
+        sweep: options to vary, ``NAME=LOW..HIGH:COUNT`` or ``NAME=VALUE,VALUE``.
+        tune: whether each optimizer's learning rate is chosen first.
+        jobs: runs at a time, in processes of their own; None for as many as there are cores.
         out: folder of the results.
+        overwrite: whether results in that folder are replaced.
         batch_size: samples in a batch.
         threads: threads of each process.
         nproc: processes that share each batch.
@@ -28,7 +33,12 @@ class Settings:
     optimizers: Sequence[str] = ()
     steps: int | None = None
     seed: int = 0
+    seeds: int = 1
+    sweep: Sequence[str] = ()
+    tune: bool = False
+    jobs: int | None = None
     out: Path | None = None
+    overwrite: bool = False
     batch_size: int | None = None
     threads: int | None = None
     nproc: int = 1

@@ -1,212 +1,209 @@
-"""Train the same model from the same seed on the same batches, once with each optimizer."""
+"""One run: train a copy of the task's model with one optimizer, and measure it."""
 
 from __future__ import annotations
 
 import copy
+import gc
 import math
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from statistics import median
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.optim import Optimizer
 
-import descend
-from descend.compare.parallel import Way
-from descend.compare.ranks import Outcome, Ranks
-from descend.compare.specs import Spec, embeddings
-from descend.compare.tasks.task import Data, Task
+from descend.compare.contestant import Contestant, full_name
+from descend.compare.problem import Problem
+from descend.compare.ranks import Outcome
+from descend.compare.records import WINDOW, Run
+from descend.compare.trainer import Trainer
+
+WARM_STEPS = 3  # a table that settles rows compiles one kernel a step
+WARM_SECONDS = 2.0
+TESTS = 10  # evaluations on held-out data in a run
+APART = 5  # steps between them, at least
+HOPELESS = 10.0  # times the first loss
 
 
-@dataclass(frozen=True)
-class Problem:
-    """Everything that the optimizers of a comparison share."""
+def prepare(spec: Contestant, problem: Problem) -> float:
+    """Build the optimizer once, so that it raises its errors and compiles; return the seconds that it took.
 
-    task: Task
-    data: Data
-    model: nn.Module
-    steps: int
-    batch_size: int
-    seed: int
-    ranks: Ranks
-    way: Way
+    Raises:
+        UsageError: if it rejects the model's parameters or its options.
+    """
+    model = copy.deepcopy(problem.model)
+    started = time.perf_counter()
+    spec.trainer(model, problem)
+    return time.perf_counter() - started
 
 
-class Step(NamedTuple):
-    """Measurements of one step: the loss before it, in nats, and each rank's seconds inside the optimizer."""
+def train(problem: Problem, spec: Contestant, run: Run, on_step: Callable[[Run], None]) -> bool:
+    """Train with one optimizer, and store the measurements in ``run``.
 
-    loss: float
-    seconds: tuple[float, ...]
-
-
-class Stopwatch:
-    """Adds up the seconds between each ``start`` and the next ``stop``; both can be registered as module hooks."""
-
-    def __init__(self) -> None:
-        self.seconds = self.started = 0.0
-
-    def start(self, *_: object) -> None:
-        self.started = time.perf_counter()
-
-    def stop(self, *_: object) -> None:
-        self.seconds += time.perf_counter() - self.started
-
-    def reset(self) -> float:
-        """Return the seconds so far and reset them to 0."""
-        seconds, self.seconds = self.seconds, 0.0
-        return seconds
-
-
-@dataclass
-class Run:
-    """The measurements of one optimizer.
+    An exception ends the run and is stored in it. Ctrl-C raises as usual; ``run`` then has the measurements so far.
 
     Args:
+        problem: the task.
         spec: the optimizer.
-        options: options of its first group, and those of the spec.
-        helper: the second optimizer, for parameters that the first does not take; None if it takes all.
-        prepare_seconds: time to build the optimizer, including compilation.
-        state_bytes: memory of the optimizer's state, by rank; only this rank's if the run was interrupted, and None for
-            a rank that was not heard of.
+        run: what is measured; new.
+        on_step: called after each step, outside of the times.
+    Returns:
+        Whether the run ended alike on all ranks; if not, these cannot go on together.
     """
-
-    spec: Spec
-    options: dict[str, Any]
-    prepare_seconds: float
-    steps: list[Step] = field(default_factory=list)
-    total_seconds: float = 0.0
-    state_bytes: Sequence[int | None] = ()
-    test_loss: float | None = None
-    test_accuracy: float | None = None
-    helper: type[Optimizer] | None = None
-    error: str | None = None
-    is_complete: bool = False
-
-    @property
-    def losses(self) -> list[float]:
-        return [step.loss for step in self.steps]
-
-    @property
-    def final_loss(self) -> float | None:
-        return self.steps[-1].loss if self.steps else None
-
-    @property
-    def best_loss(self) -> float | None:
-        return min(filter(math.isfinite, self.losses), default=None)
-
-    @property
-    def first_step_seconds(self) -> Sequence[float]:
-        """Each rank's time inside the optimizer in the first step, which creates the state and may compile."""
-        return self.steps[0].seconds if self.steps else ()
-
-    @property
-    def optimizer_seconds(self) -> Sequence[float]:
-        """Each rank's time inside the optimizer in all other steps; empty if there are none."""
-        return [sum(seconds) for seconds in zip(*(step.seconds for step in self.steps[1:]), strict=True)]
-
-    @property
-    def diverged_at(self) -> int | None:
-        """The first step, counted from 1, whose loss is NaN or infinite; None if there is none."""
-        return next((i for i, loss in enumerate(self.losses, 1) if not math.isfinite(loss)), None)
-
-    @property
-    def status(self) -> str:
-        if self.error:
-            return "failed"
-        if not self.is_complete:
-            return "interrupted"
-        has_diverged = self.diverged_at or not math.isfinite(self.test_loss or 0)
-        return "diverged" if has_diverged else "finished"
+    error, parts = None, list[Mapping[str, float]]()
+    try:
+        _warm_up(problem, spec)
+        gc.collect()  # its copy of the model and the state
+        _train(problem, spec, run, parts, on_step)
+    except Exception as exception:  # the other optimizers are measured all the same
+        error = " ".join(f"{type(exception).__name__}: {exception}".split())
+    times = (run.first_step_seconds, run.parts.get("optimizer"))
+    own = Outcome(len(run.losses), sum(filter(None, run.state_bytes)), error, *times)
+    ending = problem.ranks.end(f"{run.label} {run.lr} {run.seed} {run.tuning}", own)
+    run.error, run.state_bytes = ending.error, ending.state_bytes
+    run.ranks = [
+        {
+            "first_step_seconds": outcome and outcome.first_step_seconds,
+            "optimizer_seconds": outcome and outcome.optimizer_seconds,
+            "state_bytes": outcome and outcome.state_bytes,
+        }
+        for outcome in ending.outcomes
+    ]
+    if run.error:
+        run.status = "failed"
+    elif ending.is_common:
+        run.diverged_at = run.diverged_at or diverged_at(run.losses)
+        run.status = "diverged" if run.diverged_at else "finished"
+    return ending.is_common
 
 
-def prepare(specs: Sequence[Spec], problem: Problem) -> list[Run]:
-    """Build every optimizer once, so that it raises its errors and compiles before any training."""
-    model = problem.way.wrap(copy.deepcopy(problem.model))
-    runs = []
-    for spec in specs:
-        started = time.perf_counter()
-        optimizer = spec.build(model.parameters(), problem.way.construct)
-        seconds = time.perf_counter() - started
-        group = {name: value for name, value in optimizer.param_groups[0].items() if name != "params"}
-        runs.append(Run(spec, options={**group, **spec.options}, prepare_seconds=seconds))
-    return runs
+def _warm_up(problem: Problem, spec: Contestant) -> None:
+    """Train a throw-away copy for a moment, so that each run finds threads, kernels and allocator as warm as the next.
 
-
-def compete(problem: Problem, runs: Sequence[Run], on_step: Callable[[Run], None]) -> None:
-    """Train with each optimizer in turn, and store the measurements in ``runs``.
-
-    An exception from one optimizer ends only its own run, unless it comes on some ranks alone: these cannot go on
-    together. Ctrl-C raises ``KeyboardInterrupt`` as usual. ``runs`` then hold the measurements so far.
-
-    Args:
-        problem: what the runs share.
-        runs: one per optimizer, as returned by ``prepare``.
-        on_step: called after each step.
+    The first steps of a process start threads, choose kernels, import torch's compiler, and grow the heap.
     """
-    # The first pass of a process sets up threads and kernels, and the first zero_grad imports torch's compiler.
-    # Both happen here, so that no optimizer's time includes them.
-    model = problem.way.wrap(copy.deepcopy(problem.model))
-    batch = problem.data.sample(problem.batch_size, torch.Generator())
-    problem.task.loss(model, problem.ranks.share(batch)).backward()  # type: ignore[no-untyped-call]
-    torch.optim.SGD(model.parameters()).zero_grad()
-    for run in runs:
-        error = None
-        try:
-            _train(problem, run, on_step)
-        except Exception as exception:  # the other optimizers are measured all the same
-            error = " ".join(f"{type(exception).__name__}: {exception}".split())
-        outcome = Outcome(len(run.steps), sum(filter(None, run.state_bytes)), error)
-        ending = problem.ranks.end(run.spec.label, outcome)
-        run.error, run.state_bytes = ending.error, ending.state_bytes
-        if not ending.is_common:
+    trainer = spec.trainer(copy.deepcopy(problem.model), problem)
+    generator = torch.Generator().manual_seed(problem.seed)
+    started = time.perf_counter()
+    for i in range(WARM_STEPS):
+        trainer.step(problem.ranks.share(problem.data.sample(problem.batch_size, generator)))
+        is_over = problem.ranks.world == 1 and time.perf_counter() - started > WARM_SECONDS
+        if trainer.stopped or is_over or i + 1 == problem.steps:
             return
 
 
-def _train(problem: Problem, run: Run, on_step: Callable[[Run], None]) -> None:
+def _train(
+    problem: Problem, spec: Contestant, run: Run, parts: list[Mapping[str, float]], on_step: Callable[[Run], None]
+) -> None:
     model = copy.deepcopy(problem.model)
+    trainer = spec.trainer(model, problem)
+    run.options = {**_options(trainer), **spec.options}
+    run.helper = full_name(type(trainer.optimizers[1])) if len(trainer.optimizers) > 1 else None
+    torch.manual_seed(problem.seed)  # a model may draw from it: dropout
     generator = torch.Generator().manual_seed(problem.seed)
-    run.spec.set_gradients(model)  # DistributedDataParallel looks at them
-    model = problem.way.wrap(model)
-    optimizers = run.spec.build_for(model, problem.way.construct)
-    run.helper = type(optimizers[1]) if len(optimizers) > 1 else None
-    watch = Stopwatch()
-    for table in embeddings(model):  # settling rows before they are read counts as time in the optimizer
-        table.register_forward_pre_hook(watch.start, prepend=True)
-        table.register_forward_pre_hook(watch.stop)
-    started = time.perf_counter()
+    tests = [problem.steps] if run.tuning else test_steps(problem.steps)
+    losses, seconds, evaluations = list[float](), list[float](), list[int]()
+    run.losses, run.seconds, run.evaluations = losses, seconds, evaluations
+    elapsed, count = 0.0, 0
     try:
-        for _ in range(problem.steps):
-            batch = problem.data.sample(problem.batch_size, generator)
-            loss = problem.task.loss(model, problem.ranks.share(batch))
-            for optimizer in optimizers:
-                optimizer.zero_grad()
-            loss.backward()  # type: ignore[no-untyped-call]
-            watch.start()
-            for optimizer in optimizers:
-                optimizer.step()
-            watch.stop()
-            run.steps.append(Step(*problem.ranks.measure(loss.item(), watch.reset())))
-            run.total_seconds = time.perf_counter() - started
+        for i in range(1, problem.steps + 1):
+            started = time.perf_counter()
+            batch = problem.ranks.share(problem.data.sample(problem.batch_size, generator))
+            drawn = time.perf_counter()
+            step = trainer.step(batch)
+            loss = problem.ranks.mean(step.loss)
+            elapsed += time.perf_counter() - started
+            count += step.evaluations
+            losses.append(loss)
+            seconds.append(elapsed)
+            evaluations.append(count)
+            parts.append({"data": drawn - started, **step.parts})
             on_step(run)
+            if not math.isfinite(loss):
+                run.diverged_at, run.stopped = i, f"the loss is {loss} at step {i}"
+                return
+            if i in tests or trainer.stopped:
+                _test(problem, trainer, model, run, i)
+            if trainer.stopped:
+                run.stopped = trainer.stopped
+                return
     finally:
+        run.parts = medians(parts[1:])
+        run.first_step_seconds = parts[0].get("optimizer") if parts else None
         # State only grows, so it is measured once, at the end. Reading the state of a descend optimizer marks it as
         # exposed, which makes the next steps slower.
-        run.state_bytes = [sum(map(_state_bytes, optimizers))]
-    for optimizer in optimizers:
-        if isinstance(optimizer, descend.AdamWScheduleFree):
-            optimizer.eval()
-    run.test_loss, run.test_accuracy = problem.task.score(model, problem.data.test)
-    run.is_complete = True
+        run.state_bytes = [sum(map(_state_bytes, trainer.optimizers))]
+
+
+def _test(problem: Problem, trainer: Trainer, model: torch.nn.Module, run: Run, step: int) -> None:
+    """Evaluate held-out data, without any effect on the training."""
+    state, modes = torch.get_rng_state(), [(module, module.training) for module in model.modules()]
+    with trainer.evaluating():
+        model.eval()
+        score = problem.task.score(model, problem.data.test)
+    for module, is_training in modes:
+        module.training = is_training
+    torch.set_rng_state(state)
+    run.test_steps = [*run.test_steps, step]
+    run.test_losses = [*run.test_losses, score.loss]
+    if score.metric is not None:
+        run.test_metrics = [*run.test_metrics, score.metric]
+    if not math.isfinite(score.loss):  # the step has made it so
+        run.diverged_at = run.diverged_at or step
+
+
+def test_steps(steps: int) -> list[int]:
+    """Return up to ten steps after which held-out data are evaluated, evenly spaced; the last is the last step."""
+    count = min(TESTS, max(1, steps // APART))
+    return [math.ceil(steps * (i + 1) / count) for i in range(count)]
+
+
+def diverged_at(losses: Sequence[float]) -> int | None:
+    """Return the step, counted from 1, at which the loss became hopeless; None if it did not.
+
+    The loss of a batch is noisy, so the median of the last ``WINDOW`` counts: if it ends above ten times the first
+    loss, the step is the first from which on it stayed there, less what the window lags.
+    """
+    bad = next((i for i, loss in enumerate(losses, 1) if not math.isfinite(loss)), None)
+    if bad or not losses or losses[0] <= 0:
+        return bad
+    bound, since = HOPELESS * losses[0], len(losses) + 1
+    while since > 1 and median(losses[max(0, since - 1 - WINDOW) : since - 1]) > bound:
+        since -= 1
+    if since > len(losses):
+        return None
+    return next(i for i in range(max(1, since - WINDOW + 1), since + 1) if losses[i - 1] > bound)
+
+
+def medians(parts: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """Return the median seconds of each part."""
+    names = dict.fromkeys(name for each in parts for name in each)
+    return {name: median(each.get(name, 0.0) for each in parts) for name in names}
+
+
+def _options(trainer: Trainer) -> dict[str, Any]:
+    """Return the options of the optimizer's first group, if it has any."""
+    groups = trainer.optimizers[0].param_groups if trainer.optimizers else [{}]
+    return {name: value for name, value in groups[0].items() if name not in ("params", "param_names")}
 
 
 def _state_bytes(optimizer: Optimizer) -> int:
     """Return the bytes of this rank's memory behind all state tensors; shared storage counts once."""
     # ZeroRedundancyOptimizer keeps this rank's share in an optimizer of its own.
-    states = getattr(optimizer, "optim", optimizer).state.values()
-    tensors = (value for state in states for value in state.values() if isinstance(value, Tensor))
+    tensors = _tensors(getattr(optimizer, "optim", optimizer).state)
     # A DTensor has no memory of its own.
     local = (tensor.to_local() if hasattr(tensor, "to_local") else tensor for tensor in tensors)
     storages = {storage.data_ptr(): storage.nbytes() for storage in (tensor.untyped_storage() for tensor in local)}
     return sum(storages.values())
+
+
+def _tensors(value: object) -> Iterator[Tensor]:
+    """Yield the tensors in nested mappings and lists, such as L-BFGS's pairs."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, Mapping | list | tuple | deque):
+        for item in value.values() if isinstance(value, Mapping) else value:
+            yield from _tensors(item)

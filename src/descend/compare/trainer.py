@@ -33,8 +33,11 @@ class Trainer(Protocol):
         stopped: why there is nothing more to do, in words; None while there is.
     """
 
-    optimizers: Sequence[Optimizer]
-    stopped: str | None
+    @property
+    def optimizers(self) -> Sequence[Optimizer]: ...
+
+    @property
+    def stopped(self) -> str | None: ...
 
     def step(self, batch: Batch) -> Step:
         """Take one step on ``batch``."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar, NamedTuple
 
@@ -13,7 +14,8 @@ from torch.optim import Optimizer
 from torch.utils._foreach_utils import _get_fused_kernels_supported_devices
 
 from descend.core.checks import check_kinds, check_lr
-from descend.core.options import BACKENDS, Amp, BackendName, Nonfinite, Sparse, StatePages, StepOptions
+from descend.core.measures import Observer
+from descend.core.options import BACKENDS, DOCUMENTATION, Amp, BackendName, Nonfinite, Sparse, StatePages, StepOptions
 from descend.core.signature import signature
 
 
@@ -37,7 +39,7 @@ class _Option:
     """A field of ``StepOptions`` as an attribute of the optimizer. An edit is checked by the next step."""
 
     def __init__(self, name: str) -> None:
-        self.name = name
+        self.name, self.__doc__ = name, DOCUMENTATION[name]
 
     def __get__(self, method: Any, kind: type) -> Any:
         return self if method is None else getattr(method.options, self.name)
@@ -58,6 +60,7 @@ class Method(Optimizer):
         skipped_steps: steps left out by ``nonfinite="skip"``.
         agreed_meshes: device meshes whose ranks have been found to have the same optimizer.
         state_meshes: the device mesh of each ``shard_state`` that has been used.
+        observer: is told of each step; copies and pickles leave it out.
     """
 
     rule: ClassVar[Callable[..., Any]]
@@ -76,6 +79,7 @@ class Method(Optimizer):
     skipped_steps: int
     agreed_meshes: set[Any]
     state_meshes: dict[Any, Any]
+    observer: Observer | None = None
 
     # The fields of ``options``, for type checkers.
     max_norm: float | None
@@ -86,6 +90,10 @@ class Method(Optimizer):
     amp: Amp | None
     state_pages: StatePages
     shard_state: Any
+
+    @abstractmethod
+    def observe(self, observer: Observer | None) -> None:
+        """Tell ``observer`` of all steps from now on; None to tell nobody."""
 
     # What a subclass defines.
 

@@ -1,14 +1,15 @@
 """The options that every element-wise optimizer takes beyond torch's arguments.
 
-A new option is a field of ``StepOptions``; for type checkers, a key of ``Options`` and an annotation in ``Method``; and
-the place that uses it. Constructors, attributes, copies and pickles follow.
+A new option is a field of ``StepOptions``, with what docstrings say of it; for type checkers, a key of ``Options`` and
+an annotation in ``Method``; and the place that uses it. Constructors, attributes, copies, pickles and the docstrings of
+all optimizers follow.
 """
 
 from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from typing import Any, Literal, TypeAlias, TypedDict, TypeVar, get_args
 
 import torch
@@ -39,18 +40,73 @@ class Options(TypedDict, total=False):
     shard_state: Any
 
 
+def _says(documentation: str) -> dict[str, str]:
+    """A field's metadata: what docstrings say of it."""
+    return {"documentation": documentation}
+
+
 @dataclass(frozen=True, kw_only=True)
 class StepOptions:
-    """How an optimizer steps, whatever its method; never in a group. ``FirstOrder`` documents each option."""
+    """How an optimizer steps, whatever its method; never in a group."""
 
-    max_norm: float | None = None
-    nonfinite: Nonfinite = "step"
-    backend: BackendName = "auto"
-    state_dtype: torch.dtype | None = None
-    sparse: Sparse | None = None
-    amp: Amp | None = None
-    state_pages: StatePages = "auto"
-    shard_state: Any = None  # checked by ``distributed/shard_state.py``, which knows what is allowed
+    max_norm: float | None = field(
+        default=None,
+        metadata=_says(
+            "clip, inside the update: gradients act as if scaled until their joint 2-norm is at most this, > 0. "
+            "Default: None."
+        ),
+    )
+    nonfinite: Nonfinite = field(
+        default="step",
+        metadata=_says(
+            'what a NaN or Inf in a gradient does: ``"step"``, it spreads, as in torch; ``"skip"``, nothing moves and '
+            '``skipped_steps`` grows; ``"raise"``, ``FloatingPointError`` before anything moves. Default: ``"step"``.'
+        ),
+    )
+    backend: BackendName = field(
+        default="auto",
+        metadata=_says(
+            'what runs the rule: ``"auto"``, ``"eager"``, or ``"cpu"``, an error where no kernel applies. Default: the '
+            'environment variable ``DESCEND_BACKEND``, else ``"auto"``.'
+        ),
+    )
+    state_dtype: torch.dtype | None = field(
+        default=None,
+        metadata=_says(
+            "dtype of new state of real parameters. Default: the parameter's, but float32 for float16, where squares "
+            "of gradients underflow."
+        ),
+    )
+    sparse: Sparse | None = field(
+        default=None,
+        metadata=_says(
+            "what a sparse gradient means. None: what it means in torch, where Adam and AdamW refuse it. "
+            '``"touched"``: rows that it does not name stay as they are. ``"exact"`` (Adam, AdamW): their gradient is '
+            "zero, as if it were dense; they catch up when they are next read, see ``attach``. Default: None."
+        ),
+    )
+    amp: Amp | None = field(
+        default=None,
+        metadata=_says(
+            '``"fused"``: a ``GradScaler`` leaves unscaling, and leaving out steps that overflow, to the update. '
+            "None: it rewrites the gradients itself. Default: None."
+        ),
+    )
+    state_pages: StatePages = field(
+        default="auto",
+        metadata=_says(
+            'memory for the state of sparse parameters: ``"touched"``, only the pages of touched rows; ``"all"``, '
+            'all at the first step; ``"auto"``, all if memory is plentiful and rows are scattered. Default: ``"auto"``.'
+        ),
+    )
+    # Checked by ``distributed/shard_state.py``, which knows what is allowed.
+    shard_state: Any = field(
+        default=None,
+        metadata=_says(
+            "a process group or one-dimensional ``DeviceMesh`` whose ranks all have the whole parameters, as under "
+            "DistributedDataParallel: each keeps and updates the state of its part (ZeRO-1). Default: None."
+        ),
+    )
 
     @property
     def wants_norm(self) -> bool:
@@ -80,14 +136,21 @@ class StepOptions:
             raise ValueError(f"{who}: sparse='exact' keeps whole tables on every rank; with shard_state use 'touched'.")
 
 
+DOCUMENTATION: dict[str, str] = {
+    **{each.name: each.metadata["documentation"] for each in fields(StepOptions)},
+    "groups": "``(pattern, options)`` pairs that sort named parameters into groups: a glob, a compiled regular "
+    "expression or a collection of names. The first that matches decides; what none matches is the first group. "
+    "Default: one group.",
+}
+
 Function = TypeVar("Function", bound=Callable[..., Any])
 
 
 def shows_options(function: Function) -> Function:
     """Let ``inspect.signature`` and ``help`` show the options that ``function`` takes as ``**options``."""
     options = [
-        inspect.Parameter(field.name, inspect.Parameter.KEYWORD_ONLY, default=field.default, annotation=field.type)
-        for field in fields(StepOptions)
+        inspect.Parameter(each.name, inspect.Parameter.KEYWORD_ONLY, default=each.default, annotation=each.type)
+        for each in fields(StepOptions)
     ]
     options.append(
         inspect.Parameter("groups", inspect.Parameter.KEYWORD_ONLY, default=None, annotation="Groups | None")

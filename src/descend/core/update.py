@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from torch import Tensor
 
+from descend.core.measures import Sample
 from descend.core.method import Method
 
 
@@ -52,8 +53,13 @@ class Update(ABC):
         """Whether ``run`` cannot be interrupted half-way."""
         return False
 
-    def compile(self, wants_norm: bool) -> None:  # noqa: B027 most need nothing
-        """Compile, or load from disk, all that the other methods call. May raise ``RuleError``."""
+    def compile(self, wants_norm: bool, measures: bool = False) -> None:  # noqa: B027 most need nothing
+        """Compile, or load from disk, all that the other methods call. May raise ``RuleError``.
+
+        Args:
+            wants_norm: whether ``sum_of_squares`` will be called.
+            measures: whether ``run`` will get samples.
+        """
 
     def read(self, method: Method) -> None:  # noqa: B027
         """Check what the gradients hold. May raise ``IndexError`` and ``RuntimeError``."""
@@ -76,8 +82,8 @@ class Update(ABC):
         """Make the state that is missing, and keep the addresses of all of it."""
 
     @abstractmethod
-    def run(self, method: Method) -> None:
-        """Update the parameters, their state and their step counts."""
+    def run(self, method: Method, sample: Sample | None = None) -> None:
+        """Update the parameters, their state and their step counts; add to ``sample`` what it asks for."""
 
     def release(self) -> None:  # noqa: B027
         """Drop the gradients that were read."""

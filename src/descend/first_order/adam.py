@@ -22,18 +22,17 @@ class Adam(FirstOrder):
     with large gradients decay less. ``AdamW`` decays all weights alike.
 
     Args:
-        params: parameters, ``(name, parameter)`` pairs, or dicts that define groups.
+        params: a module, whose parameters then have names; or parameters, ``(name, parameter)`` pairs, or dicts that
+            define groups, as in torch.
         lr: step size, >= 0; a float or a tensor of one element. Default: 1e-3.
         betas: decay of the averages of gradient and squared gradient, each in [0, 1). Default: (0.9, 0.999).
-        eps: >= 0, added to the denominator, in units of the gradient. Default: 1e-8.
-        weight_decay: >= 0. Default: 0.
+        eps: added to the denominator, >= 0, in units of the gradient. Default: 1e-8.
+        weight_decay: L2 regularisation, >= 0. Default: 0.
         amsgrad: divide by the largest average so far. Default: False.
         maximize: ascend instead. Default: False.
         foreach, fused, capturable: accepted and kept in the groups; the backend is chosen by ``backend``.
         differentiable: let autograd see the step. Default: False.
         decoupled_weight_decay: decay as ``AdamW`` does. Default: False.
-        options: ``max_norm``, ``nonfinite``, ``backend``, ``state_dtype``, ``sparse``, ``groups``, ``amp``,
-            ``state_pages``: see ``FirstOrder``.
     Raises:
         ValueError: if an option is out of range.
     Example:
@@ -121,20 +120,21 @@ class AdamW(Adam):
     Drop-in for ``torch.optim.AdamW``.
 
     Args:
-        params: parameters, ``(name, parameter)`` pairs, or dicts that define groups.
+        params: a module, whose parameters then have names; or parameters, ``(name, parameter)`` pairs, or dicts that
+            define groups, as in torch.
         lr: step size, >= 0; a float or a tensor of one element. Default: 1e-3.
         betas: decay of the averages of gradient and squared gradient, each in [0, 1). Default: (0.9, 0.999).
-        eps: >= 0, added to the denominator, in units of the gradient. Default: 1e-8.
-        weight_decay: >= 0, multiplied by ``lr``. Default: 1e-2.
+        eps: added to the denominator, >= 0, in units of the gradient. Default: 1e-8.
+        weight_decay: decoupled, >= 0, multiplied by ``lr``. Default: 1e-2.
         amsgrad: divide by the largest average so far. Default: False.
         maximize: ascend instead. Default: False.
         foreach, capturable, fused: accepted and kept in the groups; the backend is chosen by ``backend``.
         differentiable: let autograd see the step. Default: False.
-        options: ``max_norm``, ``nonfinite``, ``backend``, ``state_dtype``, ``sparse``, ``groups``, ``amp``,
-            ``state_pages``: see ``FirstOrder``.
     Raises:
         ValueError: if an option is out of range.
     Example:
+        >>> model = torch.nn.Linear(2, 1)
+        >>> optimizer = AdamW(model, lr=1e-3, max_norm=1.0)  # or model.parameters(), as in torch
         >>> weight = torch.ones(2, requires_grad=True)
         >>> optimizer = AdamW([weight], lr=0.1, weight_decay=0.5, max_norm=1.0)
         >>> weight.square().sum().backward()

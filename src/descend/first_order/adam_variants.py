@@ -21,16 +21,15 @@ class Adamax(FirstOrder):
     Drop-in for ``torch.optim.Adamax``.
 
     Args:
-        params: parameters, ``(name, parameter)`` pairs, or dicts that define groups.
+        params: a module, whose parameters then have names; or parameters, ``(name, parameter)`` pairs, or dicts that
+            define groups, as in torch.
         lr: step size, >= 0; a float or a tensor of one element. Default: 2e-3.
         betas: decay of the average and of the largest gradient, each in [0, 1). Default: (0.9, 0.999).
-        eps: >= 0, added to each gradient's size, in units of the gradient. Default: 1e-8.
-        weight_decay: >= 0, added to the gradient as ``weight_decay * param``. Default: 0.
+        eps: added to each gradient's size, >= 0, in units of the gradient. Default: 1e-8.
+        weight_decay: L2 regularisation, >= 0: adds ``weight_decay * param`` to the gradient. Default: 0.
         foreach, capturable: accepted and kept in the groups; the backend is chosen by ``backend``.
         maximize: ascend instead. Default: False.
         differentiable: let autograd see the step. Default: False.
-        options: ``max_norm``, ``nonfinite``, ``backend``, ``state_dtype``, ``sparse``, ``groups``, ``amp``,
-            ``state_pages``: see ``FirstOrder``.
     Raises:
         ValueError: if an option is out of range.
     Example:
@@ -88,19 +87,18 @@ class NAdam(FirstOrder):
     Drop-in for ``torch.optim.NAdam``.
 
     Args:
-        params: parameters, ``(name, parameter)`` pairs, or dicts that define groups.
+        params: a module, whose parameters then have names; or parameters, ``(name, parameter)`` pairs, or dicts that
+            define groups, as in torch.
         lr: step size, >= 0; a float or a tensor of one element. Default: 2e-3.
         betas: decay of the averages of gradient and squared gradient, each in [0, 1). Default: (0.9, 0.999).
-        eps: >= 0, added to the denominator, in units of the gradient. Default: 1e-8.
-        weight_decay: >= 0, L2 regularisation. Default: 0.
-        momentum_decay: >= 0; the momentum of a step is ``betas[0] * (1 - 0.5 * 0.96 ** (step * momentum_decay))``. It
+        eps: added to the denominator, >= 0, in units of the gradient. Default: 1e-8.
+        weight_decay: L2 regularisation, >= 0. Default: 0.
+        momentum_decay: the momentum of a step is ``betas[0] * (1 - 0.5 * 0.96 ** (step * momentum_decay))``, >= 0. It
             grows from half of ``betas[0]`` to ``betas[0]``. Default: 4e-3.
         decoupled_weight_decay: decay as ``AdamW`` does. Default: False.
         foreach, capturable: accepted and kept in the groups; the backend is chosen by ``backend``.
         maximize: ascend instead. Default: False.
         differentiable: let autograd see the step. Default: False.
-        options: ``max_norm``, ``nonfinite``, ``backend``, ``state_dtype``, ``sparse``, ``groups``, ``amp``,
-            ``state_pages``: see ``FirstOrder``.
     Raises:
         ValueError: if an option is out of range.
     Example:
@@ -177,17 +175,16 @@ class RAdam(FirstOrder):
     Drop-in for ``torch.optim.RAdam``. The effect is similar to that of a learning rate warmup.
 
     Args:
-        params: parameters, ``(name, parameter)`` pairs, or dicts that define groups.
+        params: a module, whose parameters then have names; or parameters, ``(name, parameter)`` pairs, or dicts that
+            define groups, as in torch.
         lr: step size, >= 0; a float or a tensor of one element. Default: 1e-3.
         betas: decay of the averages of gradient and squared gradient, each in [0, 1). Default: (0.9, 0.999).
-        eps: >= 0, added to the denominator, in units of the gradient. Default: 1e-8.
-        weight_decay: >= 0, L2 regularisation. Default: 0.
+        eps: added to the denominator, >= 0, in units of the gradient. Default: 1e-8.
+        weight_decay: L2 regularisation, >= 0. Default: 0.
         decoupled_weight_decay: decay as ``AdamW`` does. Default: False.
         foreach, capturable: accepted and kept in the groups; the backend is chosen by ``backend``.
         maximize: ascend instead. Default: False.
         differentiable: let autograd see the step. Default: False.
-        options: ``max_norm``, ``nonfinite``, ``backend``, ``state_dtype``, ``sparse``, ``groups``, ``amp``,
-            ``state_pages``: see ``FirstOrder``.
     Raises:
         ValueError: if an option is out of range.
     Example:

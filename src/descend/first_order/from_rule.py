@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from descend.core.docstrings import with_sections
 from descend.core.groups import ParamsT
 from descend.core.options import Options
 from descend.core.signature import signature
@@ -66,9 +67,11 @@ def from_rule(rule: Callable[..., Any], name: str, **defaults: Any) -> type[Firs
             )
         FirstOrder.__init__(self, params, {**chosen, "maximize": maximize}, **given)
 
+    numbers = {number: f"a number of the rule. Default: {value!r}." for number, value in group.items()}
+    arguments = {"Args": {"params": "a module, parameters, or dicts that define groups.", **numbers}}
     members = {
         "__init__": initialize,
-        "__doc__": rule.__doc__,
+        "__doc__": with_sections(rule.__doc__ or f"An optimizer made of the rule ``{rule.__name__}``.", arguments),
         "__module__": rule.__module__,
         "rule": staticmethod(rule),
         "counts_steps": "step" in takes.scalars,

@@ -18,9 +18,11 @@ from descend.checkpoint import per_parameter
 from descend.checkpoint.consolidate import consolidated
 from descend.checkpoint.matching import Hyperparameters, IncompatibleKeys, Match
 from descend.checkpoint.reading import set_state
+from descend.core.docstrings import summary_of, with_sections
 from descend.core.groups import ParamsT, grouped, named
+from descend.core.measures import Observer
 from descend.core.method import Method
-from descend.core.options import Options, StepOptions, shows_options
+from descend.core.options import DOCUMENTATION, Options, StepOptions, shows_options
 from descend.core.undecorated import undecorated
 from descend.diagnostics.summary import Row, summarize
 from descend.distributed.shard_state import state_mesh
@@ -37,36 +39,17 @@ class FirstOrder(Method):
     """Base of all element-wise optimizers: a subclass names a rule and forms its scalars.
 
     Args:
-        params: parameters, ``(name, parameter)`` pairs, or dicts that define groups, as in ``torch.optim``; or a
-            module, whose parameters are then named.
+        params: a module, whose parameters then have names; or parameters, ``(name, parameter)`` pairs, or dicts that
+            define groups, as in torch.
         defaults: options of a group that does not set them.
-        max_norm: if given, > 0: before each step the gradients of all groups are scaled, inside the update and
-            without being written, so that their joint 2-norm is at most this. Default: None.
-        nonfinite: what a NaN or Inf in a gradient does. ``"step"``: torch's behaviour, it spreads. ``"skip"``:
-            nothing moves and ``skipped_steps`` grows. ``"raise"``: ``FloatingPointError`` before anything moves.
-            Default: ``"step"``.
-        backend: ``"auto"``, ``"eager"`` or ``"cpu"`` (an error where no kernel applies). Default: the environment
-            variable ``DESCEND_BACKEND``, else ``"auto"``.
-        state_dtype: dtype of new state tensors of real parameters. Default: the parameter's, but float32 for
-            float16, where squares of gradients underflow.
-        sparse: what a sparse gradient means. ``None``: what it means in torch; Adam and AdamW refuse it.
-            ``"touched"``: the rule runs on the rows that the gradient names, weight decay included, and nothing
-            happens to the others. ``"exact"`` (Adam, AdamW): a gradient of zero for the others, as if it were dense;
-            they are brought up to date when they are next read, see ``attach``. Default: None.
-        groups: ``(pattern, options)`` pairs that sort named parameters into groups, see docs/groups.md. A pattern is
-            a glob or compiled regular expression for whole names, or a collection of names; the first that matches
-            decides. Parameters that none matches are the first group. Default: all are one group.
-        amp: ``"fused"``: a ``GradScaler`` leaves unscaling, and leaving out steps that overflow, to ``step``, which
-            unscales inside the update. None: it does so itself, and rewrites the gradients. Default: None.
-        state_pages: how the state of sparse parameters is committed. ``"touched"``: only the pages of touched rows.
-            ``"all"``: all of it at the first step. ``"auto"``: all of it if memory is plentiful and the rows are
-            scattered, see docs/sparse.md. Default: ``"auto"``.
-        shard_state: a process group or a one-dimensional ``DeviceMesh``, for parameters that all of its ranks have
-            whole, with equal gradients, as under DistributedDataParallel: each rank keeps the state of its part,
-            updates it, and receives the others, see docs/distributed.md. Default: None.
     Raises:
         ValueError: if an option is out of range; nothing has been changed then.
     """
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if cls.__doc__:
+            cls.__doc__ = with_sections(cls.__doc__, _shared_sections())
 
     @shows_options
     def __init__(self, params: ParamsT, defaults: dict[str, Any], **options: Unpack[Options]) -> None:
@@ -128,6 +111,21 @@ class FirstOrder(Method):
                 loss = closure()
         self._driver.step(self)
         return loss
+
+    def observe(self, observer: Observer | None) -> None:
+        """Tell ``observer`` of all steps from now on; None to tell nobody. ``Monitor`` calls it.
+
+        Raises:
+            RuleError: if a rule cannot be compiled.
+        """
+        self._driver.forget_plan()
+        self.observer = observer
+        if observer is not None:
+            try:
+                warmup(self)
+            except BaseException:
+                self.observer = None
+                raise
 
     def _use(self, driver: Driver) -> None:
         """Leave the steps to ``driver``."""
@@ -349,6 +347,34 @@ class FirstOrder(Method):
             content, self.state = self.state, State.owned_by(self)
             self.state.update(content)  # counts as exposed: whoever made it may still hold it
 
+
+def _shared_sections() -> dict[str, dict[str, str]]:
+    """What the docstring of every class says of the options and methods that all have."""
+    methods = (
+        "step",
+        "zero_grad",
+        "summary",
+        "backends",
+        "state_dict",
+        "load_state_dict",
+        "init_state",
+        "add_param_group",
+        "attach",
+        "settle",
+    )
+    return {
+        "Keyword Args": DOCUMENTATION,
+        "Attributes": {
+            "grad_norm": "norm of the last step's gradients before clipping; None if nothing asked for it.",
+            "skipped_steps": 'steps left out by ``nonfinite="skip"``.',
+            "max_norm, nonfinite, ...": "the options above; all but ``groups`` may be set anew between steps.",
+            "param_groups, state": "as in torch.",
+        },
+        "Methods": {name: summary_of(getattr(FirstOrder, name)) for name in methods},
+    }
+
+
+FirstOrder.__doc__ = with_sections(FirstOrder.__doc__ or "", _shared_sections())
 
 _hooked_step = Optimizer.profile_hook_step(FirstOrder._step)
 _untraced_step = _disable_dynamo(FirstOrder.step)

@@ -31,19 +31,18 @@ class AdamWScheduleFree(FirstOrder):
     ``betas[0]``, so ``OneCycleLR`` needs ``cycle_momentum=False``.
 
     Args:
-        params: parameters, ``(name, parameter)`` pairs, or dicts that define groups.
+        params: a module, whose parameters then have names; or parameters, ``(name, parameter)`` pairs, or dicts that
+            define groups, as in torch.
         lr: step size, >= 0, held constant; a float or a tensor of one element. Default: 2.5e-3.
         betas: weight of x in y, in (0, 1), and decay of the average of squared gradients, in [0, 1).
             Default: (0.9, 0.999).
-        eps: >= 0, added to the denominator, in units of the gradient. Default: 1e-8.
-        weight_decay: >= 0, decoupled, of y, multiplied by ``lr``. Default: 0.
+        eps: added to the denominator, >= 0, in units of the gradient. Default: 1e-8.
+        weight_decay: decoupled, of y, >= 0, multiplied by ``lr``. Default: 0.
         warmup_steps: steps during which ``lr`` grows to its value. Default: 0.
         r: the weight of the k-th step in the average is proportional to ``k ** r``. Default: 0.
         weight_lr_power: and to this power of the largest ``lr`` so far. Default: 2.
         foreach: accepted and kept in the groups; the backend is chosen by ``backend``.
         maximize: ascend instead. Default: False.
-        options: ``max_norm``, ``nonfinite``, ``backend``, ``state_dtype``, ``sparse``, ``groups``, ``amp``,
-            ``state_pages``: see ``FirstOrder``.
     Raises:
         ValueError: if an option is out of range.
         RuntimeError: by ``step()`` in eval mode.

@@ -22,15 +22,14 @@ class Lion(FirstOrder):
     larger by the same factor. The state is one average, half of Adam's.
 
     Args:
-        params: parameters, ``(name, parameter)`` pairs, or dicts that define groups.
+        params: a module, whose parameters then have names; or parameters, ``(name, parameter)`` pairs, or dicts that
+            define groups, as in torch.
         lr: step size, >= 0; a float or a tensor of one element. Default: 1e-4.
         betas: decay of the average used for the step, and of the average kept as state, each in [0, 1).
             Default: (0.9, 0.99).
-        weight_decay: >= 0, decoupled, multiplied by ``lr``. Default: 0.
+        weight_decay: decoupled, >= 0, multiplied by ``lr``. Default: 0.
         maximize: ascend instead. Default: False.
         differentiable: let autograd see the step. Default: False.
-        options: ``max_norm``, ``nonfinite``, ``backend``, ``state_dtype``, ``sparse``, ``groups``, ``amp``,
-            ``state_pages``: see ``FirstOrder``.
     Raises:
         ValueError: if an option is out of range.
     Example:
@@ -84,15 +83,14 @@ class Rprop(FirstOrder):
     Drop-in for ``torch.optim.Rprop``. Use it with gradients of the whole data set: signs of small batches are noise.
 
     Args:
-        params: parameters, ``(name, parameter)`` pairs, or dicts that define groups.
+        params: a module, whose parameters then have names; or parameters, ``(name, parameter)`` pairs, or dicts that
+            define groups, as in torch.
         lr: step size of a weight's first step, >= 0; a float or a tensor of one element. Default: 1e-2.
         etas: factors by which steps shrink, in (0, 1), and grow, > 1. Default: (0.5, 1.2).
         step_sizes: shortest and longest step. Default: (1e-6, 50).
         capturable, foreach: accepted and kept in the groups; the backend is chosen by ``backend``.
         maximize: ascend instead. Default: False.
         differentiable: let autograd see the step. Default: False.
-        options: ``max_norm``, ``nonfinite``, ``backend``, ``state_dtype``, ``sparse``, ``groups``, ``amp``,
-            ``state_pages``: see ``FirstOrder``.
     Raises:
         ValueError: if an option is out of range.
     Example:

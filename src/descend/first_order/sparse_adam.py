@@ -23,13 +23,12 @@ class SparseAdam(FirstOrder):
     ``Adam(sparse="touched")`` also takes dense gradients, weight decay and AMSGrad.
 
     Args:
-        params: parameters, ``(name, parameter)`` pairs, or dicts that define groups.
+        params: a module, whose parameters then have names; or parameters, ``(name, parameter)`` pairs, or dicts that
+            define groups, as in torch.
         lr: step size, > 0; a float or a tensor of one element. Default: 1e-3.
         betas: decay of the averages of gradient and squared gradient, each in [0, 1). Default: (0.9, 0.999).
-        eps: > 0, added to the denominator before bias correction, in units of the gradient. Default: 1e-8.
+        eps: added to the denominator before bias correction, > 0, in units of the gradient. Default: 1e-8.
         maximize: ascend instead. Default: False.
-        options: ``max_norm``, ``nonfinite``, ``backend``, ``state_dtype``, ``sparse``, ``groups``, ``amp``,
-            ``state_pages``: see ``FirstOrder``.
     Raises:
         ValueError: if an option is out of range, or a parameter is itself sparse.
         RuntimeError: from ``step``, for a dense gradient; nothing has moved then.

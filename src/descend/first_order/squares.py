@@ -22,17 +22,16 @@ class Adagrad(FirstOrder):
     Drop-in for ``torch.optim.Adagrad``. Rare features keep long steps. The sum never shrinks, so steps never grow.
 
     Args:
-        params: parameters, ``(name, parameter)`` pairs, or dicts that define groups.
+        params: a module, whose parameters then have names; or parameters, ``(name, parameter)`` pairs, or dicts that
+            define groups, as in torch.
         lr: step size, >= 0; a float or a tensor of one element. Default: 1e-2.
-        lr_decay: >= 0; ``lr`` is divided by ``1 + (step - 1) * lr_decay``. Default: 0.
-        weight_decay: >= 0, added to the gradient as ``weight_decay * param``. Default: 0.
+        lr_decay: ``lr`` is divided by ``1 + (step - 1) * lr_decay``; >= 0. Default: 0.
+        weight_decay: L2 regularisation, >= 0: adds ``weight_decay * param`` to the gradient. Default: 0.
         initial_accumulator_value: what each sum starts from, >= 0. Default: 0.
-        eps: >= 0, added to the denominator, in units of the gradient. Default: 1e-10.
+        eps: added to the denominator, >= 0, in units of the gradient. Default: 1e-10.
         foreach, fused: accepted and kept in the groups; the backend is chosen by ``backend``.
         maximize: ascend instead. Default: False.
         differentiable: let autograd see the step. Default: False.
-        options: ``max_norm``, ``nonfinite``, ``backend``, ``state_dtype``, ``sparse``, ``groups``, ``amp``,
-            ``state_pages``: see ``FirstOrder``.
     Raises:
         ValueError: if an option is out of range.
         RuntimeError: by ``step()``, for a sparse gradient with ``weight_decay`` unless ``sparse`` is ``"touched"``.
@@ -117,18 +116,17 @@ class RMSprop(FirstOrder):
     Drop-in for ``torch.optim.RMSprop``.
 
     Args:
-        params: parameters, ``(name, parameter)`` pairs, or dicts that define groups.
+        params: a module, whose parameters then have names; or parameters, ``(name, parameter)`` pairs, or dicts that
+            define groups, as in torch.
         lr: step size, >= 0; a float or a tensor of one element. Default: 1e-2.
         alpha: decay of the averages, >= 0. Default: 0.99.
-        eps: >= 0, added to the denominator, in units of the gradient. Default: 1e-8.
-        weight_decay: >= 0, added to the gradient as ``weight_decay * param``. Default: 0.
-        momentum: >= 0, of the scaled gradients. Default: 0.
+        eps: added to the denominator, >= 0, in units of the gradient. Default: 1e-8.
+        weight_decay: L2 regularisation, >= 0: adds ``weight_decay * param`` to the gradient. Default: 0.
+        momentum: of the scaled gradients, >= 0. Default: 0.
         centered: divide by the standard deviation instead. Default: False.
         capturable, foreach: accepted and kept in the groups; the backend is chosen by ``backend``.
         maximize: ascend instead. Default: False.
         differentiable: let autograd see the step. Default: False.
-        options: ``max_norm``, ``nonfinite``, ``backend``, ``state_dtype``, ``sparse``, ``groups``, ``amp``,
-            ``state_pages``: see ``FirstOrder``.
     Raises:
         ValueError: if an option is out of range.
     Example:
@@ -196,16 +194,15 @@ class Adadelta(FirstOrder):
     Drop-in for ``torch.optim.Adadelta``.
 
     Args:
-        params: parameters, ``(name, parameter)`` pairs, or dicts that define groups.
+        params: a module, whose parameters then have names; or parameters, ``(name, parameter)`` pairs, or dicts that
+            define groups, as in torch.
         lr: factor of the steps, >= 0; a float or a tensor of one element. Default: 1.0.
         rho: decay of the averages, in [0, 1]. Default: 0.9.
-        eps: >= 0, added to both averages of squares. Default: 1e-6.
-        weight_decay: >= 0, added to the gradient as ``weight_decay * param``. Default: 0.
+        eps: added to both averages of squares, >= 0. Default: 1e-6.
+        weight_decay: L2 regularisation, >= 0: adds ``weight_decay * param`` to the gradient. Default: 0.
         foreach, capturable: accepted and kept in the groups; the backend is chosen by ``backend``.
         maximize: ascend instead. Default: False.
         differentiable: let autograd see the step. Default: False.
-        options: ``max_norm``, ``nonfinite``, ``backend``, ``state_dtype``, ``sparse``, ``groups``, ``amp``,
-            ``state_pages``: see ``FirstOrder``.
     Raises:
         ValueError: if an option is out of range.
     Example:

@@ -126,7 +126,8 @@ def clip_grad_norm_(
         >>> clip_grad_norm_([weight], max_norm=1.0)
         tensor(5.)
 
-    Source: Pascanu et al. 2013, https://arxiv.org/abs/1211.5063
+    Source:
+        Pascanu et al. 2013, https://arxiv.org/abs/1211.5063
     """
     max_norm = _not_negative("max_norm", max_norm)
     listed = [parameters] if isinstance(parameters, Tensor) else list(parameters)

@@ -23,7 +23,7 @@ from dataclasses import asdict, dataclass, field
 from html import escape
 from importlib import resources
 from itertools import count
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from descend.reporting.errors import require
 from descend.reporting.palette import DARK, LIGHT, Theme, style
@@ -58,22 +58,36 @@ class Prose:
         return f'<p class="{self.kind}">{escape(self.text)}</p>'
 
 
-@dataclass(frozen=True)
-class Facts:
-    """A list of facts, each a name and what is said of it.
+class Fact(NamedTuple):
+    """What is said of one thing.
 
     Args:
-        items: (name, text, kind); the kind is "plain", "good" or "bad" and colours the fact's edge.
+        name: the thing.
+        text: what is said.
+        kind: "plain", "good" or "bad"; it colours the fact's edge.
+        details: what backs it, in smaller letters, each item by itself.
     """
 
-    items: Sequence[tuple[str, str, str]]
+    name: str
+    text: str
+    kind: str = "plain"
+    details: Sequence[str] = ()
+
+
+@dataclass(frozen=True)
+class Facts:
+    """A list of facts."""
+
+    items: Sequence[Fact]
 
     def html(self, parts: Parts) -> str:
-        items = (
-            f'<div class="{kind}"><dt>{escape(name)}</dt><dd>{escape(text)}</dd></div>'
-            for name, text, kind in self.items
-        )
-        return f'<dl class="facts">{"".join(items)}</dl>'
+        rows = []
+        for name, text, kind, details in self.items:
+            said = f"<p>{escape(text)}</p>" if text else ""
+            backing = "".join(f"<li>{escape(detail)}</li>" for detail in details)
+            backing = f"<ul>{backing}</ul>" if backing else ""
+            rows.append(f'<div class="{kind}"><dt>{escape(name)}</dt><dd>{said}{backing}</dd></div>')
+        return f'<dl class="facts">{"".join(rows)}</dl>'
 
 
 @dataclass(frozen=True)
@@ -171,7 +185,7 @@ class Table:
     Args:
         caption: what it shows.
         headings: of all columns. The first column names the rows.
-        rows: cells as text, as many in each as there are headings.
+        rows: cells as text, as many in each as there are headings; a line break in a cell is kept.
         words: headings of the columns that hold text; all others but the first are aligned as numbers.
         marks: by row, the series that it belongs to, or None.
     """
@@ -195,12 +209,45 @@ class Table:
             cells = "".join(
                 f'<td class="{kind}">{escape(cell)}</td>' for kind, cell in zip(kinds[1:], rest, strict=True)
             )
-            body.append(f'<tr><th scope="row">{swatch}{escape(first)}</th>{cells}</tr>')
+            name = f'<span class="named">{swatch}<span>{escape(first)}</span></span>'
+            body.append(f'<tr><th scope="row">{name}</th>{cells}</tr>')
+        # The caption is outside of what scrolls, where a narrow screen would cut it.
+        name = parts.new_id("caption")
         return (
-            f'<div class="wide" role="region" tabindex="0" aria-label="{escape(self.caption)}"><table>'
-            f"<caption>{escape(self.caption)}</caption><thead><tr>{head}</tr></thead>"
-            f"<tbody>{''.join(body)}</tbody></table></div>"
+            f'<p class="caption" id="{name}">{escape(self.caption)}</p>'
+            f'<div class="wide" role="region" tabindex="0" aria-labelledby="{name}"><table aria-labelledby="{name}">'
+            f"<thead><tr>{head}</tr></thead><tbody>{''.join(body)}</tbody></table></div>"
         )
+
+
+@dataclass(frozen=True)
+class Key:
+    """Squares of colour with names, which cannot be clicked.
+
+    Args:
+        entries: (name, colour), the colour written as in a ``Chart``.
+    """
+
+    entries: Sequence[tuple[str, str]]
+
+    def html(self, parts: Parts) -> str:
+        items = (
+            f'<li><span class="square" style="background:{_css(colour)}"></span>{escape(name)}</li>'
+            for name, colour in self.entries
+        )
+        return f'<ul class="key">{"".join(items)}</ul>'
+
+
+@dataclass(frozen=True)
+class Details:
+    """Blocks without charts that are shown on demand."""
+
+    summary: str
+    blocks: Sequence[Block]
+
+    def html(self, parts: Parts) -> str:
+        inside = "".join(block.html(parts) for block in self.blocks)
+        return f"<details><summary>{escape(self.summary)}</summary>{inside}</details>"
 
 
 @dataclass(frozen=True)
@@ -288,6 +335,11 @@ def _swatch(entry: Entry) -> str:
         f'style="color:var(--series{colour})"><path d="M1 8h28" stroke="currentColor" stroke-width="2.5" '
         f'stroke-dasharray="{dashes}"/><path transform="translate(7)" d="{MARKS[marker]}" fill="currentColor"/></svg>'
     )
+
+
+def _css(colour: str) -> str:
+    name, _, opacity = colour.removeprefix("$").partition("/")
+    return f"color-mix(in srgb,var(--{name}) {100 * float(opacity or 1):.0f}%,transparent)"
 
 
 def _colours() -> str:

@@ -27,6 +27,8 @@ def seconds(duration: float) -> str:
         >>> seconds(0.0000256), seconds(12.34), seconds(754), seconds(7200)
         ('25.6 us', '12.3 s', '12.6 min', '2 h')
     """
+    if duration == 0:
+        return "0 s"
     for factor, unit in ((1e9, "ns"), (1e6, "us"), (1e3, "ms"), (1, "s")):
         if abs(duration) * factor < (999.5 if factor > 1 else 119.5):
             return f"{duration * factor:.3g} {unit}"
@@ -37,10 +39,10 @@ def rate(lr: float | None) -> str:
     """Return a learning rate as people write it; ``-`` for None.
 
     Example:
-        >>> rate(0.00031622776), rate(1.0), rate(None)
-        ('0.000316', '1', '-')
+        >>> rate(0.00031622776), rate(1000.0), rate(None)
+        ('0.000316', '1000', '-')
     """
-    return "-" if lr is None else f"{lr:.3g}"
+    return "-" if lr is None else f"{lr:.{3 if lr < 100 else 6}g}"
 
 
 def number(value: float | None, digits: int = 4) -> str:
@@ -65,6 +67,16 @@ def plural(count: int, noun: str) -> str:
         ('1 seed', '5 seeds')
     """
     return f"{count:,} {noun}{'' if count == 1 else 's'}"
+
+
+def shortened(text: str, most: int) -> str:
+    """Return the text, or its start and an ellipsis, in at most ``most`` characters.
+
+    Example:
+        >>> shortened("momentum=0.9", 12), shortened("momentum=0.95", 12)
+        ('momentum=0.9', 'momentum=0.…')
+    """
+    return text if len(text) <= most else f"{text[: most - 1]}…"
 
 
 def joined(names: Sequence[str]) -> str:

@@ -34,19 +34,24 @@ TORCH_MESSAGES = {
 
 
 class LBFGS(ClosureOptimizer):
-    """L-BFGS with the arguments, state and checkpoints of ``torch.optim.LBFGS``.
+    """L-BFGS: steps that use curvature learned from the last gradients, for losses that are deterministic functions.
 
-    With ``line_search_fn`` None or ``"strong_wolfe"`` its steps are torch's, in float64 bit for bit, as long as torch
-    meets neither NaN nor infinity. Such a trial is never accepted here, so that parameters stay finite. Several groups
-    are one problem: ``weight_decay`` and ``bounds`` may differ between them, every other option is the first group's.
+    Drop-in for ``torch.optim.LBFGS``, with its arguments, state and checkpoints. With ``line_search_fn`` None or
+    ``"strong_wolfe"`` its steps are torch's, in float64 bit for bit, as long as torch meets neither NaN nor infinity.
+    Such a trial is never accepted here, so that parameters stay finite. ``"hager_zhang"`` is the solver of
+    ``minimize``, which needs fewer evaluations.
+
+    The closure returns the loss. It need not call ``backward``. In torch's two modes missing gradients count as zero,
+    with a warning if none can have been computed; with ``"hager_zhang"`` a closure that gives no new gradient is an
+    error.
+
+    Several groups are one problem: ``weight_decay`` and ``bounds`` may differ between them, every other option is the
+    first group's.
 
     If parameters are sharded (``DTensor``), every rank takes each step alike. What is minimized is the loss if that is
     a DTensor, else the mean of the ranks' losses, because FSDP averages gradients; a loss that all ranks agree about is
     its own mean. A plain tensor beside DTensors must be equal on all ranks, and so must be its gradient. Without any
     DTensor, as under DDP, nothing is known of ranks: return a loss that is averaged over them.
-
-    The closure need not call ``backward``. In torch's two modes missing gradients count as zero, with a warning if none
-    can have been computed; with ``"hager_zhang"`` a closure that gives no new gradient is an error.
 
     Args:
         params: parameters, ``(name, parameter)`` pairs, dicts that define groups, or a module. Real or complex, of
@@ -73,7 +78,8 @@ class LBFGS(ClosureOptimizer):
         result: what the last ``step`` did, and why it stopped; None before.
     Raises:
         ValueError: if an option is out of range.
-    Source: Liu & Nocedal 1989, https://doi.org/10.1007/BF01589116
+    Source:
+        Liu & Nocedal 1989, https://doi.org/10.1007/BF01589116
     Example:
         >>> weight = torch.zeros(2, dtype=torch.float64, requires_grad=True)
         >>> optimizer = LBFGS([weight], tolerance_change=0, line_search_fn="strong_wolfe")

@@ -48,9 +48,11 @@ def minimize(
 ) -> Result[X]:
     """Find a local minimum of a smooth function, and say why the solver stopped.
 
-    ``"gd"``: gradient descent with a line search. ``"bfgs"``: BFGS, O(n^2) memory. ``"l-bfgs"``: BFGS from the last
-    ``history_size`` steps, O(n) memory; with ``bounds``, L-BFGS-B. ``"newton-cg"``: truncated conjugate gradients in a
-    trust region, O(n) memory. ``"newton"``: the dense Hessian in a trust region, O(n^2) memory.
+    - ``"l-bfgs"``: BFGS from the last ``history_size`` steps, O(n) memory; with ``bounds``, L-BFGS-B.
+    - ``"newton-cg"``: truncated conjugate gradients in a trust region, O(n) memory.
+    - ``"newton"``: the dense Hessian in a trust region, O(n^2) memory.
+    - ``"bfgs"``: BFGS, O(n^2) memory.
+    - ``"gd"``: gradient descent with a line search.
 
     Args:
         fun: maps a structure like ``x0`` to a scalar tensor. Where it is not defined, it may return NaN or Inf, or
@@ -84,7 +86,7 @@ def minimize(
             ``"newton"`` if tensors are sharded.
         RuntimeError: if the value does not depend on ``x0`` as far as autograd can see.
         MemoryError: if a dense matrix would not fit.
-        Whatever ``fun`` raises; parameters are then set to the best point seen.
+        Exception: whatever ``fun`` raises; parameters are then set to the best point seen.
     Example:
         >>> def rosenbrock(x):
         ...     return (100 * (x[1:] - x[:-1] ** 2) ** 2 + (1 - x[:-1]) ** 2).sum()

@@ -6,12 +6,14 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from descend.backends.backend import Backend
 from descend.backends.cpu.threads import serial_in_forked_child
 from descend.core import memory
+from descend.core.measures import Sample, correction
 from descend.core.method import Method
 from descend.core.signature import signature
 from descend.core.update import Update, number, signed
@@ -60,7 +62,7 @@ class SparseUpdate(Update):
         state = method.state_of(param)
         dtypes = (param.dtype, self._dtype, *state_dtypes(method, param, rule, state))
         self._rows = backend.rows(rule, len(signature(rule).scalars), dtypes, meaning == "all")
-        self._scale = 1.0
+        self._scale = self._step = 1.0
         self._scalars: list[float] = []
         self._next_state: list[float] = []
         self._is_one_row = False
@@ -69,8 +71,8 @@ class SparseUpdate(Update):
         self._counters: Any = None
         self._own_memory = _spans(local, state)
 
-    def compile(self, wants_norm: bool) -> None:
-        self._rows.compile(wants_norm)
+    def compile(self, wants_norm: bool, measures: bool = False) -> None:
+        self._rows.compile(wants_norm, measures)
 
     def read(self, method: Method) -> None:
         grad = self._local.grad
@@ -118,8 +120,8 @@ class SparseUpdate(Update):
         self._scale = scale
         group, state = method.param_groups[self._group], method.state_of(self._param)
         scalar_state = scalar_tensors(method, method.scalar_state, self._param, group, state)
-        step = step_count(method, self._rule, state) + 1
-        scalars, next_state = method.scalars_and_state(group, step, scalar_state)
+        self._step = step_count(method, self._rule, state) + 1
+        scalars, next_state = method.scalars_and_state(group, self._step, scalar_state)
         self._scalars = [float(number(value)) for value in scalars]
         self._next_state = [*map(number, next_state)]
 
@@ -133,10 +135,10 @@ class SparseUpdate(Update):
         self._counters = self._backend.scalar_state([self._state["step"]] if has_counter else [])
         self._own_memory = _spans(self._local, self._state)
 
-    def run(self, method: Method) -> None:
+    def run(self, method: Method, sample: Sample | None = None) -> None:
         if method.counts_steps:
             self.set_scalars(method, self._scale)  # a parameter that is listed twice has taken a step since
-        state = [local_of(self._state[name]) for name in signature(self._rule).state]
+        state, measures = [local_of(self._state[name]) for name in signature(self._rule).state], sample is not None
         written = state if self._table is None else [*state, self._state[ROW_STEP]]
         lazy_memory.commit_rows(written, self._rows.rows, self._n_rows, method.options.state_pages)
         if self._table is None:
@@ -144,13 +146,19 @@ class SparseUpdate(Update):
             param = self._local.data
             if self._is_one_row:  # the gradient has no sparse dimension
                 param, state = param[None], [tensor[None] for tensor in state]
-            self._rows.run(param, state, self._scalars, self._signed_scale(method), self._counters, None)
+            self._rows.run(param, state, self._scalars, self._signed_scale(method), self._counters, None, measures)
         else:
             with self._table.lock:
                 mark = self._table.begin_step(method, self._group, self._rows.rows)
                 torch.autograd.graph.increment_version(self.params)
-                self._rows.run(self._local, state, self._scalars, self._signed_scale(method), self._counters, mark)
+                self._rows.run(
+                    self._local, state, self._scalars, self._signed_scale(method), self._counters, mark, measures
+                )
                 self._table.end_step()
+        if sample is not None:
+            corrections = np.array([correction(method.param_groups[self._group], self._step)])
+            named = len(self._rows.rows)
+            sample.add([self._param], self._rows.measured(), self._rule, corrections, named)
         for name, value in zip(method.scalar_state, self._next_state, strict=True):
             self._state[name].fill_(value)
         if method.counts_steps and method.step_is_int:

@@ -49,6 +49,8 @@ class WholeStep(Driver):
     def step(self, method: Method) -> None:
         plan, self._plan = self._plan, None  # dropped if the step raises
         self._plan = take_step(method, self._tables, plan)
+        if method.observer is not None:
+            method.observer.end_step()
 
     def watch(self) -> None:
         """Nothing to do: the next step notices that the plan lacks them."""

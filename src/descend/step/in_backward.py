@@ -202,6 +202,8 @@ class InBackward(Driver):
 
     def _complete(self) -> None:
         """End a step: all parameters that take part have stepped."""
+        if self._stepped and self.optimizer.observer is not None:
+            self.optimizer.observer.end_step()
         self._stepped.clear()
         if self._norm is not None:
             self.optimizer.grad_norm = self._norm

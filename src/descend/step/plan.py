@@ -15,6 +15,7 @@ from torch import Tensor
 from descend.backends import EAGER, available
 from descend.backends.cpu.probe import make_probe
 from descend.core import memory
+from descend.core.measures import Sample
 from descend.core.method import Method
 from descend.core.signature import Kind, signature
 from descend.core.update import Cell
@@ -78,7 +79,7 @@ class Plan:
         previous: Plan | None = None,
     ) -> None:
         method.check_step_options()
-        self._options = method.options
+        self._options, self._measures = method.options, method.observer is not None
         self._position = position
         self._is_compiled = self._has_state = False
         self._requested = method.requested_backend()
@@ -182,7 +183,7 @@ class Plan:
         """Compile, or load from disk, what the step will call. Needed once; may raise ``RuleError``."""
         if not self._is_compiled:
             for update in self._updates:
-                update.compile(self._options.wants_norm)
+                update.compile(self._options.wants_norm, self._measures)
             make_probe([], [], [], np.zeros((0, 2), np.int64))  # compiles the probe
             self._is_compiled = True
 
@@ -193,7 +194,7 @@ class Plan:
             wide = torch.promote_types(dtype, torch.float32)
             dtypes = (dtype, wide, *state_dtypes(method, entry.param, entry.rule, entry.state))
             rows = entry.backend.rows(entry.rule, len(signature(entry.rule).scalars), dtypes, False)
-            rows.compile(method.options.wants_norm)
+            rows.compile(method.options.wants_norm, self._measures)
 
     def read(self, method: Method) -> None:
         """Check the indices of sparse gradients, which are new at every step, and sum their duplicates."""
@@ -288,13 +289,13 @@ class Plan:
         self._probe = make_probe(watched, [cells.get(param) for param in watched], tensors, written, wrappers)
         self._has_state = True
 
-    def run(self, method: Method) -> None:
-        """Take the step."""
+    def run(self, method: Method, sample: Sample | None = None) -> None:
+        """Take the step; add to ``sample`` what it asks for."""
         if self._stages:
-            run_stages(method, self._stages, state_mesh(method))
+            run_stages(method, self._stages, state_mesh(method), sample)
             return
         for update in self._updates:
-            update.run(method)
+            update.run(method, sample)
 
     def release(self) -> None:
         """Drop the gradients that were read."""

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import torch
 
 from descend.backends.backend import Backend
+from descend.core.measures import Sample
 from descend.core.method import Method
 from descend.core.update import Update
 from descend.distributed.gather import Cut, Exchange, NamedRows, Slabs, Transfers, bucketed
@@ -85,12 +86,12 @@ def make_stages(method: Method, tables: Tables, entries: Sequence[Entry], params
     return [Stage(make_updates(method, tables, others), _none), *stages, *last]
 
 
-def run_stages(method: Method, stages: Sequence[Stage], mesh: Any) -> None:
+def run_stages(method: Method, stages: Sequence[Stage], mesh: Any, sample: Sample | None = None) -> None:
     """Run updates while the results of earlier ones travel."""
     transfers = Transfers(mesh)
     for stage in stages:
         for update in stage.updates:
-            update.run(method)
+            update.run(method, sample)
         for exchange in stage.exchanges():
             transfers.start(exchange)
         if stage.waits:

@@ -34,8 +34,10 @@ def take_step(
     Raises:
         FloatingPointError: for a gradient with NaN or Inf if ``nonfinite="raise"``; nothing has moved then.
     """
-    scale = gradient_scale(method)
+    scale, observer = gradient_scale(method), method.observer
     if scale is None:
+        if observer is not None:
+            observer.skip(())
         return plan
     if plan is None or not plan.is_valid(method):
         plan = Plan(method, tables, position=position, previous=plan)
@@ -46,15 +48,17 @@ def take_step(
         coefficient = _coefficient(method, plan, scale, norm_to_clip)
         if coefficient is None:
             method.skipped_steps += 1
-        elif plan.is_atomic and type(method).end_step is Method.end_step:
+            return plan
+        sample = observer.begin(scale, coefficient) if observer is not None else None
+        if plan.is_atomic and type(method).end_step is Method.end_step:
             plan.set_scalars(method, scale * coefficient)
-            plan.run(method)
+            plan.run(method, sample)
         else:
             with DeferredSignals():
                 plan.set_scalars(method, scale * coefficient)
                 plan.make_state(method)
                 plan.confirm(method)
-                plan.run(method)
+                plan.run(method, sample)
                 if position is None:
                     method.end_step()
     finally:
@@ -78,6 +82,8 @@ def _coefficient(
                 f"{type(method).__name__}: NaN or Inf in the gradient of {', '.join(names)}. Nothing has moved; "
                 "nonfinite='skip' skips such steps."
             )
+        if method.observer is not None:
+            method.observer.skip(names)
         return None
     if norm_to_clip is not None:
         norm = norm_to_clip(norm)

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from descend.backends import eager
 from descend.backends.backend import Backend, Launch, ScalarState
+from descend.core.measures import Sample, correction
 from descend.core.method import Method
 from descend.core.signature import signature
 from descend.core.update import Cell, Update, number, signed
@@ -66,9 +67,10 @@ class _ScalarsRow:
 
 
 class _Batch(NamedTuple):
-    """One launch: the parameters in it, the rows of its scalars table, and the row of each parameter."""
+    """One launch: its parameters and their entries, the rows of its scalars table, and the row of each parameter."""
 
     launch: Launch
+    params: list[Tensor]
     entries: list[Entry]
     rows: list[_ScalarsRow]
     row_of: np.ndarray
@@ -87,6 +89,7 @@ class LaunchUpdate(Update):
     _counters: ScalarState
     _scalar_state: ScalarState
     _run_together: Callable[[np.ndarray], None]
+    _run_measured: Callable[[np.ndarray], None] | None
 
     def __init__(self, method: Method, backend: Backend, entries: Sequence[Entry]) -> None:
         self._backend = backend
@@ -105,16 +108,16 @@ class LaunchUpdate(Update):
     def is_atomic(self) -> bool:
         return self._backend.is_atomic  # in a forked child it may not be
 
-    def compile(self, wants_norm: bool) -> None:
+    def compile(self, wants_norm: bool, measures: bool = False) -> None:
         for launch in self._launches:
-            launch.compile(wants_norm)
+            launch.compile(wants_norm, measures)
 
     def sum_of_squares(self) -> float:
         return sum(launch.sum_of_squares() for launch in self._launches)
 
     def set_scalars(self, method: Method, scale: float) -> None:
         groups = method.param_groups
-        for launch, _, rows, _ in self._batches:
+        for launch, _, _, rows, _ in self._batches:
             for index, row in enumerate(rows):
                 group = groups[row.group]
                 scalars, next_state = method.scalars_and_state(group, row.step + 1, row.state)
@@ -124,7 +127,7 @@ class LaunchUpdate(Update):
     def make_state(self, method: Method) -> None:
         counters: list[Tensor] = []
         scalar_state: list[Tensor] = []
-        for launch, entries, rows, row_of in self._batches:
+        for launch, _, entries, rows, row_of in self._batches:
             tensors = []
             for position, entry in enumerate(entries):
                 state = ensure_state(method, entry.param, entry.rule, method.param_groups[entry.group])
@@ -143,16 +146,31 @@ class LaunchUpdate(Update):
             launch.set_state(tensors)
         self._counters = self._backend.scalar_state(counters)
         self._scalar_state = self._backend.scalar_state(scalar_state)
+        self._run_together, self._run_measured = self._together(), None
+
+    def _together(self, measures: bool = False) -> Callable[[np.ndarray], None]:
         # Autograd keeps a version counter for a DTensor, and one for its inner tensor.
         written = [*self.params, *self._wrappers]
-        self._run_together = self._backend.together(written, self._launches, self._counters, self._scalar_state)
+        return self._backend.together(written, self._launches, self._counters, self._scalar_state, measures)
 
-    def run(self, method: Method) -> None:
+    def run(self, method: Method, sample: Sample | None = None) -> None:
         values = self._next_values() if method.scalar_state else _NONE
-        self._run_together(values)
+        if sample is None:
+            self._run_together(values)
+        else:
+            if self._run_measured is None:
+                self._run_measured = self._together(measures=True)
+            self._run_measured(values)
+            self._add_to(sample, method)
         for batch in self._batches:
             for row in batch.rows:
                 row.step += 1
+
+    def _add_to(self, sample: Sample, method: Method) -> None:
+        """Add what the launches have measured in the step that is about to be counted."""
+        for launch, params, entries, rows, row_of in self._batches:
+            corrections = np.array([correction(method.param_groups[row.group], row.step + 1) for row in rows])
+            sample.add(params, launch.measured(), entries[0].rule, corrections[row_of])
 
     def _next_values(self) -> np.ndarray:
         """The scalar state after the step, in the order of its tensors."""
@@ -206,7 +224,7 @@ class SingleUpdate(Update):
     def make_state(self, method: Method) -> None:
         """The state is made when the update runs: another update of the step may share it."""
 
-    def run(self, method: Method) -> None:
+    def run(self, method: Method, sample: Sample | None = None) -> None:
         entry, differentiable = self._entry, self._differentiable
         group = method.param_groups[entry.group]
         with torch.set_grad_enabled(differentiable):
@@ -222,7 +240,19 @@ class SingleUpdate(Update):
             scale = signed(self._scale, group)
             if entry.share is not None:
                 torch.autograd.graph.increment_version([entry.param])
-            eager.run(entry.rule, entry.local, self._grad, tensors, scalars, scale, differentiable)
+            sums = eager.run(
+                entry.rule,
+                entry.local,
+                self._grad,
+                tensors,
+                scalars,
+                scale,
+                differentiable,
+                measures=sample is not None,
+            )
+            if sample is not None and sums is not None:
+                corrections = np.array([correction(group, step) if method.counts_steps else 1.0])
+                sample.add([entry.param], sums[None], entry.rule, corrections)
             for tensor, value in zip(scalar_state, next_state, strict=True):
                 tensor.copy_(torch.as_tensor(value, device=tensor.device).reshape(()))
             if method.counts_steps:
@@ -261,4 +291,4 @@ def _batch(
     row_of = np.array([index[key] for key in keys])
     params = [entry.local for entry in entries]
     launch = backend.launch(rule, len(signature(rule).scalars), dtypes, params, row_of)
-    return _Batch(launch, entries, list(rows.values()), row_of)
+    return _Batch(launch, [entry.param for entry in entries], entries, list(rows.values()), row_of)

@@ -50,10 +50,15 @@ class CpuBackend:
         return ScalarState(tensors)
 
     def together(
-        self, params: Sequence[Tensor], launches: Sequence[Launch], counters: ScalarState, scalar_state: ScalarState
+        self,
+        params: Sequence[Tensor],
+        launches: Sequence[Launch],
+        counters: ScalarState,
+        scalar_state: ScalarState,
+        measures: bool = False,
     ) -> Callable[[np.ndarray], None]:
         versions = Versions(params)
-        updates = [launch.update_call() for launch in launches]
+        updates = [launch.measured_update_call() if measures else launch.update_call() for launch in launches]
         sequence = threads.CallSequence(
             [*versions.calls(), *updates, *counters.add_one_calls(), *scalar_state.write_calls()]
         )
@@ -61,6 +66,9 @@ class CpuBackend:
         def run(values: np.ndarray) -> None:
             scalar_state.set_next(values)
             versions.bump()
+            if measures:
+                for launch in launches:
+                    launch.measured_update_call()
             sequence.run()
 
         return run

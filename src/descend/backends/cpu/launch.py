@@ -11,23 +11,27 @@ import torch
 from torch import Tensor
 
 from descend.backends.cpu import library, object_files, threads
+from descend.core.measures import COLUMNS, moments
 
 # Elements in a chunk: small enough to balance the threads, large enough that claiming a chunk costs nothing. Norms are
 # summed chunk by chunk, so their last bits depend on this constant and not on the number of threads.
 CHUNK = 16_384
 
+_CALL = 128  # bytes that ``measures_kernel`` keeps in front of a thread's scratch memory
+
 NUMPY = {torch.float32: np.float32, torch.float64: np.float64}
 
 
 class ChunkCall:
-    """The arguments of a compiled loop over chunks, in the order that ``kernels`` lists."""
+    """The arguments of a compiled loop over chunks, in the order that ``kernels`` and ``measures_kernel`` list."""
 
     def __init__(self) -> None:
-        self._arguments = array("q", bytes(56))
+        self._arguments = array("q", bytes(104))
         self._address = self._arguments.buffer_info()[0]
         self._held: dict[int, np.ndarray] = {}
         self._elements = 0
         self._sums: np.ndarray | None = None
+        self._measured = self._scratch = np.zeros((0, len(COLUMNS)))
 
     def describe(
         self, chunks: np.ndarray, count: int, addresses: np.ndarray, scalars: np.ndarray, elements: int
@@ -48,6 +52,22 @@ class ChunkCall:
     def call(self, kernel: int) -> threads.Call:
         """The same as a part of a sequence."""
         return threads.Call(kernel, self._address, self._elements, self._address + 40)
+
+    def measured_call(self, measures: int, update: int) -> threads.Call:
+        """The call of the loop ``measures``, which runs ``update``; to be asked for again before each run."""
+        chunks, workers, arguments = self._arguments[1], torch.get_num_threads(), self._arguments
+        if len(self._measured) < chunks:
+            self._measured = np.zeros((chunks, len(COLUMNS)))
+            arguments[7] = self._measured.ctypes.data
+        if len(self._scratch) < workers:
+            self._scratch = np.empty((workers, _CALL // 8 + CHUNK))
+            arguments[9], arguments[10] = self._scratch.ctypes.data, self._scratch.strides[0]
+        arguments[8], arguments[11], arguments[12] = update, len(self._scratch), 0
+        return self.call(measures)
+
+    def measured_chunks(self) -> np.ndarray:
+        """What the last such call has summed up, a row a chunk."""
+        return self._measured[: self._arguments[1]]
 
     def sum_of_squares(self, column: int, dtype: torch.dtype) -> float:
         """Sum of the squares in one column of the address table, in float64, over fixed chunks in a fixed order."""
@@ -83,6 +103,7 @@ class ChunkTable(ChunkCall):
         self._sizes = np.array([tensor.numel() for tensor in columns[0]], np.int64)
         self.scalars = scalars
         chunks = chunk_table(self._sizes, np.asarray(rows, np.int64))
+        self._counts = -(-self._sizes // CHUNK)
         self.describe(chunks, len(chunks), self.addresses, scalars, int(self._sizes.sum()))
 
 
@@ -110,12 +131,14 @@ class Launch(ChunkTable):
         grads = [param if param.grad is None else param.grad for param in params]
         super().__init__([params, grads], len(dtypes), rows, table)
         self._rule, self._n_scalars, self._dtypes = rule, scalars, dtypes
-        self._update = 0
+        self._update = self._measures = 0
 
-    def compile(self, wants_norm: bool) -> None:
+    def compile(self, wants_norm: bool, measures: bool = False) -> None:
         self._update = library.update(self._rule, self._n_scalars, self._dtypes, self._compute)
         for dtype in (torch.float32, torch.get_default_dtype()):
             library.scalar_state(dtype)
+        if measures:
+            self._measures = library.measures(self._dtypes, self._compute, moments(self._rule))
         library.sequence()
         library.versions()
         if wants_norm:
@@ -140,6 +163,21 @@ class Launch(ChunkTable):
     def update_call(self) -> threads.Call:
         """The call that applies the rule to everything."""
         return self.call(self._update)
+
+    def measured_update_call(self) -> threads.Call:
+        """The same; it also sums up what ``measured`` returns. To be asked for again before each run."""
+        return self.measured_call(self._measures, self._update)
+
+    def measured(self) -> np.ndarray:
+        """Chunks added in their order: the bits do not depend on threads."""
+        chunks, counts = self.measured_chunks(), self._counts
+        if (counts == 1).all():
+            return chunks.copy()
+        sums, filled = np.zeros((len(counts), len(COLUMNS))), counts > 0
+        if filled.any():
+            starts = np.cumsum(counts) - counts
+            sums[filled] = np.add.reduceat(chunks, starts[filled])
+        return sums
 
     def sum_of_squares(self, column: int = 1, dtype: torch.dtype | None = None) -> float:
         """Of all gradients."""

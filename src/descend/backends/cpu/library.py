@@ -13,6 +13,7 @@ import torch
 from descend import ops
 from descend.backends.cpu import object_files
 from descend.backends.retarget import fingerprint
+from descend.core.measures import COLUMNS
 
 _OPS = {getattr(ops, name): name for name in ops.__all__}
 
@@ -38,6 +39,19 @@ def update(rule: FunctionType, scalars: int, dtypes: tuple[torch.dtype, ...], co
             raise RuleError(_explain(rule, error)) from error
 
     return object_files.load(rule.__name__, key, compile_update)
+
+
+@cache
+def measures(dtypes: tuple[torch.dtype, ...], compute: torch.dtype, moments: tuple[int, int] | None) -> int:
+    """The loop that runs another one, and sums up what ``core.measures.COLUMNS`` lists."""
+
+    def compile_measures() -> str:
+        from descend.backends.cpu import measures_kernel
+
+        return measures_kernel.measures_kernel(dtypes, compute, moments)
+
+    key = f"measures|{_sources()}|{COLUMNS}|{dtypes}|{compute}|{moments}"
+    return object_files.load("measures", key, compile_measures)
 
 
 @cache
@@ -129,7 +143,8 @@ def loop(function: FunctionType, arrays: int) -> int:
 def _sources() -> str:
     """A digest of the code that writes kernels: an edit there invalidates every cached kernel."""
     folder = files("descend.backends")
-    names = ("cpu/intrinsics.py", "cpu/kernels.py", "cpu/probe_kernel.py", "cpu/rows_kernel.py", "retarget.py")
+    kernels = ("intrinsics", "kernels", "measures_kernel", "probe_kernel", "rows_kernel")
+    names = (*(f"cpu/{name}.py" for name in kernels), "retarget.py")
     texts = [folder.joinpath(name).read_bytes() for name in names]
     return hashlib.sha256(b"".join(texts)).hexdigest()
 

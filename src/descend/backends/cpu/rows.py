@@ -17,6 +17,7 @@ from torch import Tensor
 
 from descend.backends.cpu import library, object_files, threads
 from descend.backends.cpu.launch import CHUNK, NUMPY, ChunkCall, ScalarState, chunk_table
+from descend.core.measures import moments
 
 BLOCK = 64  # duplicates summed in sequence; more of one row are split, for threads and for precision
 DIGIT = 12  # most bits of a digit of the radix sort
@@ -83,7 +84,7 @@ class TouchedRows:
         self._compute = torch.float64 if torch.float64 in dtypes else torch.float32
         self._scalars = np.zeros((1, 1 + scalars), NUMPY[self._compute])
         self._rule, self._n_scalars, self._dtypes, self._all_rows = rule, scalars, dtypes, all_rows
-        self._update = self._sums = 0
+        self._update = self._measures = self._sums = 0
         self._addresses = np.zeros((3, len(dtypes)), np.int64)
         self._call = ChunkCall()
         self._arguments = _Arguments("touched", 27)
@@ -99,8 +100,10 @@ class TouchedRows:
         self.rows = np.empty(0, np.int64)
         self._mark = array("q", bytes(40))
 
-    def compile(self, wants_norm: bool) -> None:
+    def compile(self, wants_norm: bool, measures: bool = False) -> None:
         self._update = library.update(self._rule, self._n_scalars, self._dtypes, self._compute)
+        if measures:
+            self._measures = library.measures(self._dtypes, self._compute, moments(self._rule))
         self._sums = library.rows("sums", self._dtypes[1])
         for name in ("touched", "mark"):
             library.rows(name)
@@ -179,17 +182,23 @@ class TouchedRows:
         scale: float,
         counters: ScalarState,
         mark: tuple[Tensor, int] | None,
+        measures: bool = False,
     ) -> None:
         self._scalars[0] = (scale, *scalars)
         pointers = [param.data_ptr(), *(tensor.data_ptr() for tensor in state)]
         if pointers != self._pointers:
             self._pointers = pointers
             self._addresses[:, 0], self._addresses[:, 2:] = pointers[0], pointers[1:]
-        calls = [self._call.call(self._update)]
+        update = self._call.measured_call(self._measures, self._update) if measures else self._call.call(self._update)
+        calls = [update]
         if mark is not None:
             steps, step = mark
             calls.append(_mark_call(self._mark, self.rows, steps, step, have_state=True))
         threads.CallSequence([*calls, *counters.add_one_calls()]).run()
+
+    def measured(self) -> np.ndarray:
+        sums: np.ndarray = self._call.measured_chunks().sum(axis=0, keepdims=True)
+        return sums
 
     def release(self) -> None:
         self._held = ()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from importlib import import_module
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from descend.reporting.errors import unknown
@@ -14,12 +15,23 @@ SUMMARIES = {
     "digits": "handwritten digits and a small convolutional net",
     "text": "Python's standard library and a character-level transformer",
     "embeddings": "lines of Python's standard library and a classifier over a million embeddings of hashed words",
+    "regression": "handwritten digits and logistic regression, in float64 with all data in each step",
+    "pinn": "a viscous Burgers equation and a physics-informed network",
+    "rnn": "sums of two numbers in a sequence and a recurrent network with exploding gradients",
 }
 
 
 def find_task(name: str) -> Task:
-    """Return the task called ``name``; raise a ``UsageError`` that lists all tasks if it does not exist."""
+    """Return the task called ``name``, or that of the user's file at the path ``name``.
+
+    Raises:
+        UsageError: if there is neither; it lists all names. If the file defines no task: see ``user_file``.
+    """
+    if name.endswith(".py") or "/" in name:
+        from descend.compare.tasks.user_file import read_task
+
+        return read_task(Path(name))
     if name not in SUMMARIES:
-        raise unknown("there is no task", name, SUMMARIES)
+        raise unknown("there is no task", name, [*SUMMARIES, "path/to/task.py"])
     task: Task = import_module(f"descend.compare.tasks.{name}").TASK
     return task

@@ -7,7 +7,8 @@ from torch import nn
 
 from descend.compare.models import conv_net
 from descend.compare.tasks.catalog import SUMMARIES
-from descend.compare.tasks.task import ADAMS, Batch, Data, Task
+from descend.compare.tasks.rates import rates
+from descend.compare.tasks.task import Batch, Data, Task
 from descend.reporting.errors import require
 
 
@@ -41,7 +42,7 @@ TASK = Task(
     model=model,
     steps=500,
     batch_size=64,
-    lr={"sgd": 0.2, **dict.fromkeys(ADAMS, 2e-3), "rmsprop": 1e-3},
+    lr=rates(sgd=0.2, adam=2e-3),
     optimizers=("sgd", "adam:weight_decay=1e-3", "adamw", "torch.adamw"),
     # For so small a net, a second thread saves a quarter of the time, but makes it ten times as long once
     # another process needs that core, because the threads wait for each other at every layer.

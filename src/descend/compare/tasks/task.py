@@ -11,8 +11,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 Batch = tuple[Tensor, Tensor]
-
-ADAMS = ("adam", "adamw", "adamax", "nadam", "radam")
+Loss = Callable[[nn.Module, Batch], Tensor]
 
 
 @dataclass(frozen=True)
@@ -85,7 +84,7 @@ class Task:
     lr: Mapping[str, float]
     optimizers: tuple[str, ...]
     threads: int | None = None
-    loss: Callable[[nn.Module, Batch], Tensor] = classification_loss
+    loss: Loss = classification_loss
     score: Callable[[nn.Module, Batch], Score] = classification_score
     loss_name: str = "cross-entropy in nats"
     metric_name: str | None = "accuracy"

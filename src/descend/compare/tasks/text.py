@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from descend.compare.models import transformer
 from descend.compare.tasks.catalog import SUMMARIES
 from descend.compare.tasks.library import library
-from descend.compare.tasks.task import ADAMS, Batch, Data, Task
+from descend.compare.tasks.rates import rates
+from descend.compare.tasks.task import Batch, Data, Task
 
 CONTEXT = 64
 VOCABULARY = 128
@@ -58,6 +59,6 @@ TASK = Task(
     model=model,
     steps=300,
     batch_size=32,
-    lr={"sgd": 0.1, **dict.fromkeys(ADAMS, 2e-3), "rmsprop": 1e-3},
+    lr=rates(sgd=0.1, adam=2e-3),
     optimizers=("sgd", "adam:weight_decay=1e-3", "adamw", "torch.adamw"),
 )

@@ -1,0 +1,78 @@
+"""The runs behind docs/which-optimizer.md: reads what ``descend compare --sweep`` has written; prints and draws it.
+
+Usage: ``python examples/which_optimizer.py runs/digits [runs/text ...] [--figure docs/which-optimizer-digits.svg]``.
+The commands that make the runs are on the page. Of each optimizer: its best learning rate, by the median of the final
+test losses over the seeds; the losses there; and the rates that are nearly as good.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+from figures import BLUE, GREEN, INK, ORANGE, PURPLE, new_figure, use_log_scale, with_dark_scheme
+
+NEARLY = 0.05  # nats above the best loss
+Losses = dict[float, list[float]]  # by learning rate, of each seed; inf for a run that diverged
+
+
+def read(folder: Path) -> tuple[str, dict[str, Losses]]:
+    """The task's name, and the test losses by optimizer and rate."""
+    head, *runs = [json.loads(line) for line in (folder / "results.jsonl").read_text().splitlines()]
+    losses: dict[str, Losses] = defaultdict(lambda: defaultdict(list))
+    for run in runs:
+        is_number = run["status"] == "finished" and run["test_losses"] and run["test_losses"][-1] is not None
+        losses[run["label"]][run["lr"]].append(run["test_losses"][-1] if is_number else float("inf"))
+    return head["task"], {label: dict(sorted(by_rate.items())) for label, by_rate in losses.items()}
+
+
+def median(values: list[float]) -> float:
+    return statistics.median(values)
+
+
+def rows(optimizers: dict[str, Losses]) -> list[str]:
+    """A Markdown table, best optimizer first."""
+    table = []
+    for label, by_rate in optimizers.items():
+        best = min(by_rate, key=lambda rate: median(by_rate[rate]))
+        least = median(by_rate[best])
+        near = [rate for rate in by_rate if median(by_rate[rate]) <= least + NEARLY]
+        spread = f"{min(by_rate[best]):.3f} to {max(by_rate[best]):.3f}"
+        nearly = f"{min(near):.2g} to {max(near):.2g}"
+        table.append((least, f"| `{label}` | {best:.2g} | {least:.3f} | {spread} | {nearly} |"))
+    head = "| optimizer | best `lr` | test loss, median | over the seeds | rates within 0.05 |"
+    return [head, "|---|---|---|---|---|", *(row for _, row in sorted(table))]
+
+
+def draw(task: str, optimizers: dict[str, Losses], path: Path) -> None:
+    """The median test loss against the learning rate."""
+    figure, axes = new_figure(f"{task}: held-out loss", "learning rate", "")
+    for (label, by_rate), color in zip(optimizers.items(), (BLUE, ORANGE, GREEN, PURPLE, INK), strict=False):
+        points = [(rate, median(losses)) for rate, losses in by_rate.items() if median(losses) < 10]
+        axes.plot(*zip(*points, strict=True), color=color, marker="o", markersize=3.5, label=label)
+    use_log_scale(axes, "xy")
+    axes.legend(loc="upper center", fontsize="small")
+    figure.savefig(path, metadata={"Date": None})
+    path.write_text(with_dark_scheme(path.read_text("utf-8")), "utf-8")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="The tables of docs/which-optimizer.md.")
+    parser.add_argument("folders", nargs="+", type=Path, help="written by descend compare --sweep")
+    parser.add_argument("--figure", type=Path, help="draw the first folder's losses")
+    parser.add_argument("--show", nargs="*", help="the optimizers drawn. Default: all")
+    options: Any = parser.parse_args()
+    for number, folder in enumerate(options.folders):
+        task, optimizers = read(folder)
+        print(f"{task}:\n", *rows(optimizers), "", sep="\n")
+        if number == 0 and options.figure:
+            shown = {name: by_rate for name, by_rate in optimizers.items() if not options.show or name in options.show}
+            draw(task, shown, options.figure)
+
+
+if __name__ == "__main__":
+    main()

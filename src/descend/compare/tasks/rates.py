@@ -1,0 +1,31 @@
+"""The learning rates of a task: one rule for every optimizer that has a name."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+# Each as a multiple of Adam's rate.
+LIKE_ADAM = {
+    **dict.fromkeys(("adam", "adamw", "nadam", "radam", "sparseadam", "adamwschedulefree"), 1.0),
+    "adamax": 2.0,  # as in Kingma & Ba 2015, whose defaults are 0.001 and 0.002
+    "rmsprop": 0.5,  # its first steps are 1 / sqrt(1 - alpha) = 10 times Adam's
+    "rprop": 0.5,  # of the first step only
+    "lion": 0.3,  # Chen et al. 2023: 3 to 10 times smaller than Adam's; short runs need the larger
+    "adagrad": 5.0,  # its steps shrink with the square root of their number
+    "adafactor": 20.0,  # a share of the weights' own size
+    "muon": 10.0,  # its steps have norm 1 by singular value, Adam's by entry
+}
+LIKE_SGD = ("sgd", "asgd")
+FREE = {"adadelta": 1.0}  # it finds its steps itself: Zeiler 2012
+
+
+def rates(*, sgd: float, adam: float, **others: float) -> Mapping[str, float]:
+    """Return learning rates by optimizer name.
+
+    Args:
+        sgd: rate of gradient descent without momentum.
+        adam: rate of Adam, from which those of all methods that scale steps by themselves follow.
+        others: exceptions, by name.
+    """
+    scaled = {name: round(adam * factor, 12) for name, factor in LIKE_ADAM.items()}
+    return {**dict.fromkeys(LIKE_SGD, sgd), **scaled, **FREE, **others}
