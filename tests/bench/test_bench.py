@@ -185,11 +185,11 @@ def test_missing_gpu_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 MODELS = {
-    "import nonexistent": "model.py, line 1: ModuleNotFoundError: No module named 'nonexistent'.",
-    "\ndef build(:": "model.py, line 2: SyntaxError: invalid syntax.",
-    "import sys\nsys.exit('no')": "model.py, line 2: SystemExit: no.",
-    "def build():\n    return f()\ndef f():\n    return 1 / 0": "line 4: ZeroDivisionError: division by zero.",
-    "import torch\ndef build():\n    return torch.nn.Linear(-2, 3)": "model.py, line 3: RuntimeError: ",
+    "import nonexistent": "model.py:1: ModuleNotFoundError: No module named 'nonexistent'.",
+    "\ndef build(:": "model.py:2: SyntaxError: invalid syntax.",
+    "import sys\nsys.exit('no')": "model.py:2: SystemExit: no.",
+    "def build():\n    return f()\ndef f():\n    return 1 / 0": "model.py:4: ZeroDivisionError: division by zero.",
+    "import torch\ndef build():\n    return torch.nn.Linear(-2, 3)": "model.py:3: RuntimeError: ",
     "def create(): pass": "model.py has no function build; it has create.",
     "build = 3": "model.py has no function build; it has none.",
     "def build(): return 3": "model.py:build must return a torch.nn.Module, got int.",
@@ -245,7 +245,7 @@ def test_interrupt_shows_what_was_measured(monkeypatch: pytest.MonkeyPatch, caps
 
     def interrupted(case: Case, *args: Any) -> None:
         if case.workload.name == "4":
-            raise KeyboardInterrupt
+            signal.raise_signal(signal.SIGINT)
         time_case(case, *args)
 
     monkeypatch.setattr(Case, "time", interrupted)
@@ -261,19 +261,14 @@ def test_interrupt_shows_what_was_measured(monkeypatch: pytest.MonkeyPatch, caps
     assert errors == ""
 
 
-def test_sigterm_is_like_ctrl_c(monkeypatch: pytest.MonkeyPatch) -> None:
-    before = signal.getsignal(signal.SIGTERM)
-    monkeypatch.setattr(run, "measure_all", lambda device, memory: signal.raise_signal(signal.SIGTERM))
-    bench("--sizes", "3", "--out", "out", status=130)
-    assert signal.getsignal(signal.SIGTERM) is before
-
-
-def test_interrupt_before_anything_was_measured_leaves_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    def interrupt(*args: Any) -> None:
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(run, "measure_all", interrupt)
-    bench("--sizes", "3", "--out", "out", status=130)
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_signal_before_anything_was_measured_leaves_nothing(
+    number: signal.Signals, status: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = signal.getsignal(number)
+    monkeypatch.setattr(run, "measure_all", lambda device, memory: signal.raise_signal(number))
+    bench("--sizes", "3", "--out", "out", status=status)
+    assert signal.getsignal(number) is before
     assert not Path("out").exists()
 
 

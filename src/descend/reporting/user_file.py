@@ -55,11 +55,11 @@ def errors_located(path: Path, doing: str = "") -> Iterator[None]:
     except SyntaxError as error:
         file = Path(error.filename) if error.filename else path
         name = path if file.resolve() == path.resolve() else file
-        raise UsageError(f"{name}, line {error.lineno}: {type(error).__name__}: {error.msg}.") from error
+        raise UsageError(f"{name}:{error.lineno}: {type(error).__name__}: {error.msg}.") from error
     except (Exception, SystemExit) as error:
         frames = traceback.extract_tb(error.__traceback__)
         lines = [frame.lineno for frame in frames if Path(frame.filename).resolve() == path.resolve()]
-        place = f"{path}, line {lines[-1]}" if lines else f"{path}"
+        place = f"{path}:{lines[-1]}" if lines else f"{path}"
         where = f" in {doing}" if doing and not lines else ""
         text = shortened(str(error)).rstrip(".")
         raise UsageError(f"{place}: {type(error).__name__}{where}{': ' * bool(text)}{text}.") from error

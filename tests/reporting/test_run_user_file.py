@@ -30,10 +30,10 @@ def test_errors_name_the_file_that_they_are_in(tmp_path: Path) -> None:
     (tmp_path / "broken_beside.py").write_text("\n\n)\n")
     path = tmp_path / "task.py"
     path.write_text("x = 1\nimport broken_beside\n")
-    with pytest.raises(UsageError, match=r"broken_beside\.py, line 3: SyntaxError: unmatched '\)'\.$"):
+    with pytest.raises(UsageError, match=r"broken_beside\.py:3: SyntaxError: unmatched '\)'\.$"):
         run_file(path)
     path.write_text("x = 1\nraise ValueError('two\\nlines.')\n")
-    with pytest.raises(UsageError, match=r"task\.py, line 2: ValueError: two lines\.$"):
+    with pytest.raises(UsageError, match=r"task\.py:2: ValueError: two lines\.$"):
         run_file(path)
     with pytest.raises(UsageError, match=r"task\.py: KeyError in its loss\.$"), errors_located(path, "its loss"):
         raise KeyError
