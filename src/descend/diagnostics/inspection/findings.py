@@ -56,7 +56,7 @@ KINDS = {
     "shape": (True, "State does not have its parameter's shape", "It belongs to another parameter, or another model."),
     "never": (True, "No parameter has taken a step", "The file was saved before training, or is not the trained one."),
     "missing": (
-        True,
+        False,
         "No state, though other parameters have it",
         "They have had no gradient: frozen, not used by the loss, or given to the optimizer but not to the model.",
     ),
@@ -66,7 +66,7 @@ KINDS = {
         "Most parameters of the group have it, and the next step needs it: the file was damaged or edited.",
     ),
     "steps": (
-        True,
+        False,
         "Step counts differ",
         "Those behind had no gradient in some steps, or were added later; their bias correction differs.",
     ),
