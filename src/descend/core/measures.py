@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from torch import Tensor
 
+from descend.core.checks import is_sequence
 from descend.core.signature import signature
 
 # Sums over the elements of a parameter. Squares: of the gradient as it is stored, of the change of the stored
@@ -90,8 +91,8 @@ def correction(rule: Callable[..., Any], group: Mapping[str, Any], step: float) 
 
     It is 1 where that is not known: a rule of a user's may have ``betas`` that are not two, and mean something else.
     """
-    betas = group.get("betas", ())
-    if moments(rule) is None or len(betas) != 2:
+    betas: Any = group.get("betas")
+    if moments(rule) is None or not is_sequence(betas, 2):
         return 1.0
     bias1, bias2 = (1 - float(beta) ** step for beta in betas)
     return math.sqrt(bias2) / bias1 if bias1 > 0 and bias2 > 0 else 1.0
