@@ -24,9 +24,9 @@ from descend.diagnostics.monitoring.writers import writer
 class Monitor(Observer):
     """Measures every so many steps of an optimizer, inside the pass that steps; warns of what goes wrong.
 
-    On a sampled step another version of the compiled kernels also sums up norms and counts. Other steps run as always.
-    Parameters and state stay bit for bit what they would be without a monitor. Compiled kernels are loaded, or made,
-    when the monitor is. Measured of each parameter, each layer (the name up to its last dot), each group, and all:
+    On a sampled step a loop around the compiled kernel also sums up norms and counts. Other steps run as always.
+    Parameters and state stay bit for bit what they would be without a monitor. That loop is loaded, or compiled, when
+    the monitor is made. Measured of each parameter, each layer (the name up to its last dot), each group, and all:
 
     - ``grad_norm``: of the gradient, without a loss scale, before clipping; ``update_norm``: of the new parameter minus
       the old one, as they are stored; ``weight_norm``: of the old one; ``update_ratio``: update by weight norm.
