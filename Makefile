@@ -19,7 +19,7 @@ test-all: $(READY)  ## also every combination of dtypes
 
 test-stack: $(READY)  ## with Lightning, Accelerate and transformers
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[stack]'
-	$(BIN)/python -m pytest tests/stack
+	$(BIN)/python -m pytest --numprocesses auto --dist worksteal tests/stack
 
 test-torch: $(OTHER)/ready  ## tests and doctests against another torch: make test-torch TORCH=2.15.0
 	$(OTHER)/bin/python -m pytest

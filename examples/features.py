@@ -1,7 +1,7 @@
 """What optimizer packages do, asked of the packages themselves: the evidence behind docs/comparison.md.
 
-Usage: ``python examples/features.py``, with torch-optimi and pytorch_optimizer installed beside descend. Each question
-is a few lines of code that either finish or raise; nothing is read from documentation.
+Usage: ``python examples/features.py``, with torch-optimi, pytorch_optimizer and optax installed beside descend. Each
+question is a few lines of code that either finish or raise; nothing is read from documentation.
 """
 
 from __future__ import annotations
@@ -11,9 +11,11 @@ import itertools
 import math
 import warnings
 from collections.abc import Callable
-from types import ModuleType
+from types import FunctionType, ModuleType
 from typing import Any
 
+import jax.numpy as jnp
+import optax
 import optimi
 import pytorch_optimizer
 import torch
@@ -153,12 +155,32 @@ def answer(question: Callable[[ModuleType], bool], library: ModuleType) -> str:
         return f"no: {type(error).__name__}: {str(error).splitlines()[0][:60] if str(error) else ''}"
 
 
+def weights_of_optax(dtype: Any, grad: float, steps: int, **options: Any) -> Any:
+    """Four weights of 1 after steps of optax's AdamW with equal gradients."""
+    method, weights = optax.adamw(**options), jnp.ones(4, dtype)
+    state = method.init(weights)
+    for _ in range(steps):
+        updates, state = method.update(jnp.full(4, grad, dtype), state, weights)
+        weights = optax.apply_updates(weights, updates)
+    return weights
+
+
+def optimizers_of_optax() -> int:
+    """How many functions of optax.alias make an optimizer and are exported."""
+    made = vars(optax._src.alias)
+    return sum(
+        isinstance(value, FunctionType) and value.__module__ == "optax._src.alias" and vars(optax).get(name) is value
+        for name, value in made.items()
+    )
+
+
 def optimizers_of(library: ModuleType) -> int:
     """How many classes of optimizers the library exports."""
     if library is pytorch_optimizer:
         return len(pytorch_optimizer.get_supported_optimizers())
     classes = [value for value in map(vars(library).get, dir(library)) if isinstance(value, type)]
-    return sum(issubclass(each, torch.optim.Optimizer) and each is not torch.optim.Optimizer for each in classes)
+    bases = {torch.optim.Optimizer, descend.FirstOrder}
+    return sum(issubclass(each, torch.optim.Optimizer) and each not in bases for each in classes)
 
 
 def main() -> None:
@@ -166,9 +188,13 @@ def main() -> None:
     descend.warmup(descend.AdamW([weight_of()]))  # also loads the public names
     for name, library in LIBRARIES.items():
         print(f"{name} {importlib.metadata.version(name)}: {optimizers_of(library)} optimizers")
+    print(f"optax {importlib.metadata.version('optax')}: {optimizers_of_optax()} optimizers")
     for question, (name, library) in itertools.product(QUESTIONS, LIBRARIES.items()):
         torch.manual_seed(0)
         print(f"{question.__name__.replace('_', ' '):<46} {name:<18} {answer(question, library)}")
+    print(f"optax, float16, defaults: {weights_of_optax(jnp.float16, 1e-5, steps=1, learning_rate=1e-3)}")
+    small = weights_of_optax(jnp.bfloat16, 1.0, steps=200, learning_rate=1e-4, weight_decay=0.0)
+    print(f"optax, bfloat16, 200 updates below its rounding: {small}")
 
 
 if __name__ == "__main__":

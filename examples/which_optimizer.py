@@ -42,7 +42,7 @@ def rows(optimizers: dict[str, Losses]) -> list[str]:
         least = median(by_rate[best])
         near = [rate for rate in by_rate if median(by_rate[rate]) <= least + NEARLY]
         spread = f"{min(by_rate[best]):.3f} to {max(by_rate[best]):.3f}"
-        nearly = f"{min(near):.2g} to {max(near):.2g}"
+        nearly = f"{min(near):.2g} to {max(near):.2g}" if len(near) > 1 else f"{best:.2g} alone"
         table.append((least, f"| `{label}` | {best:.2g} | {least:.3f} | {spread} | {nearly} |"))
     head = "| optimizer | best `lr` | test loss, median | over the seeds | rates within 0.05 |"
     return [head, "|---|---|---|---|---|", *(row for _, row in sorted(table))]
@@ -63,15 +63,17 @@ def draw(task: str, optimizers: dict[str, Losses], path: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description="The tables of docs/which-optimizer.md.")
     parser.add_argument("folders", nargs="+", type=Path, help="written by descend compare --sweep")
-    parser.add_argument("--figure", type=Path, help="draw the first folder's losses")
-    parser.add_argument("--show", nargs="*", help="the optimizers drawn. Default: all")
+    parser.add_argument("--figure", type=Path, help="draw the losses of the first task")
+    parser.add_argument("--show", nargs="*", help="the optimizers drawn, in this order. Default: all")
     options: Any = parser.parse_args()
-    for number, folder in enumerate(options.folders):
-        task, optimizers = read(folder)
+    tasks: dict[str, dict[str, Losses]] = {}
+    for task, optimizers in map(read, options.folders):
+        tasks.setdefault(task, {}).update(optimizers)
+    for task, optimizers in tasks.items():
         print(f"{task}:\n", *rows(optimizers), "", sep="\n")
-        if number == 0 and options.figure:
-            shown = {name: by_rate for name, by_rate in optimizers.items() if not options.show or name in options.show}
-            draw(task, shown, options.figure)
+    if options.figure:
+        task, optimizers = next(iter(tasks.items()))
+        draw(task, {name: optimizers[name] for name in options.show or optimizers}, options.figure)
 
 
 if __name__ == "__main__":

@@ -31,8 +31,8 @@ def _value(param: Any) -> list[str]:
 
 
 def _markdown(text: str | None) -> str:
-    """Rich's markup as Markdown's, safe in a table."""
-    return re.sub(r"\[/?bold\]", "**", text or "").replace("|", "\\|")
+    """What Rich prints bold as code, safe in a table."""
+    return re.sub(r"\[/?bold\]", "`", text or "").replace("|", "\\|")
 
 
 def on_page_markdown(markdown: str, **_: Any) -> str:

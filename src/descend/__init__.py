@@ -22,22 +22,22 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from descend.public import *
+else:  # type checkers would take any name for one of the library
+
+    def __getattr__(name: str) -> Any:
+        """Import the library when a public name is first asked for, so that ``descend --help`` needs no torch."""
+        if name == "__all__" or not name.startswith("__"):
+            if find_spec(f"{__name__}.{name}"):
+                return import_module(f"{__name__}.{name}")
+            public = import_module(f"{__name__}.public")
+            globals().update({key: getattr(public, key) for key in ("__all__", *public.__all__)})
+            if name in globals():
+                return globals()[name]
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+    def __dir__() -> list[str]:
+        """The public names."""
+        return sorted(__getattr__("__all__"))
+
 
 __version__ = "0.1.0"
-
-
-def __getattr__(name: str) -> Any:
-    """Import the library when a public name is first asked for, so that ``descend --help`` needs no torch."""
-    if find_spec(f"{__name__}.{name}"):
-        return import_module(f"{__name__}.{name}")
-    if name == "__all__" or not name.startswith("__"):
-        public = import_module(f"{__name__}.public")
-        globals().update({key: getattr(public, key) for key in ("__all__", *public.__all__)})
-        if name in globals():
-            return globals()[name]
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-
-
-def __dir__() -> list[str]:
-    """The public names."""
-    return sorted(__getattr__("__all__"))

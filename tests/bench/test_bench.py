@@ -21,6 +21,7 @@ from descend.bench.bandwidth import Bandwidth
 from descend.bench.machine import Machine, processor
 from descend.bench.measure import Case
 from descend.bench.methods import METHODS
+from descend.bench.picture import draw
 from descend.bench.report import DISPENSABLE, HEADINGS, Report
 from descend.bench.settings import Settings
 from descend.bench.workload import workloads
@@ -142,6 +143,9 @@ BAD = {
     "--sizes 3xx4": "--sizes must be sizes of tensors, as in 768x768,768 or 1000*64x64 for a thousand, got '3xx4'",
     "--sizes 0": "got '0'",
     "--sizes 9999999999999": "more than a trillion",
+    "--sizes=": "--sizes must not be empty",
+    "--model=": "--model must not be empty",
+    "--json a --markdown ./a": "--json and --markdown must be two files, got a for both",
     "--device tpu": "--device must be cpu, cuda or cuda:N, got 'tpu'",
     "--device meta": "--device must be cpu, cuda or cuda:N, got 'meta'",
     "--model model.py": "--model must be FILE.py:FUNCTION, as in model.py:build, got 'model.py'",
@@ -181,15 +185,15 @@ def test_missing_gpu_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 MODELS = {
-    "import nonexistent": "model.py, line 1: ModuleNotFoundError: No module named 'nonexistent'.",
-    "\ndef build(:": "model.py, line 2: SyntaxError: invalid syntax.",
-    "import sys\nsys.exit('no')": "model.py, line 2: SystemExit: no.",
-    "def build():\n    return f()\ndef f():\n    return 1 / 0": "line 4: ZeroDivisionError: division by zero.",
-    "import torch\ndef build():\n    return torch.nn.Linear(-2, 3)": "model.py, line 3: RuntimeError: ",
+    "import nonexistent": "model.py:1: ModuleNotFoundError: No module named 'nonexistent'.",
+    "\ndef build(:": "model.py:2: SyntaxError: invalid syntax.",
+    "import sys\nsys.exit('no')": "model.py:2: SystemExit: no.",
+    "def build():\n    return f()\ndef f():\n    return 1 / 0": "model.py:4: ZeroDivisionError: division by zero.",
+    "import torch\ndef build():\n    return torch.nn.Linear(-2, 3)": "model.py:3: RuntimeError: ",
     "def create(): pass": "model.py has no function build; it has create.",
     "build = 3": "model.py has no function build; it has none.",
     "def build(): return 3": "model.py:build must return a torch.nn.Module, got int.",
-    "def build(size): return size": "TypeError: build() missing 1 required positional argument: 'size'.",
+    "def build(size): return size": "TypeError in build: build() missing 1 required positional argument: 'size'.",
     "import torch\ndef build(): return torch.nn.ReLU()": "model.py:build has no parameters to train.",
     "import torch\ndef build(): return torch.nn.Linear(2, 3).requires_grad_(False)": "has no parameters to train.",
     "import torch\ndef build(): return torch.nn.LazyLinear(3)": "model.py:build has lazy parameters without a size",
@@ -205,8 +209,9 @@ def test_broken_models_are_refused_in_one_line(source: str, capsys: pytest.Captu
 def test_model_has_its_own_dtypes_and_trained_parameters() -> None:
     Path("sizes.py").write_text("WIDTH = 3\n")
     Path("model.py").write_text(
-        "import torch\nfrom sizes import WIDTH\n"
+        "import torch\n"
         "def build():\n"
+        "    from sizes import WIDTH\n"
         "    model = torch.nn.Sequential(torch.nn.Linear(2, WIDTH), torch.nn.Linear(WIDTH, 1, bias=False).bfloat16())\n"
         "    model[0].bias.requires_grad_(False)\n"
         "    return model\n"
@@ -240,7 +245,7 @@ def test_interrupt_shows_what_was_measured(monkeypatch: pytest.MonkeyPatch, caps
 
     def interrupted(case: Case, *args: Any) -> None:
         if case.workload.name == "4":
-            raise KeyboardInterrupt
+            signal.raise_signal(signal.SIGINT)
         time_case(case, *args)
 
     monkeypatch.setattr(Case, "time", interrupted)
@@ -256,19 +261,14 @@ def test_interrupt_shows_what_was_measured(monkeypatch: pytest.MonkeyPatch, caps
     assert errors == ""
 
 
-def test_sigterm_is_like_ctrl_c(monkeypatch: pytest.MonkeyPatch) -> None:
-    before = signal.getsignal(signal.SIGTERM)
-    monkeypatch.setattr(run, "measure_all", lambda device, memory: signal.raise_signal(signal.SIGTERM))
-    bench("--sizes", "3", "--out", "out", status=130)
-    assert signal.getsignal(signal.SIGTERM) is before
-
-
-def test_interrupt_before_anything_was_measured_leaves_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    def interrupt(*args: Any) -> None:
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(run, "measure_all", interrupt)
-    bench("--sizes", "3", "--out", "out", status=130)
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_signal_before_anything_was_measured_leaves_nothing(
+    number: signal.Signals, status: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = signal.getsignal(number)
+    monkeypatch.setattr(run, "measure_all", lambda device, memory: signal.raise_signal(number))
+    bench("--sizes", "3", "--out", "out", status=status)
+    assert signal.getsignal(number) is before
     assert not Path("out").exists()
 
 
@@ -351,6 +351,17 @@ def test_help_and_refusals_need_no_torch() -> None:
         "assert main(['bench', '--shapes', 'x']) == 2; assert 'torch' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", program], check=True, capture_output=True)
+
+
+@pytest.mark.parametrize(("slowest", "scale"), [(0.02, "linear"), (0.04, "log")])
+def test_short_bars_are_seen_beside_a_long_one(slowest: float, scale: str) -> None:
+    [load] = workloads(Settings(sizes="3"))
+    case = Case.of("adamw", load, None, True, [Bandwidth(100, 1e9)])
+    for row, seconds in zip(case.rows, (0.001, 0.002, 0.003, slowest), strict=True):
+        row.seconds = [seconds]
+    [axis] = draw(Report(Machine.this(), 1, "cpu", "fresh", (), [case])).axes
+    assert axis.get_xscale() == scale
+    assert 0 <= axis.get_xlim()[0] <= case.rows[0].limit * 1e3
 
 
 def test_bandwidth_is_that_of_the_nearest_size() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 import pickle
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -226,6 +227,7 @@ def test_rule_that_cannot_be_compiled_says_so_and_nothing_has_moved(rule: Callab
         optimizer.step()
     assert rule.__name__ in str(caught.value)
     assert Path(__file__).name in str(caught.value)
+    assert not re.search("\x1b|nopython", str(caught.value))  # Numba's colours, which it writes only where colorama is
     first = rule.__code__.co_firstlineno
     assert any(f"line {line}" in str(caught.value) for line in range(first, first + 5))
     assert_unmoved(optimizer, before)

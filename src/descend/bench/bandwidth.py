@@ -9,8 +9,6 @@ from typing import NamedTuple
 
 import torch
 
-from descend.bench.clock import Timing
-
 FOOTPRINTS = tuple(2**power for power in (18, 21, 24, 27, 29))
 _SECONDS = 0.3
 _FEWEST = 5
@@ -21,7 +19,7 @@ class Bandwidth(NamedTuple):
 
     Attributes:
         footprint: bytes of all arrays together.
-        rate: bytes read or written per second, median.
+        rate: bytes read or written per second, in the fastest pass.
     """
 
     footprint: int
@@ -32,7 +30,8 @@ def measure(footprint: int, device: str = "cpu") -> Bandwidth:
     """Return the rate at which torch's threads update one float32 array by another, ``a += s * b``.
 
     It reads two arrays and writes one that it has read, as a step does. A copy or STREAM's triad also fetches what it
-    overwrites, which nobody counts, and so seems slower than memory is.
+    overwrites, which nobody counts, and so seems slower than memory is. The fastest pass counts, as in STREAM: other
+    programs only take time away.
 
     Args:
         footprint: bytes of both arrays.
@@ -48,7 +47,7 @@ def measure(footprint: int, device: str = "cpu") -> Bandwidth:
         if target.is_cuda:
             torch.cuda.synchronize(device)
         seconds.append(time.perf_counter() - started)
-    return Bandwidth(footprint, 3 * target.nbytes / Timing.of(seconds[1:]).median)
+    return Bandwidth(footprint, 3 * target.nbytes / min(seconds[1:]))
 
 
 def measure_all(device: str, memory: int) -> Iterator[Bandwidth]:

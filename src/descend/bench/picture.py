@@ -14,6 +14,7 @@ from descend.reporting.palette import LIGHT
 from descend.reporting.text import seconds
 
 COLORS = dict(zip(LABELS, LIGHT.series, strict=False))
+SPREAD = 30  # times the shortest bar, from which on the longest would leave no room for the others
 HATCHES = {OURS: "", DEFAULT: "//", FOREACH: "..", FUSED: "xx"}
 
 
@@ -52,11 +53,16 @@ def _panel(axis: Any, case: Case) -> None:
             va="center",
             fontsize=8,
         )
-    axis.axvline(rows[0][0].limit * scale, color=LIGHT.ink, linestyle="--", linewidth=1.2)
+    limit = rows[0][0].limit * scale
+    medians = [timing.median * scale for _, timing in rows]
+    is_wide = max(medians) > SPREAD * min(medians)
+    axis.axvline(limit, color=LIGHT.ink, linestyle="--", linewidth=1.2)
     axis.set_yticks(range(len(rows)), [LABELS[row.name] for row, _ in rows], fontsize=9)
     axis.invert_yaxis()
     axis.margins(x=0.12)
-    axis.set_xlim(left=0)
-    axis.set_xlabel(f"{unit} a step; dashed: the memory's limit", fontsize=8)
+    if is_wide:
+        axis.set_xscale("log")
+    axis.set_xlim(left=min(limit, *medians) / 2 if is_wide else 0)
+    axis.set_xlabel(f"{unit} a step{', logarithmic' * is_wide}; dashed: the memory's limit", fontsize=8)
     axis.set_title("\n".join(wrap(title(case), 100)), fontsize=9, loc="left")
     axis.spines[["top", "right"]].set_visible(False)

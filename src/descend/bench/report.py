@@ -181,7 +181,7 @@ def count_text(count: int) -> str:
         >>> count_text(124_439_808), count_text(17)
         ('124 M numbers', '17 numbers')
     """
-    for unit, factor in (("G", 1e9), ("M", 1e6), ("k", 1e3)):
+    for unit, factor in (("T", 1e12), ("G", 1e9), ("M", 1e6), ("k", 1e3)):
         if count >= 0.9995 * factor:
             return f"{count / factor:.3g} {unit} numbers"
     return plural(count, "number")

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import signal
-import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -20,10 +18,9 @@ from descend.bench.report import Report, title
 from descend.bench.settings import Settings
 from descend.bench.workload import workloads
 from descend.reporting.errors import CommandError, UsageError
+from descend.reporting.signals import Interrupted, interruptible
 from descend.reporting.text import seconds
 from descend.state.available_memory import available_memory
-
-INTERRUPTED = 130
 
 
 def run(settings: Settings, machine: Machine) -> int:
@@ -33,8 +30,8 @@ def run(settings: Settings, machine: Machine) -> int:
         settings: what to measure.
         machine: what it is measured on.
     Returns:
-        Exit status: 0; 1 if something could not be measured or results differ; 130 after Ctrl-C or SIGTERM, when what
-        was measured so far is printed and written.
+        Exit status: 0; 1 if something could not be measured or results differ; 130 after Ctrl-C and 143 after
+        SIGTERM, when what was measured so far is printed and written.
     Raises:
         CommandError: nothing could be measured.
         UsageError: the request is not valid; nothing has been written then.
@@ -46,8 +43,9 @@ def run(settings: Settings, machine: Machine) -> int:
     outputs = Outputs(settings)
     console = Console(highlight=False)
     report = Report(machine, torch.get_num_threads(), settings.device, settings.gradients, (), ())
-    try:
-        with _sigterm_like_ctrl_c():
+    status = 0
+    with interruptible():
+        try:
             bandwidths: list[Bandwidth] = []
             with _status(console, "memory bandwidth") as advance:
                 for bandwidth in measure_all(settings.device, memory_left(settings.device)):
@@ -67,9 +65,9 @@ def run(settings: Settings, machine: Machine) -> int:
                 if not console.is_terminal:
                     ours = case.rows[0].timing
                     _print(console, f"{title(case)}: {seconds(ours.median) if ours else 'not measured'}")
-    except KeyboardInterrupt:
-        report = replace(report, interrupted=True)
-    return _finish(console, report, outputs)
+        except Interrupted as error:
+            report, status = replace(report, interrupted=True), error.status
+        return _finish(console, report, outputs) or status
 
 
 def memory_left(device: str) -> int:
@@ -79,10 +77,11 @@ def memory_left(device: str) -> int:
 
 
 def _finish(console: Console, report: Report, outputs: Outputs) -> int:
+    """Print and write what was measured; return 1 if a run that was not interrupted lacks a time, or results differ."""
     if not any(row.seconds for case in report.cases for row in case.rows):
         outputs.give_up()
         if report.interrupted:
-            return INTERRUPTED
+            return 0
         reasons = [row.remark for case in report.cases for row in case.rows if row.remark]
         raise CommandError(f"nothing was measured: {reasons[0] if reasons else 'no step was taken'}.")
     files = outputs.write(report)
@@ -92,25 +91,12 @@ def _finish(console: Console, report: Report, outputs: Outputs) -> int:
     for file in files:
         _print(console, f"  {file}")
     if report.interrupted:
-        return INTERRUPTED
+        return 0
     return int(any(row.remark or not row.agrees for case in report.cases for row in case.rows))
 
 
 def _print(console: Console, text: str) -> None:
     console.print(text, markup=False, soft_wrap=True)
-
-
-@contextmanager
-def _sigterm_like_ctrl_c() -> Iterator[None]:
-    """Let SIGTERM raise ``KeyboardInterrupt``, so that it does not lose what was measured."""
-    if threading.current_thread() is not threading.main_thread():  # where no handler can be set
-        yield
-        return
-    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
 
 
 def _check_device(device: str) -> None:

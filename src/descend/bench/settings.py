@@ -70,6 +70,11 @@ class Settings:
             for option in options:
                 if option not in known:
                     raise unknown(problem, option, known)
+        for option, text in (("--model", self.model), ("--sizes", self.sizes)):
+            if text is not None and not text.strip():
+                raise UsageError(f"{option} must not be empty.")
+        if self.json and self.markdown and self.json.resolve() == self.markdown.resolve():
+            raise UsageError(f"--json and --markdown must be two files, got {self.json} for both.")
         for option, number in (("--max-norm", self.max_norm), ("--seconds", self.seconds)):
             if number is not None and not (0 < number < math.inf):
                 raise UsageError(f"{option} must be a number > 0, got {number}.")

@@ -40,7 +40,7 @@ def run(args: list[str]) -> int:
     except typer.Abort:  # what some versions of typer turn Ctrl-C into
         return 130
     except typer_error as error:
-        raise UsageError(f"{error.format_message()} {_what_exists(args)}") from None
+        raise UsageError(f"{error.format_message().rstrip('.')}. {_what_exists(args)}") from None
     return int(status or 0)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,8 +17,8 @@ def main(args: Sequence[str] | None = None) -> int:
     Args:
         args: the arguments after the program's name. Default: those of this process.
     Returns:
-        Exit status: 0, 1 (something measured failed, or the disk), 2 (bad arguments, or a missing package),
-        130 (Ctrl-C) or 143 (SIGTERM).
+        Exit status: 0, 1 (something measured failed, the disk, or the reader of a pipe has gone), 2 (bad arguments, or
+        a missing package), 130 (Ctrl-C) or 143 (SIGTERM).
     """
     args = sys.argv[1:] if args is None else list(args)
     name = _name(args)
@@ -26,9 +27,15 @@ def main(args: Sequence[str] | None = None) -> int:
             require("typer", "rich")
             from descend.command.app import run
 
-            return run(args)
+            status = run(args)
+            if sys.stdout:
+                sys.stdout.flush()  # else Python would, at exit, where errors cannot be caught
+            return status
         except CommandError as error:
             message, status = str(error), error.status
+        except BrokenPipeError:  # its reader, as head, has seen enough
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            return 1
         except OSError as error:
             message, status = f"{error}.", 1
         except Interrupted as error:

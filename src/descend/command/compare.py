@@ -26,8 +26,8 @@ TUNE = (
     "seeds of their own: the same budget for all."
 )
 JOBS = (
-    "Runs at a time. Default: as many as there are cores. One run of each optimizer has the machine to itself; "
-    "times are its."
+    "Runs at a time. Default: as many as there are cores. One run of each optimizer has the machine to itself: the "
+    "one that is timed."
 )
 PARALLEL = (
     "How the processes share the work. [bold]ddp[/bold] (default): each has the whole model; "

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from torch import Tensor
 
+from descend.core.checks import is_sequence
 from descend.core.signature import signature
 
 # Sums over the elements of a parameter. Squares: of the gradient as it is stored, of the change of the stored
@@ -26,14 +27,14 @@ class Part(NamedTuple):
         params: the parameters, as their groups list them.
         sums: a row a parameter, its columns are ``COLUMNS``, float64; on the parameters' device.
         scale: what stored gradients were multiplied by to undo a loss scale.
-        corrections: for each parameter, what removes the averages' bias from ``ratio``; None without such averages.
+        corrections: for each parameter, what removes the averages' bias from ``ratio``.
         rows: how many rows the gradient named, if it was sparse.
     """
 
     params: Sequence[Tensor]
     sums: np.ndarray | Tensor
     scale: float
-    corrections: np.ndarray | None
+    corrections: np.ndarray
     rows: int | None = None
 
 
@@ -50,15 +51,10 @@ class Sample:
         self.parts: list[Part] = []
 
     def add(
-        self,
-        params: Sequence[Tensor],
-        sums: np.ndarray | Tensor,
-        rule: Callable[..., Any],
-        corrections: np.ndarray,
-        rows: int | None = None,
+        self, params: Sequence[Tensor], sums: np.ndarray | Tensor, corrections: np.ndarray, rows: int | None = None
     ) -> None:
         """Add a part, see ``Part``."""
-        self.parts.append(Part(params, sums, self.scale, corrections if moments(rule) else None, rows))
+        self.parts.append(Part(params, sums, self.scale, corrections, rows))
 
 
 class Observer(ABC):
@@ -81,7 +77,7 @@ class Observer(ABC):
 
     @abstractmethod
     def end_step(self) -> None:
-        """Called when a step is complete, or has been left out."""
+        """Called when a step is complete, has been left out, or has failed, before or after ``begin``."""
 
 
 def moments(rule: Callable[..., Any]) -> tuple[int, int] | None:
@@ -90,9 +86,13 @@ def moments(rule: Callable[..., Any]) -> tuple[int, int] | None:
     return (state.index("exp_avg"), state.index("exp_avg_sq")) if {"exp_avg", "exp_avg_sq"} <= {*state} else None
 
 
-def correction(group: Mapping[str, Any], step: float) -> float:
-    """What removes the bias of the averages after their ``step``-th step from |exp_avg| / sqrt(exp_avg_sq)."""
-    if "betas" not in group:
+def correction(rule: Callable[..., Any], group: Mapping[str, Any], step: float) -> float:
+    """What removes the bias of Adam's averages after their ``step``-th step from |exp_avg| / sqrt(exp_avg_sq).
+
+    It is 1 where that is not known: a rule of a user's may have ``betas`` that are not two, and mean something else.
+    """
+    betas: Any = group.get("betas")
+    if moments(rule) is None or not is_sequence(betas, 2):
         return 1.0
-    beta1, beta2 = map(float, group["betas"])
-    return math.sqrt(1 - math.pow(beta2, step)) / (1 - math.pow(beta1, step))
+    bias1, bias2 = (1 - float(beta) ** step for beta in betas)
+    return math.sqrt(bias2) / bias1 if bias1 > 0 and bias2 > 0 else 1.0

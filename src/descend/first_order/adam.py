@@ -18,7 +18,7 @@ from descend.first_order.optimizer import FirstOrder
 class Adam(FirstOrder):
     """Adam: step sizes from moving averages of the gradient and of its square, both bias-corrected.
 
-    Drop-in for ``torch.optim.Adam``. ``weight_decay`` is L2 regularisation: it joins the gradient, so that weights
+    Drop-in for ``torch.optim.Adam``. ``weight_decay`` is L2 regularization: it joins the gradient, so that weights
     with large gradients decay less. ``AdamW`` decays all weights alike.
 
     Args:
@@ -27,7 +27,7 @@ class Adam(FirstOrder):
         lr: step size, >= 0; a float or a tensor of one element. Default: 1e-3.
         betas: decay of the averages of gradient and squared gradient, each in [0, 1). Default: (0.9, 0.999).
         eps: added to the denominator, >= 0, in units of the gradient. Default: 1e-8.
-        weight_decay: L2 regularisation, >= 0. Default: 0.
+        weight_decay: L2 regularization, >= 0. Default: 0.
         amsgrad: divide by the largest average so far. Default: False.
         maximize: ascend instead. Default: False.
         foreach, fused, capturable: accepted and kept in the groups; the backend is chosen by ``backend``.
@@ -105,7 +105,7 @@ class Adam(FirstOrder):
             "amsgrad": options["amsgrad"],
             f"betas={options['betas']}, where betas[0] >= betas[1]": not beta1 < beta2,
             "eps=0": options["eps"] == 0,
-            "L2 regularisation (weight_decay in Adam; AdamW's is no obstacle)": options["weight_decay"] != 0
+            "L2 regularization (weight_decay in Adam; AdamW's is no obstacle)": options["weight_decay"] != 0
             and not options["decoupled_weight_decay"],
         }
         if obstacles := [reason for reason, applies in reasons.items() if applies]:

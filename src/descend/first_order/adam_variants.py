@@ -26,7 +26,7 @@ class Adamax(FirstOrder):
         lr: step size, >= 0; a float or a tensor of one element. Default: 2e-3.
         betas: decay of the average and of the largest gradient, each in [0, 1). Default: (0.9, 0.999).
         eps: added to each gradient's size, >= 0, in units of the gradient. Default: 1e-8.
-        weight_decay: L2 regularisation, >= 0: adds ``weight_decay * param`` to the gradient. Default: 0.
+        weight_decay: L2 regularization, >= 0: adds ``weight_decay * param`` to the gradient. Default: 0.
         foreach, capturable: accepted and kept in the groups; the backend is chosen by ``backend``.
         maximize: ascend instead. Default: False.
         differentiable: let autograd see the step. Default: False.
@@ -92,7 +92,7 @@ class NAdam(FirstOrder):
         lr: step size, >= 0; a float or a tensor of one element. Default: 2e-3.
         betas: decay of the averages of gradient and squared gradient, each in [0, 1). Default: (0.9, 0.999).
         eps: added to the denominator, >= 0, in units of the gradient. Default: 1e-8.
-        weight_decay: L2 regularisation, >= 0. Default: 0.
+        weight_decay: L2 regularization, >= 0. Default: 0.
         momentum_decay: the momentum of a step is ``betas[0] * (1 - 0.5 * 0.96 ** (step * momentum_decay))``, >= 0. It
             grows from half of ``betas[0]`` to ``betas[0]``. Default: 4e-3.
         decoupled_weight_decay: decay as ``AdamW`` does. Default: False.
@@ -180,7 +180,7 @@ class RAdam(FirstOrder):
         lr: step size, >= 0; a float or a tensor of one element. Default: 1e-3.
         betas: decay of the averages of gradient and squared gradient, each in [0, 1). Default: (0.9, 0.999).
         eps: added to the denominator, >= 0, in units of the gradient. Default: 1e-8.
-        weight_decay: L2 regularisation, >= 0. Default: 0.
+        weight_decay: L2 regularization, >= 0. Default: 0.
         decoupled_weight_decay: decay as ``AdamW`` does. Default: False.
         foreach, capturable: accepted and kept in the groups; the backend is chosen by ``backend``.
         maximize: ascend instead. Default: False.

@@ -18,7 +18,7 @@ from descend.first_order.optimizer import FirstOrder
 class SGD(FirstOrder):
     """Gradient descent, with momentum (heavy ball or Nesterov), dampening and weight decay if wanted.
 
-    Drop-in for ``torch.optim.SGD``. Weight decay and L2 regularisation are the same thing here; in Adam they are not.
+    Drop-in for ``torch.optim.SGD``. Weight decay and L2 regularization are the same thing here; in Adam they are not.
 
     Args:
         params: a module, whose parameters then have names; or parameters, ``(name, parameter)`` pairs, or dicts that
@@ -26,7 +26,7 @@ class SGD(FirstOrder):
         lr: step size, >= 0; a float or a tensor of one element. Default: 1e-3.
         momentum: part of the buffer that a step keeps, >= 0. Default: 0.
         dampening: 1 minus the weight of a new gradient in the buffer, from the second step on. Default: 0.
-        weight_decay: L2 regularisation, >= 0: adds ``weight_decay * param`` to the gradient. Default: 0.
+        weight_decay: L2 regularization, >= 0: adds ``weight_decay * param`` to the gradient. Default: 0.
         nesterov: look ahead; needs momentum > 0 and no dampening. Default: False.
         maximize: ascend instead. Default: False.
         foreach, fused: accepted and kept in the groups; the backend is chosen by ``backend``.
@@ -120,7 +120,7 @@ class ASGD(FirstOrder):
         lambd: rate at which step sizes shrink, and decay of the weights; >= 0. Default: 1e-4.
         alpha: power with which step sizes shrink, >= 0. Default: 0.75.
         t0: number of steps before averaging begins; until then the average is the weight itself. Default: 1e6.
-        weight_decay: L2 regularisation, >= 0: adds ``weight_decay * param`` to the gradient. Default: 0.
+        weight_decay: L2 regularization, >= 0: adds ``weight_decay * param`` to the gradient. Default: 0.
         maximize: ascend instead. Default: False.
         foreach, capturable: accepted and kept in the groups; the backend is chosen by ``backend``.
         differentiable: let autograd see the step. Default: False.

@@ -26,7 +26,7 @@ class Adagrad(FirstOrder):
             define groups, as in torch.
         lr: step size, >= 0; a float or a tensor of one element. Default: 1e-2.
         lr_decay: ``lr`` is divided by ``1 + (step - 1) * lr_decay``; >= 0. Default: 0.
-        weight_decay: L2 regularisation, >= 0: adds ``weight_decay * param`` to the gradient. Default: 0.
+        weight_decay: L2 regularization, >= 0: adds ``weight_decay * param`` to the gradient. Default: 0.
         initial_accumulator_value: what each sum starts from, >= 0. Default: 0.
         eps: added to the denominator, >= 0, in units of the gradient. Default: 1e-10.
         foreach, fused: accepted and kept in the groups; the backend is chosen by ``backend``.
@@ -121,7 +121,7 @@ class RMSprop(FirstOrder):
         lr: step size, >= 0; a float or a tensor of one element. Default: 1e-2.
         alpha: decay of the averages, >= 0. Default: 0.99.
         eps: added to the denominator, >= 0, in units of the gradient. Default: 1e-8.
-        weight_decay: L2 regularisation, >= 0: adds ``weight_decay * param`` to the gradient. Default: 0.
+        weight_decay: L2 regularization, >= 0: adds ``weight_decay * param`` to the gradient. Default: 0.
         momentum: of the scaled gradients, >= 0. Default: 0.
         centered: divide by the standard deviation instead. Default: False.
         capturable, foreach: accepted and kept in the groups; the backend is chosen by ``backend``.
@@ -199,7 +199,7 @@ class Adadelta(FirstOrder):
         lr: factor of the steps, >= 0; a float or a tensor of one element. Default: 1.0.
         rho: decay of the averages, in [0, 1]. Default: 0.9.
         eps: added to both averages of squares, >= 0. Default: 1e-6.
-        weight_decay: L2 regularisation, >= 0: adds ``weight_decay * param`` to the gradient. Default: 0.
+        weight_decay: L2 regularization, >= 0: adds ``weight_decay * param`` to the gradient. Default: 0.
         foreach, capturable: accepted and kept in the groups; the backend is chosen by ``backend``.
         maximize: ascend instead. Default: False.
         differentiable: let autograd see the step. Default: False.

@@ -155,14 +155,13 @@ class SparseUpdate(Update):
                     self._local, state, self._scalars, self._signed_scale(method), self._counters, mark, measures
                 )
                 self._table.end_step()
-        if sample is not None:
-            corrections = np.array([correction(method.param_groups[self._group], self._step)])
-            named = len(self._rows.rows)
-            sample.add([self._param], self._rows.measured(), self._rule, corrections, named)
         for name, value in zip(method.scalar_state, self._next_state, strict=True):
             self._state[name].fill_(value)
         if method.counts_steps and method.step_is_int:
             method.state_of(self._param)["step"] += 1
+        if sample is not None:
+            corrections = np.array([correction(self._rule, method.param_groups[self._group], self._step)])
+            sample.add([self._param], self._rows.measured(), corrections, len(self._rows.rows))
 
     def release(self) -> None:
         self._rows.release()

@@ -48,9 +48,11 @@ class WholeStep(Driver):
 
     def step(self, method: Method) -> None:
         plan, self._plan = self._plan, None  # dropped if the step raises
-        self._plan = take_step(method, self._tables, plan)
-        if method.observer is not None:
-            method.observer.end_step()
+        try:
+            self._plan = take_step(method, self._tables, plan)
+        finally:  # Ctrl-C comes when the step has been taken
+            if method.observer is not None:
+                method.observer.end_step()
 
     def watch(self) -> None:
         """Nothing to do: the next step notices that the plan lacks them."""

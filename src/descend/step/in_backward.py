@@ -106,8 +106,8 @@ class InBackward(Driver):
                     if param.grad is not None:
                         self._check_nothing_came_back(param, self._slots[param])
                         self._step_param(param, self._slots[param], Position(index, position))
-            self._complete()
             self._passes.end()
+            self._complete()
 
     def arrive(self, param: Tensor) -> None:
         """A gradient of ``param`` is complete; called inside ``backward``."""
@@ -202,13 +202,14 @@ class InBackward(Driver):
 
     def _complete(self) -> None:
         """End a step: all parameters that take part have stepped."""
-        if self._stepped and self.optimizer.observer is not None:
-            self.optimizer.observer.end_step()
+        has_stepped = bool(self._stepped)
         self._stepped.clear()
         if self._norm is not None:
             self.optimizer.grad_norm = self._norm
             self._previous_norm = self._norm if math.isfinite(self._norm) else 0.0
             self._norm = None
+        if has_stepped and self.optimizer.observer is not None:
+            self.optimizer.observer.end_step()  # may raise
 
 
 class _Slot:

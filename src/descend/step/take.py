@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable
 
 from descend.core.interrupts import DeferredSignals
+from descend.core.measures import Sample
 from descend.core.method import Method
 from descend.norms.clip import clip_coefficient
 from descend.sparse.attach import Tables
@@ -34,10 +35,10 @@ def take_step(
     Raises:
         FloatingPointError: for a gradient with NaN or Inf if ``nonfinite="raise"``; nothing has moved then.
     """
-    scale, observer = gradient_scale(method), method.observer
+    scale = gradient_scale(method)
     if scale is None:
-        if observer is not None:
-            observer.skip(())
+        if method.observer is not None:
+            method.observer.skip(())
         return plan
     if plan is None or not plan.is_valid(method):
         plan = Plan(method, tables, position=position, previous=plan)
@@ -49,21 +50,25 @@ def take_step(
         if coefficient is None:
             method.skipped_steps += 1
             return plan
-        sample = observer.begin(scale, coefficient) if observer is not None else None
         if plan.is_atomic and type(method).end_step is Method.end_step:
             plan.set_scalars(method, scale * coefficient)
-            plan.run(method, sample)
+            plan.run(method, _sample(method, scale, coefficient))
         else:
             with DeferredSignals():
                 plan.set_scalars(method, scale * coefficient)
                 plan.make_state(method)
                 plan.confirm(method)
-                plan.run(method, sample)
+                plan.run(method, _sample(method, scale, coefficient))
                 if position is None:
                     method.end_step()
     finally:
         plan.release()
     return plan
+
+
+def _sample(method: Method, scale: float, coefficient: float) -> Sample | None:
+    """Tell the observer that parameters step now: nothing that is checked before has failed."""
+    return None if method.observer is None else method.observer.begin(scale, coefficient)
 
 
 def _coefficient(

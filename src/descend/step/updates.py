@@ -161,16 +161,18 @@ class LaunchUpdate(Update):
             if self._run_measured is None:
                 self._run_measured = self._together(measures=True)
             self._run_measured(values)
-            self._add_to(sample, method)
         for batch in self._batches:
             for row in batch.rows:
                 row.step += 1
+        if sample is not None:
+            self._add_to(sample, method)
 
     def _add_to(self, sample: Sample, method: Method) -> None:
-        """Add what the launches have measured in the step that is about to be counted."""
+        """Add what the launches have measured in this step."""
         for launch, params, entries, rows, row_of in self._batches:
-            corrections = np.array([correction(method.param_groups[row.group], row.step + 1) for row in rows])
-            sample.add(params, launch.measured(), entries[0].rule, corrections[row_of])
+            rule, groups = entries[0].rule, method.param_groups
+            corrections = np.array([correction(rule, groups[row.group], row.step) for row in rows])
+            sample.add(params, launch.measured(), corrections[row_of])
 
     def _next_values(self) -> np.ndarray:
         """The scalar state after the step, in the order of its tensors."""
@@ -250,13 +252,12 @@ class SingleUpdate(Update):
                 differentiable,
                 measures=sample is not None,
             )
-            if sample is not None and sums is not None:
-                corrections = np.array([correction(group, step) if method.counts_steps else 1.0])
-                sample.add([entry.param], sums[None], entry.rule, corrections)
             for tensor, value in zip(scalar_state, next_state, strict=True):
                 tensor.copy_(torch.as_tensor(value, device=tensor.device).reshape(()))
             if method.counts_steps:
                 state["step"] += 1
+        if sample is not None and sums is not None:
+            sample.add([entry.param], sums[None], np.array([correction(entry.rule, group, step)]))
 
     @property
     def _grad(self) -> Tensor:

@@ -14,6 +14,7 @@ from descend.command.cli import main
 from descend.compare.tasks import user_file
 from descend.compare.tasks.catalog import find_task
 from descend.reporting.errors import UsageError
+from descend.reporting.user_file import MODULE
 
 EXAMPLE = Path(__file__).parents[3] / "examples/compare/my_task.py"
 
@@ -57,7 +58,7 @@ def task():
 @pytest.fixture(autouse=True)
 def _forget() -> Iterator[None]:
     yield
-    sys.modules.pop(user_file.MODULE, None)
+    sys.modules.pop(MODULE, None)
 
 
 def write(folder: Path, text: str) -> str:

@@ -187,7 +187,8 @@ def test_reshaped_state_and_new_findings_are_shown(tmp_path: Path, capsys: pytes
     ]
     assert found["changes"][1]["relative"]["exp_avg"] == "nan"
     assert [(entry["kind"], [case["where"] for case in entry["cases"]]) for entry in found["appeared"]] == [
-        ("nonfinite", ["0.bias"])
+        ("nonfinite", ["0.bias"]),
+        ("incomplete", ["1.bias"]),
     ]
     assert found["vanished"] == []
 

@@ -160,6 +160,42 @@ def small(state: Any) -> None:
     state["state"][1]["exp_avg_sq"].fill_(1e-22)
 
 
+def lost(state: Any) -> None:
+    state["state"][0]["exp_avg_sq"].zero_()
+
+
+def listed_twice(state: Any) -> None:
+    for name in ("params", "param_names"):
+        state["param_groups"][0][name].append(state["param_groups"][0][name][0])
+
+
+def text(state: Any) -> None:
+    state["param_groups"][0]["lr"] = "1e-3"
+
+
+def empty(state: Any) -> None:
+    state["state"].clear()
+    state["param_groups"].clear()
+
+
+def backwards(state: Any) -> None:
+    state["state"][1]["step"].fill_(-3)
+
+
+def incomplete(state: Any) -> None:
+    del state["state"][0]["exp_avg_sq"], state["state"][0]["step"]
+
+
+def far_behind(state: Any) -> None:
+    for content in state["state"].values():
+        content["step"].fill_(1_234_568)
+    state["state"][1]["step"] -= 1
+
+
+def quiet(state: Any) -> None:
+    state["state"][5]["exp_avg"].zero_()
+
+
 def bad_scalar(state: Any) -> None:
     state["state"][3]["step"].fill_(float("nan"))
 
@@ -198,11 +234,19 @@ def subnormal(state: Any) -> None:
         (never, "never", "all parameters", "step 0"),
         (missing, "missing", "0.bias", "group 0"),
         (behind, "steps", "0.bias", "1, most have 3"),
-        (zero, "zero", "3.bias", "exp_avg_sq, 4 elements"),
+        (zero, "zero", "3.bias", "exp_avg_sq and exp_avg, 4 elements"),
         (stuck, "stuck", "0.weight", "exp_avg_sq: 48 of 48 in bfloat16 are the same after a decay by 0.999"),
-        (underflow, "underflow", "0.weight", "at least 48 of 48"),
+        (underflow, "underflow", "0.weight", "at least 48 of 48 in float16"),
         (eps, "eps", "0.weight", "sqrt(v_hat) is below eps=1e-08 in 48 of 48"),
         (small, "small", "0.bias", "sqrt(v_hat) is below eps=1e-08 in 8 of 8"),
+        (lost, "underflow", "0.weight", "at least 48 of 48 in float32"),
+        (listed_twice, "twice", "0.weight", "2 times in group 0"),
+        (text, "option", "group 0", "lr='1e-3', must be a number"),
+        (empty, "empty", "param_groups", "empty"),
+        (backwards, "count", "0.bias", "step is -3"),
+        (incomplete, "incomplete", "0.weight", "no step and no exp_avg_sq"),
+        (far_behind, "steps", "0.bias", "1,234,567, most have 1,234,568"),
+        (quiet, "quiet", "3.bias", "exp_avg, 4 elements"),
         (flags, "flags", "group 0", "foreach=True, fused=True"),
         (decay, "decay", "0.bias", "weight_decay=0.1"),
         (rows, "rows", "0.weight", "2 of 8"),
@@ -235,6 +279,27 @@ def test_bfloat16_that_decays_is_not_reported(tmp_path: Path) -> None:
     state = trained(betas=(0.9, 0.95))
     stuck(state)
     assert not of(tmp_path / "state.pt", state)[1]
+
+
+@pytest.mark.parametrize(
+    ("make", "options", "name"),
+    [
+        (descend.Lion, {"betas": (0.9, 0.999)}, "exp_avg"),
+        (descend.Adamax, {}, "exp_inf"),
+        (descend.SGD, {"momentum": 0.999, "lr": 0.01}, "momentum_buffer"),
+    ],
+)
+def test_every_average_in_bfloat16_is_looked_at(make: Any, options: Any, name: str, tmp_path: Path) -> None:
+    net = model()
+    optimizer = make(net.named_parameters(), weight_decay=0, **options)
+    train(net, optimizer)
+    state = optimizer.state_dict()
+    assert not of(tmp_path / "float32.pt", state)[1]
+    for content in state["state"].values():
+        content[name] = content[name].bfloat16()
+    _, found = of(tmp_path / "bfloat16.pt", state)
+    assert list(found) == ["stuck"]
+    assert found["stuck"].cases[0].detail.startswith(f"{name}: ")
 
 
 def test_groups_that_run_differently_are_mentioned(tmp_path: Path) -> None:

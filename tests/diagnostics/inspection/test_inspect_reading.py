@@ -335,6 +335,19 @@ def bad_safetensors(path: Path) -> None:
     path.write_bytes(struct.pack("<Q", 20) + b'{"a":{"dtype":"F32",')
 
 
+def whole_model(path: Path) -> None:
+    torch.save(model(), path)
+
+
+def garbled(path: Path) -> None:
+    torch.save({"a": 1}, path)
+    with zipfile.ZipFile(path) as archive:
+        entries = {name: archive.read(name) for name in archive.namelist()}
+    with zipfile.ZipFile(path, "w") as archive:
+        for name, content in entries.items():
+            archive.writestr(name, b"\x80\x02\x1a" if name.endswith("data.pkl") else content)
+
+
 def nothing(path: Path) -> None:
     pass
 
@@ -364,6 +377,8 @@ def fifo(path: Path) -> None:
         (bad_index, "damaged"),
         (cut_off_index, "damaged"),
         (bad_safetensors, "damaged"),
+        (whole_model, "holds torch.nn.modules.container.Sequential, which"),
+        (garbled, "damaged, or no checkpoint: Unsupported operand 26"),
         (nothing, "does not exist"),
         (fifo, "neither a file nor a folder"),
     ],

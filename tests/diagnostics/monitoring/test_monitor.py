@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from descend import LBFGS, SGD, AdamW, FirstOrder, Monitor, NAdam, SparseAdam, from_rule, in_backward
 from descend.backends.cpu import library
 from descend.backends.cpu.launch import Launch
+from descend.step.plan import Plan
 
 SIZES = ((0,), (1,), (1023,), (3, 5), (20_000,))  # none, one, odd, rows, several chunks
 DTYPES = (torch.float32, torch.bfloat16, torch.float64)
@@ -165,6 +166,15 @@ def test_updates_lost_to_rounding_are_counted(backend: str) -> None:
     params = monitor.read()["params"]
     assert params["weight"]["lost_updates"] == pytest.approx(2 / 3)
     assert params["wide"]["lost_updates"] == 0.25
+
+
+def test_a_learning_rate_of_zero_loses_no_updates() -> None:
+    groups = [{"params": leaves(((4,),)), "lr": 0.0}, {"params": leaves(((4,),)), "lr": 1e-30}]
+    optimizer = SGD(groups)
+    monitor = Monitor(optimizer, every=1)
+    give_grads(params_of(optimizer), 0)
+    optimizer.step()
+    assert [group["lost_updates"] for group in monitor.read()["groups"].values()] == [0, 1]
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -323,6 +333,24 @@ def test_rules_of_users_are_measured() -> None:
     assert monitor.read()["update_norm"] == pytest.approx(0.5 * math.sqrt(3))
 
 
+def test_averages_with_other_betas_than_two_are_measured_as_they_are() -> None:
+    def rule(param: Any, grad: Any, exp_avg: Any, exp_avg_sq: Any, lr: Any) -> Any:
+        return param - lr * grad, exp_avg + grad / 2, exp_avg_sq + grad * grad
+
+    class ThreeBetas(FirstOrder):
+        def scalars(self, group: Any, step: float) -> tuple[Any, ...]:
+            return (group["lr"],)
+
+    ThreeBetas.rule = staticmethod(rule)
+    weight = torch.ones(3, requires_grad=True)
+    weight.grad = torch.ones(3)
+    optimizer = ThreeBetas([weight], {"lr": 0.5, "betas": (0.9, 0.92, 0.99)})
+    monitor = Monitor(optimizer, every=1)
+    optimizer.step()
+    assert monitor.read()["signal_to_noise"] == pytest.approx(0.5)
+    assert int(optimizer.state[weight]["step"]) == 1
+
+
 def test_momentum_of_nadam_is_corrected() -> None:
     optimizer = NAdam(leaves(((50,),)))
     monitor = Monitor(optimizer, every=1)
@@ -387,6 +415,32 @@ def test_a_monitor_outlives_loading_and_new_groups() -> None:
     stepped(optimizer)
     assert monitor.step == 2
     assert [len(sample["params"]) for sample in monitor.history] == [1, 2]
+
+
+def test_steps_that_end_with_an_interrupt_count_and_steps_that_fail_do_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    weight = torch.ones(3, requires_grad=True)
+    weight.grad = torch.ones(3)
+    optimizer = AdamW([weight], max_norm=1.0)
+    monitor = Monitor(optimizer, every=1)
+    optimizer.param_groups[0]["betas"] = (0.9,)
+    with pytest.raises(ValueError, match="betas"):
+        optimizer.step()
+    assert (monitor.step, monitor.skipped, monitor.read()) == (0, 0, {})
+    optimizer.param_groups[0]["betas"] = (0.9, 0.99)
+    released = Plan.release
+
+    def interrupted(plan: Plan) -> None:
+        released(plan)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Plan, "release", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        optimizer.step()
+    monkeypatch.undo()
+    optimizer.step()
+    assert int(optimizer.state[weight]["step"]) == 2
+    assert [sample["step"] for sample in monitor.history] == [1, 2]
+    assert monitor.read()["clipped"] == 1
 
 
 def test_closing_ends_it() -> None:

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from descend import SGD, AdamW, Monitor
+from descend import SGD, AdamW, Monitor, in_backward
 from descend.diagnostics.monitoring.alerts import Alert, MonitorError, MonitorWarning
 
 
@@ -33,9 +33,14 @@ def silent(grads: list[float], rates: list[float] | None = None) -> None:
 
 
 def test_a_spike_names_the_parameter_and_the_step() -> None:
-    with pytest.warns(MonitorWarning, match=r"^a\.first: at step 8 its gradient norm is 10 times the median and"):
-        monitor = run([1.0] * 7 + [10.0, 1.0], on="spike")
-    assert [alert[:3] for alert in monitor.alerts] == [("spike", 8, ("a.first",))]
+    with pytest.warns(MonitorWarning, match=r"^a\.first: at step 11 its gradient norm is 10 times the median and"):
+        monitor = run([1.0] * 10 + [10.0, 1.0], on="spike")
+    assert [alert[:3] for alert in monitor.alerts] == [("spike", 11, ("a.first",))]
+
+
+def test_a_norm_that_blows_up_step_by_step_is_a_spike() -> None:
+    with pytest.warns(MonitorWarning, match=r"^a\.first: at step 20 its gradient norm is 57\.7 times the median"):
+        run([1.5**step for step in range(20)], on="spike")
 
 
 def test_noise_growth_and_decay_are_no_spikes() -> None:
@@ -44,7 +49,9 @@ def test_noise_growth_and_decay_are_no_spikes() -> None:
     silent(noise)
     silent([1.02**step for step in range(200)])
     silent([100.0 * 0.9**step for step in range(100)])
-    silent([1.0] * 4 + [100.0])  # there are too few to compare with
+    silent([1.2**step for step in range(100)])  # so Rprop's steps grow
+    silent([1.0] * 10 + [4.0, 7.9])
+    silent([1.0] * 9 + [100.0])  # there are too few to compare with
 
 
 def test_learning_rates_that_warm_up_or_restart_are_no_spikes() -> None:
@@ -54,8 +61,8 @@ def test_learning_rates_that_warm_up_or_restart_are_no_spikes() -> None:
 
 def test_a_spike_is_told_of_once_until_it_has_passed() -> None:
     seen: list[Alert] = []
-    run([1.0] * 8 + [10.0, 11.0, 12.0] + [1.0] * 3 + [20.0], on={"spike": seen.append})
-    assert [alert.step for alert in seen] == [9, 15]
+    run([1.0] * 10 + [10.0, 21.0, 12.0] + [1.0] * 3 + [43.0], on={"spike": seen.append})
+    assert [alert.step for alert in seen] == [11, 17]
 
 
 def test_updates_of_adam_that_leap_are_seen_without_a_leap_of_the_gradient() -> None:
@@ -96,7 +103,7 @@ def test_nan_spoils_no_median() -> None:
     weight = torch.ones(3, requires_grad=True)
     optimizer = SGD([weight], nonfinite="skip")
     monitor = Monitor(optimizer, every=1, on={"spike": lambda alert: None})
-    for value in [1.0] * 6 + [math.nan] * 3 + [10.0]:
+    for value in [1.0] * 10 + [math.nan] * 3 + [10.0]:
         weight.grad = torch.full((3,), value)
         optimizer.step()
     assert {alert.kind for alert in monitor.alerts} == {"spike"}
@@ -116,21 +123,48 @@ def test_raising_leaves_a_step_that_was_taken() -> None:
     assert monitor.read()["step"] == 2
 
 
+def test_raising_inside_backward_leaves_the_count_right() -> None:
+    weight = torch.ones(2, requires_grad=True)
+    optimizer = SGD([("weight", weight)], lr=0.0)
+    monitor = Monitor(optimizer, every=1, on={"nonfinite": "raise"})
+    with in_backward(optimizer):
+        for value in (1.0, math.inf, 1.0):
+            (weight * value).sum().backward()
+            try:
+                optimizer.step()
+            except MonitorError as error:
+                assert (monitor.step, str(error)) == (2, "weight: NaN or Inf at step 2.")
+    assert (monitor.step, monitor.skipped, len(monitor.alerts)) == (3, 0, 1)
+
+
+def test_inside_backward_updates_are_compared_at_the_rate_they_were_taken_with() -> None:
+    weight = torch.ones(2, requires_grad=True)
+    optimizer = SGD([weight], lr=0.1)
+    monitor = Monitor(optimizer, every=1, on={"spike": lambda alert: None})
+    in_backward(optimizer)
+    for step in range(20):  # without optimizer.step(), a step ends when the next gradient comes
+        weight.sum().backward()
+        if step == 14:
+            optimizer.param_groups[0]["lr"] = 1e-3
+    assert monitor.step == 19
+    assert monitor.alerts == []
+
+
 def test_many_names_are_cut_short_worst_first() -> None:
     params = [(f"p{i}", torch.ones(2, requires_grad=True)) for i in range(6)]
     optimizer = SGD(params)
     monitor = Monitor(optimizer, every=1, on={"spike": lambda alert: None})
-    for step in range(9):
+    for step in range(11):
         for index, (_, param) in enumerate(params):
-            param.grad = torch.full((2,), 10.0 + index if step == 8 else 1.0)
+            param.grad = torch.full((2,), 10.0 + index if step == 10 else 1.0)
         optimizer.step()
     (alert,) = monitor.alerts
-    assert alert.message.startswith("p5, p4, p3 and 3 more: at step 9 its gradient norm is 15 times the median")
+    assert alert.message.startswith("p5, p4, p3 and 3 more: at step 11 its gradient norm is 15 times the median")
     assert alert.names == ("p5", "p4", "p3", "p2", "p1", "p0")
 
 
 def test_alerts_that_nobody_asked_for_do_not_come() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert run([1.0] * 8 + [math.nan], on=()).alerts == []
-        assert run([1.0] * 8 + [100.0], on=["dead", "nonfinite"]).alerts == []
+        assert run([1.0] * 10 + [math.nan], on=()).alerts == []
+        assert run([1.0] * 10 + [100.0], on=["dead", "nonfinite"]).alerts == []

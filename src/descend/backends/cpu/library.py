@@ -150,7 +150,7 @@ def _sources() -> str:
 
 
 def _explain(rule: FunctionType, error: Exception) -> str:
-    text = str(error)
+    text = re.sub(r"\x1b\[[\d;]*m", "", str(error))  # Numba writes in colours if colorama is installed
     lines = re.findall(r'File "([^"]*)", line (\d+)', text)
     file, line = lines[0] if lines else (rule.__code__.co_filename, rule.__code__.co_firstlineno)
     reasons = [line for line in text.splitlines() if line.strip() and not line.startswith("Failed in nopython mode")]

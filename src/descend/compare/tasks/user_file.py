@@ -19,11 +19,7 @@ The seed is set before ``task`` is called, and every optimizer starts from the w
 from __future__ import annotations
 
 import copy
-import importlib.util
-import sys
-import traceback
-from collections.abc import Callable, Iterator, Mapping, Sequence, Sized
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence, Sized
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -36,6 +32,7 @@ from torch.utils.data import Dataset, default_collate
 from descend.compare.tasks.rates import rates
 from descend.compare.tasks.task import Batch, Data, Score, Task
 from descend.reporting.errors import UsageError
+from descend.reporting.user_file import errors_located, run_file, shortened
 
 HELD_OUT = 10  # one in so many samples
 MOST_HELD_OUT = 2000
@@ -43,7 +40,6 @@ STEPS = 300
 BATCH_SIZE = 64
 RATES = {"sgd": 0.1, "adam": 2e-3}
 OPTIMIZERS = ("sgd:momentum=0.9", "adam", "adamw", "torch.adamw")
-MODULE = "descend_user_task"  # its name in sys.modules, which dataclasses and pickle look up
 
 
 def read_task(path: Path) -> Task:
@@ -52,8 +48,6 @@ def read_task(path: Path) -> Task:
     Raises:
         UsageError: if the file is missing, raises an exception or defines no valid task; it names file and line.
     """
-    if not path.is_file():
-        raise UsageError(f"there is no file {path}.")
     file = UserFile(path)
     metric = file.optional("metric", None, "a function of outputs and targets", callable)
     batch_size = file.optional("batch_size", BATCH_SIZE, "a whole number >= 1, or None", _is_size)
@@ -88,13 +82,7 @@ class UserFile:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        spec = importlib.util.spec_from_file_location(MODULE, path)
-        assert spec is not None
-        assert spec.loader is not None
-        self._module: ModuleType = importlib.util.module_from_spec(spec)
-        sys.modules[MODULE] = self._module
-        with self._errors_named():
-            spec.loader.exec_module(self._module)
+        self._module: ModuleType = run_file(path)
         self._task: Callable[[], Any] = getattr(self._module, "task", lambda: None)
         if not (hasattr(self._module, "task") and callable(self._task)):
             raise UsageError(f"{path} defines no function task(): it must return model, data and loss.")
@@ -112,7 +100,7 @@ class UserFile:
     def load(self, seed: int) -> Data:
         """Call the user's function, check what it returns, and return its data; the seed selects the held-out part."""
         torch.manual_seed(seed)
-        with self._errors_named():
+        with errors_located(self.path):
             returned = self._task()
         self._parts = self._checked(returned, seed)
         return self._parts.data
@@ -172,7 +160,7 @@ class UserFile:
             count = len(cast(Sized, data))
 
             def pick(rows: Tensor) -> Batch:
-                with self._errors_named():
+                with errors_located(self.path):
                     batch = default_collate([data[row] for row in rows.tolist()])
                 if not (isinstance(batch, list | tuple) and len(batch) == 2):
                     raise self._wrong("must return a Dataset of pairs (input, target)", data[0])
@@ -200,10 +188,10 @@ class UserFile:
         self._parts = parts
         rows, model = parts.data.sample(2, torch.Generator()), copy.deepcopy(parts.model)
         state = torch.get_rng_state()
-        with self._errors_named("the loss of a batch"), torch.enable_grad():
+        with errors_located(self.path, "the loss of a batch"), torch.enable_grad():
             value = self.loss(model, rows)
         if isinstance(value, Tensor) and value.numel() == 1:
-            with self._errors_named("the score of a batch"):
+            with errors_located(self.path, "the score of a batch"):
                 self.score(model.eval(), rows)
         torch.set_rng_state(state)
         if not isinstance(value, Tensor) or value.numel() != 1 or not value.is_floating_point():
@@ -216,30 +204,7 @@ class UserFile:
         code = getattr(self._task, "__code__", None)
         line = f":{code.co_firstlineno}" if code else ""
         text = got if isinstance(got, str) else f"{type(got).__name__} {got!r}"
-        return UsageError(f"{self.path}{line}: task() {problem}, got {_shortened(text)}.")
-
-    @contextmanager
-    def _errors_named(self, doing: str = "") -> Iterator[None]:
-        """Turn what the user's code raises into a ``UsageError`` that names the line of the file."""
-        try:
-            yield
-        except UsageError:
-            raise
-        except SyntaxError as error:
-            place = ":".join(map(str, filter(None, (error.filename or self.path, error.lineno))))
-            raise UsageError(f"{place}: {error.msg}.") from error
-        except (Exception, SystemExit) as error:
-            frames = traceback.extract_tb(error.__traceback__)
-            own = [frame for frame in frames if Path(frame.filename).resolve() == self.path.resolve()]
-            place = f"{self.path}:{own[-1].lineno}" if own else f"{self.path}"
-            where = f" in {doing}" if doing and not own else ""
-            text = _shortened(" ".join(str(error).split()))
-            raise UsageError(f"{place}: {type(error).__name__}{where}{': ' * bool(text)}{text}") from error
-
-
-def _shortened(text: str) -> str:
-    text = " ".join(text.split())
-    return text if len(text) <= 200 else f"{text[:200]}..."
+        return UsageError(f"{self.path}{line}: task() {problem}, got {shortened(text)}.")
 
 
 def _is_count(value: Any) -> bool:

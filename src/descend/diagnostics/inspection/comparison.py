@@ -12,7 +12,7 @@ import torch
 from descend.diagnostics.inspection.examination import Examination
 from descend.diagnostics.inspection.findings import Finding
 from descend.diagnostics.inspection.optimizers import Param
-from descend.diagnostics.inspection.stored import Stored, number, pieces
+from descend.diagnostics.inspection.stored import Stored, pieces, shown
 
 
 @dataclass
@@ -145,20 +145,3 @@ def _relative(old: Sequence[Stored], new: Sequence[Stored]) -> float | None:
     if difference == 0:
         return 0.0
     return difference / base if base else math.inf
-
-
-def shown(value: Any) -> str:
-    """A value in few characters, whatever a file makes of it."""
-    single = number(value)
-    if single is not None:
-        return f"{single:.6g}"
-    if isinstance(value, bool | None):
-        return str(value)
-    if isinstance(value, str):
-        return repr(value[:40])
-    if isinstance(value, list):
-        inner = ", ".join(shown(entry) if not isinstance(entry, list | dict) else "..." for entry in value[:6])
-        return f"[{inner}{', ...' if len(value) > 6 else ''}]"
-    if isinstance(value, Stored):
-        return f"a tensor {list(value.shape)}"
-    return f"a {type(value).__name__}"

@@ -69,7 +69,7 @@ def examine(saved: SavedOptimizer) -> Examination:
             if name in ZERO_WITHOUT_GRADIENT and values.dim() == 2 and values.numel():
                 rows = zero_rows(values) if numbers.zeros >= values.shape[1] else 0
                 measured.zero_rows = max(measured.zero_rows, (rows, len(values)))
-            gain = _gain(name, options)
+            gain = _gain(name, saved.method, options)
             if gain and values.dtype.is_floating_point and torch.finfo(values.dtype).eps > gain:
                 measured.stuck[name] = (*stuck(values, gain), 1 - gain)
             scaling = scaling_of(saved.method, param, options)
@@ -91,13 +91,15 @@ def _kept(stored: Stored) -> Stored:
     return stored if values is None else Stored(stored.shape, stored.dtype, lambda: values)
 
 
-def _gain(name: str, options: dict[str, Any]) -> float | None:
+def _gain(name: str, method: str, options: dict[str, Any]) -> float | None:
     """The gain of a decaying average, 1 - beta; None if it is none, or the option is not a number in (0, 1)."""
     betas = options.get("betas")
     pair = betas if isinstance(betas, list) and len(betas) == 2 else (None, None)
     option = {
-        "exp_avg": pair[0],
+        "exp_avg": pair[1] if method == "Lion" else pair[0],
         "exp_avg_sq": pair[1],
+        "exp_inf": pair[1],
+        "momentum_buffer": options.get("momentum"),
         "square_avg": options.get("alpha", options.get("rho")),
         "acc_delta": options.get("rho"),
         "grad_avg": options.get("alpha"),

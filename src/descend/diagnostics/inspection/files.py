@@ -21,7 +21,7 @@ from descend.reporting.errors import UsageError
 
 # What torch.save wrote before it wrote zip archives begins with this number, pickled.
 _LEGACY_MAGIC = pickle.dumps(0x1950A86A20F9469CFC6C, protocol=2)
-_UNSAFE = re.compile(r"GLOBAL ([\w.]+)|Unsupported (?:global|class|operand|type):? *`?([\w.]+)")
+_UNSAFE = re.compile(r"GLOBAL ([\w.]+)|Unsupported class ([\w.]+)")
 _OPTIMIZER_FILES = ("optimizer.pt", "optimizer.bin", "optimizer.pth")
 
 
@@ -144,8 +144,9 @@ def _why(error: Exception) -> str:
             f"holds {name}, which cannot be rebuilt without running code from the file; inspect never does. "
             "Save tensors, numbers, strings, lists and dictionaries only."
         )
-    first = text.strip().splitlines()[0] if text.strip() else type(error).__name__
-    return f"is damaged, or no checkpoint: {first[:200]}"
+    # What torch says before advises the user to let the file run code.
+    lines = text.rpartition("WeightsUnpickler error:")[2].strip().splitlines() or [type(error).__name__]
+    return f"is damaged, or no checkpoint: {lines[0][:200]}"
 
 
 def _safetensors_content(path: Path) -> dict[str, Stored]:

@@ -12,7 +12,7 @@ import torch
 
 from descend.diagnostics.inspection.examination import ZERO_WITHOUT_GRADIENT, Examination, Measures
 from descend.diagnostics.inspection.optimizers import FULL_SHAPED, Param, SavedOptimizer
-from descend.diagnostics.inspection.stored import number
+from descend.diagnostics.inspection.stored import exact, number, shown
 
 # Shares of the elements of a tensor (for eps, also of its group) from which on something is reported.
 EPS_SHARE = 0.1
@@ -30,6 +30,8 @@ _NOT_NEGATIVE = (
     "step_size",
     "row_var",
     "col_var",
+    "exp_avg_sq_row",
+    "exp_avg_sq_col",
     "variance",
 )
 
@@ -38,18 +40,33 @@ KINDS = {
     "nonfinite": (True, "NaN or Inf", "Every later step keeps them: go back to an earlier checkpoint."),
     "negative": (True, "Negative state, where none can be", "Its square root is NaN: the file was damaged or edited."),
     "option": (True, "An option is out of range", "No optimizer would accept it."),
-    "twice": (True, "A parameter is in the groups more than once", "It is updated twice a step."),
+    "empty": (
+        True,
+        "There are no parameters",
+        "torch makes no optimizer without them: the file was damaged or edited.",
+    ),
+    "count": (True, "A step count is not a whole number from 0 on", "The file was damaged or edited."),
+    "twice": (
+        True,
+        "A parameter is in the groups more than once",
+        "It is updated more than once a step; torch warns of it, or refuses it.",
+    ),
     "orphan": (True, "State of parameters that are in no group", "Loading refuses or loses it."),
     "names": (True, "The list of names does not fit the list of parameters", "State may go to the wrong parameter."),
     "shape": (True, "State does not have its parameter's shape", "It belongs to another parameter, or another model."),
     "never": (True, "No parameter has taken a step", "The file was saved before training, or is not the trained one."),
     "missing": (
-        True,
+        False,
         "No state, though other parameters have it",
         "They have had no gradient: frozen, not used by the loss, or given to the optimizer but not to the model.",
     ),
-    "steps": (
+    "incomplete": (
         True,
+        "Part of the state is missing",
+        "Most parameters of the group have it, and the next step needs it: the file was damaged or edited.",
+    ),
+    "steps": (
+        False,
         "Step counts differ",
         "Those behind had no gradient in some steps, or were added later; their bias correction differs.",
     ),
@@ -61,8 +78,8 @@ KINDS = {
     ),
     "underflow": (
         True,
-        "Squares of gradients have become zero in float16",
-        "Those steps are divided by eps alone: keep exp_avg_sq in float32 or bfloat16.",
+        "Squares of gradients have become zero",
+        "Those steps are divided by eps alone. float16 has no squares below 3e-8: keep them in float32 or bfloat16.",
     ),
     "eps": (
         True,
@@ -80,6 +97,7 @@ KINDS = {
         "Weight decay on biases or norms",
         "They are usually left out: put them in a group with weight_decay=0.",
     ),
+    "quiet": (False, "The last gradients were exactly zero", "A part of the model that died, or was masked or frozen."),
     "rows": (False, "Rows that never had a gradient", "Unused entries of an embedding, or dead units."),
     "lr": (False, "The learning rate is zero", "The next step changes nothing, unless a schedule raises it."),
     "subnormal": (False, "Numbers too small for full precision", "CPUs are slow with them, and low bits are lost."),
@@ -145,6 +163,8 @@ def _of_groups(saved: SavedOptimizer) -> Iterator[tuple[str, Case]]:
         where = f"group {index}"
         for name, allowed, value in _out_of_range(group):
             yield "option", Case(where, f"{name}={value:g}, must be {allowed}")
+        if isinstance(group.get("lr"), str):
+            yield "option", Case(where, f"lr={shown(group['lr'])}, must be a number")
         if number(group.get("lr")) == 0:
             initial = number(group.get("initial_lr"))
             yield "lr", Case(where, "lr=0" if initial is None else f"lr=0, it began at {initial:g}")
@@ -183,6 +203,8 @@ def _listed(value: Any) -> list[Any]:
 
 def _of_params(saved: SavedOptimizer) -> Iterator[tuple[str, Case]]:
     params = [param for param in saved.params if param.group is not None]
+    if not params:
+        yield "empty", Case("all groups" if saved.groups else "param_groups", "empty")
     for param in saved.params:
         if param.group is None:
             yield "orphan", Case(param.label, ", ".join([*param.scalars, *param.tensors]))
@@ -191,8 +213,10 @@ def _of_params(saved: SavedOptimizer) -> Iterator[tuple[str, Case]]:
         places.setdefault(param.key, []).append(param)
     for same in places.values():
         if len(same) > 1:
-            yield "twice", Case(same[0].label, "in groups " + ", ".join(str(param.group) for param in same))
+            yield "twice", Case(same[0].label, _again([param.group for param in same]))
+    params = [param for param in saved.distinct if param.group is not None]
     yield from _of_steps(saved, params)
+    yield from _of_gaps(params)
     for param in params:
         shapes = {name: param.tensors[name][0].shape for name in FULL_SHAPED if name in param.tensors}
         if param.weight is not None:
@@ -220,6 +244,10 @@ def _of_steps(saved: SavedOptimizer, params: list[Param]) -> Iterator[tuple[str,
     steps = [param.step for param in with_state if param.step is not None]
     expecting = [param for param in params if _expects_state(saved.groups[param.group or 0])]
     counted = [number(group.get("k")) for group in saved.groups if "k" in group]
+    for param in params:
+        if param.step is not None and math.isfinite(param.step) and (param.step < 0 or param.step % 1):
+            yield "count", Case(param.label, f"step is {exact(param.step)}")
+    steps = [step for step in steps if math.isfinite(step) and step >= 0 and not step % 1]
     if params and not with_state and expecting:
         yield "never", Case("all parameters", "there is no state")
     elif (steps and not any(steps)) or (counted and not any(counted)):
@@ -232,8 +260,33 @@ def _of_steps(saved: SavedOptimizer, params: list[Param]) -> Iterator[tuple[str,
         if len(set(steps)) > 1:
             common = Counter(steps).most_common(1)[0][0]
             for param in with_state:
-                if param.step not in (None, common):
-                    yield "steps", Case(param.label, f"{param.step:g}, most have {common:g}")
+                if param.step in steps and param.step != common:
+                    yield "steps", Case(param.label, f"{exact(param.step)}, most have {exact(common)}")
+
+
+def _of_gaps(params: list[Param]) -> Iterator[tuple[str, Case]]:
+    """State that one parameter lacks and most of its group have."""
+    there = Counter((param.group, name) for param in params for name in (*param.scalars, *param.tensors))
+    sizes = Counter(param.group for param in params if param.has_state)
+    # Adafactor keeps the variance of all elements, or those of rows and of columns.
+    expected = [name for name in ("step", *FULL_SHAPED) if name != "variance"]
+    for param in params:
+        lacking = [
+            name
+            for name in expected
+            if param.has_state
+            and name not in (param.scalars if name == "step" else param.tensors)
+            and 2 * there[param.group, name] > sizes[param.group]
+        ]
+        if lacking:
+            yield "incomplete", Case(param.label, f"no {' and no '.join(lacking)}")
+
+
+def _again(groups: list[int | None]) -> str:
+    names = dict.fromkeys(str(group) for group in groups)
+    if len(names) > 1:
+        return f"in groups {', '.join(names)}"
+    return f"{len(groups)} times in group {groups[0]}"
 
 
 def _expects_state(group: dict[str, Any]) -> bool:
@@ -287,18 +340,25 @@ def _of_eps(examination: Examination) -> Iterator[tuple[str, Case]]:
 def _of_zeros(param: Param, measures: Measures) -> Iterator[tuple[str, Case]]:
     squares = measures.statistics.get("exp_avg_sq")
     average = measures.statistics.get("exp_avg")
-    if squares and average and param.tensors["exp_avg_sq"][0].dtype == torch.float16:
-        lost = squares.zeros - average.zeros
-        if lost > UNDERFLOW_SHARE * squares.numel:
-            yield "underflow", Case(param.label, f"at least {lost:,} of {squares.numel:,}")
+    if squares and average:
+        lost, dtype = squares.zeros - average.zeros, param.tensors["exp_avg_sq"][0].dtype
+        # In other types single squares vanish with gradients below 1e-22, which move nothing.
+        if lost > (UNDERFLOW_SHARE * squares.numel if dtype == torch.float16 else max(squares.numel - 1, 0)):
+            name = str(dtype).removeprefix("torch.")
+            yield "underflow", Case(param.label, f"at least {lost:,} of {squares.numel:,} in {name}")
             return
     if param.step == 0:
         return
-    for name in (*ZERO_WITHOUT_GRADIENT, "exp_avg"):
-        numbers = measures.statistics.get(name)
-        if numbers and numbers.numel and numbers.zeros == numbers.numel:
-            yield "zero", Case(param.label, f"{name}, {numbers.numel:,} elements")
-            return
+    there = {
+        name: numbers
+        for name in (*ZERO_WITHOUT_GRADIENT, "exp_avg")
+        if (numbers := measures.statistics.get(name)) and numbers.numel
+    }
+    zero = [name for name, numbers in there.items() if numbers.zeros == numbers.numel]
+    if zero:
+        kind = "zero" if len(zero) == len(there) else "quiet"
+        yield kind, Case(param.label, f"{' and '.join(zero)}, {there[zero[0]].numel:,} elements")
+        return
     rows, of = measures.zero_rows
     if rows:
         yield "rows", Case(param.label, f"{rows:,} of {of:,}")

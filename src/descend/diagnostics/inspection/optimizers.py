@@ -52,6 +52,7 @@ _METHODS: tuple[tuple[str, set[str], set[str], set[str]], ...] = (
     ("ASGD", {"ax"}, set(), set()),
     ("Muon", {"momentum_buffer"}, {"ns_steps"}, set()),
     ("Adafactor", set(), {"beta2_decay"}, set()),
+    ("Adafactor of transformers", set(), {"clip_threshold", "decay_rate"}, set()),
     ("SGD", set(), {"momentum", "dampening"}, set()),
     ("Lion", {"exp_avg"}, {"betas"}, {"eps"}),
 )
@@ -105,7 +106,7 @@ class SavedOptimizer:
 
     Attributes:
         where: the keys that lead to it in the file; empty if the file is nothing else.
-        method: what it looks like, by its options and state; "unknown method" if nothing fits.
+        method: what it looks like, by its options and state; empty if nothing fits.
         groups: the options of each group, without the list of its parameters.
         keys: the keys of each group's parameters.
         params: all parameters, in the order of the groups, then those that have state but no group.
@@ -118,6 +119,11 @@ class SavedOptimizer:
     keys: list[list[Any]]
     params: list[Param]
     misnamed: list[int]
+
+    @property
+    def distinct(self) -> list[Param]:
+        """All parameters, those that the groups list again left out."""
+        return list({param.key: param for param in reversed(self.params)}.values())[::-1]
 
     @property
     def is_named(self) -> bool:
@@ -258,7 +264,7 @@ def _method(optimizer: SavedOptimizer) -> str:
         if state <= names and there <= options and not absent & options:
             decoupled = optimizer.groups[0].get("decoupled_weight_decay") if optimizer.groups else False
             return "Adam" if method == "AdamW" and not decoupled else method
-    return "unknown method"
+    return ""
 
 
 def _add_weights(optimizer: SavedOptimizer, candidates: list[Mapping[Any, Any]]) -> None:

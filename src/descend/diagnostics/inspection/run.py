@@ -11,13 +11,13 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from descend.diagnostics.inspection.comparison import Comparison, compare, shown
+from descend.diagnostics.inspection.comparison import Comparison, compare
 from descend.diagnostics.inspection.examination import Examination, examine
 from descend.diagnostics.inspection.files import Checkpoint, open_checkpoint
 from descend.diagnostics.inspection.findings import Finding, findings_of
 from descend.diagnostics.inspection.optimizers import find_optimizers
 from descend.diagnostics.inspection.step_sizes import QUANTILES
-from descend.diagnostics.inspection.stored import Stored
+from descend.diagnostics.inspection.stored import Stored, shown
 from descend.diagnostics.inspection.text import (
     Page,
     printable,
@@ -69,7 +69,8 @@ def run(path: Path, other: Path | None, top: int | None, json_file: str | None, 
             if other is None:
                 write_findings(page, findings)
                 write_state(page, examination, findings, top)
-        page.add()
+        if other is not None:
+            page.add()
     for title, comparison in comparisons:
         write_comparison(page, comparison, title, top)
     if json_file is not None:
@@ -83,7 +84,7 @@ def run(path: Path, other: Path | None, top: int | None, json_file: str | None, 
             except OSError as error:
                 raise UsageError(f"--json: {target} cannot be written: {error.strerror}.") from None
     if json_file != "-":
-        encoding = sys.stdout.encoding or "ascii"
+        encoding = getattr(sys.stdout, "encoding", None) or "ascii"  # there may be no standard output
         print(str(page).strip().encode(encoding, "replace").decode(encoding))
     is_wrong = any(finding.is_wrong for _, findings in found[-1] for finding in findings)
     return int(check and is_wrong)
@@ -156,7 +157,7 @@ def _of_optimizer(examination: Examination, findings: list[Finding]) -> dict[str
     saved = examination.saved
     return {
         "where": saved.where,
-        "method": saved.method,
+        "method": saved.method or None,
         "groups": [
             {"options": {name: shown(value) for name, value in options.items()}, "step_sizes": quantiles}
             for options, quantiles in zip(saved.groups, examination.group_step_sizes, strict=True)

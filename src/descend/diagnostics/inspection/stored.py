@@ -115,6 +115,33 @@ def number(value: Any) -> float | None:
     return None
 
 
+def shown(value: Any) -> str:
+    """A value in few characters, whatever a file makes of it."""
+    single = number(value)
+    if single is not None:
+        return f"{single:.6g}"
+    if isinstance(value, bool | None):
+        return str(value)
+    if isinstance(value, str):
+        return repr(value[:40])
+    if isinstance(value, list):
+        inner = ", ".join(shown(entry) if not isinstance(entry, list | dict) else "..." for entry in value[:6])
+        return f"[{inner}{', ...' if len(value) > 6 else ''}]"
+    if isinstance(value, Stored):
+        return f"a tensor {list(value.shape)}"
+    return f"a {type(value).__name__}"
+
+
+def exact(value: float) -> str:
+    """A number with all digits of a step count.
+
+    Example:
+        >>> exact(1234567.0), exact(0.1)
+        ('1,234,567', '0.1')
+    """
+    return f"{value:,.10g}"
+
+
 def pieces(tensor: Tensor) -> Iterator[Tensor]:
     """The elements in order, at most ``PIECE`` at a time and one-dimensional; complex ones as pairs of real ones."""
     if tensor.is_complex():

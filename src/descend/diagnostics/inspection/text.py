@@ -6,12 +6,13 @@ import math
 import textwrap
 from collections.abc import Iterable, Sequence
 
-from descend.diagnostics.inspection.comparison import Comparison, shown
+from descend.diagnostics.inspection.comparison import Comparison
 from descend.diagnostics.inspection.examination import Examination, Measures
 from descend.diagnostics.inspection.files import Checkpoint
 from descend.diagnostics.inspection.findings import Finding
 from descend.diagnostics.inspection.optimizers import Param, SavedOptimizer
 from descend.diagnostics.inspection.statistics import Statistics
+from descend.diagnostics.inspection.stored import exact, shown
 
 _UNITS = ("B", "KiB", "MiB", "GiB", "TiB")
 _NAMED = 4  # places that a finding lists in text
@@ -92,7 +93,6 @@ def write_findings(page: Page, findings: Sequence[Finding]) -> None:
 
 def write_comparison(page: Page, comparison: Comparison, title: str, top: int | None) -> None:
     """What changed."""
-    page.add()
     page.add(f"{title}: what changed (parameters matched by {comparison.matched_by})")
     steps = [change.steps for change in comparison.changes if change.steps is not None]
     if steps:
@@ -121,24 +121,30 @@ def write_comparison(page: Page, comparison: Comparison, title: str, top: int | 
 
 
 def _title(saved: SavedOptimizer) -> str:
-    params = [param for param in saved.params if param.group is not None]
-    steps = [param.step for param in saved.params if param.step is not None]
+    params = saved.distinct
+    steps = [param.step for param in params if param.step is not None and math.isfinite(param.step)]
     steps = steps or [float(group["k"]) for group in saved.groups if isinstance(group.get("k"), int)]
-    count = f"{len(params):,} parameter{'s' if len(params) != 1 else ''}"
-    if elements := sum(math.prod(param.shape) for param in params if param.shape is not None):
-        count += f" ({elements:,} elements)"
-    state = sum(tensor.nbytes for param in saved.params for tensors in param.tensors.values() for tensor in tensors)
-    parts = [f"looks like {saved.method}", count, f"{size(state)} of state"]
+    grouped = [param for param in params if param.group is not None]
+    count = f"{len(grouped):,} parameter{'s' if len(grouped) != 1 else ''}"
+    shapes = [param.shape for param in grouped if param.shape is not None]
+    if shapes and len(shapes) == len(grouped):
+        count += f" ({sum(map(math.prod, shapes)):,} elements)"
+    state = sum(tensor.nbytes for param in params for tensors in param.tensors.values() for tensor in tensors)
+    method = f"looks like {saved.method}" if saved.method else "an unknown method"
+    parts = [method, count, f"{size(state)} of state"]
     parts.append(f"step {_range(steps)}" if steps else "no step counts")
-    if not saved.is_named:
+    if any(param.name is None for param in params):
         parts.append("without names")
     return f"{saved.where or 'optimizer'}: {', '.join(parts)}"
 
 
 def _write_group(page: Page, index: int, options: dict[str, object], examination: Examination) -> None:
     count = len(examination.saved.keys[index])
-    values = ", ".join(f"{name}={shown(value)}" for name, value in options.items() if value not in (None, False))
-    page.add(f"group {index}: {count:,} parameter{'s' if count != 1 else ''}; {values}", 2)
+    values = ", ".join(
+        f"{name}={shown(value)}" for name, value in options.items() if value is not None and value is not False
+    )
+    head = f"group {index}: {count:,} parameter{'s' if count != 1 else ''}"
+    page.add(f"{head}; {values}" if values else f"{head}, no options", 2)
     if quantiles := examination.group_step_sizes[index]:
         page.add(f"step sizes lr / (sqrt(v_hat) + eps): {_quantiles(quantiles)}", 4)
 
@@ -155,7 +161,7 @@ def _write_param(page: Page, param: Param, measures: Measures) -> None:
     every = [tensor for tensors in param.everything.values() for tensor in tensors]
     same = len({(tensor.shape, tensor.dtype) for tensor in every}) == 1
     head = [_kind(every[0].shape, every[0].dtype)] if same else []
-    head += [f"{name}={value:.6g}" for name, value in param.scalars.items()]
+    head += [f"{name}={exact(value)}" for name, value in param.scalars.items()]
     if param.group is not None:
         head.append(f"group {param.group}")
     page.add(f"{param.label}  {', '.join(head)}")
@@ -206,7 +212,7 @@ def _some(labels: Sequence[str]) -> str:
 
 def _range(values: Sequence[float]) -> str:
     low, high = min(values), max(values)
-    return f"{low:,.10g}" if low == high else f"{low:,.10g} to {high:,.10g}"
+    return exact(low) if low == high else f"{exact(low)} to {exact(high)}"
 
 
 def _largest(values: Iterable[float]) -> float:

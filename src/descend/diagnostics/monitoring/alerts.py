@@ -15,8 +15,11 @@ Kind: TypeAlias = Literal["spike", "dead", "nonfinite"]
 KINDS: tuple[Kind, ...] = ("spike", "dead", "nonfinite")
 
 WINDOW = 20  # samples that a spike is compared with
-FEWEST = 5  # samples before the first spike, and samples with a gradient of zero that make a parameter dead
-FACTOR = 5.0  # a spike is above so many times the median
+FEWEST = 10  # samples before the first spike: RAdam takes five steps before it divides by sqrt(exp_avg_sq)
+FACTOR = 5.0  # a spike is above so many times the median,
+LEAP = 2.0  # and above so many times the largest: norms of small batches have heavy tails, and Rprop's steps grow;
+BLOWUP = 50.0  # or it is above so many times the median, however it got there
+DEAD = 5  # samples in a row with a gradient of zero that make a parameter dead
 
 _SHOWN = 3  # names in a message
 
@@ -81,8 +84,9 @@ class Watch:
     """Compares each sample with those before it.
 
     - **spike**: a parameter's gradient norm, or its update norm divided by the learning rate, is more than 5 times its
-      median over the last 20 samples, and larger than in any of them; not before 5 samples. Divided by the learning
-      rate, updates grow neither in warm-up nor at a restart of the schedule.
+      median over the last 20 samples and more than twice the largest of them, or more than 50 times the median and
+      larger than all; not before 10 samples. Divided by the learning rate, updates grow neither in warm-up nor at a
+      restart of the schedule.
     - **dead**: a parameter has had a gradient of exactly zero in 5 samples in a row.
     - **nonfinite**: a gradient or a parameter has a NaN or Inf.
 
@@ -131,10 +135,8 @@ class Watch:
     def _dead(self, record: Record) -> list[Alert]:
         is_zero = _column(record, "moving") == 0
         self._zeros = np.where(record.stepped, np.where(is_zero, self._zeros + 1, 0), self._zeros)
-        names = _names(record, (self._zeros == FEWEST) & record.stepped & self._has_elements, self._zeros)
-        message = (
-            f"{_listed(names)}: the gradient was zero in {FEWEST} samples in a row, the last at step {record.step}."
-        )
+        names = _names(record, (self._zeros == DEAD) & record.stepped & self._has_elements, self._zeros)
+        message = f"{_listed(names)}: the gradient was zero in {DEAD} samples in a row, the last at step {record.step}."
         return [Alert("dead", record.step, names, message)] if names else []
 
 
@@ -152,10 +154,12 @@ class _Window:
         last = self._rows[(self._count - 1) % WINDOW]
         rows = self._rows[: min(self._count, WINDOW)]
         # The largest first: medians cost more, and are rarely needed.
-        above = np.flatnonzero(values > rows.max(axis=0)) if self._count >= FEWEST else np.zeros(0, np.int64)
+        largest = rows.max(axis=0) if self._count >= FEWEST else np.full(len(values), np.inf)
+        above = np.flatnonzero(values > largest)
         if len(above):
             median = np.median(rows[:, above], axis=0)
-            is_high = (median > 0) & (values[above] > FACTOR * median)
+            leaps = (values[above] > FACTOR * median) & (values[above] > LEAP * largest[above])
+            is_high = (median > 0) & (leaps | (values[above] > BLOWUP * median))
             above, median = above[is_high], median[is_high]
             high[above] = True
             times[above] = np.where(self._was_high[above], 0, values[above] / median)

@@ -17,6 +17,7 @@ def lightning(cls: Any, options: dict[str, Any]) -> Any:
             self.monitors: list[Any] = []
 
         def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+            self._close()
             chosen = {"to": list(trainer.loggers), **options, "names": pl_module, "step": trainer.global_step}
             self.monitors = _monitors(cls, trainer.optimizers, chosen)
 
@@ -44,6 +45,8 @@ def transformers(cls: Any, options: dict[str, Any]) -> Any:
             self.monitors: list[Any] = []
 
         def on_train_begin(self, args: Any, state: Any, control: Any, **around: Any) -> None:
+            self._close()  # an error may have ended the training before
+
             def log(metrics: dict[str, float], step: int) -> None:
                 state.log_history.append({**metrics, "step": step})
 
@@ -52,6 +55,9 @@ def transformers(cls: Any, options: dict[str, Any]) -> Any:
             self.monitors = _monitors(cls, [getattr(optimizer, "optimizer", optimizer)], chosen)
 
         def on_train_end(self, args: Any, state: Any, control: Any, **around: Any) -> None:
+            self._close()
+
+        def _close(self) -> None:
             for monitor in self.monitors:
                 monitor.close()
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -24,16 +24,17 @@ from descend.diagnostics.monitoring.writers import writer
 class Monitor(Observer):
     """Measures every so many steps of an optimizer, inside the pass that steps; warns of what goes wrong.
 
-    On a sampled step another version of the compiled kernels also sums up norms and counts. Other steps run as always.
-    Parameters and state stay bit for bit what they would be without a monitor. Compiled kernels are loaded, or made,
-    when the monitor is. Measured of each parameter, each layer (the name up to its last dot), each group, and all:
+    On a sampled step a loop around the compiled kernel also sums up norms and counts. Other steps run as always.
+    Parameters and state stay bit for bit what they would be without a monitor. That loop is loaded, or compiled, when
+    the monitor is made. Measured of each parameter, each layer (the name up to its last dot), each group, and all:
 
     - ``grad_norm``: of the gradient, without a loss scale, before clipping; ``update_norm``: of the new parameter minus
       the old one, as they are stored; ``weight_norm``: of the old one; ``update_ratio``: update by weight norm.
     - ``signal_to_noise``: the mean of |exp_avg| / sqrt(exp_avg_sq), without their bias, over elements where exp_avg_sq
       is positive. For Adam, AdamW, NAdam, RAdam.
     - ``lost_updates``: of the elements whose gradient is not zero, the share whose stored value stays the same: updates
-      too small for the parameter's digits. In bfloat16 that happens below 1/512 of a weight.
+      too small for the parameter's digits. In bfloat16 that happens below 1/512 of a weight. A learning rate of 0 loses
+      nothing; the pauses that ``Rprop`` makes count as lost.
     - ``nonfinite_grads``, ``nonfinite_weights``: NaN and Inf in the gradient, and in the parameter after the step.
     - ``rows_named``: rows that a sparse gradient names. Its other numbers are those of the rows that were updated.
     - With ``max_norm``: ``clipped``, the share of the steps since the last sample whose norm was above it, and
@@ -51,8 +52,9 @@ class Monitor(Observer):
             Default: nowhere.
         on: what is warned of: ``"spike"``, ``"dead"`` and ``"nonfinite"``; one of them, several, or a dictionary that
             says for each what to do: ``"warn"``, ``"raise"`` or a function of the ``Alert``. A spike: a gradient norm,
-            or update norm divided by the learning rate, above 5 times its median over the last 20 samples, and above
-            all of them. Dead: a gradient of zero in 5 samples in a row. Default: warnings of all three.
+            or update norm divided by the learning rate, above 5 times its median over the last 20 samples and above
+            twice all of them, or above 50 times the median; not in the first 10 samples. Dead: a gradient of zero in 5
+            samples in a row. Default: warnings of all three.
         detail: what is written beside the totals: of each of the ``"layers"`` or of all ``"params"``.
             Default: ``"layers"``.
         keep: samples in ``history``, about 80 bytes for each parameter tensor. Default: 1000.
@@ -115,9 +117,10 @@ class Monitor(Observer):
         self._waiting: list[tuple[Any, ...]] = []  # what ``Record`` takes
         self._sample: Sample | None = None
         self._begun = self._clipped = 0
-        self._has_moved = self._was_bad = False
+        self._has_moved = self._is_left_out = self._was_bad = False
         self._bad: tuple[str, ...] = ()
         self._coefficient = 1.0
+        self._groups: tuple[Names, list[float]] = self._names, []  # and learning rates, when the sampled step began
         optimizer.observe(self)
 
     @classmethod
@@ -231,19 +234,22 @@ class Monitor(Observer):
             return None
         if self._sample is None:
             self._sample, self._coefficient = Sample(), 1.0
+            # Inside backward a step may end when the next begins, which has a learning rate of its own.
+            self._groups = self._current_names(), list(map(_rate, self.optimizer.param_groups))
         self._sample.scale, self._coefficient = scale, min(self._coefficient, coefficient)
         return self._sample
 
     def skip(self, names: Sequence[str]) -> None:
+        self._is_left_out = True
         self._bad += tuple(names)
 
     def end_step(self) -> None:
         sample, self._sample, bad, self._bad = self._sample, None, self._bad, ()
         if self._has_moved:
             self.step += 1
-        else:
+        elif self._is_left_out:
             self.skipped += 1
-        self._has_moved = False
+        self._has_moved = self._is_left_out = False
         is_news, self._was_bad = bad and not self._was_bad, bool(bad)
         if sample is not None:
             self._take(sample)
@@ -255,9 +261,9 @@ class Monitor(Observer):
         share = self._clipped / self._begun
         clipping = None if self.optimizer.max_norm is None else Clipping(share, self._coefficient)
         self._next, self._begun, self._clipped = self.step - self.step % self.every + self.every, 0, 0
-        rates = [_number(group.get("lr", math.nan)) for group in self.optimizer.param_groups]
         self._collect()
-        self._waiting.append((self.step, self._current_names(), sample, rates, clipping, self.skipped))
+        names, rates = self._groups
+        self._waiting.append((self.step, names, sample, rates, clipping, self.skipped))
         if all(isinstance(part.sums, np.ndarray) or part.sums.is_cpu for part in sample.parts):
             self._collect()
 
@@ -285,5 +291,5 @@ class Monitor(Observer):
         return self._names
 
 
-def _number(value: Any) -> float:
-    return float(value.item()) if isinstance(value, Tensor) else float(value)
+def _rate(group: Mapping[str, Any]) -> float:
+    return float(group.get("lr", math.nan))

@@ -117,11 +117,11 @@ class Record:
             sums = part.sums.cpu().double().numpy() if isinstance(part.sums, Tensor) else part.sums
             sums = sums[kept]
             sums[:, _AT["grad_sq"]] *= part.scale**2
-            if part.corrections is not None:
-                sums[:, _AT["ratio"]] *= part.corrections[kept]
+            sums[:, _AT["ratio"]] *= part.corrections[kept]
             self.sums[at], self.stepped[at] = sums, True
             if part.rows is not None:
                 self.rows[at] = part.rows
+        self.sums[np.array(rates)[names.group] == 0, _AT["lost"]] = 0  # nothing was to move
 
     def of_layers(self) -> np.ndarray:
         """The sums of each layer."""
