@@ -8,7 +8,7 @@ OTHER = .venv-torch-$(TORCH)
 .PHONY: demo test test-all test-stack test-torch mutate check docs docs-serve figures parity bench clean
 
 demo: $(READY)  ## train a small network on handwritten digits with four optimizers, each at its best learning rate of five
-	$(BIN)/descend compare digits --tune --seeds 3 --steps 150
+	$(BIN)/descend compare digits --tune --seeds 3 --steps 120
 
 test: $(READY)  ## tests and doctests
 	$(BIN)/python -m pytest --numprocesses auto --dist worksteal

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from descend.command.cli import main
+from descend.compare import report
+from descend.compare.records import Comparison, Run
 
 FILES = ["curves.png", "curves.svg", "report.html", "results.jsonl"]
 
@@ -26,9 +29,11 @@ def arguments(out: Path, task: str, *optimizers: str, steps: int = 3, **options:
 
 
 def compare(out: Path, task: str, *optimizers: str, steps: int = 3, status: int = 0, **options: Any) -> Results:
-    """Run the command, assert its exit status, and return what it wrote."""
+    """Run the command without its report, assert its exit status, and return what it measured."""
     options = {"batch_size": 8, **options}
-    assert main(arguments(out, task, *optimizers, steps=steps, **options)) == status
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(report, "write", write_nothing)  # takes longer than a few steps, and has tests of its own
+        assert main(arguments(out, task, *optimizers, steps=steps, **options)) == status
     return read(out)
 
 
@@ -39,3 +44,9 @@ def read(out: Path) -> Results:
     lines = (out / "results.jsonl").read_text("utf-8").splitlines()
     first, *runs = (json.loads(line, parse_constant=pytest.fail) for line in lines)
     return first, runs
+
+
+def write_nothing(folder: Path, comparison: Comparison, runs: Sequence[Run]) -> None:
+    """Stand in for ``report.write``: write files that are no report."""
+    for name in FILES[:-1]:
+        (folder / name).write_bytes(b"\x89PNG")

@@ -25,7 +25,9 @@ def _keep_threads() -> Iterator[None]:
     torch.set_num_threads(threads)
 
 
-@pytest.mark.parametrize("task", ["digits", "text", "embeddings"])
+@pytest.mark.parametrize(
+    "task", ["digits", *(pytest.param(task, marks=pytest.mark.slow) for task in ("text", "embeddings"))]
+)
 def test_compare_trains_every_optimizer_alike(task: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "new" / "folder"
     first, runs = compare(out, task, "sgd", "adamw:weight_decay=0.1", "torch.adamw:weight_decay=0.1", seed=1)
@@ -66,9 +68,9 @@ def test_same_seed_gives_same_curve(task: str, tmp_path: Path) -> None:
 
 
 def test_digits_default_optimizers_learn(tmp_path: Path) -> None:
-    _, runs = compare(tmp_path / "digits", "digits", steps=300, batch_size=64)
+    _, runs = compare(tmp_path / "digits", "digits", steps=120, batch_size=64)
     assert [run["label"] for run in runs] == ["sgd", "adam:weight_decay=1e-3", "adamw", "torch.adamw"]
-    assert min(run["test_metrics"][-1] for run in runs) > 0.95
+    assert min(run["test_metrics"][-1] for run in runs) > 0.85  # by chance: 0.1
     assert all(len(run["test_steps"]) == 10 for run in runs)
 
 
@@ -162,6 +164,8 @@ BAD = {
     "digits --sweep lr=1,2 --sweep lr=3": ["lr is given twice"],
     "digits --sweep lr=1,2 --optimizer adamw:lr=1": ["adamw:lr=1 has a learning rate already"],
     "digits --sweep lr=1,2 --tune": ["--tune", "--sweep lr"],
+    "digits --sweep lr=1,2 --optimizer lbfgs": ["--sweep lr", "got lbfgs"],
+    "digits --tune --optimizer lbfgs --optimizer newton": ["--tune", "got lbfgs and newton"],
     "digits --jobs 2 --nproc 2": ["--jobs", "--nproc"],
     "": ["TASK", "--list"],
 }

@@ -99,6 +99,20 @@ def test_numbers_of_the_page_are_those_of_the_runs() -> None:
     assert "task_file" not in text
 
 
+def test_page_counts_the_seeds_that_are_reported() -> None:
+    runs = [run("a", seed=0), run("a", seed=10_000, tuning=True), run("a", seed=10_001, tuning=True)]
+    assert "1 optimizer, 1 seed." in Reader(content.report_page(comparison(), runs)).text
+
+
+def test_curves_of_all_data_are_not_said_to_be_averaged() -> None:
+    page = Reader(content.report_page(comparison(), [run("a", window=1)])).text
+    assert "mean of the last" not in page
+    assert "Each point is the loss of one step." in page
+    for steps, averaged in ((60, 20), (5, 5)):
+        page = Reader(content.report_page(comparison(), [run("a", steps=steps)])).text
+        assert f"mean of the last {averaged} steps" in page
+
+
 def test_diverged_runs_have_a_step_and_no_loss() -> None:
     page = content.report_page(*CASES["all diverged"])
     text = Reader(page).text

@@ -42,16 +42,39 @@ def test_signal_during_imports_is_one_line(number: signal.Signals, status: int, 
     assert not (tmp_path / "out").exists()
 
 
+# A task whose loss waits in the second run, for as long as there is a file "wait" beside it.
+WAITING = """
+import pathlib, time
+import torch
+
+calls = 0
+
+def loss(outputs, targets):
+    global calls
+    calls += 1
+    while calls > 15 and pathlib.Path(__file__).with_name("wait").exists():
+        time.sleep(0.01)
+    return ((outputs - targets) ** 2).mean()
+
+def task():
+    inputs = torch.randn(64, 4)
+    return torch.nn.Linear(4, 1), (inputs, inputs.sum(1, keepdim=True)), loss
+"""
+
+
 def test_signal_between_runs_keeps_what_was_measured(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    out = tmp_path / "out"
-    args = arguments(out, "digits", "torch.sgd", "torch.adamw", steps=400, batch_size=8)
-    code, output, errors = interrupt(args, "torch.sgd: lr 0.2, seed 0, 400 steps", signal.SIGTERM)
+    out, task = tmp_path / "out", tmp_path / "task.py"
+    task.write_text(WAITING)
+    args = arguments(out, str(task), "torch.sgd", "torch.adamw", steps=5)
+    (tmp_path / "wait").touch()
+    code, output, errors = interrupt(args, "torch.sgd: lr 0.1, seed 0, 5 steps", signal.SIGTERM)
+    (tmp_path / "wait").unlink()
     assert (code, errors) == (143, "")
     assert f"Interrupted: 1 run of 2 done. The same command continues in {out}." in output
     _, [first] = read(out)
     assert first["status"] == "finished"
     assert main(args) == 0
-    assert "2 runs of 400 steps, 1 of them already there" in capsys.readouterr().out
+    assert "2 runs of 5 steps, 1 of them already there" in capsys.readouterr().out
     _, (same, second) = read(out)
     assert same == first
     assert (second["label"], second["status"]) == ("torch.adamw", "finished")
@@ -76,7 +99,7 @@ def test_seeds_run_in_processes_and_are_not_repeated(tmp_path: Path, monkeypatch
 
 
 def test_tuned_comparison_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    first, runs = compare(tmp_path / "out", "digits", "torch.sgd", steps=20, tune=True, jobs=1)
+    first, runs = compare(tmp_path / "out", "digits", "torch.sgd", steps=5, tune=True, jobs=1)
     *tuning, reported = runs
     assert len(tuning) == 10
     assert reported["lr"] in {run["lr"] for run in tuning}

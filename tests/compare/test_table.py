@@ -82,6 +82,12 @@ def test_one_of_three_that_diverged_counts_as_infinite() -> None:
     assert "to diverged" in text
 
 
+def test_run_that_blew_up_and_came_back_says_so() -> None:
+    run = made("a", 0)
+    run.losses = [*run.losses, 1e15, *run.losses]
+    assert f"blew up: 1e+15 at step {len(run.losses) // 2 + 1}" in shown(120, [run])
+
+
 def test_runs_that_chose_a_rate_are_not_shown() -> None:
     run = made("a", 10_000)
     run.tuning = True

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 
 import pytest
+from task_runs import problem_of
 
+from descend.compare import specs
 from descend.compare.records import WINDOW, Run, smooth
-from descend.compare.train import diverged_at
+from descend.compare.tasks import regression
+from descend.compare.train import diverged_at, train
 from descend.compare.train import test_steps as points
 
 DIVERGENCE: dict[str, tuple[list[float], int | None]] = {
@@ -48,3 +52,14 @@ def test_held_out_data_are_evaluated_about_ten_times(steps: int) -> None:
     assert 1 <= len(found) <= 10
     assert found == sorted({*found})
     assert len(found) == 10 or steps < 50
+
+
+@pytest.mark.parametrize(("text", "is_known"), [("adam", True), ("scipy.l-bfgs-b", False)])
+def test_parts_and_state_of_a_solver_are_not_known(text: str, is_known: bool) -> None:
+    [spec] = specs.parse_all([text], regression.TASK.lr)
+    run = Run(text, text, spec.name, {}, spec.lr, 0, window=1)
+    problem = dataclasses.replace(problem_of(regression.TASK), steps=3)
+    assert train(problem, spec, run, lambda run: None)
+    assert run.status == "finished"
+    assert bool(run.parts) == is_known
+    assert (run.state_bytes != (None,)) == is_known

@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from descend.compare.settings import Settings
-from descend.compare.tasks.catalog import SUMMARIES
+from descend.compare.tasks.catalog import SUMMARIES, summary
 from descend.reporting.errors import UsageError, require
 
 TASK = f"{', '.join(SUMMARIES)}; or the path of a file that defines a task."
@@ -55,7 +55,7 @@ def whole_number(option: str, least: int, most: int = 2**63 - 1) -> Callable[[st
 def _list(is_given: bool) -> None:
     """Print the names of tasks and optimizers, and end."""
     if is_given:
-        print("Tasks:", *(f"  {name}: {summary}" for name, summary in SUMMARIES.items()), sep="\n", flush=True)
+        print("Tasks:", *(f"  {name}: {words}" for name, words in SUMMARIES.items()), sep="\n", flush=True)
         from descend.compare.specs import names
 
         print("Optimizers:", *(f"  {name}" for name in names()), sep="\n")
@@ -121,7 +121,7 @@ def compare(
     """
     require("matplotlib", "plotly")
     # Torch takes a second or more to import: say first that something happens.
-    print(f"{task}: {SUMMARIES.get(task, 'a task of yours')}", flush=True)
+    print(f"{task}: {summary(task)}", flush=True)
     from descend.compare.run import run
 
     return run(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import sys
@@ -36,6 +37,7 @@ def main() -> None:
     settings, threads = json.loads(sys.stdin.readline())
     work = Work(Settings.from_json(settings), Alone())
     torch.set_num_threads(threads)
+    gc.freeze()  # modules stay: without them the collection before each run takes microseconds, not 0.1 s
     told = 0.0
 
     def on_step(run: Run) -> None:

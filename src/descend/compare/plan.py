@@ -13,6 +13,7 @@ from descend.compare.contestant import Contestant
 from descend.compare.records import Run
 from descend.compare.sweep import combinations
 from descend.reporting.errors import UsageError
+from descend.reporting.text import joined
 
 FACTORS = tuple(10 ** (half / 2) for half in (-2, -1, 0, 1, 2))  # of the learning rates that --tune tries
 TUNING_SEEDS = 2
@@ -68,7 +69,8 @@ def variants(
         lr: the task's learning rates.
         seed: the first seed.
     Raises:
-        UsageError: if an optimizer does not have an option, or the user has given it a value already.
+        UsageError: if an optimizer does not have an option, the user has given it a value already, or no optimizer has
+            a learning rate to sweep.
     """
     others = {name: values for name, values in sweeps.items() if name != "lr"}
     rates = [_number(value) for value in sweeps.get("lr", ())]
@@ -83,7 +85,16 @@ def variants(
             label = _with_options(contestant.label, words)
             for swept in rates if rates and _has_rate(spec) else [spec.lr]:
                 found.append(Entry(text, contestant.text, label, swept, seed))
+    if rates:
+        check_rates("--sweep lr", found)
     return found
+
+
+def check_rates(option: str, entries: Sequence[Entry]) -> None:
+    """Raise a ``UsageError`` if no entry has a learning rate, for an ``option`` that is about learning rates."""
+    if all(entry.lr is None for entry in entries):
+        labels = joined(list(dict.fromkeys(entry.label for entry in entries)))
+        raise UsageError(f"{option} needs an optimizer with a learning rate, got {labels}.")
 
 
 def _number(text: str) -> float:

@@ -11,6 +11,7 @@ from rich.progress import BarColumn, Progress, ProgressColumn, TextColumn, TimeR
 
 from descend.compare.plan import Entry
 from descend.compare.records import Run
+from descend.reporting.text import plural
 
 NARROW = 60  # columns of a terminal below which there is room for names and losses alone
 
@@ -65,11 +66,9 @@ class Bars:
         self._ended[run.label] += 1
         # A run that ended early leaves nothing to wait for.
         self._taken[run.label][run.label, run.lr, run.seed, run.tuning] = self._steps
-        says = run.status if run.final_loss is None else f"loss {run.final_loss:.4f}"
+        says = run.status if run.final_loss is None or run.status == "failed" else f"loss {run.final_loss:.4f}"
         if run.diverged_at:
             says = f"diverged at step {run.diverged_at}"
-        elif run.status == "failed":
-            says = "failed"
         self._show(run.label, says)
 
     def say(self, run: Run) -> None:
@@ -80,7 +79,7 @@ class Bars:
             loss = "" if run.final_loss is None else f", loss {run.final_loss:.4f}"
             end = f", diverged at step {run.diverged_at}" if run.diverged_at else ""
             end = ", failed" if run.status == "failed" else end
-            line = f"{run.label}: {rate}seed {run.seed}{which}, {len(run.losses)} steps{loss}{end}"
+            line = f"{run.label}: {rate}seed {run.seed}{which}, {plural(len(run.losses), 'step')}{loss}{end}"
             self._console.print(line, markup=False, highlight=False, soft_wrap=True)
 
     def _show(self, label: str, says: str) -> None:

@@ -13,7 +13,7 @@ class Outcome(NamedTuple):
 
     Args:
         steps: complete steps.
-        state_bytes: memory of the optimizer's state on this rank.
+        state_bytes: memory of the optimizer's state on this rank; None if it is not known.
         error: type and text of the exception that ended the run, or None.
         first_step_seconds: time inside the optimizer in the first step; None without steps.
         optimizer_seconds: median time inside the optimizer in the other steps; None without any.
@@ -21,7 +21,7 @@ class Outcome(NamedTuple):
     """
 
     steps: int
-    state_bytes: int
+    state_bytes: int | None
     error: str | None
     first_step_seconds: float | None = None
     optimizer_seconds: float | None = None

@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+HOPELESS = 10.0  # times the first loss: above this, a run has diverged unless it comes back
 WINDOW = 20  # steps that a final loss, and each point of a curve, averages, where each step has a batch of its own
 
 
@@ -69,7 +70,8 @@ class Run:
         test_steps: steps after which held-out data were evaluated; the last is the last step.
         test_losses: loss on held-out data then.
         test_metrics: the metric on held-out data then.
-        state_bytes: memory of the optimizer's state; by rank, None for a rank that was not heard of.
+        state_bytes: memory of the optimizer's state, by rank; None where it is not known: of a solver, which keeps its
+            own, of a run that failed in its first step, and of a rank that was not heard of.
         ranks: by rank, "first_step_seconds", "optimizer_seconds" (the median of the other steps) and "state_bytes";
             None for what is not known.
         helper: full name of a second optimizer for parameters that the first does not take.
@@ -103,6 +105,15 @@ class Run:
     tuning: bool = False
     window: int = WINDOW
     alone: bool = True
+
+    @property
+    def peak(self) -> tuple[int, float] | None:
+        """The step, from 1, and the value of the largest loss, if the run finished although it blew up there."""
+        if self.status != "finished" or not self.losses:
+            return None
+        largest = max(self.losses)
+        is_high = self.losses[0] > 0 and largest > HOPELESS * self.losses[0]
+        return (self.losses.index(largest) + 1, largest) if is_high else None
 
     @property
     def final_loss(self) -> float | None:

@@ -217,7 +217,7 @@ class Comparing:
         self._say(f"Wrote results.jsonl, report.html, curves.png and curves.svg into {folder}.")
         failed = {run.label: run for run in reversed(runs) if run.error}
         for label, run in reversed(failed.items()):
-            message = f"descend compare: {label} failed after {len(run.losses)} steps: {run.error}"
+            message = f"descend compare: {label} failed after {plural(len(run.losses), 'step')}: {run.error}"
             print(message, file=sys.stderr)
         return 1 if failed else 0
 

@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from descend.compare.records import WINDOW, Comparison, Run
-from descend.reporting.text import number, rate, seconds, size
+from descend.reporting.text import number, plural, rate, seconds, size
 
 BLOCKS = 60  # columns of a terminal below which a table has too little room
 NAME = 30  # columns of the longest name that is not folded
@@ -47,8 +47,13 @@ class Row:
             at = f" at step {min(steps)}" if steps else ""
             found += [f"{status}{of}{at}"] if runs else []
         found += [f"{self.runs[0].helper.rpartition('.')[2]} for the rest"] if self.runs[0].helper else []
+        peaks = [run.peak for run in self.runs if run.peak]
+        if peaks:
+            step, loss = max(peaks, key=lambda peak: peak[1])
+            of = f" {len(peaks)} of {len(self.runs)}" if len(self.runs) > 1 else ""
+            found.append(f"blew up{of}: {number(loss, 2)} at step {step}")
         stopped = [run for run in self.runs if run.stopped and run.status == "finished"]
-        found += [f"stopped after {len(stopped[0].losses)} steps"] if stopped else []
+        found += [f"stopped after {plural(len(stopped[0].losses), 'step')}"] if stopped else []
         return found
 
 
@@ -133,8 +138,10 @@ def columns(comparison: Comparison, found: Sequence[Row]) -> list[Column]:
 def caption(comparison: Comparison, found: Sequence[Row]) -> str:
     """Return what must be known to read the table."""
     settings = comparison.settings
-    final = f"mean of the last {WINDOW} steps, each of its training batch" if settings["batch_size"] else "last step"
-    words = [f"Loss: {comparison.loss_name}; final: {final}."]
+    steps = min(WINDOW, settings["steps"]) if settings["batch_size"] else 1
+    final = f"mean of the last {steps} steps, each of its training batch" if steps > 1 else "last step"
+    has_name = comparison.loss_name != "loss"  # a user's has none
+    words = [f"Loss: {comparison.loss_name}; final: {final}." if has_name else f"Final loss: {final}."]
     if any(len(row.runs) > 1 for row in found):
         words.append("Median over the seeds, and below it the quartiles.")
     if comparison.tuned:

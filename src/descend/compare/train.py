@@ -18,14 +18,13 @@ from torch.optim import Optimizer
 from descend.compare.contestant import Contestant, full_name
 from descend.compare.problem import Problem
 from descend.compare.ranks import Outcome
-from descend.compare.records import WINDOW, Run
+from descend.compare.records import HOPELESS, WINDOW, Run
 from descend.compare.trainer import Trainer
 
 WARM_STEPS = 3  # a table that settles rows compiles one kernel a step
 WARM_SECONDS = 2.0
 TESTS = 10  # evaluations on held-out data in a run
 APART = 5  # steps between them, at least
-HOPELESS = 10.0  # times the first loss
 
 
 def prepare(spec: Contestant, problem: Problem) -> float:
@@ -61,7 +60,7 @@ def train(problem: Problem, spec: Contestant, run: Run, on_step: Callable[[Run],
     except Exception as exception:  # the other optimizers are measured all the same
         error = " ".join(f"{type(exception).__name__}: {exception}".split())
     times = (run.first_step_seconds, run.parts.get("optimizer"))
-    own = Outcome(len(run.losses), sum(filter(None, run.state_bytes)), error, *times)
+    own = Outcome(len(run.losses), next(iter(run.state_bytes), None), error, *times)
     ending = problem.ranks.end(f"{run.label} {run.lr} {run.seed} {run.tuning}", own)
     run.error, run.state_bytes = ending.error, ending.state_bytes
     run.ranks = [
@@ -120,7 +119,7 @@ def _train(
             losses.append(loss)
             seconds.append(elapsed)
             evaluations.append(count)
-            parts.append({"data": drawn - started, **step.parts})
+            parts.append({"data": drawn - started, **step.parts} if step.parts else {})
             on_step(run)
             if not math.isfinite(loss):
                 run.diverged_at, run.stopped = i, f"the loss is {loss} at step {i}"
@@ -135,7 +134,8 @@ def _train(
         run.first_step_seconds = parts[0].get("optimizer") if parts else None
         # State only grows, so it is measured once, at the end. Reading the state of a descend optimizer marks it as
         # exposed, which makes the next steps slower.
-        run.state_bytes = [sum(map(_state_bytes, trainer.optimizers))]
+        is_known = trainer.optimizers and losses
+        run.state_bytes = [sum(map(_state_bytes, trainer.optimizers)) if is_known else None]
 
 
 def _test(problem: Problem, trainer: Trainer, model: torch.nn.Module, run: Run, step: int) -> None:
@@ -179,7 +179,9 @@ def diverged_at(losses: Sequence[float]) -> int | None:
 
 
 def medians(parts: Sequence[Mapping[str, float]]) -> dict[str, float]:
-    """Return the median seconds of each part."""
+    """Return the median seconds of each part; none if some step's are not known."""
+    if not all(parts):
+        return {}
     names = dict.fromkeys(name for each in parts for name in each)
     return {name: median(each.get(name, 0.0) for each in parts) for name in names}
 

@@ -17,7 +17,7 @@ class Step(NamedTuple):
     Args:
         loss: training loss before the step, of its batch.
         evaluations: gradients evaluated in it.
-        parts: seconds by part, as in ``records.Run.parts``.
+        parts: seconds by part, as in ``records.Run.parts``; empty if they cannot be told apart.
     """
 
     loss: float

@@ -14,7 +14,7 @@ import torch
 import descend
 from descend.compare import specs
 from descend.compare.parallel import choose
-from descend.compare.plan import Entry, variants
+from descend.compare.plan import Entry, check_rates, variants
 from descend.compare.problem import Problem
 from descend.compare.ranks import Ranks
 from descend.compare.records import WINDOW, Run
@@ -46,6 +46,8 @@ class Work:
         self.texts = settings.optimizers or self.task.optimizers
         contestants = specs.parse_all(self.texts, self.task.lr)
         self.variants = variants(contestants, sweeps, self.task.lr, settings.seed)
+        if settings.tune:
+            check_rates("--tune", self.variants)
         self.steps = settings.steps or self.task.steps
         self.batch_size = settings.batch_size or self.task.batch_size or 0
         sparse = [contestant.text for contestant in contestants if contestant.is_sparse]

@@ -55,7 +55,8 @@ def errors_located(path: Path, doing: str = "") -> Iterator[None]:
     except SyntaxError as error:
         file = Path(error.filename) if error.filename else path
         name = path if file.resolve() == path.resolve() else file
-        raise UsageError(f"{name}:{error.lineno}: {type(error).__name__}: {error.msg}.") from error
+        place = ":".join(map(str, filter(None, (name, error.lineno))))  # a null byte has no line
+        raise UsageError(f"{place}: {type(error).__name__}: {error.msg}.") from error
     except (Exception, SystemExit) as error:
         frames = traceback.extract_tb(error.__traceback__)
         lines = [frame.lineno for frame in frames if Path(frame.filename).resolve() == path.resolve()]

@@ -136,9 +136,7 @@ def step_bars(series: Sequence[Series]) -> list[Bar]:
     for one in series:
         parts = parts_of(one.timed)
         if parts:
-            total, own = sum(parts.values()), parts.get("optimizer")
-            share = "" if own is None or len(parts) == 1 else f", optimizer {seconds(own)}"
-            bars.append(Bar(one, parts, f"{seconds(total)}{share}"))
+            bars.append(Bar(one, parts, seconds(sum(parts.values()))))
     return bars
 
 

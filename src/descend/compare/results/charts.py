@@ -7,11 +7,11 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from descend.compare.records import WINDOW, Comparison, Run
+from descend.compare.records import Comparison, Run
 from descend.compare.results.coincide import Pair
 from descend.compare.results.curves import Curve, held_out_curve, loss_curve, raw_curve, thin
 from descend.compare.results.looks import TITLE, WIDTHS, Trace, colour, dash, layers, line, marker, stroke, value_axis
-from descend.compare.results.series import Series
+from descend.compare.results.series import Series, window
 from descend.reporting.axes import log_axis
 from descend.reporting.page import Chart, chart_text
 from descend.reporting.text import joined, rate, shortened
@@ -37,14 +37,13 @@ def loss_chart(comparison: Comparison, series: Sequence[Series], pairs: Sequence
     calm = [curves[one.index] for one in series if not one.best.diverged] or list(curves.values())
     y = value_axis(comparison.loss_name, calm, [curve.middle[:1] for curve in curves.values()])
     top = 10 ** y["range"][1] if "range" in y else math.inf
+    steps = window(series)
+    averaged = f", each the mean of the last {steps} steps" if steps > 1 else ""
     for one in order:
         traces += _marks(one, curves[one.index], len(series))
         traces += _ends(one, curves[one.index], top)
     x_axis = {"title": {"text": AXIS_NAMES[axis]}, "rangemode": "tozero"}
-    words = (
-        f"Training loss against {axis} of {_names(series)}, each the mean of the last {WINDOW} steps. "
-        "The table at the end has the final values."
-    )
+    words = f"Training loss against {axis} of {_names(series)}{averaged}. The table at the end has the final values."
     return Chart(words, traces, {"xaxis": x_axis, "yaxis": y}, height=440)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from descend.compare.records import WINDOW, Comparison, Run
+from descend.compare.records import Comparison, Run
 from descend.compare.results import bars, charts, looks
 from descend.compare.results.coincide import Pair, pairs
 from descend.compare.results.series import (
@@ -17,6 +17,7 @@ from descend.compare.results.series import (
     held_out_metric,
     is_finite,
     state_bytes,
+    window,
 )
 from descend.compare.results.verdict import SEEDS, findings
 from descend.reporting.page import Block, Details, Entry, Fact, Facts, Key, Legend, Prose, Section, Table, Tabs, page
@@ -52,8 +53,9 @@ def report_page(comparison: Comparison, runs: Sequence[Run]) -> str:
             f"Settings: {_pairs(settings)}",
         ]
     )
-    seeds = len({run.seed for run in runs})
-    lead = f"{comparison.summary.rstrip('.')}. {plural(len(series), 'optimizer')}, {plural(seeds, 'seed')}."
+    seeds = len({run.seed for run in runs if not run.tuning})
+    summary = comparison.summary.rstrip(".")
+    lead = f"{summary[:1].upper()}{summary[1:]}. {plural(len(series), 'optimizer')}, {plural(seeds, 'seed')}."
     sections = [Section(title, content) for title, content in blocks if content]
     return page(f"Optimizers on {comparison.task}", lead, sections, f"{footer}.")
 
@@ -87,10 +89,13 @@ def _training(comparison: Comparison, series: Sequence[Series], same: Sequence[P
             for name in ("steps", "time", "evaluations")
         ],
     )
-    words = f"Each curve is the mean of the last {WINDOW} steps, so that it ends at the number in the table."
+    steps = window(series)
+    words = "Each point is the loss of one step."
+    if steps > 1:
+        words = f"Each curve is the mean of the last {steps} steps, so that it ends at the number in the table."
     if any(len(one.best.runs) > 1 for one in series):
         words += " Line: median over the seeds. Band: quartiles."
-    if len(series) <= charts.RAW:
+    if steps > 1 and len(series) <= charts.RAW:
         words += " Faint: the losses of single batches, of the first seed."
     if not all(run.alone for one in series for run in one.best.runs):
         words += " Against time: runs that had the machine to themselves, where there are any."

@@ -10,11 +10,11 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter
 
-from descend.compare.records import WINDOW, Comparison, Run
+from descend.compare.records import Comparison, Run
 from descend.compare.results import bars, charts, looks
 from descend.compare.results.coincide import pairs
 from descend.compare.results.curves import loss_curve, raw_curve
-from descend.compare.results.series import Series, gather
+from descend.compare.results.series import Series, gather, window
 from descend.reporting.axes import log_axis
 from descend.reporting.palette import LIGHT, style
 from descend.reporting.text import number, seconds, shortened
@@ -81,8 +81,10 @@ def _draw_losses(axes: Axes, comparison: Comparison, series: Sequence[Series]) -
         axes.set_yticks(axis["tickvals"], axis["ticktext"])
         axes.yaxis.set_minor_formatter(NullFormatter())
     axes.set(xlabel="step", ylabel=_plain(comparison.loss_name))
+    steps = window(series)
+    averaged = f", mean of {steps} steps" if steps > 1 else ""
     axes.set_title(
-        _plain(f"{shortened(comparison.task, bars.LABEL)}: training loss, mean of {WINDOW} steps"),
+        _plain(f"{shortened(comparison.task, bars.LABEL)}: training loss{averaged}"),
         loc="left",
         fontsize=11,
     )

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from statistics import median
 
-from descend.compare.records import Run, smooth
+from descend.compare.records import WINDOW, Run, smooth
 from descend.reporting.text import rate
 
 
@@ -131,6 +131,11 @@ class Series:
         if lr is None or "lr=" in self.label:
             return self.label
         return f"{self.label}, lr {rate(lr)}" + (f", best of {len(self.settings)}" if len(self.settings) > 1 else "")
+
+
+def window(series: Sequence[Series]) -> int:
+    """Return the most steps that a final loss averages."""
+    return max((min(run.window, len(run.losses)) for one in series for run in one.best.runs), default=WINDOW)
 
 
 def gather(runs: Sequence[Run]) -> list[Series]:

@@ -82,7 +82,7 @@ def findings(comparison: Comparison, series: Sequence[Series]) -> list[Finding]:
             ),
         ]
     found += [of_steps(sound), of_bytes({one.label: one.best.median(state_bytes) for one in series})]
-    return [finding for finding in found if finding] + [*_edges(sound), *_ends(series)]
+    return [finding for finding in found if finding] + [*_edges(sound), *_ties(sound), *_ends(series)]
 
 
 def common_loss(series: Sequence[Series]) -> float | None:
@@ -181,7 +181,10 @@ def of_bytes(sizes: Mapping[str, float | None]) -> Finding | None:
     numbers = _first([f"{_listed(labels)} {shown}" for shown, labels in names.items()])
     if len(names) == 1:
         return Finding("State", "No difference." if len(next(iter(names.values()))) > 1 else "", "open", numbers)
-    return Finding("State", f"{_listed(next(iter(names.values())))} keeps least.", "shown", numbers)
+    least = next(iter(names.values()))
+    words = f"{_listed(least)} {'keeps' if len(least) == 1 else 'keep'} least"
+    known = ", of those known" if None in sizes.values() else ""
+    return Finding("State", f"{words}{known}.", "shown", numbers)
 
 
 def _edges(series: Sequence[Series]) -> list[Finding]:
@@ -196,8 +199,23 @@ def _edges(series: Sequence[Series]) -> list[Finding]:
     return found
 
 
+def _ties(series: Sequence[Series]) -> list[Finding]:
+    """Name the optimizers whose two best rates were not told apart by the runs that chose between them."""
+    ties = []
+    for one in series:
+        scores = [(setting.values(held_out_loss), setting) for setting in one.tried]
+        known = [(losses, setting) for losses, setting in scores if len(losses) == len(setting.runs)]
+        order = sorted(known, key=lambda pair: median(pair[0]))
+        if len(order) > 1 and not _is_apart(order[0][0], order[1][0], 1):
+            ties.append(f"{one.label} {rate(order[0][1].lr)} or {rate(order[1][1].lr)}")
+    if not ties:
+        return []
+    words = "The seeds that chose the rates do not tell the two best apart; others might have chosen the second."
+    return [Finding("Rates as good", words, "open", _first(ties))]
+
+
 def _ends(series: Sequence[Series]) -> list[Finding]:
-    """Name the runs that did not go to the end, and why."""
+    """Name the runs that did not go to the end or blew up on the way, and why."""
     found = []
     for one in series:
         for setting in one.settings:
@@ -214,6 +232,12 @@ def _ends(series: Sequence[Series]) -> list[Finding]:
             if interrupted:
                 steps = _listed([number(len(run.losses)) for run in interrupted])
                 found.append(Finding("Interrupted", f"{name}, after {steps} steps. It is not judged.", "bad"))
+            peaks = [(run.peak[1], run.peak[0]) for run in setting.runs if run.peak]
+            if peaks:
+                loss, step = max(peaks)
+                of = f" in {len(peaks)} of {plural(len(setting.runs), 'seed')}" if len(setting.runs) > 1 else ""
+                words = f"{name}{of}: the loss rose to {number(loss, 2)} at step {number(step)} and came back."
+                found.append(Finding("Blew up", words, "bad"))
             stopped = next((run for run in setting.runs if run.stopped and run.status == "finished"), None)
             if stopped:
                 found.append(

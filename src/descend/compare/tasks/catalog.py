@@ -21,17 +21,33 @@ SUMMARIES = {
 }
 
 
+def summary(name: str) -> str:
+    """Return in one line what the task called ``name`` is, without an import of torch.
+
+    Raises:
+        UsageError: if there is no such task; it lists all names.
+    """
+    if _is_path(name):
+        return "a task of yours"
+    if name not in SUMMARIES:
+        raise unknown("there is no task", name, [*SUMMARIES, "path/to/task.py"])
+    return SUMMARIES[name]
+
+
+def _is_path(name: str) -> bool:
+    return name.endswith(".py") or "/" in name
+
+
 def find_task(name: str) -> Task:
     """Return the task called ``name``, or that of the user's file at the path ``name``.
 
     Raises:
-        UsageError: if there is neither; it lists all names. If the file defines no task: see ``user_file``.
+        UsageError: if there is neither; see ``summary``. If the file defines no task; see ``user_file``.
     """
-    if name.endswith(".py") or "/" in name:
+    if _is_path(name):
         from descend.compare.tasks.user_file import read_task
 
         return read_task(Path(name))
-    if name not in SUMMARIES:
-        raise unknown("there is no task", name, [*SUMMARIES, "path/to/task.py"])
+    summary(name)
     task: Task = import_module(f"descend.compare.tasks.{name}").TASK
     return task
