@@ -7,7 +7,6 @@ from typing import Annotated
 
 import typer
 
-from descend.bench.machine import Machine
 from descend.bench.methods import METHODS
 from descend.bench.settings import DEFAULT_SHAPES, DTYPES, FOLDER, SECONDS, Settings
 from descend.bench.shapes import SHAPES
@@ -80,6 +79,8 @@ def bench(
     )
     settings.check()
     require("matplotlib")
+    from descend.bench.machine import Machine
+
     machine = Machine.this()
     versions = machine.versions
     print(f"descend {versions['descend']}, torch {versions['torch']}, {machine.processor}, {machine.date}", flush=True)
