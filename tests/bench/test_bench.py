@@ -372,7 +372,7 @@ def test_bandwidth_is_that_of_the_nearest_size() -> None:
     assert bandwidth.bandwidth_for(disturbed, 2**20).rate == 1
 
 
-def test_bandwidth_counts_two_reads_and_a_write(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_bandwidth_counts_what_is_read_and_written(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = iter(range(1000))
     monkeypatch.setattr(bandwidth.time, "perf_counter", lambda: float(next(clock)))
     assert bandwidth.measure(800).rate == 3 * 400  # a second passes between two looks at the clock

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -27,11 +27,11 @@ class Bandwidth(NamedTuple):
 
 
 def measure(footprint: int, device: str = "cpu") -> Bandwidth:
-    """Return the rate at which torch's threads update one float32 array by another, ``a += s * b``.
+    """Return the rate at which torch's threads update float32 arrays in place: ``a += s * b`` or ``a *= s``.
 
-    It reads two arrays and writes one that it has read, as a step does. A copy or STREAM's triad also fetches what it
-    overwrites, which nobody counts, and so seems slower than memory is. The fastest pass counts, as in STREAM: other
-    programs only take time away.
+    Both write only what they have read, as a step does. A copy or STREAM's triad also fetches what it overwrites, which
+    nobody counts, and so seems slower than memory is. The fastest pass counts, as in STREAM: other programs only take
+    time away.
 
     Args:
         footprint: bytes of both arrays.
@@ -39,15 +39,20 @@ def measure(footprint: int, device: str = "cpu") -> Bandwidth:
     Source: McCalpin 1995, https://www.cs.virginia.edu/stream/; its kernels are copy, scale, add and triad.
     """
     target, source = (torch.full((footprint // 8,), 1.0, device=device) for _ in range(2))
-    seconds: list[float] = []
+    kernels: Sequence[tuple[int, Callable[[], object]]] = (
+        (3, lambda: target.add_(source, alpha=1e-9)),
+        (2, lambda: target.mul_(1.0)),
+    )
+    rates: list[float] = []
     begin = time.perf_counter()
-    while len(seconds) < _FEWEST + 1 or time.perf_counter() - begin < _SECONDS:
-        started = time.perf_counter()
-        target.add_(source, alpha=1e-9)
-        if target.is_cuda:
-            torch.cuda.synchronize(device)
-        seconds.append(time.perf_counter() - started)
-    return Bandwidth(footprint, 3 * target.nbytes / min(seconds[1:]))
+    while len(rates) < 2 * (_FEWEST + 1) or time.perf_counter() - begin < _SECONDS:
+        for arrays, kernel in kernels:
+            started = time.perf_counter()
+            kernel()
+            if target.is_cuda:
+                torch.cuda.synchronize(device)
+            rates.append(arrays * target.nbytes / (time.perf_counter() - started))
+    return Bandwidth(footprint, max(rates[2:]))
 
 
 def measure_all(device: str, memory: int) -> Iterator[Bandwidth]:

@@ -21,7 +21,8 @@ GAP = 2
 NOTES = (
     "Median and quartiles of a step with {gradients} gradients. First step: with new state; the first one of a kind "
     "also loads or compiles kernels. Faster: descend, so many times. Reached: share of the limit, which is the time to "
-    "move the bytes that a step must move, at the bandwidth measured on arrays as large."
+    "move the bytes that a step must move, at the bandwidth measured on arrays as large. Where others share the "
+    "memory, as on a rented machine, its speed changes, and a step may seem to beat the limit."
 )
 
 
