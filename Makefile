@@ -59,6 +59,7 @@ bench: $(READY)  ## speed against torch.optim, about twenty minutes; evaluations
 	$(BIN)/python benchmarks/step.py
 	$(BIN)/python benchmarks/sparse.py
 	$(BIN)/python benchmarks/in_backward.py
+	$(BIN)/python benchmarks/monitor.py
 	$(BIN)/python benchmarks/distributed.py
 	$(BIN)/python benchmarks/minimize.py
 

@@ -189,7 +189,7 @@ def _time(series: Sequence[Series]) -> list[Block]:
         if "optimizer" in bar.parts
     ]
     if alone:
-        title = "time in the optimizer alone, a step"
+        title = "time in the optimizer per step"
         blocks.append(bars.dot_chart("Time in the optimizer alone, by step.", alone, title, seconds))
     rows = []
     for bar in drawn:

@@ -92,7 +92,7 @@ def _draw_losses(axes: Axes, comparison: Comparison, series: Sequence[Series]) -
 
 
 def _draw_times(axes: Axes, series: Sequence[Series]) -> None:
-    axes.set_title("time in the optimizer, a step", loc="left", fontsize=11)
+    axes.set_title("time in the optimizer per step", loc="left", fontsize=11)
     drawn = [(bar.series, bar.parts["optimizer"]) for bar in bars.step_bars(series) if bar.parts.get("optimizer")]
     for row, (one, duration) in enumerate(drawn):
         look = style(one.index)
