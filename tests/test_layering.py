@@ -16,7 +16,7 @@ ROOT = Path(descend.__file__).parent
 ARROWS = {
     "ops": set(),
     "rules": {"ops"},
-    "core": set(),
+    "core": {"ops"},
     "backends": {"core", "ops"},
     "distributed": {"core"},
     "norms": {"backends", "core", "distributed"},

@@ -2,7 +2,7 @@
 
 from torch.optim import Adafactor, Muon, Optimizer, lr_scheduler, swa_utils
 
-from descend.backends.cpu.library import RuleError
+from descend.backends.backend import RuleError
 from descend.checkpoint.matching import IncompatibleKeys
 from descend.core.groups import no_decay
 from descend.diagnostics.monitoring.monitor import Monitor

@@ -24,12 +24,12 @@ class RowByRow(EagerBackend):
     def __init__(self) -> None:
         self.launches = self.rows_made = 0
 
-    def why_not(self, kind: Any, param: Tensor, grad: Tensor | None, state: Sequence[tuple[str, Tensor]]) -> str | None:
-        if kind != "element":
+    def why_not(self, rule: Any, param: Tensor, grad: Tensor | None, state: Sequence[tuple[str, Tensor]]) -> str | None:
+        if rule is not None and signature(rule).kind != "element":
             return "a rule of whole matrices"
         return None if param.dtype == torch.float64 and param.dim() else "no rows of float64"
 
-    why_not_rows = lambda self, kind, param, state: self.why_not(kind, param, None, state)  # noqa: E731
+    why_not_rows = lambda self, rule, param, state: self.why_not(rule, param, None, state)  # noqa: E731
 
     def launch(self, rule: Callable[..., Any], *arguments: Any) -> EagerLaunch:
         def on_rows(*values: Any) -> Any:

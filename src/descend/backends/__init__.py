@@ -12,6 +12,7 @@ from descend.core.options import BACKENDS
 
 EAGER: Backend = EagerBackend()
 _compiled: list[Backend] = [CpuBackend()]
+_uncompiled: list[Backend] = []
 
 
 def register(backend: Backend) -> None:
@@ -32,4 +33,4 @@ def available(requested: str) -> list[Backend]:
     Args:
         requested: a name, or ``"auto"`` for all.
     """
-    return [backend for backend in _compiled if requested in ("auto", backend.name)]
+    return [backend for backend in (*_compiled, *_uncompiled) if requested in ("auto", backend.name)]

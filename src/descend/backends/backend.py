@@ -9,9 +9,19 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from descend.core.signature import Kind
+from descend.core.decision import Decision
 
 Rule: TypeAlias = Callable[..., Any]
+
+
+class RuleError(TypeError):
+    """A backend cannot compile a rule; the message says why and where."""
+
+
+class Declined(RuleError):  # noqa: N818
+    """The same, found out late: ``why_not`` gives this reason from now on, and another backend takes the rule."""
+
+
 Dtypes: TypeAlias = tuple[torch.dtype, ...]  # of the parameter, the gradient and the state tensors
 
 
@@ -33,11 +43,14 @@ class Launch(Protocol):
     def set_state(self, tensors: Sequence[Sequence[Tensor]]) -> None:
         """Take the state tensors, one sequence a parameter."""
 
-    def set_scalars(self, row: int, scale: float, scalars: Sequence[float]) -> None:
-        """Set a row of the scalars table: what the gradient is multiplied by, and the rule's scalars."""
+    def set_scalars(self, row: int, scale: float, scalars: Sequence[float | Tensor]) -> None:
+        """Set a row of the scalars table: what the gradient is multiplied by, and the rule's scalars.
 
-    def sum_of_squares(self) -> float:
-        """Of all gradients, in float64; may overflow to Inf."""
+        Tensors of shape () on the launch's device stay there: they are read when the launch runs.
+        """
+
+    def sum_of_squares(self) -> float | Tensor:
+        """Of all gradients, in float64; may overflow to Inf. On a device: shape (), valid until it is called again."""
 
     def measured(self) -> np.ndarray | Tensor:
         """What the last measured step has summed up: a row a parameter, columns as in ``core.measures``, float64."""
@@ -50,7 +63,7 @@ class ScalarState(Protocol):
     """0-dim state tensors of many parameters, such as step counts. ``Backend.together`` and ``Rows.run`` write them."""
 
     def is_unchanged(self) -> bool:
-        """Whether nobody else has written any of them."""
+        """Whether nobody else has written any of them, as far as the host can tell without waiting for a device."""
 
 
 class Rows(Protocol):
@@ -87,29 +100,31 @@ class Rows(Protocol):
             IndexError: if an index is out of range.
         """
 
-    def sum_of_squares(self) -> float:
-        """Of the gradient's rows, summed first where they are named twice."""
+    def sum_of_squares(self) -> float | Tensor:
+        """Of the gradient's rows, summed first where they are named twice. On a device: shape ()."""
 
     def run(
         self,
         param: Tensor,
         state: Sequence[Tensor],
-        scalars: Sequence[float],
+        scalars: Sequence[float | Tensor],
         scale: float,
         counters: Any,
         mark: tuple[Tensor, int] | None,
         measures: bool = False,
+        decision: Decision | None = None,
     ) -> None:
         """Apply the rule to the gradient times ``scale``.
 
         Args:
             param: the parameter.
             state: its state tensors.
-            scalars: of the rule.
+            scalars: of the rule; tensors of shape () stay on their device.
             scale: what the gradient is multiplied by.
             counters: a ``ScalarState`` of this backend; one is added to each of its tensors.
             mark: int32, the step each row is current at; and the step that the updated rows are current at now.
             measures: whether ``measured`` will be asked.
+            decision: by what else the gradient is multiplied, and whether anything moves.
         """
 
     def measured(self) -> np.ndarray | Tensor:
@@ -166,25 +181,59 @@ class CatchUp(Protocol):
         """
 
 
+class Decisions(Protocol):
+    """What a backend offers so that steps are decided on a device."""
+
+    def judge(
+        self,
+        values: Tensor,
+        total: Tensor,
+        grad_scale: Tensor | None,
+        found_inf: Tensor | None,
+        scale: float,
+        max_norm: float,
+        skips_nonfinite: bool,
+    ) -> None:
+        """Write what ``core.decision.judge`` says into the ``values`` of a ``Decision``; the host does not wait.
+
+        Args:
+            values: to be written; the last of them is read, too.
+            total: shape (), float64, the sum of the squares of all gradients; on the device of ``values``, as are:
+            grad_scale: one number, what the loss was multiplied by; None for 1.
+            found_inf: one number, not 0 to leave the step out; None for 0.
+            scale, max_norm, skips_nonfinite: see ``core.decision.judge``.
+        """
+
+    def scalar_state(self, tensors: Sequence[Sequence[Tensor]], rows: Sequence[int] | np.ndarray) -> ScalarState:
+        """Keep 0-dim tensors on a device together.
+
+        Args:
+            tensors: for each parameter its scalar state, as many each.
+            rows: for each parameter, the row of values that ``Backend.together`` will write.
+        """
+
+
 class Backend(Protocol):
     """A way to run rules.
 
     Attributes:
         name: what ``backend=`` calls it.
+        decisions: what takes decisions on devices; None if what the backend runs reads none.
     """
 
     name: str
+    decisions: Decisions | None
 
     @property
     def is_atomic(self) -> bool:
         """Whether nothing can interrupt what ``together`` returns half-way."""
 
     def why_not(
-        self, kind: Kind, param: Tensor, grad: Tensor | None, state: Sequence[tuple[str, Tensor]]
+        self, rule: Rule | None, param: Tensor, grad: Tensor | None, state: Sequence[tuple[str, Tensor]]
     ) -> str | None:
-        """Why it cannot run a rule of this kind on this parameter; None if it can."""
+        """Why it cannot run a rule on this parameter; None if it can. Without a rule: why it cannot sum its squares."""
 
-    def why_not_rows(self, kind: Kind, param: Tensor, state: Sequence[tuple[str, Tensor]]) -> str | None:
+    def why_not_rows(self, rule: Rule, param: Tensor, state: Sequence[tuple[str, Tensor]]) -> str | None:
         """Why it cannot run a rule on single rows of this parameter; None if it can."""
 
     def launch(
@@ -196,7 +245,7 @@ class Backend(Protocol):
             rule: the function to apply.
             scalars: how many scalars it takes.
             dtypes: of parameters, gradients and state.
-            params: the parameters.
+            params: the parameters, all on one device.
             rows: for each parameter, its row in the scalars table.
         """
 
@@ -210,11 +259,12 @@ class Backend(Protocol):
         counters: Any,
         scalar_state: Any,
         measures: bool = False,
-    ) -> Callable[[np.ndarray], None]:
+    ) -> Callable[[np.ndarray | Sequence[Sequence[Any]], Decision | None], None]:
         """A function that runs launches of ``params`` and adds one to each counter.
 
-        It also raises the parameters' version counters, and writes the scalar state that it is given. With
-        ``measures``, each launch's ``measured`` tells afterwards what the step was like.
+        It also raises the parameters' version counters, and writes the scalar state that it is given: numbers in the
+        order of its tensors; or for ``Decisions.scalar_state`` rows of numbers and 0-dim tensors. With ``measures``,
+        each launch's ``measured`` tells afterwards what the step was like. A decision may leave all of it out.
         """
 
     def rows(self, rule: Rule, scalars: int, dtypes: Dtypes, all_rows: bool) -> Rows:
@@ -223,5 +273,8 @@ class Backend(Protocol):
     def catch_up(self, with_state: Rule, without_state: Rule, scalars: int, dtypes: Dtypes) -> CatchUp:
         """Prepare to catch up with two rules; ``dtypes`` of the parameter and the state. Compiles nothing."""
 
-    def sum_of_squares(self, tensors: Sequence[Tensor]) -> float:
-        """Of tensors that ``why_not`` accepts as parameters, in float64; its bits do not depend on threads."""
+    def sum_of_squares(self, tensors: Sequence[Tensor]) -> float | Tensor:
+        """Of tensors that ``why_not`` accepts, all on one device, in float64; its bits do not depend on threads.
+
+        On a device: shape (), and the host does not wait.
+        """

@@ -9,9 +9,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from descend.backends.backend import Decisions
+from descend.core.decision import Decision, judge
 from descend.core.measures import COLUMNS, moments
 from descend.core.memory import as_real
-from descend.core.signature import Kind
 
 _NO_MEMORY = np.zeros((0, 2), np.int64)
 
@@ -25,6 +26,7 @@ def run(
     scale: float,
     differentiable: bool = False,
     measures: bool = False,
+    decision: Decision | None = None,
 ) -> Tensor | None:
     """Apply ``rule`` to one parameter and write the results in place. Return what was measured, if it was.
 
@@ -42,14 +44,22 @@ def run(
     first, *rest = [tensor.to(compute) for tensor in seen]
     grad = grad.to(compute)
     before = first.detach().clone() if measures else None
-    results = rule(first, grad if scale == 1 else grad * scale, *rest, *scalars)
+    scaled = grad if scale == 1 else grad * scale
+    results = rule(first, scaled if decision is None else scaled * decision.factor, *rest, *scalars)
     results = results if state else (results,)
     for tensor, result in zip(written, results, strict=True):
-        tensor.copy_(result)
+        write(tensor, result, decision)
     if before is None:
         return None
     with torch.no_grad():
         return _sums(before, grad, written, moments(rule))
+
+
+def write(tensor: Tensor, value: Any, decision: Decision | None) -> None:
+    """Copy a value into a tensor, unless the decision leaves the step out."""
+    if decision is not None and decision.may_skip:
+        value = torch.where(decision.take != 0, torch.as_tensor(value, device=tensor.device).to(tensor.dtype), tensor)
+    tensor.copy_(value)
 
 
 def run_rows(
@@ -61,6 +71,7 @@ def run_rows(
     scalars: Sequence[Any],
     scale: float = 1.0,
     measures: bool = False,
+    decision: Decision | None = None,
 ) -> Tensor | None:
     """Apply ``rule`` to the rows of ``param`` and of the state tensors that ``index`` names, each once.
 
@@ -73,6 +84,7 @@ def run_rows(
         scalars: one value for all rows, or a tensor with one a row.
         scale: of the gradient.
         measures: whether to return what was measured.
+        decision: see ``run``.
     """
     # Not seen by autograd: rows may be brought up to date between a forward pass and its backward pass.
     tables = [tensor.data for tensor in (param, *state)]
@@ -80,10 +92,39 @@ def run_rows(
     aligned = [
         x.view(-1, *[1] * (as_real(first).dim() - 1)) if isinstance(x, Tensor) and x.dim() == 1 else x for x in scalars
     ]
-    sums = run(rule, first, first if grad is None else grad, rest, aligned, scale, measures=measures)
+    sums = run(rule, first, first if grad is None else grad, rest, aligned, scale, measures=measures, decision=decision)
     for table, rows in zip(tables, (first, *rest), strict=True):
         table[index] = rows
     return sums
+
+
+class EagerDecisions:
+    """See ``backend.Decisions``."""
+
+    def judge(
+        self,
+        values: Tensor,
+        total: Tensor,
+        grad_scale: Tensor | None,
+        found_inf: Tensor | None,
+        scale: float,
+        max_norm: float,
+        skips_nonfinite: bool,
+    ) -> None:
+        given = [x if x is None else x.to(values.dtype).reshape(()) for x in (grad_scale, found_inf)]
+        loss_scale, overflow = (
+            values.new_full((), start) if x is None else x for x, start in zip(given, (1.0, 0.0), strict=True)
+        )
+        values.copy_(
+            torch.stack(
+                judge(
+                    total, loss_scale, overflow, values[3], scale, values.new_full((), max_norm), float(skips_nonfinite)
+                )
+            )
+        )
+
+    def scalar_state(self, tensors: Sequence[Sequence[Tensor]], rows: Sequence[int] | np.ndarray) -> DeviceScalarState:
+        return DeviceScalarState(tensors, rows)
 
 
 class EagerBackend:
@@ -91,13 +132,18 @@ class EagerBackend:
 
     name = "eager"
     is_atomic = False
+    decisions: Decisions | None = EagerDecisions()
 
     def why_not(
-        self, kind: Kind, param: Tensor, grad: Tensor | None, state: Sequence[tuple[str, Tensor]]
+        self,
+        rule: Callable[..., Any] | None,
+        param: Tensor,
+        grad: Tensor | None,
+        state: Sequence[tuple[str, Tensor]],
     ) -> str | None:
         return None
 
-    def why_not_rows(self, kind: Kind, param: Tensor, state: Sequence[tuple[str, Tensor]]) -> str | None:
+    def why_not_rows(self, rule: Callable[..., Any], param: Tensor, state: Sequence[tuple[str, Tensor]]) -> str | None:
         return None
 
     def launch(
@@ -118,16 +164,16 @@ class EagerBackend:
         params: Sequence[Tensor],
         launches: Sequence[EagerLaunch],
         counters: EagerScalarState,
-        scalar_state: EagerScalarState,
+        scalar_state: EagerScalarState | DeviceScalarState,
         measures: bool = False,
-    ) -> Callable[[np.ndarray], None]:
-        def run(values: np.ndarray) -> None:
+    ) -> Callable[[Any, Decision | None], None]:
+        def run(values: Any, decision: Decision | None = None) -> None:
             with torch.no_grad():
                 torch.autograd.graph.increment_version(params)
                 for launch in launches:
-                    launch.run(measures)
+                    launch.run(measures, decision)
                 counters.add_one()
-                scalar_state.write(values)
+                scalar_state.write(values, decision)
 
         return run
 
@@ -145,8 +191,8 @@ class EagerBackend:
     ) -> EagerCatchUp:
         return EagerCatchUp(with_state, without_state)
 
-    def sum_of_squares(self, tensors: Sequence[Tensor]) -> float:
-        return sum(_sum_of_squares(tensor) for tensor in tensors)
+    def sum_of_squares(self, tensors: Sequence[Tensor]) -> float | Tensor:
+        return sums_of_squares(tensors)
 
 
 class EagerLaunch:
@@ -159,7 +205,7 @@ class EagerLaunch:
     ) -> None:
         self._rule, self._n_scalars, self._params, self._rows = rule, scalars, params, rows
         self._state: Sequence[Sequence[Tensor]] = ()
-        self._scalars: dict[int, tuple[float, Sequence[float]]] = {}
+        self._scalars: dict[int, tuple[float, Sequence[float | Tensor]]] = {}
         self._measured: list[Tensor] = []
 
     def compile(self, wants_norm: bool, measures: bool = False) -> None:
@@ -168,13 +214,13 @@ class EagerLaunch:
     def set_state(self, tensors: Sequence[Sequence[Tensor]]) -> None:
         self._state = tensors
 
-    def set_scalars(self, row: int, scale: float, scalars: Sequence[float]) -> None:
+    def set_scalars(self, row: int, scale: float, scalars: Sequence[float | Tensor]) -> None:
         if len(scalars) != self._n_scalars:
             raise ValueError(f"the rule takes {self._n_scalars} scalars, got {len(scalars)}.")
         self._scalars[row] = scale, scalars
 
-    def sum_of_squares(self) -> float:
-        return sum(_sum_of_squares(param.grad) for param in self._params if param.grad is not None)
+    def sum_of_squares(self) -> float | Tensor:
+        return sums_of_squares([param.grad for param in self._params if param.grad is not None])
 
     def written(self) -> np.ndarray:
         return _NO_MEMORY
@@ -182,13 +228,13 @@ class EagerLaunch:
     def measured(self) -> Tensor:
         return torch.stack(self._measured)
 
-    def run(self, measures: bool) -> None:
+    def run(self, measures: bool, decision: Decision | None) -> None:
         """Apply the rule to one parameter after the other."""
         self._measured.clear()
         for param, row, state in zip(self._params, self._rows, self._state, strict=True):
             scale, scalars = self._scalars[row]
             assert param.grad is not None
-            sums = run(self._rule, param, param.grad, state, scalars, scale, measures=measures)
+            sums = run(self._rule, param, param.grad, state, scalars, scale, measures=measures, decision=decision)
             if sums is not None:
                 self._measured.append(sums)
 
@@ -209,11 +255,35 @@ class EagerScalarState:
             tensor += 1
         self._expected = [value + 1 for value in self._expected]  # not read: make_fx may be tracing them
 
-    def write(self, values: np.ndarray) -> None:
+    def write(self, values: np.ndarray, decision: Decision | None) -> None:
         """Set them, in the order of the tensors."""
         for tensor, value in zip(self._tensors, values, strict=True):
             tensor.fill_(value)
         self._expected = [tensor.item() for tensor in self._tensors]
+
+
+class DeviceScalarState:
+    """See ``backend.ScalarState``: 0-dim tensors on a device, which the host does not read.
+
+    In-place edits are noticed by their version counters.
+    """
+
+    def __init__(self, tensors: Sequence[Sequence[Tensor]], rows: Sequence[int] | np.ndarray) -> None:
+        self._tensors, self._rows = tensors, rows
+        self._versions = self._current_versions()
+
+    def is_unchanged(self) -> bool:
+        return self._versions == self._current_versions()
+
+    def write(self, values: Sequence[Sequence[Any]], decision: Decision | None) -> None:
+        """Set each parameter's to the numbers of its row."""
+        for tensors, row in zip(self._tensors, self._rows, strict=True):
+            for tensor, value in zip(tensors, values[row], strict=True):
+                write(tensor, value, decision)
+        self._versions = self._current_versions()
+
+    def _current_versions(self) -> list[int]:
+        return [tensor._version for tensors in self._tensors for tensor in tensors if not tensor.is_inference()]
 
 
 class EagerRows:
@@ -245,28 +315,31 @@ class EagerRows:
         late = rows[steps[rows].abs() != step]
         return int(late[0]) if len(late) else None
 
-    def sum_of_squares(self) -> float:
+    def sum_of_squares(self) -> float | Tensor:
         assert self._grad is not None
-        return _sum_of_squares(self._grad.values())
+        return sums_of_squares([self._grad.values()])
 
     def run(
         self,
         param: Tensor,
         state: Sequence[Tensor],
-        scalars: Sequence[float],
+        scalars: Sequence[float | Tensor],
         scale: float,
         counters: EagerScalarState,
         mark: tuple[Tensor, int] | None,
         measures: bool = False,
+        decision: Decision | None = None,
     ) -> None:
         assert self._grad is not None
         with torch.no_grad():
             sums = None
             if self._all_rows:
-                sums = run(self._rule, param, self._grad, state, scalars, scale, measures=measures)
+                sums = run(self._rule, param, self._grad, state, scalars, scale, measures=measures, decision=decision)
             elif self._grad._nnz():
                 index = tuple(self._grad.indices())
-                sums = run_rows(self._rule, param, index, self._grad.values(), state, scalars, scale, measures)
+                sums = run_rows(
+                    self._rule, param, index, self._grad.values(), state, scalars, scale, measures, decision
+                )
             self._measured = param.new_zeros(len(COLUMNS), dtype=_widest(param)) if sums is None else sums
             if mark is not None:
                 steps, step = mark
@@ -329,13 +402,21 @@ class EagerCatchUp:
                 self._steps[rows] = torch.where(has_state, self._now, -self._now).to(self._steps.dtype)
 
 
-def _sum_of_squares(tensor: Tensor) -> float:
+def sums_of_squares(tensors: Sequence[Tensor]) -> float | Tensor:
+    """Of all tensors together: on the CPU a number, on a device of shape (), and nothing waits for it."""
+    sums = [_sum_of_squares(tensor) for tensor in tensors]
+    if sums and sums[0].device.type != "cpu":
+        return torch.stack(sums).sum()
+    return sum(map(float, sums))
+
+
+def _sum_of_squares(tensor: Tensor) -> Tensor:
     """In float64, or float32 where the device has nothing wider; may overflow to Inf."""
     if tensor.layout != torch.strided:
         tensor = tensor.to_sparse().to(torch.promote_types(tensor.dtype, torch.float32)).coalesce().values()
     flat = as_real(tensor.detach())
     flat = flat.to(_widest(tensor))
-    return float((flat * flat).sum())
+    return (flat * flat).sum()
 
 
 def _widest(tensor: Tensor) -> torch.dtype:

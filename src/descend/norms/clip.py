@@ -254,7 +254,7 @@ def _sum_of_squares(tensors: Sequence[Tensor]) -> float:
 def _compiled_for(tensors: Sequence[Tensor]) -> Backend | None:
     """A backend that can sum the squares of all of these."""
     for backend in available("auto"):
-        if all(backend.why_not("element", tensor, None, ()) is None for tensor in tensors):
+        if all(backend.why_not(None, tensor, None, ()) is None for tensor in tensors):
             return backend
     return None
 

@@ -319,8 +319,8 @@ class Table:
     def _catch_up_with(self, method: Method, state: list[tuple[str, Tensor]]) -> CatchUp:
         """What brings rows up to date, on the backend that takes them."""
         dtypes = (self.param.dtype, *(tensor.dtype for _, tensor in state))
-        backends = available(method.requested_backend())
-        backend = next((b for b in backends if b.why_not_rows("element", self.param, state) is None), EAGER)
+        backends, rule = available(method.requested_backend()), method.catch_up_rules[0]  # type: ignore[index]
+        backend = next((b for b in backends if b.why_not_rows(rule, self.param, state) is None), EAGER)
         if self._catch_up is None or self._catch_up[0] != (backend, dtypes):
             assert method.catch_up_rules is not None
             with_state, without_state = method.catch_up_rules

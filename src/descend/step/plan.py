@@ -143,9 +143,9 @@ class Plan:
             return entry._replace(local=param, share=None, reason="differentiable=True", in_order=True)
         for backend in available(self._requested):
             if sparse:
-                why_not = backend.why_not_rows(takes.kind, local, tensors)
+                why_not = backend.why_not_rows(rule, local, tensors)
             else:
-                why_not = backend.why_not(takes.kind, local, local.grad, tensors)
+                why_not = backend.why_not(rule, local, local.grad, tensors)
             entry = entry._replace(reason=why_not)
             if why_not is None:
                 return entry._replace(backend=backend)

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from descend.backends import eager
 from descend.backends.backend import Backend, Launch, ScalarState
+from descend.core.decision import Decision
 from descend.core.measures import Sample, correction
 from descend.core.method import Method
 from descend.core.signature import signature
@@ -88,8 +89,8 @@ class LaunchUpdate(Update):
     # From ``make_state`` on.
     _counters: ScalarState
     _scalar_state: ScalarState
-    _run_together: Callable[[np.ndarray], None]
-    _run_measured: Callable[[np.ndarray], None] | None
+    _run_together: Callable[[Any, Decision | None], None]
+    _run_measured: Callable[[Any, Decision | None], None] | None
 
     def __init__(self, method: Method, backend: Backend, entries: Sequence[Entry]) -> None:
         self._backend = backend
@@ -148,7 +149,7 @@ class LaunchUpdate(Update):
         self._scalar_state = self._backend.scalar_state(scalar_state)
         self._run_together, self._run_measured = self._together(), None
 
-    def _together(self, measures: bool = False) -> Callable[[np.ndarray], None]:
+    def _together(self, measures: bool = False) -> Callable[[Any, Decision | None], None]:
         # Autograd keeps a version counter for a DTensor, and one for its inner tensor.
         written = [*self.params, *self._wrappers]
         return self._backend.together(written, self._launches, self._counters, self._scalar_state, measures)
@@ -156,11 +157,11 @@ class LaunchUpdate(Update):
     def run(self, method: Method, sample: Sample | None = None) -> None:
         values = self._next_values() if method.scalar_state else _NONE
         if sample is None:
-            self._run_together(values)
+            self._run_together(values, None)
         else:
             if self._run_measured is None:
                 self._run_measured = self._together(measures=True)
-            self._run_measured(values)
+            self._run_measured(values, None)
         for batch in self._batches:
             for row in batch.rows:
                 row.step += 1

@@ -10,11 +10,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from descend.backends.backend import Decisions
 from descend.backends.cpu import supports, threads
 from descend.backends.cpu.launch import ChunkTable, Launch, ScalarState
 from descend.backends.cpu.rows import StaleRows, TouchedRows
 from descend.backends.cpu.versions import Versions
-from descend.core.signature import Kind
+from descend.core.decision import Decision
+from descend.core.signature import signature
 
 _NO_SCALARS = np.zeros(0)
 
@@ -23,18 +25,19 @@ class CpuBackend:
     """Rules compiled by Numba, run on torch's threads."""
 
     name = "cpu"
+    decisions: Decisions | None = None
 
     @property
     def is_atomic(self) -> bool:
         return threads.has_openmp()
 
     def why_not(
-        self, kind: Kind, param: Tensor, grad: Tensor | None, state: Sequence[tuple[str, Tensor]]
+        self, rule: Callable[..., Any] | None, param: Tensor, grad: Tensor | None, state: Sequence[tuple[str, Tensor]]
     ) -> str | None:
-        return _why_not_kind(kind) or supports.why_not_cpu(param, grad, state)
+        return _why_not_kind(rule) or supports.why_not_cpu(param, grad, state)
 
-    def why_not_rows(self, kind: Kind, param: Tensor, state: Sequence[tuple[str, Tensor]]) -> str | None:
-        return _why_not_kind(kind) or supports.why_not_rows(param, state)
+    def why_not_rows(self, rule: Callable[..., Any], param: Tensor, state: Sequence[tuple[str, Tensor]]) -> str | None:
+        return _why_not_kind(rule) or supports.why_not_rows(param, state)
 
     def launch(
         self,
@@ -56,14 +59,15 @@ class CpuBackend:
         counters: ScalarState,
         scalar_state: ScalarState,
         measures: bool = False,
-    ) -> Callable[[np.ndarray], None]:
+    ) -> Callable[[Any, Decision | None], None]:
         versions = Versions(params)
         updates = [launch.measured_update_call() if measures else launch.update_call() for launch in launches]
         sequence = threads.CallSequence(
             [*versions.calls(), *updates, *counters.add_one_calls(), *scalar_state.write_calls()]
         )
 
-        def run(values: np.ndarray) -> None:
+        def run(values: np.ndarray, decision: Decision | None = None) -> None:
+            assert decision is None  # this backend reads none
             scalar_state.set_next(values)
             versions.bump()
             if measures:
@@ -97,5 +101,5 @@ class CpuBackend:
         )
 
 
-def _why_not_kind(kind: Kind) -> str | None:
-    return "a rule of whole matrices" if kind == "matrix" else None
+def _why_not_kind(rule: Callable[..., Any] | None) -> str | None:
+    return "a rule of whole matrices" if rule is not None and signature(rule).kind == "matrix" else None

@@ -144,7 +144,7 @@ class Launch(ChunkTable):
         if wants_norm:
             library.sums_of_squares(self._dtypes[1], 1, len(self._dtypes))
 
-    def set_scalars(self, row: int, scale: float, scalars: Sequence[float]) -> None:
+    def set_scalars(self, row: int, scale: float, scalars: Sequence[float | Tensor]) -> None:
         self.scalars[row] = (scale, *scalars)
 
     def set_state(self, tensors: Sequence[Sequence[Tensor]]) -> None:

@@ -11,15 +11,12 @@ from types import FunctionType
 import torch
 
 from descend import ops
+from descend.backends.backend import RuleError
 from descend.backends.cpu import object_files
 from descend.backends.retarget import fingerprint
 from descend.core.measures import COLUMNS
 
 _OPS = {getattr(ops, name): name for name in ops.__all__}
-
-
-class RuleError(TypeError):
-    """A backend cannot compile a rule; the message says why and where."""
 
 
 @cache

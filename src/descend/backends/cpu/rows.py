@@ -17,6 +17,7 @@ from torch import Tensor
 
 from descend.backends.cpu import library, object_files, threads
 from descend.backends.cpu.launch import CHUNK, NUMPY, ChunkCall, ScalarState, chunk_table
+from descend.core.decision import Decision
 from descend.core.measures import moments
 
 BLOCK = 64  # duplicates summed in sequence; more of one row are split, for threads and for precision
@@ -178,12 +179,14 @@ class TouchedRows:
         self,
         param: Tensor,
         state: Sequence[Tensor],
-        scalars: Sequence[float],
+        scalars: Sequence[float | Tensor],
         scale: float,
         counters: ScalarState,
         mark: tuple[Tensor, int] | None,
         measures: bool = False,
+        decision: Decision | None = None,
     ) -> None:
+        assert decision is None  # this backend reads none
         self._scalars[0] = (scale, *scalars)
         pointers = [param.data_ptr(), *(tensor.data_ptr() for tensor in state)]
         if pointers != self._pointers:
