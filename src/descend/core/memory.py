@@ -16,6 +16,11 @@ def has_address(tensor: Tensor) -> bool:
     return type(tensor) in PLAIN and (tensor.is_cpu or tensor.is_cuda)
 
 
+def is_on_device(value: object) -> bool:
+    """Whether it is a tensor that the host would have to wait for."""
+    return isinstance(value, Tensor) and value.device.type != "cpu"
+
+
 def span(tensor: Tensor) -> tuple[int, int] | None:
     """First and last address (exclusive) of a tensor's memory; None if it has none to compare.
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from descend.core.decision import NORM, Decision
+from descend.core.memory import is_on_device
 from descend.core.method import Method
 from descend.core.update import Update
 from descend.step.scaling import LossScale
@@ -19,13 +20,14 @@ def counts_on_device(method: Method, groups: Iterable[Mapping[str, Any]]) -> boo
     options = method.options
     if options.nonfinite == "skip" or options.amp == "fused":
         return True
-    return any(group.get("capturable") or any(map(_is_on_device, group.values())) for group in groups)
+    return any(group.get("capturable") or any(_has_device_tensor(group, name) for name in group) for group in groups)
 
 
-def _is_on_device(option: Any) -> bool:
-    if isinstance(option, tuple):
-        return any(map(_is_on_device, option))
-    return isinstance(option, Tensor) and option.device.type != "cpu"
+def _has_device_tensor(group: Mapping[str, Any], name: str) -> bool:
+    option = group[name]
+    if isinstance(option, tuple):  # betas
+        return any(map(is_on_device, option))
+    return name != "params" and is_on_device(option)
 
 
 class Decider:

@@ -69,6 +69,9 @@ class Plan:
             Default: True.
         position: of the one parameter to plan for. Default: all parameters of all groups.
         previous: the plan of the last step, which is not valid any more. Default: None.
+    Attributes:
+        decider: what decides the steps on their devices; None where the host does.
+        is_on_cuda: whether some of it runs on a CUDA device.
     """
 
     def __init__(
@@ -114,17 +117,12 @@ class Plan:
             self._updates = make_updates(method, tables, self._entries)
         self._counts_on_device = self._asks_for_device_counts(method)
         self.decider = self._make_decider(method)
-        self._is_on_cuda = any(update.device.type == "cuda" for update in self._updates)
+        self.is_on_cuda = any(update.device.type == "cuda" for update in self._updates)
         self._probe: Any = None
 
     def again(self, method: Method, tables: Tables) -> Plan:
         """The same plan, made anew because a backend has declined a rule."""
         return Plan(method, tables, self._only_with_grad, self._position, previous=self)
-
-    @property
-    def is_on_cuda(self) -> bool:
-        """Whether some of it runs on a CUDA device."""
-        return self._is_on_cuda
 
     @property
     def waits(self) -> bool:

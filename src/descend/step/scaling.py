@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
+from descend.core.memory import is_on_device
 from descend.core.method import Method
 
 
@@ -64,20 +65,16 @@ def wait_for(method: Method, scale: LossScale) -> LossScale | None:
 def _known(method: Method, scale: LossScale, waits: bool) -> LossScale | None:
     """Turn into numbers what is on the host, or everything."""
     grad_scale, found_inf = scale
-    if found_inf is not None and (waits or not _is_on_device(found_inf)):
+    if found_inf is not None and (waits or not is_on_device(found_inf)):
         if float(found_inf) != 0:
             return None
         found_inf = None
-    if waits or not _is_on_device(grad_scale):
+    if waits or not is_on_device(grad_scale):
         grad_scale = float(grad_scale)
         if not 0 < grad_scale < math.inf:
             name = type(method).__name__
             raise ValueError(f"{name}: grad_scale must be a number > 0, got {grad_scale}. Nothing has moved.")
     return LossScale(grad_scale, found_inf)
-
-
-def _is_on_device(value: Any) -> bool:
-    return isinstance(value, Tensor) and value.device.type != "cpu"
 
 
 _NOT_SCALED = LossScale()
