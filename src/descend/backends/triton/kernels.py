@@ -140,16 +140,26 @@ def sums_of_squares(
         at = start + lanes
         value = tl.load(pointer + at, at < length, 0.0).to(tl.float64)
         total += value * value
-    tl.store(sums + program, tl.sum(total, 0))
+    tl.store(sums + program, added(total))
 
 
 def total(sums: Any, count: Any, result: Any, BLOCK: tl.constexpr) -> None:
     """The sum of many float64 numbers in one program, always in the same order."""
-    lanes, added = tl.arange(0, BLOCK), tl.full((BLOCK,), 0, tl.float64)
+    lanes, parts = tl.arange(0, BLOCK), tl.full((BLOCK,), 0, tl.float64)
     for start in range(0, count, BLOCK):
         at = start + lanes
-        added += tl.load(sums + at, at < count, 0.0)
-    tl.store(result, tl.sum(added, 0))
+        parts += tl.load(sums + at, at < count, 0.0)
+    tl.store(result, added(parts))
+
+
+def added(x: Any) -> Any:
+    """The sum of the elements of ``x``."""
+    return tl.sum(x, 0)
+
+
+def added_by_interpreter(x: Any) -> Any:
+    """The same where ``tl.sum`` was made for GPUs, because the interpreter was turned on after Triton's import."""
+    return tl.reduce(x, 0, tl.standard._sum_combine)
 
 
 def judge(
@@ -198,7 +208,7 @@ def scalar_state(
         BLOCK: tensors a program.
     """
     at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    mask = (at < count) & (tl.load(decision + 1) != 0)
+    mask = at < tl.where(tl.load(decision + 1) != 0, count, 0)
     pointers = tl.load(addresses + at, mask, 0).to(tl.pointer_type(DTYPE))
     value = tl.load(values + tl.load(places + at, mask, 0), mask, 0.0)
     tl.store(pointers, value.to(DTYPE), mask)
