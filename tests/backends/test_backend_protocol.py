@@ -120,7 +120,7 @@ def test_a_rule_that_a_backend_declines_late_goes_to_another() -> None:
         assert fussy.launches == 1
         assert optimizer.backends()[0].backend == "cpu"
         warmup(AdamW([weight]))
-        with pytest.raises(RuntimeError, match="backend='fussy' cannot run .*: a rule that it cannot compile"):
+        with pytest.raises(RuntimeError, match=r"backend='fussy' cannot run .*: a rule that it cannot compile"):
             SGD([weight], lr=0.5, backend="fussy").step()
         assert weight.tolist() == [-0.5, -0.5, -0.5]
     finally:
