@@ -90,7 +90,7 @@ def test_large_rules_on_other_gpus(rule: Any, target: str, capsys: pytest.Captur
     assert_good(rule, (SINGLE,) * 3, target, capsys)
 
 
-@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("target", ["sm_90", "gfx942"])
 @pytest.mark.parametrize("mix", MIXES, ids=str)
 def test_mixes_of_dtypes(mix: tuple[torch.dtype, ...], target: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert_good(rules.adamw, mix, target, capsys)

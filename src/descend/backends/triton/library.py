@@ -52,16 +52,17 @@ class Kernel:
         """Compile it, or load it from Triton's cache."""
         constants = {(list(self._signature).index(name),): value for name, value in self.constants.items()}
         made = triton.compiler.ASTSource(self._function, self._signature, constants, self._attributes)
+        # Products and sums are fused, as the CPU backend does: said, because Triton's default is about to change.
+        options = {"num_warps": tuning.THREADS // target.warp_size, "enable_fp_fusion": True}
         with _cache_folder():
-            warps = tuning.THREADS // target.warp_size
-            return triton.compile(made, target=target, options={"num_warps": warps, "enable_fp_fusion": True})
+            return triton.compile(made, target=target, options=options)
 
     def compile(self, device: torch.device) -> None:
-        """Compile it for a device."""
+        """Compile it for a device, and load it there: whatever can fail does so now."""
         if device.type != "cpu" and device.index not in self._compiled:
-            with torch.cuda.device(device):
+            with torch.cuda.device(device), _cache_folder():
                 compiled = self.compile_for(triton.runtime.driver.active.get_current_target())
-                compiled[1, 1, 1]  # loads it: whatever can fail does so now
+                compiled[1, 1, 1]
             self._compiled[device.index] = compiled
 
     def bind(self, programs: int, device: torch.device, *arguments: Tensor | int) -> Callable[[], None]:
@@ -223,9 +224,11 @@ def triton_type(dtype: torch.dtype) -> Any:
 def _cache_folder() -> Iterator[None]:
     """Compiled kernels lie below ``DESCEND_CACHE_DIR`` if that is set and Triton's own folder is not."""
     chosen = os.environ.get("DESCEND_CACHE_DIR")
+    if not chosen or os.environ.get("TRITON_CACHE_DIR"):
+        yield
+        return
     with knobs.cache.scope():
-        if chosen and not os.environ.get("TRITON_CACHE_DIR"):
-            knobs.cache.dir = str(Path(chosen).absolute() / "triton")
+        knobs.cache.dir = str(Path(chosen).absolute() / "triton")
         yield
 
 

@@ -34,8 +34,8 @@ def current(device: torch.device) -> Any:
 def uploaded(content: np.ndarray, device: torch.device) -> Tensor:
     """A table on the device that never changes."""
     table = torch.from_numpy(content)
-    if device.type == "cpu":
-        return table
+    if device.type == "cpu" or not content.size:
+        return table.to(device)
     with current(device):
         # torch keeps pinned memory until the copy is over; a graph would copy from it again.
         pinned = table.pin_memory()
