@@ -88,13 +88,15 @@ def interprets() -> bool:
     return bool(knobs.runtime.interpret)
 
 
-def update(rule: FunctionType, scalars: int, dtypes: tuple[torch.dtype, ...]) -> Kernel:
+def update(rule: Any, scalars: int, dtypes: tuple[torch.dtype, ...]) -> Kernel:
     """The kernel that applies a rule to chunks, see ``kernels.update``.
 
     Raises:
         Declined: if the rule cannot be made a kernel.
     """
     try:
+        if not isinstance(rule, FunctionType):
+            raise TypeError("it is not a function made by def")
         return _update(rule, scalars, dtypes, interprets())
     except RecursionError as error:
         raise _decline(rule, TypeError("its helpers call each other in a circle")) from error
@@ -119,10 +121,10 @@ def _update(rule: FunctionType, scalars: int, dtypes: tuple[torch.dtype, ...], i
 
 @cache
 def _made(name: str, interpreted: bool) -> Any:
-    operations = _operations(torch.float64, interpreted)
+    bound = _operations(torch.float64, interpreted)
     if interpreted:
-        operations = {**operations, kernels.added: _jitted(kernels.added_by_interpreter)}
-    return _jitted(getattr(kernels, name), operations)
+        bound = {**bound, kernels.added: _jitted(kernels.added_by_interpreter)}
+    return _jitted(getattr(kernels, name), bound)
 
 
 @cache
@@ -161,7 +163,7 @@ def scalar_state(dtype: torch.dtype, interpreted: bool) -> Kernel:
     return Kernel(_made("scalar_state", interpreted), pointers, {"DTYPE": triton_type(dtype), "BLOCK": tuning.THREADS})
 
 
-def check(rule: FunctionType, kernel: Kernel, device: torch.device) -> None:
+def check(rule: Any, kernel: Kernel, device: torch.device) -> None:
     """Compile the kernel of a rule. Raise ``Declined`` if it cannot be compiled for the device."""
     try:
         kernel.compile(device)
@@ -184,7 +186,7 @@ def _try(kernel: Kernel) -> None:
 _declined: WeakKeyDictionary[Any, str] = WeakKeyDictionary()
 
 
-def _decline(rule: FunctionType, error: BaseException) -> Declined:
+def _decline(rule: Any, error: BaseException) -> Declined:
     _declined[rule] = reason = explain(rule, error)
     return Declined(reason)
 
@@ -232,9 +234,10 @@ def _cache_folder() -> Iterator[None]:
         yield
 
 
-def explain(rule: FunctionType, error: BaseException) -> str:
+def explain(rule: Any, error: BaseException) -> str:
     """Why a rule cannot be compiled, and where it says so."""
-    file, line = rule.__code__.co_filename, rule.__code__.co_firstlineno
+    code = getattr(rule, "__code__", None)
+    file, line = (code.co_filename, code.co_firstlineno) if code else ("no file", 0)
     reason = str(error)
     inner: BaseException | None = error
     while inner is not None:
@@ -246,7 +249,8 @@ def explain(rule: FunctionType, error: BaseException) -> str:
                 file, line = found.file, found.lines[number]
         inner = inner.__cause__
     return (
-        f"the rule {rule.__name__} cannot be compiled for GPUs ({file}, line {line}): {reason.splitlines()[0]}\n"
+        f"the rule {getattr(rule, '__name__', rule)} cannot be compiled for GPUs ({file}, line {line}): "
+        f"{reason.splitlines()[0] if reason else repr(error)}\n"
         "A rule may use arithmetic, comparisons, the functions of descend.ops imported by name, and helpers made of "
         "these. It runs with backend='foreach' or backend='eager'"
     )

@@ -100,7 +100,7 @@ def _code_of(definition: ast.FunctionDef) -> CodeType:
 
 def _digest(code: CodeType) -> str:
     """The names, operators, variables and constants of a function. How it calls others depends on its module, too."""
-    kinds = ("BINARY", "COMPARE", "UNARY", "LOAD_FAST", "LOAD_CONST")
+    kinds = ("BINARY", "COMPARE", "UNARY", "LOAD_FAST", "LOAD_CONST", "LOAD_SMALL_INT")
     found = [step for step in dis.get_instructions(code) if step.opname.startswith(kinds)]
     steps = [(step.opname, step.argrepr) for step in found if not isinstance(step.argval, CodeType)]
     return repr((code.co_names, steps))
