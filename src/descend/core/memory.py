@@ -12,9 +12,15 @@ PLAIN = (Tensor, torch.nn.Parameter)  # subclasses may mean anything
 
 
 def span(tensor: Tensor) -> tuple[int, int] | None:
-    """First and last address (exclusive) of a CPU tensor's memory; None if it has none to compare."""
-    if type(tensor) not in PLAIN or not tensor.is_cpu or tensor.layout is not torch.strided or not tensor.numel():
+    """First and last address (exclusive) of a tensor's memory; None if it has none to compare.
+
+    On devices other than CPU and CUDA's, which may share no address space, its storage's object stands for all of it.
+    """
+    if type(tensor) not in PLAIN or tensor.layout is not torch.strided or not tensor.numel():
         return None
+    if not tensor.is_cpu and not tensor.is_cuda:
+        storage = tensor.untyped_storage()._cdata
+        return storage, storage + 1
     start = tensor.data_ptr()
     if tensor.is_contiguous():
         return start, start + tensor.nbytes
@@ -36,7 +42,7 @@ def overlapping(spans: Sequence[tuple[int, int, bool, int]]) -> set[int]:
 
 def is_freed(tensor: Tensor) -> bool:
     """Whether the storage of a CPU tensor has been freed or shrunk below what its shape needs."""
-    addresses = span(tensor)
+    addresses = span(tensor) if tensor.is_cpu else None
     if addresses is None:
         return False
     storage = tensor.untyped_storage()
