@@ -24,9 +24,11 @@ from descend.core.measures import moments
 from descend.core.memory import PLAIN, as_real
 from descend.core.signature import signature
 
-# Elements that a rule sees at a time. What it computes on its way has several times their size, here up to a few
-# hundred MB, whatever the size of the model. A GPU needs about a tenth of it to be busy with one operation.
+# Elements that a rule sees at a time: what it computes on its way has several times their size. On a device that is a
+# few hundred MB, whatever the size of the model, and ten times what keeps a GPU busy with one operation. On the CPU it
+# stays in the cache: AdamW on 16 M elements takes 56 ms instead of 320.
 ELEMENTS = 2**24
+CPU_ELEMENTS = 2**17
 
 _DTYPES = (
     torch.float16,
@@ -98,7 +100,7 @@ class ForeachBackend(eager.EagerBackend):
 
 
 class ForeachLaunch(eager.EagerLaunch):
-    """See ``backend.Launch``. Parameters with equal scalars are one list, or several of at most ``ELEMENTS``."""
+    """See ``backend.Launch``. Parameters with equal scalars are one list, or several short ones."""
 
     def __init__(
         self,
@@ -113,7 +115,8 @@ class ForeachLaunch(eager.EagerLaunch):
         self._on_lists, self._moments = on_lists(rule), moments(rule)
         self._is_complex = dtypes[0].is_complex
         self._compute = reduce(torch.promote_types, (dtype.to_real() for dtype in dtypes), torch.float32)
-        self._lists = list(_lists(params, rows))
+        self._elements = CPU_ELEMENTS if params[0].is_cpu else ELEMENTS
+        self._lists = list(_lists(params, rows, self._elements))
         self._columns: list[list[list[Tensor]]] = []
 
     def compile(self, wants_norm: bool, measures: bool = False) -> None:
@@ -137,7 +140,7 @@ class ForeachLaunch(eager.EagerLaunch):
         measured: dict[int, Tensor] = {}
         for (row, members), written in zip(self._lists, self._columns, strict=True):
             grads = [self._params[i].grad for i in members]
-            for part in _parts([grads, *written]):  # type: ignore[list-item]
+            for part in _parts([grads, *written], self._elements):  # type: ignore[list-item]
                 sums = self._run_list(*part, scalars=self._scalars[row], measures=measures, decision=decision)
                 for member, value in zip(members, sums, strict=False):
                     measured[member] = measured[member] + value if member in measured else value
@@ -203,12 +206,14 @@ def sums_of_squares(tensors: Sequence[Tensor]) -> float | Tensor:
     return torch.stack(norms).square().sum()
 
 
-def _lists(params: Sequence[Tensor], rows: Sequence[int] | np.ndarray) -> Iterator[tuple[int, list[int]]]:
-    """A row of scalars and the positions of parameters that have it, with at most ``ELEMENTS``, or one parameter."""
+def _lists(
+    params: Sequence[Tensor], rows: Sequence[int] | np.ndarray, elements: int
+) -> Iterator[tuple[int, list[int]]]:
+    """Rows of scalars, each with the positions of parameters that have it: at most ``elements``, or one parameter."""
     members: defaultdict[int, list[int]] = defaultdict(list)
     sizes: defaultdict[int, int] = defaultdict(int)
     for position, (param, row) in enumerate(zip(params, map(int, rows), strict=True)):
-        if members[row] and sizes[row] + param.numel() > ELEMENTS:
+        if members[row] and sizes[row] + param.numel() > elements:
             yield row, members.pop(row)
             sizes.pop(row)
         members[row].append(position)
@@ -216,13 +221,16 @@ def _lists(params: Sequence[Tensor], rows: Sequence[int] | np.ndarray) -> Iterat
     yield from members.items()
 
 
-def _parts(columns: list[list[Tensor]]) -> Iterator[list[Tensors]]:
-    """Lists as they are; a parameter with more than ``ELEMENTS``, if it is contiguous, in parts."""
-    tensors = [column[0] for column in columns]
-    if tensors[0].numel() <= ELEMENTS or not all(tensor.is_contiguous() for tensor in tensors):
+def _parts(columns: list[list[Tensor]], elements: int) -> Iterator[list[Tensors]]:
+    """Lists as they are; a parameter with more than ``elements``, and its gradient and state, in parts."""
+    tensors = [column[0].detach() for column in columns]
+    if tensors[0].numel() <= elements:
         yield list(columns)
         return
-    for pieces in zip(*(torch.split(tensor.detach().view(-1), ELEMENTS) for tensor in tensors), strict=True):
+    if all(tensor.is_contiguous() for tensor in tensors):
+        tensors = [tensor.view(-1) for tensor in tensors]
+    slices = max(1, elements * len(tensors[0]) // tensors[0].numel())  # along the first dimension
+    for pieces in zip(*(torch.split(tensor, slices) for tensor in tensors), strict=True):
         yield [[piece] for piece in pieces]
 
 

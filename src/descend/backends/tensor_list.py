@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable
-from functools import cache
+from functools import cache, partial
 from types import FunctionType
 from typing import Any, TypeAlias
 
@@ -33,24 +33,16 @@ class TensorList:
         self.tensors = tensors
 
     def __add__(self, other: Any) -> TensorList:
-        if isinstance(other, Tensor):
-            return TensorList(_ATEN._foreach_add.Tensor(self.tensors, self._cast(other)))
-        return TensorList(torch._foreach_add(self.tensors, _tensors_or_number(other)))
+        return self._with(other, torch._foreach_add, _ATEN._foreach_add.Tensor)
 
     def __sub__(self, other: Any) -> TensorList:
-        if isinstance(other, Tensor):
-            return TensorList(_ATEN._foreach_add.Tensor(self.tensors, self._cast(other), alpha=-1))
-        return TensorList(torch._foreach_sub(self.tensors, _tensors_or_number(other)))
+        return self._with(other, torch._foreach_sub, partial(_ATEN._foreach_add.Tensor, alpha=-1))
 
     def __mul__(self, other: Any) -> TensorList:
-        if isinstance(other, Tensor):
-            return TensorList(_ATEN._foreach_mul.Tensor(self.tensors, self._cast(other)))
-        return TensorList(torch._foreach_mul(self.tensors, _tensors_or_number(other)))
+        return self._with(other, torch._foreach_mul, _ATEN._foreach_mul.Tensor)
 
     def __truediv__(self, other: Any) -> TensorList:
-        if isinstance(other, Tensor):
-            return TensorList(_ATEN._foreach_div.Tensor(self.tensors, self._cast(other)))
-        return TensorList(torch._foreach_div(self.tensors, _tensors_or_number(other)))
+        return self._with(other, torch._foreach_div, _ATEN._foreach_div.Tensor)
 
     def __pow__(self, other: Any) -> TensorList:
         exponent = self._repeated(other) if isinstance(other, Tensor) else _tensors_or_number(other)
@@ -109,13 +101,25 @@ class TensorList:
     def __bool__(self) -> bool:
         raise TypeError("a rule cannot branch on the elements of a tensor: use where.")
 
+    def _with(self, other: Any, foreach: Callable[..., Tensors], with_tensor: Callable[..., Tensors]) -> TensorList:
+        if isinstance(other, TensorList):
+            return TensorList(foreach(self.tensors, other.tensors))
+        first = self.tensors[0]
+        if first.is_cpu and first.is_floating_point() and not isinstance(other, Tensor):
+            other = torch.tensor(other, dtype=first.dtype, device="cpu")  # read twice as fast as a number
+        if isinstance(other, Tensor):
+            return TensorList(with_tensor(self.tensors, self._cast(other)))
+        return TensorList(foreach(self.tensors, other))
+
     def _cast(self, number: Tensor) -> Tensor:
         """A 0-dim tensor in the dtype of the results, which it does not widen."""
         dtype = self.tensors[0].dtype
         return number.to(dtype) if dtype.is_floating_point else number
 
-    def _repeated(self, number: Tensor) -> list[Tensor]:
-        return [self._cast(number)] * len(self.tensors)
+    def _repeated(self, number: Any) -> list[Tensor]:
+        first = self.tensors[0]
+        one = self._cast(number) if isinstance(number, Tensor) else first.new_full((), number)
+        return [one] * len(self.tensors)
 
 
 def _tensors_or_number(value: Any) -> Any:
@@ -135,15 +139,14 @@ def _unary(op: Callable[[Any], Any], foreach: Callable[..., Tensors]) -> Any:
 
 def _extreme(op: Callable[[Any, Any], Any], foreach: Callable[..., Tensors]) -> Any:
     def on_lists(a: Any, b: Any) -> Any:
-        lists = [value for value in (a, b) if isinstance(value, TensorList)]
-        if not lists:
+        first = next((value for value in (a, b) if isinstance(value, TensorList)), None)
+        if first is None:
             return op(a, b)
-        if lists[0].tensors[0].is_cpu:
-            return _each(op, a, b)  # with a number, torch._foreach_maximum gives zeros another sign
         numbers = [value for value in (a, b) if not isinstance(value, (TensorList, Tensor))]
-        if numbers:
-            return TensorList(foreach(lists[0].tensors, numbers[0]))
-        columns = [value.tensors if isinstance(value, TensorList) else lists[0]._repeated(value) for value in (a, b)]
+        if numbers and not first.tensors[0].is_cpu:
+            return TensorList(foreach(first.tensors, numbers[0]))
+        # On the CPU that would give some zeros another sign.
+        columns = [value.tensors if isinstance(value, TensorList) else first._repeated(value) for value in (a, b)]
         return TensorList(foreach(*columns))
 
     return on_lists
