@@ -13,6 +13,7 @@ from descend.core.checks import check_adam, check_not_negative
 from descend.core.groups import ParamsT
 from descend.core.options import Options
 from descend.first_order.optimizer import FirstOrder
+from descend.ops import where
 
 
 class Adamax(FirstOrder):
@@ -27,7 +28,8 @@ class Adamax(FirstOrder):
         betas: decay of the average and of the largest gradient, each in [0, 1). Default: (0.9, 0.999).
         eps: added to each gradient's size, >= 0, in units of the gradient. Default: 1e-8.
         weight_decay: L2 regularization, >= 0: adds ``weight_decay * param`` to the gradient. Default: 0.
-        foreach, capturable: accepted and kept in the groups; the backend is chosen by ``backend``.
+        foreach: accepted and kept in the groups; the backend is chosen by ``backend``.
+        capturable: keep step counts on the device, so that a CUDA graph can capture the step. Default: False.
         maximize: ascend instead. Default: False.
         differentiable: let autograd see the step. Default: False.
     Raises:
@@ -96,7 +98,8 @@ class NAdam(FirstOrder):
         momentum_decay: the momentum of a step is ``betas[0] * (1 - 0.5 * 0.96 ** (step * momentum_decay))``, >= 0. It
             grows from half of ``betas[0]`` to ``betas[0]``. Default: 4e-3.
         decoupled_weight_decay: decay as ``AdamW`` does. Default: False.
-        foreach, capturable: accepted and kept in the groups; the backend is chosen by ``backend``.
+        foreach: accepted and kept in the groups; the backend is chosen by ``backend``.
+        capturable: keep step counts on the device, so that a CUDA graph can capture the step. Default: False.
         maximize: ascend instead. Default: False.
         differentiable: let autograd see the step. Default: False.
     Raises:
@@ -182,7 +185,8 @@ class RAdam(FirstOrder):
         eps: added to the denominator, >= 0, in units of the gradient. Default: 1e-8.
         weight_decay: L2 regularization, >= 0. Default: 0.
         decoupled_weight_decay: decay as ``AdamW`` does. Default: False.
-        foreach, capturable: accepted and kept in the groups; the backend is chosen by ``backend``.
+        foreach: accepted and kept in the groups; the backend is chosen by ``backend``.
+        capturable: keep step counts on the device, so that a CUDA graph can capture the step. Default: False.
         maximize: ascend instead. Default: False.
         differentiable: let autograd see the step. Default: False.
     Raises:
@@ -238,9 +242,9 @@ class RAdam(FirstOrder):
         most = 2 / (1 - beta2) - 1
         length = most - 2 * step * beta2**step / bias2  # of a simple average with the variance of exp_avg_sq
         rectification = 0.0
-        if length > 5:
+        if most > 5:
             r_squared = (length - 4) * (length - 2) * most / ((most - 4) * (most - 2) * length)
-            rectification = (r_squared * bias2) ** 0.5
+            rectification = where(length > 5, r_squared * bias2, 0.0) ** 0.5
         return group["lr"], 1 - beta1, 1 - beta2, group["eps"], _decay(group), bias1, rectification
 
     def check_options(self, options: Mapping[str, Any]) -> None:
