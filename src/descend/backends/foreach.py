@@ -198,9 +198,14 @@ def write(tensors: Tensors, values: Tensors, decision: Decision | None) -> None:
 
 
 def sums_of_squares(tensors: Sequence[Tensor]) -> float | Tensor:
-    """See ``eager.sums_of_squares``: on a device the norm of each, then the sum of their squares, in order."""
+    """See ``eager.sums_of_squares``."""
     if not tensors or tensors[0].is_cpu:
         return eager.sums_of_squares(tensors)
+    return sums_on_device(tensors)
+
+
+def sums_on_device(tensors: Sequence[Tensor]) -> Tensor:
+    """The norm of each, then the sum of their squares in order, in the device's widest dtype."""
     real = [as_real(tensor.detach()) for tensor in tensors]
     norms = torch._foreach_norm(real, 2, dtype=eager.widest(tensors[0]))
     return torch.stack(norms).square().sum()
