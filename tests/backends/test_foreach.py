@@ -13,7 +13,7 @@ import torch
 from cases import CASES, Case, complex_grads, give_grads
 from torch import Tensor
 
-from descend import from_rule, rules
+from descend import from_rule, get_total_norm, rules
 from descend.backends import EAGER, FOREACH, eager, foreach
 from descend.backends.tensor_list import TensorList, on_lists
 from descend.core.decision import Decision
@@ -338,6 +338,13 @@ def test_sums_of_squares() -> None:
     pairs = foreach.sums_on_device([torch.full((3,), 3 + 4j, dtype=torch.complex64)])
     assert pairs.item() == pytest.approx(75, rel=1e-14)
     assert torch.equal(foreach.sums_on_device(grads[:8]), foreach.sums_on_device(grads[:8]))
+
+
+def test_norms_of_a_device_are_not_read() -> None:
+    grads = [torch.ones(3, dtype=dtype, device="meta") for dtype in (SINGLE, BRAIN, torch.complex64)]
+    assert get_total_norm(grads).shape == ()
+    odd = torch.ones(3), torch.ones(3, dtype=DOUBLE, device="meta"), torch.ones(2, device="meta").as_subclass(Twice)
+    assert all(FOREACH.why_not(None, tensor, None, ()) for tensor in odd)
 
 
 # Step counts.

@@ -65,7 +65,7 @@ class ForeachBackend(eager.EagerBackend):
         state: Sequence[tuple[str, Tensor]],
     ) -> str | None:
         if rule is None:
-            return "norms are summed chunk by chunk"
+            return _why_not_norm(param)
         if reason := _why_not_rule(rule) or _unsuitable(param):
             return reason
         for name, tensor in state if grad is None else (("gradient", grad), *state):
@@ -303,6 +303,14 @@ def _why_not_rule(rule: Callable[..., Any]) -> str | None:
         return f"a rule that does not run on lists ({type(error).__name__}: {error})"
     results = results if takes.state else (results,)
     return None if all(isinstance(result, TensorList) for result in results) else "a rule that returns numbers"
+
+
+def _why_not_norm(tensor: Tensor) -> str | None:
+    if tensor.is_cpu:
+        return "norms of CPU tensors are summed chunk by chunk"
+    if tensor.dtype.to_real() == torch.float64 or eager.widest(tensor) != torch.float64:
+        return "its squares may overflow"
+    return _unsuitable(tensor)
 
 
 def _unsuitable(tensor: Tensor) -> str | None:
