@@ -170,6 +170,22 @@ def test_rules_of_users_call_helpers_and_branch_on_numbers() -> None:
     assert all(map(same_bits, ours, theirs))
 
 
+def _remembering(param: Any, grad: Any, last: Any, older: Any, lr: Any) -> Any:
+    return param - lr * grad, param, last
+
+
+@pytest.mark.parametrize("dtype", [SINGLE, BRAIN], ids=str)
+@pytest.mark.parametrize("backend", ["cpu", "eager", "foreach"])
+def test_state_may_become_what_another_tensor_was(backend: Any, dtype: torch.dtype) -> None:
+    weight = torch.tensor([1.0, 2.0], dtype=dtype, requires_grad=True)
+    optimizer = from_rule(_remembering, "Remembering", lr=1.0)([weight], backend=backend)
+    for _ in range(3):
+        weight.grad = torch.ones_like(weight)
+        optimizer.step()
+    state = optimizer.state[weight]
+    assert [weight.tolist(), state["last"].tolist(), state["older"].tolist()] == [[-2, -1], [-1, 0], [0, 1]]
+
+
 def _squashed(param: Any, grad: Any, lr: Any) -> Any:
     return param - lr * torch.tanh(grad)
 

@@ -47,6 +47,8 @@ def run(
     scaled = grad if scale == 1 else grad * scale
     results = rule(first, scaled if decision is None else scaled * decision.factor, *rest, *scalars)
     results = results if state else (results,)
+    # A rule may keep the old parameter in its state: what is written first must not change it.
+    results = [value.clone() if any(value is old for old in (first, *rest)) else value for value in results]
     for tensor, result in zip(written, results, strict=True):
         write(tensor, result, decision)
     if before is None:

@@ -166,8 +166,15 @@ class ForeachLaunch(eager.EagerLaunch):
         if decision is not None:
             scaled = scaled * decision.factor
         results = self._on_lists(TensorList(first), scaled, *map(TensorList, rest), *others)
-        for tensors, result in zip(written, results if rest else (results,), strict=True):
-            write(tensors, result.tensors, decision)
+        results = results if rest else (results,)
+        new = [
+            [tensor.clone() for tensor in result.tensors]
+            if any(result.tensors is old for old in (first, *rest))
+            else result.tensors
+            for result in results
+        ]
+        for tensors, values in zip(written, new, strict=True):
+            write(tensors, values, decision)
         return [
             eager.measured_sums(old, grad, new, self._moments)
             for old, grad, *new in (zip(before, grads, *written, strict=True) if measures else ())

@@ -138,7 +138,7 @@ def _unary(op: Callable[[Any], Any], foreach: Callable[..., Tensors]) -> Any:
 
 
 def _extreme(op: Callable[[Any, Any], Any], foreach: Callable[..., Tensors]) -> Any:
-    def on_lists(a: Any, b: Any) -> Any:
+    def extreme(a: Any, b: Any) -> Any:
         first = next((value for value in (a, b) if isinstance(value, TensorList)), None)
         if first is None:
             return op(a, b)
@@ -149,7 +149,7 @@ def _extreme(op: Callable[[Any, Any], Any], foreach: Callable[..., Tensors]) -> 
         columns = [value.tensors if isinstance(value, TensorList) else first._repeated(value) for value in (a, b)]
         return TensorList(foreach(*columns))
 
-    return on_lists
+    return extreme
 
 
 def _where(condition: Any, a: Any, b: Any) -> Any:
