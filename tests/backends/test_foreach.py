@@ -140,6 +140,13 @@ def test_conditions_do_what_they_do_to_tensors() -> None:
     assert_same(lambda x: (x > 0) + torch.tensor(1.5, dtype=DOUBLE), a)
 
 
+def test_a_wide_number_widens_no_list() -> None:
+    """Torch widens tensors of shape () by others of that shape; a list keeps one dtype."""
+    x, number = TensorList([torch.tensor(2.0), torch.ones(3)]), torch.tensor(0.1, dtype=DOUBLE)
+    results = x + number, x - number, x * number, x / number, x**number, number - x, number / x, number**x
+    assert {tensor.dtype for result in results for tensor in result.tensors} == {SINGLE}
+
+
 def test_a_branch_on_elements_is_an_error() -> None:
     with pytest.raises(TypeError, match="use where"):
         bool(TensorList([torch.ones(1)]) > 0)
