@@ -17,6 +17,10 @@ from descend.backends import eager
 from descend.backends.triton.backend import TritonBackend, TritonDecisions
 from descend.core.decision import Decision
 
+pytest.importorskip("triton")
+
+from descend.backends.triton import library
+
 pytestmark = pytest.mark.usefixtures("interpreter")
 
 # In float32 the interpreter does the operations of the rule one by one, as torch does; each may round differently by
@@ -56,6 +60,16 @@ def test_sizes_and_offsets(offset: int) -> None:
     run = Run(rules.momentum, [SINGLE] * 3, [0, 1, 16, 511, 512, 513, 1023, 1024, 1025, 2065], offset)
     run.run()
     run.assert_as_expected(ROUNDING[SINGLE])
+
+
+def test_offsets_beyond_31_bits() -> None:
+    far = 2**33
+    param, grad = torch.ones(20), torch.ones(20)
+    chunks = torch.tensor([[0, 0, far, 20]])
+    addresses = torch.tensor([[tensor.data_ptr() - 4 * far for tensor in (param, grad)]])
+    kernel = library.update(rules.sgd, 2, (SINGLE, SINGLE))
+    kernel.bind(1, param.device, chunks, addresses, torch.tensor([[1.0, 0.5, 0.0]]), torch.ones(4, dtype=DOUBLE))()
+    assert (param == 0.5).all()
 
 
 def test_transposed_and_strided_layouts() -> None:
