@@ -1,6 +1,6 @@
 """Check on a GPU that steps are right, then time them against torch.optim and the memory's own limit.
 
-    python benchmarks/gpu.py [--quick] [--only PATTERN] [--out FILE.json] [--device cuda:0]
+    python benchmarks/gpu.py [--quick] [--only PATTERN] [--out FILE.json] [--device cuda:0] [--tune]
 
 It takes less than five minutes on a GPU of the class of an H100. It needs torch, NumPy and descend, nothing else, and
 runs from a checkout that is not installed, too:
@@ -30,9 +30,9 @@ from typing import Any
 import gpu_times as times
 import torch
 from gpu_checks import CHECKS, Outcome, Place, run_checks
+from gpu_tune import Trial, current, tune
 
 import descend
-from descend.core.options import BackendName
 from descend.reporting.whole_files import write_whole
 
 MINUTES = 4.6
@@ -60,6 +60,7 @@ def parse_arguments(names: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--device", default="cuda:0", help="default: cuda:0")
     parser.add_argument("--backend", help="default: auto; on the CPU in Triton's interpreter: triton")
     parser.add_argument("--seed", type=int, help="of the inputs of the checks. Default: another one in each run")
+    parser.add_argument("--tune", action="store_true", help="only try other ways to cut work: gpu_tune.py")
     parser.add_argument("--minutes", type=float, default=MINUTES, help=f"no case begins later. Default: {MINUTES}")
     arguments = parser.parse_args()
     if arguments.out and not arguments.out.resolve().parent.is_dir():
@@ -96,6 +97,7 @@ class Report:
         self.results: dict[str, times.Result] = {}
         self.left_out: dict[str, str] = {}
         self.bandwidth: float | None = None
+        self.trials: list[Trial] = []
 
     def write(self) -> None:
         """Write the file anew, whole."""
@@ -107,6 +109,7 @@ class Report:
             "copy_bytes_per_second": self.bandwidth,
             "cases": [each.to_json() for each in self.results.values()],
             "left_out": self.left_out,
+            "tuning": [each._asdict() for each in self.trials],
             "figures": [each.to_json(self.results) for each in times.FIGURES],
         }
         text = json.dumps(content, indent=1) + "\n"
@@ -157,6 +160,44 @@ def print_figures(results: dict[str, times.Result]) -> None:
         print(f"| {figure.says} | {unit.format(figure.bound)} | {shown} | {reached} |")
 
 
+def check(report: Report, place: Place, names: Sequence[str]) -> None:
+    """Run checks and print what came of each."""
+    for outcome in run_checks(place, names):
+        report.outcomes.append(outcome)
+        report.write()
+        print(f"{outcome.outcome:<5}{outcome.name:<15}{outcome.seconds:6.1f} s  {outcome.seen}", flush=True)
+
+
+def time_cases(report: Report, place: Place, cases: Sequence[times.Case], deadline: float) -> None:
+    """Time cases, print a line of each, and the tables at the end."""
+    clock = times.Clock(place.device, place.is_quick)
+    report.bandwidth = clock.bandwidth
+    print(f"\nA copy within the memory: {clock.bandwidth / 1e9:,.0f} GB/s, bytes read and written.\n")
+    print_row(HEADINGS)
+    plan = times.QUICK if place.is_quick else times.FULL
+    for case, result in times.run_cases(cases, plan, clock, place.backend, deadline):
+        if isinstance(result, str):
+            report.left_out[case.name] = result
+            print(f"{case.name:<36}  left out: {result}", flush=True)
+        else:
+            report.results[case.name] = result
+            print_row(cells(result))
+        report.write()
+    print_markdown(report.results.values())
+    print_figures(report.results)
+
+
+def try_settings(report: Report, place: Place) -> None:
+    """Print how fast other ways to cut work are."""
+    plan = times.QUICK if place.is_quick else times.FULL._replace(seconds=0.0)
+    print(f"The settings are {current()}. Times relative to theirs, the best once more at the end:\n")
+    for trial in tune(plan, times.Clock(place.device, place.is_quick)):
+        report.trials.append(trial)
+        report.write()
+        milliseconds = ", ".join(f"{name} {seconds * 1e3:.3f} ms" for name, seconds in trial.seconds.items())
+        print(f"{trial.relative:6.3f}  {trial.settings or 'as it is'}: {trial.problem or milliseconds}", flush=True)
+
+
 def main() -> int:
     begin = time.perf_counter()
     checks = {f"check-{name}": name for name in CHECKS}
@@ -164,9 +205,7 @@ def main() -> int:
     device = torch.device(arguments.device)
     if device.type == "cuda":
         if not torch.cuda.is_available():
-            print(
-                "gpu.py: torch sees no GPU here; --device cpu --quick runs the checks that need none.", file=sys.stderr
-            )
+            print("gpu.py: torch sees no GPU; --device cpu --quick runs the checks that need none.", file=sys.stderr)
             return 2
         torch.cuda.set_device(device)
     interpreted = device.type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1"
@@ -176,36 +215,18 @@ def main() -> int:
     report = Report(about, arguments, seed)
     print(", ".join(f"{key} {value}" for key, value in about.items()) + f"; backend {arguments.backend}, seed {seed}\n")
 
-    backend: BackendName = arguments.backend
-    place = Place(device, backend, arguments.quick, torch.Generator().manual_seed(seed))
-    for outcome in run_checks(place, [name for title, name in checks.items() if title in arguments.names]):
-        report.outcomes.append(outcome)
-        report.write()
-        print(f"{outcome.outcome:<5}{outcome.name:<15}{outcome.seconds:6.1f} s  {outcome.seen}", flush=True)
-
-    if cases := [case for case in times.CASES if case.name in arguments.names]:
-        clock = times.Clock(device, arguments.quick)
-        report.bandwidth = clock.bandwidth
-        print(f"\nA copy within the memory: {clock.bandwidth / 1e9:,.0f} GB/s, bytes read and written.\n")
-        print_row(HEADINGS)
-        plan = times.QUICK if arguments.quick else times.FULL
-        for case, result in times.run_cases(cases, plan, clock, backend, begin + 60 * arguments.minutes):
-            if isinstance(result, str):
-                report.left_out[case.name] = result
-                print(f"{case.name:<36}  left out: {result}", flush=True)
-            else:
-                report.results[case.name] = result
-                print_row(cells(result))
-            report.write()
-        print_markdown(report.results.values())
-        print_figures(report.results)
-        if arguments.quick or device.type == "cpu":
-            print("\nThe sizes were cut down, or there is no GPU: none of these times means anything.")
+    place = Place(device, arguments.backend, arguments.quick, torch.Generator().manual_seed(seed))
+    if arguments.tune:
+        try_settings(report, place)
+    else:
+        check(report, place, [name for title, name in checks.items() if title in arguments.names])
+        if cases := [case for case in times.CASES if case.name in arguments.names]:
+            time_cases(report, place, cases, begin + 60 * arguments.minutes)
+    if arguments.quick or device.type == "cpu":
+        print("\nThe sizes were cut down, or there is no GPU: none of these times means anything.")
     failed = [outcome.name for outcome in report.outcomes if outcome.outcome == "FAIL"]
-    print(
-        f"\n{len(report.outcomes)} checks, {len(failed)} failed{': ' if failed else ''}{', '.join(failed)}; "
-        f"{time.perf_counter() - begin:.0f} s."
-    )
+    names = f": {', '.join(failed)}" if failed else ""
+    print(f"\n{len(report.outcomes)} checks, {len(failed)} failed{names}; {time.perf_counter() - begin:.0f} s.")
     return 1 if failed else 0
 
 

@@ -345,8 +345,10 @@ def _adamw(name: str, clip: bool, backend: BackendName, params: Sequence[Tensor]
     return clip_and_step
 
 
-def time_dense(case: Case, plan: Plan, clock: Clock, backend: BackendName) -> Result:
-    """Time steps of AdamW.
+def time_dense(
+    case: Case, plan: Plan, clock: Clock, backend: BackendName, names: Sequence[str] = (OURS, FUSED, FOREACH)
+) -> Result:
+    """Time steps of AdamW, those of the contenders in ``names``.
 
     Raises:
         LeftOutError: if ours and the fused one do not fit into the memory.
@@ -355,7 +357,7 @@ def time_dense(case: Case, plan: Plan, clock: Clock, backend: BackendName) -> Re
     numbers = sum(map(math.prod, sizes))
     bytes_of_one = numbers * dtype.itemsize
     sets, free = sets_for(4 * bytes_of_one, clock.device), free_memory(clock.device)
-    names, note = [OURS, FUSED, FOREACH], ""
+    names, note = list(names), ""
 
     def needed(names: Sequence[str]) -> int:
         # Parameters and gradients are shared; foreach makes about three more tensors of their size while it steps.
