@@ -66,6 +66,13 @@ class ScalarState(Protocol):
         """Whether nobody else has written any of them, as far as the host can tell without waiting for a device."""
 
 
+class DeviceScalarState(ScalarState, Protocol):
+    """The same on a device."""
+
+    def write(self, values: Sequence[Sequence[Any]], decision: Decision | None) -> None:
+        """Set each parameter's to the numbers, or 0-dim tensors, of its row, unless the step is left out."""
+
+
 class Rows(Protocol):
     """One rule on the rows that a sparse gradient touches, or on all rows with zeros for the others.
 
@@ -204,7 +211,10 @@ class Decisions(Protocol):
             scale, max_norm, skips_nonfinite: see ``core.decision.judge``.
         """
 
-    def scalar_state(self, tensors: Sequence[Sequence[Tensor]], rows: Sequence[int] | np.ndarray) -> ScalarState:
+    def takes(self, device: torch.device) -> bool:
+        """Whether steps on this device are decided there: not on a CPU, where the host need not wait."""
+
+    def scalar_state(self, tensors: Sequence[Sequence[Tensor]], rows: Sequence[int] | np.ndarray) -> DeviceScalarState:
         """Keep 0-dim tensors on a device together.
 
         Args:
