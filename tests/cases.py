@@ -165,6 +165,11 @@ def device() -> torch.device:
     return _device
 
 
+def rounding(allowed: float) -> float:
+    """0 on the CPU: the same bits. On a GPU ``allowed``: one that decides about steps forms bias corrections itself."""
+    return 0.0 if _device.type == "cpu" else allowed
+
+
 @contextmanager
 def on(place: torch.device) -> Iterator[None]:
     """Let ``device`` return another one."""

@@ -46,7 +46,7 @@ def through_file(value: Any) -> Any:
 
 def through_new_optimizer(optimizer: FirstOrder, case: Case) -> FirstOrder:
     params = [param.detach().clone().requires_grad_() for param in params_of(optimizer)]
-    new = case.ours(params, **case.options, max_norm=1.0, nonfinite="skip")
+    new = case.ours(params, **case.options, max_norm=1.0, nonfinite="skip", backend=optimizer.backend)
     new.load_state_dict(through_file(optimizer.state_dict()))
     return new
 
