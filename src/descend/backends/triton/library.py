@@ -95,7 +95,9 @@ def update(rule: FunctionType, scalars: int, dtypes: tuple[torch.dtype, ...]) ->
     """
     try:
         return _update(rule, scalars, dtypes, interprets())
-    except (ValueError, RecursionError, SyntaxError) as error:
+    except RecursionError as error:
+        raise _decline(rule, TypeError("its helpers call each other in a circle")) from error
+    except Exception as error:  # rules may be anything
         raise _decline(rule, error) from error
 
 
