@@ -32,9 +32,11 @@ from descend import (
 )
 
 BACKENDS = ("cpu", "eager") if "DESCEND_TEST_BACKEND" not in os.environ else (os.environ["DESCEND_TEST_BACKEND"],)
+DENSE_BACKENDS = BACKENDS if "DESCEND_TEST_BACKEND" in os.environ else (*BACKENDS, "foreach")  # rows are eager's
 # On a GPU, whose compiled backend may decline nothing; see ``device``.
 ON_GPU = pytest.param("triton", id="cuda", marks=pytest.mark.gpu)
 EVERYWHERE = (*BACKENDS, ON_GPU)
+DENSE_EVERYWHERE = (*DENSE_BACKENDS, ON_GPU)
 SHAPES = ((), (0,), (7, 5), (129,))
 
 

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from descend.backends import EAGER, available
+from descend.backends import EAGER, FOREACH, available
 from descend.backends.cpu.probe import make_probe
 from descend.core import memory
 from descend.core.measures import Sample
@@ -185,15 +185,16 @@ class Plan:
         if differentiable:
             self._check_not_cut(method, param)
             return entry._replace(local=param, share=None, reason="differentiable=True", in_order=True)
+        reason = None  # the last compiled backend's, whichever of the others runs it then
         for backend in available(self._requested):
             if sparse:
                 why_not = backend.why_not_rows(rule, local, tensors)
             else:
                 why_not = backend.why_not(rule, local, local.grad, tensors)
-            entry = entry._replace(reason=why_not)
             if why_not is None:
-                return entry._replace(backend=backend)
-        return entry
+                return entry._replace(backend=backend, reason=reason if backend is FOREACH else None)
+            reason = reason if reason and backend is FOREACH else why_not
+        return entry._replace(reason=reason or entry.reason)
 
     def _check_whole(self, method: Method, param: Tensor, kind: Kind, share: Share | None) -> None:
         """Raise ``RuntimeError`` if a rule of whole matrices would see a part of one."""
