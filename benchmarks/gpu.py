@@ -195,7 +195,8 @@ def try_settings(report: Report, place: Place) -> None:
         report.trials.append(trial)
         report.write()
         milliseconds = ", ".join(f"{name} {seconds * 1e3:.3f} ms" for name, seconds in trial.seconds.items())
-        print(f"{trial.relative:6.3f}  {trial.settings or 'as it is'}: {trial.problem or milliseconds}", flush=True)
+        relative = "     -" if trial.relative is None else f"{trial.relative:6.3f}"
+        print(f"{relative}  {trial.settings or 'as it is'}: {trial.problem or milliseconds}", flush=True)
 
 
 def main() -> int:

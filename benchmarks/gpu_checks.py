@@ -801,7 +801,7 @@ def _allocations(place: Place) -> int:
 def host_cost(place: Place) -> str:
     """What a step of 1,000 tensors costs the host, which does not wait; the queue is empty before it."""
     place.needs_cuda("times of the host")
-    values = [torch.randn(1000) for _ in range(1000)]
+    values = [torch.randn(1000, device=place.device) for _ in range(1000)]
     ways: dict[str, dict[str, Any]] = {"plain": {}, "clipped": dict(max_norm=1.0)}
     seen, failed = [], []
     for name, options in ways.items():

@@ -36,13 +36,13 @@ class Trial(NamedTuple):
     Attributes:
         settings: what differs from the present settings.
         seconds: a step's, on the device, by name of the case.
-        relative: their geometric mean over that of the present settings; below 1 is better.
+        relative: their geometric mean over that of the present settings, below 1 is better; None for a problem.
         problem: why it cannot be used, else empty.
     """
 
     settings: Settings
     seconds: dict[str, float]
-    relative: float
+    relative: float | None
     problem: str = ""
 
 
@@ -90,7 +90,7 @@ def tune(plan: Plan, clock: Clock) -> Iterator[Trial]:
                 use({**present, **settings})
                 trial = _try(settings, plan, clock, start.seconds)
                 yield trial
-                if trial.relative < (1 - NOISE) * best.relative:
+                if (trial.relative or math.inf) < (1 - NOISE) * (best.relative or 1.0):
                     best = trial
     finally:
         use(present)
@@ -103,7 +103,7 @@ def _try(settings: Settings, plan: Plan, clock: Clock, start: dict[str, float]) 
         try:
             times = time_dense(case, plan, clock, "triton", names=(OURS,)).times[OURS]
         except Exception as error:  # too many registers, or a block that Triton refuses
-            return Trial(settings, {}, math.inf, f"{type(error).__name__}: {error}".splitlines()[0])
+            return Trial(settings, {}, None, f"{type(error).__name__}: {error}".splitlines()[0])
         seconds[case.name] = times.device
     ratios = [seconds[name] / before for name, before in start.items()]
     return Trial(settings, seconds, statistics.geometric_mean(ratios) if ratios else 1.0)

@@ -53,7 +53,8 @@ def test_skipped_step_moves_nothing(case: Case, backend: str, first: bool, bad: 
     for seed in (2,) if first else (0, 2):
         give_grads(params_of(plain), seed)
         plain.step()
-    torch.testing.assert_close(params, params_of(plain), rtol=rounding(1e-12), atol=rounding(1e-12))
+    allowed = rounding(1e-8)  # NAdam keeps a product in float32
+    torch.testing.assert_close(params, params_of(plain), rtol=allowed, atol=allowed)
 
 
 @pytest.mark.parametrize("first", [True, False])
