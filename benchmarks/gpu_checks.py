@@ -762,7 +762,7 @@ def no_waiting(place: Place) -> str:
     failed: list[str] = []
     for fresh in (False, True):
         for name, prepare, step in steady(place, fresh):
-            what = f"{name}, new gradients" if fresh else name
+            what = f"{name} (new gradients)" if fresh else name
             prepare()
             try:
                 with _no_waiting():
