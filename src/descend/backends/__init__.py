@@ -1,4 +1,4 @@
-"""How a rule runs: on tensors, on lists of them, or compiled for CPUs or GPUs. A backend receives rules, imports none.
+"""How a rule runs: on tensors, on lists of tensors, or compiled for CPUs or GPUs. A backend imports no rules.
 
 The engine asks ``available`` which backends to try, in order of preference; eager takes whatever the others decline.
 """

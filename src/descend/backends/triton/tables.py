@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Sequence
 from contextlib import nullcontext
+from operator import attrgetter
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -33,8 +34,8 @@ def current(device: torch.device) -> Any:
 def uploaded(content: np.ndarray, device: torch.device) -> Tensor:
     """A table on the device that never changes."""
     table = torch.from_numpy(content)
-    if device.type == "cpu":
-        return table
+    if device.type == "cpu" or not content.size:
+        return table.to(device)
     with current(device):
         # torch keeps pinned memory until the copy is over; a graph would copy from it again.
         pinned = table.pin_memory()
@@ -147,6 +148,8 @@ class Numbers:
 
     def set(self, row: int, numbers: Sequence[float | Tensor]) -> None:
         """Set a row."""
+        if not self._on_device and any(isinstance(number, Tensor) for number in numbers):
+            library.scalar_state(self._dtype, library.interprets()).compile(self.tensor.device)  # not while a step runs
         first = row * self._columns
         for place, number in enumerate(numbers, first):
             if isinstance(number, Tensor):
@@ -186,13 +189,10 @@ class Scatter:
     def __init__(self, addresses: np.ndarray, places: np.ndarray, dtype: torch.dtype, device: torch.device) -> None:
         self._table = uploaded(np.stack([addresses, places]).astype(np.int64), device)
         self._kernel = library.scalar_state(dtype, library.interprets())
+        self._kernel.compile(device)
         self._count, self._device = len(addresses), device
         self._launch: Any = None
         self._arguments: tuple[Tensor, ...] = ()
-
-    def compile(self) -> None:
-        """Compile the kernel."""
-        self._kernel.compile(self._device)
 
     def run(self, values: Tensor, decision: Tensor, is_capturing: bool) -> None:
         """Write ``values`` (float64), unless ``decision`` leaves the step out."""
@@ -221,6 +221,7 @@ class Constants(NamedTuple):
     zero: Tensor
 
 
+_version = attrgetter("_version")
 _constants: dict[torch.device, Constants] = {}
 
 
@@ -254,10 +255,11 @@ class DeviceScalarState:
                 which = [i for i, tensor in enumerate(self._tensors) if tensor.dtype == dtype]
                 addresses = np.array([self._tensors[i].data_ptr() for i in which], np.int64)
                 self._parts.append(Scatter(addresses, places[which], dtype, device))
-        self._versions = self._current_versions()
+        self._watched = [tensor for tensor in self._tensors if not tensor.is_inference()]
+        self._versions = self._sum_of_versions()
 
     def is_unchanged(self) -> bool:
-        return self._versions == self._current_versions()
+        return self._versions == self._sum_of_versions()
 
     def write(self, values: Sequence[Sequence[Any]], decision: Decision | None) -> None:
         if not self._parts:
@@ -272,5 +274,6 @@ class DeviceScalarState:
             for part in self._parts:
                 part.run(self._numbers.tensor, taken, is_recorded)
 
-    def _current_versions(self) -> list[int]:
-        return [tensor._version for tensor in self._tensors if not tensor.is_inference()]
+    def _sum_of_versions(self) -> int:
+        """No version ever sinks, so the sum stays if all of them do."""
+        return sum(map(_version, self._watched))
