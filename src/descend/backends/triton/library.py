@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import cache, partial
 from pathlib import Path
+from threading import RLock
 from types import FunctionType
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -21,7 +22,7 @@ from triton.backends.compiler import GPUTarget
 
 from descend.backends.backend import Declined
 from descend.backends.retarget import retarget
-from descend.backends.triton import kernels, operations, source, tuning
+from descend.backends.triton import audit, kernels, operations, source, tuning
 
 _NAMES = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32", torch.float64: "fp64"}
 _TORCH = {name: dtype for dtype, name in _NAMES.items()}
@@ -38,24 +39,35 @@ class Kernel:
         function: what Triton has made of it.
         pointers: for each pointer it takes, the dtype behind it; for each number, its dtype.
         constants: values that are compiled in, by the names of its last arguments.
+        checks_rule: whether it does nothing but apply a rule, so that what it computes can be checked, see ``audit``.
     Attributes:
         constants: the same.
     """
 
-    def __init__(self, function: Any, pointers: Mapping[str, str], constants: Mapping[str, Any]) -> None:
-        self._function, self.constants = function, constants
+    def __init__(
+        self, function: Any, pointers: Mapping[str, str], constants: Mapping[str, Any], checks_rule: bool = False
+    ) -> None:
+        self._function, self.constants, self._checks_rule = function, constants, checks_rule
         self._signature = {**pointers, **dict.fromkeys(constants, "constexpr")}
         self._attributes = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(pointers) if name in _ALLOCATIONS}
         self._compiled: dict[int, Any] = {}
 
     def compile_for(self, target: GPUTarget) -> Any:
-        """Compile it, or load it from Triton's cache."""
+        """Compile it, or load it from Triton's cache.
+
+        Raises:
+            TypeError: if it would compute something else than its rule does in Python.
+        """
         constants = {(list(self._signature).index(name),): value for name, value in self.constants.items()}
         made = triton.compiler.ASTSource(self._function, self._signature, constants, self._attributes)
         # Products and sums are fused, as the CPU backend does: said, because Triton's default is about to change.
         options = {"num_warps": tuning.THREADS // target.warp_size, "enable_fp_fusion": True}
         with _cache_folder():
-            return triton.compile(made, target=target, options=options)
+            compiled = triton.compile(made, target=target, options=options)
+        is_wide = self._checks_rule and self.constants["COMPUTE"] == tl.float64
+        if self._checks_rule and (reason := audit.unsound(compiled.asm.get("ttir", ""), is_wide)):
+            raise TypeError(reason)
+        return compiled
 
     def compile(self, device: torch.device) -> None:
         """Compile it for a device, and load it there: whatever can fail does so now."""
@@ -116,7 +128,7 @@ def _update(rule: FunctionType, scalars: int, dtypes: tuple[torch.dtype, ...], i
         "RAGGED": tuning.block(dtypes) // 2,  # were it equal, Triton would give both the same layout in registers
     }
     pointers = {"chunks": "*i64", "addresses": "*i64", "scalars": f"*{_NAMES[compute]}", "decision": "*fp64"}
-    return Kernel(_jitted(kernels.update), pointers, constants)
+    return Kernel(_jitted(kernels.update), pointers, constants, checks_rule=True)
 
 
 @cache
@@ -224,16 +236,23 @@ def triton_type(dtype: torch.dtype) -> Any:
     return _TYPES[_NAMES[dtype]]
 
 
+_compiling = RLock()
+
+
 @contextmanager
 def _cache_folder() -> Iterator[None]:
-    """Compiled kernels lie below ``DESCEND_CACHE_DIR`` if that is set and Triton's own folder is not."""
-    chosen = os.environ.get("DESCEND_CACHE_DIR")
-    if not chosen or os.environ.get("TRITON_CACHE_DIR"):
-        yield
-        return
-    with knobs.cache.scope():
-        knobs.cache.dir = str(Path(chosen).absolute() / "triton")
-        yield
+    """Compiled kernels lie below ``DESCEND_CACHE_DIR`` if that is set and Triton's own folder is not.
+
+    One thread at a time: the folder is a variable of the process, and each puts back what it has found.
+    """
+    with _compiling:
+        chosen = os.environ.get("DESCEND_CACHE_DIR")
+        if not chosen or os.environ.get("TRITON_CACHE_DIR"):
+            yield
+            return
+        with knobs.cache.scope():
+            knobs.cache.dir = str(Path(chosen).absolute() / "triton")
+            yield
 
 
 def explain(rule: Any, error: BaseException) -> str:

@@ -8,7 +8,8 @@ import hashlib
 import inspect
 import linecache
 import textwrap
-from types import CodeType, FunctionType
+from collections.abc import Mapping
+from types import CodeType, FunctionType, ModuleType
 from typing import Any, NamedTuple
 
 import triton
@@ -71,7 +72,7 @@ def _definition(function: FunctionType) -> tuple[ast.FunctionDef, str]:
     if not isinstance(found, ast.FunctionDef):
         raise ValueError("it is not made by def")
     found.returns, found.decorator_list = None, []
-    if not function.__closure__ and _digest(_code_of(found)) != _digest(function.__code__):
+    if _digest(_code_of(found, function.__code__.co_freevars)) != _digest(function.__code__):
         raise ValueError("its source has been edited since it was imported")
     arguments = found.args
     arguments.args, arguments.posonlyargs = arguments.posonlyargs + arguments.args, []
@@ -89,13 +90,25 @@ def _definition(function: FunctionType) -> tuple[ast.FunctionDef, str]:
         arguments.kwonlyargs, arguments.kw_defaults = [], []
     if ast.get_docstring(found, clean=False) is not None and len(found.body) > 1:
         del found.body[0]
-    found = _Plain().visit(found)
+    found = _Plain(_globals(function)).visit(found)
     return ast.fix_missing_locations(found), function.__code__.co_filename
 
 
-def _code_of(definition: ast.FunctionDef) -> CodeType:
-    made = compile(ast.Module([definition], []), "", "exec").co_consts
-    return next(code for code in made if isinstance(code, CodeType) and code.co_name == definition.name)
+def _code_of(definition: ast.FunctionDef, free: tuple[str, ...]) -> CodeType:
+    """What Python makes of a definition inside a function that has the variables ``free``."""
+    if free:
+        names: list[ast.expr] = [ast.Name(name, ast.Store()) for name in free]
+        body = [ast.Assign(names, ast.Constant(None)), definition]
+        nothing = ast.arguments(posonlyargs=[], args=[], kwonlyargs=[], kw_defaults=[], defaults=[])
+        outer = ast.FunctionDef(name="outer", args=nothing, body=body, decorator_list=[], type_params=[])
+        code = _inner(compile(ast.fix_missing_locations(ast.Module([outer], [])), "", "exec"), "outer")
+    else:
+        code = compile(ast.Module([definition], []), "", "exec")
+    return _inner(code, definition.name)
+
+
+def _inner(code: CodeType, name: str) -> CodeType:
+    return next(const for const in code.co_consts if isinstance(const, CodeType) and const.co_name == name)
 
 
 def _digest(code: CodeType) -> str:
@@ -107,7 +120,34 @@ def _digest(code: CodeType) -> str:
 
 
 class _Plain(ast.NodeTransformer):
-    """Writes ``x: Any = y`` as ``x = y``, and ``x ** 3``, for which Triton has no operator, as ``x * x * x``."""
+    """Writes ``x: Any = y`` as ``x = y``, and ``x ** 3``, for which Triton has no operator, as ``x * x * x``.
+
+    Numbers of modules and classes become literals: Triton's cache on disk does not see when they change.
+
+    Args:
+        known: the values behind the function's names.
+    """
+
+    def __init__(self, known: Mapping[str, Any]) -> None:
+        self._known = known
+
+    def visit_Attribute(self, node: ast.Attribute) -> ast.AST:
+        self.generic_visit(node)
+        path, owner = [node.attr], node.value
+        while isinstance(owner, ast.Attribute):
+            path, owner = [owner.attr, *path], owner.value
+        if not isinstance(owner, ast.Name) or not isinstance(self._known.get(owner.id), ModuleType | type):
+            return node
+        value = self._known[owner.id]
+        for name in path:
+            value = getattr(value, name, None)
+        return ast.copy_location(ast.Constant(value), node) if isinstance(value, int | float) else node
+
+    def visit_BoolOp(self, node: ast.BoolOp) -> ast.AST:
+        self.generic_visit(node)
+        if not all(map(_is_condition, node.values)):
+            raise ValueError(f"{ast.unparse(node)}: `and` and `or` may only join comparisons")
+        return node
 
     def visit_AnnAssign(self, node: ast.AnnAssign) -> ast.AST:
         self.generic_visit(node)
@@ -124,10 +164,22 @@ class _Plain(ast.NodeTransformer):
         return product if times == 2 else ast.copy_location(ast.BinOp(product, ast.Mult(), node.left), node)
 
 
+def _is_condition(node: ast.expr) -> bool:
+    """Whether an operand of ``and`` is a truth value: of numbers, Triton gives others than Python."""
+    if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.Not):
+        return True
+    return isinstance(node, ast.Compare | ast.BoolOp) or (isinstance(node, ast.Constant) and type(node.value) is bool)
+
+
+def _globals(function: FunctionType) -> dict[str, Any]:
+    """The globals of ``function`` and the variables of its closure."""
+    cells = zip(function.__code__.co_freevars, function.__closure__ or (), strict=True)
+    return {**function.__globals__, **{name: cell.cell_contents for name, cell in cells}}
+
+
 def _namespace(function: FunctionType, tree: ast.Module) -> dict[str, Any]:
     """The globals of a rewritten function: those of ``function``, with its closure and with numbers as constants."""
-    cells = zip(function.__code__.co_freevars, function.__closure__ or (), strict=True)
-    namespace = {**function.__globals__, **{name: cell.cell_contents for name, cell in cells}}
+    namespace = _globals(function)
     for node in ast.walk(tree):
         if isinstance(node, ast.Name) and not knobs.runtime.interpret:
             value = namespace.get(node.id)
