@@ -67,13 +67,15 @@ class ScalarState(Protocol):
 
 
 class Rows(Protocol):
-    """One rule on the rows that a sparse gradient touches, or on all rows with zeros for the others.
+    """One rule on the rows that a sparse gradient touches, or on all rows with zeros for the others."""
 
-    Attributes:
-        rows: int64, those of the gradient that was read, each once, in ascending order.
-    """
+    @property
+    def rows(self) -> np.ndarray:
+        """int64, those of the gradient that was read, each once, in ascending order. The host waits for a device."""
 
-    rows: np.ndarray
+    @property
+    def count(self) -> int | Tensor:
+        """How many they are. On a device: shape (), and the host does not wait."""
 
     def compile(self, wants_norm: bool, measures: bool = False) -> None:
         """Compile, or load from disk, all that the other methods call. May raise ``RuleError``.

@@ -11,7 +11,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -41,7 +40,7 @@ class LocalReads:
         self._before.append(_Before(rows, steps, param.detach().index_select(0, rows), used, copies))
 
     def undo(
-        self, param: Tensor, state: Sequence[Tensor], row_step: Tensor, except_for: np.ndarray | None = None
+        self, param: Tensor, state: Sequence[Tensor], row_step: Tensor, except_for: Tensor | None = None
     ) -> None:
         """Put all rows back, except for some, given in ascending order; then forget them."""
         for before in self._before:
@@ -62,9 +61,9 @@ class LocalReads:
         self._before.clear()
 
 
-def _not_among(rows: Tensor, others: np.ndarray | None) -> Tensor:
+def _not_among(rows: Tensor, others: Tensor | None) -> Tensor:
     """Whether each row is none of ``others``, which are in ascending order."""
     if others is None or not len(others):
         return torch.ones_like(rows, dtype=torch.bool)
-    known = torch.from_numpy(others).to(rows.device)
+    known = others.to(rows.device)
     return known[torch.searchsorted(known, rows).clamp(max=len(known) - 1)] != rows
