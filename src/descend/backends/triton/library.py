@@ -1,0 +1,163 @@
+"""Kernels, made once for each rule and dtypes, and once more for each device."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from functools import cache, partial
+from pathlib import Path
+from types import FunctionType
+from typing import Any
+
+import numpy as np
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton import knobs
+from triton.backends.compiler import GPUTarget
+
+from descend.backends.backend import Declined
+from descend.backends.retarget import retarget
+from descend.backends.triton import kernels, operations, source
+from descend.backends.triton.tuning import BLOCK, WARPS
+
+_NAMES = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32", torch.float64: "fp64"}
+_TYPES = {name: tl.dtype(name) for name in _NAMES.values()}
+
+
+class Kernel:
+    """A kernel for any device.
+
+    Args:
+        function: what Triton has made of it.
+        pointers: for each pointer it takes, the dtype behind it; for each number, its dtype.
+        constants: values that are compiled in, by the names of its last arguments.
+        warps: how many warps run a program.
+    """
+
+    def __init__(self, function: Any, pointers: Mapping[str, str], constants: Mapping[str, Any], warps: int) -> None:
+        self._function, self._constants, self._warps = function, constants, warps
+        self._signature = {**pointers, **dict.fromkeys(constants, "constexpr")}
+        # Tables and results are whole allocations; so loads of them may be wide.
+        self._attributes = {
+            (position,): [["tt.divisibility", 16]] for position, kind in enumerate(pointers.values()) if kind[0] == "*"
+        }
+        self._compiled: dict[int, Any] = {}
+
+    def compile_for(self, target: GPUTarget) -> Any:
+        """Compile it, or load it from Triton's cache."""
+        constants = {(list(self._signature).index(name),): value for name, value in self._constants.items()}
+        made = triton.compiler.ASTSource(self._function, self._signature, constants, self._attributes)
+        with _cache_folder():
+            return triton.compile(made, target=target, options={"num_warps": self._warps, "enable_fp_fusion": True})
+
+    def compile(self, device: torch.device) -> None:
+        """Compile it for a device."""
+        if device.type != "cpu" and device.index not in self._compiled:
+            with torch.cuda.device(device):
+                self._compiled[device.index] = self.compile_for(triton.runtime.driver.active.get_current_target())
+
+    def bind(self, programs: int, device: torch.device, *arguments: Tensor | int) -> Callable[[], None]:
+        """A function that launches it on the current stream of ``device``, which must be the current device.
+
+        It is given what Triton's launcher wants, so that nothing is looked up when it is called. Whoever calls it keeps
+        the tensors.
+        """
+        if device.type == "cpu":
+            return partial(self._interpret, programs, arguments)
+        self.compile(device)
+        launcher = self._compiled[device.index][programs, 1, 1]
+        addresses = [x.data_ptr() if isinstance(x, Tensor) else x for x in arguments]
+        return partial(launcher, *addresses, *self._constants.values())
+
+    def _interpret(self, programs: int, arguments: tuple[Tensor | int, ...]) -> None:
+        with np.errstate(all="ignore"):
+            self._function[programs,](*arguments, *self._constants.values())
+
+
+def interprets() -> bool:
+    """Whether Triton's interpreter is on: then kernels run on CPU tensors."""
+    return bool(knobs.runtime.interpret)
+
+
+def update(rule: FunctionType, scalars: int, dtypes: tuple[torch.dtype, ...]) -> Kernel:
+    """The kernel that applies a rule to chunks, see ``kernels.update``.
+
+    Raises:
+        Declined: if the rule cannot be made a kernel.
+    """
+    try:
+        return _update(rule, scalars, dtypes, interprets())
+    except (ValueError, RecursionError, SyntaxError) as error:
+        raise Declined(explain(rule, error)) from error
+
+
+@cache
+def _update(rule: FunctionType, scalars: int, dtypes: tuple[torch.dtype, ...], interpreted: bool) -> Kernel:
+    compute = compute_dtype(dtypes)
+    constants = {
+        "RULE": inlined(rule, compute),
+        "DTYPES": tuple(map(triton_type, dtypes)),
+        "COMPUTE": triton_type(compute),
+        "SCALARS": scalars,
+        "BLOCK": BLOCK,
+    }
+    pointers = {"chunks": "*i64", "addresses": "*i64", "scalars": f"*{_NAMES[compute]}", "decision": "*fp64"}
+    return Kernel(retarget(kernels.update, {}, source.jitted), pointers, constants, WARPS)
+
+
+def inlined(rule: FunctionType, compute: torch.dtype) -> Any:
+    """A rule that kernels can call, its arithmetic in ``compute``."""
+    return retarget(rule, _operations(compute, interprets()), source.jitted)
+
+
+@cache
+def _operations(compute: torch.dtype, interpreted: bool) -> dict[Any, Any]:
+    wide = operations.WIDE if compute == torch.float64 else {}
+    bound = {narrow: retarget(function, {}, source.jitted) for narrow, function in wide.items()}
+    return {
+        op: bound.get(function) or retarget(function, bound, source.jitted)
+        for op, function in operations.OPERATIONS.items()
+    }
+
+
+def compute_dtype(dtypes: tuple[torch.dtype, ...]) -> torch.dtype:
+    """The dtype of the arithmetic."""
+    return torch.float64 if torch.float64 in dtypes else torch.float32
+
+
+def triton_type(dtype: torch.dtype) -> Any:
+    """Triton's name of a dtype."""
+    return _TYPES[_NAMES[dtype]]
+
+
+@contextmanager
+def _cache_folder() -> Iterator[None]:
+    """Compiled kernels lie below ``DESCEND_CACHE_DIR`` if that is set and Triton's own folder is not."""
+    chosen = os.environ.get("DESCEND_CACHE_DIR")
+    with knobs.cache.scope():
+        if chosen and not os.environ.get("TRITON_CACHE_DIR"):
+            knobs.cache.dir = str(Path(chosen).absolute() / "triton")
+        yield
+
+
+def explain(rule: FunctionType, error: BaseException) -> str:
+    """Why a rule cannot be compiled, and where it says so."""
+    file, line = rule.__code__.co_filename, rule.__code__.co_firstlineno
+    reason = str(error)
+    inner: BaseException | None = error
+    while inner is not None:
+        if isinstance(inner, triton.CompilationError) and inner.src is not None:
+            reason = inner.error_message or reason
+            found = source.origin(inner.src)
+            number = getattr(inner.node, "lineno", 0)
+            if found is not None and number in found.lines:
+                file, line = found.file, found.lines[number]
+        inner = inner.__cause__
+    return (
+        f"the rule {rule.__name__} cannot be compiled for GPUs ({file}, line {line}): {reason.splitlines()[0]}\n"
+        "A rule may use arithmetic, comparisons, the functions of descend.ops imported by name, and helpers made of "
+        "these. It runs with backend='foreach' or backend='eager'."
+    )
