@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from functools import cache, partial
 from pathlib import Path
 from types import FunctionType
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
@@ -26,6 +26,8 @@ from descend.backends.triton.tuning import BLOCK, WARPS
 _NAMES = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32", torch.float64: "fp64"}
 _TYPES = {name: tl.dtype(name) for name in _NAMES.values()}
 
+Argument: TypeAlias = Tensor | int | tuple[Tensor | int, ...]
+
 
 class Kernel:
     """A kernel for any device.
@@ -35,15 +37,24 @@ class Kernel:
         pointers: for each pointer it takes, the dtype behind it; for each number, its dtype.
         constants: values that are compiled in, by the names of its last arguments.
         warps: how many warps run a program.
+        unaligned: names of pointers that may begin anywhere; the others at multiples of sixteen bytes.
     """
 
-    def __init__(self, function: Any, pointers: Mapping[str, str], constants: Mapping[str, Any], warps: int) -> None:
+    def __init__(
+        self,
+        function: Any,
+        pointers: Mapping[str, str | tuple[str, ...]],
+        constants: Mapping[str, Any],
+        warps: int = WARPS,
+        unaligned: Collection[str] = (),
+    ) -> None:
         self._function, self._constants, self._warps = function, constants, warps
         self._signature = {**pointers, **dict.fromkeys(constants, "constexpr")}
-        # Tables and results are whole allocations; so loads of them may be wide.
-        self._attributes = {
-            (position,): [["tt.divisibility", 16]] for position, kind in enumerate(pointers.values()) if kind[0] == "*"
-        }
+        self._attributes: dict[tuple[int, ...], list[list[Any]]] = {}
+        for position, (name, kinds) in enumerate(pointers.items()):
+            for path, kind in (((), kinds),) if isinstance(kinds, str) else (((i,), k) for i, k in enumerate(kinds)):
+                if kind[0] == "*" and name not in unaligned:  # so that loads may be wide
+                    self._attributes[position, *path] = [["tt.divisibility", 16]]
         self._compiled: dict[int, Any] = {}
 
     def compile_for(self, target: GPUTarget) -> Any:
@@ -59,7 +70,7 @@ class Kernel:
             with torch.cuda.device(device):
                 self._compiled[device.index] = self.compile_for(triton.runtime.driver.active.get_current_target())
 
-    def bind(self, programs: int, device: torch.device, *arguments: Tensor | int) -> Callable[[], None]:
+    def bind(self, programs: int, device: torch.device, *arguments: Argument) -> Callable[[], None]:
         """A function that launches it on the current stream of ``device``, which must be the current device.
 
         It is given what Triton's launcher wants, so that nothing is looked up when it is called. Whoever calls it keeps
@@ -69,12 +80,18 @@ class Kernel:
             return partial(self._interpret, programs, arguments)
         self.compile(device)
         launcher = self._compiled[device.index][programs, 1, 1]
-        addresses = [x.data_ptr() if isinstance(x, Tensor) else x for x in arguments]
+        addresses = map(_address, arguments)
         return partial(launcher, *addresses, *self._constants.values())
 
-    def _interpret(self, programs: int, arguments: tuple[Tensor | int, ...]) -> None:
+    def _interpret(self, programs: int, arguments: tuple[Argument, ...]) -> None:
         with np.errstate(all="ignore"):
             self._function[programs,](*arguments, *self._constants.values())
+
+
+def _address(argument: Argument) -> Any:
+    if isinstance(argument, tuple):
+        return tuple(map(_address, argument))
+    return argument.data_ptr() if isinstance(argument, Tensor) else argument
 
 
 def interprets() -> bool:
@@ -131,6 +148,11 @@ def compute_dtype(dtypes: tuple[torch.dtype, ...]) -> torch.dtype:
 def triton_type(dtype: torch.dtype) -> Any:
     """Triton's name of a dtype."""
     return _TYPES[_NAMES[dtype]]
+
+
+def pointer_to(dtype: torch.dtype) -> str:
+    """Triton's name of a pointer to a dtype."""
+    return f"*{_NAMES[dtype]}"
 
 
 @contextmanager

@@ -1,0 +1,248 @@
+"""Kernels of ``rows_kernel``, made once for each rule, dtypes and length of a row."""
+
+from __future__ import annotations
+
+from functools import cache
+from types import FunctionType
+from typing import Any, NamedTuple
+
+import torch
+import triton
+
+from descend.backends.backend import Declined
+from descend.backends.retarget import retarget
+from descend.backends.triton import library, rows_kernel, source
+from descend.backends.triton.library import Kernel, compute_dtype, inlined, pointer_to, triton_type
+
+ENTRIES = 1024  # that a program of a kernel with one number a row takes
+GROUP = 32  # tiles whose sums are added at a time
+
+_KEYS = {torch.int32: "*i32", torch.int64: "*i64"}
+
+
+class Blocks(NamedTuple):
+    """How programs share rows of ``length`` numbers: tiles of ``tile`` rows, ``count`` blocks of columns."""
+
+    length: int
+    tile: int
+    columns: int
+
+    @classmethod
+    def of(cls, length: int) -> Blocks:
+        """About 2,000 numbers a program: 16 a thread, of each tensor, are under way. Long runs want short tiles."""
+        columns = min(triton.next_power_of_2(max(length, 1)), 128)
+        return cls(length, min(max(2048 // columns, 16), 128), columns)
+
+    @property
+    def count(self) -> int:
+        """Blocks of columns."""
+        return -(-self.length // self.columns)
+
+    def programs(self, rows: int) -> int:
+        """How many programs take so many rows."""
+        return -(-rows // self.tile) * self.count
+
+    def numbers(self, rows: int) -> int:
+        """At least as many as the tiles of so many rows have columns."""
+        return self.programs(rows) * self.columns
+
+    def constants(self) -> dict[str, Any]:
+        """What kernels need to know of it."""
+        return {"LENGTH": self.length, "BLOCKS": self.count, "TILE": self.tile, "COLUMNS": self.columns}
+
+
+class Gradient(NamedTuple):
+    """What decides how the entries of a gradient are read.
+
+    Attributes:
+        keys: dtype of the sorted keys.
+        values: dtype of the values.
+        compute: dtype of their sums.
+        is_aligned: whether the values begin at a multiple of sixteen bytes.
+        blocks: see ``Blocks``.
+    """
+
+    keys: torch.dtype
+    values: torch.dtype
+    compute: torch.dtype
+    is_aligned: bool
+    blocks: Blocks
+
+    def arguments(self) -> dict[str, str]:
+        """What kernels take last."""
+        return {
+            "keys": _KEYS[self.keys],
+            "order": "*i64",
+            "values": pointer_to(self.values),
+            "carries": pointer_to(self.compute),
+            "count": "i64",
+        }
+
+    def unaligned(self) -> tuple[str, ...]:
+        """Pointers that may begin anywhere."""
+        return () if self.is_aligned else ("values",)
+
+
+@cache
+def keys(dimensions: int, dtype: torch.dtype, interpreted: bool) -> Kernel:
+    """The kernel that makes keys, see ``rows_kernel.keys``."""
+    pointers = {"indices": "*i64", "keys": _KEYS[dtype], "sizes": ("i64",) * dimensions, "count": "i64"}
+    constants = {"DIMENSIONS": dimensions, "BLOCK": ENTRIES}
+    return Kernel(_made("keys", interpreted), pointers, constants, unaligned=("indices",))
+
+
+@cache
+def carry(gradient: Gradient, interpreted: bool) -> Kernel:
+    """The kernel that sums what runs have in later tiles, see ``rows_kernel.carry``."""
+    arguments, constants = gradient.arguments(), gradient.blocks.constants()
+    return Kernel(_made("carry", interpreted), arguments, constants, unaligned=gradient.unaligned())
+
+
+@cache
+def sums(gradient: Gradient, by_key: bool, interpreted: bool) -> Kernel:
+    """The kernel that stores summed gradients, see ``rows_kernel.sums``."""
+    pointers = {"sums": pointer_to(gradient.values), **gradient.arguments()}
+    constants = {**gradient.blocks.constants(), "GROUP": GROUP, "BY_KEY": by_key}
+    return Kernel(_made("sums", interpreted), pointers, constants, unaligned=gradient.unaligned())
+
+
+@cache
+def squares(gradient: Gradient, interpreted: bool) -> Kernel:
+    """The kernel that sums squares of summed gradients, see ``rows_kernel.squares``."""
+    pointers = {"squares": "*fp64", **gradient.arguments()}
+    constants = {**gradient.blocks.constants(), "GROUP": GROUP}
+    return Kernel(_made("squares", interpreted), pointers, constants, unaligned=gradient.unaligned())
+
+
+def update(
+    rule: FunctionType, scalars: int, dtypes: tuple[torch.dtype, ...], gradient: Gradient, are_aligned: bool, marks: bool
+) -> Kernel:
+    """The kernel that applies a rule to rows, see ``rows_kernel.update``.
+
+    Args:
+        rule: the function to apply.
+        scalars: how many scalars it takes.
+        dtypes: of the parameter, the gradient and the state.
+        gradient: how it is read.
+        are_aligned: whether parameter and state begin at multiples of sixteen bytes.
+        marks: whether rows are marked.
+    Raises:
+        Declined: if the rule cannot be made a kernel.
+    """
+    return _declining(_update, rule, scalars, dtypes, gradient, are_aligned, marks)
+
+
+@cache
+def _update(
+    rule: FunctionType,
+    scalars: int,
+    dtypes: tuple[torch.dtype, ...],
+    gradient: Gradient,
+    are_aligned: bool,
+    marks: bool,
+    interpreted: bool,
+) -> Kernel:
+    param, _, *state = dtypes
+    pointers = {
+        "tensors": tuple(map(pointer_to, (param, *state))),
+        "scalars": pointer_to(gradient.compute),
+        "decision": "*fp64",
+        "mark": "*i32",
+        "step": "i32",
+        **gradient.arguments(),
+    }
+    constants = {
+        "RULE": inlined(rule, gradient.compute),
+        "SCALARS": scalars,
+        **gradient.blocks.constants(),
+        "GROUP": GROUP,
+        "MARKS": marks,
+    }
+    unaligned = gradient.unaligned() if are_aligned else (*gradient.unaligned(), "tensors")
+    return Kernel(_made("update", interpreted), pointers, constants, unaligned=unaligned)
+
+
+@cache
+def find(named: bool, interpreted: bool) -> Kernel:
+    """The kernel that finds stale rows, see ``rows_kernel.find``."""
+    pointers = {"which": "*i64", "steps": "*i32", "found": "*i32", "seen": "*i8"}
+    numbers = {"count": "i64", "first": "i64", "total": "i64", "now": "i32", "start": "i32"}
+    constants = {"NAMED": named, "BLOCK": ENTRIES}
+    return Kernel(_made("find", interpreted), {**pointers, **numbers}, constants, unaligned=("steps",))
+
+
+@cache
+def mark(named: bool, interpreted: bool) -> Kernel:
+    """The kernel that marks rows as current, see ``rows_kernel.mark``."""
+    pointers = {"which": "*i64", "found": "*i32", "steps": "*i32", "count": "i64", "first": "i64", "now": "i32"}
+    constants = {"NAMED": named, "BLOCK": ENTRIES}
+    return Kernel(_made("mark", interpreted), pointers, constants, unaligned=("steps",))
+
+
+def catch_up(
+    rule: FunctionType,
+    scalars: int,
+    dtypes: tuple[torch.dtype, ...],
+    blocks: Blocks,
+    are_aligned: bool,
+    named: bool,
+    have_state: bool,
+    rounds: int,
+) -> Kernel:
+    """The kernel that brings rows up to date, see ``rows_kernel.catch_up``.
+
+    Raises:
+        Declined: if the rule cannot be made a kernel.
+    """
+    return _declining(_catch_up, rule, scalars, dtypes, blocks, are_aligned, named, have_state, rounds)
+
+
+@cache
+def _catch_up(
+    rule: FunctionType,
+    scalars: int,
+    dtypes: tuple[torch.dtype, ...],
+    blocks: Blocks,
+    are_aligned: bool,
+    named: bool,
+    have_state: bool,
+    rounds: int,
+    interpreted: bool,
+) -> Kernel:
+    compute = compute_dtype(dtypes)
+    pointers = {
+        "which": "*i64",
+        "found": "*i32",
+        "places": "*i64",
+        "tensors": tuple(map(pointer_to, dtypes if have_state else dtypes[:1])),
+        "scalars": pointer_to(compute),
+        "count": "i64",
+        "first": "i64",
+        "steps": "i64",
+    }
+    constants = {
+        "RULE": inlined(rule, compute),
+        "SCALARS": scalars,
+        "ROUNDS": rounds,
+        "COMPUTE": triton_type(compute),
+        "NAMED": named,
+        "HAVE_STATE": have_state,
+        **blocks.constants(),
+    }
+    return Kernel(
+        _made("catch_up", interpreted), pointers, constants, unaligned=() if are_aligned else ("tensors",)
+    )  # fmt: skip
+
+
+@cache
+def _made(name: str, interpreted: bool) -> Any:
+    return retarget(getattr(rows_kernel, name), {}, source.jitted)
+
+
+def _declining(make: Any, rule: FunctionType, *arguments: Any) -> Kernel:
+    """``make(rule, ...)``, or ``Declined`` for what is wrong with the rule."""
+    try:
+        kernel: Kernel = make(rule, *arguments, library.interprets())
+    except (ValueError, RecursionError, SyntaxError) as error:
+        raise Declined(library.explain(rule, error)) from error
+    return kernel
