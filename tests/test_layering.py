@@ -25,7 +25,7 @@ ARROWS = {
     "step": {"backends", "core", "distributed", "norms", "sparse", "state"},
     "checkpoint": {"core", "distributed", "sparse", "state"},
     "diagnostics": {"core", "distributed", "reporting"},
-    "first_order": {"checkpoint", "core", "diagnostics", "distributed", "rules", "sparse", "state", "step"},
+    "first_order": {"checkpoint", "core", "diagnostics", "distributed", "ops", "rules", "sparse", "state", "step"},
     "second_order": {"checkpoint", "core", "distributed"},
     "public": {"backends", "checkpoint", "core", "diagnostics", "first_order", "norms", "second_order"},
     "__init__": {"public"},

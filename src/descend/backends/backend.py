@@ -66,6 +66,13 @@ class ScalarState(Protocol):
         """Whether nobody else has written any of them, as far as the host can tell without waiting for a device."""
 
 
+class DeviceScalarState(ScalarState, Protocol):
+    """The same on a device."""
+
+    def write(self, values: Sequence[Sequence[Any]], decision: Decision | None) -> None:
+        """Set each parameter's to the numbers, or 0-dim tensors, of its row, unless the step is left out."""
+
+
 class Rows(Protocol):
     """One rule on the rows that a sparse gradient touches, or on all rows with zeros for the others."""
 
@@ -206,7 +213,10 @@ class Decisions(Protocol):
             scale, max_norm, skips_nonfinite: see ``core.decision.judge``.
         """
 
-    def scalar_state(self, tensors: Sequence[Sequence[Tensor]], rows: Sequence[int] | np.ndarray) -> ScalarState:
+    def takes(self, device: torch.device) -> bool:
+        """Whether steps on this device are decided there: not on a CPU, where the host need not wait."""
+
+    def scalar_state(self, tensors: Sequence[Sequence[Tensor]], rows: Sequence[int] | np.ndarray) -> DeviceScalarState:
         """Keep 0-dim tensors on a device together.
 
         Args:
@@ -269,11 +279,11 @@ class Backend(Protocol):
         each launch's ``measured`` tells afterwards what the step was like. A decision may leave all of it out.
         """
 
-    def rows(self, rule: Rule, scalars: int, dtypes: Dtypes, all_rows: bool) -> Rows:
-        """Prepare to apply ``rule`` to rows. Compiles nothing."""
+    def rows(self, rule: Rule, scalars: int, dtypes: Dtypes, all_rows: bool, param: Tensor) -> Rows:
+        """Prepare to apply ``rule`` to rows of ``param``. Compiles nothing."""
 
-    def catch_up(self, with_state: Rule, without_state: Rule, scalars: int, dtypes: Dtypes) -> CatchUp:
-        """Prepare to catch up with two rules; ``dtypes`` of the parameter and the state. Compiles nothing."""
+    def catch_up(self, with_state: Rule, without_state: Rule, scalars: int, dtypes: Dtypes, param: Tensor) -> CatchUp:
+        """Prepare to catch up with two rules; ``dtypes`` of ``param`` and the state. Compiles nothing."""
 
     def sum_of_squares(self, tensors: Sequence[Tensor]) -> float | Tensor:
         """Of tensors that ``why_not`` accepts, all on one device, in float64; its bits do not depend on threads.

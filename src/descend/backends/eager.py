@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from descend.backends.backend import Decisions
-from descend.core.decision import Decision, judge
+from descend.core.decision import SKIPPED, Decision, judge
 from descend.core.measures import COLUMNS, moments
 from descend.core.memory import as_real
 
@@ -101,6 +101,9 @@ def run_rows(
 class EagerDecisions:
     """See ``backend.Decisions``."""
 
+    def takes(self, device: torch.device) -> bool:
+        return device.type != "cpu"
+
     def judge(
         self,
         values: Tensor,
@@ -111,17 +114,13 @@ class EagerDecisions:
         max_norm: float,
         skips_nonfinite: bool,
     ) -> None:
-        given = [x if x is None else x.to(values.dtype).reshape(()) for x in (grad_scale, found_inf)]
         loss_scale, overflow = (
-            values.new_full((), start) if x is None else x for x, start in zip(given, (1.0, 0.0), strict=True)
+            values.new_full((), start) if x is None else x.to(values.dtype).reshape(())
+            for x, start in ((grad_scale, 1.0), (found_inf, 0.0))
         )
-        values.copy_(
-            torch.stack(
-                judge(
-                    total, loss_scale, overflow, values[3], scale, values.new_full((), max_norm), float(skips_nonfinite)
-                )
-            )
-        )
+        limit = values.new_full((), max_norm)
+        numbers = judge(total, loss_scale, overflow, values[SKIPPED], scale, limit, float(skips_nonfinite))
+        values.copy_(torch.stack(numbers))
 
     def scalar_state(self, tensors: Sequence[Sequence[Tensor]], rows: Sequence[int] | np.ndarray) -> DeviceScalarState:
         return DeviceScalarState(tensors, rows)
@@ -178,7 +177,12 @@ class EagerBackend:
         return run
 
     def rows(
-        self, rule: Callable[..., Any], scalars: int, dtypes: tuple[torch.dtype, ...], all_rows: bool
+        self,
+        rule: Callable[..., Any],
+        scalars: int,
+        dtypes: tuple[torch.dtype, ...],
+        all_rows: bool,
+        param: Tensor,
     ) -> EagerRows:
         return EagerRows(rule, all_rows)
 
@@ -188,6 +192,7 @@ class EagerBackend:
         without_state: Callable[..., Any],
         scalars: int,
         dtypes: tuple[torch.dtype, ...],
+        param: Tensor,
     ) -> EagerCatchUp:
         return EagerCatchUp(with_state, without_state)
 

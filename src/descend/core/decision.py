@@ -11,15 +11,15 @@ from torch import Tensor
 
 from descend.ops import minimum, sqrt, where
 
-WORDS = 4  # of ``Decision.values``
+FACTOR, TAKE, NORM, SKIPPED = range(4)  # places in ``Decision.values``
 
 
 class Decision(NamedTuple):
-    """Numbers on one device, float64 (float32 where the device has nothing wider), of shape ``(WORDS,)``.
+    """Numbers on one device, float64 (float32 where the device has nothing wider), of shape (4,).
 
     Attributes:
         values: what gradients are multiplied by, beside what the host knows; 1 to take the step, 0 to leave it out; the
-            norm of the gradients before clipping, unscaled; how many steps have been left out.
+            norm of the gradients before clipping, unscaled; how many steps have been left out because of it.
         may_skip: whether the second number can be 0.
     """
 
@@ -29,12 +29,12 @@ class Decision(NamedTuple):
     @property
     def factor(self) -> Tensor:
         """What gradients are multiplied by, shape ()."""
-        return self.values[0]
+        return self.values[FACTOR]
 
     @property
     def take(self) -> Tensor:
         """1 to take the step, 0 to leave it out, shape ()."""
-        return self.values[1]
+        return self.values[TAKE]
 
 
 def judge(
@@ -46,7 +46,7 @@ def judge(
         total: sum of the squares of the gradients, as they are stored; 0 if nothing needs it.
         grad_scale: what the loss was multiplied by, as the device knows it.
         found_inf: not 0 if a ``GradScaler`` has found that the step must be left out.
-        skipped: how many steps have been left out before.
+        skipped: how many steps have been left out before because their norm was not finite.
         scale: what stored gradients are multiplied by, as the host knows it.
         max_norm: see ``StepOptions``; 0 for no clipping.
         skips_nonfinite: 1 if a NaN or Inf in a gradient leaves the step out, else 0.
@@ -55,5 +55,5 @@ def judge(
     clipped = minimum(max_norm / (norm + 1e-6), 1.0)  # NaN for a NaN norm, as in torch
     factor = where(max_norm > 0, clipped, 1.0) / grad_scale
     is_bad = where(norm - norm == 0, 0.0, skips_nonfinite)
-    take = where(found_inf == 0, 1.0 - is_bad, 0.0)
-    return factor, take, norm, skipped + 1.0 - take
+    has_passed = where(found_inf == 0, 1.0, 0.0)
+    return factor, has_passed * (1.0 - is_bad), norm, skipped + has_passed * is_bad

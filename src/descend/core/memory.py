@@ -11,15 +11,39 @@ from torch import Tensor
 PLAIN = (Tensor, torch.nn.Parameter)  # subclasses may mean anything
 
 
+def has_address(tensor: Tensor) -> bool:
+    """Whether its elements have addresses, which no tensor on another device shares."""
+    return type(tensor) in PLAIN and (tensor.is_cpu or tensor.is_cuda)
+
+
+def is_on_device(value: object) -> bool:
+    """Whether it is a tensor that the host would have to wait for."""
+    return isinstance(value, Tensor) and value.device.type != "cpu"
+
+
 def span(tensor: Tensor) -> tuple[int, int] | None:
-    """First and last address (exclusive) of a CPU tensor's memory; None if it has none to compare."""
-    if type(tensor) not in PLAIN or not tensor.is_cpu or tensor.layout is not torch.strided or not tensor.numel():
+    """First and last address (exclusive) of a tensor's memory; None if it has none to compare.
+
+    Of other devices than CPUs and GPUs of CUDA and ROCm, the tensors in one storage count as the same memory.
+    """
+    if type(tensor) not in PLAIN or tensor.layout is not torch.strided or not tensor.numel():
         return None
+    if not has_address(tensor):
+        start = 0 if tensor.is_meta else _storage_address(tensor)
+        return (start, start + 1) if start else None
     start = tensor.data_ptr()
     if tensor.is_contiguous():
         return start, start + tensor.nbytes
     last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
     return start, start + (last + 1) * tensor.itemsize
+
+
+def _storage_address(tensor: Tensor) -> int:
+    """Something that tells the storages of a device apart; 0 if there is nothing."""
+    try:
+        return tensor.untyped_storage().data_ptr()
+    except (NotImplementedError, RuntimeError):  # a device whose tensors have no storage
+        return 0
 
 
 def overlapping(spans: Sequence[tuple[int, int, bool, int]]) -> set[int]:
@@ -35,9 +59,9 @@ def overlapping(spans: Sequence[tuple[int, int, bool, int]]) -> set[int]:
 
 
 def is_freed(tensor: Tensor) -> bool:
-    """Whether the storage of a CPU tensor has been freed or shrunk below what its shape needs."""
+    """Whether the storage of a tensor has been freed or shrunk below what its shape needs."""
     addresses = span(tensor)
-    if addresses is None:
+    if addresses is None or not has_address(tensor):
         return False
     storage = tensor.untyped_storage()
     return addresses[0] == 0 or addresses[1] > storage.data_ptr() + storage.nbytes()

@@ -14,6 +14,7 @@ from torch.optim import Optimizer
 from torch.utils._foreach_utils import _get_fused_kernels_supported_devices
 
 from descend.core.checks import check_kinds, check_lr
+from descend.core.decision import SKIPPED
 from descend.core.measures import Observer
 from descend.core.options import BACKENDS, DOCUMENTATION, Amp, BackendName, Nonfinite, Sparse, StatePages, StepOptions
 from descend.core.signature import signature
@@ -61,6 +62,8 @@ class Method(Optimizer):
         agreed_meshes: device meshes whose ranks have been found to have the same optimizer.
         state_meshes: the device mesh of each ``shard_state`` that has been used.
         observer: is told of each step; copies and pickles leave it out.
+        decisions: numbers of the ``Decision`` of each place where one is taken: a device, and a parameter if it steps
+            by itself. Copies and pickles leave them out.
     """
 
     rule: ClassVar[Callable[..., Any]]
@@ -75,11 +78,12 @@ class Method(Optimizer):
     capturable_needs: ClassVar[str] = "params and state_steps"  # on a device, in torch's words
 
     options: StepOptions
-    grad_norm: float | None
-    skipped_steps: int
     agreed_meshes: set[Any]
     state_meshes: dict[Any, Any]
     observer: Observer | None = None
+    decisions: dict[Any, Tensor]
+    _grad_norm: float | Tensor | None
+    _skipped_steps: int
 
     # The fields of ``options``, for type checkers.
     max_norm: float | None
@@ -90,6 +94,32 @@ class Method(Optimizer):
     amp: Amp | None
     state_pages: StatePages
     shard_state: Any
+
+    @property
+    def grad_norm(self) -> float | None:
+        """Norm of the last step's gradients before clipping; reading it waits for the device that knows it."""
+        if isinstance(self._grad_norm, Tensor):
+            self._grad_norm = float(self._grad_norm)
+        return self._grad_norm
+
+    @grad_norm.setter
+    def grad_norm(self, norm: float | None) -> None:
+        self._grad_norm = norm
+
+    def note_grad_norm(self, norm: float | Tensor | None) -> None:
+        """Set ``grad_norm``; a tensor of shape () is read when somebody asks for it."""
+        self._grad_norm = norm
+
+    @property
+    def skipped_steps(self) -> int:
+        """Steps left out by ``nonfinite="skip"``; reading it waits for the devices that know it."""
+        return self._skipped_steps + sum(int(values[SKIPPED]) for values in self.decisions.values())
+
+    @skipped_steps.setter
+    def skipped_steps(self, count: int) -> None:
+        self._skipped_steps = count
+        for values in self.decisions.values():
+            values[SKIPPED] = 0
 
     @abstractmethod
     def observe(self, observer: Observer | None) -> None:
@@ -129,6 +159,10 @@ class Method(Optimizer):
 
     def end_step(self) -> None:
         """Called at the end of each step that was not skipped."""
+
+    def may_decide_on_device(self, group: Mapping[str, Any]) -> bool:
+        """Whether a step of ``group`` may be left out without the host knowing: the host counts nothing then."""
+        return not self.step_is_int and type(self).end_step is Method.end_step
 
     def check_options(self, options: Mapping[str, Any]) -> None:
         """Raise ``ValueError`` if a group's options are out of range."""

@@ -7,8 +7,10 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
+import torch
 from torch import Tensor
 
+from descend.core.decision import Decision
 from descend.core.measures import Sample
 from descend.core.method import Method
 
@@ -41,12 +43,27 @@ class Update(ABC):
     first, ``make_state``; then ``run``, and ``release`` in any case. Nothing before ``run`` moves a parameter.
 
     Attributes:
-        params: the plain tensors it updates.
+        params: the plain tensors it updates, all on one device.
         share: which ranks hold the rest of them; None for parameters that are not sharded.
+        decisions: the ``backends.backend.Decisions`` of the backend that runs it; None if it reads none.
+        decision: what the device decides about each step; None where the host does. The plan sets it.
+        counts_on_device: whether the step counts are on the device, and the host does not know them. The plan sets it.
     """
 
     params: Sequence[Tensor]
     share: Any = None
+    decisions: Any = None
+    decision: Decision | None = None
+    counts_on_device: bool = False
+
+    @property
+    def device(self) -> torch.device:
+        """Of the parameters."""
+        return self.params[0].device
+
+    def may_count_on_device(self, method: Method) -> bool:
+        """Whether the host need not know how many steps have been taken."""
+        return False
 
     @property
     def is_atomic(self) -> bool:
@@ -65,8 +82,8 @@ class Update(ABC):
         """Check what the gradients hold. May raise ``IndexError`` and ``RuntimeError``."""
 
     @abstractmethod
-    def sum_of_squares(self) -> float:
-        """Of the gradients, in float64; may overflow to Inf."""
+    def sum_of_squares(self) -> float | Tensor:
+        """Of the gradients, in float64; may overflow to Inf. On a device: shape (), valid until it is called again."""
 
     @abstractmethod
     def set_scalars(self, method: Method, scale: float) -> None:
@@ -110,6 +127,11 @@ class Update(ABC):
 def signed(scale: float, group: Mapping[str, Any]) -> float:
     """What the gradients of a group are multiplied by, ``maximize`` included."""
     return -scale if group.get("maximize") else scale
+
+
+def wide(tensor: Tensor) -> Tensor:
+    """In the widest real dtype of its device."""
+    return tensor.to(torch.float32 if tensor.device.type == "mps" else torch.float64)  # Apple's GPUs have no float64
 
 
 def number(value: Any) -> Any:

@@ -13,6 +13,7 @@ from descend.core.checks import check_adam, check_not_negative
 from descend.core.groups import ParamsT
 from descend.core.options import Options
 from descend.first_order.optimizer import FirstOrder
+from descend.ops import where
 
 
 class Adamax(FirstOrder):
@@ -238,9 +239,9 @@ class RAdam(FirstOrder):
         most = 2 / (1 - beta2) - 1
         length = most - 2 * step * beta2**step / bias2  # of a simple average with the variance of exp_avg_sq
         rectification = 0.0
-        if length > 5:
+        if most > 5:
             r_squared = (length - 4) * (length - 2) * most / ((most - 4) * (most - 2) * length)
-            rectification = (r_squared * bias2) ** 0.5
+            rectification = where(length > 5, r_squared * bias2, 0.0) ** 0.5
         return group["lr"], 1 - beta1, 1 - beta2, group["eps"], _decay(group), bias1, rectification
 
     def check_options(self, options: Mapping[str, Any]) -> None:

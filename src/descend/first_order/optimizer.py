@@ -33,6 +33,7 @@ from descend.step.driver import Driver, WholeStep
 from descend.step.in_backward import Clip, InBackward
 from descend.step.plan import Placement, Plan
 from descend.step.scaling import forget_scale, refuse_closure
+from descend.step.take import compiled
 
 
 class FirstOrder(Method):
@@ -60,8 +61,7 @@ class FirstOrder(Method):
         groups = options.pop("groups", None)
         self.options = StepOptions(**options)  # type: ignore[misc] # groups were popped
         self.check_step_options()
-        self.skipped_steps = 0
-        self.grad_norm = None
+        self.decisions, self._grad_norm, self._skipped_steps = {}, None, 0
         self.agreed_meshes, self.state_meshes = set(), {}
         self._tables = Tables()
         self._use(WholeStep(self._tables))
@@ -331,7 +331,12 @@ class FirstOrder(Method):
         if "_tables" in self.__dict__:
             self.settle()  # first: the steps that rows have missed are on record only in the state about to be replaced
         options = {key: state[key] for key in StepOptions.__dataclass_fields__ if key in state}
-        set_state(self, {key: value for key, value in state.items() if key not in options})
+        counts = {key: state[key] for key in ("grad_norm", "skipped_steps") if key in state}
+        if "decisions" not in self.__dict__:
+            self.decisions, self._grad_norm, self._skipped_steps = {}, None, 0
+        set_state(self, {key: value for key, value in state.items() if key not in {*options, *counts}})
+        for name, value in counts.items():
+            setattr(self, name, value)
         self.options = replace(self.__dict__.get("options", StepOptions()), **options)
         if "_tables" not in self.__dict__:
             self.agreed_meshes, self.state_meshes = set(), {}
@@ -395,7 +400,6 @@ def warmup(optimizer: FirstOrder) -> None:
         >>> optimizer = AdamW([torch.zeros(3, requires_grad=True)])
         >>> warmup(optimizer)
     """
-    plan = Plan(optimizer, optimizer._tables, only_with_grad=False)
-    plan.compile()
+    plan = compiled(Plan(optimizer, optimizer._tables, only_with_grad=False), optimizer, optimizer._tables)
     if optimizer.options.sparse is not None:
         plan.compile_rows(optimizer)

@@ -13,6 +13,7 @@ from descend.core.checks import check_flags, check_lr, check_not_negative
 from descend.core.groups import ParamsT
 from descend.core.options import Options
 from descend.first_order.optimizer import FirstOrder
+from descend.ops import where
 
 
 class SGD(FirstOrder):
@@ -95,6 +96,10 @@ class SGD(FirstOrder):
         decay, gain = (0.0, 1.0) if step == 1 else (momentum, 1 - group["dampening"])
         return (lr, weight_decay, decay, gain, momentum) if group["nesterov"] else (lr, weight_decay, decay, gain)
 
+    def may_decide_on_device(self, group: Mapping[str, Any]) -> bool:
+        # Undamped or not: the host must know whether a step was the first.
+        return super().may_decide_on_device(group) and (group["momentum"] == 0 or group["dampening"] == 0)
+
     def check_options(self, options: Mapping[str, Any]) -> None:
         check_lr(self, options)
         check_not_negative(self, options, "momentum", "weight_decay")
@@ -176,7 +181,8 @@ class ASGD(FirstOrder):
     ) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
         eta, mu = (scalar.double() for scalar in scalar_state)
         lr, lambd = group["lr"], group["lambd"]
-        eta_next, mu_next = lr / (1 + lambd * lr * step) ** group["alpha"], 1 / max(1, step - group["t0"])
+        averaged = step - group["t0"]
+        eta_next, mu_next = lr / (1 + lambd * lr * step) ** group["alpha"], 1 / where(averaged > 1, averaged, 1.0)
         return (eta, lambd, group["weight_decay"], mu), (eta_next, mu_next)
 
     def initial_state(self, name: str, param: torch.Tensor, group: Mapping[str, Any]) -> Any:

@@ -208,6 +208,8 @@ def norm(tensors: Sequence[Tensor], norm_type: float) -> Tensor | float:
         return norm_of_parts(parts, norm_type, Ranks(parts))
     if norm_type == 2 and (backend := _compiled_for(tensors)) is not None:
         total = backend.sum_of_squares(tensors)
+        if isinstance(total, Tensor):  # on a device: nothing waits for it
+            return total.sqrt()
         if math.isfinite(total):
             return math.sqrt(total)
     largest = _combined([_largest(tensor) for tensor in tensors]).max()
@@ -247,12 +249,15 @@ def norm_of_parts(parts: Mapping[Share | None, Sequence[Tensor]], norm_type: flo
 def _sum_of_squares(tensors: Sequence[Tensor]) -> float:
     backend = _compiled_for(tensors)
     if backend is not None:
-        return backend.sum_of_squares(tensors)
+        return float(backend.sum_of_squares(tensors))
     return math.fsum(_power_sum(tensor, 2.0, torch.ones(())).item() for tensor in tensors)
 
 
 def _compiled_for(tensors: Sequence[Tensor]) -> Backend | None:
-    """A backend that can sum the squares of all of these."""
+    """A compiled backend that can sum the squares of all of these, which do not overflow on a device."""
+    devices = {tensor.device for tensor in tensors}
+    if len(devices) > 1 or (not tensors[0].is_cpu and any(tensor.dtype == torch.float64 for tensor in tensors)):
+        return None
     for backend in available("auto"):
         if all(backend.why_not(None, tensor, None, ()) is None for tensor in tensors):
             return backend

@@ -324,7 +324,8 @@ class Table:
         if self._catch_up is None or self._catch_up[0] != (backend, dtypes):
             assert method.catch_up_rules is not None
             with_state, without_state = method.catch_up_rules
-            catch_up = backend.catch_up(with_state, without_state, len(signature(with_state).scalars), dtypes)
+            scalars = len(signature(with_state).scalars)
+            catch_up = backend.catch_up(with_state, without_state, scalars, dtypes, self.param)
             catch_up.compile()
             self._catch_up = (backend, dtypes), catch_up
         return self._catch_up[1]

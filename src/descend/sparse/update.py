@@ -16,11 +16,12 @@ from descend.core import memory
 from descend.core.measures import Sample, correction
 from descend.core.method import Method
 from descend.core.signature import signature
-from descend.core.update import Update, number, signed
+from descend.core.update import Update, number, signed, wide
 from descend.distributed.dtensors import local_of
 from descend.distributed.ranks import Share
 from descend.sparse.table import ROW_STEP, Table
 from descend.state import lazy_memory
+from descend.state.container import CPU
 from descend.state.make import ensure_state, scalar_tensors, state_dtypes, step_count
 
 
@@ -55,16 +56,18 @@ class SparseUpdate(Update):
         self.params, self.share = [local], share
         self._param, self._local, self._group, self._rule = param, local, group, rule
         self._meaning, self._table, self._backend = meaning, table, backend
+        self.decisions = backend.decisions
         if table is not None:
             table.check_whole(method, local)
         assert local.grad is not None
         self._dtype = torch.promote_types(local.grad.dtype, torch.float32)  # sums need the digits
         state = method.state_of(param)
         dtypes = (param.dtype, self._dtype, *state_dtypes(method, param, rule, state))
-        self._rows = backend.rows(rule, len(signature(rule).scalars), dtypes, meaning == "all")
-        self._scale = self._step = 1.0
-        self._scalars: list[float] = []
-        self._next_state: list[float] = []
+        self._rows = backend.rows(rule, len(signature(rule).scalars), dtypes, meaning == "all", local)
+        self._scale = 1.0
+        self._step: Any = 1.0
+        self._scalars: list[float | Tensor] = []
+        self._next_state: list[Any] = []
         self._is_one_row = False
         self._n_rows = 0
         self._state: dict[str, Any] = state
@@ -113,26 +116,45 @@ class SparseUpdate(Update):
                 "module, or call optimizer.attach(model, replicated=True). Nothing has moved."
             )
 
-    def sum_of_squares(self) -> float:
+    def sum_of_squares(self) -> float | Tensor:
         return self._rows.sum_of_squares()
+
+    def may_count_on_device(self, method: Method) -> bool:
+        # The schedule of a table in exact mode is the host's.
+        return self._table is None and method.may_decide_on_device(method.param_groups[self._group])
 
     def set_scalars(self, method: Method, scale: float) -> None:
         self._scale = scale
         group, state = method.param_groups[self._group], method.state_of(self._param)
-        scalar_state = scalar_tensors(method, method.scalar_state, self._param, group, state)
-        self._step = step_count(method, self._rule, state) + 1
+        place = self.device if self.counts_on_device else CPU
+        scalar_state = scalar_tensors(method, method.scalar_state, self._param, group, state, place)
+        if self.counts_on_device and method.counts_steps and isinstance(state.get("step"), Tensor):
+            self._step = wide(state["step"]).to(place) + 1
+        else:
+            self._step = step_count(method, self._rule, state) + 1
         scalars, next_state = method.scalars_and_state(group, self._step, scalar_state)
-        self._scalars = [float(number(value)) for value in scalars]
-        self._next_state = [*map(number, next_state)]
+        self._scalars = [self._scalar(value) for value in scalars]
+        self._next_state = [self._scalar(value) for value in next_state]
+
+    def _scalar(self, value: Any) -> float | Tensor:
+        """A number, or a tensor of shape () that stays on the device."""
+        if self.counts_on_device and isinstance(value, Tensor) and value.device == self.device:
+            return wide(value.detach()).reshape(())
+        return float(number(value))
 
     def make_state(self, method: Method) -> None:
         group = method.param_groups[self._group]
-        self._state = ensure_state(method, self._param, self._rule, group, lazy=self._meaning != "all")
+        place = self.device if self.counts_on_device else CPU
+        lazy = self._meaning != "all"
+        self._state = ensure_state(method, self._param, self._rule, group, lazy=lazy, scalars_on=place)
         if self._table is not None:
             self._table.ensure_state(method, self._state)
             self._table.prepare(method)
-        has_counter = method.counts_steps and not method.step_is_int
+        has_counter = method.counts_steps and not method.step_is_int and not self.counts_on_device
         self._counters = self._backend.scalar_state([self._state["step"]] if has_counter else [])
+        if self.counts_on_device:
+            names = ("step", *method.scalar_state) if method.counts_steps else method.scalar_state
+            self._on_device = self.decisions.scalar_state([[self._state[name] for name in names]], [0])
         self._own_memory = _spans(self._local, self._state)
 
     def run(self, method: Method, sample: Sample | None = None) -> None:
@@ -147,17 +169,22 @@ class SparseUpdate(Update):
             param = self._local.data
             if self._is_one_row:  # the gradient has no sparse dimension
                 param, state = param[None], [tensor[None] for tensor in state]
-            self._rows.run(param, state, self._scalars, self._signed_scale(method), self._counters, None, measures)
+            self._rows.run(
+                param, state, self._scalars, self._signed_scale(method), self._counters, None, measures, self.decision
+            )
         else:
             with self._table.lock:
                 mark = self._table.begin_step(method, self._group, self._rows)
                 torch.autograd.graph.increment_version(self.params)
-                self._rows.run(
-                    self._local, state, self._scalars, self._signed_scale(method), self._counters, mark, measures
-                )
+                scale = self._signed_scale(method)
+                self._rows.run(self._local, state, self._scalars, scale, self._counters, mark, measures, self.decision)
                 self._table.end_step()
-        for name, value in zip(method.scalar_state, self._next_state, strict=True):
-            self._state[name].fill_(value)
+        if self.counts_on_device:
+            step = [self._step] if method.counts_steps else []
+            self._on_device.write([[*step, *self._next_state]], self.decision)
+        else:
+            for name, value in zip(method.scalar_state, self._next_state, strict=True):
+                self._state[name].fill_(value)
         if method.counts_steps and method.step_is_int:
             method.state_of(self._param)["step"] += 1
         if sample is not None:

@@ -21,6 +21,8 @@ from descend.distributed.dtensors import is_dtensor, layout_of, like, local_of, 
 from descend.distributed.shard_state import as_sharded
 from descend.state import lazy_memory
 
+CPU = torch.device("cpu")
+
 
 def _exposing(name: str) -> Callable[..., Any]:
     method = getattr(defaultdict, name)
@@ -209,22 +211,30 @@ def _is_expanded(tensor: Tensor) -> bool:
     return any(size > 1 and stride == 0 for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
 
 
-def scalar_tensor(state: Mapping[str, Any], name: str, start: Any) -> Tensor:
-    """A scalar of a state, a 0-dim tensor on the CPU as in torch; a new one if there is none that kernels can write."""
+def scalar_tensor(state: Mapping[str, Any], name: str, start: Any, device: torch.device = CPU) -> Tensor:
+    """A scalar of a state, a 0-dim tensor; a new one if there is none that kernels can write.
+
+    Args:
+        state: a parameter's state.
+        name: the key in it.
+        start: what a new one starts as.
+        device: where it must be. Default: the CPU, as in torch.
+    """
     value: Any = state.get(name)
-    if _is_writable_scalar(value):
+    if _is_writable_scalar(value, device):
         return value  # type: ignore[no-any-return]
     value = start if value is None else value
-    dtype = torch.float64 if torch.get_default_dtype() == torch.float64 else torch.float32
+    is_wide = torch.get_default_dtype() == torch.float64 and device.type != "mps"  # Apple's GPUs have no float64
     with updatable_tensors():
-        return torch.as_tensor(value, dtype=dtype, device="cpu").reshape(()).clone()
+        scalar = torch.as_tensor(value, dtype=torch.float64 if is_wide else torch.float32, device=device)
+        return scalar.reshape(()).clone()
 
 
-def _is_writable_scalar(value: Any) -> bool:
-    """Whether kernels can read it, and write it in place."""
+def _is_writable_scalar(value: Any, device: torch.device) -> bool:
+    """Whether kernels of a device can read it, and write it in place."""
     return (
         isinstance(value, Tensor)
         and value.numel() == 1
-        and value.device.type == "cpu"
+        and value.device == device
         and value.dtype in (torch.float32, torch.float64)
     )

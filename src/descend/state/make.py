@@ -10,12 +10,18 @@ from torch import Tensor
 
 from descend.core.method import Method
 from descend.core.signature import signature
+from descend.core.update import wide
 from descend.distributed.shard_state import as_sharded
-from descend.state.container import InitialState, new_tensor, scalar_tensor
+from descend.state.container import CPU, InitialState, new_tensor, scalar_tensor
 
 
 def ensure_state(
-    method: Method, param: Tensor, rule: Callable[..., Any], group: Mapping[str, Any], lazy: bool = False
+    method: Method,
+    param: Tensor,
+    rule: Callable[..., Any],
+    group: Mapping[str, Any],
+    lazy: bool = False,
+    scalars_on: torch.device = CPU,
 ) -> dict[str, Any]:
     """The state of ``param``, made where it is missing.
 
@@ -25,6 +31,7 @@ def ensure_state(
         rule: the rule that will use the state.
         group: the parameter's group.
         lazy: whether new tensors of zeros lie in lazily committed memory.
+        scalars_on: where the step count and the scalar state are. Default: the CPU.
     """
     names = signature(rule).state
     if not names and not method.counts_steps:
@@ -36,7 +43,7 @@ def ensure_state(
     if method.step_is_int:
         state.setdefault("step", 0)
     scalars = scalar_names(method)
-    state.update(zip(scalars, scalar_tensors(method, scalars, param, group, state), strict=True))
+    state.update(zip(scalars, scalar_tensors(method, scalars, param, group, state, scalars_on), strict=True))
     for name in names:
         if not isinstance(state.get(name), Tensor):
             sharded = as_sharded(method, param)
@@ -57,10 +64,15 @@ def scalar_names(method: Method) -> tuple[str, ...]:
 
 
 def scalar_tensors(
-    method: Method, names: Sequence[str], param: Tensor, group: Mapping[str, Any], state: Mapping[str, Any]
+    method: Method,
+    names: Sequence[str],
+    param: Tensor,
+    group: Mapping[str, Any],
+    state: Mapping[str, Any],
+    device: torch.device = CPU,
 ) -> list[Tensor]:
-    """The 0-dim tensors called ``names``: those in ``state``, new ones for those that are missing."""
-    return [scalar_tensor(state, name, method.initial_state(name, param, group)) for name in names]
+    """The 0-dim tensors called ``names``: those in ``state``, new ones for those that are missing or elsewhere."""
+    return [scalar_tensor(state, name, method.initial_state(name, param, group), device) for name in names]
 
 
 def state_dtypes(
@@ -79,6 +91,23 @@ def step_count(method: Method, rule: Callable[..., Any], state: Mapping[str, Any
     return float(
         type(state) is not InitialState and all(isinstance(state.get(name), Tensor) for name in signature(rule).state)
     )
+
+
+def step_counts(method: Method, rule: Callable[..., Any], states: Sequence[Mapping[str, Any]]) -> list[float]:
+    """The same of many parameters. Counts on a device are read together: each wait costs as much as all of them."""
+    counts: list[Any] = [state.get("step", 0.0) if method.counts_steps else None for state in states]
+    on_device: dict[torch.device, list[int]] = {}
+    for i, count in enumerate(counts):
+        if isinstance(count, Tensor) and count.device != CPU and count.numel() == 1:
+            on_device.setdefault(count.device, []).append(i)
+    for places in on_device.values():
+        numbers = torch.stack([wide(counts[i].detach()).reshape(()) for i in places]).tolist()
+        for i, count in zip(places, numbers, strict=True):
+            counts[i] = count
+    return [
+        step_count(method, rule, state) if count is None else float(count)
+        for count, state in zip(counts, states, strict=True)
+    ]
 
 
 def init_state(method: Method) -> None:

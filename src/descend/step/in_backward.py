@@ -61,8 +61,8 @@ class InBackward(Driver):
         self._slots: dict[Tensor, _Slot] = {}
         self._passes = Passes()
         self._stepped: set[Tensor] = set()  # since the last step was completed
-        self._norm: float | None = None  # of the gradients they have stepped with
-        self._previous_norm = 0.0
+        self._norm: Any = None  # of the gradients they have stepped with; a number, or on a device
+        self._previous_norm: Any = 0.0
         self.watch()
 
     @property
@@ -194,22 +194,51 @@ class InBackward(Driver):
         self._stepped.add(param)
         optimizer._opt_called = True  # type: ignore[attr-defined]  # what learning rate schedulers ask
 
-    def _norm_to_clip(self, norm: float) -> float:
-        self._norm = math.hypot(self._norm or 0.0, norm)
+    def _norm_to_clip(self, norm: Any) -> Any:
+        """The norm that ``max_norm`` limits, given that of one gradient: both numbers, or both on its device."""
+        self._norm = norm if self._norm is None else _joint(self._norm, norm)
         if self.clip == "parameter":
             return norm
-        return self._previous_norm if self._norm < self._previous_norm else self._norm
+        return _larger(self._previous_norm, _beside(self._norm, norm))
 
     def _complete(self) -> None:
         """End a step: all parameters that take part have stepped."""
         has_stepped = bool(self._stepped)
         self._stepped.clear()
         if self._norm is not None:
-            self.optimizer.grad_norm = self._norm
-            self._previous_norm = self._norm if math.isfinite(self._norm) else 0.0
+            self.optimizer.note_grad_norm(self._norm)
+            self._previous_norm = _if_finite(self._norm)
             self._norm = None
         if has_stepped and self.optimizer.observer is not None:
             self.optimizer.observer.end_step()  # may raise
+
+
+def _beside(value: Any, other: Any) -> Any:
+    """A number or tensor where ``other`` is: on its device, or on the host."""
+    if isinstance(other, Tensor):
+        return torch.as_tensor(value, dtype=other.dtype).to(other.device, non_blocking=True)
+    return float(value)
+
+
+def _joint(norm: Any, other: Any) -> Any:
+    """The norm of two sets of gradients together."""
+    norm = _beside(norm, other)
+    return torch.hypot(norm, other) if isinstance(other, Tensor) else math.hypot(norm, other)
+
+
+def _larger(norm: Any, other: Any) -> Any:
+    """The larger norm; NaN if ``other`` is."""
+    norm = _beside(norm, other)
+    if isinstance(other, Tensor):
+        return torch.where(norm > other, norm, other)
+    return norm if other < norm else other
+
+
+def _if_finite(norm: Any) -> Any:
+    """The norm; 0 if it is NaN or infinite."""
+    if isinstance(norm, Tensor):
+        return torch.where(norm.isfinite(), norm, 0.0)
+    return norm if math.isfinite(norm) else 0.0
 
 
 class _Slot:

@@ -28,6 +28,7 @@ from descend.norms import clip
 from descend.sparse.attach import Tables
 from descend.state.container import State, checked_state
 from descend.state.make import reserve_state, state_dtypes
+from descend.step.decide import Decider, counts_on_device
 from descend.step.stages import Stage, make_stages, make_updates, run_stages
 from descend.step.updates import Entry
 
@@ -68,6 +69,9 @@ class Plan:
             Default: True.
         position: of the one parameter to plan for. Default: all parameters of all groups.
         previous: the plan of the last step, which is not valid any more. Default: None.
+    Attributes:
+        decider: what decides the steps on their devices; None where the host does.
+        is_on_cuda: whether some of it runs on a CUDA device.
     """
 
     def __init__(
@@ -80,7 +84,7 @@ class Plan:
     ) -> None:
         method.check_step_options()
         self._options, self._measures = method.options, method.observer is not None
-        self._position = position
+        self._position, self._only_with_grad = position, only_with_grad
         self._is_compiled = self._has_state = False
         self._requested = method.requested_backend()
         self._is_inference = torch.is_inference_mode_enabled()  # which decides what may be written
@@ -111,7 +115,47 @@ class Plan:
             self._updates = [update for stage in self._stages for update in stage.updates]
         else:
             self._updates = make_updates(method, tables, self._entries)
+        self._counts_on_device = self._asks_for_device_counts(method)
+        self.decider = self._make_decider(method)
+        self.is_on_cuda = any(update.device.type == "cuda" for update in self._updates)
         self._probe: Any = None
+
+    def again(self, method: Method, tables: Tables) -> Plan:
+        """The same plan, made anew because a backend has declined a rule."""
+        return Plan(method, tables, self._only_with_grad, self._position, previous=self)
+
+    @property
+    def waits(self) -> bool:
+        """Whether the host waits for a device in each step."""
+        asks = self._options.wants_norm or self._options.amp is not None or self._counts_on_device
+        return asks and self.decider is None and not all(update.counts_on_device for update in self._updates)
+
+    def _asks_for_device_counts(self, method: Method) -> bool:
+        """Whether something asks for step counts on the device, of parameters that are on one."""
+        if not any(update.decisions is not None for update in self._updates):
+            return False
+        return counts_on_device(method, [method.param_groups[index] for index, *_ in self._groups])
+
+    def _make_decider(self, method: Method) -> Decider | None:
+        """What decides the steps on their devices; None if there is nothing to decide, or somebody waits for it.
+
+        A host that must know of each step waits for the device once: to raise, to tell an observer or other ranks, to
+        step parameters on the CPU too, or to count for a method that does so itself.
+        """
+        updates, options = self._updates, method.options
+        is_alone = self._agreement is None and not self._stages and method.observer is None
+        if not updates or not is_alone or options.nonfinite == "raise":
+            return None
+        if not all(update.decisions is not None and update.decisions.takes(update.device) for update in updates):
+            return None
+        if self._counts_on_device:
+            if not all(update.may_count_on_device(method) for update in updates):
+                return None
+            for update in updates:
+                update.counts_on_device = True
+        if not options.wants_norm and options.amp is None:
+            return None
+        return Decider(method, updates, self._position)
 
     def _collectives_of_norm(self, method: Method, listed: list[Tensor]) -> dict[str, str]:
         """What decides which collectives a norm needs: ranks must agree about it, or would wait for each other."""
@@ -193,7 +237,8 @@ class Plan:
             dtype = entry.param.dtype
             wide = torch.promote_types(dtype, torch.float32)
             dtypes = (dtype, wide, *state_dtypes(method, entry.param, entry.rule, entry.state))
-            rows = entry.backend.rows(entry.rule, len(signature(entry.rule).scalars), dtypes, False)
+            scalars = len(signature(entry.rule).scalars)
+            rows = entry.backend.rows(entry.rule, scalars, dtypes, False, entry.local)
             rows.compile(method.options.wants_norm, self._measures)
 
     def read(self, method: Method) -> None:
@@ -207,12 +252,13 @@ class Plan:
         Raises:
             RuntimeError: if ranks that share parameters disagree about the optimizer.
         """
+        found = _waited_for([update.sum_of_squares() for update in self._updates])
         if self._agreement is None:
-            total = sum(update.sum_of_squares() for update in self._updates)
+            total = sum(found)
         else:
             sums: dict[Share | None, list[float]] = {None: [0.0]}
-            for update in self._updates:
-                sums.setdefault(update.share, [0.0])[0] += update.sum_of_squares()
+            for update, squares in zip(self._updates, found, strict=True):
+                sums.setdefault(update.share, [0.0])[0] += squares
             totals, agreed = self._ranks.reduce(sums, self._agreement.numbers(method, self._collectives))
             self._agreement.check(method, agreed, self._collectives)
             (total,) = self._ranks.agree(totals)
@@ -325,6 +371,8 @@ class Plan:
                 or bool(group.get("differentiable")) != differentiable
             ):
                 return False
+        if self._counts_on_device != self._asks_for_device_counts(method):
+            return False
         exposed = not isinstance(self._state, State) or self._state.exposed
         if exposed and not self._has_its_tensors():
             return False
@@ -359,6 +407,16 @@ class Plan:
             )
             for entry in self._entries
         ]
+
+
+def _waited_for(numbers: Sequence[float | Tensor]) -> list[float]:
+    """Numbers, out of the tensors that some are in: one wait for each device."""
+    tensors: defaultdict[torch.device, list[Tensor]] = defaultdict(list)
+    for each in numbers:
+        if isinstance(each, Tensor):
+            tensors[each.device].append(each)
+    known = {device: iter(torch.stack(found).tolist()) for device, found in tensors.items()}
+    return [next(known[each.device]) if isinstance(each, Tensor) else each for each in numbers]
 
 
 def _in_order_where_memory_is_shared(entries: Sequence[Entry], params: LocalParams) -> list[Entry]:

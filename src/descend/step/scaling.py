@@ -3,9 +3,24 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
+from torch import Tensor
+
+from descend.core.memory import is_on_device
 from descend.core.method import Method
+
+
+class LossScale(NamedTuple):
+    """What the loss was multiplied by, and whether that made a gradient overflow.
+
+    Attributes:
+        grad_scale: a number > 0; or a tensor of one element on a device.
+        found_inf: a tensor of one element on a device, not 0 after an overflow; None if there was none.
+    """
+
+    grad_scale: float | Tensor = 1.0
+    found_inf: Tensor | None = None
 
 
 def is_scaled(method: Method) -> bool:
@@ -29,21 +44,37 @@ def forget_scale(method: Method) -> None:
         del method.__dict__["found_inf"]
 
 
-def gradient_scale(method: Method) -> float | None:
-    """One over what the loss was multiplied by; None if that made a gradient overflow."""
+def loss_scale(method: Method) -> LossScale | None:
+    """What the loss was multiplied by, as far as the host knows it without waiting; None if a gradient overflowed."""
     if not is_scaled(method):
-        return 1.0
-    name = type(method).__name__
+        return _NOT_SCALED
     if method.options.amp is None:
         raise RuntimeError(
-            f"{name}: grad_scale and found_inf are read by optimizers made with amp='fused', this one was not. "
-            "Nothing has moved."
+            f"{type(method).__name__}: grad_scale and found_inf are read by optimizers made with amp='fused', this one "
+            "was not. Nothing has moved."
         )
-    found_inf: Any = method.__dict__.get("found_inf")
-    if found_inf is not None and float(found_inf) != 0:
-        return None
     given: Any = method.__dict__.get("grad_scale")
-    grad_scale = 1.0 if given is None else float(given)
-    if not 0 < grad_scale < math.inf:
-        raise ValueError(f"{name}: grad_scale must be a number > 0, got {grad_scale}. Nothing has moved.")
-    return 1 / grad_scale
+    return _known(method, LossScale(1.0 if given is None else given, method.__dict__.get("found_inf")), waits=False)
+
+
+def wait_for(method: Method, scale: LossScale) -> LossScale | None:
+    """The same in numbers: the host waits for devices. None if a gradient overflowed."""
+    return _known(method, scale, waits=True)
+
+
+def _known(method: Method, scale: LossScale, waits: bool) -> LossScale | None:
+    """Turn into numbers what is on the host, or everything."""
+    grad_scale, found_inf = scale
+    if found_inf is not None and (waits or not is_on_device(found_inf)):
+        if float(found_inf) != 0:
+            return None
+        found_inf = None
+    if waits or not is_on_device(grad_scale):
+        grad_scale = float(grad_scale)
+        if not 0 < grad_scale < math.inf:
+            name = type(method).__name__
+            raise ValueError(f"{name}: grad_scale must be a number > 0, got {grad_scale}. Nothing has moved.")
+    return LossScale(grad_scale, found_inf)
+
+
+_NOT_SCALED = LossScale()

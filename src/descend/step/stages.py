@@ -35,7 +35,7 @@ class Stage(NamedTuple):
 
 def make_updates(method: Method, tables: Tables, entries: Sequence[Entry]) -> list[Update]:
     """Launches first, then sparse updates, then those that must keep the order of the groups."""
-    launched: dict[tuple[str, Share | None], tuple[Backend, list[Entry]]] = {}
+    launched: dict[tuple[str, Share | None, torch.device], tuple[Backend, list[Entry]]] = {}
     sparse: list[Update] = []
     in_order: list[Update] = []
     for entry in entries:
@@ -57,7 +57,8 @@ def make_updates(method: Method, tables: Tables, entries: Sequence[Entry]) -> li
             differentiable = bool(method.param_groups[entry.group].get("differentiable"))
             in_order.append(SingleUpdate(entry, differentiable))
         else:
-            launched.setdefault((entry.backend.name, entry.share), (entry.backend, []))[1].append(entry)
+            place = entry.backend.name, entry.share, entry.local.device
+            launched.setdefault(place, (entry.backend, []))[1].append(entry)
     launches = [LaunchUpdate(method, backend, entries) for backend, entries in launched.values()]
     return [*launches, *sparse, *in_order]
 

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import Any
 
+from descend.backends.backend import Declined
 from descend.core.interrupts import DeferredSignals
 from descend.core.measures import Sample
 from descend.core.method import Method
 from descend.norms.clip import clip_coefficient
 from descend.sparse.attach import Tables
+from descend.step.capture import check_capture, refuse_new_plan
 from descend.step.plan import Plan, Position
-from descend.step.scaling import gradient_scale
+from descend.step.scaling import loss_scale, wait_for
 
 
 def take_step(
@@ -19,7 +22,7 @@ def take_step(
     tables: Tables,
     plan: Plan | None,
     position: Position | None = None,
-    norm_to_clip: Callable[[float], float] | None = None,
+    norm_to_clip: Callable[[Any], Any] | None = None,
 ) -> Plan | None:
     """Take one step, of all parameters or of the one at ``position``.
 
@@ -28,28 +31,38 @@ def take_step(
         tables: its parameters in exact mode.
         plan: the plan of the previous step; None to make a new one.
         position: of the only parameter to update. Default: all parameters with a gradient.
-        norm_to_clip: returns the norm that ``max_norm`` limits, given the norm of these gradients. Default: that norm
-            itself, which is then stored as the optimizer's ``grad_norm``.
+        norm_to_clip: returns the norm that ``max_norm`` limits, given the norm of these gradients, both numbers or both
+            tensors on the device that decides. Default: that norm itself, which is then stored as ``grad_norm``.
     Returns:
         The plan, for the next step.
     Raises:
         FloatingPointError: for a gradient with NaN or Inf if ``nonfinite="raise"``; nothing has moved then.
     """
-    scale = gradient_scale(method)
-    if scale is None:
-        if method.observer is not None:
-            method.observer.skip(())
-        return plan
+    loss = loss_scale(method)
+    if loss is None:
+        return _skip(method, plan)
     if plan is None or not plan.is_valid(method):
+        refuse_new_plan(method)
         plan = Plan(method, tables, position=position, previous=plan)
     try:
-        plan.compile()
+        plan = compiled(plan, method, tables)
+        if plan.is_on_cuda:
+            check_capture(method, waits=plan.waits)
+        if plan.decider is None:
+            loss = wait_for(method, loss)
+            if loss is None:
+                return _skip(method, plan)
         plan.shake_hands(method)
         plan.read(method)
-        coefficient = _coefficient(method, plan, scale, norm_to_clip)
-        if coefficient is None:
-            method.skipped_steps += 1
-            return plan
+        if plan.decider is not None:
+            scale, coefficient = plan.decider.decide(method, loss, norm_to_clip), 1.0
+        else:
+            scale = 1 / float(loss.grad_scale)
+            found = _coefficient(method, plan, scale, norm_to_clip)
+            if found is None:
+                method.skipped_steps += 1
+                return plan
+            coefficient = found
         if plan.is_atomic and type(method).end_step is Method.end_step:
             plan.set_scalars(method, scale * coefficient)
             plan.run(method, _sample(method, scale, coefficient))
@@ -63,6 +76,24 @@ def take_step(
                     method.end_step()
     finally:
         plan.release()
+    return plan
+
+
+def compiled(plan: Plan, method: Method, tables: Tables) -> Plan:
+    """The plan, compiled; another one if a backend finds out that it cannot compile a rule: others may."""
+    while True:
+        try:
+            plan.compile()
+        except Declined:
+            plan = plan.again(method, tables)
+        else:
+            return plan
+
+
+def _skip(method: Method, plan: Plan | None) -> Plan | None:
+    """A gradient has overflowed: the step is left out."""
+    if method.observer is not None:
+        method.observer.skip(())
     return plan
 
 

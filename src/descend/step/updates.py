@@ -10,19 +10,19 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from descend.backends import eager
+from descend.backends import EAGER, eager
 from descend.backends.backend import Backend, Launch, ScalarState
 from descend.core.decision import Decision
 from descend.core.measures import Sample, correction
 from descend.core.method import Method
 from descend.core.signature import signature
-from descend.core.update import Cell, Update, number, signed
+from descend.core.update import Cell, Update, number, signed, wide
 from descend.distributed.dtensors import local_of
 from descend.distributed.ranks import Share
 from descend.norms import clip
 from descend.state import lazy_memory
-from descend.state.container import checked_state
-from descend.state.make import ensure_state, scalar_tensors, state_dtypes, step_count
+from descend.state.container import CPU, checked_state
+from descend.state.make import ensure_state, scalar_tensors, state_dtypes, step_count, step_counts
 
 _NONE = np.zeros(0)
 
@@ -62,9 +62,10 @@ class _ScalarsRow:
 
     def __init__(self, group: int, step: float, state: Sequence[Tensor]) -> None:
         self.group = group
-        self.step = step
+        self.step: Any = step
         self.state = state  # the scalar state of one of them
-        self.next_state: tuple[float, ...] = ()
+        self.counter: Tensor | None = None  # the step count of one of them, where the host does not know it
+        self.next_state: tuple[Any, ...] = ()
 
 
 class _Batch(NamedTuple):
@@ -83,7 +84,7 @@ class LaunchUpdate(Update):
     Args:
         method: the optimizer.
         backend: runs the rules.
-        entries: the parameters, all of one share.
+        entries: the parameters, all of one share and on one device.
     """
 
     # From ``make_state`` on.
@@ -93,7 +94,7 @@ class LaunchUpdate(Update):
     _run_measured: Callable[[Any, Decision | None], None] | None
 
     def __init__(self, method: Method, backend: Backend, entries: Sequence[Entry]) -> None:
-        self._backend = backend
+        self._backend, self.decisions = backend, backend.decisions
         self._batches = [
             _batch(method, backend, rule, dtypes, members)
             for (rule, dtypes), members in _by_signature(method, entries).items()
@@ -113,25 +114,41 @@ class LaunchUpdate(Update):
         for launch in self._launches:
             launch.compile(wants_norm, measures)
 
-    def sum_of_squares(self) -> float:
-        return sum(launch.sum_of_squares() for launch in self._launches)
+    def sum_of_squares(self) -> float | Tensor:
+        sums = [launch.sum_of_squares() for launch in self._launches]
+        return sums[0] if len(sums) == 1 else sum(sums)
+
+    def may_count_on_device(self, method: Method) -> bool:
+        groups = {row.group for batch in self._batches for row in batch.rows}
+        return all(method.may_decide_on_device(method.param_groups[group]) for group in groups)
 
     def set_scalars(self, method: Method, scale: float) -> None:
         groups = method.param_groups
         for launch, _, _, rows, _ in self._batches:
             for index, row in enumerate(rows):
                 group = groups[row.group]
-                scalars, next_state = method.scalars_and_state(group, row.step + 1, row.state)
-                launch.set_scalars(index, signed(scale, group), list(map(float, map(number, scalars))))
-                row.next_state = tuple(map(number, next_state))
+                step: Any = row.step + 1 if row.counter is None else wide(row.counter) + 1
+                scalars, next_state = method.scalars_and_state(group, step, row.state)
+                launch.set_scalars(index, signed(scale, group), [self._scalar(value) for value in scalars])
+                row.next_state = tuple(self._scalar(value) for value in next_state)
+                if self.counts_on_device and method.counts_steps:
+                    row.next_state = (step, *row.next_state)
+
+    def _scalar(self, value: Any) -> float | Tensor:
+        """A number, or a tensor of shape () that stays on the device."""
+        if self.counts_on_device and isinstance(value, Tensor) and value.device == self.device:
+            return wide(value.detach()).reshape(())
+        return float(number(value))
 
     def make_state(self, method: Method) -> None:
         counters: list[Tensor] = []
         scalar_state: list[Tensor] = []
+        place = self.device if self.counts_on_device else CPU
         for launch, _, entries, rows, row_of in self._batches:
             tensors = []
             for position, entry in enumerate(entries):
-                state = ensure_state(method, entry.param, entry.rule, method.param_groups[entry.group])
+                group = method.param_groups[entry.group]
+                state = ensure_state(method, entry.param, entry.rule, group, scalars_on=place)
                 names = signature(entry.rule).state
                 tensors.append([local_of(state[name]) for name in names])
                 lazy_memory.commit(tensors[-1])
@@ -140,14 +157,29 @@ class LaunchUpdate(Update):
                     names += ("step",)
                 row = rows[row_of[position]]
                 row.state = [state[name] for name in method.scalar_state]
+                if self.counts_on_device and method.counts_steps:
+                    row.counter = state["step"]
                 scalar_state += row.state
                 self._state_tensors += [(entry.param, name, state[name]) for name in (*names, *method.scalar_state)]
                 if launch.addresses is not None:
                     self._cells[entry.local] = Cell(launch.addresses, position)
             launch.set_state(tensors)
-        self._counters = self._backend.scalar_state(counters)
-        self._scalar_state = self._backend.scalar_state(scalar_state)
+        if self.counts_on_device:
+            self._counters, self._scalar_state = self._backend.scalar_state([]), self._on_device(method)
+        else:
+            self._counters = self._backend.scalar_state(counters)
+            self._scalar_state = self._backend.scalar_state(scalar_state)
         self._run_together, self._run_measured = self._together(), None
+
+    def _on_device(self, method: Method) -> ScalarState:
+        """The step counts and scalar state of all parameters, which rows of ``_next_rows`` follow."""
+        names = ("step", *method.scalar_state) if method.counts_steps else method.scalar_state
+        tensors, rows, first = [], [], 0
+        for batch in self._batches:
+            tensors += [[method.state_of(entry.param)[name] for name in names] for entry in batch.entries]
+            rows += [first + row for row in batch.row_of]
+            first += len(batch.rows)
+        return self.decisions.scalar_state(tensors, rows)  # type: ignore[no-any-return]
 
     def _together(self, measures: bool = False) -> Callable[[Any, Decision | None], None]:
         # Autograd keeps a version counter for a DTensor, and one for its inner tensor.
@@ -155,13 +187,17 @@ class LaunchUpdate(Update):
         return self._backend.together(written, self._launches, self._counters, self._scalar_state, measures)
 
     def run(self, method: Method, sample: Sample | None = None) -> None:
-        values = self._next_values() if method.scalar_state else _NONE
+        values: Any = _NONE
+        if self.counts_on_device:
+            values = [row.next_state for batch in self._batches for row in batch.rows]
+        elif method.scalar_state:
+            values = self._next_values()
         if sample is None:
-            self._run_together(values, None)
+            self._run_together(values, self.decision)
         else:
             if self._run_measured is None:
                 self._run_measured = self._together(measures=True)
-            self._run_measured(values, None)
+            self._run_measured(values, self.decision)
         for batch in self._batches:
             for row in batch.rows:
                 row.step += 1
@@ -207,12 +243,16 @@ class SingleUpdate(Update):
 
     def __init__(self, entry: Entry, differentiable: bool) -> None:
         self._entry, self._differentiable = entry, differentiable
-        self.params, self.share = [entry.local], entry.share
+        self.params, self.share, self.decisions = [entry.local], entry.share, EAGER.decisions
         self._scale = 1.0
 
-    def sum_of_squares(self) -> float:
-        norm = float(clip.norm([self._grad], 2.0))
+    def sum_of_squares(self) -> float | Tensor:
+        norm = clip.norm([self._grad], 2.0)
+        norm = norm if self.decision is not None else float(norm)
         return norm * norm
+
+    def may_count_on_device(self, method: Method) -> bool:
+        return method.may_decide_on_device(method.param_groups[self._entry.group])
 
     def set_scalars(self, method: Method, scale: float) -> None:
         self._scale = scale
@@ -222,7 +262,8 @@ class SingleUpdate(Update):
         scalar_state = scalar_tensors(method, method.scalar_state, self._entry.param, group, state)
         scalars, next_state = method.scalars_and_state(group, self._step_count(method) + 1, scalar_state)
         for _, value in zip((*takes.scalars, *method.scalar_state), (*scalars, *next_state), strict=True):
-            float(number(value))  # raises for what cannot be used, before anything moves
+            if not (self.counts_on_device and isinstance(value, Tensor)):
+                float(number(value))  # raises for what cannot be used, before anything moves
 
     def make_state(self, method: Method) -> None:
         """The state is made when the update runs: another update of the step may share it."""
@@ -232,12 +273,13 @@ class SingleUpdate(Update):
         group = method.param_groups[entry.group]
         with torch.set_grad_enabled(differentiable):
             step = self._step_count(method) + 1
-            state = ensure_state(method, entry.param, entry.rule, group)
+            place = self.device if self.counts_on_device else CPU
+            state = ensure_state(method, entry.param, entry.rule, group, scalars_on=place)
             scalar_state = [state[name] for name in method.scalar_state]
             # As in the rule: what a graph has seen is not written to.
             seen = [value.clone() for value in scalar_state] if differentiable else scalar_state
             scalars, next_state = method.scalars_and_state(group, step, seen)
-            if not differentiable:
+            if not differentiable and not self.counts_on_device:
                 scalars = tuple(map(number, scalars))
             tensors = [local_of(state[name]) if entry.share else state[name] for name in signature(entry.rule).state]
             scale = signed(self._scale, group)
@@ -252,11 +294,12 @@ class SingleUpdate(Update):
                 scale,
                 differentiable,
                 measures=sample is not None,
+                decision=self.decision,
             )
             for tensor, value in zip(scalar_state, next_state, strict=True):
-                tensor.copy_(torch.as_tensor(value, device=tensor.device).reshape(()))
+                eager.write(tensor, torch.as_tensor(value, device=tensor.device).reshape(()), self.decision)
             if method.counts_steps:
-                state["step"] += 1
+                eager.write(state["step"], state["step"] + 1, self.decision)
         if sample is not None and sums is not None:
             sample.add([entry.param], sums[None], np.array([correction(entry.rule, group, step)]))
 
@@ -265,8 +308,10 @@ class SingleUpdate(Update):
         assert self._entry.local.grad is not None
         return self._entry.local.grad
 
-    def _step_count(self, method: Method) -> float:
+    def _step_count(self, method: Method) -> Any:
         state = dict.get(method.state, self._entry.param) or {}
+        if self.counts_on_device and method.counts_steps and isinstance(state.get("step"), Tensor):
+            return wide(state["step"]).to(self.device)
         return step_count(method, self._entry.rule, state)
 
 
@@ -284,8 +329,9 @@ def _batch(
 ) -> _Batch:
     rows: dict[Any, _ScalarsRow] = {}
     keys = []
-    for entry in entries:
-        group, step = method.param_groups[entry.group], step_count(method, rule, entry.state)
+    steps = step_counts(method, rule, [entry.state for entry in entries])
+    for entry, step in zip(entries, steps, strict=True):
+        group = method.param_groups[entry.group]
         state = scalar_tensors(method, method.scalar_state, entry.param, group, entry.state)
         keys.append((entry.group, step, *((tensor.dtype, tensor.item()) for tensor in state)))
         rows.setdefault(keys[-1], _ScalarsRow(entry.group, step, state))

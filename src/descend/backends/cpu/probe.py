@@ -32,7 +32,7 @@ import torch
 from torch import Tensor
 
 from descend.backends.cpu import library, object_files, threads
-from descend.core.memory import PLAIN
+from descend.core.memory import PLAIN, has_address
 from descend.core.update import Cell, Wrapper
 
 _SHIMS = (
@@ -195,7 +195,7 @@ def _layout(tensor: Tensor | None) -> tuple[Any, ...]:
     device = tensor.is_cpu or tensor.device
     if tensor.layout != torch.strided:
         return (tensor.layout, tensor.dtype, device, None)  # what it holds is read at every step
-    address = tensor.data_ptr() if tensor.is_cpu and _is_plain(tensor) else None
+    address = tensor.data_ptr() if has_address(tensor) else None
     return (type(tensor), tensor.dtype, device, tensor.is_neg(), tensor.shape, tensor.stride(), address)
 
 

@@ -20,8 +20,7 @@ from triton.backends.compiler import GPUTarget
 
 from descend.backends.backend import Declined
 from descend.backends.retarget import retarget
-from descend.backends.triton import kernels, operations, source
-from descend.backends.triton.tuning import BLOCK, WARPS
+from descend.backends.triton import kernels, operations, source, tuning
 
 _NAMES = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32", torch.float64: "fp64"}
 _TYPES = {name: tl.dtype(name) for name in _NAMES.values()}
@@ -36,7 +35,6 @@ class Kernel:
         function: what Triton has made of it.
         pointers: for each pointer it takes, the dtype behind it; for each number, its dtype.
         constants: values that are compiled in, by the names of its last arguments.
-        warps: how many warps run a program.
         unaligned: names of pointers that may begin anywhere; the others at multiples of sixteen bytes.
     """
 
@@ -45,10 +43,9 @@ class Kernel:
         function: Any,
         pointers: Mapping[str, str | tuple[str, ...]],
         constants: Mapping[str, Any],
-        warps: int = WARPS,
         unaligned: Collection[str] = (),
     ) -> None:
-        self._function, self._constants, self._warps = function, constants, warps
+        self._function, self._constants = function, constants
         self._signature = {**pointers, **dict.fromkeys(constants, "constexpr")}
         self._attributes: dict[tuple[int, ...], list[list[Any]]] = {}
         for position, (name, kinds) in enumerate(pointers.items()):
@@ -62,7 +59,8 @@ class Kernel:
         constants = {(list(self._signature).index(name),): value for name, value in self._constants.items()}
         made = triton.compiler.ASTSource(self._function, self._signature, constants, self._attributes)
         with _cache_folder():
-            return triton.compile(made, target=target, options={"num_warps": self._warps, "enable_fp_fusion": True})
+            warps = tuning.THREADS // target.warp_size
+            return triton.compile(made, target=target, options={"num_warps": warps, "enable_fp_fusion": True})
 
     def compile(self, device: torch.device) -> None:
         """Compile it for a device."""
@@ -119,10 +117,52 @@ def _update(rule: FunctionType, scalars: int, dtypes: tuple[torch.dtype, ...], i
         "DTYPES": tuple(map(triton_type, dtypes)),
         "COMPUTE": triton_type(compute),
         "SCALARS": scalars,
-        "BLOCK": BLOCK,
+        "BLOCK": tuning.block(dtypes),
+        "RAGGED": tuning.block(dtypes) // 2,  # were it equal, Triton would give both the same layout in registers
     }
     pointers = {"chunks": "*i64", "addresses": "*i64", "scalars": f"*{_NAMES[compute]}", "decision": "*fp64"}
-    return Kernel(retarget(kernels.update, {}, source.jitted), pointers, constants, WARPS)
+    return Kernel(retarget(kernels.update, {}, source.jitted), pointers, constants)
+
+
+@cache
+def _made(name: str, interpreted: bool) -> Any:
+    return retarget(getattr(kernels, name), _operations(torch.float64, interpreted), source.jitted)
+
+
+@cache
+def sums_of_squares(dtype: torch.dtype, column: int, columns: int, interpreted: bool) -> Kernel:
+    """The kernel that sums the squares of chunks, see ``kernels.sums_of_squares``."""
+    constants = {"COLUMN": column, "COLUMNS": columns, "DTYPE": triton_type(dtype), "BLOCK": tuning.NORM}
+    pointers = {"chunks": "*i64", "addresses": "*i64", "sums": "*fp64"}
+    return Kernel(_made("sums_of_squares", interpreted), pointers, constants)
+
+
+@cache
+def total(interpreted: bool) -> Kernel:
+    """The kernel that sums numbers, see ``kernels.total``."""
+    pointers = {"sums": "*fp64", "count": "i32", "result": "*fp64"}
+    return Kernel(_made("total", interpreted), pointers, {"BLOCK": tuning.SUMS})
+
+
+@cache
+def judge(grad_scale: torch.dtype, found_inf: torch.dtype, interpreted: bool) -> Kernel:
+    """The kernel that decides, see ``kernels.judge``; for the dtypes of what ``GradScaler`` knows."""
+    numbers = dict.fromkeys(("scale", "max_norm", "skips_nonfinite"), "i64")
+    pointers = {
+        "values": "*fp64",
+        "total": "*fp64",
+        "grad_scale": f"*{_NAMES[grad_scale]}",
+        "found_inf": f"*{_NAMES[found_inf]}",
+        **numbers,
+    }
+    return Kernel(_made("judge", interpreted), pointers, {})
+
+
+@cache
+def scalar_state(dtype: torch.dtype, interpreted: bool) -> Kernel:
+    """The kernel that writes 0-dim tensors, see ``kernels.scalar_state``."""
+    pointers = {"addresses": "*i64", "places": "*i64", "values": "*fp64", "decision": "*fp64", "count": "i32"}
+    return Kernel(_made("scalar_state", interpreted), pointers, {"DTYPE": triton_type(dtype), "BLOCK": tuning.THREADS})
 
 
 def inlined(rule: FunctionType, compute: torch.dtype) -> Any:

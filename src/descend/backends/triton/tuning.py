@@ -1,12 +1,44 @@
-"""How work is cut for GPUs. Unmeasured: chosen by Little's law for an H100 or H200, to be tuned by benchmarks/gpu.py.
+"""How work is cut for GPUs: the one place to tune, with ``benchmarks/gpu.py``. Unmeasured, chosen by Little's law.
 
-Memory that answers after about 0.7 us and delivers 4.8 TB/s is busy while 3.4 MB are under way, 25 KB on each of 132
-multiprocessors. A thread of AdamW in float32 has 2 loads of 16 bytes of each of 4 tensors under way, 128 bytes; the
-4 warps of a program 16 KB. At no more than 64 registers a thread, 8 programs share a multiprocessor: 128 KB, so that
-programs may wait for tables, or for nothing, most of the time.
+The memory of an H200 delivers 4.8 TB/s and answers after about 0.7 us. It is busy while 3.4 MB are under way: 25 KB on
+each of 132 multiprocessors. A thread of AdamW has 16 bytes of each of 4 tensors under way, a program of 128 threads
+8 KB. With at most ``REGISTERS`` registers a thread, 4 programs share a multiprocessor's 65,536: 32 KB. AdamW in float32
+takes 36, so that 14 do, and most of them may wait for tables, or at their ends.
 """
 
 from __future__ import annotations
 
-WARPS = 4  # of a program
-BLOCK = 1024  # elements that a program has under way: 8 a thread, 16 bytes of the narrowest dtype
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+
+THREADS = 128  # of a program
+BYTES = 16  # that a thread reads at once of the narrowest tensor
+REGISTERS = 128  # of a thread, at most; tests compile every rule and look
+NORM = 1024  # elements that a program summing squares has under way
+PROGRAMS = 2048  # a launch should have so many, about 15 a multiprocessor, for the last ones to cost little
+CHUNK = (1024, 8192)  # fewest and most elements of a chunk: reading tables costs a program about a microsecond
+SUMS = 4096  # partial sums that one program adds at a time: 32 KB under way
+
+
+def block(dtypes: Sequence[torch.dtype]) -> int:
+    """Elements that a program has under way of each tensor."""
+    return THREADS * BYTES // min(dtype.itemsize for dtype in dtypes)
+
+
+def chunk_table(sizes: np.ndarray, rows: np.ndarray) -> np.ndarray:
+    """Cut tensors of these sizes into chunks; ``rows`` holds each tensor's row of scalars. See ``kernels``.
+
+    The length of chunks depends on the sizes alone, and so do the bits of a norm.
+    """
+    fewest, most = CHUNK
+    length = fewest
+    while length < most and sizes.sum() >= 2 * length * PROGRAMS:
+        length *= 2
+    counts = -(-sizes // length)
+    tensor = np.repeat(np.arange(len(sizes)), counts)
+    first = np.cumsum(counts) - counts
+    offset = (np.arange(counts.sum()) - first[tensor]) * length
+    table = tensor, rows[tensor], offset, np.minimum(sizes[tensor] - offset, length)
+    return np.ascontiguousarray(np.stack(table, axis=1), np.int64)

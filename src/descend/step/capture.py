@@ -1,0 +1,43 @@
+"""What a CUDA graph must not capture: a step that the host would have to think about when the graph is replayed."""
+
+from __future__ import annotations
+
+import torch
+
+from descend.core.method import Method
+
+
+def is_capturing() -> bool:
+    """Whether the current stream records a CUDA graph."""
+    return bool(torch.cuda.is_initialized()) and torch.cuda.is_current_stream_capturing()  # type: ignore[no-untyped-call]
+
+
+def refuse_new_plan(method: Method) -> None:
+    """Raise ``RuntimeError`` if a graph is being captured: a plan is made by reading what is on the device."""
+    if is_capturing():
+        raise RuntimeError(
+            f"{type(method).__name__}: the first step, and the first after an edit of groups, options or state, cannot "
+            "be captured: it reads step counts from the device. Take one before the capture. Nothing has moved."
+        )
+
+
+def check_capture(method: Method, waits: bool) -> None:
+    """Raise ``RuntimeError`` if a graph is being captured that could not be replayed.
+
+    Args:
+        method: the optimizer.
+        waits: whether the host waits for the device in a step.
+    """
+    if not is_capturing():
+        return
+    name = type(method).__name__
+    if not all(group.get("capturable") for group in method.param_groups):
+        raise RuntimeError(
+            f"Attempting CUDA graph capture of step() for an instance of {name} but some param_groups' capturable is "
+            f"False: a replay would repeat this step's learning rate and bias correction. Make it with capturable=True."
+        )
+    if waits:
+        raise RuntimeError(
+            f"{name}: a step that waits for the device cannot be captured. nonfinite='raise', sparse='exact', a "
+            "Monitor, parameters on the CPU and sharded parameters wait. Nothing has moved."
+        )
