@@ -19,9 +19,8 @@ from descend.backends.cpu import threads
 from descend.backends.cpu.launch import ScalarState
 from descend.backends.eager import sums as measured_sums
 from descend.backends.triton import library, rows_library
-from descend.backends.triton.launch import current
 from descend.backends.triton.rows_library import ENTRIES, Blocks, Gradient
-from descend.backends.triton.tables import Numbers, constant, is_capturing
+from descend.backends.triton.tables import Numbers, constants, current, is_capturing
 from descend.core.decision import Decision
 from descend.core.measures import moments
 
@@ -166,7 +165,7 @@ class TouchedRows:
             if self._entries.programs:
                 self._scalars.set(0, (scale, *scalars))
                 self._scalars.upload(is_capturing(self._device))
-                values = constant(self._device) if decision is None else decision.values
+                values = constants(self._device).values if decision is None else decision.values
                 steps, step = (values, 0) if mark is None else mark
                 are_aligned = all(tensor.data_ptr() % 16 == 0 for tensor in tensors)
                 kernel = self._update(self._entries.gradient, are_aligned, mark is not None)

@@ -213,7 +213,7 @@ def update(
     i, key, is_head = heads(keys, count, BLOCKS, TILE)
     grad = summed(i, key, is_head, keys, order, values, carries, count, LENGTH, BLOCKS, TILE, COLUMNS, GROUP)
     grad *= (tl.load(scalars).to(tl.float64) * tl.load(decision)).to(grad.dtype)
-    is_head = is_head & (tl.load(decision + 1) != 0)
+    is_head = tl.where(tl.load(decision + 1) != 0, is_head, False)
     at = key[:, None] * LENGTH + column[None, :]
     mask = is_head[:, None] & (column < LENGTH)[None, :]
     rows = ()

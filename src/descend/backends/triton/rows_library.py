@@ -9,7 +9,6 @@ from typing import Any, NamedTuple
 import torch
 import triton
 
-from descend.backends.backend import Declined
 from descend.backends.retarget import retarget
 from descend.backends.triton import library, rows_kernel, source
 from descend.backends.triton.library import Kernel, compute_dtype, inlined, pointer_to, triton_type
@@ -17,6 +16,7 @@ from descend.backends.triton.library import Kernel, compute_dtype, inlined, poin
 ENTRIES = 1024  # that a program of a kernel with one number a row takes
 GROUP = 32  # tiles whose sums are added at a time
 
+_FOUND = ("which", "found", "seen", "places", "scalars")  # allocations of ``StaleRows``
 _KEYS = {torch.int32: "*i32", torch.int64: "*i64"}
 
 
@@ -78,9 +78,9 @@ class Gradient(NamedTuple):
             "count": "i64",
         }
 
-    def unaligned(self) -> tuple[str, ...]:
-        """Pointers that may begin anywhere."""
-        return () if self.is_aligned else ("values",)
+    def aligned(self) -> tuple[str, ...]:
+        """Which of the pointers begin at multiples of sixteen bytes."""
+        return ("keys", "order", "carries", "values") if self.is_aligned else ("keys", "order", "carries")
 
 
 @cache
@@ -88,14 +88,14 @@ def keys(dimensions: int, dtype: torch.dtype, interpreted: bool) -> Kernel:
     """The kernel that makes keys, see ``rows_kernel.keys``."""
     pointers = {"indices": "*i64", "keys": _KEYS[dtype], "sizes": ("i64",) * dimensions, "count": "i64"}
     constants = {"DIMENSIONS": dimensions, "BLOCK": ENTRIES}
-    return Kernel(_made("keys", interpreted), pointers, constants, unaligned=("indices",))
+    return Kernel(_made("keys", interpreted), pointers, constants, aligned=("keys",))
 
 
 @cache
 def carry(gradient: Gradient, interpreted: bool) -> Kernel:
     """The kernel that sums what runs have in later tiles, see ``rows_kernel.carry``."""
     arguments, constants = gradient.arguments(), gradient.blocks.constants()
-    return Kernel(_made("carry", interpreted), arguments, constants, unaligned=gradient.unaligned())
+    return Kernel(_made("carry", interpreted), arguments, constants, gradient.aligned())
 
 
 @cache
@@ -103,7 +103,7 @@ def sums(gradient: Gradient, by_key: bool, interpreted: bool) -> Kernel:
     """The kernel that stores summed gradients, see ``rows_kernel.sums``."""
     pointers = {"sums": pointer_to(gradient.values), **gradient.arguments()}
     constants = {**gradient.blocks.constants(), "GROUP": GROUP, "BY_KEY": by_key}
-    return Kernel(_made("sums", interpreted), pointers, constants, unaligned=gradient.unaligned())
+    return Kernel(_made("sums", interpreted), pointers, constants, (*gradient.aligned(), "sums"))
 
 
 @cache
@@ -111,7 +111,7 @@ def squares(gradient: Gradient, interpreted: bool) -> Kernel:
     """The kernel that sums squares of summed gradients, see ``rows_kernel.squares``."""
     pointers = {"squares": "*fp64", **gradient.arguments()}
     constants = {**gradient.blocks.constants(), "GROUP": GROUP}
-    return Kernel(_made("squares", interpreted), pointers, constants, unaligned=gradient.unaligned())
+    return Kernel(_made("squares", interpreted), pointers, constants, gradient.aligned())
 
 
 def update(
@@ -158,8 +158,8 @@ def _update(
         "GROUP": GROUP,
         "MARKS": marks,
     }
-    unaligned = gradient.unaligned() if are_aligned else (*gradient.unaligned(), "tensors")
-    return Kernel(_made("update", interpreted), pointers, constants, unaligned=unaligned)
+    aligned = (*gradient.aligned(), "tensors") if are_aligned else gradient.aligned()
+    return Kernel(_made("update", interpreted), pointers, constants, aligned)
 
 
 @cache
@@ -168,7 +168,7 @@ def find(named: bool, interpreted: bool) -> Kernel:
     pointers = {"which": "*i64", "steps": "*i32", "found": "*i32", "seen": "*i8"}
     numbers = {"count": "i64", "first": "i64", "total": "i64", "now": "i32", "start": "i32"}
     constants = {"NAMED": named, "BLOCK": ENTRIES}
-    return Kernel(_made("find", interpreted), {**pointers, **numbers}, constants, unaligned=("steps",))
+    return Kernel(_made("find", interpreted), {**pointers, **numbers}, constants, _FOUND)
 
 
 @cache
@@ -176,7 +176,7 @@ def mark(named: bool, interpreted: bool) -> Kernel:
     """The kernel that marks rows as current, see ``rows_kernel.mark``."""
     pointers = {"which": "*i64", "found": "*i32", "steps": "*i32", "count": "i64", "first": "i64", "now": "i32"}
     constants = {"NAMED": named, "BLOCK": ENTRIES}
-    return Kernel(_made("mark", interpreted), pointers, constants, unaligned=("steps",))
+    return Kernel(_made("mark", interpreted), pointers, constants, _FOUND)
 
 
 def catch_up(
@@ -229,9 +229,7 @@ def _catch_up(
         "HAVE_STATE": have_state,
         **blocks.constants(),
     }
-    return Kernel(
-        _made("catch_up", interpreted), pointers, constants, unaligned=() if are_aligned else ("tensors",)
-    )  # fmt: skip
+    return Kernel(_made("catch_up", interpreted), pointers, constants, ("tensors", *_FOUND) if are_aligned else _FOUND)
 
 
 @cache
@@ -244,5 +242,5 @@ def _declining(make: Any, rule: FunctionType, *arguments: Any) -> Kernel:
     try:
         kernel: Kernel = make(rule, *arguments, library.interprets())
     except (ValueError, RecursionError, SyntaxError) as error:
-        raise Declined(library.explain(rule, error)) from error
+        raise library.decline(rule, error) from error
     return kernel
