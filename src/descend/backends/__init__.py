@@ -1,4 +1,4 @@
-"""How a rule runs: eagerly on tensors, or compiled for CPUs. A backend receives rules and imports none.
+"""How a rule runs: eagerly on tensors, or compiled for CPUs or GPUs. A backend receives rules and imports none.
 
 The engine asks ``available`` which backends to try, in order of preference; eager takes whatever the others decline.
 """
@@ -8,10 +8,11 @@ from __future__ import annotations
 from descend.backends.backend import Backend
 from descend.backends.cpu.backend import CpuBackend
 from descend.backends.eager import EagerBackend
+from descend.backends.triton.backend import TritonBackend
 from descend.core.options import BACKENDS
 
 EAGER: Backend = EagerBackend()
-_compiled: list[Backend] = [CpuBackend()]
+_compiled: list[Backend] = [CpuBackend(), TritonBackend()]
 _uncompiled: list[Backend] = []
 
 

@@ -52,7 +52,7 @@ def run(
     if before is None:
         return None
     with torch.no_grad():
-        return _sums(before, grad, written, moments(rule))
+        return sums(before, grad, written, moments(rule))
 
 
 def write(tensor: Tensor, value: Any, decision: Decision | None) -> None:
@@ -446,7 +446,7 @@ def _widest(tensor: Tensor) -> torch.dtype:
     return torch.float32 if tensor.device.type == "mps" else torch.float64
 
 
-def _sums(before: Tensor, grad: Tensor, written: Sequence[Tensor], moments: Any) -> Tensor:
+def sums(before: Tensor, grad: Tensor, written: Sequence[Tensor], moments: Any) -> Tensor:
     """What ``core.measures.COLUMNS`` lists, as a tensor on the parameter's device: nothing waits for it.
 
     Args:

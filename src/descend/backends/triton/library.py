@@ -9,6 +9,7 @@ from functools import cache, partial
 from pathlib import Path
 from types import FunctionType
 from typing import Any, TypeAlias
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
@@ -23,7 +24,11 @@ from descend.backends.retarget import retarget
 from descend.backends.triton import kernels, operations, source, tuning
 
 _NAMES = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32", torch.float64: "fp64"}
+_TORCH = {name: dtype for dtype, name in _NAMES.items()}
 _TYPES = {name: tl.dtype(name) for name in _NAMES.values()}
+
+# Pointers that are beginnings of allocations, and therefore multiples of 16. Others may lead into the midst of one.
+_ALLOCATIONS = ("chunks", "addresses", "scalars", "sums")
 
 Argument: TypeAlias = Tensor | int | tuple[Tensor | int, ...]
 
@@ -35,7 +40,9 @@ class Kernel:
         function: what Triton has made of it.
         pointers: for each pointer it takes, the dtype behind it; for each number, its dtype.
         constants: values that are compiled in, by the names of its last arguments.
-        unaligned: names of pointers that may begin anywhere; the others at multiples of sixteen bytes.
+        aligned: names of pointers that are multiples of 16. Default: those that are beginnings of allocations.
+    Attributes:
+        constants: the same.
     """
 
     def __init__(
@@ -43,20 +50,21 @@ class Kernel:
         function: Any,
         pointers: Mapping[str, str | tuple[str, ...]],
         constants: Mapping[str, Any],
-        unaligned: Collection[str] = (),
+        aligned: Collection[str] = _ALLOCATIONS,
     ) -> None:
-        self._function, self._constants = function, constants
+        self._function, self.constants = function, constants
         self._signature = {**pointers, **dict.fromkeys(constants, "constexpr")}
-        self._attributes: dict[tuple[int, ...], list[list[Any]]] = {}
-        for position, (name, kinds) in enumerate(pointers.items()):
-            for path, kind in (((), kinds),) if isinstance(kinds, str) else (((i,), k) for i, k in enumerate(kinds)):
-                if kind[0] == "*" and name not in unaligned:  # so that loads may be wide
-                    self._attributes[position, *path] = [["tt.divisibility", 16]]
+        self._attributes = {
+            path: [["tt.divisibility", 16]]
+            for i, (name, kinds) in enumerate(pointers.items())
+            for path in ([(i,)] if isinstance(kinds, str) else [(i, member) for member in range(len(kinds))])
+            if name in aligned
+        }
         self._compiled: dict[int, Any] = {}
 
     def compile_for(self, target: GPUTarget) -> Any:
         """Compile it, or load it from Triton's cache."""
-        constants = {(list(self._signature).index(name),): value for name, value in self._constants.items()}
+        constants = {(list(self._signature).index(name),): value for name, value in self.constants.items()}
         made = triton.compiler.ASTSource(self._function, self._signature, constants, self._attributes)
         with _cache_folder():
             warps = tuning.THREADS // target.warp_size
@@ -66,7 +74,9 @@ class Kernel:
         """Compile it for a device."""
         if device.type != "cpu" and device.index not in self._compiled:
             with torch.cuda.device(device):
-                self._compiled[device.index] = self.compile_for(triton.runtime.driver.active.get_current_target())
+                compiled = self.compile_for(triton.runtime.driver.active.get_current_target())
+                compiled[1, 1, 1]  # loads it: whatever can fail does so now
+            self._compiled[device.index] = compiled
 
     def bind(self, programs: int, device: torch.device, *arguments: Argument) -> Callable[[], None]:
         """A function that launches it on the current stream of ``device``, which must be the current device.
@@ -79,11 +89,11 @@ class Kernel:
         self.compile(device)
         launcher = self._compiled[device.index][programs, 1, 1]
         addresses = map(_address, arguments)
-        return partial(launcher, *addresses, *self._constants.values())
+        return partial(launcher, *addresses, *self.constants.values())
 
     def _interpret(self, programs: int, arguments: tuple[Argument, ...]) -> None:
         with np.errstate(all="ignore"):
-            self._function[programs,](*arguments, *self._constants.values())
+            self._function[programs,](*arguments, *self.constants.values())
 
 
 def _address(argument: Argument) -> Any:
@@ -106,7 +116,7 @@ def update(rule: FunctionType, scalars: int, dtypes: tuple[torch.dtype, ...]) ->
     try:
         return _update(rule, scalars, dtypes, interprets())
     except (ValueError, RecursionError, SyntaxError) as error:
-        raise Declined(explain(rule, error)) from error
+        raise decline(rule, error) from error
 
 
 @cache
@@ -121,12 +131,12 @@ def _update(rule: FunctionType, scalars: int, dtypes: tuple[torch.dtype, ...], i
         "RAGGED": tuning.block(dtypes) // 2,  # were it equal, Triton would give both the same layout in registers
     }
     pointers = {"chunks": "*i64", "addresses": "*i64", "scalars": f"*{_NAMES[compute]}", "decision": "*fp64"}
-    return Kernel(retarget(kernels.update, {}, source.jitted), pointers, constants)
+    return Kernel(_jitted(kernels.update), pointers, constants)
 
 
 @cache
 def _made(name: str, interpreted: bool) -> Any:
-    return retarget(getattr(kernels, name), _operations(torch.float64, interpreted), source.jitted)
+    return _jitted(getattr(kernels, name), _operations(torch.float64, interpreted))
 
 
 @cache
@@ -145,12 +155,12 @@ def total(interpreted: bool) -> Kernel:
 
 
 @cache
-def judge(grad_scale: torch.dtype, found_inf: torch.dtype, interpreted: bool) -> Kernel:
-    """The kernel that decides, see ``kernels.judge``; for the dtypes of what ``GradScaler`` knows."""
+def judge(total: torch.dtype, grad_scale: torch.dtype, found_inf: torch.dtype, interpreted: bool) -> Kernel:
+    """The kernel that decides, see ``kernels.judge``; for the dtypes of what it reads."""
     numbers = dict.fromkeys(("scale", "max_norm", "skips_nonfinite"), "i64")
     pointers = {
         "values": "*fp64",
-        "total": "*fp64",
+        "total": f"*{_NAMES[total]}",
         "grad_scale": f"*{_NAMES[grad_scale]}",
         "found_inf": f"*{_NAMES[found_inf]}",
         **numbers,
@@ -165,19 +175,53 @@ def scalar_state(dtype: torch.dtype, interpreted: bool) -> Kernel:
     return Kernel(_made("scalar_state", interpreted), pointers, {"DTYPE": triton_type(dtype), "BLOCK": tuning.THREADS})
 
 
+def check(rule: FunctionType, kernel: Kernel, device: torch.device) -> None:
+    """Compile the kernel of a rule. Raise ``Declined`` if it cannot be compiled for the device."""
+    try:
+        kernel.compile(device)
+        if device.type == "cpu" and "DTYPES" in kernel.constants:
+            _try(kernel)
+    except Exception as error:  # Triton raises many kinds
+        raise decline(rule, error) from error
+
+
+def _try(kernel: Kernel) -> None:
+    """Run the kernel of a rule on one element: the interpreter compiles nothing beforehand."""
+    dtypes, scalars = kernel.constants["DTYPES"], kernel.constants["SCALARS"]
+    chunks = torch.tensor([0, 0, 0, 1])
+    numbers = torch.ones(scalars + 1, dtype=_TORCH[str(kernel.constants["COMPUTE"])])
+    elements = [torch.ones((), dtype=_TORCH[str(dtype)]) for dtype in dtypes]
+    addresses = torch.tensor([element.data_ptr() for element in elements])
+    kernel.bind(1, chunks.device, chunks, addresses, numbers, torch.ones(4, dtype=torch.float64))()
+
+
+_declined: WeakKeyDictionary[Any, str] = WeakKeyDictionary()
+
+
+def decline(rule: FunctionType, error: BaseException) -> Declined:
+    _declined[rule] = reason = explain(rule, error)
+    return Declined(reason)
+
+
+def declined(rule: Any) -> str | None:
+    """Why a rule could not be compiled; None if it has been, or has not been tried."""
+    return _declined.get(rule)
+
+
 def inlined(rule: FunctionType, compute: torch.dtype) -> Any:
     """A rule that kernels can call, its arithmetic in ``compute``."""
-    return retarget(rule, _operations(compute, interprets()), source.jitted)
+    return _jitted(rule, _operations(compute, interprets()))
 
 
 @cache
 def _operations(compute: torch.dtype, interpreted: bool) -> dict[Any, Any]:
     wide = operations.WIDE if compute == torch.float64 else {}
-    bound = {narrow: retarget(function, {}, source.jitted) for narrow, function in wide.items()}
-    return {
-        op: bound.get(function) or retarget(function, bound, source.jitted)
-        for op, function in operations.OPERATIONS.items()
-    }
+    bound = {narrow: _jitted(function) for narrow, function in wide.items()}
+    return {op: bound.get(function) or _jitted(function, bound) for op, function in operations.OPERATIONS.items()}
+
+
+def _jitted(function: Any, ops: Mapping[Any, Any] | None = None) -> Any:
+    return retarget(function, ops or {}, source.jitted)
 
 
 def compute_dtype(dtypes: tuple[torch.dtype, ...]) -> torch.dtype:

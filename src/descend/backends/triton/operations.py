@@ -62,7 +62,7 @@ def where(condition: Any, a: Any, b: Any) -> Any:
     return tl.where(condition, number(a), number(b))
 
 
-OPERATIONS = {
+OPERATIONS: dict[Any, Any] = {
     ops.abs: absolute,
     ops.exp: exponential,
     ops.log: logarithm,
@@ -72,4 +72,4 @@ OPERATIONS = {
     ops.sqrt: root,
     ops.where: where,
 }
-WIDE = {number: wide_number, root: wide_root}
+WIDE: dict[Any, Any] = {number: wide_number, root: wide_root}

@@ -93,7 +93,7 @@ def _definition(function: FunctionType) -> tuple[ast.FunctionDef, str]:
 class _Plain(ast.NodeTransformer):
     """Writes ``x: Any = y`` as ``x = y``."""
 
-    def visit_AnnAssign(self, node: ast.AnnAssign) -> ast.AST:  # noqa: N802
+    def visit_AnnAssign(self, node: ast.AnnAssign) -> ast.AST:
         if node.value is None:
             return ast.copy_location(ast.Pass(), node)
         return ast.copy_location(ast.Assign([node.target], node.value), node)
@@ -104,8 +104,9 @@ def _namespace(function: FunctionType, tree: ast.Module) -> dict[str, Any]:
     cells = zip(function.__code__.co_freevars, function.__closure__ or (), strict=True)
     namespace = {**function.__globals__, **{name: cell.cell_contents for name, cell in cells}}
     for node in ast.walk(tree):
-        value = namespace.get(node.id) if isinstance(node, ast.Name) else None
-        if isinstance(value, int | float) and not knobs.runtime.interpret:
-            namespace[node.id] = tl.constexpr(value)
+        if isinstance(node, ast.Name) and not knobs.runtime.interpret:
+            value = namespace.get(node.id)
+            if isinstance(value, int | float):
+                namespace[node.id] = tl.constexpr(value)
     # The interpreter looks for Triton's language among a function's globals.
     return {**namespace, "_descend_tl": tl}
