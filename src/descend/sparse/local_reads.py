@@ -39,9 +39,7 @@ class LocalReads:
         copies = [tensor.index_select(0, rows[used]) for tensor in state]
         self._before.append(_Before(rows, steps, param.detach().index_select(0, rows), used, copies))
 
-    def undo(
-        self, param: Tensor, state: Sequence[Tensor], row_step: Tensor, except_for: Tensor | None = None
-    ) -> None:
+    def undo(self, param: Tensor, state: Sequence[Tensor], row_step: Tensor, except_for: Tensor | None = None) -> None:
         """Put all rows back, except for some, given in ascending order; then forget them."""
         for before in self._before:
             back = _not_among(before.rows, except_for)

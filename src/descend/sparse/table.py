@@ -191,8 +191,9 @@ class Table:
     def begin_step(self, method: Method, group: int, gradient: Rows) -> tuple[Tensor, int]:
         """Put the coming step on record; return the step each row is current at, and the number of this step.
 
-        On a replicated table, the rows with a gradient are brought up to date first: other ranks have read them. What only this rank has read goes back to where it is on the others. A new schedule begins if there is
-        none, or if betas or eps have changed: all rows are settled first then.
+        On a replicated table, the rows with a gradient are brought up to date first: other ranks have read them. What
+        only this rank has read goes back to where it is on the others. A new schedule begins if there is none, or if
+        betas or eps have changed: all rows are settled first then.
         """
         options = method.param_groups[group]
         constants = float(options["betas"][0]), float(options["betas"][1]), float(options["eps"])

@@ -198,7 +198,7 @@ def scalar_state(
         BLOCK: tensors a program.
     """
     at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    mask = (at < count) & (tl.load(decision + 1) != 0)
+    mask = at < tl.where(tl.load(decision + 1) != 0, count, 0)
     pointers = tl.load(addresses + at, mask, 0).to(tl.pointer_type(DTYPE))
     value = tl.load(values + tl.load(places + at, mask, 0), mask, 0.0)
     tl.store(pointers, value.to(DTYPE), mask)

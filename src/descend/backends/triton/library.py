@@ -30,6 +30,7 @@ _TYPES = {name: tl.dtype(name) for name in _NAMES.values()}
 # Pointers that are beginnings of allocations, and therefore multiples of 16. Others may lead into the midst of one.
 _ALLOCATIONS = ("chunks", "addresses", "scalars", "sums")
 
+Signature: TypeAlias = Mapping[str, str | tuple[str, ...]]
 Argument: TypeAlias = Tensor | int | tuple[Tensor | int, ...]
 
 
@@ -38,7 +39,8 @@ class Kernel:
 
     Args:
         function: what Triton has made of it.
-        pointers: for each pointer it takes, the dtype behind it; for each number, its dtype.
+        pointers: for each pointer it takes, the dtype behind it; for each number, its dtype;
+            for a tuple, those of its members.
         constants: values that are compiled in, by the names of its last arguments.
         aligned: names of pointers that are multiples of 16. Default: those that are beginnings of allocations.
     Attributes:
@@ -48,7 +50,7 @@ class Kernel:
     def __init__(
         self,
         function: Any,
-        pointers: Mapping[str, str | tuple[str, ...]],
+        pointers: Signature,
         constants: Mapping[str, Any],
         aligned: Collection[str] = _ALLOCATIONS,
     ) -> None:
@@ -179,7 +181,7 @@ def check(rule: FunctionType, kernel: Kernel, device: torch.device) -> None:
     """Compile the kernel of a rule. Raise ``Declined`` if it cannot be compiled for the device."""
     try:
         kernel.compile(device)
-        if device.type == "cpu" and "DTYPES" in kernel.constants:
+        if device.type == "cpu":
             _try(kernel)
     except Exception as error:  # Triton raises many kinds
         raise decline(rule, error) from error

@@ -36,9 +36,7 @@ class TouchedRows:
         param: the parameter.
     """
 
-    def __init__(
-        self, rule: Any, scalars: int, dtypes: tuple[torch.dtype, ...], all_rows: bool, param: Tensor
-    ) -> None:
+    def __init__(self, rule: Any, scalars: int, dtypes: tuple[torch.dtype, ...], all_rows: bool, param: Tensor) -> None:
         self._rule, self._n_scalars, self._dtypes, self._all_rows = rule, scalars, dtypes, all_rows
         self._device, self._sizes, self._length = param.device, tuple(param.shape[:1]), math.prod(param.shape[1:])
         self._compute = library.compute_dtype(dtypes)
@@ -57,12 +55,13 @@ class TouchedRows:
         kernels += [rows_library.sums(gradient, True, interpreted)] * self._all_rows
         kernels += [rows_library.sums(gradient, False, interpreted)] * measures
         with current(self._device):
-            library.check(self._rule, self._update(gradient, are_aligned=True, marks=False), self._device)
+            kernel = self._update(gradient, are_aligned=True)
+            rows_library.check(self._rule, kernel, self._n_scalars, self._dtypes, self._device)
             for kernel in kernels:
                 kernel.compile(self._device)
 
-    def _update(self, gradient: Gradient, are_aligned: bool, marks: bool) -> library.Kernel:
-        return rows_library.update(self._rule, self._n_scalars, self._dtypes, gradient, are_aligned, marks)
+    def _update(self, gradient: Gradient, are_aligned: bool) -> library.Kernel:
+        return rows_library.update(self._rule, self._n_scalars, self._dtypes, gradient, are_aligned)
 
     def read(
         self, indices: Tensor, values: Tensor, sizes: tuple[int, ...], steps: Tensor | None, step: int
@@ -168,7 +167,7 @@ class TouchedRows:
                 values = constants(self._device).values if decision is None else decision.values
                 steps, step = (values, 0) if mark is None else mark
                 are_aligned = all(tensor.data_ptr() % 16 == 0 for tensor in tensors)
-                kernel = self._update(self._entries.gradient, are_aligned, mark is not None)
+                kernel = self._update(self._entries.gradient, are_aligned)
                 kernel.bind(
                     self._entries.programs, self._device, tensors, self._scalars.tensor, values, steps, step,
                     *self._entries.arguments(),
@@ -237,7 +236,8 @@ class StaleRows:
     def __init__(
         self, with_state: Any, without_state: Any, scalars: int, dtypes: tuple[torch.dtype, ...], param: Tensor
     ) -> None:
-        self._rules, self._n_scalars, self._dtypes = (with_state, without_state), (scalars, 1), dtypes
+        self._with_state, self._without_state = with_state, without_state
+        self._n_scalars, self._dtypes = scalars, dtypes
         self._device, self._blocks = param.device, Blocks.of(math.prod(param.shape[1:]))
         self._which: Tensor | None = None
 
@@ -249,16 +249,22 @@ class StaleRows:
     def compile(self) -> None:
         interpreted = library.interprets()
         with current(self._device):
-            for rule, has_state in zip(self._rules, (True, False), strict=True):
-                for named in (False, True):
-                    library.check(rule, self._kernel(has_state, 1, named, are_aligned=True), self._device)
-                    rows_library.find(named, interpreted).compile(self._device)
-                    rows_library.mark(named, interpreted).compile(self._device)
+            param, *state = self._dtypes
+            for named in (False, True):
+                for has_state, read in ((True, (param, param, *state)), (False, (param, param))):
+                    rule, scalars = self._rule_for(has_state)
+                    kernel = self._kernel(has_state, 1, named, are_aligned=True)
+                    rows_library.check(rule, kernel, scalars, read, self._device)
+                rows_library.find(named, interpreted).compile(self._device)
+                rows_library.mark(named, interpreted).compile(self._device)
 
     def _kernel(self, has_state: bool, rounds: int, named: bool, are_aligned: bool) -> library.Kernel:
-        index = 0 if has_state else 1
-        rule, scalars = self._rules[index], self._n_scalars[index]
+        rule, scalars = self._rule_for(has_state)
         return rows_library.catch_up(rule, scalars, self._dtypes, self._blocks, are_aligned, named, has_state, rounds)
+
+    def _rule_for(self, has_state: bool) -> tuple[Any, int]:
+        """A rule, and how many scalars it takes."""
+        return (self._with_state, self._n_scalars) if has_state else (self._without_state, 1)
 
     def find(
         self, which: Tensor | range, sizes: tuple[int, ...], steps: Tensor, now: int, start: int

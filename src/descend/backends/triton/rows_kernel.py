@@ -1,10 +1,10 @@
 """What Triton compiles for ``rows``: keys of a gradient's entries, sums of duplicates, rules on rows.
 
-A gradient has ``count`` entries; the key of an entry is the number of its row, -1 where an index is out of range. Keys
+A gradient has ``count`` entries. The key of an entry is the number of its row, -1 where an index is out of range. Keys
 are sorted; ``order`` tells which entry a sorted position came from. The entries of a row are consecutive positions, its
-*run*; the first of them is its *head*. Positions are cut into tiles, and runs with them: the part of a run in the tile
-of its head is summed there, one entry after the other. The part in a later tile is summed by that tile into ``carries``,
-a row a tile, and the head's tile adds what the later tiles have carried, ``GROUP`` tiles at a time. So the order of
+*run*; the first of them is its *head*. Positions are cut into tiles, and runs with them. The part of a run in the tile
+of its head is summed there, one entry after the other. The part in a later tile is summed by that tile and stored in
+its row of ``carries``; the head's tile adds what later tiles have carried, ``GROUP`` tiles at a time. So the order of
 summation depends on the keys alone, and the longest run is spread over many programs.
 
 A program takes one tile and one of the ``BLOCKS`` blocks of columns of a row of ``LENGTH`` numbers.
@@ -193,7 +193,6 @@ def update(
     TILE: tl.constexpr,
     COLUMNS: tl.constexpr,
     GROUP: tl.constexpr,
-    MARKS: tl.constexpr,
 ) -> None:
     """Apply a rule to the rows of the heads.
 
@@ -201,13 +200,12 @@ def update(
         tensors: the parameter and its state.
         scalars: what gradients are multiplied by, and the scalars of the rule.
         decision: ``Decision.values``; if it leaves the step out, nothing is written.
-        mark: the step each row is current at, int32; if MARKS,
-        step: the step the rows are current at now.
+        mark: the step each row is current at, int32.
+        step: the step the rows are current at now; 0 to mark none.
         keys, order, values, carries, count: see above.
         RULE: the function to apply.
         SCALARS: how many scalars it takes.
         LENGTH, BLOCKS, TILE, COLUMNS, GROUP: see above.
-        MARKS: whether rows are marked.
     """
     column = columns(BLOCKS, COLUMNS)
     i, key, is_head = heads(keys, count, BLOCKS, TILE)
@@ -216,17 +214,17 @@ def update(
     is_head = tl.where(tl.load(decision + 1) != 0, is_head, False)
     at = key[:, None] * LENGTH + column[None, :]
     mask = is_head[:, None] & (column < LENGTH)[None, :]
-    rows = ()
+    rows: Any = ()
     for n in tl.static_range(len(tensors)):
         rows += (tl.load(tensors[n] + at, mask=mask, other=0.0).to(grad.dtype),)
-    numbers = ()
+    numbers: Any = ()
     for n in tl.static_range(SCALARS):
         numbers += (tl.load(scalars + (n + 1)),)
     results = RULE(rows[0], grad, *rows[1:], *numbers)
     if len(tensors) == 1:
         results = (results,)
     store(tensors, at, results, mask)
-    if MARKS and tl.program_id(0) % BLOCKS == 0:
+    if (step > 0) & (tl.program_id(0) % BLOCKS == 0):
         tl.store(mark + key, (key * 0 + step).to(tl.int32), mask=is_head)
 
 
@@ -322,11 +320,11 @@ def catch_up(
     place = tl.load(places + late - 1, mask=is_mine, other=0)
     mask = is_mine[:, None] & (column < LENGTH)[None, :]
     at = row[:, None] * LENGTH + column[None, :]
-    rows = ()
+    rows: Any = ()
     for n in tl.static_range(len(tensors)):
         rows += (tl.load(tensors[n] + at, mask=mask, other=0.0).to(COMPUTE),)
     for turn in tl.static_range(ROUNDS):
-        numbers = ()
+        numbers: Any = ()
         for n in tl.static_range(SCALARS):
             number = tl.load(scalars + (turn * steps + place) * SCALARS + n, mask=is_mine, other=1.0)
             numbers += (number[:, None],)

@@ -11,7 +11,7 @@ import triton
 
 from descend.backends.retarget import retarget
 from descend.backends.triton import library, rows_kernel, source
-from descend.backends.triton.library import Kernel, compute_dtype, inlined, pointer_to, triton_type
+from descend.backends.triton.library import Kernel, Signature, compute_dtype, inlined, pointer_to, triton_type
 
 ENTRIES = 1024  # that a program of a kernel with one number a row takes
 GROUP = 32  # tiles whose sums are added at a time
@@ -21,7 +21,7 @@ _KEYS = {torch.int32: "*i32", torch.int64: "*i64"}
 
 
 class Blocks(NamedTuple):
-    """How programs share rows of ``length`` numbers: tiles of ``tile`` rows, ``count`` blocks of columns."""
+    """How programs share rows of ``length`` numbers: tiles of ``tile`` rows, ``across`` blocks of columns."""
 
     length: int
     tile: int
@@ -34,13 +34,13 @@ class Blocks(NamedTuple):
         return cls(length, min(max(2048 // columns, 16), 128), columns)
 
     @property
-    def count(self) -> int:
+    def across(self) -> int:
         """Blocks of columns."""
         return -(-self.length // self.columns)
 
     def programs(self, rows: int) -> int:
         """How many programs take so many rows."""
-        return -(-rows // self.tile) * self.count
+        return -(-rows // self.tile) * self.across
 
     def numbers(self, rows: int) -> int:
         """At least as many as the tiles of so many rows have columns."""
@@ -48,7 +48,7 @@ class Blocks(NamedTuple):
 
     def constants(self) -> dict[str, Any]:
         """What kernels need to know of it."""
-        return {"LENGTH": self.length, "BLOCKS": self.count, "TILE": self.tile, "COLUMNS": self.columns}
+        return {"LENGTH": self.length, "BLOCKS": self.across, "TILE": self.tile, "COLUMNS": self.columns}
 
 
 class Gradient(NamedTuple):
@@ -86,7 +86,7 @@ class Gradient(NamedTuple):
 @cache
 def keys(dimensions: int, dtype: torch.dtype, interpreted: bool) -> Kernel:
     """The kernel that makes keys, see ``rows_kernel.keys``."""
-    pointers = {"indices": "*i64", "keys": _KEYS[dtype], "sizes": ("i64",) * dimensions, "count": "i64"}
+    pointers: Signature = {"indices": "*i64", "keys": _KEYS[dtype], "sizes": ("i64",) * dimensions, "count": "i64"}
     constants = {"DIMENSIONS": dimensions, "BLOCK": ENTRIES}
     return Kernel(_made("keys", interpreted), pointers, constants, aligned=("keys",))
 
@@ -115,7 +115,11 @@ def squares(gradient: Gradient, interpreted: bool) -> Kernel:
 
 
 def update(
-    rule: FunctionType, scalars: int, dtypes: tuple[torch.dtype, ...], gradient: Gradient, are_aligned: bool, marks: bool
+    rule: FunctionType,
+    scalars: int,
+    dtypes: tuple[torch.dtype, ...],
+    gradient: Gradient,
+    are_aligned: bool,
 ) -> Kernel:
     """The kernel that applies a rule to rows, see ``rows_kernel.update``.
 
@@ -125,11 +129,10 @@ def update(
         dtypes: of the parameter, the gradient and the state.
         gradient: how it is read.
         are_aligned: whether parameter and state begin at multiples of sixteen bytes.
-        marks: whether rows are marked.
     Raises:
         Declined: if the rule cannot be made a kernel.
     """
-    return _declining(_update, rule, scalars, dtypes, gradient, are_aligned, marks)
+    return _declining(_update, rule, scalars, dtypes, gradient, are_aligned)
 
 
 @cache
@@ -139,11 +142,10 @@ def _update(
     dtypes: tuple[torch.dtype, ...],
     gradient: Gradient,
     are_aligned: bool,
-    marks: bool,
     interpreted: bool,
 ) -> Kernel:
     param, _, *state = dtypes
-    pointers = {
+    pointers: Signature = {
         "tensors": tuple(map(pointer_to, (param, *state))),
         "scalars": pointer_to(gradient.compute),
         "decision": "*fp64",
@@ -156,7 +158,6 @@ def _update(
         "SCALARS": scalars,
         **gradient.blocks.constants(),
         "GROUP": GROUP,
-        "MARKS": marks,
     }
     aligned = (*gradient.aligned(), "tensors") if are_aligned else gradient.aligned()
     return Kernel(_made("update", interpreted), pointers, constants, aligned)
@@ -210,7 +211,7 @@ def _catch_up(
     interpreted: bool,
 ) -> Kernel:
     compute = compute_dtype(dtypes)
-    pointers = {
+    pointers: Signature = {
         "which": "*i64",
         "found": "*i32",
         "places": "*i64",
@@ -235,6 +236,23 @@ def _catch_up(
 @cache
 def _made(name: str, interpreted: bool) -> Any:
     return retarget(getattr(rows_kernel, name), {}, source.jitted)
+
+
+def check(
+    rule: FunctionType, kernel: Kernel, scalars: int, dtypes: tuple[torch.dtype, ...], device: torch.device
+) -> None:
+    """Compile the kernel of a rule. Raise ``Declined`` if it cannot be compiled for the device.
+
+    Args:
+        rule: the rule.
+        kernel: its kernel.
+        scalars: how many scalars it takes.
+        dtypes: of a parameter, its gradient and state.
+        device: the device.
+    """
+    if device.type == "cpu":  # the interpreter compiles nothing: the rule is tried on one element
+        kernel = library.update(rule, scalars, dtypes)
+    library.check(rule, kernel, device)
 
 
 def _declining(make: Any, rule: FunctionType, *arguments: Any) -> Kernel:
