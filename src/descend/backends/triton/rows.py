@@ -331,7 +331,12 @@ def _key_dtype(sizes: tuple[int, ...]) -> torch.dtype:
 def _refuse_wrong_index(keys: Tensor, order: Tensor, indices: Tensor, sizes: tuple[int, ...]) -> None:
     """Raise ``IndexError`` if an index is out of range; a device fails later, so that the host need not wait for it."""
     what = "is out of range for a table of"
-    if keys.device.type != "cpu":
+    if not _is_on_host(keys):
         torch._assert_async(keys[0] >= 0, f"an index of a sparse gradient {what} {sizes} rows")
     elif keys[0] < 0:
         raise IndexError(f"index {tuple(indices[:, order[0]].tolist())} {what} {sizes} rows")
+
+
+def _is_on_host(tensor: Tensor) -> bool:
+    """Whether Triton's interpreter runs."""
+    return tensor.is_cpu
