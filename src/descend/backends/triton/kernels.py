@@ -89,18 +89,33 @@ def apply(
         numbers: the scalars of the rule.
         RULE, DTYPES, COMPUTE: see ``update``.
     """
-    param = tl.load(pointers[0] + at, mask).to(COMPUTE)
-    grad = tl.load(pointers[1] + at, mask).to(COMPUTE) * scale
+    param = load(pointers[0] + at, mask, COMPUTE)
+    grad = load(pointers[1] + at, mask, COMPUTE) * scale
     state = ()
     for i in tl.static_range(2, len(DTYPES)):
-        state += (tl.load(pointers[i] + at, mask).to(COMPUTE),)
+        state += (load(pointers[i] + at, mask, COMPUTE),)
     if len(DTYPES) == 2:
-        tl.store(pointers[0] + at, RULE(param, grad, *numbers).to(DTYPES[0]), mask)
+        store(pointers[0] + at, RULE(param, grad, *numbers), mask, DTYPES[0])
     else:
         results = RULE(param, grad, *state, *numbers)
-        tl.store(pointers[0] + at, results[0].to(DTYPES[0]), mask)
+        store(pointers[0] + at, results[0], mask, DTYPES[0])
         for i in tl.static_range(2, len(DTYPES)):
-            tl.store(pointers[i] + at, results[i - 1].to(DTYPES[i]), mask)
+            store(pointers[i] + at, results[i - 1], mask, DTYPES[i])
+
+
+def load(pointer: Any, mask: Any, COMPUTE: tl.constexpr) -> Any:
+    """Elements in the dtype of the arithmetic; 0 where there are none."""
+    value = tl.load(pointer, mask) if mask is None else tl.load(pointer, mask, 0.0)
+    if value.dtype.primitive_bitwidth == 16:
+        value = value.to(tl.float32)  # not every version of Triton converts between bfloat16 and float64
+    return value.to(COMPUTE)
+
+
+def store(pointer: Any, value: Any, mask: Any, DTYPE: tl.constexpr) -> None:
+    """Write elements, rounded to nearest; as torch does, from float64 to sixteen bits by way of float32."""
+    if DTYPE.primitive_bitwidth == 16:
+        value = value.to(tl.float32)
+    tl.store(pointer, value.to(DTYPE), mask)
 
 
 def sums_of_squares(
@@ -134,22 +149,32 @@ def sums_of_squares(
     whole = tl.where(address % 16 == 0, length // BLOCK * BLOCK, 0)
     lanes, total = tl.arange(0, BLOCK), tl.full((BLOCK,), 0, tl.float64)
     for start in range(0, whole, BLOCK):
-        value = tl.load(aligned + (start + lanes)).to(tl.float64)
+        value = load(aligned + (start + lanes), None, tl.float64)
         total += value * value
     for start in range(whole, length, BLOCK):
         at = start + lanes
-        value = tl.load(pointer + at, at < length, 0.0).to(tl.float64)
+        value = load(pointer + at, at < length, tl.float64)
         total += value * value
-    tl.store(sums + program, tl.sum(total, 0))
+    tl.store(sums + program, added(total))
 
 
 def total(sums: Any, count: Any, result: Any, BLOCK: tl.constexpr) -> None:
     """The sum of many float64 numbers in one program, always in the same order."""
-    lanes, added = tl.arange(0, BLOCK), tl.full((BLOCK,), 0, tl.float64)
+    lanes, parts = tl.arange(0, BLOCK), tl.full((BLOCK,), 0, tl.float64)
     for start in range(0, count, BLOCK):
         at = start + lanes
-        added += tl.load(sums + at, at < count, 0.0)
-    tl.store(result, tl.sum(added, 0))
+        parts += tl.load(sums + at, at < count, 0.0)
+    tl.store(result, added(parts))
+
+
+def added(x: Any) -> Any:
+    """The sum of the elements of ``x``."""
+    return tl.sum(x, 0)
+
+
+def added_by_interpreter(x: Any) -> Any:
+    """The same where ``tl.sum`` was made for GPUs, because the interpreter was turned on after Triton's import."""
+    return tl.reduce(x, 0, tl.standard._sum_combine)
 
 
 def judge(

@@ -138,7 +138,10 @@ def _update(rule: FunctionType, scalars: int, dtypes: tuple[torch.dtype, ...], i
 
 @cache
 def _made(name: str, interpreted: bool) -> Any:
-    return _jitted(getattr(kernels, name), _operations(torch.float64, interpreted))
+    operations = _operations(torch.float64, interpreted)
+    if interpreted:
+        operations = {**operations, kernels.added: _jitted(kernels.added_by_interpreter)}
+    return _jitted(getattr(kernels, name), operations)
 
 
 @cache
@@ -267,5 +270,5 @@ def explain(rule: FunctionType, error: BaseException) -> str:
     return (
         f"the rule {rule.__name__} cannot be compiled for GPUs ({file}, line {line}): {reason.splitlines()[0]}\n"
         "A rule may use arithmetic, comparisons, the functions of descend.ops imported by name, and helpers made of "
-        "these. It runs with backend='foreach' or backend='eager'."
+        "these. It runs with backend='foreach' or backend='eager'"
     )
