@@ -81,7 +81,7 @@ def test_transposed_and_strided_layouts() -> None:
 def test_nan_and_inf_stay_what_they_are() -> None:
     run = Run(rules.adam_amsgrad, [SINGLE] * 5, [600])
     for column, row in enumerate(run.tensors[0]):
-        row[column :: 7] = float("nan")
+        row[column::7] = float("nan")
         row[column + 2 :: 11] = float("inf")
     run.before = [[tensor.clone() for tensor in row] for row in run.tensors]
     run.run()

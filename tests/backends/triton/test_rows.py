@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -10,12 +9,11 @@ import pytest
 import torch
 from exact_cases import ExactTwins, Run, random_tables
 from sparse_cases import (
-    ADAMW,
     TOUCHED,
     ByHand,
     Touched,
     coo,
-    one_thread,
+    one_thread,  # noqa: F401 a fixture
     random_indices,
     random_sparse,
     table,
@@ -32,7 +30,7 @@ from descend.backends.triton import rows_library
 from descend.backends.triton.backend import TritonBackend
 from descend.core.decision import Decision
 
-__all__ = ["one_thread"]  # a fixture of all tests here
+pytestmark = pytest.mark.usefixtures("interpreter")
 
 ADAMW_SCALARS = (0.1, 0.1, 0.01, 1e-8, 0.1, 0.1, 0.01)
 
@@ -74,15 +72,16 @@ def test_touched_rows_match_a_dense_optimizer(case: Touched, small_tiles: None) 
     weight = table(9, 3)
     optimizer = case.ours([weight], sparse="touched", backend="triton", **case.options)
     expected = ByHand(weight, case.theirs, case.options)
-    for seed in range(3):
+    for seed in range(2):
         weight.grad = random_sparse(weight.shape, 11, seed)
         optimizer.step()
         expected.step(weight.grad)
     expected.assert_equal(optimizer, weight)
 
 
-@pytest.mark.parametrize("ours", [SparseAdam, Adagrad, AdamW])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize(
+    ("ours", "dtype"), [(SparseAdam, torch.float32), (Adagrad, torch.bfloat16), (AdamW, torch.float16)]
+)
 def test_rows_match_the_eager_backend(ours: Any, dtype: torch.dtype) -> None:
     options: dict[str, Any] = {} if ours is SparseAdam else dict(sparse="touched")
     found = []
@@ -95,7 +94,8 @@ def test_rows_match_the_eager_backend(ours: Any, dtype: torch.dtype) -> None:
         state = {name: value for name, value in optimizer.state[weight].items() if isinstance(value, Tensor)}
         found.append((weight.detach(), state))
     # Triton's interpreter cuts off the digits that bfloat16 lacks; GPUs round.
-    tolerance = dict(rtol=3 * 2.0**-7, atol=1e-3) if dtype == torch.bfloat16 else dict(rtol=1e-6, atol=1e-6)
+    rtol = {torch.float32: 1e-6, torch.bfloat16: 3 * 2.0**-7, torch.float16: 3 * 2.0**-10}[dtype]
+    tolerance = dict(rtol=rtol, atol=rtol / 3)
     for weight, state in found[1:]:
         torch.testing.assert_close(weight, found[0][0], **tolerance)
         for name, value in state.items():
@@ -103,7 +103,7 @@ def test_rows_match_the_eager_backend(ours: Any, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("name", ["distinct", "same", "zipf", "middle"])
-@pytest.mark.parametrize(("length", "count"), [(3, 1), (5, 4), (4, 5), (9, 150)])
+@pytest.mark.parametrize(("length", "count"), [(3, 1), (4, 5), (5, 90)])
 def test_duplicates_are_summed(name: str, length: int, count: int, small_tiles: None) -> None:
     indices = pattern(name, rows=160, count=count)
     values = torch.randint(-8, 8, (count, length), generator=torch.Generator().manual_seed(1)).float()
@@ -130,8 +130,8 @@ def test_duplicates_are_summed_in_tiles_of_their_size(length: int) -> None:
 
 
 def test_sums_have_the_same_bits_in_every_run(small_tiles: None) -> None:
-    indices = pattern("zipf", rows=20, count=90)
-    values = torch.randn(90, 5, generator=torch.Generator().manual_seed(1))
+    indices = pattern("zipf", rows=20, count=60)
+    values = torch.randn(60, 5, generator=torch.Generator().manual_seed(1))
     first, second = (sums_of(indices, values, 20) for _ in range(2))
     assert torch.equal(first, second)
     expected = torch.zeros(20, 5, dtype=torch.float64).index_add_(0, indices, values.double())
@@ -309,10 +309,10 @@ def test_monitor_counts_the_rows(small_tiles: None) -> None:
     for backend in ("eager", "triton"):
         weight = table(9, 3, torch.float32)
         optimizer = AdamW([weight], sparse="touched", backend=backend)
-        monitor = Monitor(optimizer)
+        monitor = Monitor(optimizer, every=1, detail="params")
         weight.grad = coo([4, 1, 4, 8], torch.ones(4, 3), weight.shape)
         optimizer.step()
-        named.append(monitor.last()["layers"]["param_groups[0]['params'][0]"]["rows_named"])
+        named.append(next(iter(monitor.read()["params"].values()))["rows_named"])
     assert named == [3, 3]
 
 
@@ -321,15 +321,15 @@ def test_monitor_counts_the_rows(small_tiles: None) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_rows_that_missed_steps_catch_up(dtype: torch.dtype, small_tiles: None) -> None:
-    run = Run(backend="triton", dtype=dtype).train([0, 1, 2, 3], steps=4).train([0], steps=30)
-    run.train([0, 2, 2, 2], steps=3).assert_close()
-    run.train([5, 1, 1], steps=3).assert_close(catch_ups=2)
+    run = Run(backend="triton", dtype=dtype).train([0, 1, 2, 3], steps=2).train([0], steps=9)
+    run.train([0, 2, 2, 2], steps=2).assert_close()
+    run.train([5, 1, 1], steps=2).assert_close(catch_ups=2)
 
 
 def test_exact_tables_match_a_dense_optimizer(small_tiles: None) -> None:
     twins = ExactTwins(random_tables((9, 5), (7, 1), dtype=torch.float32), backend="triton", lr=0.05, max_norm=1.0)
     random = torch.Generator().manual_seed(1)
-    for _ in range(6):
+    for _ in range(4):
         grads = []
         for number, weight in enumerate(twins.weights):
             rows = torch.randint(len(weight), (5,), generator=random)

@@ -137,11 +137,12 @@ def _update(rule: FunctionType, scalars: int, dtypes: tuple[torch.dtype, ...], i
 
 
 @cache
-def _made(name: str, interpreted: bool) -> Any:
+def made(function: FunctionType, interpreted: bool) -> Any:
+    """What Triton makes of a kernel."""
     operations = _operations(torch.float64, interpreted)
     if interpreted:
         operations = {**operations, kernels.added: _jitted(kernels.added_by_interpreter)}
-    return _jitted(getattr(kernels, name), operations)
+    return _jitted(function, operations)
 
 
 @cache
@@ -149,14 +150,14 @@ def sums_of_squares(dtype: torch.dtype, column: int, columns: int, interpreted: 
     """The kernel that sums the squares of chunks, see ``kernels.sums_of_squares``."""
     constants = {"COLUMN": column, "COLUMNS": columns, "DTYPE": triton_type(dtype), "BLOCK": tuning.NORM}
     pointers = {"chunks": "*i64", "addresses": "*i64", "sums": "*fp64"}
-    return Kernel(_made("sums_of_squares", interpreted), pointers, constants)
+    return Kernel(made(kernels.sums_of_squares, interpreted), pointers, constants)
 
 
 @cache
 def total(interpreted: bool) -> Kernel:
     """The kernel that sums numbers, see ``kernels.total``."""
     pointers = {"sums": "*fp64", "count": "i32", "result": "*fp64"}
-    return Kernel(_made("total", interpreted), pointers, {"BLOCK": tuning.SUMS})
+    return Kernel(made(kernels.total, interpreted), pointers, {"BLOCK": tuning.SUMS})
 
 
 @cache
@@ -170,14 +171,16 @@ def judge(total: torch.dtype, grad_scale: torch.dtype, found_inf: torch.dtype, i
         "found_inf": f"*{_NAMES[found_inf]}",
         **numbers,
     }
-    return Kernel(_made("judge", interpreted), pointers, {})
+    return Kernel(made(kernels.judge, interpreted), pointers, {})
 
 
 @cache
 def scalar_state(dtype: torch.dtype, interpreted: bool) -> Kernel:
     """The kernel that writes 0-dim tensors, see ``kernels.scalar_state``."""
     pointers = {"addresses": "*i64", "places": "*i64", "values": "*fp64", "decision": "*fp64", "count": "i32"}
-    return Kernel(_made("scalar_state", interpreted), pointers, {"DTYPE": triton_type(dtype), "BLOCK": tuning.THREADS})
+    return Kernel(
+        made(kernels.scalar_state, interpreted), pointers, {"DTYPE": triton_type(dtype), "BLOCK": tuning.THREADS}
+    )
 
 
 def check(rule: FunctionType, kernel: Kernel, device: torch.device) -> None:

@@ -16,6 +16,8 @@ from typing import Any
 
 import triton.language as tl
 
+from descend.backends.triton.kernels import added
+
 
 def keys(
     indices: Any,
@@ -62,7 +64,7 @@ def carry(
         entry = tl.load(order + i, mask=is_same, other=0)
         mask = is_same[:, None] & (column < LENGTH)[None, :]
         value = tl.load(values + entry[:, None] * LENGTH + column[None, :], mask=mask, other=0.0)
-        total = tl.sum(value.to(carries.dtype.element_ty), 0)
+        total = added(value.to(carries.dtype.element_ty))
         tl.store(carries + tile * LENGTH + column, total, mask=column < LENGTH)
 
 
@@ -106,7 +108,7 @@ def summed(
     end = tl.minimum((tile + 1) * TILE, count)
     later = i + 1
     is_same = is_head & (later < end) & (tl.load(keys + later, mask=later < end, other=-2) == key)
-    while tl.max(is_same.to(tl.int32), 0) > 0:
+    while added(is_same.to(tl.int32)) > 0:
         for _ in tl.static_range(4):
             entry = tl.load(order + later, mask=is_same, other=0)
             more = tl.load(places + entry[:, None] * LENGTH, mask=is_same[:, None] & inside, other=0.0)
@@ -117,13 +119,13 @@ def summed(
     following = (tile + 1) * TILE
     open_key = tl.load(keys + following, mask=following < count, other=-2).to(tl.int64)
     is_open = is_head & (key == open_key)
-    open_key = tl.max(tl.where(is_open, key, -2), 0)
+    open_key = tl.where(added(is_open.to(tl.int32)) > 0, open_key, -2)
     tiles = tile + 1 + tl.arange(0, GROUP)
     has_carry = tl.load(keys + tiles * TILE, mask=tiles * TILE < count, other=-3) == open_key
-    carried = tl.zeros((COLUMNS,), carries.dtype.element_ty)
-    while tl.max(has_carry.to(tl.int32), 0) > 0:
+    carried = tl.full((COLUMNS,), 0, carries.dtype.element_ty)
+    while added(has_carry.to(tl.int32)) > 0:
         part = tl.load(carries + tiles[:, None] * LENGTH + column[None, :], mask=has_carry[:, None] & inside, other=0.0)
-        carried += tl.sum(part, 0)
+        carried += added(part)
         tiles += GROUP
         has_carry = tl.load(keys + tiles * TILE, mask=tiles * TILE < count, other=-3) == open_key
     return tl.where(is_open[:, None], total + carried[None, :], total)
@@ -172,7 +174,7 @@ def squares(
     total = summed(
         i, key, is_head, keys, order, values, carries, count, LENGTH, BLOCKS, TILE, COLUMNS, GROUP
     ).to(tl.float64)  # fmt: skip
-    tl.store(squares + tl.program_id(0), tl.sum(tl.sum(total * total, 1), 0))
+    tl.store(squares + tl.program_id(0), added(added(total * total)))
 
 
 def update(

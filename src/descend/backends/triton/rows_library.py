@@ -9,9 +9,8 @@ from typing import Any, NamedTuple
 import torch
 import triton
 
-from descend.backends.retarget import retarget
-from descend.backends.triton import library, rows_kernel, source
-from descend.backends.triton.library import Kernel, Signature, compute_dtype, inlined, pointer_to, triton_type
+from descend.backends.triton import library, rows_kernel
+from descend.backends.triton.library import Kernel, Signature, compute_dtype, inlined, made, pointer_to, triton_type
 
 ENTRIES = 1024  # that a program of a kernel with one number a row takes
 GROUP = 32  # tiles whose sums are added at a time
@@ -88,14 +87,14 @@ def keys(dimensions: int, dtype: torch.dtype, interpreted: bool) -> Kernel:
     """The kernel that makes keys, see ``rows_kernel.keys``."""
     pointers: Signature = {"indices": "*i64", "keys": _KEYS[dtype], "sizes": ("i64",) * dimensions, "count": "i64"}
     constants = {"DIMENSIONS": dimensions, "BLOCK": ENTRIES}
-    return Kernel(_made("keys", interpreted), pointers, constants, aligned=("keys",))
+    return Kernel(made(rows_kernel.keys, interpreted), pointers, constants, aligned=("keys",))
 
 
 @cache
 def carry(gradient: Gradient, interpreted: bool) -> Kernel:
     """The kernel that sums what runs have in later tiles, see ``rows_kernel.carry``."""
     arguments, constants = gradient.arguments(), gradient.blocks.constants()
-    return Kernel(_made("carry", interpreted), arguments, constants, gradient.aligned())
+    return Kernel(made(rows_kernel.carry, interpreted), arguments, constants, gradient.aligned())
 
 
 @cache
@@ -103,7 +102,7 @@ def sums(gradient: Gradient, by_key: bool, interpreted: bool) -> Kernel:
     """The kernel that stores summed gradients, see ``rows_kernel.sums``."""
     pointers = {"sums": pointer_to(gradient.values), **gradient.arguments()}
     constants = {**gradient.blocks.constants(), "GROUP": GROUP, "BY_KEY": by_key}
-    return Kernel(_made("sums", interpreted), pointers, constants, (*gradient.aligned(), "sums"))
+    return Kernel(made(rows_kernel.sums, interpreted), pointers, constants, (*gradient.aligned(), "sums"))
 
 
 @cache
@@ -111,7 +110,7 @@ def squares(gradient: Gradient, interpreted: bool) -> Kernel:
     """The kernel that sums squares of summed gradients, see ``rows_kernel.squares``."""
     pointers = {"squares": "*fp64", **gradient.arguments()}
     constants = {**gradient.blocks.constants(), "GROUP": GROUP}
-    return Kernel(_made("squares", interpreted), pointers, constants, gradient.aligned())
+    return Kernel(made(rows_kernel.squares, interpreted), pointers, constants, gradient.aligned())
 
 
 def update(
@@ -160,7 +159,7 @@ def _update(
         "GROUP": GROUP,
     }
     aligned = (*gradient.aligned(), "tensors") if are_aligned else gradient.aligned()
-    return Kernel(_made("update", interpreted), pointers, constants, aligned)
+    return Kernel(made(rows_kernel.update, interpreted), pointers, constants, aligned)
 
 
 @cache
@@ -169,7 +168,7 @@ def find(named: bool, interpreted: bool) -> Kernel:
     pointers = {"which": "*i64", "steps": "*i32", "found": "*i32", "seen": "*i8"}
     numbers = {"count": "i64", "first": "i64", "total": "i64", "now": "i32", "start": "i32"}
     constants = {"NAMED": named, "BLOCK": ENTRIES}
-    return Kernel(_made("find", interpreted), {**pointers, **numbers}, constants, _FOUND)
+    return Kernel(made(rows_kernel.find, interpreted), {**pointers, **numbers}, constants, _FOUND)
 
 
 @cache
@@ -177,7 +176,7 @@ def mark(named: bool, interpreted: bool) -> Kernel:
     """The kernel that marks rows as current, see ``rows_kernel.mark``."""
     pointers = {"which": "*i64", "found": "*i32", "steps": "*i32", "count": "i64", "first": "i64", "now": "i32"}
     constants = {"NAMED": named, "BLOCK": ENTRIES}
-    return Kernel(_made("mark", interpreted), pointers, constants, _FOUND)
+    return Kernel(made(rows_kernel.mark, interpreted), pointers, constants, _FOUND)
 
 
 def catch_up(
@@ -230,12 +229,9 @@ def _catch_up(
         "HAVE_STATE": have_state,
         **blocks.constants(),
     }
-    return Kernel(_made("catch_up", interpreted), pointers, constants, ("tensors", *_FOUND) if are_aligned else _FOUND)
-
-
-@cache
-def _made(name: str, interpreted: bool) -> Any:
-    return retarget(getattr(rows_kernel, name), {}, source.jitted)
+    return Kernel(
+        made(rows_kernel.catch_up, interpreted), pointers, constants, ("tensors", *_FOUND) if are_aligned else _FOUND
+    )
 
 
 def check(
