@@ -10,7 +10,8 @@ import torch
 from cases import CASES, Case, Twins, give_grads, params_of
 from torch import Tensor
 
-from descend import SGD, AdamW, FirstOrder, backends
+from descend import SGD, AdamW, FirstOrder, backends, warmup
+from descend.backends.backend import Declined
 from descend.backends.cpu import object_files
 from descend.backends.eager import EagerBackend, EagerLaunch, EagerRows
 from descend.core.signature import of_matrices, signature
@@ -82,6 +83,48 @@ def test_sparse_gradients_go_to_a_third_backend(row_by_row: RowByRow) -> None:
     SGD([weight], lr=0.25).step()
     assert weight[:, 0].tolist() == [1.0, 0.5, 1.0, 1.0]
     assert row_by_row.rows_made == 1
+
+
+class Fussy(RowByRow):
+    """Finds out late that it cannot compile a rule."""
+
+    name = "fussy"
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.reasons: dict[Any, str] = {}
+
+    def why_not(self, rule: Any, param: Tensor, grad: Tensor | None, state: Sequence[tuple[str, Tensor]]) -> str | None:
+        return self.reasons.get(rule) or super().why_not(rule, param, grad, state)
+
+    def launch(self, rule: Callable[..., Any], *arguments: Any) -> EagerLaunch:
+        launch = super().launch(rule, *arguments)
+
+        def compile_(wants_norm: bool, measures: bool = False) -> None:
+            self.reasons[rule] = "a rule that it cannot compile"
+            raise Declined(self.reasons[rule])
+
+        launch.compile = compile_  # type: ignore[method-assign]
+        return launch
+
+
+def test_a_rule_that_a_backend_declines_late_goes_to_another() -> None:
+    fussy = Fussy()
+    backends.register(fussy)
+    try:
+        weight = torch.zeros(3, dtype=torch.float64, requires_grad=True)
+        weight.grad = torch.ones(3, dtype=torch.float64)
+        optimizer = SGD([weight], lr=0.5)
+        optimizer.step()
+        assert weight.tolist() == [-0.5, -0.5, -0.5]
+        assert fussy.launches == 1
+        assert optimizer.backends()[0].backend == "cpu"
+        warmup(AdamW([weight]))
+        with pytest.raises(RuntimeError, match=r"backend='fussy' cannot run .*: a rule that it cannot compile"):
+            SGD([weight], lr=0.5, backend="fussy").step()
+        assert weight.tolist() == [-0.5, -0.5, -0.5]
+    finally:
+        backends.unregister(fussy)
 
 
 @of_matrices

@@ -66,8 +66,8 @@ class StepOptions:
     backend: BackendName = field(
         default="auto",
         metadata=_says(
-            'what runs the rule: ``"auto"``, ``"eager"``, or ``"cpu"``, an error where no kernel applies. Default: the '
-            'environment variable ``DESCEND_BACKEND``, else ``"auto"``.'
+            'what runs the rule: ``"auto"``; ``"cpu"``, ``"triton"`` or ``"foreach"``, an error where it cannot; or '
+            '``"eager"``. Default: the environment variable ``DESCEND_BACKEND``, else ``"auto"``.'
         ),
     )
     state_dtype: torch.dtype | None = field(

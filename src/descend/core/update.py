@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -84,6 +84,18 @@ class Update(ABC):
     @abstractmethod
     def sum_of_squares(self) -> float | Tensor:
         """Of the gradients, in float64; may overflow to Inf. On a device: shape (), valid until it is called again."""
+
+    def numbers(self, values: Iterable[Any]) -> list[Any]:
+        """Numbers out of the tensors that they may be in; those on the device stay there if nobody may wait for it."""
+        if not self.counts_on_device:
+            return list(map(float, map(number, values)))
+        device = self.device
+        return [
+            wide(value.detach()).reshape(())
+            if isinstance(value, Tensor) and value.device == device
+            else float(number(value))
+            for value in values
+        ]
 
     @abstractmethod
     def set_scalars(self, method: Method, scale: float) -> None:

@@ -30,7 +30,8 @@ class Adam(FirstOrder):
         weight_decay: L2 regularization, >= 0. Default: 0.
         amsgrad: divide by the largest average so far. Default: False.
         maximize: ascend instead. Default: False.
-        foreach, fused, capturable: accepted and kept in the groups; the backend is chosen by ``backend``.
+        foreach, fused: accepted and kept in the groups; the backend is chosen by ``backend``.
+        capturable: keep step counts on the device, so that a CUDA graph can capture the step. Default: False.
         differentiable: let autograd see the step. Default: False.
         decoupled_weight_decay: decay as ``AdamW`` does. Default: False.
     Raises:
@@ -128,7 +129,8 @@ class AdamW(Adam):
         weight_decay: decoupled, >= 0, multiplied by ``lr``. Default: 1e-2.
         amsgrad: divide by the largest average so far. Default: False.
         maximize: ascend instead. Default: False.
-        foreach, capturable, fused: accepted and kept in the groups; the backend is chosen by ``backend``.
+        foreach, fused: accepted and kept in the groups; the backend is chosen by ``backend``.
+        capturable: keep step counts on the device, so that a CUDA graph can capture the step. Default: False.
         differentiable: let autograd see the step. Default: False.
     Raises:
         ValueError: if an option is out of range.

@@ -28,7 +28,8 @@ class Adamax(FirstOrder):
         betas: decay of the average and of the largest gradient, each in [0, 1). Default: (0.9, 0.999).
         eps: added to each gradient's size, >= 0, in units of the gradient. Default: 1e-8.
         weight_decay: L2 regularization, >= 0: adds ``weight_decay * param`` to the gradient. Default: 0.
-        foreach, capturable: accepted and kept in the groups; the backend is chosen by ``backend``.
+        foreach: accepted and kept in the groups; the backend is chosen by ``backend``.
+        capturable: keep step counts on the device, so that a CUDA graph can capture the step. Default: False.
         maximize: ascend instead. Default: False.
         differentiable: let autograd see the step. Default: False.
     Raises:
@@ -97,7 +98,8 @@ class NAdam(FirstOrder):
         momentum_decay: the momentum of a step is ``betas[0] * (1 - 0.5 * 0.96 ** (step * momentum_decay))``, >= 0. It
             grows from half of ``betas[0]`` to ``betas[0]``. Default: 4e-3.
         decoupled_weight_decay: decay as ``AdamW`` does. Default: False.
-        foreach, capturable: accepted and kept in the groups; the backend is chosen by ``backend``.
+        foreach: accepted and kept in the groups; the backend is chosen by ``backend``.
+        capturable: keep step counts on the device, so that a CUDA graph can capture the step. Default: False.
         maximize: ascend instead. Default: False.
         differentiable: let autograd see the step. Default: False.
     Raises:
@@ -183,7 +185,8 @@ class RAdam(FirstOrder):
         eps: added to the denominator, >= 0, in units of the gradient. Default: 1e-8.
         weight_decay: L2 regularization, >= 0. Default: 0.
         decoupled_weight_decay: decay as ``AdamW`` does. Default: False.
-        foreach, capturable: accepted and kept in the groups; the backend is chosen by ``backend``.
+        foreach: accepted and kept in the groups; the backend is chosen by ``backend``.
+        capturable: keep step counts on the device, so that a CUDA graph can capture the step. Default: False.
         maximize: ascend instead. Default: False.
         differentiable: let autograd see the step. Default: False.
     Raises:

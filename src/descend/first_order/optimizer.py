@@ -370,8 +370,9 @@ def _shared_sections() -> dict[str, dict[str, str]]:
     return {
         "Keyword Args": DOCUMENTATION,
         "Attributes": {
-            "grad_norm": "norm of the last step's gradients before clipping; None if nothing asked for it.",
-            "skipped_steps": 'steps left out by ``nonfinite="skip"``.',
+            "grad_norm": "norm of the last step's gradients before clipping; None if nothing asked for it. Reading it "
+            "waits for the device.",
+            "skipped_steps": 'steps left out by ``nonfinite="skip"``. Reading it waits for the device.',
             "max_norm, nonfinite, ...": "the options above; all but ``groups`` may be set anew between steps.",
             "param_groups, state": "as in torch.",
         },

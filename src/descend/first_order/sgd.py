@@ -127,7 +127,8 @@ class ASGD(FirstOrder):
         t0: number of steps before averaging begins; until then the average is the weight itself. Default: 1e6.
         weight_decay: L2 regularization, >= 0: adds ``weight_decay * param`` to the gradient. Default: 0.
         maximize: ascend instead. Default: False.
-        foreach, capturable: accepted and kept in the groups; the backend is chosen by ``backend``.
+        foreach: accepted and kept in the groups; the backend is chosen by ``backend``.
+        capturable: keep step counts on the device, so that a CUDA graph can capture the step. Default: False.
         differentiable: let autograd see the step. Default: False.
     Raises:
         ValueError: if an option is out of range.

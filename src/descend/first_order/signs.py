@@ -88,7 +88,8 @@ class Rprop(FirstOrder):
         lr: step size of a weight's first step, >= 0; a float or a tensor of one element. Default: 1e-2.
         etas: factors by which steps shrink, in (0, 1), and grow, > 1. Default: (0.5, 1.2).
         step_sizes: shortest and longest step. Default: (1e-6, 50).
-        capturable, foreach: accepted and kept in the groups; the backend is chosen by ``backend``.
+        foreach: accepted and kept in the groups; the backend is chosen by ``backend``.
+        capturable: keep step counts on the device, so that a CUDA graph can capture the step. Default: False.
         maximize: ascend instead. Default: False.
         differentiable: let autograd see the step. Default: False.
     Raises:

@@ -124,7 +124,8 @@ class RMSprop(FirstOrder):
         weight_decay: L2 regularization, >= 0: adds ``weight_decay * param`` to the gradient. Default: 0.
         momentum: of the scaled gradients, >= 0. Default: 0.
         centered: divide by the standard deviation instead. Default: False.
-        capturable, foreach: accepted and kept in the groups; the backend is chosen by ``backend``.
+        foreach: accepted and kept in the groups; the backend is chosen by ``backend``.
+        capturable: keep step counts on the device, so that a CUDA graph can capture the step. Default: False.
         maximize: ascend instead. Default: False.
         differentiable: let autograd see the step. Default: False.
     Raises:
@@ -200,7 +201,8 @@ class Adadelta(FirstOrder):
         rho: decay of the averages, in [0, 1]. Default: 0.9.
         eps: added to both averages of squares, >= 0. Default: 1e-6.
         weight_decay: L2 regularization, >= 0: adds ``weight_decay * param`` to the gradient. Default: 0.
-        foreach, capturable: accepted and kept in the groups; the backend is chosen by ``backend``.
+        foreach: accepted and kept in the groups; the backend is chosen by ``backend``.
+        capturable: keep step counts on the device, so that a CUDA graph can capture the step. Default: False.
         maximize: ascend instead. Default: False.
         differentiable: let autograd see the step. Default: False.
     Raises:

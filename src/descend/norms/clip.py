@@ -256,7 +256,7 @@ def _sum_of_squares(tensors: Sequence[Tensor]) -> float:
 def _compiled_for(tensors: Sequence[Tensor]) -> Backend | None:
     """A compiled backend that can sum the squares of all of these, which do not overflow on a device."""
     devices = {tensor.device for tensor in tensors}
-    if len(devices) > 1 or (not tensors[0].is_cpu and any(tensor.dtype == torch.float64 for tensor in tensors)):
+    if len(devices) > 1 or any(not tensor.is_cpu and tensor.dtype == torch.float64 for tensor in tensors):
         return None
     for backend in available("auto"):
         if all(backend.why_not(None, tensor, None, ()) is None for tensor in tensors):

@@ -16,7 +16,7 @@ from descend.core import memory
 from descend.core.measures import Sample, correction
 from descend.core.method import Method
 from descend.core.signature import signature
-from descend.core.update import Update, number, signed, wide
+from descend.core.update import Update, signed, wide
 from descend.distributed.dtensors import local_of
 from descend.distributed.ranks import Share
 from descend.sparse.table import ROW_STEP, Table
@@ -133,14 +133,8 @@ class SparseUpdate(Update):
         else:
             self._step = step_count(method, self._rule, state) + 1
         scalars, next_state = method.scalars_and_state(group, self._step, scalar_state)
-        self._scalars = [self._scalar(value) for value in scalars]
-        self._next_state = [self._scalar(value) for value in next_state]
-
-    def _scalar(self, value: Any) -> float | Tensor:
-        """A number, or a tensor of shape () that stays on the device."""
-        if self.counts_on_device and isinstance(value, Tensor) and value.device == self.device:
-            return wide(value.detach()).reshape(())
-        return float(number(value))
+        self._scalars = self.numbers(scalars)
+        self._next_state = self.numbers(next_state)
 
     def make_state(self, method: Method) -> None:
         group = method.param_groups[self._group]

@@ -12,6 +12,7 @@ from descend.core.decision import NORM, Decision
 from descend.core.memory import is_on_device
 from descend.core.method import Method
 from descend.core.update import Update
+from descend.state.container import updatable_tensors
 from descend.step.scaling import LossScale
 
 
@@ -101,6 +102,7 @@ class Decider:
         return torch.full_like(self._nothing, number)
 
 
+@updatable_tensors()
 def _undecided(device: torch.device) -> Tensor:
     dtype = torch.float32 if device.type == "mps" else torch.float64  # Apple's GPUs have no float64
     return torch.tensor([1.0, 1.0, 0.0, 0.0], dtype=dtype, device=device)

@@ -115,6 +115,7 @@ class Plan:
             self._updates = [update for stage in self._stages for update in stage.updates]
         else:
             self._updates = make_updates(method, tables, self._entries)
+        self._may_be_on_device = any(update.decisions is not None for update in self._updates)
         self._counts_on_device = self._asks_for_device_counts(method)
         self.decider = self._make_decider(method)
         self.is_on_cuda = any(update.device.type == "cuda" for update in self._updates)
@@ -132,9 +133,8 @@ class Plan:
 
     def _asks_for_device_counts(self, method: Method) -> bool:
         """Whether something asks for step counts on the device, of parameters that are on one."""
-        if not any(update.decisions is not None for update in self._updates):
-            return False
-        return counts_on_device(method, [method.param_groups[index] for index, *_ in self._groups])
+        groups = method.param_groups
+        return self._may_be_on_device and counts_on_device(method, [groups[index] for index, *_ in self._groups])
 
     def _make_decider(self, method: Method) -> Decider | None:
         """What decides the steps on their devices; None if there is nothing to decide, or somebody waits for it.
@@ -371,7 +371,7 @@ class Plan:
                 or bool(group.get("differentiable")) != differentiable
             ):
                 return False
-        if self._counts_on_device != self._asks_for_device_counts(method):
+        if self._may_be_on_device and self._counts_on_device != self._asks_for_device_counts(method):
             return False
         exposed = not isinstance(self._state, State) or self._state.exposed
         if exposed and not self._has_its_tensors():

@@ -23,6 +23,9 @@ class LossScale(NamedTuple):
     found_inf: Tensor | None = None
 
 
+UNSCALED = LossScale()
+
+
 def is_scaled(method: Method) -> bool:
     """Whether a ``GradScaler``, or the user, has said by what the loss was multiplied."""
     return "grad_scale" in method.__dict__ or "found_inf" in method.__dict__
@@ -47,7 +50,7 @@ def forget_scale(method: Method) -> None:
 def loss_scale(method: Method) -> LossScale | None:
     """What the loss was multiplied by, as far as the host knows it without waiting; None if a gradient overflowed."""
     if not is_scaled(method):
-        return _NOT_SCALED
+        return UNSCALED
     if method.options.amp is None:
         raise RuntimeError(
             f"{type(method).__name__}: grad_scale and found_inf are read by optimizers made with amp='fused', this one "
@@ -75,6 +78,3 @@ def _known(method: Method, scale: LossScale, waits: bool) -> LossScale | None:
             name = type(method).__name__
             raise ValueError(f"{name}: grad_scale must be a number > 0, got {grad_scale}. Nothing has moved.")
     return LossScale(grad_scale, found_inf)
-
-
-_NOT_SCALED = LossScale()

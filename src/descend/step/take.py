@@ -14,7 +14,7 @@ from descend.norms.clip import clip_coefficient
 from descend.sparse.attach import Tables
 from descend.step.capture import check_capture, refuse_new_plan
 from descend.step.plan import Plan, Position
-from descend.step.scaling import loss_scale, wait_for
+from descend.step.scaling import UNSCALED, loss_scale, wait_for
 
 
 def take_step(
@@ -48,7 +48,7 @@ def take_step(
         plan = compiled(plan, method, tables)
         if plan.is_on_cuda:
             check_capture(method, waits=plan.waits)
-        if plan.decider is None:
+        if plan.decider is None and loss is not UNSCALED:
             loss = wait_for(method, loss)
             if loss is None:
                 return _skip(method, plan)

@@ -129,16 +129,10 @@ class LaunchUpdate(Update):
                 group = groups[row.group]
                 step: Any = row.step + 1 if row.counter is None else wide(row.counter) + 1
                 scalars, next_state = method.scalars_and_state(group, step, row.state)
-                launch.set_scalars(index, signed(scale, group), [self._scalar(value) for value in scalars])
-                row.next_state = tuple(self._scalar(value) for value in next_state)
+                launch.set_scalars(index, signed(scale, group), self.numbers(scalars))
+                row.next_state = tuple(self.numbers(next_state)) if next_state else ()
                 if self.counts_on_device and method.counts_steps:
                     row.next_state = (step, *row.next_state)
-
-    def _scalar(self, value: Any) -> float | Tensor:
-        """A number, or a tensor of shape () that stays on the device."""
-        if self.counts_on_device and isinstance(value, Tensor) and value.device == self.device:
-            return wide(value.detach()).reshape(())
-        return float(number(value))
 
     def make_state(self, method: Method) -> None:
         counters: list[Tensor] = []
