@@ -38,7 +38,7 @@ ADAMW_SCALARS = (0.1, 0.1, 0.01, 1e-8, 0.1, 0.1, 0.01)
 @pytest.fixture
 def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     """Tiles of four entries, and blocks of four columns: a few entries lie in many."""
-    monkeypatch.setattr(rows_library.Blocks, "of", lambda length: rows_library.Blocks(length, 4, 4))
+    monkeypatch.setattr(rows_library.Blocks, "of", lambda length, compute: rows_library.Blocks(length, 4, 4))
 
 
 def pattern(name: str, rows: int, count: int) -> Tensor:

@@ -49,7 +49,7 @@ class TouchedRows:
 
     def compile(self, wants_norm: bool, measures: bool = False) -> None:
         keys, interpreted = _key_dtype(self._sizes), library.interprets()
-        gradient = Gradient(keys, self._dtypes[1], self._compute, True, Blocks.of(self._length))
+        gradient = Gradient(keys, self._dtypes[1], self._compute, True, self._blocks())
         kernels = [rows_library.keys(1, keys, interpreted), rows_library.carry(gradient, interpreted)]
         kernels += [rows_library.squares(gradient, interpreted)] * wants_norm
         kernels += [rows_library.sums(gradient, True, interpreted)] * self._all_rows
@@ -90,9 +90,12 @@ class TouchedRows:
             kernel.bind(-(-count // ENTRIES), self._device, indices, keys, self._sizes, count)()
         return keys
 
+    def _blocks(self) -> Blocks:
+        return Blocks.of(self._length, self._compute)
+
     def _entries_of(self, keys: Tensor, order: Tensor, values: Tensor) -> _Entries:
         is_aligned = values.data_ptr() % 16 == 0
-        gradient = Gradient(keys.dtype, self._dtypes[1], self._compute, is_aligned, Blocks.of(self._length))
+        gradient = Gradient(keys.dtype, self._dtypes[1], self._compute, is_aligned, self._blocks())
         carries = self._buffer("carries", gradient.blocks.numbers(len(keys)), self._compute)
         return _Entries(keys, order, values, carries, gradient)
 
@@ -238,7 +241,8 @@ class StaleRows:
     ) -> None:
         self._with_state, self._without_state = with_state, without_state
         self._n_scalars, self._dtypes = scalars, dtypes
-        self._device, self._blocks = param.device, Blocks.of(math.prod(param.shape[1:]))
+        self._device, self._compute = param.device, library.compute_dtype(dtypes)
+        self._blocks = Blocks.of(math.prod(param.shape[1:]), self._compute)
         self._which: Tensor | None = None
 
     @property
@@ -312,7 +316,7 @@ class StaleRows:
         tensors = tuple(tensor.detach() for tensor in written)
         are_aligned = all(tensor.data_ptr() % 16 == 0 for tensor in tensors)
         kernel = self._kernel(has_state, len(scalars), self._which is not None, are_aligned)
-        table = torch.from_numpy(scalars).to(library.compute_dtype(self._dtypes)).contiguous().to(self._device)
+        table = torch.from_numpy(scalars).to(self._compute).contiguous().to(self._device)
         count, programs = len(self._found), self._blocks.programs(len(self._found))
         if programs:
             arguments = self._named(), self._found, self._places, tensors, table, count, self._first, scalars.shape[1]

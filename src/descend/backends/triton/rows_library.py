@@ -13,7 +13,7 @@ from descend.backends.triton import library, rows_kernel
 from descend.backends.triton.library import Kernel, Signature, compute_dtype, inlined, made, pointer_to, triton_type
 
 ENTRIES = 1024  # that a program of a kernel with one number a row takes
-GROUP = 32  # tiles whose sums are added at a time
+GROUP = 64  # tiles whose sums are added at a time
 
 _FOUND = ("which", "found", "seen", "places", "scalars")  # allocations of ``StaleRows``
 _KEYS = {torch.int32: "*i32", torch.int64: "*i64"}
@@ -27,10 +27,10 @@ class Blocks(NamedTuple):
     columns: int
 
     @classmethod
-    def of(cls, length: int) -> Blocks:
-        """About 2,000 numbers a program: 16 a thread, of each tensor, are under way. Long runs want short tiles."""
+    def of(cls, length: int, compute: torch.dtype) -> Blocks:
+        """A program sums 4 KiB, 8 numbers of float32 a thread: with few registers, many programs wait at once."""
         columns = min(triton.next_power_of_2(max(length, 1)), 128)
-        return cls(length, min(max(2048 // columns, 16), 128), columns)
+        return cls(length, min(max(4096 // (columns * compute.itemsize), 4), 128), columns)
 
     @property
     def across(self) -> int:
