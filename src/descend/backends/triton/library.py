@@ -115,10 +115,17 @@ def update(rule: FunctionType, scalars: int, dtypes: tuple[torch.dtype, ...]) ->
     Raises:
         Declined: if the rule cannot be made a kernel.
     """
+    return declining(_update, rule, scalars, dtypes)
+
+
+def declining(make: Callable[..., Kernel], rule: FunctionType, *arguments: Any) -> Kernel:
+    """``make(rule, ..., interprets())``. Raise ``Declined`` if the rule cannot be made a kernel."""
     try:
-        return _update(rule, scalars, dtypes, interprets())
-    except (ValueError, RecursionError, SyntaxError) as error:
-        raise decline(rule, error) from error
+        return make(rule, *arguments, interprets())
+    except RecursionError as error:
+        raise _decline(rule, TypeError("its helpers call each other in a circle")) from error
+    except Exception as error:  # rules may be anything
+        raise _decline(rule, error) from error
 
 
 @cache
@@ -190,7 +197,7 @@ def check(rule: FunctionType, kernel: Kernel, device: torch.device) -> None:
         if device.type == "cpu":
             _try(kernel)
     except Exception as error:  # Triton raises many kinds
-        raise decline(rule, error) from error
+        raise _decline(rule, error) from error
 
 
 def _try(kernel: Kernel) -> None:
@@ -206,7 +213,7 @@ def _try(kernel: Kernel) -> None:
 _declined: WeakKeyDictionary[Any, str] = WeakKeyDictionary()
 
 
-def decline(rule: FunctionType, error: BaseException) -> Declined:
+def _decline(rule: FunctionType, error: BaseException) -> Declined:
     _declined[rule] = reason = explain(rule, error)
     return Declined(reason)
 

@@ -131,7 +131,7 @@ def update(
     Raises:
         Declined: if the rule cannot be made a kernel.
     """
-    return _declining(_update, rule, scalars, dtypes, gradient, are_aligned)
+    return library.declining(_update, rule, scalars, dtypes, gradient, are_aligned)
 
 
 @cache
@@ -194,7 +194,7 @@ def catch_up(
     Raises:
         Declined: if the rule cannot be made a kernel.
     """
-    return _declining(_catch_up, rule, scalars, dtypes, blocks, are_aligned, named, have_state, rounds)
+    return library.declining(_catch_up, rule, scalars, dtypes, blocks, are_aligned, named, have_state, rounds)
 
 
 @cache
@@ -249,12 +249,3 @@ def check(
     if device.type == "cpu":  # the interpreter compiles nothing: the rule is tried on one element
         kernel = library.update(rule, scalars, dtypes)
     library.check(rule, kernel, device)
-
-
-def _declining(make: Any, rule: FunctionType, *arguments: Any) -> Kernel:
-    """``make(rule, ...)``, or ``Declined`` for what is wrong with the rule."""
-    try:
-        kernel: Kernel = make(rule, *arguments, library.interprets())
-    except (ValueError, RecursionError, SyntaxError) as error:
-        raise library.decline(rule, error) from error
-    return kernel

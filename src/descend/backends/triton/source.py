@@ -91,12 +91,22 @@ def _definition(function: FunctionType) -> tuple[ast.FunctionDef, str]:
 
 
 class _Plain(ast.NodeTransformer):
-    """Writes ``x: Any = y`` as ``x = y``."""
+    """Writes ``x: Any = y`` as ``x = y``, and ``x ** 3``, for which Triton has no operator, as ``x * x * x``."""
 
     def visit_AnnAssign(self, node: ast.AnnAssign) -> ast.AST:
+        self.generic_visit(node)
         if node.value is None:
             return ast.copy_location(ast.Pass(), node)
         return ast.copy_location(ast.Assign([node.target], node.value), node)
+
+    def visit_BinOp(self, node: ast.BinOp) -> ast.AST:
+        self.generic_visit(node)
+        if not (isinstance(node.op, ast.Pow) and isinstance(node.right, ast.Constant) and node.right.value in (2, 3)):
+            return node
+        product: ast.expr = node.left
+        for _ in range(int(node.right.value) - 1):
+            product = ast.copy_location(ast.BinOp(product, ast.Mult(), node.left), node)
+        return product
 
 
 def _namespace(function: FunctionType, tree: ast.Module) -> dict[str, Any]:

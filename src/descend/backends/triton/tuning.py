@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 THREADS = 128  # of a program
-BYTES = 16  # that a thread reads at once of the narrowest tensor
+BYTES = 16  # that a thread reads at once, of the narrowest tensor or of float64
 REGISTERS = 128  # of a thread, at most; tests compile every rule and look
 NORM = 1024  # elements that a program summing squares has under way
 PROGRAMS = 2048  # a launch should have so many, about 15 a multiprocessor, for the last ones to cost little
@@ -23,8 +23,12 @@ SUMS = 4096  # partial sums that one program adds at a time: 32 KB under way
 
 
 def block(dtypes: Sequence[torch.dtype]) -> int:
-    """Elements that a program has under way of each tensor."""
-    return THREADS * BYTES // min(dtype.itemsize for dtype in dtypes)
+    """Elements that a program has under way of each tensor.
+
+    Arithmetic in float64 takes two registers a number: with eight elements a thread they would not suffice.
+    """
+    sizes = [dtype.itemsize for dtype in dtypes]
+    return THREADS * BYTES // (max(sizes) if max(sizes) == 8 else min(sizes))
 
 
 def chunk_table(sizes: np.ndarray, rows: np.ndarray) -> np.ndarray:
