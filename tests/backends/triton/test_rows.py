@@ -25,10 +25,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from descend import SGD, Adagrad, AdamW, Monitor, SparseAdam, rules
 from descend.backends.backend import Rows
 from descend.backends.eager import EagerBackend
-from descend.backends.triton import rows as triton_rows
-from descend.backends.triton import rows_library
 from descend.backends.triton.backend import TritonBackend
 from descend.core.decision import Decision
+from descend.state import lazy_memory
+
+pytest.importorskip("triton")
+
+from descend.backends.triton import rows as triton_rows
+from descend.backends.triton import rows_library
 
 pytestmark = pytest.mark.usefixtures("interpreter")
 
@@ -242,6 +246,24 @@ def test_a_step_left_out_moves_nothing(small_tiles: None) -> None:
     assert optimizer.skipped_steps == 1
 
 
+@pytest.mark.slow
+def test_tables_of_more_than_two_thousand_million_numbers() -> None:
+    rows, backend = 2**25 + 3, TritonBackend()
+    weight = lazy_memory.zeros((rows, 64), torch.float16)
+    touched = backend.rows(rules.sgd, 2, (torch.float16, torch.float32), False, weight)
+    touched.compile(False)
+    touched.read(torch.tensor([[rows - 1, 5, rows - 1]]), torch.ones(3, 64), (rows,), None, 0)
+    touched.run(weight, [], (1.0, 0.0), 1.0, backend.scalar_state([]), None)
+    assert weight[[5, rows - 2, rows - 1], 63].tolist() == [-1, 0, -2]
+
+
+def test_numbers_of_rows_may_need_more_than_32_bits(small_tiles: None) -> None:
+    rows = TritonBackend().rows(rules.sgd, 2, (torch.float32, torch.float32), False, torch.zeros(9, 4))
+    rows.read(torch.tensor([[2**20, 1, 2**20], [2**12, 0, 2**12]]), torch.ones(3, 4), (2**21, 2**13), None, 0)
+    assert rows.rows.tolist() == [2**13, 2**33 + 2**12]
+    assert float(rows.sum_of_squares()) == 4 * (4 + 1)
+
+
 # How it is run.
 
 
@@ -287,6 +309,22 @@ def test_a_touched_step_waits_for_nothing(monkeypatch: pytest.MonkeyPatch, small
     assert (weight != before).any(1).nonzero().flatten().tolist() == touched.tolist()
     assert mark[0].nonzero().flatten().tolist() == touched.tolist()
     assert mark[0].max() == 4
+
+
+@pytest.mark.parametrize("backend", [EagerBackend(), TritonBackend()])
+@pytest.mark.parametrize("take", [0.0, 1.0])
+def test_a_step_left_out_marks_no_row(backend: Any, take: float, small_tiles: None) -> None:
+    weight = table(9, 3, torch.float32).detach()
+    before, mark = weight.clone(), torch.arange(9, dtype=torch.int32)
+    rows, state = prepared(backend, weight)
+    grad = random_sparse(weight.shape, 11, 0, torch.float32)
+    decision = Decision(torch.tensor([0.5, take, 0.0, 0.0], dtype=torch.float64), True)
+    rows.read(grad._indices(), grad._values(), (9,), None, 0)
+    rows.run(weight, state, ADAMW_SCALARS, 1.0, backend.scalar_state([]), (mark, 20), False, decision)
+    touched = torch.zeros(9, dtype=torch.bool)
+    touched[grad._indices()[0]] = bool(take)
+    assert torch.equal((weight != before).any(1), touched)
+    assert torch.equal(mark, torch.where(touched, 20, torch.arange(9)).int())
 
 
 def test_a_step_is_measured_as_the_eager_backend_does(small_tiles: None) -> None:

@@ -18,8 +18,8 @@ from torch import Tensor
 from descend.backends.cpu import threads
 from descend.backends.cpu.launch import ScalarState
 from descend.backends.eager import sums as measured_sums
-from descend.backends.triton import library, rows_library
-from descend.backends.triton.rows_library import ENTRIES, Blocks, Gradient
+from descend.backends.triton import library, rows_library, tuning
+from descend.backends.triton.rows_library import Blocks, Gradient
 from descend.backends.triton.tables import Numbers, constants, current, is_capturing
 from descend.core.decision import Decision
 from descend.core.measures import moments
@@ -87,7 +87,7 @@ class TouchedRows:
         keys = torch.empty(count, dtype=_key_dtype(self._sizes), device=self._device)
         if count:
             kernel = rows_library.keys(dimensions, keys.dtype, library.interprets())
-            kernel.bind(-(-count // ENTRIES), self._device, indices, keys, self._sizes, count)()
+            kernel.bind(-(-count // tuning.ENTRIES), self._device, indices, keys, self._sizes, count)()
         return keys
 
     def _blocks(self) -> Blocks:
@@ -286,7 +286,7 @@ class StaleRows:
                 named = self._which is not None
                 arguments = self._named(), steps, self._found, seen, count, self._first, len(steps), now, start
                 kernel = rows_library.find(named, library.interprets())
-                kernel.bind(-(-count // ENTRIES), self._device, *arguments)()
+                kernel.bind(-(-count // tuning.ENTRIES), self._device, *arguments)()
             flags = seen.cpu().numpy()  # waits for the device
             if flags[2]:
                 return None
@@ -309,7 +309,7 @@ class StaleRows:
             if mark and len(self._found):
                 kernel = rows_library.mark(self._which is not None, library.interprets())
                 arguments = self._named(), self._found, self._steps, len(self._found), self._first, self._now
-                kernel.bind(-(-len(self._found) // ENTRIES), self._device, *arguments)()
+                kernel.bind(-(-len(self._found) // tuning.ENTRIES), self._device, *arguments)()
 
     def _apply(self, has_state: bool, scalars: np.ndarray, *written: Tensor) -> None:
         """Apply one of the two rules; ``scalars`` has shape (rounds, steps, scalars)."""

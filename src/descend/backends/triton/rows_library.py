@@ -9,11 +9,8 @@ from typing import Any, NamedTuple
 import torch
 import triton
 
-from descend.backends.triton import library, rows_kernel
+from descend.backends.triton import library, rows_kernel, tuning
 from descend.backends.triton.library import Kernel, Signature, compute_dtype, inlined, made, pointer_to, triton_type
-
-ENTRIES = 1024  # that a program of a kernel with one number a row takes
-GROUP = 64  # tiles whose sums are added at a time
 
 _FOUND = ("which", "found", "seen", "places", "scalars")  # allocations of ``StaleRows``
 _KEYS = {torch.int32: "*i32", torch.int64: "*i64"}
@@ -28,9 +25,10 @@ class Blocks(NamedTuple):
 
     @classmethod
     def of(cls, length: int, compute: torch.dtype) -> Blocks:
-        """A program sums 4 KiB, 8 numbers of float32 a thread: with few registers, many programs wait at once."""
-        columns = min(triton.next_power_of_2(max(length, 1)), 128)
-        return cls(length, min(max(4096 // (columns * compute.itemsize), 4), 128), columns)
+        """How to share rows of ``length`` numbers that are summed in ``compute``."""
+        columns = min(triton.next_power_of_2(max(length, 1)), tuning.COLUMNS)
+        fewest, most = tuning.TILE
+        return cls(length, min(max(tuning.SUMMED // (columns * compute.itemsize), fewest), most), columns)
 
     @property
     def across(self) -> int:
@@ -86,7 +84,7 @@ class Gradient(NamedTuple):
 def keys(dimensions: int, dtype: torch.dtype, interpreted: bool) -> Kernel:
     """The kernel that makes keys, see ``rows_kernel.keys``."""
     pointers: Signature = {"indices": "*i64", "keys": _KEYS[dtype], "sizes": ("i64",) * dimensions, "count": "i64"}
-    constants = {"DIMENSIONS": dimensions, "BLOCK": ENTRIES}
+    constants = {"DIMENSIONS": dimensions, "BLOCK": tuning.ENTRIES}
     return Kernel(made(rows_kernel.keys, interpreted), pointers, constants, aligned=("keys",))
 
 
@@ -101,7 +99,7 @@ def carry(gradient: Gradient, interpreted: bool) -> Kernel:
 def sums(gradient: Gradient, by_key: bool, interpreted: bool) -> Kernel:
     """The kernel that stores summed gradients, see ``rows_kernel.sums``."""
     pointers = {"sums": pointer_to(gradient.values), **gradient.arguments()}
-    constants = {**gradient.blocks.constants(), "GROUP": GROUP, "BY_KEY": by_key}
+    constants = {**gradient.blocks.constants(), "GROUP": tuning.CARRIES, "BY_KEY": by_key}
     return Kernel(made(rows_kernel.sums, interpreted), pointers, constants, (*gradient.aligned(), "sums"))
 
 
@@ -109,7 +107,7 @@ def sums(gradient: Gradient, by_key: bool, interpreted: bool) -> Kernel:
 def squares(gradient: Gradient, interpreted: bool) -> Kernel:
     """The kernel that sums squares of summed gradients, see ``rows_kernel.squares``."""
     pointers = {"squares": "*fp64", **gradient.arguments()}
-    constants = {**gradient.blocks.constants(), "GROUP": GROUP}
+    constants = {**gradient.blocks.constants(), "GROUP": tuning.CARRIES}
     return Kernel(made(rows_kernel.squares, interpreted), pointers, constants, gradient.aligned())
 
 
@@ -156,7 +154,7 @@ def _update(
         "RULE": inlined(rule, gradient.compute),
         "SCALARS": scalars,
         **gradient.blocks.constants(),
-        "GROUP": GROUP,
+        "GROUP": tuning.CARRIES,
     }
     aligned = (*gradient.aligned(), "tensors") if are_aligned else gradient.aligned()
     return Kernel(made(rows_kernel.update, interpreted), pointers, constants, aligned)
@@ -167,7 +165,7 @@ def find(named: bool, interpreted: bool) -> Kernel:
     """The kernel that finds stale rows, see ``rows_kernel.find``."""
     pointers = {"which": "*i64", "steps": "*i32", "found": "*i32", "seen": "*i8"}
     numbers = {"count": "i64", "first": "i64", "total": "i64", "now": "i32", "start": "i32"}
-    constants = {"NAMED": named, "BLOCK": ENTRIES}
+    constants = {"NAMED": named, "BLOCK": tuning.ENTRIES}
     return Kernel(made(rows_kernel.find, interpreted), {**pointers, **numbers}, constants, _FOUND)
 
 
@@ -175,7 +173,7 @@ def find(named: bool, interpreted: bool) -> Kernel:
 def mark(named: bool, interpreted: bool) -> Kernel:
     """The kernel that marks rows as current, see ``rows_kernel.mark``."""
     pointers = {"which": "*i64", "found": "*i32", "steps": "*i32", "count": "i64", "first": "i64", "now": "i32"}
-    constants = {"NAMED": named, "BLOCK": ENTRIES}
+    constants = {"NAMED": named, "BLOCK": tuning.ENTRIES}
     return Kernel(made(rows_kernel.mark, interpreted), pointers, constants, _FOUND)
 
 
