@@ -185,15 +185,17 @@ class Plan:
         if differentiable:
             self._check_not_cut(method, param)
             return entry._replace(local=param, share=None, reason="differentiable=True", in_order=True)
+        found = None
         for backend in available(self._requested):
             if sparse:
                 why_not = backend.why_not_rows(rule, local, tensors)
             else:
                 why_not = backend.why_not(rule, local, local.grad, tensors)
-            entry = entry._replace(reason=why_not)
             if why_not is None:
-                return entry._replace(backend=backend)
-        return entry
+                return entry._replace(backend=backend, reason=None)
+            if found is None or found.startswith("on "):  # a backend for other devices has less to say
+                found = why_not
+        return entry._replace(reason=found or entry.reason)
 
     def _check_whole(self, method: Method, param: Tensor, kind: Kind, share: Share | None) -> None:
         """Raise ``RuntimeError`` if a rule of whole matrices would see a part of one."""

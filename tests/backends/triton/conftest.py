@@ -1,4 +1,4 @@
-"""Triton's interpreter runs the kernels on CPU tensors; without it they are compiled for GPUs that need not be there."""
+"""Triton's interpreter runs kernels on CPU tensors; without it they are compiled for GPUs that need not be there."""
 
 from __future__ import annotations
 

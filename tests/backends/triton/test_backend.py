@@ -27,9 +27,9 @@ def test_cpu_tensors_are_left_to_the_cpu_backend() -> None:
     assert why_not(torch.zeros(3)) == "on cpu"
     assert why_not(torch.zeros(3, device="meta")) == "on meta"
     assert [backend.name for backend in available("auto")].index("cpu") == 0
+    param = torch.ones(3, requires_grad=True)
+    param.grad = torch.ones(3)
     with pytest.raises(RuntimeError, match="on cpu"):
-        param = torch.ones(3, requires_grad=True)
-        param.grad = torch.ones(3)
         SGD([param], backend="triton").step()
 
 

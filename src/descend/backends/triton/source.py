@@ -101,12 +101,11 @@ class _Plain(ast.NodeTransformer):
 
     def visit_BinOp(self, node: ast.BinOp) -> ast.AST:
         self.generic_visit(node)
-        if not (isinstance(node.op, ast.Pow) and isinstance(node.right, ast.Constant) and node.right.value in (2, 3)):
+        times = node.right.value if isinstance(node.op, ast.Pow) and isinstance(node.right, ast.Constant) else None
+        if times not in (2, 3):
             return node
-        product: ast.expr = node.left
-        for _ in range(int(node.right.value) - 1):
-            product = ast.copy_location(ast.BinOp(product, ast.Mult(), node.left), node)
-        return product
+        product = ast.copy_location(ast.BinOp(node.left, ast.Mult(), node.left), node)
+        return product if times == 2 else ast.copy_location(ast.BinOp(product, ast.Mult(), node.left), node)
 
 
 def _namespace(function: FunctionType, tree: ast.Module) -> dict[str, Any]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Sequence
 from contextlib import nullcontext
+from operator import attrgetter
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -221,6 +222,7 @@ class Constants(NamedTuple):
     zero: Tensor
 
 
+_version = attrgetter("_version")
 _constants: dict[torch.device, Constants] = {}
 
 
@@ -254,10 +256,11 @@ class DeviceScalarState:
                 which = [i for i, tensor in enumerate(self._tensors) if tensor.dtype == dtype]
                 addresses = np.array([self._tensors[i].data_ptr() for i in which], np.int64)
                 self._parts.append(Scatter(addresses, places[which], dtype, device))
-        self._versions = self._current_versions()
+        self._watched = [tensor for tensor in self._tensors if not tensor.is_inference()]
+        self._versions = self._sum_of_versions()
 
     def is_unchanged(self) -> bool:
-        return self._versions == self._current_versions()
+        return self._versions == self._sum_of_versions()
 
     def write(self, values: Sequence[Sequence[Any]], decision: Decision | None) -> None:
         if not self._parts:
@@ -272,5 +275,6 @@ class DeviceScalarState:
             for part in self._parts:
                 part.run(self._numbers.tensor, taken, is_recorded)
 
-    def _current_versions(self) -> list[int]:
-        return [tensor._version for tensor in self._tensors if not tensor.is_inference()]
+    def _sum_of_versions(self) -> int:
+        """No version ever sinks, so the sum stays if all of them do."""
+        return sum(map(_version, self._watched))
