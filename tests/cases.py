@@ -30,6 +30,7 @@ from descend import (
 )
 
 BACKENDS = ("cpu", "eager") if "DESCEND_TEST_BACKEND" not in os.environ else (os.environ["DESCEND_TEST_BACKEND"],)
+DENSE_BACKENDS = BACKENDS if "DESCEND_TEST_BACKEND" in os.environ else (*BACKENDS, "foreach")  # rows are eager's
 SHAPES = ((), (0,), (7, 5), (129,))
 
 

@@ -25,8 +25,8 @@ def test_backends_says_where_and_why(monkeypatch: pytest.MonkeyPatch) -> None:
     assert [(p.name, p.backend) for p in placements] == [
         ("plain", "cpu"),
         ("narrow", "cpu"),
-        ("complex", "eager"),
-        ("strided", "eager"),
+        ("complex", "foreach"),
+        ("strided", "foreach"),
     ]
     assert "complex64" in placements[2].reason
     assert "stride" in placements[3].reason

@@ -155,7 +155,7 @@ def test_cpu_backend_refuses_what_it_cannot_run() -> None:
     assert_unmoved(optimizer, before)
     optimizer.backend = "auto"
     optimizer.step()
-    assert [placement.backend for placement in optimizer.backends()] == ["cpu", "eager"]
+    assert [placement.backend for placement in optimizer.backends()] == ["cpu", "foreach"]
 
 
 @pytest.mark.parametrize("change", [dict(lr="fast"), dict(betas=(0.9, "high"))], ids=str)

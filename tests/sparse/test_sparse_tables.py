@@ -92,7 +92,7 @@ def test_sgd_takes_complex_tables(dtype: torch.dtype, options: dict[str, float],
             optimizer.step()
     tolerance = 1e-5 if dtype == torch.complex64 else 1e-12
     torch.testing.assert_close(ours, theirs, rtol=tolerance, atol=tolerance)
-    assert [placement.backend for placement in optimizers[0].backends()] == ["eager"]
+    assert [placement.backend for placement in optimizers[0].backends()] == ["foreach"]
 
 
 def transposed(param: Tensor) -> Tensor:

@@ -49,12 +49,17 @@ def no_reads() -> Iterator[None]:
         yield
 
 
-def two(case: Case, **options: Any) -> tuple[Any, Any]:
+@pytest.fixture(params=["eager", "foreach"])
+def backend(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+def two(case: Case, backend: str, **options: Any) -> tuple[Any, Any]:
     """The same optimizer twice: decided on a device, and on the host."""
     params = [torch.randn(5, 3, requires_grad=True), torch.randn(7, requires_grad=True)]
     copies = [param.detach().clone().requires_grad_() for param in params]
     return (
-        case.ours(params, backend="eager", **case.options, **options),
+        case.ours(params, backend=backend, **case.options, **options),
         case.ours(copies, backend="cpu", **case.options, **options),
     )
 
@@ -71,8 +76,8 @@ def assert_same(optimizer: Any, expected: Any) -> None:
 
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_steps_match_those_that_the_host_decides(case: Case, options: dict[str, Any]) -> None:
-    device, host = two(case, **options)
+def test_steps_match_those_that_the_host_decides(case: Case, options: dict[str, Any], backend: str) -> None:
+    device, host = two(case, backend, **options)
     for seed in range(6):
         for optimizer in (device, host):
             give_grads(params_of(optimizer), seed)
@@ -84,10 +89,10 @@ def test_steps_match_those_that_the_host_decides(case: Case, options: dict[str, 
     assert_same(device, host)
 
 
-def test_a_steady_step_reads_nothing() -> None:
+def test_a_steady_step_reads_nothing(backend: str) -> None:
     for options in OPTIONS[1:]:
         weight = torch.randn(5, requires_grad=True)
-        optimizer = AdamW([weight], backend="eager", **options)
+        optimizer = AdamW([weight], backend=backend, **options)
         for seed in range(3):
             give_grads([weight], seed)
             if seed:
@@ -97,9 +102,9 @@ def test_a_steady_step_reads_nothing() -> None:
                 optimizer.step()
 
 
-def test_a_step_left_out_moves_nothing() -> None:
+def test_a_step_left_out_moves_nothing(backend: str) -> None:
     weight = torch.randn(5, requires_grad=True)
-    optimizer = NAdam([weight], backend="eager", nonfinite="skip")
+    optimizer = NAdam([weight], backend=backend, nonfinite="skip")
     give_grads([weight], 0)
     optimizer.step()
     before = weight.detach().clone(), copy.deepcopy(dict(optimizer.state[weight]))
@@ -115,8 +120,8 @@ def test_a_step_left_out_moves_nothing() -> None:
     assert optimizer.skipped_steps == 6
 
 
-def test_the_first_step_may_be_left_out() -> None:
-    device, host = two(CASES[7], nonfinite="skip")
+def test_the_first_step_may_be_left_out(backend: str) -> None:
+    device, host = two(CASES[7], backend, nonfinite="skip")
     for optimizer in (device, host):
         give_grads(params_of(optimizer), 0)
         params_of(optimizer)[0].grad[0] = torch.nan
@@ -129,8 +134,8 @@ def test_the_first_step_may_be_left_out() -> None:
 
 
 @pytest.mark.parametrize("max_norm", [None, 0.5])
-def test_a_loss_scale_and_overflow_are_read_on_the_device(max_norm: float | None) -> None:
-    device, host = two(CASES[5], amp="fused", max_norm=max_norm)
+def test_a_loss_scale_and_overflow_are_read_on_the_device(max_norm: float | None, backend: str) -> None:
+    device, host = two(CASES[5], backend, amp="fused", max_norm=max_norm)
     for seed in range(5):
         for optimizer in (device, host):
             give_grads(params_of(optimizer), seed)
@@ -152,10 +157,10 @@ def test_a_loss_scale_and_overflow_are_read_on_the_device(max_norm: float | None
     assert_same(device, host)
 
 
-def test_a_learning_rate_on_the_device_is_not_read() -> None:
+def test_a_learning_rate_on_the_device_is_not_read(backend: str) -> None:
     weight, other = (torch.ones(5, requires_grad=True) for _ in range(2))
     lr = torch.tensor(0.1)
-    optimizer, expected = AdamW([weight], lr=lr, backend="eager"), AdamW([other], lr=0.1)
+    optimizer, expected = AdamW([weight], lr=lr, backend=backend), AdamW([other], lr=0.1)
     for seed in range(4):
         give_grads([weight], seed)
         give_grads([other], seed)
@@ -223,8 +228,8 @@ def test_steps_inside_backward_are_clipped_there(clip: Any) -> None:
     assert results[0][1] == pytest.approx(results[1][1], rel=1e-5)
 
 
-def test_counts_move_when_the_options_do() -> None:
-    device, host = two(CASES[7], max_norm=1.0)
+def test_counts_move_when_the_options_do(backend: str) -> None:
+    device, host = two(CASES[7], backend, max_norm=1.0)
     for seed, nonfinite in enumerate(["step", "skip", "skip", "raise", "skip", "step"]):
         for optimizer in (device, host):
             optimizer.nonfinite = nonfinite
@@ -233,8 +238,8 @@ def test_counts_move_when_the_options_do() -> None:
     assert_same(device, host)
 
 
-def test_an_edited_step_count_is_noticed() -> None:
-    device, host = two(CASES[5], nonfinite="skip")
+def test_an_edited_step_count_is_noticed(backend: str) -> None:
+    device, host = two(CASES[5], backend, nonfinite="skip")
     for seed in range(3):
         for optimizer in (device, host):
             give_grads(params_of(optimizer), seed)
@@ -245,8 +250,8 @@ def test_an_edited_step_count_is_noticed() -> None:
     assert_same(device, host)
 
 
-def test_copies_and_pickles_hold_numbers() -> None:
-    device, _ = two(CASES[5], nonfinite="skip")
+def test_copies_and_pickles_hold_numbers(backend: str) -> None:
+    device, _ = two(CASES[5], backend, nonfinite="skip")
     for seed in range(2):
         give_grads(params_of(device), seed)
         if seed:

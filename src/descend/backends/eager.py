@@ -47,12 +47,14 @@ def run(
     scaled = grad if scale == 1 else grad * scale
     results = rule(first, scaled if decision is None else scaled * decision.factor, *rest, *scalars)
     results = results if state else (results,)
+    # A rule may keep the old parameter in its state: what is written first must not change it.
+    results = [value.clone() if any(value is old for old in (first, *rest)) else value for value in results]
     for tensor, result in zip(written, results, strict=True):
         write(tensor, result, decision)
     if before is None:
         return None
     with torch.no_grad():
-        return sums(before, grad, written, moments(rule))
+        return measured_sums(before, grad, written, moments(rule))
 
 
 def write(tensor: Tensor, value: Any, decision: Decision | None) -> None:
@@ -355,7 +357,7 @@ class EagerRows:
                 sums = run_rows(
                     self._rule, param, index, self._grad.values(), state, scalars, scale, measures, decision
                 )
-            self._measured = param.new_zeros(len(COLUMNS), dtype=_widest(param)) if sums is None else sums
+            self._measured = param.new_zeros(len(COLUMNS), dtype=widest(param)) if sums is None else sums
             if mark is not None:
                 steps, step = mark
                 rows = self._grad.indices()[0]
@@ -437,16 +439,16 @@ def _sum_of_squares(tensor: Tensor) -> Tensor:
     if tensor.layout != torch.strided:
         tensor = tensor.to_sparse().to(torch.promote_types(tensor.dtype, torch.float32)).coalesce().values()
     flat = as_real(tensor.detach())
-    flat = flat.to(_widest(tensor))
+    flat = flat.to(widest(tensor))
     return (flat * flat).sum()
 
 
-def _widest(tensor: Tensor) -> torch.dtype:
+def widest(tensor: Tensor) -> torch.dtype:
     """The widest real dtype of a tensor's device."""
     return torch.float32 if tensor.device.type == "mps" else torch.float64
 
 
-def sums(before: Tensor, grad: Tensor, written: Sequence[Tensor], moments: Any) -> Tensor:
+def measured_sums(before: Tensor, grad: Tensor, written: Sequence[Tensor], moments: Any) -> Tensor:
     """What ``core.measures.COLUMNS`` lists, as a tensor on the parameter's device: nothing waits for it.
 
     Args:
@@ -455,7 +457,7 @@ def sums(before: Tensor, grad: Tensor, written: Sequence[Tensor], moments: Any) 
         written: parameter and state tensors after the step.
         moments: positions of the two averages among the state tensors, or None.
     """
-    wide = _widest(before)
+    wide = widest(before)
     kept, old, new = written[0].to(before.dtype), before.to(wide), written[0].to(wide)
     moving = grad != 0
     sums = [grad.to(wide).square().sum(), (new - old).square().sum(), old.square().sum()]

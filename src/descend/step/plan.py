@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from descend.backends import EAGER, available
+from descend.backends import EAGER, FOREACH, available
 from descend.backends.cpu.probe import make_probe
 from descend.core import memory
 from descend.core.measures import Sample
@@ -185,17 +185,17 @@ class Plan:
         if differentiable:
             self._check_not_cut(method, param)
             return entry._replace(local=param, share=None, reason="differentiable=True", in_order=True)
-        found = None
+        reason = None  # of a compiled backend, whichever of the others runs it then
         for backend in available(self._requested):
             if sparse:
                 why_not = backend.why_not_rows(rule, local, tensors)
             else:
                 why_not = backend.why_not(rule, local, local.grad, tensors)
             if why_not is None:
-                return entry._replace(backend=backend, reason=None)
-            if found is None or found.startswith("on "):  # a backend for other devices has less to say
-                found = why_not
-        return entry._replace(reason=found or entry.reason)
+                return entry._replace(backend=backend, reason=reason if backend is FOREACH else None)
+            if reason is None or (reason.startswith("on ") and backend is not FOREACH):
+                reason = why_not  # a backend for other devices has less to say
+        return entry._replace(reason=reason or entry.reason)
 
     def _check_whole(self, method: Method, param: Tensor, kind: Kind, share: Share | None) -> None:
         """Raise ``RuntimeError`` if a rule of whole matrices would see a part of one."""

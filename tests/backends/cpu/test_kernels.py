@@ -9,7 +9,7 @@ from itertools import product
 
 import pytest
 import torch
-from cases import BACKENDS, CASES, Case, Twins
+from cases import CASES, DENSE_BACKENDS, Case, Twins
 from torch import Tensor
 
 from descend import SGD, Adam, AdamW, FirstOrder, from_rule, rules
@@ -95,7 +95,7 @@ def test_every_rule_has_a_case() -> None:
     assert steps | {rules.coast, rules.decay} == set(RULES)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", DENSE_BACKENDS)
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_nan_and_inf_hit_the_elements_they_hit_in_torch(case: Case, backend: str) -> None:
     twins = Twins(case, lambda: [torch.ones(40, requires_grad=True)], backend=backend)
@@ -111,7 +111,7 @@ def test_nan_and_inf_hit_the_elements_they_hit_in_torch(case: Case, backend: str
     torch.testing.assert_close(ours[alive], theirs[alive], rtol=1e-5, atol=1e-6)  # float32, three steps
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", DENSE_BACKENDS)
 @pytest.mark.parametrize("case", [case for case in CASES if issubclass(case.ours, Adam)], ids=str)
 def test_adam_survives_squares_that_overflow(case: Case, backend: str) -> None:
     twins = Twins(case, lambda: [torch.ones(40, requires_grad=True)], backend=backend)
@@ -234,7 +234,7 @@ def test_float32_kernel_is_vectorised(rule) -> None:
         assert re.search(r"^\s+v?sqrtps\s", found, re.MULTILINE)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", DENSE_BACKENDS)
 def test_betas_near_one_lose_nothing_in_float32(backend: str) -> None:
     param = torch.zeros(20, requires_grad=True)
     optimizer = AdamW([param], betas=(0.9, 0.99999), backend=backend)
@@ -247,7 +247,7 @@ def test_betas_near_one_lose_nothing_in_float32(backend: str) -> None:
 # Dtypes of the state.
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", DENSE_BACKENDS)
 def test_float16_with_default_eps_stays_finite(backend: str) -> None:
     param = torch.ones(100, dtype=HALF, requires_grad=True)
     optimizer = AdamW([param], backend=backend)
@@ -258,7 +258,7 @@ def test_float16_with_default_eps_stays_finite(backend: str) -> None:
     assert optimizer.state[param]["exp_avg_sq"].dtype == SINGLE
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", DENSE_BACKENDS)
 def test_state_dtype_is_obeyed_and_helps_bfloat16(backend: str) -> None:
     ends = {}
     for state_dtype in (None, SINGLE):

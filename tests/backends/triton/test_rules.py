@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
 import linecache
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -153,6 +155,18 @@ def test_line_of_the_mistake_is_named() -> None:
     line = mistaken.__code__.co_firstlineno + 1
     assert f"({__file__}, line {line})" in str(caught.value)
     assert linecache.getline(__file__, line).strip() == "return x.no_such_thing"
+
+
+def test_source_that_was_edited_is_not_compiled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "edited_rule.py"
+    file.write_text("def rule(param, grad, lr):\n    return param - lr * 0.1 * grad\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    rule = importlib.import_module("edited_rule").rule
+    compiles(rule)
+    library._update.cache_clear()
+    file.write_text("def rule(param, grad, lr):\n    return param - lr * 0.25 * grad\n")
+    with pytest.raises(Declined, match="has been edited"):
+        compiles(rule)
 
 
 def test_declined_rule_is_remembered_and_steps_elsewhere(interpreter: None) -> None:

@@ -30,7 +30,7 @@ class TritonDecisions:
     """See ``backend.Decisions``."""
 
     def takes(self, device: torch.device) -> bool:
-        return device.type == "cuda" or _interprets()
+        return device.type == "cuda" or (device.type == "cpu" and _interprets())
 
     def judge(
         self,

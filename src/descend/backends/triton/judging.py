@@ -7,7 +7,7 @@ import struct
 from torch import Tensor
 
 from descend.backends.triton import library
-from descend.backends.triton.tables import constants, current, is_capturing, keep
+from descend.backends.triton.tables import constants, current
 
 
 def judge(
@@ -24,8 +24,6 @@ def judge(
     with current(device):
         _, one, zero = constants(device)
         given = total, one if grad_scale is None else grad_scale, zero if found_inf is None else found_inf
-        if is_capturing(device):
-            keep(one, zero)
         kernel = library.judge(*(tensor.dtype for tensor in given), library.interprets())
         numbers = map(_bits, (scale, max_norm, float(skips_nonfinite)))
         kernel.bind(1, device, values, *given, *numbers)()

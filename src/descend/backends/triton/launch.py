@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from descend.backends.eager import sums as measured_sums
+from descend.backends.eager import measured_sums
 from descend.backends.triton import library, tuning
 from descend.backends.triton.tables import Numbers, Table, constants, current, is_capturing, keep, uploaded
 from descend.core.decision import Decision

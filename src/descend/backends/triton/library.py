@@ -68,16 +68,17 @@ class Kernel:
         """Compile it, or load it from Triton's cache."""
         constants = {(list(self._signature).index(name),): value for name, value in self.constants.items()}
         made = triton.compiler.ASTSource(self._function, self._signature, constants, self._attributes)
+        # Products and sums are fused, as the CPU backend does: said, because Triton's default is about to change.
+        options = {"num_warps": tuning.THREADS // target.warp_size, "enable_fp_fusion": True}
         with _cache_folder():
-            warps = tuning.THREADS // target.warp_size
-            return triton.compile(made, target=target, options={"num_warps": warps, "enable_fp_fusion": True})
+            return triton.compile(made, target=target, options=options)
 
     def compile(self, device: torch.device) -> None:
-        """Compile it for a device."""
+        """Compile it for a device, and load it there: whatever can fail does so now."""
         if device.type != "cpu" and device.index not in self._compiled:
-            with torch.cuda.device(device):
+            with torch.cuda.device(device), _cache_folder():
                 compiled = self.compile_for(triton.runtime.driver.active.get_current_target())
-                compiled[1, 1, 1]  # loads it: whatever can fail does so now
+                compiled[1, 1, 1]
             self._compiled[device.index] = compiled
 
     def bind(self, programs: int, device: torch.device, *arguments: Argument) -> Callable[[], None]:
@@ -109,7 +110,7 @@ def interprets() -> bool:
     return bool(knobs.runtime.interpret)
 
 
-def update(rule: FunctionType, scalars: int, dtypes: tuple[torch.dtype, ...]) -> Kernel:
+def update(rule: Any, scalars: int, dtypes: tuple[torch.dtype, ...]) -> Kernel:
     """The kernel that applies a rule to chunks, see ``kernels.update``.
 
     Raises:
@@ -118,9 +119,11 @@ def update(rule: FunctionType, scalars: int, dtypes: tuple[torch.dtype, ...]) ->
     return declining(_update, rule, scalars, dtypes)
 
 
-def declining(make: Callable[..., Kernel], rule: FunctionType, *arguments: Any) -> Kernel:
+def declining(make: Callable[..., Kernel], rule: Any, *arguments: Any) -> Kernel:
     """``make(rule, ..., interprets())``. Raise ``Declined`` if the rule cannot be made a kernel."""
     try:
+        if not isinstance(rule, FunctionType):
+            raise TypeError("it is not a function made by def")
         return make(rule, *arguments, interprets())
     except RecursionError as error:
         raise _decline(rule, TypeError("its helpers call each other in a circle")) from error
@@ -146,10 +149,10 @@ def _update(rule: FunctionType, scalars: int, dtypes: tuple[torch.dtype, ...], i
 @cache
 def made(function: FunctionType, interpreted: bool) -> Any:
     """What Triton makes of a kernel."""
-    operations = _operations(torch.float64, interpreted)
+    bound = _operations(torch.float64, interpreted)
     if interpreted:
-        operations = {**operations, kernels.added: _jitted(kernels.added_by_interpreter)}
-    return _jitted(function, operations)
+        bound = {**bound, kernels.added: _jitted(kernels.added_by_interpreter)}
+    return _jitted(function, bound)
 
 
 @cache
@@ -190,7 +193,7 @@ def scalar_state(dtype: torch.dtype, interpreted: bool) -> Kernel:
     )
 
 
-def check(rule: FunctionType, kernel: Kernel, device: torch.device) -> None:
+def check(rule: Any, kernel: Kernel, device: torch.device) -> None:
     """Compile the kernel of a rule. Raise ``Declined`` if it cannot be compiled for the device."""
     try:
         kernel.compile(device)
@@ -213,7 +216,7 @@ def _try(kernel: Kernel) -> None:
 _declined: WeakKeyDictionary[Any, str] = WeakKeyDictionary()
 
 
-def _decline(rule: FunctionType, error: BaseException) -> Declined:
+def _decline(rule: Any, error: BaseException) -> Declined:
     _declined[rule] = reason = explain(rule, error)
     return Declined(reason)
 
@@ -258,15 +261,18 @@ def pointer_to(dtype: torch.dtype) -> str:
 def _cache_folder() -> Iterator[None]:
     """Compiled kernels lie below ``DESCEND_CACHE_DIR`` if that is set and Triton's own folder is not."""
     chosen = os.environ.get("DESCEND_CACHE_DIR")
+    if not chosen or os.environ.get("TRITON_CACHE_DIR"):
+        yield
+        return
     with knobs.cache.scope():
-        if chosen and not os.environ.get("TRITON_CACHE_DIR"):
-            knobs.cache.dir = str(Path(chosen).absolute() / "triton")
+        knobs.cache.dir = str(Path(chosen).absolute() / "triton")
         yield
 
 
-def explain(rule: FunctionType, error: BaseException) -> str:
+def explain(rule: Any, error: BaseException) -> str:
     """Why a rule cannot be compiled, and where it says so."""
-    file, line = rule.__code__.co_filename, rule.__code__.co_firstlineno
+    code = getattr(rule, "__code__", None)
+    file, line = (code.co_filename, code.co_firstlineno) if code else ("no file", 0)
     reason = str(error)
     inner: BaseException | None = error
     while inner is not None:
@@ -278,7 +284,8 @@ def explain(rule: FunctionType, error: BaseException) -> str:
                 file, line = found.file, found.lines[number]
         inner = inner.__cause__
     return (
-        f"the rule {rule.__name__} cannot be compiled for GPUs ({file}, line {line}): {reason.splitlines()[0]}\n"
+        f"the rule {getattr(rule, '__name__', rule)} cannot be compiled for GPUs ({file}, line {line}): "
+        f"{reason.splitlines()[0] if reason else repr(error)}\n"
         "A rule may use arithmetic, comparisons, the functions of descend.ops imported by name, and helpers made of "
         "these. It runs with backend='foreach' or backend='eager'"
     )

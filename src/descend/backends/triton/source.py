@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import ast
+import dis
 import hashlib
 import inspect
 import linecache
 import textwrap
-from types import FunctionType
+from types import CodeType, FunctionType
 from typing import Any, NamedTuple
 
 import triton
@@ -69,6 +70,9 @@ def _definition(function: FunctionType) -> tuple[ast.FunctionDef, str]:
     found = tree.body[0] if tree.body else None
     if not isinstance(found, ast.FunctionDef):
         raise ValueError("it is not made by def")
+    found.returns, found.decorator_list = None, []
+    if not function.__closure__ and _digest(_code_of(found)) != _digest(function.__code__):
+        raise ValueError("its source has been edited since it was imported")
     arguments = found.args
     arguments.args, arguments.posonlyargs = arguments.posonlyargs + arguments.args, []
     for argument in (*arguments.args, *arguments.kwonlyargs):
@@ -83,11 +87,23 @@ def _definition(function: FunctionType) -> tuple[ast.FunctionDef, str]:
             arguments.args.append(argument)
             arguments.defaults.append(ast.Constant(defaults[argument.arg]))
         arguments.kwonlyargs, arguments.kw_defaults = [], []
-    found.returns, found.decorator_list = None, []
     if ast.get_docstring(found, clean=False) is not None and len(found.body) > 1:
         del found.body[0]
     found = _Plain().visit(found)
     return ast.fix_missing_locations(found), function.__code__.co_filename
+
+
+def _code_of(definition: ast.FunctionDef) -> CodeType:
+    made = compile(ast.Module([definition], []), "", "exec").co_consts
+    return next(code for code in made if isinstance(code, CodeType) and code.co_name == definition.name)
+
+
+def _digest(code: CodeType) -> str:
+    """The names, operators, variables and constants of a function. How it calls others depends on its module, too."""
+    kinds = ("BINARY", "COMPARE", "UNARY", "LOAD_FAST", "LOAD_CONST", "LOAD_SMALL_INT")
+    found = [step for step in dis.get_instructions(code) if step.opname.startswith(kinds)]
+    steps = [(step.opname, step.argrepr) for step in found if not isinstance(step.argval, CodeType)]
+    return repr((code.co_names, steps))
 
 
 class _Plain(ast.NodeTransformer):

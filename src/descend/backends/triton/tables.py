@@ -34,8 +34,8 @@ def current(device: torch.device) -> Any:
 def uploaded(content: np.ndarray, device: torch.device) -> Tensor:
     """A table on the device that never changes."""
     table = torch.from_numpy(content)
-    if device.type == "cpu":
-        return table
+    if device.type == "cpu" or not content.size:
+        return table.to(device)
     with current(device):
         # torch keeps pinned memory until the copy is over; a graph would copy from it again.
         pinned = table.pin_memory()
@@ -148,6 +148,8 @@ class Numbers:
 
     def set(self, row: int, numbers: Sequence[float | Tensor]) -> None:
         """Set a row."""
+        if not self._on_device and any(isinstance(number, Tensor) for number in numbers):
+            library.scalar_state(self._dtype, library.interprets()).compile(self.tensor.device)  # not while a step runs
         first = row * self._columns
         for place, number in enumerate(numbers, first):
             if isinstance(number, Tensor):
@@ -187,13 +189,10 @@ class Scatter:
     def __init__(self, addresses: np.ndarray, places: np.ndarray, dtype: torch.dtype, device: torch.device) -> None:
         self._table = uploaded(np.stack([addresses, places]).astype(np.int64), device)
         self._kernel = library.scalar_state(dtype, library.interprets())
+        self._kernel.compile(device)
         self._count, self._device = len(addresses), device
         self._launch: Any = None
         self._arguments: tuple[Tensor, ...] = ()
-
-    def compile(self) -> None:
-        """Compile the kernel."""
-        self._kernel.compile(self._device)
 
     def run(self, values: Tensor, decision: Tensor, is_capturing: bool) -> None:
         """Write ``values`` (float64), unless ``decision`` leaves the step out."""

@@ -3,7 +3,7 @@
 The memory of an H200 delivers 4.8 TB/s and answers after about 0.7 us. It is busy while 3.4 MB are under way: 25 KB on
 each of 132 multiprocessors. A thread of AdamW has 16 bytes of each of 4 tensors under way, a program of 128 threads
 8 KB. With at most ``REGISTERS`` registers a thread, 4 programs share a multiprocessor's 65,536: 32 KB. AdamW in float32
-takes 36, so that 14 do, and most of them may wait for tables, or at their ends.
+takes 40, so that 12 do, and most of them may wait for tables, or at their ends.
 """
 
 from __future__ import annotations
