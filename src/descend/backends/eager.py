@@ -423,7 +423,7 @@ class EagerCatchUp:
 
     def _by_row(self, by_step: np.ndarray) -> Tensor:
         """What is given for each distinct step, for each of the rows found."""
-        return torch.from_numpy(by_step).to(_widest(self._steps)).to(self._steps.device)[self._position]
+        return torch.from_numpy(by_step).to(widest(self._steps)).to(self._steps.device)[self._position]
 
 
 def sums_of_squares(tensors: Sequence[Tensor]) -> float | Tensor:

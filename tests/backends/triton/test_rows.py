@@ -32,7 +32,7 @@ from descend.state import lazy_memory
 pytest.importorskip("triton")
 
 from descend.backends.triton import rows as triton_rows
-from descend.backends.triton import rows_library
+from descend.backends.triton import rows_library, tuning
 
 pytestmark = pytest.mark.usefixtures("interpreter")
 
@@ -41,12 +41,13 @@ ADAMW_SCALARS = (0.1, 0.1, 0.01, 1e-8, 0.1, 0.1, 0.01)
 
 @pytest.fixture
 def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Tiles of four entries, and blocks of four columns: a few entries lie in many."""
+    """Tiles of four entries, blocks of four columns, four pieces of a run at a time: a few entries are many."""
     monkeypatch.setattr(rows_library.Blocks, "of", lambda length, compute: rows_library.Blocks(length, 4, 4))
+    monkeypatch.setattr(tuning, "CARRIES", 4)
 
 
 def pattern(name: str, rows: int, count: int) -> Tensor:
-    """Return indices of a table's rows: each once, all the same, some often, or one that fills the middle."""
+    """Return indices of a table's rows: each once, all the same, some often, or runs that end anywhere in a tile."""
     random = torch.Generator().manual_seed(count)
     if name == "distinct":
         return torch.randperm(rows, generator=random)[:count]
@@ -54,9 +55,9 @@ def pattern(name: str, rows: int, count: int) -> Tensor:
         return torch.full((count,), rows - 1)
     if name == "zipf":
         return zipf_indices(rows, count, random)
-    middle = torch.randint(rows, (count,), generator=random)
-    middle[count // 8 : -count // 8] = rows // 2
-    return middle
+    lengths = torch.tensor([3, 6, 1, 1, 30, 4, 9, 2, 5, 8, 1, 16])
+    runs = torch.arange(len(lengths)).repeat_interleave(lengths)[:count]
+    return runs[torch.randperm(len(runs), generator=random)]
 
 
 def sums_of(indices: Tensor, values: Tensor, rows: int) -> Tensor:
@@ -106,8 +107,8 @@ def test_rows_match_the_eager_backend(ours: Any, dtype: torch.dtype) -> None:
             torch.testing.assert_close(value, found[0][1][name], **tolerance)
 
 
-@pytest.mark.parametrize("name", ["distinct", "same", "zipf", "middle"])
-@pytest.mark.parametrize(("length", "count"), [(3, 1), (4, 5), (5, 90)])
+@pytest.mark.parametrize("name", ["distinct", "same", "zipf", "runs"])
+@pytest.mark.parametrize(("length", "count"), [(3, 1), (4, 5), (5, 86)])
 def test_duplicates_are_summed(name: str, length: int, count: int, small_tiles: None) -> None:
     indices = pattern(name, rows=160, count=count)
     values = torch.randint(-8, 8, (count, length), generator=torch.Generator().manual_seed(1)).float()
@@ -128,8 +129,8 @@ def test_a_gradient_without_entries(small_tiles: None) -> None:
 
 @pytest.mark.parametrize("length", [1, 64, 200])
 def test_duplicates_are_summed_in_tiles_of_their_size(length: int) -> None:
-    indices = pattern("middle", rows=12, count=140)
-    values = torch.randint(-8, 8, (140, length), generator=torch.Generator().manual_seed(1)).float()
+    indices = pattern("runs", rows=12, count=86)
+    values = torch.randint(-8, 8, (86, length), generator=torch.Generator().manual_seed(1)).float()
     assert torch.equal(sums_of(indices, values, 12), torch.zeros(12, length).index_add_(0, indices, values))
 
 
@@ -230,6 +231,22 @@ def test_a_wrong_index_is_refused_with_the_same_words(small_tiles: None) -> None
         assert torch.equal(weight.detach(), before)
         messages.append(str(raised.value))
     assert messages[0] == messages[1] == messages[2]
+
+
+def test_a_device_writes_nothing_for_a_wrong_index(monkeypatch: pytest.MonkeyPatch, small_tiles: None) -> None:
+    asserted: list[bool] = []
+    monkeypatch.setattr(triton_rows, "_is_on_host", lambda tensor: False)
+    monkeypatch.setattr(torch, "_assert_async", lambda condition, message: asserted.append(bool(condition)))
+    memory = torch.full((14, 3), torch.nan)
+    weight = memory[4:10]
+    weight[2] = 1.0
+    rows = TritonBackend().rows(rules.sgd, 2, (torch.float32, torch.float32), False, weight)
+    wrong = [-1, -4, 6, 2**31, 2**32 + 2, -(2**63)]
+    rows.read(torch.tensor([[2, *wrong, 2]]), torch.ones(8, 3), (6,), None, 0)
+    rows.run(weight, [], (1.0, 0.0), 1.0, TritonBackend().scalar_state([]), None)
+    assert asserted == [False]
+    assert memory[6].tolist() == [-1.0] * 3
+    assert memory[torch.arange(14) != 6].isnan().all()
 
 
 def test_a_step_left_out_moves_nothing(small_tiles: None) -> None:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from descend.backends.cpu import threads
 from descend.backends.cpu.launch import ScalarState
-from descend.backends.eager import sums as measured_sums
+from descend.backends.eager import measured_sums
 from descend.backends.triton import library, rows_library, tuning
 from descend.backends.triton.rows_library import Blocks, Gradient
 from descend.backends.triton.tables import Numbers, constants, current, is_capturing
