@@ -57,7 +57,7 @@ def carry(
     first = tile * TILE
     key = tl.load(keys + first)
     before = tl.load(keys + first - 1, mask=first > 0, other=-1)
-    if (key == before) & (key >= 0):
+    if key == before:
         column = columns(BLOCKS, COLUMNS)
         i = first + tl.arange(0, TILE)
         is_same = tl.load(keys + i, mask=i < count, other=-1) == key
@@ -74,11 +74,14 @@ def columns(BLOCKS: tl.constexpr, COLUMNS: tl.constexpr) -> Any:
 
 
 def heads(keys: Any, count: Any, BLOCKS: tl.constexpr, TILE: tl.constexpr) -> Any:
-    """Of this program's tile: sorted positions, their keys, and which are heads."""
+    """Of this program's tile: sorted positions, their keys, and which are heads.
+
+    Keys of -1 come first and are no heads, because before the first one another is assumed.
+    """
     i = tl.program_id(0).to(tl.int64) // BLOCKS * TILE + tl.arange(0, TILE)
     key = tl.load(keys + i, mask=i < count, other=-1).to(tl.int64)
     before = tl.load(keys + i - 1, mask=(i > 0) & (i < count), other=-1).to(tl.int64)
-    return i, key, (key >= 0) & (key != before)
+    return i, key, key != before
 
 
 def summed(
@@ -103,19 +106,19 @@ def summed(
     places = values + column[None, :]
     total = tl.load(places + entry[:, None] * LENGTH, mask=is_head[:, None] & inside, other=0.0)
     total = total.to(carries.dtype.element_ty)
-    # The rest of the runs in this tile. Of four entries at a time, no load waits for another.
+    # The rest of the runs in this tile. Of four entries at a time, no load waits for another; -2 and -3 are no keys.
     tile = tl.program_id(0).to(tl.int64) // BLOCKS
     end = tl.minimum((tile + 1) * TILE, count)
     later = i + 1
-    is_same = is_head & (later < end) & (tl.load(keys + later, mask=later < end, other=-2) == key)
+    is_same = is_head & (tl.load(keys + later, mask=later < end, other=-2) == key)
     while added(is_same.to(tl.int32)) > 0:
         for _ in tl.static_range(4):
             entry = tl.load(order + later, mask=is_same, other=0)
             more = tl.load(places + entry[:, None] * LENGTH, mask=is_same[:, None] & inside, other=0.0)
             total += more.to(carries.dtype.element_ty)
             later += 1
-            is_same = is_head & (later < end) & (tl.load(keys + later, mask=later < end, other=-2) == key)
-    # The run that goes on in the next tile, if its head is in this one; -2 and -3 are no keys.
+            is_same = is_head & (tl.load(keys + later, mask=later < end, other=-2) == key)
+    # The run that goes on in the next tile, if its head is in this one.
     following = (tile + 1) * TILE
     open_key = tl.load(keys + following, mask=following < count, other=-2).to(tl.int64)
     is_open = is_head & (key == open_key)
