@@ -11,7 +11,7 @@ from torch import Tensor
 from descend.core.memory import PLAIN
 from descend.core.signature import signature
 
-_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 def why_not_kind(rule: Callable[..., Any] | None) -> str | None:
@@ -48,7 +48,7 @@ def _unsuitable(tensor: Tensor) -> str | None:
         return f"a {type(tensor).__name__}"
     if tensor.layout is not torch.strided:
         return f"layout {tensor.layout}"
-    if tensor.dtype not in _DTYPES:
+    if tensor.dtype not in DTYPES:
         return f"dtype {tensor.dtype}"
     return "an inference tensor or a lazy negation" if tensor.is_inference() or tensor.is_neg() else None
 

@@ -205,6 +205,12 @@ def test_scalar_state_is_written_in_its_dtypes(take: float) -> None:
     assert not state.is_unchanged()
 
 
+def test_scalar_state_of_other_dtypes_is_written() -> None:
+    count = torch.tensor(3)
+    TritonDecisions().scalar_state([[count]], [0]).write([[4.0]], None)
+    assert int(count) == 4
+
+
 def test_measured_step_is_as_any_other_and_measures_what_eager_mode_does() -> None:
     sums = []
     for measures in (False, True):

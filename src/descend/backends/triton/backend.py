@@ -13,8 +13,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from descend.backends import supports
+from descend.backends import eager, supports
 from descend.backends.backend import Decisions
+from descend.backends.backend import DeviceScalarState as OnDevice
 from descend.backends.cpu.launch import ScalarState
 from descend.backends.cpu.threads import CallSequence
 from descend.backends.cpu.versions import Versions
@@ -23,7 +24,6 @@ from descend.core.decision import Decision
 if TYPE_CHECKING:
     from descend.backends.triton.launch import Launch
     from descend.backends.triton.rows import StaleRows, TouchedRows
-    from descend.backends.triton.tables import DeviceScalarState
 
 
 class TritonDecisions:
@@ -46,10 +46,11 @@ class TritonDecisions:
 
         judging.judge(values, total, grad_scale, found_inf, scale, max_norm, skips_nonfinite)
 
-    def scalar_state(self, tensors: Sequence[Sequence[Tensor]], rows: Sequence[int] | np.ndarray) -> DeviceScalarState:
+    def scalar_state(self, tensors: Sequence[Sequence[Tensor]], rows: Sequence[int] | np.ndarray) -> OnDevice:
         from descend.backends.triton.tables import DeviceScalarState
 
-        return DeviceScalarState(tensors, rows)
+        is_usual = all(tensor.dtype in supports.DTYPES for each in tensors for tensor in each)
+        return DeviceScalarState(tensors, rows) if is_usual else eager.DeviceScalarState(tensors, rows)
 
 
 class TritonBackend:
@@ -87,7 +88,7 @@ class TritonBackend:
         params: Sequence[Tensor],
         launches: Sequence[Launch],
         counters: ScalarState,
-        scalar_state: ScalarState | DeviceScalarState,
+        scalar_state: ScalarState | OnDevice,
         measures: bool = False,
     ) -> Callable[[Any, Decision | None], None]:
         versions = Versions(params)

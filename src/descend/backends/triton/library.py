@@ -206,11 +206,13 @@ def check(rule: Any, kernel: Kernel, device: torch.device) -> None:
 def _try(kernel: Kernel) -> None:
     """Run the kernel of a rule on one element: the interpreter compiles nothing beforehand."""
     dtypes, scalars = kernel.constants["DTYPES"], kernel.constants["SCALARS"]
-    chunks = torch.tensor([0, 0, 0, 1])
-    numbers = torch.ones(scalars + 1, dtype=_TORCH[str(kernel.constants["COMPUTE"])])
-    elements = [torch.ones((), dtype=_TORCH[str(dtype)]) for dtype in dtypes]
-    addresses = torch.tensor([element.data_ptr() for element in elements])
-    kernel.bind(1, chunks.device, chunks, addresses, numbers, torch.ones(4, dtype=torch.float64))()
+    with torch.device("cpu"):
+        chunks = torch.tensor([0, 0, 0, 1])
+        numbers = torch.ones(scalars + 1, dtype=_TORCH[str(kernel.constants["COMPUTE"])])
+        elements = [torch.ones((), dtype=_TORCH[str(dtype)]) for dtype in dtypes]
+        addresses = torch.tensor([element.data_ptr() for element in elements])
+        decision = torch.ones(4, dtype=torch.float64)
+    kernel.bind(1, chunks.device, chunks, addresses, numbers, decision)()
 
 
 _declined: WeakKeyDictionary[Any, str] = WeakKeyDictionary()

@@ -39,7 +39,7 @@ class TouchedRows:
     def __init__(self, rule: Any, scalars: int, dtypes: tuple[torch.dtype, ...], all_rows: bool, param: Tensor) -> None:
         self._rule, self._n_scalars, self._dtypes, self._all_rows = rule, scalars, dtypes, all_rows
         self._device, self._sizes, self._length = param.device, tuple(param.shape[:1]), math.prod(param.shape[1:])
-        self._compute = library.compute_dtype(dtypes)
+        self._compute, self._are_aligned = library.compute_dtype(dtypes), are_aligned([param])
         self._scalars = Numbers(1, 1 + scalars, self._compute, self._device)
         self._buffers: dict[str, Tensor] = {}
         empty = [torch.empty(0, dtype=dtype, device=self._device) for dtype in (torch.int32, torch.int64, dtypes[1])]
@@ -51,11 +51,11 @@ class TouchedRows:
         keys, interpreted = _key_dtype(self._sizes), library.interprets()
         gradient = Gradient(keys, self._dtypes[1], self._compute, True, self._blocks())
         kernels = [rows_library.keys(1, keys, interpreted), rows_library.carry(gradient, interpreted)]
-        kernels += [rows_library.squares(gradient, interpreted)] * wants_norm
+        kernels += [rows_library.squares(gradient, interpreted), library.total(interpreted)] * wants_norm
         kernels += [rows_library.sums(gradient, True, interpreted)] * self._all_rows
         kernels += [rows_library.sums(gradient, False, interpreted)] * measures
         with current(self._device):
-            kernel = self._update(gradient, are_aligned=True)
+            kernel = self._update(gradient, self._are_aligned)
             rows_library.check(self._rule, kernel, self._n_scalars, self._dtypes, self._device)
             for kernel in kernels:
                 kernel.compile(self._device)
@@ -79,6 +79,8 @@ class TouchedRows:
             self._named = self._entries = self._carried(keys, order, values)
             if self._all_rows:
                 self._entries = self._densified()
+            # Compiled before anything moves, if this gradient needs another kernel than the parameter alone tells.
+            self._update(self._entries.gradient, self._are_aligned).compile(self._device)
         return None
 
     def _keys(self, indices: Tensor) -> Tensor:
@@ -94,8 +96,7 @@ class TouchedRows:
         return Blocks.of(self._length, self._compute)
 
     def _entries_of(self, keys: Tensor, order: Tensor, values: Tensor) -> _Entries:
-        is_aligned = values.data_ptr() % 16 == 0
-        gradient = Gradient(keys.dtype, self._dtypes[1], self._compute, is_aligned, self._blocks())
+        gradient = Gradient(keys.dtype, self._dtypes[1], self._compute, are_aligned([values]), self._blocks())
         carries = self._buffer("carries", gradient.blocks.numbers(len(keys)), self._compute)
         return _Entries(keys, order, values, carries, gradient)
 
@@ -169,8 +170,8 @@ class TouchedRows:
                 self._scalars.upload(is_capturing(self._device))
                 values = constants(self._device).values if decision is None else decision.values
                 steps, step = (values, 0) if mark is None else mark
-                are_aligned = all(tensor.data_ptr() % 16 == 0 for tensor in tensors)
-                kernel = self._update(self._entries.gradient, are_aligned)
+                self._are_aligned = are_aligned(tensors)
+                kernel = self._update(self._entries.gradient, self._are_aligned)
                 kernel.bind(
                     self._entries.programs, self._device, tensors, self._scalars.tensor, values, steps, step,
                     *self._entries.arguments(),
@@ -314,8 +315,7 @@ class StaleRows:
     def _apply(self, has_state: bool, scalars: np.ndarray, *written: Tensor) -> None:
         """Apply one of the two rules; ``scalars`` has shape (rounds, steps, scalars)."""
         tensors = tuple(tensor.detach() for tensor in written)
-        are_aligned = all(tensor.data_ptr() % 16 == 0 for tensor in tensors)
-        kernel = self._kernel(has_state, len(scalars), self._which is not None, are_aligned)
+        kernel = self._kernel(has_state, len(scalars), self._which is not None, are_aligned(tensors))
         table = torch.from_numpy(scalars).to(self._compute).contiguous().to(self._device)
         count, programs = len(self._found), self._blocks.programs(len(self._found))
         if programs:
@@ -325,6 +325,11 @@ class StaleRows:
     def _named(self) -> Tensor:
         """The rows; where they are a range, kernels do not read them."""
         return self._found if self._which is None else self._which
+
+
+def are_aligned(tensors: Sequence[Tensor]) -> bool:
+    """Whether all begin at multiples of sixteen bytes."""
+    return all(tensor.data_ptr() % 16 == 0 for tensor in tensors)
 
 
 def _key_dtype(sizes: tuple[int, ...]) -> torch.dtype:

@@ -118,7 +118,7 @@ class _Piece:
     """Pinned memory as large as a table, and the event that ends its last copy."""
 
     def __init__(self, like: Tensor) -> None:
-        self.tensor = torch.empty(like.shape, dtype=like.dtype, pin_memory=True)
+        self.tensor = torch.empty(like.shape, dtype=like.dtype, device="cpu", pin_memory=True)
         self.array: np.ndarray = self.tensor.view(_INTEGERS[like.itemsize]).numpy()
         self.event: Any = torch.cuda.Event()  # type: ignore[no-untyped-call]
 
