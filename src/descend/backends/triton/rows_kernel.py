@@ -60,7 +60,7 @@ def carry(
     if key == before:
         column = columns(BLOCKS, COLUMNS)
         i = first + tl.arange(0, TILE)
-        is_same = tl.load(keys + i, mask=i < count, other=-1) == key
+        is_same = tl.load(keys + i, mask=i < count, other=-2) == key  # -2 is no key
         entry = tl.load(order + i, mask=is_same, other=0)
         mask = is_same[:, None] & (column < LENGTH)[None, :]
         value = tl.load(values + entry[:, None] * LENGTH + column[None, :], mask=mask, other=0.0)
