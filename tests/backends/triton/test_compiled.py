@@ -52,7 +52,8 @@ class Machine:
         compiled = kernel.compile_for(GPUTarget(*TARGETS[target]))
         if target == "gfx942":
             text = log = compiled.asm["amdgcn"]
-            spills, registers = r"[vs]gpr_spill_count:\s*(\d+)", r"\.vgpr_count:\s*(\d+)"
+            # Scalar registers that do not fit go to lanes of vector registers, not to memory.
+            spills, registers = r"vgpr_spill_count:\s*(\d+)", r"\.vgpr_count:\s*(\d+)"
             wide = r"(?:global|buffer|flat)_%s_dwordx4", {"loads": "load", "stores": "store"}
         else:
             text, log = compiled.asm["ptx"], capsys.readouterr().out
@@ -71,10 +72,9 @@ def assert_good(rule: Any, mix: tuple[torch.dtype, ...], target: str, capsys: py
     assert machine.spills == 0
     assert machine.registers <= tuning.REGISTERS
     # With as many bytes a thread of each tensor, in a loop without masks and in one masked block behind it.
-    width = max(tuning.block(dtypes) // tuning.THREADS, 1)
-    unused = {"coast": 1, "decay": 1}.get(rule.__name__, 0)  # these rules read no gradient
-    reads = [dtype for i, dtype in enumerate(dtypes) if not (i == 1 and unused)]
+    width = tuning.block(dtypes) // tuning.THREADS
     writes = [dtype for i, dtype in enumerate(dtypes) if i != 1]
+    reads = writes if rule in (rules.coast, rules.decay) else dtypes  # these read no gradient
     for kind, members in (("loads", reads), ("stores", writes)):
         assert machine.wide[kind] >= 2 * sum(width * dtype.itemsize // tuning.BYTES for dtype in members), kind
 

@@ -139,8 +139,8 @@ class TritonBackend:
 
 def _interprets() -> bool:
     """Whether Triton's interpreter is on, which runs kernels on CPU tensors."""
-    if "triton" in sys.modules:
-        return bool(sys.modules["triton"].knobs.runtime.interpret)
+    if knobs := getattr(sys.modules.get("triton"), "knobs", None):
+        return bool(knobs.runtime.interpret)
     return os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "on", "yes", "y")
 
 
@@ -150,7 +150,7 @@ def _why_not_triton() -> str | None:
         return "triton is not installed"
     try:
         import descend.backends.triton.library  # noqa: F401
-    except ImportError as error:
+    except Exception as error:  # whatever an installation that does not fit raises
         return f"triton cannot be imported: {error}"
     return None
 

@@ -27,7 +27,7 @@ def update(
     """Apply a rule to a chunk.
 
     Args:
-        chunks: the table of chunks; offsets are multiples of BLOCK.
+        chunks: the table of chunks; offsets are multiples of 16.
         addresses: a row a tensor: parameter, gradient, state.
         scalars: a row of what gradients are multiplied by and the scalars of the rule.
         decision: ``Decision.values``; if it leaves the step out, nothing is written.
@@ -40,7 +40,7 @@ def update(
     """
     chunk = chunks + 4 * tl.program_id(0).to(tl.int64)
     tensor, row = tl.load(chunk), tl.load(chunk + 1)
-    offset, length = tl.multiple_of(tl.load(chunk + 2), BLOCK), tl.load(chunk + 3).to(tl.int32)
+    offset, length = tl.multiple_of(tl.load(chunk + 2), 16), tl.load(chunk + 3).to(tl.int32)
     factor, take = tl.load(decision), tl.load(decision + 1)
     length = tl.where(take != 0, length, 0)
     scalars += row * (SCALARS + 1)
@@ -142,7 +142,7 @@ def sums_of_squares(
     """
     program = tl.program_id(0).to(tl.int64)
     chunk = chunks + 4 * program
-    offset, length = tl.multiple_of(tl.load(chunk + 2), BLOCK), tl.load(chunk + 3).to(tl.int32)
+    offset, length = tl.multiple_of(tl.load(chunk + 2), 16), tl.load(chunk + 3).to(tl.int32)
     address = tl.load(addresses + (tl.load(chunk) * COLUMNS + COLUMN))
     pointer = address.to(tl.pointer_type(DTYPE)) + offset
     aligned = tl.multiple_of((address // 16 * 16).to(tl.pointer_type(DTYPE)), 16) + offset
