@@ -239,7 +239,8 @@ class Plan:
             dtype = entry.param.dtype
             wide = torch.promote_types(dtype, torch.float32)
             dtypes = (dtype, wide, *state_dtypes(method, entry.param, entry.rule, entry.state))
-            rows = entry.backend.rows(entry.rule, len(signature(entry.rule).scalars), dtypes, False)
+            scalars = len(signature(entry.rule).scalars)
+            rows = entry.backend.rows(entry.rule, scalars, dtypes, False, entry.local)
             rows.compile(method.options.wants_norm, self._measures)
 
     def read(self, method: Method) -> None:

@@ -19,7 +19,7 @@ triton = pytest.importorskip("triton")
 from triton import knobs  # noqa: E402
 from triton.backends.compiler import GPUTarget  # noqa: E402
 
-from descend.backends.triton import library, tuning  # noqa: E402
+from descend.backends.triton import library, rows_library, tuning  # noqa: E402
 
 TARGETS = {"sm_80": ("cuda", 80, 32), "sm_90": ("cuda", 90, 32), "gfx942": ("hip", "gfx942", 64)}
 LARGE = (rules.adam_amsgrad, rules.rmsprop_centered_momentum, rules.rprop)  # most tensors, most operations
@@ -127,3 +127,56 @@ def test_float32_kernels_have_no_float64_arithmetic_on_elements() -> None:
     assert len(re.findall(r"\b(?:add|sub|mul|fma|div|sqrt)\S*\.f64", ptx)) == 1  # the scale, once a program
     assert "sqrt.rn.f32" in ptx
     assert "sqrt.approx" not in ptx
+
+
+# Sparse rows.
+
+ROWS = [(64, (SINGLE,) * 3), (1000, (BRAIN, SINGLE, BRAIN)), (32, (DOUBLE,) * 3)]
+
+
+def gradient_of(length: int, dtypes: tuple[torch.dtype, ...]) -> rows_library.Gradient:
+    compute = library.compute_dtype(dtypes)
+    blocks = rows_library.Blocks.of(length, compute)
+    return rows_library.Gradient(torch.int32, dtypes[1], compute, True, blocks)
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize(("length", "mix"), ROWS, ids=str)
+def test_rules_on_rows(
+    length: int, mix: tuple[torch.dtype, ...], target: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    dtypes, gradient = dtypes_of(rules.adamw, *mix), gradient_of(length, mix)
+    kernel = rows_library.update(rules.adamw, len(values(rules.adamw)), dtypes, gradient, are_aligned=True)
+    machine = Machine(kernel, target, capsys)
+    assert machine.spills == 0
+    assert machine.registers <= tuning.REGISTERS
+    numbers = gradient.blocks.tile * gradient.blocks.columns // tuning.THREADS
+    param, grad, *state = (max(numbers * dtype.itemsize // tuning.BYTES, 1) for dtype in dtypes)
+    # The gradient: of heads, of four more entries at a time, and what later tiles have summed.
+    assert machine.wide["loads"] >= param + 5 * grad + 1 + sum(state)
+    assert machine.wide["stores"] >= param + sum(state)
+
+
+@pytest.mark.parametrize("target", ["sm_90", "gfx942"])
+def test_rows_that_begin_anywhere(target: str, capsys: pytest.CaptureFixture[str]) -> None:
+    dtypes = dtypes_of(rules.adamw, SINGLE, SINGLE, SINGLE)
+    gradient = gradient_of(64, dtypes)._replace(keys=torch.int64, is_aligned=False)
+    kernel = rows_library.update(rules.adamw, len(values(rules.adamw)), dtypes, gradient, are_aligned=False)
+    machine = Machine(kernel, target, capsys)
+    assert machine.spills == 0
+    assert machine.wide["stores"] == 0
+
+
+@pytest.mark.parametrize("target", ["sm_90", "gfx942"])
+def test_other_kernels_of_rows(target: str, capsys: pytest.CaptureFixture[str]) -> None:
+    gradient = gradient_of(64, (SINGLE,) * 3)
+    catching_up = [
+        rows_library.catch_up(rule, len(values(rule)), dtypes, gradient.blocks, True, True, len(dtypes) > 1, 1)
+        for rule, dtypes in ((rules.coast, (SINGLE,) * 3), (rules.decay, (SINGLE,)))
+    ]
+    sums = rows_library.carry(gradient, False), rows_library.squares(gradient, False)
+    others = rows_library.keys(2, torch.int32, False), rows_library.find(True, False), rows_library.mark(False, False)
+    for kernel in (*catching_up, *sums, rows_library.sums(gradient, True, False), *others):
+        machine = Machine(kernel, target, capsys)
+        assert machine.spills == 0
+        assert kernel in others or machine.wide["loads"] >= 1

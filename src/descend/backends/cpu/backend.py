@@ -78,7 +78,12 @@ class CpuBackend:
         return run
 
     def rows(
-        self, rule: Callable[..., Any], scalars: int, dtypes: tuple[torch.dtype, ...], all_rows: bool
+        self,
+        rule: Callable[..., Any],
+        scalars: int,
+        dtypes: tuple[torch.dtype, ...],
+        all_rows: bool,
+        param: Tensor,
     ) -> TouchedRows:
         return TouchedRows(rule, scalars, dtypes, all_rows)
 
@@ -88,6 +93,7 @@ class CpuBackend:
         without_state: Callable[..., Any],
         scalars: int,
         dtypes: tuple[torch.dtype, ...],
+        param: Tensor,
     ) -> StaleRows:
         return StaleRows(with_state, without_state, scalars, dtypes)
 

@@ -23,6 +23,7 @@ from descend.core.decision import Decision
 
 if TYPE_CHECKING:
     from descend.backends.triton.launch import Launch
+    from descend.backends.triton.rows import StaleRows, TouchedRows
 
 
 class TritonDecisions:
@@ -65,7 +66,7 @@ class TritonBackend:
         return _why_not_device(param) or _why_not_rule(rule) or supports.why_not(param, grad, state)
 
     def why_not_rows(self, rule: Callable[..., Any], param: Tensor, state: Sequence[tuple[str, Tensor]]) -> str | None:
-        return "rows are not compiled for GPUs"
+        return _why_not_device(param) or _why_not_rule(rule) or supports.why_not_rows(param, state)
 
     def launch(
         self,
@@ -106,8 +107,17 @@ class TritonBackend:
 
         return run
 
-    def rows(self, rule: Callable[..., Any], scalars: int, dtypes: tuple[torch.dtype, ...], all_rows: bool) -> Any:
-        raise NotImplementedError
+    def rows(
+        self,
+        rule: Callable[..., Any],
+        scalars: int,
+        dtypes: tuple[torch.dtype, ...],
+        all_rows: bool,
+        param: Tensor,
+    ) -> TouchedRows:
+        from descend.backends.triton.rows import TouchedRows
+
+        return TouchedRows(rule, scalars, dtypes, all_rows, param)
 
     def catch_up(
         self,
@@ -115,8 +125,11 @@ class TritonBackend:
         without_state: Callable[..., Any],
         scalars: int,
         dtypes: tuple[torch.dtype, ...],
-    ) -> Any:
-        raise NotImplementedError
+        param: Tensor,
+    ) -> StaleRows:
+        from descend.backends.triton.rows import StaleRows
+
+        return StaleRows(with_state, without_state, scalars, dtypes, param)
 
     def sum_of_squares(self, tensors: Sequence[Tensor]) -> Tensor:
         from descend.backends.triton.launch import sum_of_squares

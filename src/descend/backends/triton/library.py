@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from functools import cache, partial
 from pathlib import Path
 from threading import RLock
 from types import FunctionType
-from typing import Any
+from typing import Any, TypeAlias
 from weakref import WeakKeyDictionary
 
 import numpy as np
@@ -31,25 +31,40 @@ _TYPES = {name: tl.dtype(name) for name in _NAMES.values()}
 # Pointers that are beginnings of allocations, and therefore multiples of 16. Others may lead into the midst of one.
 _ALLOCATIONS = ("chunks", "addresses", "scalars", "sums")
 
+Signature: TypeAlias = Mapping[str, str | tuple[str, ...]]
+Argument: TypeAlias = Tensor | int | tuple[Tensor | int, ...]
+
 
 class Kernel:
     """A kernel for any device.
 
     Args:
         function: what Triton has made of it.
-        pointers: for each pointer it takes, the dtype behind it; for each number, its dtype.
+        pointers: for each pointer it takes, the dtype behind it; for each number, its dtype;
+            for a tuple, those of its members.
         constants: values that are compiled in, by the names of its last arguments.
+        aligned: names of pointers that are multiples of 16. Default: those that are beginnings of allocations.
         checks_rule: whether it does nothing but apply a rule, so that what it computes can be checked, see ``audit``.
     Attributes:
         constants: the same.
     """
 
     def __init__(
-        self, function: Any, pointers: Mapping[str, str], constants: Mapping[str, Any], checks_rule: bool = False
+        self,
+        function: Any,
+        pointers: Signature,
+        constants: Mapping[str, Any],
+        aligned: Collection[str] = _ALLOCATIONS,
+        checks_rule: bool = False,
     ) -> None:
         self._function, self.constants, self._checks_rule = function, constants, checks_rule
         self._signature = {**pointers, **dict.fromkeys(constants, "constexpr")}
-        self._attributes = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(pointers) if name in _ALLOCATIONS}
+        self._attributes = {
+            path: [["tt.divisibility", 16]]
+            for i, (name, kinds) in enumerate(pointers.items())
+            for path in ([(i,)] if isinstance(kinds, str) else [(i, member) for member in range(len(kinds))])
+            if name in aligned
+        }
         self._compiled: dict[int, Any] = {}
 
     def compile_for(self, target: GPUTarget) -> Any:
@@ -77,7 +92,7 @@ class Kernel:
                 compiled[1, 1, 1]
             self._compiled[device.index] = compiled
 
-    def bind(self, programs: int, device: torch.device, *arguments: Tensor | int) -> Callable[[], None]:
+    def bind(self, programs: int, device: torch.device, *arguments: Argument) -> Callable[[], None]:
         """A function that launches it on the current stream of ``device``, which must be the current device.
 
         It is given what Triton's launcher wants, so that nothing is looked up when it is called. Whoever calls it keeps
@@ -87,12 +102,18 @@ class Kernel:
             return partial(self._interpret, programs, arguments)
         self.compile(device)
         launcher = self._compiled[device.index][programs, 1, 1]
-        addresses = [x.data_ptr() if isinstance(x, Tensor) else x for x in arguments]
+        addresses = map(_address, arguments)
         return partial(launcher, *addresses, *self.constants.values())
 
-    def _interpret(self, programs: int, arguments: tuple[Tensor | int, ...]) -> None:
+    def _interpret(self, programs: int, arguments: tuple[Argument, ...]) -> None:
         with np.errstate(all="ignore"):
             self._function[programs,](*arguments, *self.constants.values())
+
+
+def _address(argument: Argument) -> Any:
+    if isinstance(argument, tuple):
+        return tuple(map(_address, argument))
+    return argument.data_ptr() if isinstance(argument, Tensor) else argument
 
 
 def interprets() -> bool:
@@ -106,10 +127,15 @@ def update(rule: Any, scalars: int, dtypes: tuple[torch.dtype, ...]) -> Kernel:
     Raises:
         Declined: if the rule cannot be made a kernel.
     """
+    return declining(_update, rule, scalars, dtypes)
+
+
+def declining(make: Callable[..., Kernel], rule: Any, *arguments: Any) -> Kernel:
+    """``make(rule, ..., interprets())``. Raise ``Declined`` if the rule cannot be made a kernel."""
     try:
         if not isinstance(rule, FunctionType):
             raise TypeError("it is not a function made by def")
-        return _update(rule, scalars, dtypes, interprets())
+        return make(rule, *arguments, interprets())
     except RecursionError as error:
         raise _decline(rule, TypeError("its helpers call each other in a circle")) from error
     except Exception as error:  # rules may be anything
@@ -132,11 +158,12 @@ def _update(rule: FunctionType, scalars: int, dtypes: tuple[torch.dtype, ...], i
 
 
 @cache
-def _made(name: str, interpreted: bool) -> Any:
+def made(function: FunctionType, interpreted: bool) -> Any:
+    """What Triton makes of a kernel."""
     bound = _operations(torch.float64, interpreted)
     if interpreted:
         bound = {**bound, kernels.added: _jitted(kernels.added_by_interpreter)}
-    return _jitted(getattr(kernels, name), bound)
+    return _jitted(function, bound)
 
 
 @cache
@@ -144,14 +171,14 @@ def sums_of_squares(dtype: torch.dtype, column: int, columns: int, interpreted: 
     """The kernel that sums the squares of chunks, see ``kernels.sums_of_squares``."""
     constants = {"COLUMN": column, "COLUMNS": columns, "DTYPE": triton_type(dtype), "BLOCK": tuning.NORM}
     pointers = {"chunks": "*i64", "addresses": "*i64", "sums": "*fp64"}
-    return Kernel(_made("sums_of_squares", interpreted), pointers, constants)
+    return Kernel(made(kernels.sums_of_squares, interpreted), pointers, constants)
 
 
 @cache
 def total(interpreted: bool) -> Kernel:
     """The kernel that sums numbers, see ``kernels.total``."""
     pointers = {"sums": "*fp64", "count": "i32", "result": "*fp64"}
-    return Kernel(_made("total", interpreted), pointers, {"BLOCK": tuning.SUMS})
+    return Kernel(made(kernels.total, interpreted), pointers, {"BLOCK": tuning.SUMS})
 
 
 @cache
@@ -165,14 +192,16 @@ def judge(total: torch.dtype, grad_scale: torch.dtype, found_inf: torch.dtype, i
         "found_inf": f"*{_NAMES[found_inf]}",
         **numbers,
     }
-    return Kernel(_made("judge", interpreted), pointers, {})
+    return Kernel(made(kernels.judge, interpreted), pointers, {})
 
 
 @cache
 def scalar_state(dtype: torch.dtype, interpreted: bool) -> Kernel:
     """The kernel that writes 0-dim tensors, see ``kernels.scalar_state``."""
     pointers = {"addresses": "*i64", "places": "*i64", "values": "*fp64", "decision": "*fp64", "count": "i32"}
-    return Kernel(_made("scalar_state", interpreted), pointers, {"DTYPE": triton_type(dtype), "BLOCK": tuning.THREADS})
+    return Kernel(
+        made(kernels.scalar_state, interpreted), pointers, {"DTYPE": triton_type(dtype), "BLOCK": tuning.THREADS}
+    )
 
 
 def check(rule: Any, kernel: Kernel, device: torch.device) -> None:
@@ -234,6 +263,11 @@ def compute_dtype(dtypes: tuple[torch.dtype, ...]) -> torch.dtype:
 def triton_type(dtype: torch.dtype) -> Any:
     """Triton's name of a dtype."""
     return _TYPES[_NAMES[dtype]]
+
+
+def pointer_to(dtype: torch.dtype) -> str:
+    """Triton's name of a pointer to a dtype."""
+    return f"*{_NAMES[dtype]}"
 
 
 _compiling = RLock()

@@ -19,6 +19,13 @@ REGISTERS = 128  # of a thread, at most; tests compile every rule and look
 NORM = 1024  # elements that a program summing squares has under way
 PROGRAMS = 2048  # a launch should have so many, about 15 a multiprocessor, for the last ones to cost little
 CHUNK = (1024, 8192)  # fewest and most elements of a chunk: reading tables costs a program about a microsecond
+ENTRIES = 1024  # of a sparse gradient that a program takes which handles one number of each
+SUMMED = (
+    4096  # bytes of rows that a program sums: 8 numbers of float32 a thread, so registers let 6 programs wait at once
+)
+COLUMNS = 128  # of a row, at most, that a program takes
+TILE = (4, 128)  # fewest and most rows; the longer, the fewer pieces of long runs, and the slower each of them
+CARRIES = 64  # pieces of a long run that are added at a time
 SUMS = 4096  # partial sums that one program adds at a time: 32 KB under way
 
 
