@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -107,6 +108,27 @@ def test_kernels_are_kept_below_the_chosen_folder(tmp_path: Path, monkeypatch: p
     assert list((tmp_path / "theirs").rglob("*.cubin"))
     monkeypatch.undo()
     assert knobs.cache.dir == before
+
+
+def test_one_thread_at_a_time_changes_the_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("triton")
+    from descend.backends.triton import library
+
+    monkeypatch.delenv("TRITON_CACHE_DIR", raising=False)
+    monkeypatch.setenv("DESCEND_CACHE_DIR", str(tmp_path))
+    has_entered = threading.Event()
+
+    def enter() -> None:
+        with library._cache_folder():
+            has_entered.set()
+
+    thread = threading.Thread(target=enter)
+    with library._cache_folder():
+        thread.start()
+        assert not has_entered.wait(0.2), "it would take the other's folder for the user's, and put that back"
+    assert has_entered.wait(60)
+    thread.join()
+    assert "TRITON_CACHE_DIR" not in os.environ
 
 
 def test_spans_of_memory_that_is_written(interpreter: None) -> None:

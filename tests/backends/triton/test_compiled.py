@@ -22,7 +22,6 @@ from triton.backends.compiler import GPUTarget  # noqa: E402
 from descend.backends.triton import library, rows_library, tuning  # noqa: E402
 
 TARGETS = {"sm_80": ("cuda", 80, 32), "sm_90": ("cuda", 90, 32), "gfx942": ("hip", "gfx942", 64)}
-LARGE = (rules.adam_amsgrad, rules.rmsprop_centered_momentum, rules.rprop)  # most tensors, most operations
 MIXES = [(BRAIN, BRAIN, BRAIN), (BRAIN, BRAIN, SINGLE), (SINGLE, BRAIN, BRAIN), (HALF, HALF, SINGLE), (DOUBLE,) * 3]
 
 
@@ -79,15 +78,15 @@ def assert_good(rule: Any, mix: tuple[torch.dtype, ...], target: str, capsys: py
         assert machine.wide[kind] >= 2 * sum(width * dtype.itemsize // tuning.BYTES for dtype in members), kind
 
 
+@pytest.mark.parametrize("target", TARGETS)
 @pytest.mark.parametrize("rule", RULES, ids=lambda rule: rule.__name__)
-def test_rules_in_float32(rule: Any, capsys: pytest.CaptureFixture[str]) -> None:
-    assert_good(rule, (SINGLE,) * 3, "sm_90", capsys)
-
-
-@pytest.mark.parametrize("target", ["sm_80", "gfx942"])
-@pytest.mark.parametrize("rule", LARGE, ids=lambda rule: rule.__name__)
-def test_large_rules_on_other_gpus(rule: Any, target: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_rules_in_float32(rule: Any, target: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert_good(rule, (SINGLE,) * 3, target, capsys)
+
+
+@pytest.mark.parametrize("rule", RULES, ids=lambda rule: rule.__name__)
+def test_rules_in_bfloat16_with_float32_state(rule: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    assert_good(rule, (BRAIN, BRAIN, SINGLE), "sm_90", capsys)
 
 
 @pytest.mark.parametrize("target", ["sm_90", "gfx942"])

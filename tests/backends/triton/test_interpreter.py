@@ -19,7 +19,7 @@ from descend.core.decision import Decision
 
 pytest.importorskip("triton")
 
-from descend.backends.triton import library
+from descend.backends.triton import judging, launch, library, tables
 
 pytestmark = pytest.mark.usefixtures("interpreter")
 
@@ -224,6 +224,26 @@ def test_measured_step_is_as_any_other_and_measures_what_eager_mode_does() -> No
     rows = [[tensor.clone() for tensor in row] for row in run.before]
     want = [eager.run(rules.adamw, p, g, s, values(rules.adamw), 0.5, measures=True) for p, g, *s in rows]
     torch.testing.assert_close(launch.measured(), torch.stack(want), rtol=1e-6, atol=1e-6)
+
+
+def test_graph_keeps_all_that_its_launches_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    for module in (launch, judging, tables):
+        monkeypatch.setattr(module, "is_capturing", lambda device: True)
+    kept: list[Any] = []
+    monkeypatch.setattr(tables, "_captured", kept)
+    decisions, total, found = TritonDecisions(), torch.tensor(4.0, dtype=DOUBLE), torch.tensor([0.0])
+    decision = Decision(torch.ones(4, dtype=DOUBLE), True)
+    decisions.judge(decision.values, total, None, found, 1.0, 0.0, True)
+    state = decisions.scalar_state([[torch.tensor(1.0)]], [0])
+    for needed, act in (
+        ((decision.values, total, found), lambda: None),
+        ((decision.values,), lambda: Run(rules.sgd, [SINGLE] * 2, [3]).run(decision)),
+        ((decision.values,), lambda: state.write([[2.0]], decision)),
+    ):
+        act()
+        held = [item for objects in kept for item in objects]
+        assert all(any(item is tensor for item in held) for tensor in needed)
+        kept.clear()
 
 
 def test_version_counters_rise() -> None:

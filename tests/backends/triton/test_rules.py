@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import linecache
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -18,6 +19,7 @@ from descend.ops import abs, exp, log, maximum, minimum, sign, sqrt, where
 
 triton = pytest.importorskip("triton")
 
+from triton import knobs  # noqa: E402
 from triton.backends.compiler import GPUTarget  # noqa: E402
 
 from descend.backends.triton import library  # noqa: E402
@@ -120,16 +122,41 @@ def with_a_circle_too(param, grad, lr):
     return with_a_circle(param, grad, lr) if lr is None else param
 
 
+def with_a_remainder(param, grad, lr):
+    return param - lr * (grad % 0.3)
+
+
+def with_a_sum_of_comparisons(param, grad, lr):
+    few, many = grad > 0.5, grad > 0.1
+    return param - lr * (few + many)
+
+
+def with_a_number_or_another(param, grad, lr):
+    return param - (lr or 0.5) * grad
+
+
+def with_a_sum_over_elements(param, grad, lr):
+    return param - lr * grad.sum()
+
+
+def with_a_choice_of_literals(param, grad, lr):
+    return param - (0.1 if lr > 0.5 else 0.2) * grad
+
+
+def with_joined_comparisons(param, grad, lr):
+    return param - (lr if lr > 0.1 and not lr > 0.5 else 2 * lr) * grad
+
+
 def typed_at_a_prompt() -> Any:
     namespace: dict[str, Any] = {}
     exec("def typed(param, grad, lr):\n    return param - lr * grad", namespace)
     return namespace["typed"]
 
 
-def compiles(rule: Any) -> None:
-    kernel = library.update(rule, 1, (SINGLE, SINGLE))
+def compiles(rule: Any, dtype: torch.dtype = SINGLE) -> Any:
+    kernel = library.update(rule, 1, (dtype, dtype))
     try:
-        kernel.compile_for(SM_90)
+        return kernel.compile_for(SM_90)
     except Exception as error:
         raise Declined(library.explain(rule, error)) from error
 
@@ -141,12 +168,30 @@ def compiles(rule: Any) -> None:
         (with_a_circle, "call each other in a circle"),
         (typed_at_a_prompt(), "was not read from a file"),
         (lambda param, grad, lr: param - lr * grad, "not made by def"),
+        (with_a_remainder, "the sign of the first number"),
+        (with_a_sum_of_comparisons, "comparisons cannot be added"),
+        (with_a_number_or_another, "lr or 0.5: `and` and `or` may only join comparisons"),
+        (with_a_sum_over_elements, "one element at a time"),
     ],
-    ids=["unknown", "circle", "prompt", "lambda"],
+    ids=["unknown", "circle", "prompt", "lambda", "remainder", "comparisons", "or", "sum"],
 )
 def test_reason_is_given(rule: Any, reason: str) -> None:
     with pytest.raises(Declined, match=f"the rule .* cannot be compiled for GPUs .*{reason}.*\n.*backend='foreach'"):
         compiles(rule)
+
+
+def test_literals_that_would_lose_digits_are_declined_in_float64_alone() -> None:
+    compiles(with_a_choice_of_literals)
+    with pytest.raises(Declined, match="would be rounded to float32"):
+        compiles(with_a_choice_of_literals, DOUBLE)
+
+
+def test_joined_comparisons_compile(interpreter: None) -> None:
+    run = Run(with_joined_comparisons, [SINGLE] * 2, [3])
+    run.run()
+    run.assert_as_expected(1e-6)
+    knobs.runtime.interpret = False
+    compiles(with_joined_comparisons)
 
 
 def test_line_of_the_mistake_is_named() -> None:
@@ -167,6 +212,48 @@ def test_source_that_was_edited_is_not_compiled(tmp_path: Path, monkeypatch: pyt
     file.write_text("def rule(param, grad, lr):\n    return param - lr * 0.25 * grad\n")
     with pytest.raises(Declined, match="has been edited"):
         compiles(rule)
+
+
+def test_closure_that_was_edited_is_not_compiled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rule = "    def rule(param, grad, lr):\n        return param - lr * factor * 0.1 * grad\n"
+    text = f"def make(factor):\n{rule}    return rule\n"
+    file = tmp_path / "edited_closure.py"
+    file.write_text(text)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    make = importlib.import_module("edited_closure").make
+    compiles(make(2.0))
+    file.write_text(text.replace("0.1", "0.25"))
+    with pytest.raises(Declined, match="has been edited"):
+        compiles(make(2.0))
+
+
+settings = ModuleType("settings")
+
+
+def with_a_number_of_a_module(param, grad, lr):
+    return param - lr * settings.factor * grad
+
+
+def with_a_helper_in_a_closure(factor: float) -> Any:
+    def helper(x):
+        return factor * x
+
+    def rule(param, grad, lr):
+        return param - lr * helper(grad)
+
+    return rule
+
+
+def test_kernels_with_other_numbers_are_others_on_disk(monkeypatch: pytest.MonkeyPatch) -> None:
+    of_module, of_closure = [], []
+    for factor in (0.25, 0.75):
+        monkeypatch.setattr(settings, "factor", factor, raising=False)
+        library._update.cache_clear()
+        of_module.append(compiles(with_a_number_of_a_module))
+        of_closure.append(compiles(with_a_helper_in_a_closure(factor)))
+    for first, second in (of_module, of_closure):
+        assert first.hash != second.hash
+        assert first.asm["ptx"] != second.asm["ptx"]
 
 
 def test_declined_rule_is_remembered_and_steps_elsewhere(interpreter: None) -> None:

@@ -89,6 +89,18 @@ def test_graph_has_memory_of_its_own_for_good(table: tables.Table) -> None:
     assert table.upload(content(5)), "a replay may have come in between"
 
 
+def test_graphs_that_upload_the_same_share_memory(table: tables.Table) -> None:
+    table.upload(content(1))
+    table.upload(content(2), is_capturing=True)
+    count = len(Piece.made)
+    table.upload(content(2), is_capturing=True)
+    assert len(Piece.made) == count, "the second graph of two in a row allocates nothing either"
+    (_, first), (_, second) = tables._captured
+    assert first is second
+    table.upload(content(3), is_capturing=True)
+    assert (first.array == 2).all()
+
+
 def test_table_on_the_host_holds_every_bit() -> None:
     table = tables.Table((2,), torch.float32, torch.device("cpu"))
     for numbers in ([0.0, float("nan")], [-0.0, float("inf")]):

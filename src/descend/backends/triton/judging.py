@@ -7,7 +7,7 @@ import struct
 from torch import Tensor
 
 from descend.backends.triton import library
-from descend.backends.triton.tables import constants, current
+from descend.backends.triton.tables import constants, current, is_capturing, keep
 
 
 def judge(
@@ -26,6 +26,8 @@ def judge(
         given = total, one if grad_scale is None else grad_scale, zero if found_inf is None else found_inf
         kernel = library.judge(*(tensor.dtype for tensor in given), library.interprets())
         numbers = map(_bits, (scale, max_norm, float(skips_nonfinite)))
+        if is_capturing(device):
+            keep(values, *given)
         kernel.bind(1, device, values, *given, *numbers)()
 
 

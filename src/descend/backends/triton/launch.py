@@ -147,6 +147,8 @@ class Launch:
                 is_recorded = is_capturing(self.device)
                 self._chunks.upload(is_recorded)
                 self._scalars.upload(is_recorded)
+                if is_recorded:
+                    keep(values)
                 assert self._bound is not None
                 self._bound()
             if measures:

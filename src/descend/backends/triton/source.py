@@ -96,15 +96,11 @@ def _definition(function: FunctionType) -> tuple[ast.FunctionDef, str]:
 
 def _code_of(definition: ast.FunctionDef, free: tuple[str, ...]) -> CodeType:
     """What Python makes of a definition inside a function that has the variables ``free``."""
-    if free:
-        names: list[ast.expr] = [ast.Name(name, ast.Store()) for name in free]
-        body = [ast.Assign(names, ast.Constant(None)), definition]
-        nothing = ast.arguments(posonlyargs=[], args=[], kwonlyargs=[], kw_defaults=[], defaults=[])
-        outer = ast.FunctionDef(name="outer", args=nothing, body=body, decorator_list=[], type_params=[])
-        code = _inner(compile(ast.fix_missing_locations(ast.Module([outer], [])), "", "exec"), "outer")
-    else:
-        code = compile(ast.Module([definition], []), "", "exec")
-    return _inner(code, definition.name)
+    module = ast.parse(f"def outer():\n    {' = '.join((*free, 'last'))} = None")
+    outer = module.body[0]
+    assert isinstance(outer, ast.FunctionDef)
+    outer.body.append(definition)
+    return _inner(_inner(compile(module, "", "exec"), "outer"), definition.name)
 
 
 def _inner(code: CodeType, name: str) -> CodeType:

@@ -68,7 +68,7 @@ class Table:
         self._uploaded: np.ndarray | None = None
         self._pieces: deque[_Piece] = deque()
         self._spare: _Piece | None = None
-        self._is_in_graph = False
+        self._in_graphs: list[_Piece] = []
 
     def upload(self, content: np.ndarray, is_capturing: bool = False) -> bool:
         """Make the table equal to ``content``, contiguous and of its dtype. Return whether something was copied.
@@ -77,7 +77,7 @@ class Table:
         theirs, because a replay may have come in between.
         """
         content = content.view(self._bits)
-        if not (is_capturing or self._is_in_graph) and self._uploaded is not None:
+        if not (is_capturing or self._in_graphs) and self._uploaded is not None:
             if np.array_equal(content, self._uploaded):
                 return False
             self._uploaded[:] = content
@@ -86,11 +86,10 @@ class Table:
         if self._is_on_host:
             self.tensor.view(_INTEGERS[self._bits.itemsize]).copy_(torch.from_numpy(content))
             return True
-        piece = self._for_graph() if is_capturing else self._free_piece()
+        piece = self._for_graph(content) if is_capturing else self._free_piece()
         piece.array[:] = content
         self.tensor.copy_(piece.tensor, non_blocking=True)
         if is_capturing:
-            self._is_in_graph = True
             keep(self, piece)
         else:
             piece.event.record()
@@ -105,9 +104,13 @@ class Table:
             return self._pieces.popleft()
         return _Piece(self.tensor)
 
-    def _for_graph(self) -> _Piece:
-        """Pinned memory of its own, made before: a capture should not allocate any."""
+    def _for_graph(self, content: np.ndarray) -> _Piece:
+        """Pinned memory that keeps ``content``. No capture should allocate any: it is made before, or shared."""
+        for piece in self._in_graphs:
+            if np.array_equal(piece.array, content):
+                return piece
         piece, self._spare = self._spare or _Piece(self.tensor), None
+        self._in_graphs.append(piece)
         return piece
 
 
@@ -197,7 +200,7 @@ class Scatter:
     def run(self, values: Tensor, decision: Tensor, is_capturing: bool) -> None:
         """Write ``values`` (float64), unless ``decision`` leaves the step out."""
         if is_capturing:
-            keep(self._table, values)
+            keep(self._table, values, decision)
         if self._launch is None or self._arguments[0] is not values or self._arguments[1] is not decision:
             self._arguments = values, decision
             addresses, places = self._table
