@@ -134,15 +134,33 @@ def test_chunks_are_many_and_long() -> None:
     assert count[2] * tuning.CHUNK[1] < 1.01 * 10**9
 
 
-def test_launcher_gets_addresses_and_constants(monkeypatch: pytest.MonkeyPatch) -> None:
+class Stream:
+    """Stands for a CUDA stream.
+
+    Args:
+        cuda_stream: its handle.
+    """
+
+    def __init__(self, cuda_stream: int) -> None:
+        self.cuda_stream = cuda_stream
+
+
+def test_launches_go_to_the_current_stream_and_the_allocator_knows(monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[Any] = []
 
     class Compiled:
         def __getitem__(self, grid: Any) -> Any:
-            return lambda *arguments: calls.append((grid, arguments))
+            return lambda *arguments, stream: calls.append((grid, arguments, stream))
 
+    device, streams, recorded = torch.device("cuda", 3), [Stream(8), Stream(9)], []
     kernel = library.scalar_state(torch.float32, False)
     monkeypatch.setattr(kernel, "_compiled", {3: Compiled()})
-    tensor = torch.zeros(2)
-    kernel.bind(7, torch.device("cuda", 3), tensor, 5)()
-    assert calls == [((7, 1, 1), (tensor.data_ptr(), 5, *kernel.constants.values()))]
+    monkeypatch.setattr(torch.Tensor, "record_stream", lambda *both: recorded.append(both))
+    tensor, member = torch.zeros(2), torch.zeros(1)
+    launch = kernel.bind(7, device, tensor, 5, (member, 6))
+    for stream in (streams[0], streams[0], streams[1], streams[0]):
+        monkeypatch.setattr(torch.cuda, "current_stream", {device: stream}.get)
+        launch()
+    arguments = (tensor.data_ptr(), 5, (member.data_ptr(), 6), *kernel.constants.values())
+    assert calls == [((7, 1, 1), arguments, handle) for handle in (8, 8, 9, 8)]
+    assert [(id(a), b) for a, b in recorded] == [(id(x), stream) for stream in streams for x in (tensor, member)]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cache, partial
 from pathlib import Path
@@ -95,19 +95,48 @@ class Kernel:
     def bind(self, programs: int, device: torch.device, *arguments: Argument) -> Callable[[], None]:
         """A function that launches it on the current stream of ``device``, which must be the current device.
 
-        It is given what Triton's launcher wants, so that nothing is looked up when it is called. Whoever calls it keeps
-        the tensors.
+        It is given what Triton's launcher wants, so that little is looked up when it is called.
         """
         if device.type == "cpu":
             return partial(self._interpret, programs, arguments)
         self.compile(device)
         launcher = self._compiled[device.index][programs, 1, 1]
         addresses = map(_address, arguments)
-        return partial(launcher, *addresses, *self.constants.values())
+        return _OnCurrentStream(partial(launcher, *addresses, *self.constants.values()), device, _tensors(arguments))
 
     def _interpret(self, programs: int, arguments: tuple[Argument, ...]) -> None:
         with np.errstate(all="ignore"):
             self._function[programs,](*arguments, *self.constants.values())
+
+
+class _OnCurrentStream:
+    """A launch on whatever stream is the current one.
+
+    The allocator gives memory to others when the stream that it was allocated on is done with it; so it is told of each
+    other stream.
+
+    Args:
+        launch: takes the stream's handle.
+        device: where the stream is.
+        tensors: what the kernel reads and writes.
+    """
+
+    def __init__(self, launch: Callable[..., None], device: torch.device, tensors: Sequence[Tensor]) -> None:
+        self._launch, self._device, self._tensors = launch, device, tensors
+        self._seen: set[Any] = set()
+
+    def __call__(self) -> None:
+        stream = torch.cuda.current_stream(self._device)
+        if stream not in self._seen:
+            for tensor in self._tensors:
+                tensor.record_stream(stream)
+            self._seen.add(stream)
+        self._launch(stream=stream.cuda_stream)
+
+
+def _tensors(arguments: Iterable[Argument]) -> list[Tensor]:
+    members = (member for each in arguments for member in (each if isinstance(each, tuple) else (each,)))
+    return [member for member in members if isinstance(member, Tensor)]
 
 
 def _address(argument: Argument) -> Any:
