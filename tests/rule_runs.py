@@ -54,12 +54,15 @@ class Run:
         rule: the rule.
         dtypes: of parameter, gradient and each state tensor.
         sizes: of the parameters.
-        offset: of each in its memory.
+        offset: of each in its memory; or one for each dtype.
     """
 
-    def __init__(self, rule: Any, dtypes: Sequence[torch.dtype], sizes: Sequence[int], offset: int = 0) -> None:
+    def __init__(
+        self, rule: Any, dtypes: Sequence[torch.dtype], sizes: Sequence[int], offset: int | Sequence[int] = 0
+    ) -> None:
         self.rule, self.dtypes = rule, tuple(dtypes)
-        self.rows = [[Padded(size, dtype, offset) for dtype in dtypes] for size in sizes]
+        offsets = [offset] * len(dtypes) if isinstance(offset, int) else offset
+        self.rows = [[Padded(size, *each) for each in zip(dtypes, offsets, strict=True)] for size in sizes]
         self.tensors = [[padded.tensor for padded in row] for row in self.rows]
         for param, grad, *_ in self.tensors:
             grad.neg_()

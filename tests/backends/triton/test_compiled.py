@@ -120,6 +120,23 @@ def test_other_kernels(target: str, capsys: pytest.CaptureFixture[str]) -> None:
         assert kernel not in norms or machine.wide["loads"] >= 1
 
 
+@pytest.mark.parametrize(
+    ("kernel", "aligned"),
+    [
+        (library.update(rules.sgd, 2, (SINGLE, SINGLE)), {"chunks", "addresses", "scalars"}),
+        (library.sums_of_squares(SINGLE, 1, 2, False), {"chunks", "addresses", "sums"}),
+        (library.total(False), {"sums"}),
+        (library.judge(DOUBLE, SINGLE, SINGLE, False), set()),
+        (library.scalar_state(SINGLE, False), {"addresses"}),
+    ],
+    ids=["update", "sums_of_squares", "total", "judge", "scalar_state"],
+)
+def test_only_beginnings_of_allocations_are_said_to_be_aligned(kernel: Any, aligned: set[str]) -> None:
+    """A decision may be a slice, the norm lies anywhere, the places of scalar state follow their addresses."""
+    text = kernel.compile_for(GPUTarget(*TARGETS["sm_90"])).asm["ttir"]
+    assert set(re.findall(r"%(\w+): !tt\.ptr<\w+> \{tt\.divisibility", text)) == aligned
+
+
 def test_float32_kernels_have_no_float64_arithmetic_on_elements() -> None:
     kernel = library.update(rules.radam, len(signature(rules.radam).scalars), dtypes_of(rules.radam, *[SINGLE] * 3))
     ptx = kernel.compile_for(GPUTarget(*TARGETS["sm_90"])).asm["ptx"]

@@ -62,6 +62,15 @@ def test_sizes_and_offsets(offset: int) -> None:
     run.assert_as_expected(ROUNDING[SINGLE])
 
 
+@pytest.mark.parametrize("column", [0, 1, 2])
+def test_one_tensor_of_a_parameter_is_not_aligned(column: int) -> None:
+    offsets = [0, 0, 0]
+    offsets[column] = 1
+    run = Run(rules.momentum, [SINGLE] * 3, [1030], offsets)
+    run.run()
+    run.assert_as_expected(ROUNDING[SINGLE])
+
+
 def test_offsets_beyond_31_bits() -> None:
     far = 2**33
     param, grad = torch.ones(20), torch.ones(20)
