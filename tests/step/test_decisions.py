@@ -21,6 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import descend
 from descend import SGD, AdamW, Monitor, NAdam
 from descend.backends import eager
+from descend.core.decision import NORM
 from descend.step import decide, scaling
 
 OPTIONS = [dict(max_norm=0.5), dict(nonfinite="skip"), dict(max_norm=0.5, nonfinite="skip")]
@@ -248,6 +249,40 @@ def test_an_edited_step_count_is_noticed(backend: str) -> None:
             optimizer.step()
     assert [state["step"].item() for state in device.state.values()] == [41, 3]
     assert_same(device, host)
+
+
+def test_step_counts_of_one_element_are_taken_as_they_are(backend: str) -> None:
+    device, host = two(CASES[7], backend, nonfinite="skip")
+    for seed in range(3):
+        for optimizer in (device, host):
+            give_grads(params_of(optimizer), seed)
+            if seed == 1:
+                state = optimizer.state[params_of(optimizer)[1]]
+                state["step"], state["mu_product"] = state["step"].reshape(1), state["mu_product"].reshape(1)
+            optimizer.step()
+    assert [state["step"].item() for state in device.state.values()] == [3, 3]
+    assert_same(device, host)
+
+
+def test_the_norm_is_that_of_the_last_step_that_asked_for_it(backend: str) -> None:
+    device, host = two(CASES[5], backend, amp="fused", max_norm=1.0)
+    for optimizer in (device, host):
+        give_grads(params_of(optimizer), 0)
+        optimizer.step()
+        optimizer.max_norm = None
+        optimizer.step()
+    assert device.grad_norm == pytest.approx(host.grad_norm, rel=1e-12)
+
+
+def test_the_norm_follows_replays_of_a_graph() -> None:
+    weight = torch.ones(4, requires_grad=True)
+    optimizer = AdamW([weight], max_norm=1.0, backend="eager")
+    weight.grad = torch.ones(4)
+    optimizer.step()
+    assert optimizer.grad_norm == 2.0
+    for values in optimizer.decisions.values():  # what a replayed graph writes
+        values[NORM] = 3.0
+    assert optimizer.grad_norm == 3.0
 
 
 def test_copies_and_pickles_hold_numbers(backend: str) -> None:

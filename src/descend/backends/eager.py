@@ -59,9 +59,15 @@ def run(
 
 def write(tensor: Tensor, value: Any, decision: Decision | None) -> None:
     """Copy a value into a tensor, unless the decision leaves the step out."""
+    value = as_tensor(value, tensor)
     if decision is not None and decision.may_skip:
-        value = torch.where(decision.take != 0, torch.as_tensor(value, device=tensor.device).to(tensor.dtype), tensor)
+        value = torch.where(decision.take != 0, value.to(tensor.dtype), tensor)
     tensor.copy_(value)
+
+
+def as_tensor(value: Any, like: Tensor) -> Tensor:
+    """A value on the device of ``like``; numbers are filled in there: while one is copied there, the host waits."""
+    return value.to(like.device, non_blocking=True) if isinstance(value, Tensor) else like.new_full((), value)
 
 
 def run_rows(

@@ -280,14 +280,9 @@ class ForeachDeviceScalarState(eager.DeviceScalarState):
     def write(self, values: Sequence[Sequence[Any]], decision: Decision | None) -> None:
         for (column, _), members in self._lists.items():
             tensors, rows = zip(*members, strict=True)
-            new = {row: _as_tensor(values[row][column], tensors[0]) for row in {*rows}}
+            new = {row: eager.as_tensor(values[row][column], tensors[0]) for row in {*rows}}
             write(tensors, [new[row] for row in rows], decision)
         self._versions = self._current_versions()
-
-
-def _as_tensor(value: Any, like: Tensor) -> Tensor:
-    """A number filled in on the device, so that nothing is copied there; or a tensor as it is."""
-    return value.to(like.dtype) if isinstance(value, Tensor) else like.new_full((), value)
 
 
 def _is_host_number(tensor: Tensor) -> bool:

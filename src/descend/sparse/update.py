@@ -129,7 +129,7 @@ class SparseUpdate(Update):
         place = self.device if self.counts_on_device else CPU
         scalar_state = scalar_tensors(method, method.scalar_state, self._param, group, state, place)
         if self.counts_on_device and method.counts_steps and isinstance(state.get("step"), Tensor):
-            self._step = wide(state["step"]).to(place) + 1
+            self._step = wide(state["step"]).to(place).reshape(()) + 1
         else:
             self._step = step_count(method, self._rule, state) + 1
         scalars, next_state = method.scalars_and_state(group, self._step, scalar_state)

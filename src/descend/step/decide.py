@@ -56,6 +56,8 @@ class Decider:
         }
         for update in updates:
             update.decision = self._others.get(update.device, self._home)
+        if not options.wants_norm:
+            method.grad_norm = method.grad_norm  # a number: what it may be read from is written over from now on
         self._norm = self._home.values[NORM]
         self._nothing = torch.zeros_like(self._norm)
 

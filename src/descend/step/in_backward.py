@@ -216,7 +216,7 @@ class InBackward(Driver):
 def _beside(value: Any, other: Any) -> Any:
     """A number or tensor where ``other`` is: on its device, or on the host."""
     if isinstance(other, Tensor):
-        return torch.as_tensor(value, dtype=other.dtype).to(other.device, non_blocking=True)
+        return value.to(other, non_blocking=True) if isinstance(value, Tensor) else torch.full_like(other, value)
     return float(value)
 
 

@@ -127,7 +127,7 @@ class LaunchUpdate(Update):
         for launch, _, _, rows, _ in self._batches:
             for index, row in enumerate(rows):
                 group = groups[row.group]
-                step: Any = row.step + 1 if row.counter is None else wide(row.counter) + 1
+                step: Any = row.step + 1 if row.counter is None else wide(row.counter).reshape(()) + 1
                 scalars, next_state = method.scalars_and_state(group, step, row.state)
                 launch.set_scalars(index, signed(scale, group), self.numbers(scalars))
                 row.next_state = tuple(self.numbers(next_state)) if next_state else ()
@@ -253,7 +253,8 @@ class SingleUpdate(Update):
         group, state = method.param_groups[self._entry.group], method.state_of(self._entry.param)
         takes = signature(self._entry.rule)
         checked_state(method, self._entry.param, self._entry.local, takes.state, group, state)
-        scalar_state = scalar_tensors(method, method.scalar_state, self._entry.param, group, state)
+        place = self.device if self.counts_on_device else CPU
+        scalar_state = scalar_tensors(method, method.scalar_state, self._entry.param, group, state, place)
         scalars, next_state = method.scalars_and_state(group, self._step_count(method) + 1, scalar_state)
         for _, value in zip((*takes.scalars, *method.scalar_state), (*scalars, *next_state), strict=True):
             if not (self.counts_on_device and isinstance(value, Tensor)):
@@ -273,8 +274,8 @@ class SingleUpdate(Update):
             # As in the rule: what a graph has seen is not written to.
             seen = [value.clone() for value in scalar_state] if differentiable else scalar_state
             scalars, next_state = method.scalars_and_state(group, step, seen)
-            if not differentiable and not self.counts_on_device:
-                scalars = tuple(map(number, scalars))
+            if not differentiable:
+                scalars, next_state = tuple(self.numbers(scalars)), tuple(self.numbers(next_state))
             tensors = [local_of(state[name]) if entry.share else state[name] for name in signature(entry.rule).state]
             scale = signed(self._scale, group)
             if entry.share is not None:
@@ -291,7 +292,7 @@ class SingleUpdate(Update):
                 decision=self.decision,
             )
             for tensor, value in zip(scalar_state, next_state, strict=True):
-                eager.write(tensor, torch.as_tensor(value, device=tensor.device).reshape(()), self.decision)
+                eager.write(tensor, eager.as_tensor(value, tensor).reshape(()), self.decision)
             if method.counts_steps:
                 eager.write(state["step"], state["step"] + 1, self.decision)
         if sample is not None and sums is not None:
@@ -305,7 +306,7 @@ class SingleUpdate(Update):
     def _step_count(self, method: Method) -> Any:
         state = dict.get(method.state, self._entry.param) or {}
         if self.counts_on_device and method.counts_steps and isinstance(state.get("step"), Tensor):
-            return wide(state["step"]).to(self.device)
+            return wide(state["step"]).to(self.device).reshape(())
         return step_count(method, self._entry.rule, state)
 
 
