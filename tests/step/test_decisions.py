@@ -229,6 +229,27 @@ def test_steps_inside_backward_are_clipped_there(clip: Any) -> None:
     assert results[0][1] == pytest.approx(results[1][1], rel=1e-5)
 
 
+@pytest.mark.parametrize("clip", ["parameter", "previous"])
+def test_a_gradient_left_out_inside_backward_does_not_count_for_the_others(clip: Any) -> None:
+    results = []
+    for backend in ("eager", "cpu"):
+        torch.manual_seed(3)
+        model = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.Tanh(), torch.nn.Linear(4, 2))
+        params = list(model.parameters())
+        optimizer = AdamW(params, lr=0.1, max_norm=0.1, nonfinite="skip", backend=backend)
+        descend.in_backward(optimizer, clip=clip, nonfinite="parameter")
+        params[2].register_hook(lambda grad: grad * torch.nan)
+        for seed in range(3):
+            inputs = torch.randn(5, 3, generator=torch.Generator().manual_seed(seed))
+            model(inputs).square().sum().backward()
+            optimizer.step()
+        counts = [float(optimizer.state[param].get("step", 0)) for param in params]
+        assert counts == [3.0, 3.0, 0.0, 3.0]
+        results.append(([param.detach() for param in params], optimizer.grad_norm, optimizer.skipped_steps))
+    torch.testing.assert_close(results[0][0], results[1][0], rtol=1e-5, atol=1e-6)
+    assert results[0][1:] == pytest.approx(results[1][1:], rel=1e-5)
+
+
 def test_counts_move_when_the_options_do(backend: str) -> None:
     device, host = two(CASES[7], backend, max_norm=1.0)
     for seed, nonfinite in enumerate(["step", "skip", "skip", "raise", "skip", "step"]):
