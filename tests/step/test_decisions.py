@@ -250,6 +250,26 @@ def test_a_gradient_left_out_inside_backward_does_not_count_for_the_others(clip:
     assert results[0][1:] == pytest.approx(results[1][1:], rel=1e-5)
 
 
+@pytest.mark.parametrize("nonfinite", ["step", "skip"])
+def test_a_differentiable_step_has_the_derivatives_that_it_has_on_the_host(
+    nonfinite: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    results = []
+    for _ in ("device", "host"):
+        start = torch.linspace(-1.0, 2.0, 4, dtype=torch.float64, requires_grad=True)
+        lr = torch.tensor(0.1, dtype=torch.float64, requires_grad=True)
+        weight = start.clone()
+        optimizer = AdamW([weight], lr=lr, differentiable=True, nonfinite=nonfinite, max_norm=0.5)
+        for seed in range(3):
+            (weight.grad,) = torch.autograd.grad(weight.clone().square().sum(), weight, create_graph=True)
+            if nonfinite == "skip" and seed == 1:
+                weight.grad = torch.full_like(weight, torch.nan)
+            optimizer.step()
+        results.append([weight.detach(), *torch.autograd.grad(weight.sum(), (start, lr)), optimizer.skipped_steps])
+        monkeypatch.undo()
+    torch.testing.assert_close(*results)
+
+
 def test_counts_move_when_the_options_do(backend: str) -> None:
     device, host = two(CASES[7], backend, max_norm=1.0)
     for seed, nonfinite in enumerate(["step", "skip", "skip", "raise", "skip", "step"]):

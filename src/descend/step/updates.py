@@ -246,7 +246,8 @@ class SingleUpdate(Update):
         return norm * norm
 
     def may_count_on_device(self, method: Method) -> bool:
-        return method.may_decide_on_device(method.param_groups[self._entry.group])
+        # The graph of a step that is left out would multiply its NaN by zero.
+        return not self._differentiable and method.may_decide_on_device(method.param_groups[self._entry.group])
 
     def set_scalars(self, method: Method, scale: float) -> None:
         self._scale = scale
@@ -277,7 +278,9 @@ class SingleUpdate(Update):
             if not differentiable:
                 scalars, next_state = tuple(self.numbers(scalars)), tuple(self.numbers(next_state))
             tensors = [local_of(state[name]) if entry.share else state[name] for name in signature(entry.rule).state]
-            scale = signed(self._scale, group)
+            scale, decision = signed(self._scale, group), self.decision
+            if differentiable and decision is not None:  # the next step writes the values that the graph has seen
+                decision = decision._replace(values=decision.values.clone())
             if entry.share is not None:
                 torch.autograd.graph.increment_version([entry.param])
             sums = eager.run(
@@ -289,12 +292,12 @@ class SingleUpdate(Update):
                 scale,
                 differentiable,
                 measures=sample is not None,
-                decision=self.decision,
+                decision=decision,
             )
             for tensor, value in zip(scalar_state, next_state, strict=True):
-                eager.write(tensor, eager.as_tensor(value, tensor).reshape(()), self.decision)
+                eager.write(tensor, eager.as_tensor(value, tensor).reshape(()), decision)
             if method.counts_steps:
-                eager.write(state["step"], state["step"] + 1, self.decision)
+                eager.write(state["step"], state["step"] + 1, decision)
         if sample is not None and sums is not None:
             sample.add([entry.param], sums[None], np.array([correction(entry.rule, group, step)]))
 
