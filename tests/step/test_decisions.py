@@ -256,7 +256,7 @@ def test_a_differentiable_step_has_the_derivatives_that_it_has_on_the_host(
 ) -> None:
     results = []
     for _ in ("device", "host"):
-        start = torch.linspace(-1.0, 2.0, 4, dtype=torch.float64, requires_grad=True)
+        start = torch.linspace(-1.5, 2.0, 4, dtype=torch.float64, requires_grad=True)
         lr = torch.tensor(0.1, dtype=torch.float64, requires_grad=True)
         weight = start.clone()
         optimizer = AdamW([weight], lr=lr, differentiable=True, nonfinite=nonfinite, max_norm=0.5)
