@@ -61,6 +61,11 @@ class Update(ABC):
         """Of the parameters."""
         return self.params[0].device
 
+    @property
+    def takes_device(self) -> bool:
+        """Whether its steps can be decided on its device."""
+        return self.decisions is not None and self.decisions.takes(self.device)
+
     def may_count_on_device(self, method: Method) -> bool:
         """Whether the host need not know how many steps have been taken."""
         return False
