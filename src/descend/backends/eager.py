@@ -12,9 +12,7 @@ from torch import Tensor
 from descend.backends.backend import Decisions
 from descend.core.decision import SKIPPED, Decision, judge
 from descend.core.measures import COLUMNS, moments
-from descend.core.memory import as_real
-
-_NO_MEMORY = np.zeros((0, 2), np.int64)
+from descend.core.memory import as_real, has_address, span
 
 
 def run(
@@ -230,7 +228,9 @@ class EagerLaunch:
         return sums_of_squares([param.grad for param in self._params if param.grad is not None])
 
     def written(self) -> np.ndarray:
-        return _NO_MEMORY
+        tensors = [*self._params, *(tensor for state in self._state for tensor in state)]
+        spans = [addresses for tensor in filter(has_address, tensors) if (addresses := span(tensor))]
+        return np.array(spans, np.int64).reshape(-1, 2)
 
     def measured(self) -> Tensor:
         return torch.stack(self._measured)
