@@ -56,7 +56,7 @@ class Launch(Protocol):
         """What the last measured step has summed up: a row a parameter, columns as in ``core.measures``, float64."""
 
     def written(self) -> np.ndarray:
-        """First and last addresses (exclusive) of what the launch writes, where they are known, shape (n, 2)."""
+        """First and last addresses (exclusive) of what the launch writes through kept addresses, shape (n, 2)."""
 
 
 class ScalarState(Protocol):

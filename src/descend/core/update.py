@@ -137,7 +137,7 @@ class Update(ABC):
         return {}
 
     def written(self) -> np.ndarray:
-        """First and last addresses (exclusive) of the memory that it writes, where they are known, shape (n, 2)."""
+        """First and last addresses (exclusive) of the memory written through kept addresses, shape (n, 2)."""
         return np.zeros((0, 2), np.int64)
 
 
