@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import inspect
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from itertools import product
 from typing import Any, NamedTuple
 
+import pytest
 import textbook
 import torch
 from torch import Tensor
@@ -31,6 +33,10 @@ from descend import (
 
 BACKENDS = ("cpu", "eager") if "DESCEND_TEST_BACKEND" not in os.environ else (os.environ["DESCEND_TEST_BACKEND"],)
 DENSE_BACKENDS = BACKENDS if "DESCEND_TEST_BACKEND" in os.environ else (*BACKENDS, "foreach")  # rows are eager's
+# On a GPU, whose compiled backend may decline nothing; see ``device``.
+ON_GPU = pytest.param("triton", id="cuda", marks=pytest.mark.gpu)
+EVERYWHERE = (*BACKENDS, ON_GPU)
+DENSE_EVERYWHERE = (*DENSE_BACKENDS, ON_GPU)
 SHAPES = ((), (0,), (7, 5), (129,))
 
 
@@ -153,13 +159,37 @@ EVERY_CASE = [
 ]
 
 
+_device = torch.device("cpu")
+
+
+def device() -> torch.device:
+    """Where a test's tensors are: on the CPU, or on a GPU if the test is marked ``gpu``."""
+    return _device
+
+
+def rounding(allowed: float) -> float:
+    """0 on the CPU: the same bits. On a GPU ``allowed``: one that decides about steps forms bias corrections itself."""
+    return 0.0 if _device.type == "cpu" else allowed
+
+
+@contextmanager
+def on(place: torch.device) -> Iterator[None]:
+    """Let ``device`` return another one."""
+    global _device
+    before, _device = _device, place
+    try:
+        yield
+    finally:
+        _device = before
+
+
 def leaves(
     shapes: Sequence[tuple[int, ...]] = SHAPES, dtype: torch.dtype = torch.float64, seed: int = 0
 ) -> list[Tensor]:
     """Return random parameters, the same for the same seed."""
     random = torch.Generator().manual_seed(seed)
     values = [torch.randn(shape, generator=random, dtype=torch.float64) for shape in shapes]
-    return [value.to(dtype).requires_grad_() for value in values]
+    return [value.to(dtype).to(device()).requires_grad_() for value in values]
 
 
 def give_grads(params: Sequence[Tensor], seed: int) -> None:
@@ -167,7 +197,7 @@ def give_grads(params: Sequence[Tensor], seed: int) -> None:
     random = torch.Generator().manual_seed(1000 + seed)
     for param in params:
         grad = torch.randn(param.shape, generator=random, dtype=torch.float64)
-        param.grad = grad.to(getattr(param, "grad_dtype", None) or param.dtype)
+        param.grad = grad.to(getattr(param, "grad_dtype", None) or param.dtype).to(param.device)
 
 
 def complex_grads(params: Sequence[Tensor], seed: int) -> None:
@@ -178,7 +208,10 @@ def complex_grads(params: Sequence[Tensor], seed: int) -> None:
 
 
 class Twins:
-    """Our optimizer and torch's for-loop on equal parameters; every edit, gradient and step is applied to both."""
+    """Our optimizer and torch's for-loop on equal parameters; every edit, gradient and step is applied to both.
+
+    Torch's are on the CPU.
+    """
 
     def __init__(
         self,
@@ -189,7 +222,8 @@ class Twins:
         options = {key: value.clone() if isinstance(value, Tensor) else value for key, value in case.options.items()}
         self.ours = case.ours(groups(), **options, **ours)
         options = {key: value.clone() if isinstance(value, Tensor) else value for key, value in case.options.items()}
-        self.theirs = case.theirs(groups(), **options)
+        with on(torch.device("cpu")):
+            self.theirs = case.theirs(groups(), **options)
         self.both = (self.ours, self.theirs)
 
     def edit(self, change: Callable[[Any], Any]) -> None:
@@ -206,7 +240,7 @@ class Twins:
     def assert_equal(self, rtol: float = 1e-12, atol: float = 1e-12) -> None:
         """Assert that parameters and state agree; the default tolerance covers float64 rounding over tens of steps."""
         for ours, theirs in zip(params_of(self.ours), params_of(self.theirs), strict=True):
-            torch.testing.assert_close(ours, theirs, rtol=rtol, atol=atol, equal_nan=True)
+            torch.testing.assert_close(ours, theirs, rtol=rtol, atol=atol, equal_nan=True, check_device=False)
         assert_same_state(*map(state_of, self.both), rtol, atol)
 
 
@@ -233,7 +267,8 @@ def assert_same_state(ours: dict[Any, Any], theirs: dict[Any, Any], rtol: float,
         for name, value in state.items():
             assert type(ours[key][name]) is type(value), name
             if isinstance(value, Tensor):
-                torch.testing.assert_close(ours[key][name], value, rtol=rtol, atol=atol, equal_nan=True)
+                found = ours[key][name]
+                torch.testing.assert_close(found, value, rtol=rtol, atol=atol, equal_nan=True, check_device=False)
             else:
                 assert ours[key][name] == value
 

@@ -1,4 +1,7 @@
-"""Every test starts with the same random seed, and torch's settings are restored after it."""
+"""Every test starts with the same random seed, and torch's settings are restored after it.
+
+Tests marked ``gpu`` have their tensors on a GPU; without one they are skipped.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +11,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 from browser import browser  # noqa: F401, a fixture
+from cases import on
 
 from descend.backends.cpu import probe
 
@@ -25,6 +29,17 @@ def clean_torch(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     yield
     torch.set_num_threads(threads)
     torch.set_default_dtype(dtype)
+
+
+@pytest.fixture(autouse=True)
+def tensors_on_gpu(request: pytest.FixtureRequest) -> Iterator[None]:
+    if request.node.get_closest_marker("gpu") is None:
+        yield
+        return
+    if not torch.cuda.is_available():
+        pytest.skip("needs a GPU")
+    with on(torch.device("cuda")):
+        yield
 
 
 @pytest.fixture(params=["native", "python"])

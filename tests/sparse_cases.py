@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-from cases import Case, leaves, params_of
+from cases import Case, device, leaves, params_of
 from torch import Tensor
 
 from descend import SGD, Adam, AdamW, FirstOrder, from_rule
@@ -33,7 +33,8 @@ def coo(indices: Any, values: Tensor, shape: Sequence[int], coalesced: bool | No
     """Return a sparse tensor without checking it; ``indices`` of one sparse dimension may be a plain list."""
     indices = torch.as_tensor(indices, dtype=torch.int64)
     indices = indices[None] if indices.dim() == 1 else indices
-    return torch.sparse_coo_tensor(indices, values, tuple(shape), is_coalesced=coalesced, check_invariants=False)
+    made = torch.sparse_coo_tensor(indices, values, tuple(shape), is_coalesced=coalesced, check_invariants=False)
+    return made.to(device())
 
 
 def random_indices(sizes: Sequence[int], count: int, random: torch.Generator) -> Tensor:
@@ -63,13 +64,15 @@ def give_sparse_grads(params: Sequence[Tensor], seed: int) -> None:
     random = torch.Generator().manual_seed(2000 + seed)
     for number, param in enumerate(params):
         if param.dim() > 1 and param.numel():
-            param.grad = random_sparse(param.shape, 3 + len(param) // 2, 10 * seed + number, param.dtype)
+            grad = random_sparse(param.shape, 3 + len(param) // 2, 10 * seed + number, param.dtype)
         else:
-            param.grad = torch.randn(param.shape, generator=random, dtype=torch.float64).to(param.dtype)
+            grad = torch.randn(param.shape, generator=random, dtype=torch.float64).to(param.dtype)
+        param.grad = grad.to(param.device)
 
 
 def summed(grad: Tensor) -> tuple[tuple[Tensor, ...], Tensor]:
-    """Return the distinct indices of a sparse gradient, and its values there, summed in float64."""
+    """Return the distinct indices of a sparse gradient, and its values there, summed in float64 on the CPU."""
+    grad = grad.cpu()
     grad = grad if grad.is_sparse else grad.to_sparse()
     indices, values = grad._indices(), grad._values()
     wide = torch.promote_types(values.dtype, torch.float64)
@@ -80,7 +83,7 @@ def summed(grad: Tensor) -> tuple[tuple[Tensor, ...], Tensor]:
 
 
 class ByHand:
-    """A float64 table whose touched rows are gathered into a small tensor, which a dense optimizer then updates.
+    """A float64 table on the CPU; its touched rows are gathered into a small tensor, which a dense optimizer updates.
 
     Their rows of the state are gathered too. The step count is that of the whole table.
 
@@ -91,7 +94,7 @@ class ByHand:
     """
 
     def __init__(self, table: Tensor, theirs: Callable[..., Any], options: dict[str, Any]) -> None:
-        self.table = table.detach().clone().to(torch.promote_types(table.dtype, torch.float64))
+        self.table = table.detach().clone().cpu().to(torch.promote_types(table.dtype, torch.float64))
         self.state: dict[str, Any] = {}
         self._make = lambda rows: theirs([rows], **options)
 
@@ -114,11 +117,11 @@ class ByHand:
 
     def assert_equal(self, optimizer: FirstOrder, param: Tensor, rtol: float = 1e-12, atol: float = 1e-12) -> None:
         """Assert that parameter and state agree; the default tolerance covers float64 rounding over tens of steps."""
-        torch.testing.assert_close(param.detach(), self.table.to(param.dtype), rtol=rtol, atol=atol)
+        torch.testing.assert_close(param.detach().cpu(), self.table.to(param.dtype), rtol=rtol, atol=atol)
         found = optimizer.state[param]
         assert found.keys() == self.state.keys()
         for name, value in self.state.items():
-            ours = torch.as_tensor(found[name])
+            ours = torch.as_tensor(found[name]).cpu()
             torch.testing.assert_close(ours, torch.as_tensor(value).to(ours.dtype), rtol=rtol, atol=atol, msg=name)
 
 

@@ -16,6 +16,7 @@ import pytest
 import torch
 from cases import (
     CASES,
+    ON_GPU,
     Case,
     Twins,
     assert_same_bits,
@@ -45,7 +46,7 @@ def through_file(value: Any) -> Any:
 
 def through_new_optimizer(optimizer: FirstOrder, case: Case) -> FirstOrder:
     params = [param.detach().clone().requires_grad_() for param in params_of(optimizer)]
-    new = case.ours(params, **case.options, max_norm=1.0, nonfinite="skip")
+    new = case.ours(params, **case.options, max_norm=1.0, nonfinite="skip", backend=optimizer.backend)
     new.load_state_dict(through_file(optimizer.state_dict()))
     return new
 
@@ -88,12 +89,14 @@ def test_groups_that_share_a_tensor_go_on_sharing_it(kind: Any, copied: str) -> 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("way", WAYS, ids=["state_dict", "deepcopy", "pickle"])
+@pytest.mark.parametrize("backend", ["auto", ON_GPU])
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_going_on_equals_not_stopping_bit_for_bit(
-    case: Case, way: Callable[[FirstOrder, Case], FirstOrder], dtype: torch.dtype
+    case: Case, backend: str, way: Callable[[FirstOrder, Case], FirstOrder], dtype: torch.dtype
 ) -> None:
-    optimizer: Any = case.ours(leaves(dtype=dtype), **case.options, max_norm=1.0, nonfinite="skip")
-    other: Any = case.ours(leaves(dtype=dtype), **case.options, max_norm=1.0, nonfinite="skip")
+    options = dict(case.options, max_norm=1.0, nonfinite="skip", backend=backend)
+    optimizer: Any = case.ours(leaves(dtype=dtype), **options)
+    other: Any = case.ours(leaves(dtype=dtype), **options)
     schedulers = [CosineAnnealingLR(o, T_max=10) for o in (optimizer, other)]
     for seed in range(8):
         if seed == 4:

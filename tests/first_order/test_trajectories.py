@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from cases import BACKENDS, CASES, EVERY_CASE, SHAPES, Case, Twins, give_grads, leaves
+from cases import BACKENDS, CASES, EVERY_CASE, EVERYWHERE, SHAPES, Case, Twins, give_grads, leaves
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -15,7 +15,7 @@ from descend import Adagrad
 FLOAT32 = dict(rtol=2e-5, atol=2e-6)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", EVERYWHERE)
 @pytest.mark.parametrize("case", EVERY_CASE, ids=str)
 def test_float64_trajectory_is_torchs(case: Case, backend: str) -> None:
     twins = Twins(case, backend=backend)
@@ -24,7 +24,7 @@ def test_float64_trajectory_is_torchs(case: Case, backend: str) -> None:
     twins.assert_equal()
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", EVERYWHERE)
 @pytest.mark.parametrize(
     "case", [*CASES, *(pytest.param(case, marks=pytest.mark.slow) for case in EVERY_CASE)], ids=str
 )

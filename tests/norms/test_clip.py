@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from cases import CASES, DENSE_BACKENDS, SHAPES, Case, Twins, give_grads, leaves, params_of
+from cases import CASES, DENSE_BACKENDS, DENSE_EVERYWHERE, SHAPES, Case, Twins, device, give_grads, leaves, params_of
 from torch import Tensor
 from torch.nn import utils
 
@@ -19,7 +19,7 @@ ORDERS = (1, 2, 3, math.inf, 0.5)
 
 
 @pytest.mark.parametrize("max_norm", [0.5, 1e4])
-@pytest.mark.parametrize("backend", DENSE_BACKENDS)
+@pytest.mark.parametrize("backend", DENSE_EVERYWHERE)
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_clipping_in_the_step_is_clip_grad_norm_before_it(case: Case, backend: str, max_norm: float) -> None:
     def groups() -> list[dict[str, Any]]:
@@ -48,7 +48,7 @@ def test_clipping_in_the_step_rounds_once(dtype: torch.dtype) -> None:
     assert torch.equal(clipped[0].detach(), exact[0].detach().to(dtype))
 
 
-@pytest.mark.parametrize("backend", DENSE_BACKENDS)
+@pytest.mark.parametrize("backend", DENSE_EVERYWHERE)
 def test_nan_norm_spreads_as_clamp_does(backend: str) -> None:
     twins = Twins(CASES[0], lambda: leaves([(3,), (2,)]), max_norm=1.0, backend=backend)
 
@@ -64,7 +64,7 @@ def test_nan_norm_spreads_as_clamp_does(backend: str) -> None:
     assert all(bool(param.isnan().all()) for optimizer in twins.both for param in params_of(optimizer))
 
 
-@pytest.mark.parametrize("backend", DENSE_BACKENDS)
+@pytest.mark.parametrize("backend", DENSE_EVERYWHERE)
 @pytest.mark.parametrize(
     ("dtype", "size"),
     [
@@ -77,7 +77,7 @@ def test_nan_norm_spreads_as_clamp_does(backend: str) -> None:
     ids=str,
 )
 def test_finite_gradients_whose_squares_overflow_are_finite(dtype: torch.dtype, size: float, backend: str) -> None:
-    param = torch.zeros(100, dtype=dtype, requires_grad=True)
+    param = torch.zeros(100, dtype=dtype, device=device(), requires_grad=True)
     param.grad = torch.full_like(param, size)
     optimizer = SGD([param], lr=1.0, max_norm=1.0, nonfinite="raise", backend=backend)
     optimizer.step()

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import pytest
 import torch
-from cases import BACKENDS, Case, Twins, leaves, params_of
+from cases import BACKENDS, EVERYWHERE, Case, Twins, leaves, params_of
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from sparse_cases import (
@@ -29,7 +29,7 @@ from torch.optim import lr_scheduler
 from descend import SGD, AdamW, SparseAdam
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", EVERYWHERE)
 @pytest.mark.parametrize("case", TOUCHED, ids=str)
 def test_touched_rows_move_by_the_rule_and_others_stay(case: Touched, backend: str) -> None:
     param = table()
@@ -48,7 +48,7 @@ def test_touched_rows_move_by_the_rule_and_others_stay(case: Touched, backend: s
     assert [placement.backend for placement in optimizer.backends()] == [backend]
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", EVERYWHERE)
 @pytest.mark.parametrize("case", TOUCHED, ids=str)
 def test_gradients_come_dense_sparse_or_not_at_all(case: Touched, backend: str) -> None:
     """In one group, each parameter by itself, another way at each step."""
@@ -62,7 +62,7 @@ def test_gradients_come_dense_sparse_or_not_at_all(case: Touched, backend: str) 
             kind = (seed // 2 + number * (1 + seed // 5)) % 3
             param.grad = None
             if kind < 2:
-                dense = torch.randn(param.shape, generator=random, dtype=torch.float64)
+                dense = torch.randn(param.shape, generator=random, dtype=torch.float64).to(param.device)
                 grad = dense.to_sparse(1) if kind else random_sparse(param.shape, 4, 10 * seed + number)
                 hand.step(grad)
                 param.grad = dense if kind else grad
@@ -77,21 +77,22 @@ def changing_kinds(params: Sequence[Tensor], seed: int) -> None:
     params[seed % 3].grad = None
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", EVERYWHERE)
 @pytest.mark.parametrize("case", SGD_CASES, ids=str)
 def test_sgd_takes_sparse_gradients_as_torch_does(case: Case, backend: str) -> None:
     twins = Twins(case, lambda: leaves([(9, 4), (6, 3, 2), (7,)]), backend=backend)
     for seed in range(10):
         twins.step(seed, changing_kinds)
     for ours, theirs in zip(params_of(twins.ours), params_of(twins.theirs), strict=True):
-        torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)  # float64, 10 steps
+        torch.testing.assert_close(ours.cpu(), theirs, rtol=1e-12, atol=1e-12)  # float64, 10 steps
         buffer = twins.theirs.state[theirs].get("momentum_buffer")
         if buffer is not None:
             dense = buffer.to_dense()  # torch's is sparse
-            torch.testing.assert_close(twins.ours.state[ours]["momentum_buffer"], dense, rtol=1e-12, atol=1e-12)
+            found = twins.ours.state[ours]["momentum_buffer"].cpu()
+            torch.testing.assert_close(found, dense, rtol=1e-12, atol=1e-12)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", EVERYWHERE)
 @pytest.mark.parametrize("sparse_dim", [1, 2])
 @pytest.mark.parametrize("case", [TOUCHED[0], TOUCHED[1], NESTEROV], ids=str)
 def test_sgd_decays_rows_that_are_not_named(case: Touched, sparse_dim: int, backend: str) -> None:
@@ -107,7 +108,7 @@ def test_sgd_decays_rows_that_are_not_named(case: Touched, sparse_dim: int, back
     assert (sparse != table()).all() == ("weight_decay" in case.options)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", EVERYWHERE)
 @pytest.mark.parametrize("change", [dict(weight_decay=0.5), dict(momentum=0.9), dict(weight_decay=0.5, momentum=0.9)])
 def test_sgd_notices_when_rows_that_are_not_named_begin_to_move(change: dict[str, float], backend: str) -> None:
     sparse, dense = table(), table()

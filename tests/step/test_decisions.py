@@ -326,6 +326,19 @@ def test_the_norm_follows_replays_of_a_graph() -> None:
     assert optimizer.grad_norm == 3.0
 
 
+def test_a_step_count_edited_through_a_checkpoint_is_noticed(backend: str) -> None:
+    params = [torch.ones(3, requires_grad=True) for _ in range(2)]
+    optimizer = AdamW(params, nonfinite="skip", backend=backend)
+    for seed in range(4):
+        give_grads(params, seed)
+        if seed == 2:
+            saved = optimizer.state_dict()["state"]
+        if seed == 3:
+            saved[1]["step"].fill_(40)  # the other parameter, whose count gives the scalars of both, is left as it is
+        optimizer.step()
+    assert [optimizer.state[param]["step"].item() for param in params] == [4, 41]
+
+
 def test_copies_and_pickles_hold_numbers(backend: str) -> None:
     device, _ = two(CASES[5], backend, nonfinite="skip")
     for seed in range(2):

@@ -1,4 +1,4 @@
-"""How a rule runs: on tensors, on lists of tensors, or compiled for CPUs. A backend receives rules and imports none.
+"""How a rule runs: on tensors, on lists of tensors, or compiled for CPUs or GPUs. A backend imports no rules.
 
 The engine asks ``available`` which backends to try, in order of preference; eager takes whatever the others decline.
 """
@@ -9,11 +9,12 @@ from descend.backends.backend import Backend
 from descend.backends.cpu.backend import CpuBackend
 from descend.backends.eager import EagerBackend
 from descend.backends.foreach import ForeachBackend
+from descend.backends.triton.backend import TritonBackend
 from descend.core.options import BACKENDS
 
 EAGER: Backend = EagerBackend()
 FOREACH: Backend = ForeachBackend()
-_compiled: list[Backend] = [CpuBackend()]
+_compiled: list[Backend] = [CpuBackend(), TritonBackend()]
 _uncompiled: list[Backend] = [FOREACH]
 
 

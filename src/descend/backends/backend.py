@@ -74,13 +74,15 @@ class DeviceScalarState(ScalarState, Protocol):
 
 
 class Rows(Protocol):
-    """One rule on the rows that a sparse gradient touches, or on all rows with zeros for the others.
+    """One rule on the rows that a sparse gradient touches, or on all rows with zeros for the others."""
 
-    Attributes:
-        rows: int64, those of the gradient that was read, each once, in ascending order.
-    """
+    @property
+    def rows(self) -> np.ndarray:
+        """int64, those of the gradient that was read, each once, in ascending order. The host waits for a device."""
 
-    rows: np.ndarray
+    @property
+    def count(self) -> int | Tensor:
+        """How many they are. On a device: shape (), and the host does not wait."""
 
     def compile(self, wants_norm: bool, measures: bool = False) -> None:
         """Compile, or load from disk, all that the other methods call. May raise ``RuleError``.
@@ -277,11 +279,11 @@ class Backend(Protocol):
         each launch's ``measured`` tells afterwards what the step was like. A decision may leave all of it out.
         """
 
-    def rows(self, rule: Rule, scalars: int, dtypes: Dtypes, all_rows: bool) -> Rows:
-        """Prepare to apply ``rule`` to rows. Compiles nothing."""
+    def rows(self, rule: Rule, scalars: int, dtypes: Dtypes, all_rows: bool, param: Tensor) -> Rows:
+        """Prepare to apply ``rule`` to rows of ``param``. Compiles nothing."""
 
-    def catch_up(self, with_state: Rule, without_state: Rule, scalars: int, dtypes: Dtypes) -> CatchUp:
-        """Prepare to catch up with two rules; ``dtypes`` of the parameter and the state. Compiles nothing."""
+    def catch_up(self, with_state: Rule, without_state: Rule, scalars: int, dtypes: Dtypes, param: Tensor) -> CatchUp:
+        """Prepare to catch up with two rules; ``dtypes`` of ``param`` and the state. Compiles nothing."""
 
     def sum_of_squares(self, tensors: Sequence[Tensor]) -> float | Tensor:
         """Of tensors that ``why_not`` accepts, all on one device, in float64; its bits do not depend on threads.

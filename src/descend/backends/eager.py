@@ -185,7 +185,12 @@ class EagerBackend:
         return run
 
     def rows(
-        self, rule: Callable[..., Any], scalars: int, dtypes: tuple[torch.dtype, ...], all_rows: bool
+        self,
+        rule: Callable[..., Any],
+        scalars: int,
+        dtypes: tuple[torch.dtype, ...],
+        all_rows: bool,
+        param: Tensor,
     ) -> EagerRows:
         return EagerRows(rule, all_rows)
 
@@ -195,6 +200,7 @@ class EagerBackend:
         without_state: Callable[..., Any],
         scalars: int,
         dtypes: tuple[torch.dtype, ...],
+        param: Tensor,
     ) -> EagerCatchUp:
         return EagerCatchUp(with_state, without_state)
 
@@ -299,7 +305,18 @@ class EagerRows:
     def __init__(self, rule: Callable[..., Any], all_rows: bool) -> None:
         self._rule, self._all_rows = rule, all_rows
         self._grad: Tensor | None = None
-        self.rows = np.empty(0, np.int64)
+        self._sizes: tuple[int, ...] = ()
+
+    @property
+    def rows(self) -> np.ndarray:
+        assert self._grad is not None
+        rows: np.ndarray = np.ravel_multi_index(tuple(self._grad.indices().cpu().numpy()), self._sizes)
+        return rows
+
+    @property
+    def count(self) -> int:
+        assert self._grad is not None
+        return self._grad._nnz()
 
     def compile(self, wants_norm: bool, measures: bool = False) -> None:
         """Nothing needs to be compiled."""
@@ -314,9 +331,8 @@ class EagerRows:
             raise IndexError(f"index {index} is out of range for a table of {sizes} rows")
         shape, device = (*sizes, *values.shape[1:]), values.device
         grad = torch.sparse_coo_tensor(indices, values, shape, device=device, check_invariants=False)
-        self._grad = grad.coalesce()
+        self._grad, self._sizes = grad.coalesce(), sizes
         rows = self._grad.indices()[0]
-        self.rows = np.ravel_multi_index(tuple(self._grad.indices().cpu().numpy()), sizes)
         if steps is None:
             return None
         late = rows[steps[rows].abs() != step]
@@ -350,7 +366,10 @@ class EagerRows:
             self._measured = param.new_zeros(len(COLUMNS), dtype=widest(param)) if sums is None else sums
             if mark is not None:
                 steps, step = mark
-                steps[self._grad.indices()[0]] = step
+                rows = self._grad.indices()[0]
+                current = steps[rows]
+                write(current, step, decision)
+                steps[rows] = current
             counters.add_one()
 
     def measured(self) -> Tensor:
@@ -398,15 +417,19 @@ class EagerCatchUp:
         mark: bool,
     ) -> None:
         with torch.no_grad():
-            rows, has_state, device = self._rows, self._has_state, self._steps.device
+            rows, has_state = self._rows, self._has_state
             for each in () if scalars is None else scalars:
-                table = torch.from_numpy(each).to(device)[self._position[has_state]]
+                table = self._by_row(each)[has_state]
                 run_rows(self._with_state, param, (rows[has_state],), None, state, list(table.unbind(1)))
             if factors is not None:
-                table = torch.from_numpy(factors).to(device)[self._position[~has_state]]
+                table = self._by_row(factors)[~has_state]
                 run_rows(self._without_state, param, (rows[~has_state],), None, [], [table])
             if mark:
                 self._steps[rows] = torch.where(has_state, self._now, -self._now).to(self._steps.dtype)
+
+    def _by_row(self, by_step: np.ndarray) -> Tensor:
+        """What is given for each distinct step, for each of the rows found."""
+        return torch.from_numpy(by_step).to(widest(self._steps)).to(self._steps.device)[self._position]
 
 
 def sums_of_squares(tensors: Sequence[Tensor]) -> float | Tensor:

@@ -51,7 +51,7 @@ def save(optimizer: Method, pack: Callable[[Method], dict[str, Any]]) -> dict[st
     if not exposed and not hooks and not any(group.get("differentiable") for group in optimizer.param_groups):
         # The caller gets new dicts and tensors, so nobody outside holds the state itself.
         packed["state"] = {index: _aliases(state) for index, state in packed["state"].items()}
-        optimizer.state.exposed = False  # type: ignore[attr-defined]
+        optimizer.state.exposed, optimizer.state.was_saved = False, True  # type: ignore[attr-defined]
     if any(type(state) is InitialState for state in dict.values(optimizer.state)):  # files contain plain dicts only
         packed["state"] = {
             index: dict(state) if type(state) is InitialState else state for index, state in packed["state"].items()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import _signal  # type: ignore[import-not-found]  # signal's own functions make enums, ten microseconds a step
 import signal
 import threading
 from types import FrameType, TracebackType
@@ -28,9 +29,9 @@ class DeferredSignals:
             return
         try:
             for number in _SIGNALS:
-                if callable(handler := signal.getsignal(number)):
+                if callable(handler := _signal.getsignal(number)):
                     self._handlers[number] = handler
-                    signal.signal(number, self._record)
+                    _signal.signal(number, self._record)
         except BaseException:
             self._restore()
             raise
@@ -58,7 +59,7 @@ class DeferredSignals:
         try:
             while self._handlers:
                 number, handler = next(iter(self._handlers.items()))
-                signal.signal(number, handler)
+                _signal.signal(number, handler)
                 del self._handlers[number]
         finally:  # a handler restored first may have raised
             if self._handlers:

@@ -28,14 +28,14 @@ class Part(NamedTuple):
         sums: a row a parameter, its columns are ``COLUMNS``, float64; on the parameters' device.
         scale: what stored gradients were multiplied by to undo a loss scale.
         corrections: for each parameter, what removes the averages' bias from ``ratio``.
-        rows: how many rows the gradient named, if it was sparse.
+        rows: how many rows the gradient named, if it was sparse; a tensor of shape () if the device counts them.
     """
 
     params: Sequence[Tensor]
     sums: np.ndarray | Tensor
     scale: float
     corrections: np.ndarray
-    rows: int | None = None
+    rows: int | Tensor | None = None
 
 
 class Sample:
@@ -51,7 +51,11 @@ class Sample:
         self.parts: list[Part] = []
 
     def add(
-        self, params: Sequence[Tensor], sums: np.ndarray | Tensor, corrections: np.ndarray, rows: int | None = None
+        self,
+        params: Sequence[Tensor],
+        sums: np.ndarray | Tensor,
+        corrections: np.ndarray,
+        rows: int | Tensor | None = None,
     ) -> None:
         """Add a part, see ``Part``."""
         self.parts.append(Part(params, sums, self.scale, corrections, rows))

@@ -117,4 +117,6 @@ class _Piece:
             indices[dim] -= self._start
         else:
             values = values.narrow(dim - grad.sparse_dim() + 1, self._start, length)
-        return torch.sparse_coo_tensor(indices, values, self.tensor.shape, check_invariants=False)
+        return torch.sparse_coo_tensor(
+            indices, values, self.tensor.shape, device=self.tensor.device, check_invariants=False
+        )

@@ -158,7 +158,9 @@ class NAdam(FirstOrder):
     ) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
         lr, (beta1, beta2) = group["lr"], group["betas"]
         mu, mu_next = (beta1 * (1 - 0.5 * 0.96 ** (at * group["momentum_decay"])) for at in (step, step + 1))
-        mu_product = scalar_state[0] * mu
+        last = scalar_state[0]
+        # As in torch, where mu is a number: the product has the digits of the state.
+        mu_product = last * (mu.to(last.dtype) if isinstance(mu, torch.Tensor) else mu)
         product = mu_product.double()
         grad_lr, avg_lr = lr * (1 - mu) / (1 - product), lr * mu_next / (1 - product * mu_next)
         scalars = 1 - beta1, 1 - beta2, group["eps"], _decay(group), 1 - beta2**step, grad_lr, avg_lr

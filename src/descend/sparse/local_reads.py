@@ -11,7 +11,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -40,9 +39,7 @@ class LocalReads:
         copies = [tensor.index_select(0, rows[used]) for tensor in state]
         self._before.append(_Before(rows, steps, param.detach().index_select(0, rows), used, copies))
 
-    def undo(
-        self, param: Tensor, state: Sequence[Tensor], row_step: Tensor, except_for: np.ndarray | None = None
-    ) -> None:
+    def undo(self, param: Tensor, state: Sequence[Tensor], row_step: Tensor, except_for: Tensor | None = None) -> None:
         """Put all rows back, except for some, given in ascending order; then forget them."""
         for before in self._before:
             back = _not_among(before.rows, except_for)
@@ -62,9 +59,9 @@ class LocalReads:
         self._before.clear()
 
 
-def _not_among(rows: Tensor, others: np.ndarray | None) -> Tensor:
+def _not_among(rows: Tensor, others: Tensor | None) -> Tensor:
     """Whether each row is none of ``others``, which are in ascending order."""
     if others is None or not len(others):
         return torch.ones_like(rows, dtype=torch.bool)
-    known = torch.from_numpy(others).to(rows.device)
+    known = others.to(rows.device)
     return known[torch.searchsorted(known, rows).clamp(max=len(known) - 1)] != rows

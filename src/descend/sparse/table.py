@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
 from descend.backends import EAGER, available
-from descend.backends.backend import CatchUp
+from descend.backends.backend import CatchUp, Rows
 from descend.core.interrupts import DeferredSignals
 from descend.core.method import Method
 from descend.core.signature import signature
@@ -188,12 +188,12 @@ class Table:
             state = method.state_of(self.param)
             self._catch_up_with(method, [(name, state[name]) for name in self._state_names(method)])
 
-    def begin_step(self, method: Method, group: int, rows: np.ndarray) -> tuple[Tensor, int]:
+    def begin_step(self, method: Method, group: int, gradient: Rows) -> tuple[Tensor, int]:
         """Put the coming step on record; return the step each row is current at, and the number of this step.
 
-        On a replicated table, ``rows``, those with a gradient, are brought up to date first: other ranks have read
-        them. What only this rank has read goes back to where it is on the others. A new schedule begins if there is
-        none, or if betas or eps have changed: all rows are settled first then.
+        On a replicated table, the rows with a gradient are brought up to date first: other ranks have read them. What
+        only this rank has read goes back to where it is on the others. A new schedule begins if there is none, or if
+        betas or eps have changed: all rows are settled first then.
         """
         options = method.param_groups[group]
         constants = float(options["betas"][0]), float(options["betas"][1]), float(options["eps"])
@@ -201,8 +201,9 @@ class Table:
         schedule = self._schedule_of(method, state)
         self._rule = method.rule_for(options)
         if self.is_replicated and schedule is not None and schedule.is_behind:
+            rows = torch.from_numpy(gradient.rows)
             self._undo_reads(method, rows)
-            self._settle_some(method, schedule, torch.from_numpy(rows))
+            self._settle_some(method, schedule, rows)
         if schedule is None or (schedule.beta1, schedule.beta2, schedule.eps) != constants:
             self.settle(method)
             schedule = self._schedule = Schedule(*constants, int(state["step"]))
@@ -264,7 +265,7 @@ class Table:
         self._check_version(method, schedule)
         return schedule
 
-    def _undo_reads(self, method: Method, except_for: np.ndarray | None = None) -> None:
+    def _undo_reads(self, method: Method, except_for: Tensor | None = None) -> None:
         """Take back what ``read`` has done on this rank alone since the last step."""
         state = method.state_of(self.param)
         used = [state[name] for name in self._state_names(method)]
@@ -324,7 +325,8 @@ class Table:
         if self._catch_up is None or self._catch_up[0] != (backend, dtypes):
             assert method.catch_up_rules is not None
             with_state, without_state = method.catch_up_rules
-            catch_up = backend.catch_up(with_state, without_state, len(signature(with_state).scalars), dtypes)
+            scalars = len(signature(with_state).scalars)
+            catch_up = backend.catch_up(with_state, without_state, scalars, dtypes, self.param)
             catch_up.compile()
             self._catch_up = (backend, dtypes), catch_up
         return self._catch_up[1]

@@ -63,7 +63,7 @@ class SparseUpdate(Update):
         self._dtype = torch.promote_types(local.grad.dtype, torch.float32)  # sums need the digits
         state = method.state_of(param)
         dtypes = (param.dtype, self._dtype, *state_dtypes(method, param, rule, state))
-        self._rows = backend.rows(rule, len(signature(rule).scalars), dtypes, meaning == "all")
+        self._rows = backend.rows(rule, len(signature(rule).scalars), dtypes, meaning == "all", local)
         self._scale = 1.0
         self._step: Any = 1.0
         self._scalars: list[float | Tensor] = []
@@ -155,8 +155,9 @@ class SparseUpdate(Update):
         if method.counts_steps:
             self.set_scalars(method, self._scale)  # a parameter that is listed twice has taken a step since
         state, measures = [local_of(self._state[name]) for name in signature(self._rule).state], sample is not None
-        written = state if self._table is None else [*state, self._state[ROW_STEP]]
-        lazy_memory.commit_rows(written, self._rows.rows, self._n_rows, method.options.state_pages)
+        if self._local.is_cpu:
+            written = state if self._table is None else [*state, self._state[ROW_STEP]]
+            lazy_memory.commit_rows(written, self._rows.rows, self._n_rows, method.options.state_pages)
         if self._table is None:
             torch.autograd.graph.increment_version(self.params)
             param = self._local.data
@@ -167,7 +168,7 @@ class SparseUpdate(Update):
             )
         else:
             with self._table.lock:
-                mark = self._table.begin_step(method, self._group, self._rows.rows)
+                mark = self._table.begin_step(method, self._group, self._rows)
                 torch.autograd.graph.increment_version(self.params)
                 scale = self._signed_scale(method)
                 self._rows.run(self._local, state, self._scalars, scale, self._counters, mark, measures, self.decision)
@@ -182,7 +183,7 @@ class SparseUpdate(Update):
             method.state_of(self._param)["step"] += 1
         if sample is not None:
             corrections = np.array([correction(self._rule, method.param_groups[self._group], self._step)])
-            sample.add([self._param], self._rows.measured(), corrections, len(self._rows.rows))
+            sample.add([self._param], self._rows.measured(), corrections, self._rows.count)
 
     def release(self) -> None:
         self._rows.release()

@@ -50,6 +50,7 @@ class State(defaultdict[Any, Any]):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.exposed = True
+        self.was_saved = False  # tensors on its memory have been handed out
         self.owner: Callable[[], Any] = lambda: None
 
     @classmethod
@@ -59,6 +60,11 @@ class State(defaultdict[Any, Any]):
         state.exposed = False
         state.owner = weakref.ref(optimizer)
         return state
+
+    @property
+    def is_private(self) -> bool:
+        """Whether nobody can have written to its tensors."""
+        return not self.exposed and not self.was_saved
 
     def __reduce__(self) -> Any:
         return defaultdict, (dict, {key: copy.copy(value) for key, value in dict.items(self)})

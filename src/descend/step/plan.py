@@ -185,7 +185,7 @@ class Plan:
         if differentiable:
             self._check_not_cut(method, param)
             return entry._replace(local=param, share=None, reason="differentiable=True", in_order=True)
-        reason = None  # the last compiled backend's, whichever of the others runs it then
+        reason = None  # of a compiled backend, whichever of the others runs it then
         for backend in available(self._requested):
             if sparse:
                 why_not = backend.why_not_rows(rule, local, tensors)
@@ -193,7 +193,8 @@ class Plan:
                 why_not = backend.why_not(rule, local, local.grad, tensors)
             if why_not is None:
                 return entry._replace(backend=backend, reason=reason if backend is FOREACH else None)
-            reason = reason if reason and backend is FOREACH else why_not
+            if reason is None or (reason.startswith("on ") and backend is not FOREACH):
+                reason = why_not  # a backend for other devices has less to say
         return entry._replace(reason=reason or entry.reason)
 
     def _check_whole(self, method: Method, param: Tensor, kind: Kind, share: Share | None) -> None:
@@ -238,7 +239,8 @@ class Plan:
             dtype = entry.param.dtype
             wide = torch.promote_types(dtype, torch.float32)
             dtypes = (dtype, wide, *state_dtypes(method, entry.param, entry.rule, entry.state))
-            rows = entry.backend.rows(entry.rule, len(signature(entry.rule).scalars), dtypes, False)
+            scalars = len(signature(entry.rule).scalars)
+            rows = entry.backend.rows(entry.rule, scalars, dtypes, False, entry.local)
             rows.compile(method.options.wants_norm, self._measures)
 
     def read(self, method: Method) -> None:

@@ -197,3 +197,11 @@ def test_forked_child_probes_on_its_own_thread(monkeypatch: pytest.MonkeyPatch) 
     assert found.revalidate(state=True)
     params[-1].data = params[-1].data.clone()
     assert not found.revalidate(state=True)
+
+
+@native_only
+def test_the_self_test_passes_with_another_default_device() -> None:
+    bindings = probe._bindings()
+    assert bindings is not None
+    with torch.device("meta"):
+        assert probe._agrees_with_python(bindings)

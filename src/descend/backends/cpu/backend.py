@@ -10,13 +10,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from descend.backends import supports
 from descend.backends.backend import Decisions
-from descend.backends.cpu import supports, threads
+from descend.backends.cpu import threads
 from descend.backends.cpu.launch import ChunkTable, Launch, ScalarState
 from descend.backends.cpu.rows import StaleRows, TouchedRows
 from descend.backends.cpu.versions import Versions
 from descend.core.decision import Decision
-from descend.core.signature import signature
 
 _NO_SCALARS = np.zeros(0)
 
@@ -34,10 +34,10 @@ class CpuBackend:
     def why_not(
         self, rule: Callable[..., Any] | None, param: Tensor, grad: Tensor | None, state: Sequence[tuple[str, Tensor]]
     ) -> str | None:
-        return _why_not_kind(rule) or supports.why_not_cpu(param, grad, state)
+        return supports.why_not_kind(rule) or _why_not_device(param) or supports.why_not(param, grad, state)
 
     def why_not_rows(self, rule: Callable[..., Any], param: Tensor, state: Sequence[tuple[str, Tensor]]) -> str | None:
-        return _why_not_kind(rule) or supports.why_not_rows(param, state)
+        return supports.why_not_kind(rule) or _why_not_device(param) or supports.why_not_rows(param, state)
 
     def launch(
         self,
@@ -78,7 +78,12 @@ class CpuBackend:
         return run
 
     def rows(
-        self, rule: Callable[..., Any], scalars: int, dtypes: tuple[torch.dtype, ...], all_rows: bool
+        self,
+        rule: Callable[..., Any],
+        scalars: int,
+        dtypes: tuple[torch.dtype, ...],
+        all_rows: bool,
+        param: Tensor,
     ) -> TouchedRows:
         return TouchedRows(rule, scalars, dtypes, all_rows)
 
@@ -88,6 +93,7 @@ class CpuBackend:
         without_state: Callable[..., Any],
         scalars: int,
         dtypes: tuple[torch.dtype, ...],
+        param: Tensor,
     ) -> StaleRows:
         return StaleRows(with_state, without_state, scalars, dtypes)
 
@@ -101,5 +107,5 @@ class CpuBackend:
         )
 
 
-def _why_not_kind(rule: Callable[..., Any] | None) -> str | None:
-    return "a rule of whole matrices" if rule is not None and signature(rule).kind == "matrix" else None
+def _why_not_device(param: Tensor) -> str | None:
+    return None if param.is_cpu else f"on {param.device}"

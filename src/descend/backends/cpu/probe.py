@@ -291,7 +291,7 @@ def _edits(param: Tensor, state: Tensor) -> Iterator[None]:
             yield
         tensor.data = before
     nowhere = torch.zeros(2, 0, device="cpu", dtype=torch.int64)
-    sparse = torch.sparse_coo_tensor(nowhere, other[0, :0], (2, 2), check_invariants=False)
+    sparse = torch.sparse_coo_tensor(nowhere, other[0, :0], (2, 2), device="cpu", check_invariants=False)
     for new in (other.clone(), other.t(), param.detach(), state, None, sparse, other.clone()):
         param.grad = new
         yield

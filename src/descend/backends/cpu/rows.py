@@ -101,6 +101,10 @@ class TouchedRows:
         self.rows = np.empty(0, np.int64)
         self._mark = array("q", bytes(40))
 
+    @property
+    def count(self) -> int:
+        return len(self.rows)
+
     def compile(self, wants_norm: bool, measures: bool = False) -> None:
         self._update = library.update(self._rule, self._n_scalars, self._dtypes, self._compute)
         if measures:

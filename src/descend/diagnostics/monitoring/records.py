@@ -120,7 +120,7 @@ class Record:
             sums[:, _AT["ratio"]] *= part.corrections[kept]
             self.sums[at], self.stepped[at] = sums, True
             if part.rows is not None:
-                self.rows[at] = part.rows
+                self.rows[at] = float(part.rows)
         self.sums[np.array(rates)[names.group] == 0, _AT["lost"]] = 0  # nothing was to move
 
     def of_layers(self) -> np.ndarray:

@@ -1,24 +1,33 @@
-"""Which tensors the compiled CPU backend can take, and why not the others."""
+"""Which tensors compiled backends can take, and why not the others."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from descend.core.memory import PLAIN
+from descend.core.signature import signature
 
-_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
-def why_not_cpu(param: Tensor, grad: Tensor | None, state: Sequence[tuple[str, Tensor]]) -> str | None:
-    """Why the compiled CPU backend cannot run this parameter; None if it can."""
+def why_not_kind(rule: Callable[..., Any] | None) -> str | None:
+    """Why a rule cannot be applied to one element after the other; None if it can."""
+    return "a rule of whole matrices" if rule is not None and signature(rule).kind == "matrix" else None
+
+
+def why_not(param: Tensor, grad: Tensor | None, state: Sequence[tuple[str, Tensor]]) -> str | None:
+    """Why a parameter cannot be updated in the order of its memory; None if it can."""
     if reason := _unsuitable(param):
         return reason
     if not _is_dense(param):
         return f"not dense in memory (stride {param.stride()})"
     for name, tensor in state if grad is None else (("gradient", grad), *state):
+        if tensor.device != param.device:
+            return f"{name}: on {tensor.device}"
         if reason := _unsuitable(tensor):
             return f"{name}: {reason}"
         if tensor.shape != param.shape or not _same_order(tensor, param):
@@ -27,21 +36,19 @@ def why_not_cpu(param: Tensor, grad: Tensor | None, state: Sequence[tuple[str, T
 
 
 def why_not_rows(param: Tensor, state: Sequence[tuple[str, Tensor]]) -> str | None:
-    """Why the compiled CPU backend cannot run single rows of this parameter; None if it can."""
+    """Why single rows of a parameter cannot be updated; None if they can."""
     for _, tensor in (("", param), *state):
         if not tensor.is_contiguous():
             return f"rows that are not contiguous (stride {tensor.stride()})"
-    return why_not_cpu(param, None, state)
+    return why_not(param, None, state)
 
 
 def _unsuitable(tensor: Tensor) -> str | None:
     if type(tensor) not in PLAIN:
         return f"a {type(tensor).__name__}"
-    if not tensor.is_cpu:
-        return f"on {tensor.device}"
     if tensor.layout is not torch.strided:
         return f"layout {tensor.layout}"
-    if tensor.dtype not in _DTYPES:
+    if tensor.dtype not in DTYPES:
         return f"dtype {tensor.dtype}"
     return "an inference tensor or a lazy negation" if tensor.is_inference() or tensor.is_neg() else None
 

@@ -1,0 +1,1 @@
+"""Rules compiled by Triton, for CUDA and ROCm."""
