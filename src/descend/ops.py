@@ -51,5 +51,7 @@ def where(condition: Any, a: Any, b: Any) -> Any:
     if not isinstance(condition, Tensor):
         return a if condition else b
     if not isinstance(a, Tensor) and not isinstance(b, Tensor):
-        a = _on_cpu(a, torch.float64)
+        # Filled in on the device: torch.where would copy a CPU tensor there, and wait. Apple's GPUs have no float64.
+        wide = torch.float32 if condition.device.type == "mps" else torch.float64
+        a = condition.new_full((), a, dtype=wide)
     return torch.where(condition, a, b)

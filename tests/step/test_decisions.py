@@ -21,6 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import descend
 from descend import SGD, AdamW, Monitor, NAdam
 from descend.backends import eager
+from descend.core.decision import NORM
 from descend.step import decide, scaling
 
 OPTIONS = [dict(max_norm=0.5), dict(nonfinite="skip"), dict(max_norm=0.5, nonfinite="skip")]
@@ -228,6 +229,47 @@ def test_steps_inside_backward_are_clipped_there(clip: Any) -> None:
     assert results[0][1] == pytest.approx(results[1][1], rel=1e-5)
 
 
+@pytest.mark.parametrize("clip", ["parameter", "previous"])
+def test_a_gradient_left_out_inside_backward_does_not_count_for_the_others(clip: Any) -> None:
+    results = []
+    for backend in ("eager", "cpu"):
+        torch.manual_seed(3)
+        model = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.Tanh(), torch.nn.Linear(4, 2))
+        params = list(model.parameters())
+        optimizer = AdamW(params, lr=0.1, max_norm=0.1, nonfinite="skip", backend=backend)
+        descend.in_backward(optimizer, clip=clip, nonfinite="parameter")
+        params[2].register_hook(lambda grad: grad * torch.nan)
+        for seed in range(3):
+            inputs = torch.randn(5, 3, generator=torch.Generator().manual_seed(seed))
+            model(inputs).square().sum().backward()
+            optimizer.step()
+        counts = [float(optimizer.state[param].get("step", 0)) for param in params]
+        assert counts == [3.0, 3.0, 0.0, 3.0]
+        results.append(([param.detach() for param in params], optimizer.grad_norm, optimizer.skipped_steps))
+    torch.testing.assert_close(results[0][0], results[1][0], rtol=1e-5, atol=1e-6)
+    assert results[0][1:] == pytest.approx(results[1][1:], rel=1e-5)
+
+
+@pytest.mark.parametrize("nonfinite", ["step", "skip"])
+def test_a_differentiable_step_has_the_derivatives_that_it_has_on_the_host(
+    nonfinite: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    results = []
+    for _ in ("device", "host"):
+        start = torch.linspace(-1.5, 2.0, 4, dtype=torch.float64, requires_grad=True)
+        lr = torch.tensor(0.1, dtype=torch.float64, requires_grad=True)
+        weight = start.clone()
+        optimizer = AdamW([weight], lr=lr, differentiable=True, nonfinite=nonfinite, max_norm=0.5)
+        for seed in range(3):
+            (weight.grad,) = torch.autograd.grad(weight.clone().square().sum(), weight, create_graph=True)
+            if nonfinite == "skip" and seed == 1:
+                weight.grad = torch.full_like(weight, torch.nan)
+            optimizer.step()
+        results.append([weight.detach(), *torch.autograd.grad(weight.sum(), (start, lr)), optimizer.skipped_steps])
+        monkeypatch.undo()
+    torch.testing.assert_close(*results)
+
+
 def test_counts_move_when_the_options_do(backend: str) -> None:
     device, host = two(CASES[7], backend, max_norm=1.0)
     for seed, nonfinite in enumerate(["step", "skip", "skip", "raise", "skip", "step"]):
@@ -248,6 +290,40 @@ def test_an_edited_step_count_is_noticed(backend: str) -> None:
             optimizer.step()
     assert [state["step"].item() for state in device.state.values()] == [41, 3]
     assert_same(device, host)
+
+
+def test_step_counts_of_one_element_are_taken_as_they_are(backend: str) -> None:
+    device, host = two(CASES[7], backend, nonfinite="skip")
+    for seed in range(3):
+        for optimizer in (device, host):
+            give_grads(params_of(optimizer), seed)
+            if seed == 1:
+                state = optimizer.state[params_of(optimizer)[1]]
+                state["step"], state["mu_product"] = state["step"].reshape(1), state["mu_product"].reshape(1)
+            optimizer.step()
+    assert [state["step"].item() for state in device.state.values()] == [3, 3]
+    assert_same(device, host)
+
+
+def test_the_norm_is_that_of_the_last_step_that_asked_for_it(backend: str) -> None:
+    device, host = two(CASES[5], backend, amp="fused", max_norm=1.0)
+    for optimizer in (device, host):
+        give_grads(params_of(optimizer), 0)
+        optimizer.step()
+        optimizer.max_norm = None
+        optimizer.step()
+    assert device.grad_norm == pytest.approx(host.grad_norm, rel=1e-12)
+
+
+def test_the_norm_follows_replays_of_a_graph() -> None:
+    weight = torch.ones(4, requires_grad=True)
+    optimizer = AdamW([weight], max_norm=1.0, backend="eager")
+    weight.grad = torch.ones(4)
+    optimizer.step()
+    assert optimizer.grad_norm == 2.0
+    for values in optimizer.decisions.values():  # what a replayed graph writes
+        values[NORM] = 3.0
+    assert optimizer.grad_norm == 3.0
 
 
 def test_a_step_count_edited_through_a_checkpoint_is_noticed(backend: str) -> None:

@@ -98,9 +98,7 @@ class Method(Optimizer):
     @property
     def grad_norm(self) -> float | None:
         """Norm of the last step's gradients before clipping; reading it waits for the device that knows it."""
-        if isinstance(self._grad_norm, Tensor):
-            self._grad_norm = float(self._grad_norm)
-        return self._grad_norm
+        return None if self._grad_norm is None else float(self._grad_norm)  # not kept: a CUDA graph may be replayed
 
     @grad_norm.setter
     def grad_norm(self, norm: float | None) -> None:

@@ -47,8 +47,10 @@ class Tables(dict[Tensor, Table]):
     def check_dense(self, method: Method, param: Tensor, group: Mapping[str, Any]) -> None:
         """Raise ``RuntimeError`` if an attached table has a dense gradient."""
         is_attached = param in self and self[param].is_attached
+        if not is_attached or param.grad is None or param.grad.layout != torch.strided:
+            return
         makes_state = group.get("lr") == 0 and not method.state_of(param)  # torch.distributed.checkpoint does
-        if is_attached and param.grad is not None and param.grad.layout == torch.strided and not makes_state:
+        if not makes_state:
             raise RuntimeError(
                 f"{type(method).__name__}: {method.name_of(param)} is a table of sparse='exact', but has a dense "
                 "gradient: something reads all of it (tied weights do). Train it with dense gradients, or untie it."

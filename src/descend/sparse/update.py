@@ -14,9 +14,10 @@ from descend.backends.backend import Backend
 from descend.backends.cpu.threads import serial_in_forked_child
 from descend.core import memory
 from descend.core.measures import Sample, correction
+from descend.core.memory import wide
 from descend.core.method import Method
 from descend.core.signature import signature
-from descend.core.update import Update, signed, wide
+from descend.core.update import Update, signed
 from descend.distributed.dtensors import local_of
 from descend.distributed.ranks import Share
 from descend.sparse.table import ROW_STEP, Table
@@ -129,7 +130,7 @@ class SparseUpdate(Update):
         place = self.device if self.counts_on_device else CPU
         scalar_state = scalar_tensors(method, method.scalar_state, self._param, group, state, place)
         if self.counts_on_device and method.counts_steps and isinstance(state.get("step"), Tensor):
-            self._step = wide(state["step"]).to(place) + 1
+            self._step = wide(state["step"]).to(place).reshape(()) + 1
         else:
             self._step = step_count(method, self._rule, state) + 1
         scalars, next_state = method.scalars_and_state(group, self._step, scalar_state)

@@ -31,10 +31,13 @@ def check_capture(method: Method, waits: bool) -> None:
     if not is_capturing():
         return
     name = type(method).__name__
-    if not all(group.get("capturable") for group in method.param_groups):
+    # Without a step count every replay is right, as with torch's SGD, which has no such option either.
+    counts_nothing = not method.counts_steps and type(method).end_step is Method.end_step
+    if not all(group.get("capturable", counts_nothing) for group in method.param_groups):
+        cure = "Make it with capturable=True." if "capturable" in method.defaults else f"{name} has no such option."
         raise RuntimeError(
             f"Attempting CUDA graph capture of step() for an instance of {name} but some param_groups' capturable is "
-            f"False: a replay would repeat this step's learning rate and bias correction. Make it with capturable=True."
+            f"False: a replay would repeat this step's learning rate and bias correction. {cure}"
         )
     if waits:
         raise RuntimeError(

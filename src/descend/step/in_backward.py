@@ -196,10 +196,15 @@ class InBackward(Driver):
 
     def _norm_to_clip(self, norm: Any) -> Any:
         """The norm that ``max_norm`` limits, given that of one gradient: both numbers, or both on its device."""
-        self._norm = norm if self._norm is None else _joint(self._norm, norm)
+        others = norm if self._norm is None else _beside(self._norm, norm)
+        self._norm = norm if self._norm is None else _joint(others, norm)
+        skips = self.optimizer.nonfinite == "skip"
+        if skips:  # a device asks for gradients too that it will leave out: they do not count
+            self._norm = _finite_or(self._norm, _finite_or(norm, others))
         if self.clip == "parameter":
             return norm
-        return _larger(self._previous_norm, _beside(self._norm, norm))
+        limited = _larger(self._previous_norm, self._norm)
+        return limited + (norm - norm) if skips else limited  # NaN for one that is left out
 
     def _complete(self) -> None:
         """End a step: all parameters that take part have stepped."""
@@ -207,7 +212,7 @@ class InBackward(Driver):
         self._stepped.clear()
         if self._norm is not None:
             self.optimizer.note_grad_norm(self._norm)
-            self._previous_norm = _if_finite(self._norm)
+            self._previous_norm = _finite_or(self._norm, _beside(0.0, self._norm))
             self._norm = None
         if has_stepped and self.optimizer.observer is not None:
             self.optimizer.observer.end_step()  # may raise
@@ -216,13 +221,12 @@ class InBackward(Driver):
 def _beside(value: Any, other: Any) -> Any:
     """A number or tensor where ``other`` is: on its device, or on the host."""
     if isinstance(other, Tensor):
-        return torch.as_tensor(value, dtype=other.dtype).to(other.device, non_blocking=True)
+        return value.to(other, non_blocking=True) if isinstance(value, Tensor) else torch.full_like(other, value)
     return float(value)
 
 
 def _joint(norm: Any, other: Any) -> Any:
-    """The norm of two sets of gradients together."""
-    norm = _beside(norm, other)
+    """The norm of two sets of gradients together; both numbers, or both on one device."""
     return torch.hypot(norm, other) if isinstance(other, Tensor) else math.hypot(norm, other)
 
 
@@ -234,11 +238,11 @@ def _larger(norm: Any, other: Any) -> Any:
     return norm if other < norm else other
 
 
-def _if_finite(norm: Any) -> Any:
-    """The norm; 0 if it is NaN or infinite."""
+def _finite_or(norm: Any, other: Any) -> Any:
+    """The norm, or ``other`` if it is NaN or infinite; both numbers, or both on one device."""
     if isinstance(norm, Tensor):
-        return torch.where(norm.isfinite(), norm, 0.0)
-    return norm if math.isfinite(norm) else 0.0
+        return torch.where(norm.isfinite(), norm, other)
+    return norm if math.isfinite(norm) else other
 
 
 class _Slot:

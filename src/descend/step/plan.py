@@ -115,7 +115,7 @@ class Plan:
             self._updates = [update for stage in self._stages for update in stage.updates]
         else:
             self._updates = make_updates(method, tables, self._entries)
-        self._may_be_on_device = any(update.decisions is not None for update in self._updates)
+        self._takes_device = [update.takes_device for update in self._updates]
         self._counts_on_device = self._asks_for_device_counts(method)
         self.decider = self._make_decider(method)
         self.is_on_cuda = any(update.device.type == "cuda" for update in self._updates)
@@ -134,7 +134,7 @@ class Plan:
     def _asks_for_device_counts(self, method: Method) -> bool:
         """Whether something asks for step counts on the device, of parameters that are on one."""
         groups = method.param_groups
-        return self._may_be_on_device and counts_on_device(method, [groups[index] for index, *_ in self._groups])
+        return any(self._takes_device) and counts_on_device(method, [groups[index] for index, *_ in self._groups])
 
     def _make_decider(self, method: Method) -> Decider | None:
         """What decides the steps on their devices; None if there is nothing to decide, or somebody waits for it.
@@ -146,7 +146,7 @@ class Plan:
         is_alone = self._agreement is None and not self._stages and method.observer is None
         if not updates or not is_alone or options.nonfinite == "raise":
             return None
-        if not all(update.decisions is not None and update.decisions.takes(update.device) for update in updates):
+        if not all(self._takes_device):
             return None
         if self._counts_on_device:
             if not all(update.may_count_on_device(method) for update in updates):
@@ -373,7 +373,7 @@ class Plan:
                 or bool(group.get("differentiable")) != differentiable
             ):
                 return False
-        if self._may_be_on_device and self._counts_on_device != self._asks_for_device_counts(method):
+        if self._counts_on_device != self._asks_for_device_counts(method):
             return False
         exposed = not isinstance(self._state, State) or self._state.exposed
         if exposed and not self._has_its_tensors():
@@ -413,6 +413,8 @@ class Plan:
 
 def _waited_for(numbers: Sequence[float | Tensor]) -> list[float]:
     """Numbers, out of the tensors that some are in: one wait for each device."""
+    if not any(isinstance(each, Tensor) for each in numbers):
+        return list(numbers)  # type: ignore[arg-type]
     tensors: defaultdict[torch.device, list[Tensor]] = defaultdict(list)
     for each in numbers:
         if isinstance(each, Tensor):

@@ -14,9 +14,10 @@ from descend.backends import EAGER, eager
 from descend.backends.backend import Backend, Launch, ScalarState
 from descend.core.decision import Decision
 from descend.core.measures import Sample, correction
+from descend.core.memory import wide
 from descend.core.method import Method
 from descend.core.signature import signature
-from descend.core.update import Cell, Update, number, signed, wide
+from descend.core.update import Cell, Update, number, signed
 from descend.distributed.dtensors import local_of
 from descend.distributed.ranks import Share
 from descend.norms import clip
@@ -127,7 +128,7 @@ class LaunchUpdate(Update):
         for launch, _, _, rows, _ in self._batches:
             for index, row in enumerate(rows):
                 group = groups[row.group]
-                step: Any = row.step + 1 if row.counter is None else wide(row.counter) + 1
+                step: Any = row.step + 1 if row.counter is None else wide(row.counter).reshape(()) + 1
                 scalars, next_state = method.scalars_and_state(group, step, row.state)
                 launch.set_scalars(index, signed(scale, group), self.numbers(scalars))
                 row.next_state = tuple(self.numbers(next_state)) if next_state else ()
@@ -249,14 +250,16 @@ class SingleUpdate(Update):
         return norm * norm
 
     def may_count_on_device(self, method: Method) -> bool:
-        return method.may_decide_on_device(method.param_groups[self._entry.group])
+        # The graph of a step that is left out would multiply its NaN by zero.
+        return not self._differentiable and method.may_decide_on_device(method.param_groups[self._entry.group])
 
     def set_scalars(self, method: Method, scale: float) -> None:
         self._scale = scale
         group, state = method.param_groups[self._entry.group], method.state_of(self._entry.param)
         takes = signature(self._entry.rule)
         checked_state(method, self._entry.param, self._entry.local, takes.state, group, state)
-        scalar_state = scalar_tensors(method, method.scalar_state, self._entry.param, group, state)
+        place = self.device if self.counts_on_device else CPU
+        scalar_state = scalar_tensors(method, method.scalar_state, self._entry.param, group, state, place)
         scalars, next_state = method.scalars_and_state(group, self._step_count(method) + 1, scalar_state)
         for _, value in zip((*takes.scalars, *method.scalar_state), (*scalars, *next_state), strict=True):
             if not (self.counts_on_device and isinstance(value, Tensor)):
@@ -276,10 +279,12 @@ class SingleUpdate(Update):
             # As in the rule: what a graph has seen is not written to.
             seen = [value.clone() for value in scalar_state] if differentiable else scalar_state
             scalars, next_state = method.scalars_and_state(group, step, seen)
-            if not differentiable and not self.counts_on_device:
-                scalars = tuple(map(number, scalars))
+            if not differentiable:
+                scalars, next_state = tuple(self.numbers(scalars)), tuple(self.numbers(next_state))
             tensors = [local_of(state[name]) if entry.share else state[name] for name in signature(entry.rule).state]
-            scale = signed(self._scale, group)
+            scale, decision = signed(self._scale, group), self.decision
+            if differentiable and decision is not None:  # the next step writes the values that the graph has seen
+                decision = decision._replace(values=decision.values.clone())
             if entry.share is not None:
                 torch.autograd.graph.increment_version([entry.param])
             sums = eager.run(
@@ -291,12 +296,12 @@ class SingleUpdate(Update):
                 scale,
                 differentiable,
                 measures=sample is not None,
-                decision=self.decision,
+                decision=decision,
             )
             for tensor, value in zip(scalar_state, next_state, strict=True):
-                eager.write(tensor, torch.as_tensor(value, device=tensor.device).reshape(()), self.decision)
+                eager.write(tensor, eager.as_tensor(value, tensor).reshape(()), decision)
             if method.counts_steps:
-                eager.write(state["step"], state["step"] + 1, self.decision)
+                eager.write(state["step"], state["step"] + 1, decision)
         if sample is not None and sums is not None:
             sample.add([entry.param], sums[None], np.array([correction(entry.rule, group, step)]))
 
@@ -308,7 +313,7 @@ class SingleUpdate(Update):
     def _step_count(self, method: Method) -> Any:
         state = dict.get(method.state, self._entry.param) or {}
         if self.counts_on_device and method.counts_steps and isinstance(state.get("step"), Tensor):
-            return wide(state["step"]).to(self.device)
+            return wide(state["step"]).to(self.device).reshape(())
         return step_count(method, self._entry.rule, state)
 
 
