@@ -143,6 +143,7 @@ def test_float32_kernels_have_no_float64_arithmetic_on_elements() -> None:
     assert len(re.findall(r"\b(?:add|sub|mul|fma|div|sqrt)\S*\.f64", ptx)) == 1  # the scale, once a program
     assert "sqrt.rn.f32" in ptx
     assert "sqrt.approx" not in ptx
+    assert "fma.rn.f32" in ptx  # products and sums are fused, whatever Triton's default is
 
 
 # Sparse rows.

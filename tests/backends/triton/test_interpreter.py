@@ -81,6 +81,15 @@ def test_offsets_beyond_31_bits() -> None:
     assert (param == 0.5).all()
 
 
+def test_sum_of_squares_beyond_31_bits() -> None:
+    far, sums = 2**33, torch.zeros(1, dtype=DOUBLE)
+    grad = torch.full((1030,), 2.0)
+    addresses = torch.tensor([[grad.data_ptr() - 4 * far]])
+    kernel = library.sums_of_squares(SINGLE, 0, 1, True)
+    kernel.bind(1, grad.device, torch.tensor([[0, 0, far, 1030]]), addresses, sums)()
+    assert float(sums) == 4 * 1030
+
+
 def test_transposed_and_strided_layouts() -> None:
     def groups() -> list[torch.Tensor]:
         first, second = leaves([(5, 7), (3, 4, 2, 2)], SINGLE)

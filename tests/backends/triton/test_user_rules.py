@@ -8,6 +8,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from rule_runs import DOUBLE, SINGLE, Run, dtypes_of, values
@@ -234,6 +235,10 @@ def with_a_number_of_a_module(param, grad, lr):
     return param - lr * settings.factor * grad
 
 
+def with_a_tensor_named_like_a_module(param, grad, settings):
+    return param - settings.factor * grad
+
+
 def with_a_helper_in_a_closure(factor: float) -> Any:
     def helper(x):
         return factor * x
@@ -244,9 +249,15 @@ def with_a_helper_in_a_closure(factor: float) -> Any:
     return rule
 
 
+def test_argument_named_like_a_module_is_not_the_module(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(settings, "factor", 0.25, raising=False)
+    with pytest.raises(Declined, match="no attribute 'factor'"):
+        compiles(with_a_tensor_named_like_a_module)
+
+
 def test_kernels_with_other_numbers_are_others_on_disk(monkeypatch: pytest.MonkeyPatch) -> None:
     of_module, of_closure = [], []
-    for factor in (0.25, 0.75):
+    for factor in (np.float64(0.25), np.float64(0.75)):
         monkeypatch.setattr(settings, "factor", factor, raising=False)
         library._update.cache_clear()
         of_module.append(compiles(with_a_number_of_a_module))

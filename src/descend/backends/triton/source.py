@@ -90,7 +90,8 @@ def _definition(function: FunctionType) -> tuple[ast.FunctionDef, str]:
         arguments.kwonlyargs, arguments.kw_defaults = [], []
     if ast.get_docstring(found, clean=False) is not None and len(found.body) > 1:
         del found.body[0]
-    found = _Plain(_globals(function)).visit(found)
+    own = function.__code__.co_varnames
+    found = _Plain({name: value for name, value in _globals(function).items() if name not in own}).visit(found)
     return ast.fix_missing_locations(found), function.__code__.co_filename
 
 
@@ -121,7 +122,7 @@ class _Plain(ast.NodeTransformer):
     Numbers of modules and classes become literals: Triton's cache on disk does not see when they change.
 
     Args:
-        known: the values behind the function's names.
+        known: the values behind the names that the function does not set itself.
     """
 
     def __init__(self, known: Mapping[str, Any]) -> None:
@@ -137,7 +138,9 @@ class _Plain(ast.NodeTransformer):
         value = self._known[owner.id]
         for name in path:
             value = getattr(value, name, None)
-        return ast.copy_location(ast.Constant(value), node) if isinstance(value, int | float) else node
+        # Subclasses of numbers, such as NumPy's, are written otherwise than numbers; NaN cannot be written at all.
+        plain = next((kind(value) for kind in (bool, int, float) if isinstance(value, kind)), None)
+        return node if plain is None or plain != plain else ast.copy_location(ast.Constant(plain), node)
 
     def visit_BoolOp(self, node: ast.BoolOp) -> ast.AST:
         self.generic_visit(node)
