@@ -31,8 +31,8 @@ from descend.state import lazy_memory
 
 pytest.importorskip("triton")
 
+from descend.backends.triton import library, rows_library, tuning
 from descend.backends.triton import rows as triton_rows
-from descend.backends.triton import rows_library, tuning
 
 pytestmark = pytest.mark.usefixtures("interpreter")
 
@@ -326,6 +326,29 @@ def test_a_touched_step_waits_for_nothing(monkeypatch: pytest.MonkeyPatch, small
     assert (weight != before).any(1).nonzero().flatten().tolist() == touched.tolist()
     assert mark[0].nonzero().flatten().tolist() == touched.tolist()
     assert mark[0].max() == 4
+
+
+def test_graph_keeps_the_scratch_memory_that_it_uses(monkeypatch: pytest.MonkeyPatch, small_tiles: None) -> None:
+    used: dict[str, int] = {}
+    kept: list[Tensor] = []
+    bind = library.Kernel.bind
+
+    def watched(kernel: Any, programs: int, device: torch.device, *arguments: Any) -> Any:
+        given = zip(kernel._signature, arguments, strict=False)
+        used.update((name, each.data_ptr()) for name, each in given if name in ("carries", "squares", "result"))
+        return bind(kernel, programs, device, *arguments)
+
+    monkeypatch.setattr(library.Kernel, "bind", watched)
+    monkeypatch.setattr(triton_rows, "is_capturing", lambda device: True)
+    monkeypatch.setattr(triton_rows, "keep", lambda *tensors: kept.extend(tensors))
+    backend, weight = TritonBackend(), table(9, 3, torch.float32).detach()
+    rows, state = prepared(backend, weight)
+    grad = random_sparse(weight.shape, 11, 0, torch.float32)
+    rows.read(grad._indices(), grad._values(), (9,), None, 0)
+    rows.sum_of_squares()
+    rows.run(weight, state, ADAMW_SCALARS, 1.0, backend.scalar_state([]), None)
+    assert used.keys() == {"carries", "squares", "result"}
+    assert set(used.values()) <= {tensor.data_ptr() for tensor in kept}
 
 
 @pytest.mark.parametrize("backend", [EagerBackend(), TritonBackend()])

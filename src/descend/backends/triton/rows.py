@@ -20,7 +20,7 @@ from descend.backends.cpu.launch import ScalarState
 from descend.backends.eager import measured_sums
 from descend.backends.triton import library, rows_library, tuning
 from descend.backends.triton.rows_library import Blocks, Gradient
-from descend.backends.triton.tables import Numbers, constants, current, is_capturing
+from descend.backends.triton.tables import Numbers, constants, current, is_capturing, keep
 from descend.core.decision import Decision
 from descend.core.measures import moments
 
@@ -124,10 +124,12 @@ class TouchedRows:
         return sums
 
     def _buffer(self, name: str, count: int, dtype: torch.dtype) -> Tensor:
-        """Scratch memory of at least ``count`` numbers, which is kept and grows."""
+        """Scratch memory of at least ``count`` numbers, which is kept and grows. ``self._device`` is current."""
         buffer = self._buffers.get(name)
         if buffer is None or len(buffer) < count:
             buffer = self._buffers[name] = torch.empty(count + count // 4 + 1, dtype=dtype, device=self._device)
+        if is_capturing(self._device):
+            keep(buffer)  # later steps may need another one, replays still use this
         return buffer
 
     @property
@@ -141,9 +143,9 @@ class TouchedRows:
 
     def sum_of_squares(self) -> Tensor:
         entries, interpreted = self._entries, library.interprets()
-        squares = self._buffer("squares", entries.programs, torch.float64)
-        result = self._buffer("result", 0, torch.float64)[0]
         with current(self._device):
+            squares = self._buffer("squares", entries.programs, torch.float64)
+            result = self._buffer("result", 0, torch.float64)[0]
             if entries.programs:
                 kernel = rows_library.squares(entries.gradient, interpreted)
                 kernel.bind(entries.programs, self._device, squares, *entries.arguments())()

@@ -24,6 +24,7 @@ class Blocks(NamedTuple):
     columns: int
 
     @classmethod
+    @cache
     def of(cls, length: int, compute: torch.dtype) -> Blocks:
         """How to share rows of ``length`` numbers that are summed in ``compute``."""
         columns = min(triton.next_power_of_2(max(length, 1)), tuning.COLUMNS)
