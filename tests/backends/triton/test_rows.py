@@ -455,7 +455,7 @@ def test_indices_out_of_range_are_left_to_the_reader(small_tiles: None) -> None:
         run.layer(torch.tensor([-1, 2]))
 
 
-def test_catching_up_waits_once(small_tiles: None) -> None:
+def test_catching_up_waits_once(monkeypatch: pytest.MonkeyPatch, small_tiles: None) -> None:
     weight, state = table(9, 3, torch.float32).detach(), [torch.ones(9, 3), torch.ones(9, 3)]
     stale = TritonBackend().catch_up(rules.coast, rules.decay, 7, (torch.float32,) * 3, weight)
     stale.compile()
@@ -467,8 +467,11 @@ def test_catching_up_waits_once(small_tiles: None) -> None:
     before = weight.clone()
     scalars = np.array([1.0, 0.5, 1.0, 0.0, 1.0, 0.5, 0.25]) * np.ones((1, 3, 1))
     scalars[0, 2, 0] = 3.0
+    factors, tables = np.array([7.0, 8.0, 9.0]), []
+    monkeypatch.setattr(triton_rows, "uploaded", lambda table, device: tables.append(table) or torch.from_numpy(table))
     with _NoWaiting():
-        stale.run(weight, state, scalars, np.array([7.0, 8.0, 9.0]), True)
+        stale.run(weight, state, scalars, factors, True)
+    assert [table.shape for table in tables] == [(1, 3, 7), (1, 3, 1)], "copies of pageable memory wait"
     expected = before.clone()
     expected[2], expected[1] = 7 * before[2], 8 * before[1]
     expected[[3, 7]] = 3 * before[[3, 7]] - 0.25

@@ -20,7 +20,7 @@ from descend.backends.cpu.launch import ScalarState
 from descend.backends.eager import measured_sums
 from descend.backends.triton import library, rows_library, tuning
 from descend.backends.triton.rows_library import Blocks, Gradient
-from descend.backends.triton.tables import Numbers, constants, current, is_capturing, keep
+from descend.backends.triton.tables import Numbers, constants, current, is_capturing, keep, uploaded
 from descend.core.decision import Decision
 from descend.core.measures import moments
 
@@ -318,7 +318,7 @@ class StaleRows:
         """Apply one of the two rules; ``scalars`` has shape (rounds, steps, scalars)."""
         tensors = tuple(tensor.detach() for tensor in written)
         kernel = self._kernel(has_state, len(scalars), self._which is not None, are_aligned(tensors))
-        table = torch.from_numpy(scalars).to(self._compute).contiguous().to(self._device)
+        table = uploaded(torch.from_numpy(scalars).to(self._compute).contiguous().numpy(), self._device)
         count, programs = len(self._found), self._blocks.programs(len(self._found))
         if programs:
             arguments = self._named(), self._found, self._places, tensors, table, count, self._first, scalars.shape[1]
