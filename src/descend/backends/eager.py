@@ -12,7 +12,7 @@ from torch import Tensor
 from descend.backends.backend import Decisions
 from descend.core.decision import SKIPPED, Decision, judge
 from descend.core.measures import COLUMNS, moments
-from descend.core.memory import as_real
+from descend.core.memory import as_real, wide, widest
 
 _NO_MEMORY = np.zeros((0, 2), np.int64)
 
@@ -363,7 +363,7 @@ class EagerRows:
                 sums = run_rows(
                     self._rule, param, index, self._grad.values(), state, scalars, scale, measures, decision
                 )
-            self._measured = param.new_zeros(len(COLUMNS), dtype=widest(param)) if sums is None else sums
+            self._measured = param.new_zeros(len(COLUMNS), dtype=widest(param.device)) if sums is None else sums
             if mark is not None:
                 steps, step = mark
                 rows = self._grad.indices()[0]
@@ -429,7 +429,7 @@ class EagerCatchUp:
 
     def _by_row(self, by_step: np.ndarray) -> Tensor:
         """What is given for each distinct step, for each of the rows found."""
-        return torch.from_numpy(by_step).to(widest(self._steps)).to(self._steps.device)[self._position]
+        return torch.from_numpy(by_step).to(widest(self._steps.device)).to(self._steps.device)[self._position]
 
 
 def sums_of_squares(tensors: Sequence[Tensor]) -> float | Tensor:
@@ -445,13 +445,8 @@ def _sum_of_squares(tensor: Tensor) -> Tensor:
     if tensor.layout != torch.strided:
         tensor = tensor.to_sparse().to(torch.promote_types(tensor.dtype, torch.float32)).coalesce().values()
     flat = as_real(tensor.detach())
-    flat = flat.to(widest(tensor))
+    flat = wide(flat)
     return (flat * flat).sum()
-
-
-def widest(tensor: Tensor) -> torch.dtype:
-    """The widest real dtype of a tensor's device."""
-    return torch.float32 if tensor.device.type == "mps" else torch.float64
 
 
 def measured_sums(before: Tensor, grad: Tensor, written: Sequence[Tensor], moments: Any) -> Tensor:
@@ -463,15 +458,15 @@ def measured_sums(before: Tensor, grad: Tensor, written: Sequence[Tensor], momen
         written: parameter and state tensors after the step.
         moments: positions of the two averages among the state tensors, or None.
     """
-    wide = widest(before)
-    kept, old, new = written[0].to(before.dtype), before.to(wide), written[0].to(wide)
+    dtype = widest(before.device)
+    kept, old, new = written[0].to(before.dtype), before.to(dtype), written[0].to(dtype)
     moving = grad != 0
-    sums = [grad.to(wide).square().sum(), (new - old).square().sum(), old.square().sum()]
+    sums = [grad.to(dtype).square().sum(), (new - old).square().sum(), old.square().sum()]
     if moments is None:
         sums += [old.new_zeros(())] * 2
     else:
         exp_avg, exp_avg_sq = (written[1 + position].to(before.dtype) for position in moments)
         is_used = exp_avg_sq > 0
-        sums += [torch.where(is_used, exp_avg.abs() / exp_avg_sq.sqrt(), 0).to(wide).sum(), is_used.sum()]
+        sums += [torch.where(is_used, exp_avg.abs() / exp_avg_sq.sqrt(), 0).to(dtype).sum(), is_used.sum()]
     sums += [moving.sum(), (moving & (kept == before)).sum(), (~grad.isfinite()).sum(), (~new.isfinite()).sum()]
-    return torch.stack([value.to(wide) for value in sums])
+    return torch.stack([value.to(dtype) for value in sums])

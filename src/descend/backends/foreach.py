@@ -21,7 +21,7 @@ from descend.backends.cpu import launch, library, threads
 from descend.backends.tensor_list import TensorList, Tensors, on_lists
 from descend.core.decision import Decision
 from descend.core.measures import moments
-from descend.core.memory import PLAIN, as_real
+from descend.core.memory import PLAIN, as_real, widest
 from descend.core.signature import signature
 
 # Elements that a rule sees at a time: what it computes on its way has several times their size. On a device that is a
@@ -214,7 +214,7 @@ def sums_of_squares(tensors: Sequence[Tensor]) -> float | Tensor:
 def sums_on_device(tensors: Sequence[Tensor]) -> Tensor:
     """The norm of each, then the sum of their squares in order, in the device's widest dtype."""
     real = [as_real(tensor.detach()) for tensor in tensors]
-    norms = torch._foreach_norm(real, 2, dtype=eager.widest(tensors[0]))
+    norms = torch._foreach_norm(real, 2, dtype=widest(tensors[0].device))
     return torch.stack(norms).square().sum()
 
 
@@ -310,7 +310,7 @@ def _why_not_rule(rule: Callable[..., Any]) -> str | None:
 def _why_not_norm(tensor: Tensor) -> str | None:
     if tensor.is_cpu:
         return "norms of CPU tensors are summed chunk by chunk"
-    if tensor.dtype.to_real() == torch.float64 or eager.widest(tensor) != torch.float64:
+    if tensor.dtype.to_real() == torch.float64 or widest(tensor.device) != torch.float64:
         return "its squares may overflow"
     return _unsuitable(tensor)
 

@@ -21,6 +21,18 @@ def is_on_device(value: object) -> bool:
     return isinstance(value, Tensor) and value.device.type != "cpu"
 
 
+def widest(device: torch.device) -> torch.dtype:
+    """The widest real dtype that a device computes in: not all GPUs have float64."""
+    if device.type == "xpu":
+        return torch.float64 if torch.xpu.get_device_properties(device).has_fp64 else torch.float32
+    return torch.float32 if device.type == "mps" else torch.float64
+
+
+def wide(tensor: Tensor) -> Tensor:
+    """In the widest real dtype of its device."""
+    return tensor.to(widest(tensor.device))
+
+
 def span(tensor: Tensor) -> tuple[int, int] | None:
     """First and last address (exclusive) of a tensor's memory; None if it has none to compare.
 

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from descend.core.decision import Decision
 from descend.core.measures import Sample
+from descend.core.memory import wide
 from descend.core.method import Method
 
 
@@ -144,11 +145,6 @@ class Update(ABC):
 def signed(scale: float, group: Mapping[str, Any]) -> float:
     """What the gradients of a group are multiplied by, ``maximize`` included."""
     return -scale if group.get("maximize") else scale
-
-
-def wide(tensor: Tensor) -> Tensor:
-    """In the widest real dtype of its device."""
-    return tensor.to(torch.float32 if tensor.device.type == "mps" else torch.float64)  # Apple's GPUs have no float64
 
 
 def number(value: Any) -> Any:

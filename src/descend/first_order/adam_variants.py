@@ -11,6 +11,7 @@ from typing_extensions import Unpack
 from descend import rules
 from descend.core.checks import check_adam, check_not_negative
 from descend.core.groups import ParamsT
+from descend.core.memory import wide
 from descend.core.options import Options
 from descend.first_order.optimizer import FirstOrder
 from descend.ops import where
@@ -161,7 +162,7 @@ class NAdam(FirstOrder):
         last = scalar_state[0]
         # As in torch, where mu is a number: the product has the digits of the state.
         mu_product = last * (mu.to(last.dtype) if isinstance(mu, torch.Tensor) else mu)
-        product = mu_product.double()
+        product = wide(mu_product)
         grad_lr, avg_lr = lr * (1 - mu) / (1 - product), lr * mu_next / (1 - product * mu_next)
         scalars = 1 - beta1, 1 - beta2, group["eps"], _decay(group), 1 - beta2**step, grad_lr, avg_lr
         return scalars, (mu_product,)

@@ -11,6 +11,7 @@ from typing_extensions import Unpack
 from descend import rules
 from descend.core.checks import check_flags, check_lr, check_not_negative
 from descend.core.groups import ParamsT
+from descend.core.memory import wide
 from descend.core.options import Options
 from descend.first_order.optimizer import FirstOrder
 from descend.ops import where
@@ -180,7 +181,7 @@ class ASGD(FirstOrder):
     def scalars_and_state(
         self, group: Mapping[str, Any], step: float, scalar_state: Sequence[torch.Tensor]
     ) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
-        eta, mu = (scalar.double() for scalar in scalar_state)
+        eta, mu = map(wide, scalar_state)
         lr, lambd = group["lr"], group["lambd"]
         averaged = step - group["t0"]
         eta_next, mu_next = lr / (1 + lambd * lr * step) ** group["alpha"], 1 / where(averaged > 1, averaged, 1.0)

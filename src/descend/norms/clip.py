@@ -19,6 +19,7 @@ from torch import Tensor
 
 from descend.backends import available
 from descend.backends.backend import Backend
+from descend.core.memory import wide
 from descend.distributed.dtensors import is_dtensor, is_here, local_of
 from descend.distributed.partial_sums import reduced, summands
 from descend.distributed.ranks import Ranks, Share, share_of
@@ -88,7 +89,7 @@ def clip_grads_with_norm_(
     """
     max_norm = _not_negative("max_norm", max_norm)
     total_norm = local_of(*reduced([total_norm]))
-    _scale(_grads(parameters), clip_coefficient(max_norm, total_norm.double()))
+    _scale(_grads(parameters), clip_coefficient(max_norm, wide(total_norm)))
 
 
 def clip_coefficient(max_norm: float, total_norm: Norm) -> Norm:
@@ -292,6 +293,5 @@ def _largest(tensor: Tensor) -> Tensor:
 
 
 def _power_sum(tensor: Tensor, power: float, unit: Tensor) -> Tensor:
-    wide = torch.float32 if tensor.device.type == "mps" else torch.float64  # Apple's GPUs have no float64
     unit = unit.to(tensor.device)
-    return torch.stack([((part.to(wide).abs() / unit) ** power).sum() for part in _chunks(tensor)]).sum()
+    return torch.stack([((wide(part).abs() / unit) ** power).sum() for part in _chunks(tensor)]).sum()

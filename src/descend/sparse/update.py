@@ -14,9 +14,10 @@ from descend.backends.backend import Backend
 from descend.backends.cpu.threads import serial_in_forked_child
 from descend.core import memory
 from descend.core.measures import Sample, correction
+from descend.core.memory import wide
 from descend.core.method import Method
 from descend.core.signature import signature
-from descend.core.update import Update, signed, wide
+from descend.core.update import Update, signed
 from descend.distributed.dtensors import local_of
 from descend.distributed.ranks import Share
 from descend.sparse.table import ROW_STEP, Table

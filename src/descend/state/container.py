@@ -15,7 +15,7 @@ from torch import Tensor
 
 from descend.backends.cpu.threads import serial_in_forked_child
 from descend.core import memory
-from descend.core.memory import as_real
+from descend.core.memory import as_real, widest
 from descend.core.method import Method, StateSpec
 from descend.distributed.dtensors import is_dtensor, layout_of, like, local_of, same_layout
 from descend.distributed.shard_state import as_sharded
@@ -230,7 +230,7 @@ def scalar_tensor(state: Mapping[str, Any], name: str, start: Any, device: torch
     if _is_writable_scalar(value, device):
         return value  # type: ignore[no-any-return]
     value = start if value is None else value
-    is_wide = torch.get_default_dtype() == torch.float64 and device.type != "mps"  # Apple's GPUs have no float64
+    is_wide = torch.get_default_dtype() == widest(device) == torch.float64
     with updatable_tensors():
         scalar = torch.as_tensor(value, dtype=torch.float64 if is_wide else torch.float32, device=device)
         return scalar.reshape(()).clone()

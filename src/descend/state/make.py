@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from descend.core.memory import wide
 from descend.core.method import Method
 from descend.core.signature import signature
-from descend.core.update import wide
 from descend.distributed.shard_state import as_sharded
 from descend.state.container import CPU, InitialState, new_tensor, scalar_tensor
 

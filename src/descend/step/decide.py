@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from descend.core.decision import NORM, Decision
-from descend.core.memory import is_on_device
+from descend.core.memory import is_on_device, widest
 from descend.core.method import Method
 from descend.core.update import Update
 from descend.state.container import updatable_tensors
@@ -106,5 +106,4 @@ class Decider:
 
 @updatable_tensors()
 def _undecided(device: torch.device) -> Tensor:
-    dtype = torch.float32 if device.type == "mps" else torch.float64  # Apple's GPUs have no float64
-    return torch.tensor([1.0, 1.0, 0.0, 0.0], dtype=dtype, device=device)
+    return torch.tensor([1.0, 1.0, 0.0, 0.0], dtype=widest(device), device=device)

@@ -14,9 +14,10 @@ from descend.backends import EAGER, eager
 from descend.backends.backend import Backend, Launch, ScalarState
 from descend.core.decision import Decision
 from descend.core.measures import Sample, correction
+from descend.core.memory import wide
 from descend.core.method import Method
 from descend.core.signature import signature
-from descend.core.update import Cell, Update, number, signed, wide
+from descend.core.update import Cell, Update, number, signed
 from descend.distributed.dtensors import local_of
 from descend.distributed.ranks import Share
 from descend.norms import clip
