@@ -329,13 +329,14 @@ def test_a_touched_step_waits_for_nothing(monkeypatch: pytest.MonkeyPatch, small
 
 
 def test_graph_keeps_the_scratch_memory_that_it_uses(monkeypatch: pytest.MonkeyPatch, small_tiles: None) -> None:
+    scratch = {"in_range", "carries", "squares", "result"}
     used: dict[str, int] = {}
     kept: list[Tensor] = []
     bind = library.Kernel.bind
 
     def watched(kernel: Any, programs: int, device: torch.device, *arguments: Any) -> Any:
         given = zip(kernel._signature, arguments, strict=False)
-        used.update((name, each.data_ptr()) for name, each in given if name in ("carries", "squares", "result"))
+        used.update((name, each.data_ptr()) for name, each in given if name in scratch)
         return bind(kernel, programs, device, *arguments)
 
     monkeypatch.setattr(library.Kernel, "bind", watched)
@@ -347,7 +348,7 @@ def test_graph_keeps_the_scratch_memory_that_it_uses(monkeypatch: pytest.MonkeyP
     rows.read(grad._indices(), grad._values(), (9,), None, 0)
     rows.sum_of_squares()
     rows.run(weight, state, ADAMW_SCALARS, 1.0, backend.scalar_state([]), None)
-    assert used.keys() == {"carries", "squares", "result"}
+    assert used.keys() == scratch
     assert set(used.values()) <= {tensor.data_ptr() for tensor in kept}
 
 

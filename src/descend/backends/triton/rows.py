@@ -41,7 +41,7 @@ class TouchedRows:
         self._device, self._sizes, self._length = param.device, tuple(param.shape[:1]), math.prod(param.shape[1:])
         self._compute, self._are_aligned = library.compute_dtype(dtypes), are_aligned([param])
         self._scalars = Numbers(1, 1 + scalars, self._compute, self._device)
-        self._buffers: dict[str, Tensor] = {}
+        self._buffers = {"in_range": torch.ones(1, dtype=torch.int8, device=self._device)}
         empty = [torch.empty(0, dtype=dtype, device=self._device) for dtype in (torch.int32, torch.int64, dtypes[1])]
         self._nothing = self._entries_of(*empty)
         self._named = self._entries = self._nothing
@@ -70,7 +70,7 @@ class TouchedRows:
         with current(self._device):
             keys, order = torch.sort(self._keys(indices), stable=True)
             if len(keys):
-                _refuse_wrong_index(keys, order, indices, sizes)
+                _refuse_wrong_index(keys, order, indices, sizes, self._buffers["in_range"])
                 if steps is not None:
                     total = math.prod(sizes)
                     late = int(torch.where(steps[keys].abs() == step, total, keys).min())
@@ -89,7 +89,8 @@ class TouchedRows:
         keys = torch.empty(count, dtype=_key_dtype(self._sizes), device=self._device)
         if count:
             kernel = rows_library.keys(dimensions, keys.dtype, library.interprets())
-            kernel.bind(-(-count // tuning.ENTRIES), self._device, indices, keys, self._sizes, count)()
+            in_range = self._buffer("in_range", 1, torch.int8)
+            kernel.bind(-(-count // tuning.ENTRIES), self._device, indices, keys, in_range, self._sizes, count)()
         return keys
 
     def _blocks(self) -> Blocks:
@@ -339,11 +340,14 @@ def _key_dtype(sizes: tuple[int, ...]) -> torch.dtype:
     return torch.int32 if math.prod(sizes) < 2**31 else torch.int64
 
 
-def _refuse_wrong_index(keys: Tensor, order: Tensor, indices: Tensor, sizes: tuple[int, ...]) -> None:
-    """Raise ``IndexError`` if an index is out of range; a device fails later, so that the host need not wait for it."""
+def _refuse_wrong_index(keys: Tensor, order: Tensor, indices: Tensor, sizes: tuple[int, ...], in_range: Tensor) -> None:
+    """Raise ``IndexError`` if an index is out of range; a device fails later, so that the host need not wait for it.
+
+    ``in_range`` is 0 if one ever was: a device that has failed takes no more steps.
+    """
     what = "is out of range for a table of"
     if not _is_on_host(keys):
-        torch._assert_async(keys[0] >= 0, f"an index of a sparse gradient {what} {sizes} rows")
+        torch._assert_async(in_range.view(torch.bool), f"an index of a sparse gradient {what} {sizes} rows")
     elif keys[0] < 0:
         raise IndexError(f"index {tuple(indices[:, order[0]].tolist())} {what} {sizes} rows")
 

@@ -84,7 +84,13 @@ class Gradient(NamedTuple):
 @cache
 def keys(dimensions: int, dtype: torch.dtype, interpreted: bool) -> Kernel:
     """The kernel that makes keys, see ``rows_kernel.keys``."""
-    pointers: Signature = {"indices": "*i64", "keys": _KEYS[dtype], "sizes": ("i64",) * dimensions, "count": "i64"}
+    pointers: Signature = {
+        "indices": "*i64",
+        "keys": _KEYS[dtype],
+        "in_range": "*i8",
+        "sizes": ("i64",) * dimensions,
+        "count": "i64",
+    }
     constants = {"DIMENSIONS": dimensions, "BLOCK": tuning.ENTRIES}
     return Kernel(made(rows_kernel.keys, interpreted), pointers, constants, aligned=("keys",))
 
