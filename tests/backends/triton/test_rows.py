@@ -31,8 +31,8 @@ from descend.state import lazy_memory
 
 pytest.importorskip("triton")
 
+from descend.backends.triton import library, rows_library, tuning
 from descend.backends.triton import rows as triton_rows
-from descend.backends.triton import rows_library, tuning
 
 pytestmark = pytest.mark.usefixtures("interpreter")
 
@@ -328,6 +328,30 @@ def test_a_touched_step_waits_for_nothing(monkeypatch: pytest.MonkeyPatch, small
     assert mark[0].max() == 4
 
 
+def test_graph_keeps_the_scratch_memory_that_it_uses(monkeypatch: pytest.MonkeyPatch, small_tiles: None) -> None:
+    scratch = {"in_range", "carries", "squares", "result"}
+    used: dict[str, int] = {}
+    kept: list[Tensor] = []
+    bind = library.Kernel.bind
+
+    def watched(kernel: Any, programs: int, device: torch.device, *arguments: Any) -> Any:
+        given = zip(kernel._signature, arguments, strict=False)
+        used.update((name, each.data_ptr()) for name, each in given if name in scratch)
+        return bind(kernel, programs, device, *arguments)
+
+    monkeypatch.setattr(library.Kernel, "bind", watched)
+    monkeypatch.setattr(triton_rows, "is_capturing", lambda device: True)
+    monkeypatch.setattr(triton_rows, "keep", lambda *tensors: kept.extend(tensors))
+    backend, weight = TritonBackend(), table(9, 3, torch.float32).detach()
+    rows, state = prepared(backend, weight)
+    grad = random_sparse(weight.shape, 11, 0, torch.float32)
+    rows.read(grad._indices(), grad._values(), (9,), None, 0)
+    rows.sum_of_squares()
+    rows.run(weight, state, ADAMW_SCALARS, 1.0, backend.scalar_state([]), None)
+    assert used.keys() == scratch
+    assert set(used.values()) <= {tensor.data_ptr() for tensor in kept}
+
+
 @pytest.mark.parametrize("backend", [EagerBackend(), TritonBackend()])
 @pytest.mark.parametrize("take", [0.0, 1.0])
 def test_a_step_left_out_marks_no_row(backend: Any, take: float, small_tiles: None) -> None:
@@ -432,7 +456,7 @@ def test_indices_out_of_range_are_left_to_the_reader(small_tiles: None) -> None:
         run.layer(torch.tensor([-1, 2]))
 
 
-def test_catching_up_waits_once(small_tiles: None) -> None:
+def test_catching_up_waits_once(monkeypatch: pytest.MonkeyPatch, small_tiles: None) -> None:
     weight, state = table(9, 3, torch.float32).detach(), [torch.ones(9, 3), torch.ones(9, 3)]
     stale = TritonBackend().catch_up(rules.coast, rules.decay, 7, (torch.float32,) * 3, weight)
     stale.compile()
@@ -444,8 +468,11 @@ def test_catching_up_waits_once(small_tiles: None) -> None:
     before = weight.clone()
     scalars = np.array([1.0, 0.5, 1.0, 0.0, 1.0, 0.5, 0.25]) * np.ones((1, 3, 1))
     scalars[0, 2, 0] = 3.0
+    factors, tables = np.array([7.0, 8.0, 9.0]), []
+    monkeypatch.setattr(triton_rows, "uploaded", lambda table, device: tables.append(table) or torch.from_numpy(table))
     with _NoWaiting():
-        stale.run(weight, state, scalars, np.array([7.0, 8.0, 9.0]), True)
+        stale.run(weight, state, scalars, factors, True)
+    assert [table.shape for table in tables] == [(1, 3, 7), (1, 3, 1)], "copies of pageable memory wait"
     expected = before.clone()
     expected[2], expected[1] = 7 * before[2], 8 * before[1]
     expected[[3, 7]] = 3 * before[[3, 7]] - 0.25

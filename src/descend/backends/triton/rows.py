@@ -20,7 +20,7 @@ from descend.backends.cpu.launch import ScalarState
 from descend.backends.eager import measured_sums
 from descend.backends.triton import library, rows_library, tuning
 from descend.backends.triton.rows_library import Blocks, Gradient
-from descend.backends.triton.tables import Numbers, constants, current, is_capturing
+from descend.backends.triton.tables import Numbers, constants, current, is_capturing, keep, uploaded
 from descend.core.decision import Decision
 from descend.core.measures import moments
 
@@ -41,7 +41,7 @@ class TouchedRows:
         self._device, self._sizes, self._length = param.device, tuple(param.shape[:1]), math.prod(param.shape[1:])
         self._compute, self._are_aligned = library.compute_dtype(dtypes), are_aligned([param])
         self._scalars = Numbers(1, 1 + scalars, self._compute, self._device)
-        self._buffers: dict[str, Tensor] = {}
+        self._buffers = {"in_range": torch.ones(1, dtype=torch.int8, device=self._device)}
         empty = [torch.empty(0, dtype=dtype, device=self._device) for dtype in (torch.int32, torch.int64, dtypes[1])]
         self._nothing = self._entries_of(*empty)
         self._named = self._entries = self._nothing
@@ -70,7 +70,7 @@ class TouchedRows:
         with current(self._device):
             keys, order = torch.sort(self._keys(indices), stable=True)
             if len(keys):
-                _refuse_wrong_index(keys, order, indices, sizes)
+                _refuse_wrong_index(keys, order, indices, sizes, self._buffers["in_range"])
                 if steps is not None:
                     total = math.prod(sizes)
                     late = int(torch.where(steps[keys].abs() == step, total, keys).min())
@@ -89,7 +89,8 @@ class TouchedRows:
         keys = torch.empty(count, dtype=_key_dtype(self._sizes), device=self._device)
         if count:
             kernel = rows_library.keys(dimensions, keys.dtype, library.interprets())
-            kernel.bind(-(-count // tuning.ENTRIES), self._device, indices, keys, self._sizes, count)()
+            in_range = self._buffer("in_range", 1, torch.int8)
+            kernel.bind(-(-count // tuning.ENTRIES), self._device, indices, keys, in_range, self._sizes, count)()
         return keys
 
     def _blocks(self) -> Blocks:
@@ -124,10 +125,12 @@ class TouchedRows:
         return sums
 
     def _buffer(self, name: str, count: int, dtype: torch.dtype) -> Tensor:
-        """Scratch memory of at least ``count`` numbers, which is kept and grows."""
+        """Scratch memory of at least ``count`` numbers, which is kept and grows. ``self._device`` is current."""
         buffer = self._buffers.get(name)
         if buffer is None or len(buffer) < count:
             buffer = self._buffers[name] = torch.empty(count + count // 4 + 1, dtype=dtype, device=self._device)
+        if is_capturing(self._device):
+            keep(buffer)  # later steps may need another one, replays still use this
         return buffer
 
     @property
@@ -141,9 +144,9 @@ class TouchedRows:
 
     def sum_of_squares(self) -> Tensor:
         entries, interpreted = self._entries, library.interprets()
-        squares = self._buffer("squares", entries.programs, torch.float64)
-        result = self._buffer("result", 0, torch.float64)[0]
         with current(self._device):
+            squares = self._buffer("squares", entries.programs, torch.float64)
+            result = self._buffer("result", 0, torch.float64)[0]
             if entries.programs:
                 kernel = rows_library.squares(entries.gradient, interpreted)
                 kernel.bind(entries.programs, self._device, squares, *entries.arguments())()
@@ -316,7 +319,7 @@ class StaleRows:
         """Apply one of the two rules; ``scalars`` has shape (rounds, steps, scalars)."""
         tensors = tuple(tensor.detach() for tensor in written)
         kernel = self._kernel(has_state, len(scalars), self._which is not None, are_aligned(tensors))
-        table = torch.from_numpy(scalars).to(self._compute).contiguous().to(self._device)
+        table = uploaded(torch.from_numpy(scalars).to(self._compute).contiguous().numpy(), self._device)
         count, programs = len(self._found), self._blocks.programs(len(self._found))
         if programs:
             arguments = self._named(), self._found, self._places, tensors, table, count, self._first, scalars.shape[1]
@@ -337,11 +340,14 @@ def _key_dtype(sizes: tuple[int, ...]) -> torch.dtype:
     return torch.int32 if math.prod(sizes) < 2**31 else torch.int64
 
 
-def _refuse_wrong_index(keys: Tensor, order: Tensor, indices: Tensor, sizes: tuple[int, ...]) -> None:
-    """Raise ``IndexError`` if an index is out of range; a device fails later, so that the host need not wait for it."""
+def _refuse_wrong_index(keys: Tensor, order: Tensor, indices: Tensor, sizes: tuple[int, ...], in_range: Tensor) -> None:
+    """Raise ``IndexError`` if an index is out of range; a device fails later, so that the host need not wait for it.
+
+    ``in_range`` is 0 if one ever was: a device that has failed takes no more steps.
+    """
     what = "is out of range for a table of"
     if not _is_on_host(keys):
-        torch._assert_async(keys[0] >= 0, f"an index of a sparse gradient {what} {sizes} rows")
+        torch._assert_async(in_range.view(torch.bool), f"an index of a sparse gradient {what} {sizes} rows")
     elif keys[0] < 0:
         raise IndexError(f"index {tuple(indices[:, order[0]].tolist())} {what} {sizes} rows")
 

@@ -22,12 +22,13 @@ from descend.backends.triton.kernels import added
 def keys(
     indices: Any,
     keys: Any,
+    in_range: Any,
     sizes: Any,
     count: Any,
     DIMENSIONS: tl.constexpr,
     BLOCK: tl.constexpr,
 ) -> None:
-    """The key of each entry; ``indices`` has shape (DIMENSIONS, count)."""
+    """The key of each entry; ``indices`` has shape (DIMENSIONS, count). A wrong index sets ``in_range`` to 0."""
     i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     is_entry = i < count
     key = i * 0
@@ -39,6 +40,7 @@ def keys(
         key = key * sizes[dimension] + index
         places += count
     tl.store(keys + i, tl.where(is_in_range, key, -1).to(keys.dtype.element_ty), mask=is_entry)
+    tl.store(in_range + i * 0, (i * 0).to(tl.int8), mask=is_entry & (is_in_range == 0))
 
 
 def carry(

@@ -24,6 +24,7 @@ class Blocks(NamedTuple):
     columns: int
 
     @classmethod
+    @cache
     def of(cls, length: int, compute: torch.dtype) -> Blocks:
         """How to share rows of ``length`` numbers that are summed in ``compute``."""
         columns = min(triton.next_power_of_2(max(length, 1)), tuning.COLUMNS)
@@ -83,7 +84,13 @@ class Gradient(NamedTuple):
 @cache
 def keys(dimensions: int, dtype: torch.dtype, interpreted: bool) -> Kernel:
     """The kernel that makes keys, see ``rows_kernel.keys``."""
-    pointers: Signature = {"indices": "*i64", "keys": _KEYS[dtype], "sizes": ("i64",) * dimensions, "count": "i64"}
+    pointers: Signature = {
+        "indices": "*i64",
+        "keys": _KEYS[dtype],
+        "in_range": "*i8",
+        "sizes": ("i64",) * dimensions,
+        "count": "i64",
+    }
     constants = {"DIMENSIONS": dimensions, "BLOCK": tuning.ENTRIES}
     return Kernel(made(rows_kernel.keys, interpreted), pointers, constants, aligned=("keys",))
 
