@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections import Counter, defaultdict
 from collections.abc import Sequence
-from operator import is_
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -13,7 +12,7 @@ import torch
 from torch import Tensor
 
 from descend.backends import EAGER, FOREACH, available
-from descend.backends.cpu.probe import make_probe
+from descend.backends.cpu.probe import make_probe, same_objects
 from descend.core import memory
 from descend.core.measures import Sample
 from descend.core.method import Method
@@ -115,7 +114,8 @@ class Plan:
             self._updates = [update for stage in self._stages for update in stage.updates]
         else:
             self._updates = make_updates(method, tables, self._entries)
-        self._takes_device = [update.takes_device for update in self._updates]
+        takes_device = [update.takes_device for update in self._updates]
+        self._is_on_devices, self._may_be_decided_there = any(takes_device), all(takes_device)
         self._counts_on_device = self._asks_for_device_counts(method)
         self.decider = self._make_decider(method)
         self.is_on_cuda = any(update.device.type == "cuda" for update in self._updates)
@@ -134,7 +134,7 @@ class Plan:
     def _asks_for_device_counts(self, method: Method) -> bool:
         """Whether something asks for step counts on the device, of parameters that are on one."""
         groups = method.param_groups
-        return any(self._takes_device) and counts_on_device(method, [groups[index] for index, *_ in self._groups])
+        return self._is_on_devices and counts_on_device(method, [groups[index] for index, *_ in self._groups])
 
     def _make_decider(self, method: Method) -> Decider | None:
         """What decides the steps on their devices; None if there is nothing to decide, or somebody waits for it.
@@ -146,7 +146,7 @@ class Plan:
         is_alone = self._agreement is None and not self._stages and method.observer is None
         if not updates or not is_alone or options.nonfinite == "raise":
             return None
-        if not all(self._takes_device):
+        if not self._may_be_decided_there:
             return None
         if self._counts_on_device:
             if not all(update.may_count_on_device(method) for update in updates):
@@ -367,13 +367,12 @@ class Plan:
             return False
         for (_, group, listed), (_, params, rule, differentiable) in zip(groups, self._groups, strict=True):
             if (
-                len(listed) != len(params)
-                or not all(map(is_, listed, params))
+                not same_objects(listed, params)
                 or method.rule_for(group) is not rule
                 or bool(group.get("differentiable")) != differentiable
             ):
                 return False
-        if self._counts_on_device != self._asks_for_device_counts(method):
+        if self._is_on_devices and self._counts_on_device != self._asks_for_device_counts(method):
             return False
         exposed = not isinstance(self._state, State) or self._state.exposed
         if exposed and not self._has_its_tensors():

@@ -205,3 +205,26 @@ def test_the_self_test_passes_with_another_default_device() -> None:
     assert bindings is not None
     with torch.device("meta"):
         assert probe._agrees_with_python(bindings)
+
+
+@pytest.mark.parametrize("count", [0, 1, 31, 32, 1000])
+def test_lists_are_compared_object_by_object(count: int) -> None:
+    objects = [torch.zeros(()) for _ in range(count)]
+    assert probe.same_objects([*objects], objects)
+    assert probe.same_objects(tuple(objects), objects)
+    assert not probe.same_objects([*objects, torch.zeros(())], objects)
+    for place in {0, count // 2, count - 1} if count else ():
+        other = [*objects]
+        other[place] = torch.zeros(())  # equal, but not the same
+        assert not probe.same_objects(other, objects)
+
+
+def test_lists_are_compared_where_their_items_cannot_be_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(probe, "_place_of_items", lambda: None)
+    objects = [object() for _ in range(100)]
+    assert probe.same_objects([*objects], objects)
+    assert not probe.same_objects([*objects[:-1], object()], objects)
+
+
+def test_items_of_lists_are_found_on_linux() -> None:
+    assert (probe._place_of_items() is not None) == sys.platform.startswith("linux")

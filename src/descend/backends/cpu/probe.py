@@ -24,6 +24,7 @@ from array import array
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from functools import cache
+from operator import is_
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -50,6 +51,7 @@ _GRAD = "_ZNK3c1010TensorImpl4gradEv"  # const Tensor& c10::TensorImpl::grad() c
 _NO_TABLE, _STATE = 0, -1
 _OBJECT_WORDS = 16  # the words of a TensorImpl that may hold the address of its Python object
 _IS_VALID, _WRAPPERS, _SPECS = 9, 10, 11  # places in the arguments of the kernel
+_COMPARED_FROM = 32  # objects; fewer are compared as fast one by one
 _SHARED_FROM = 256  # tensors; below, waking a second thread costs more than it saves
 
 
@@ -210,6 +212,41 @@ def make_probe(
     if all(map(_is_plain, params)) and (bindings := _bindings()) is not None:
         return NativeProbe(bindings, params, cells, state, written, wrappers)
     return PythonProbe(params, cells, state, written)
+
+
+def same_objects(listed: Sequence[Any], others: list[Any]) -> bool:
+    """Whether two lists hold the same objects in the same order, whatever it means that these are equal."""
+    if len(listed) != len(others):
+        return False
+    items = _place_of_items() if len(others) >= _COMPARED_FROM and type(listed) is list else None
+    if items is None:
+        return all(map(is_, listed, others))
+    places = (ctypes.c_void_p.from_address(id(each) + items).value for each in (listed, others))
+    return bool(_compare_memory()(*places, ctypes.sizeof(ctypes.c_void_p) * len(others)) == 0)
+
+
+@cache
+def _place_of_items() -> int | None:
+    """Bytes from a list to the address of its items; None if that is not how this Python keeps them."""
+    try:
+        _compare_memory()
+    except (OSError, AttributeError, TypeError):  # not Linux
+        return None
+    probe = [object() for _ in range(5)]
+    for place in range(object.__basicsize__, list.__basicsize__, 8):
+        address = ctypes.c_int64.from_address(id(probe) + place).value
+        # An address of an object lies among others; sizes are small.
+        if address > 2**16 and (ctypes.c_int64 * 5).from_address(address)[:] == [*map(id, probe)]:
+            return place
+    return None
+
+
+@cache
+def _compare_memory() -> Any:
+    """``memcmp``; the interpreter lock is kept, so that nobody changes the lists."""
+    compare = ctypes.PyDLL(None).memcmp
+    compare.argtypes, compare.restype = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t), ctypes.c_int
+    return compare
 
 
 def _is_plain(tensor: Tensor) -> bool:
