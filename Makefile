@@ -5,7 +5,7 @@ READY := .venv/ready
 TORCH ?= 2.15.0
 OTHER = .venv-torch-$(TORCH)
 
-.PHONY: demo test test-all test-gpu test-stack test-torch mutate check docs docs-serve figures parity bench clean
+.PHONY: demo test test-all test-kernels test-gpu test-stack test-torch mutate check docs docs-serve figures parity bench clean
 
 demo: $(READY)  ## train a small network on handwritten digits with four optimizers, each at its best learning rate of five
 	$(BIN)/descend compare digits --tune --seeds 3 --steps 120
@@ -16,6 +16,9 @@ test: $(READY)  ## tests and doctests
 
 test-all: $(READY)  ## also every combination of dtypes
 	$(BIN)/python -m pytest -m ''
+
+test-kernels: $(READY)  ## compile every rule for GPUs, in many mixes of dtypes, and look at the result; needs no GPU
+	$(BIN)/python -m pytest -m slow --numprocesses auto --dist worksteal tests/backends/triton
 
 test-gpu: $(READY)  ## the tests that need a GPU; skipped where torch sees none
 	$(BIN)/python -m pytest -m gpu
