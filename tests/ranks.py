@@ -71,6 +71,7 @@ def on_ranks(world: int, function: Callable[..., Any], *args: Any, timeout: floa
             raise RankDiedError(f"the process of rank {rank} of {world} has died") from None
     failed = [f"rank {rank} of {world}:\n{text}" for rank, (text, _) in enumerate(answers) if text]
     if failed:
+        stop()  # processes that have seen different groups number the next ones differently
         raise RankError(failed[0])
     return [result for _, result in answers]
 
@@ -88,6 +89,8 @@ def _workers() -> list[tuple[Any, Connection]]:
             there.close()
             _pool.append((process, here))
         atexit.register(stop)
+        for _, connection in _pool:  # importing torch takes seconds, and timeouts of tests may be short
+            connection.recv()
     return _pool
 
 
@@ -104,6 +107,7 @@ def _work(connection: Connection, path: list[str]) -> None:
     """What a process does: take calls until the connection closes."""
     sys.path[:] = path
     torch.set_num_threads(1)
+    connection.send("ready")
     while True:
         try:
             rank, world, port, timeout, function, args = connection.recv()
