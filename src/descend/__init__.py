@@ -1,6 +1,6 @@
 """descend: optimizers for PyTorch, each written once as a plain function.
 
-The function runs eagerly on tensors of any device, and compiled on CPUs.
+The function runs on tensors of any device, and compiled on CPUs and GPUs.
 
 Example:
     >>> import torch, descend

@@ -19,7 +19,8 @@ class Decision(NamedTuple):
 
     Attributes:
         values: what gradients are multiplied by, beside what the host knows; 1 to take the step, 0 to leave it out; the
-            norm of the gradients before clipping, unscaled; how many steps have been left out because of it.
+            norm of the gradients before clipping, unscaled; how many steps have been left out because the norm was NaN
+            or Inf.
         may_skip: whether the second number can be 0.
     """
 

@@ -107,7 +107,7 @@ class Plan:
                     entries.append(self._entry(method, tables, index, rule, param, differentiable))
         self._entries = _in_order_where_memory_is_shared(entries, self._locals)
         if self._requested not in ("auto", EAGER.name):
-            self._refuse_eager(method)
+            self._refuse_another_backend(method)
         self._stages: list[Stage] = []
         if self._locals.wholes():
             self._stages = make_stages(method, tables, self._entries, self._locals)
@@ -214,13 +214,13 @@ class Plan:
                 "`differentiable`, or shard_state. Nothing has moved."
             )
 
-    def _refuse_eager(self, method: Method) -> None:
-        """Raise ``RuntimeError`` if a parameter would run eagerly, where another backend was asked for."""
+    def _refuse_another_backend(self, method: Method) -> None:
+        """Raise ``RuntimeError`` if the backend that was asked for cannot run a parameter."""
         for entry in self._entries:
             if entry.reason:
                 raise RuntimeError(
                     f"{type(method).__name__}: backend={self._requested!r} cannot run {method.name_of(entry.param)}: "
-                    f"{entry.reason}. Use backend='auto' to run such parameters eagerly."
+                    f"{entry.reason}. With backend='auto' another one runs such parameters."
                 )
 
     # What a step asks, in this order.

@@ -39,7 +39,7 @@ class Entry(NamedTuple):
         rule: the rule to apply.
         state: its state when the plan was made.
         backend: what runs the rule.
-        reason: why it runs eagerly; None for a compiled backend.
+        reason: why no compiled backend runs it; None if one does.
         sparse: what its gradient means, if that is sparse: "all", "touched" or "exact".
         in_order: whether it must be updated by itself, in the order of the groups.
         shares_memory: whether another tensor of the step, or the parameter itself once more, is what it changes.
