@@ -65,11 +65,13 @@ def take_step(
             coefficient = found
         if plan.is_atomic and type(method).end_step is Method.end_step:
             plan.set_scalars(method, scale * coefficient)
+            plan.form_scalars(method)
             plan.run(method, _sample(method, scale, coefficient))
         else:
             with DeferredSignals():
                 plan.set_scalars(method, scale * coefficient)
                 plan.make_state(method)
+                plan.form_scalars(method)
                 plan.confirm(method)
                 plan.run(method, _sample(method, scale, coefficient))
                 if position is None:
