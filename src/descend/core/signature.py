@@ -23,7 +23,7 @@ class Signature(NamedTuple):
         scalars: names of the scalars that follow them.
         defaults: default values of scalars that have one.
         kind: "element" if the rule acts on each element by itself, "matrix" if it needs whole tensors.
-        summed: the part whose results are summed before the rule is applied, see ``summing``; None if there is none.
+        summed: the part whose results are summed before the rule is applied, see ``ops.summing``; None if there is none.
         sums: how many numbers the part returns.
         formed: names of the last scalars, which are formed of the sums.
     """
@@ -46,33 +46,6 @@ def of_matrices(rule: Rule) -> Rule:
     """Mark a rule as one of whole matrices, which no backend may cut into elements, chunks or rows."""
     rule.kind = "matrix"  # type: ignore[attr-defined]
     return rule
-
-
-def summing(part: Callable[..., Any]) -> Callable[[Rule], Rule]:
-    """Mark a rule as one that needs sums over a whole tensor, or over all tensors, before it acts on elements.
-
-    Args:
-        part: ``part(param, grad, *state, *scalars)`` returns a number for each element, or a tuple of numbers; each is
-            summed. Its arguments are the first ones of the rule, by the same names. The rule's other scalars, at least
-            one, are formed of the sums: ``Method.scalars_of_sums``.
-    Returns:
-        A decorator.
-    Example:
-        >>> from descend.ops import sqrt
-        >>> def squares(param, grad, lr):
-        ...     return grad * grad
-        >>> @summing(squares)
-        ... def normalized(param, grad, lr, total):
-        ...     return param - lr / sqrt(total) * grad
-        >>> signature(normalized).formed
-        ('total',)
-    """
-
-    def mark(rule: Rule) -> Rule:
-        rule.summed = part  # type: ignore[attr-defined]
-        return rule
-
-    return mark
 
 
 @cache
@@ -112,4 +85,6 @@ def _with_sums(takes: Signature, rule: Callable[..., Any], part: Callable[..., A
         )
     results = part(*(torch.ones((), dtype=torch.float64, device="cpu") for _ in names))
     count = len(results) if isinstance(results, tuple) else 1
+    if isinstance(results, tuple) and count < 2:
+        raise TypeError(f"{part.__name__} must return a number, or a tuple of at least two, got {results}.")
     return takes._replace(summed=part, sums=count, formed=all_names[len(names) :])
