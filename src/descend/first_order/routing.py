@@ -130,19 +130,20 @@ def routed(
         Groups in torch's format; and by parameter name why it is where it is.
     """
     is_model = isinstance(params, nn.Module) and not isinstance(params, nn.ParameterList)
-    if not is_model:
-        params = params if isinstance(params, Tensor) else list(params)
-    pairs = named(params)
+    if isinstance(params, Tensor):
+        return params, {}
+    pairs = list(named(params))
     is_named = all(isinstance(pair, tuple) and len(pair) == 2 for pair in pairs)
     if groups is None and not is_model:
-        if isinstance(params, Tensor) or not params or any(isinstance(each, Mapping) for each in params):
-            return params, {}
-        shapes = [len(each[1].shape if is_named else each.shape) for each in params]
-        if all(dimensions == 2 for dimensions in shapes) or (min(shapes) >= 2 and not is_named):
-            _warn_of_names(who, params if is_named else [])
-            return params, {}
+        tensors = [pair[1] for pair in pairs] if is_named else pairs
+        if not tensors or not all(isinstance(each, Tensor) for each in tensors):
+            return pairs, {}
+        fewest, most = min(each.ndim for each in tensors), max(each.ndim for each in tensors)
         if not is_named:
-            return _by_dimensions(who, params), {}
+            return (pairs if fewest >= 2 else _by_dimensions(who, tensors)), {}
+        if fewest == most == 2:
+            _warn_of_names(who, pairs)
+            return pairs, {}
     known = routes(params if is_model else pairs)
     entries, patterns = grouped(who, pairs, groups or [], check_names)
     result: list[dict[str, Any]] = []
@@ -179,7 +180,7 @@ def _warn_of_names(who: str, pairs: list[tuple[str, Tensor]]) -> None:
     odd = [name for name, route in routes(pairs).items() if not route.is_matrix]
     if odd:
         warnings.warn(
-            f"{who}: {odd[0]} does not sound like a hidden matrix, but given parameters of two dimensions alone, all are "
+            f"{who}: {odd[0]} does not sound like a hidden matrix. Given parameters of two dimensions alone, all are "
             "taken for matrices, as in torch. Give the module, which tells them apart.",
             stacklevel=4,
         )
