@@ -8,12 +8,26 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
-__all__ = ["abs", "exp", "log", "maximum", "minimum", "sign", "sqrt", "where"]
+__all__ = ["abs", "exp", "log", "maximum", "minimum", "of_matrices", "sign", "sqrt", "where"]
+
+Rule = TypeVar("Rule", bound=Callable[..., Any])
+
+
+def of_matrices(rule: Rule, stacked: Callable[[], Rule] | None = None) -> Rule:
+    """Mark a rule as one of whole matrices, which no backend may cut into elements, chunks or rows.
+
+    Args:
+        rule: the rule.
+        stacked: gives the same rule for tensors with one more leading dimension, over which several parameters of equal
+            shape are a batch.
+    """
+    rule.kind, rule.stacked = "matrix", stacked  # type: ignore[attr-defined]
+    return rule
 
 
 def _on_cpu(number: float, dtype: torch.dtype) -> Tensor:

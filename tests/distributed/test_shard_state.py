@@ -20,7 +20,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import descend
 from descend import SGD, AdamW, AdamWScheduleFree, from_rule, in_backward
-from descend.core.signature import of_matrices
+from descend.ops import of_matrices
 from descend.distributed import gather
 from descend.distributed.dtensors import local_of
 from descend.distributed.shard_state import dim_to_cut, part

@@ -5,12 +5,11 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Mapping
 from functools import cache
-from typing import Any, Literal, NamedTuple, TypeAlias, TypeVar
+from typing import Any, Literal, NamedTuple, TypeAlias
 
 import torch
 
 Kind: TypeAlias = Literal["element", "matrix"]
-Rule = TypeVar("Rule", bound=Callable[..., Any])
 
 _POSITIONAL = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
 
@@ -29,12 +28,6 @@ class Signature(NamedTuple):
     scalars: tuple[str, ...]
     defaults: Mapping[str, float]
     kind: Kind
-
-
-def of_matrices(rule: Rule) -> Rule:
-    """Mark a rule as one of whole matrices, which no backend may cut into elements, chunks or rows."""
-    rule.kind = "matrix"  # type: ignore[attr-defined]
-    return rule
 
 
 @cache
