@@ -133,7 +133,7 @@ def test_numba_is_imported_only_where_something_is_compiled() -> None:
     assert top <= compilers
 
 
-TORCHS = ("Adafactor", "Muon", "Optimizer", "lr_scheduler", "swa_utils")
+TORCHS = ("Adafactor", "Optimizer", "lr_scheduler", "swa_utils")
 if torch.__version__ >= "2.13":
     TORCHS += ("swap_in_optimizer_params_and_state",)
 if torch.__version__ >= "2.15":

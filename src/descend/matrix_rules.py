@@ -9,6 +9,7 @@ the same rule.
 
 from __future__ import annotations
 
+import itertools
 import math
 import platform
 from collections.abc import Callable, Sequence
@@ -26,7 +27,7 @@ Form: TypeAlias = Literal["auto", "direct", "gram"]
 Adjustment: TypeAlias = Literal["original", "match_rms_adamw", "spectral_unclamped"]
 
 # One (a, b, c) for each iteration, which maps each singular value s to a s + b s^3 + c s^5; the last one is repeated.
-# A. "jordan": Jordan 2024, https://kellerjordan.github.io/posts/muon/. Steep at zero; the values end in [0.68, 1.13].
+# A. "jordan": Jordan 2024, https://kellerjordan.github.io/posts/muon/. Steep at zero; values above 0.002 end in [0.68, 1.21].
 # B. "polar_express": Amsel et al. 2025, Algorithm 1, https://arxiv.org/abs/2505.16932: each polynomial is the best for
 #    what the ones before it leave. All but the last are stretched by 1.02, so that rounding pushes no value too far.
 # C. "cans": Grishina, Smirnov & Rakhuba 2025, Appendix G, https://arxiv.org/abs/2506.10935: the best cubic polynomials
@@ -60,9 +61,10 @@ COEFFICIENTS: dict[str, tuple[Triple, ...]] = {
     ),
 }
 
-# So many iterations on a Gram matrix multiply its rounding errors until they count: by up to a^2 each. The first are
-# the steepest but have the least noise below them: 3 + 2 iterations in bfloat16 are more accurate than 2 + 3.
-_IN_A_ROW = {torch.float16: 3, torch.bfloat16: 3, torch.float32: 4, torch.float64: 8}
+# An iteration multiplies the rounding errors of a Gram matrix by a^2, as long as they are small. How far they may grow
+# before the matrix is computed anew, in units of 1 / eps: less far when most of its eigenvalues are near one, for then
+# its norm, and with it the errors, are the root of its size larger.
+_GROWTH_AT_FIRST, _GROWTH_LATER = 1.5, 0.125
 _BLOCK = 256  # rows of a product that are computed at once, so that half of a symmetric one is left out
 _SMALL = 64  # a matrix whose Gram matrix is smaller is iterated itself: the products cost less than the calls
 
@@ -106,12 +108,13 @@ def orthogonalize(
     """Replace the singular values of a matrix by numbers near one, as a polynomial of the matrix: Newton-Schulz.
 
     ``U diag(s) V^T`` becomes ``U diag(p(s / norm)) V^T``: ``p`` is odd, the composition of all iterations, and ``norm``
-    is the Frobenius norm. Singular values far below the norm stay below one: ``"jordan"`` brings those above 0.005
+    is the Frobenius norm. Singular values far below the norm stay below one: ``"jordan"`` brings those above 0.002
     times the norm to at least 0.68.
 
-    The result differs from that of exact arithmetic by at most 15 % of its norm in bfloat16, as much as the rounding of
-    the matrix itself can cause; by 0.1 % in float32 and 1e-9 in float64. A matrix with NaN or Inf gives NaN. Nothing
-    overflows that is finite in float32.
+    The result differs from that of exact arithmetic by at most 20 % of its norm in bfloat16, 0.2 % in float32, 1e-10 in
+    float64. Most of it is the rounding of the matrix itself, which adds small singular values that grow. So in bfloat16
+    a matrix of lower rank becomes one of full rank, whose additional singular values are at most 0.5. A matrix with NaN
+    or Inf gives NaN. Nothing overflows that is finite in float32.
 
     Args:
         matrix: shape (..., m, n), with any strides; leading dimensions are a batch.
@@ -165,7 +168,8 @@ def normalized(matrix: Tensor, eps: float | Tensor) -> Tensor:
     tiny = torch.finfo(matrix.dtype).tiny
     matrix = matrix / maximum(largest, tiny)
     norm = torch.linalg.vector_norm(torch.linalg.vector_norm(matrix, dim=-1, keepdim=True), dim=-2, keepdim=True)
-    return matrix / maximum(maximum(norm, eps / maximum(largest, tiny)), tiny)
+    result: Tensor = matrix / maximum(maximum(norm, eps / maximum(largest, tiny)), tiny)
+    return result
 
 
 def _iterate_directly(x: Tensor, triples: Sequence[Triple]) -> Tensor:
@@ -187,28 +191,32 @@ def _iterate_gram(x: Tensor, triples: Sequence[Triple]) -> Tensor:
     Each matrix is kept as a multiple of I, called its level, and a rest whose diagonal has mean zero: sums of nearly
     opposite multiples of I would lose what a rest in bfloat16 knows.
     """
-    in_a_row = _IN_A_ROW[x.dtype]
-    for first in range(0, len(triples), in_a_row):
-        x = _iterate_block(x, triples[first : first + in_a_row])
+    first, limit = 0, _GROWTH_AT_FIRST / torch.finfo(x.dtype).eps
+    while first < len(triples):
+        last, growth = first + 1, triples[first][0] ** 2
+        while last < len(triples) and growth <= limit:
+            growth *= triples[last][0] ** 2
+            last += 1
+        x = _iterate_block(x, triples[first:last])
+        first, limit = last, _GROWTH_LATER / torch.finfo(x.dtype).eps
     return x
 
 
 def _iterate_block(x: Tensor, triples: Sequence[Triple]) -> Tensor:
     """Iterations between two computations of G."""
     gram, gram_level = _leveled(_symmetric(x, x.mT))
-    factor = factor_level = None
+    factor, factor_level = gram, gram_level  # replaced by the first iteration
     for position, (a, b, c) in enumerate(triples):
         slope = b + 2 * c * gram_level
         change = _symmetric(gram, gram, _scaled(gram, slope), 1.0, c) if c else _scaled(gram, slope)
         change, level = _leveled(change, a + gram_level * (b + c * gram_level))
-        if factor is None:
+        if position == 0:
             factor, factor_level = change, level
         else:
             factor, factor_level = _multiplied(factor, factor_level, change, level)
         if position < len(triples) - 1:
             half, half_level = _multiplied(gram, gram_level, change, level)
             gram, gram_level = _multiplied(half, half_level, change, level)
-    assert factor is not None
     return _product(factor, x, _scaled(x, factor_level))
 
 
@@ -228,7 +236,8 @@ def _leveled(matrix: Tensor, level: float | Tensor = 0.0) -> tuple[Tensor, Tenso
 
 def _scaled(matrix: Tensor, factor: Any) -> Tensor:
     """The matrix, or each of a batch, times a number, in the matrix's dtype."""
-    return (matrix * factor).to(matrix.dtype)
+    scaled: Tensor = matrix * factor
+    return scaled.to(matrix.dtype)
 
 
 # Products.
@@ -251,7 +260,7 @@ def _symmetric(a: Tensor, b: Tensor, added: Tensor | None = None, beta: float = 
         return a @ b if added is None else _product(a, b, added, beta, alpha)
     result = a.new_empty(m, m)
     edges = [m * block // blocks for block in range(blocks + 1)]
-    for first, last in zip(edges, edges[1:], strict=False):
+    for first, last in itertools.pairwise(edges):
         block = result[first:last, :last]
         if added is None:
             torch.mm(a[first:last], b[:, :last], out=block)
@@ -359,12 +368,12 @@ def muon(
 
         def orthogonal(piece: Tensor) -> Tensor:
             found = orthogonalize(piece, triples, len(triples), eps, form, dtype or dtype_of_products(piece))
-            return found * lr_ratio(*piece.shape[-2:], adjust_lr_fn)
+            return found * lr_ratio(piece.size(-2), piece.size(-1), adjust_lr_fn)
 
         update = _by_pieces(orthogonal, as_matrices(direction, leading), split).reshape(param.shape)
         return (1 - lr * weight_decay) * param - lr * update, momentum_buffer
 
-    return of_matrices(rule, stacked)
+    return of_matrices(rule, state=1, stacked=stacked)
 
 
 @cache
@@ -420,7 +429,7 @@ def normuon(
             norm = torch.linalg.matrix_norm(piece, keepdim=True) / (
                 torch.linalg.matrix_norm(rows, keepdim=True) + norm_eps
             )
-            return rows * norm * lr_ratio(*piece.shape[-2:], adjust_lr_fn)
+            return rows * (norm * lr_ratio(piece.size(-2), piece.size(-1), adjust_lr_fn))
 
         matrices = as_matrices(direction, leading)
         squares = as_matrices(second_momentum_buffer, leading)
@@ -430,7 +439,7 @@ def normuon(
         param = (1 - lr * weight_decay) * param - lr * update.reshape(param.shape)
         return param, momentum_buffer, squares.reshape(second_momentum_buffer.shape)
 
-    return of_matrices(rule, stacked)
+    return of_matrices(rule, state=2, stacked=stacked)
 
 
 def _by_pieces(
@@ -443,7 +452,7 @@ def _by_pieces(
     if len(pieces) == 1:
         return function(matrices, *others)
     if len({*pieces}) == 1:
-        cut = [tensor.unflatten(-2, (len(pieces), pieces[0])) for tensor in (matrices, *others)]
+        cut = [torch.unflatten(tensor, -2, (len(pieces), pieces[0])) for tensor in (matrices, *others)]
         return function(*cut).flatten(-3, -2)
-    cut_unequally = [tensor.split(pieces, -2) for tensor in (matrices, *others)]
+    cut_unequally = [torch.split(tensor, list(pieces), -2) for tensor in (matrices, *others)]
     return torch.cat([function(*piece) for piece in zip(*cut_unequally, strict=True)], -2)

@@ -18,15 +18,16 @@ __all__ = ["abs", "exp", "log", "maximum", "minimum", "of_matrices", "sign", "sq
 Rule = TypeVar("Rule", bound=Callable[..., Any])
 
 
-def of_matrices(rule: Rule, stacked: Callable[[], Rule] | None = None) -> Rule:
+def of_matrices(rule: Rule, state: int | None = None, stacked: Callable[[], Rule] | None = None) -> Rule:
     """Mark a rule as one of whole matrices, which no backend may cut into elements, chunks or rows.
 
     Args:
         rule: the rule.
+        state: how many state tensors it takes. Default: found out by running it on matrices of shape (1, 1).
         stacked: gives the same rule for tensors with one more leading dimension, over which several parameters of equal
             shape are a batch.
     """
-    rule.kind, rule.stacked = "matrix", stacked  # type: ignore[attr-defined]
+    rule.kind, rule.state, rule.stacked = "matrix", state, stacked  # type: ignore[attr-defined]
     return rule
 
 

@@ -18,8 +18,7 @@ from descend.backends import EAGER, FOREACH, eager, foreach
 from descend.backends.tensor_list import TensorList, on_lists
 from descend.core.decision import Decision
 from descend.core.signature import signature
-from descend.ops import of_matrices
-from descend.ops import abs, exp, log, maximum, minimum, sign, sqrt, where
+from descend.ops import abs, exp, log, maximum, minimum, of_matrices, sign, sqrt, where
 
 HALF, BRAIN, SINGLE, DOUBLE = torch.float16, torch.bfloat16, torch.float32, torch.float64
 INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}

@@ -87,17 +87,18 @@ class MatrixLaunch(eager.EagerLaunch):
             return
         for members in self._batches:
             scale, scalars = self._scalars[self._rows[members[0]]]
-            tensors = [(self._params[i], self._params[i].grad, *self._state[i]) for i in members]
+            params = [self._params[i] for i in members]
+            grads = [param.grad for param in params if param.grad is not None]
+            states = [list(tensors) for tensors in zip(*(self._state[i] for i in members), strict=True)]
             if len(members) == 1:
-                param, grad, *state = tensors[0]
-                eager.run(self._rule, param, grad, state, scalars, scale, decision=decision)  # type: ignore[arg-type]
+                state = [tensors[0] for tensors in states]
+                eager.run(self._rule, params[0], grads[0], state, scalars, scale, decision=decision)
                 continue
             assert self._stacked is not None
-            columns = list(zip(*tensors, strict=True))
-            param, grad, *state = [torch.stack(column) for column in columns]  # type: ignore[arg-type]
-            eager.run(self._stacked(), param, grad, state, scalars, scale, decision=decision)
-            for column, stack in zip((columns[0], *columns[2:]), (param, *state), strict=True):
-                torch._foreach_copy_(list(column), list(stack))  # type: ignore[arg-type]
+            first, *rest = stacks = [torch.stack(tensors) for tensors in (params, *states)]
+            eager.run(self._stacked(), first, torch.stack(grads), rest, scalars, scale, decision=decision)
+            for tensors, stack in zip((params, *states), stacks, strict=True):
+                torch._foreach_copy_(tensors, list(stack))
 
 
 def _batches(params: Sequence[Tensor], rows: Sequence[int] | np.ndarray, may_stack: bool) -> list[list[int]]:

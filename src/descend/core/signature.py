@@ -39,9 +39,11 @@ def signature(rule: Callable[..., Any]) -> Signature:
         raise TypeError(f"a rule takes positional arguments only, got {', '.join(odd)} in {rule.__name__}.")
     names = list(parameters)[2:]
     kind: Kind = getattr(rule, "kind", "element")
-    shape = (1, 1) if kind == "matrix" else ()
-    results = rule(*(torch.ones(shape, dtype=torch.float64, device="cpu") for _ in parameters))
-    count = len(results) - 1 if isinstance(results, tuple) else 0
+    count = getattr(rule, "state", None)
+    if count is None:
+        shape = (1, 1) if kind == "matrix" else ()
+        results = rule(*(torch.ones(shape, dtype=torch.float64, device="cpu") for _ in parameters))
+        count = len(results) - 1 if isinstance(results, tuple) else 0
     scalars = names[count:]
     defaults = {n: parameters[n].default for n in scalars if parameters[n].default is not inspect.Parameter.empty}
     return Signature(tuple(names[:count]), tuple(scalars), defaults, kind)

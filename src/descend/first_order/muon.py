@@ -101,6 +101,15 @@ class Muon(FirstOrder):
         }
         super().__init__(params, defaults, **options)
 
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        super().add_param_group(param_group)
+        try:
+            for param in self.param_groups[-1]["params"]:
+                self.check_param(param, self.param_groups[-1])
+        except Exception:
+            self.param_groups.pop()
+            raise
+
     def rule_for(self, group: Mapping[str, Any]) -> Callable[..., Any]:
         return self._make_rule(
             bool(group["nesterov"]),
