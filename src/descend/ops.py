@@ -1,4 +1,4 @@
-"""The only functions that a rule may call.
+"""The only functions that a rule may call, and a mark for rules that need sums.
 
 The versions here act on tensors and plain numbers. A compiled backend rebinds the names to its own versions, see
 ``backends/retarget.py``. Arithmetic and comparison operators need no entry: they mean the same everywhere.
@@ -29,6 +29,8 @@ def of_matrices(rule: Rule, state: int | None = None, stacked: Callable[[], Rule
     """
     rule.kind, rule.state, rule.stacked = "matrix", state, stacked  # type: ignore[attr-defined]
     return rule
+
+Rule = TypeVar("Rule", bound=Callable[..., Any])
 
 
 def _on_cpu(number: float, dtype: torch.dtype) -> Tensor:
@@ -70,3 +72,27 @@ def where(condition: Any, a: Any, b: Any) -> Any:
         wide = torch.float32 if condition.device.type == "mps" else torch.float64
         a = condition.new_full((), a, dtype=wide)
     return torch.where(condition, a, b)
+
+
+def summing(part: Callable[..., Any]) -> Callable[[Rule], Rule]:
+    """Mark a rule as one that needs sums over a whole tensor, or over all tensors, before it acts on elements.
+
+    Args:
+        part: ``part(param, grad, *state, *scalars)`` returns a number for each element, or a tuple of at least two;
+            each is summed in float64. Its arguments are the first ones of the rule, by the same names. The rule's other
+            scalars, at least one, are formed of the sums; by default they are the sums.
+    Returns:
+        A decorator.
+    Example:
+        >>> def squares(param, grad, lr):
+        ...     return grad * grad
+        >>> @summing(squares)
+        ... def normalized(param, grad, lr, total):
+        ...     return param - lr / sqrt(total) * grad
+    """
+
+    def mark(rule: Rule) -> Rule:
+        rule.summed = part  # type: ignore[attr-defined]
+        return rule
+
+    return mark
