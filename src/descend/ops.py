@@ -30,8 +30,6 @@ def of_matrices(rule: Rule, state: int | None = None, stacked: Callable[[], Rule
     rule.kind, rule.state, rule.stacked = "matrix", state, stacked  # type: ignore[attr-defined]
     return rule
 
-Rule = TypeVar("Rule", bound=Callable[..., Any])
-
 
 def _on_cpu(number: float, dtype: torch.dtype) -> Tensor:
     """A number as a tensor that every device takes, whatever ``torch.set_default_device`` says."""

@@ -32,9 +32,7 @@ def trained(case: Case, params: list[Tensor], backend: str, **options: Any) -> A
 @pytest.mark.parametrize("options", [{}, dict(split=2), dict(stacked=True)], ids=str)
 def test_batches_of_small_matrices_are_the_same_matrices(case: Case, options: dict[str, Any]) -> None:
     shapes = [(4, 6, 5)] * 5 + [(4, 6, 6), (2, 6, 5)] + [(4, 6, 5)] * 2
-    ours, eager = (
-        trained(case, leaves(shapes), backend, **options, max_norm=1.0) for backend in ("matrix", "eager")
-    )
+    ours, eager = (trained(case, leaves(shapes), backend, **options, max_norm=1.0) for backend in ("matrix", "eager"))
     for a, b in zip(params_of(ours), params_of(eager), strict=True):
         torch.testing.assert_close(a, b)
         for name, tensor in eager.state[b].items():
