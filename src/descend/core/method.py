@@ -78,12 +78,13 @@ class Method:
     def scalars_of_sums(self, group: Mapping[str, Any], sums: Sequence[float], numel: int) -> tuple[Any, ...]:
         """The scalars that a rule with sums forms of them, in its order. Default: the sums themselves.
 
-        Called at every step before anything moves, so it changes nothing either.
+        Called at every step before anything moves: for each parameter, or with ``sums_over = "all"`` for each group. It
+        changes nothing that may be seen; what it keeps for the next step is for ``end_step`` to write.
 
         Args:
             group: the parameter's group.
-            sums: what the rule's part returns, see ``ops.summing``, summed in float64 over the elements of
-                the parameter; with ``sums_over = "all"``, of all parameters that have a gradient and this method.
+            sums: what the rule's part returns, see ``ops.summing``, summed in float64 over the elements of the
+                parameter; with ``sums_over = "all"``, of all parameters that have a gradient and this method.
             numel: how many elements these are; a complex number is two.
         """
         return tuple(sums)
