@@ -32,9 +32,7 @@ def trained(case: Case, params: list[Tensor], backend: str, **options: Any) -> A
 @pytest.mark.parametrize("options", [{}, dict(split=2), dict(stacked=True)], ids=str)
 def test_batches_of_small_matrices_are_the_same_matrices(case: Case, options: dict[str, Any]) -> None:
     shapes = [(4, 6, 5)] * 5 + [(4, 6, 6), (2, 6, 5)] + [(4, 6, 5)] * 2
-    ours, eager = (
-        trained(case, leaves(shapes), backend, **options, max_norm=1.0) for backend in ("matrix", "eager")
-    )
+    ours, eager = (trained(case, leaves(shapes), backend, **options, max_norm=1.0) for backend in ("matrix", "eager"))
     for a, b in zip(params_of(ours), params_of(eager), strict=True):
         torch.testing.assert_close(a, b)
         for name, tensor in eager.state[b].items():
@@ -93,7 +91,7 @@ def test_eager_runs_what_is_declined() -> None:
     optimizer = Muon(params)
     assert [placement.backend for placement in optimizer.backends()] == ["matrix", "eager", "eager", "eager"]
     assert optimizer.backends()[1].reason == "a Twice"
-    with pytest.raises(RuntimeError, match="backend='matrix' cannot run .*: a Twice"):
+    with pytest.raises(RuntimeError, match=r"backend='matrix' cannot run .*: a Twice"):
         Muon(params, backend="matrix").backends()
 
 

@@ -27,7 +27,7 @@ from torch import Tensor
 
 from descend import AdamW, Muon, NorMuon
 
-FLAT = tuple(shape for shape in MATRICES if len(shape) == 2 and 0 not in shape) + ((100, 40),)  # what torch's takes
+FLAT = (*(shape for shape in MATRICES if len(shape) == 2 and 0 not in shape), (100, 40))  # what torch's takes
 MUON_BACKENDS = ("matrix", "eager")
 KINDS = pytest.mark.parametrize("kind", [Muon, NorMuon])
 

@@ -113,10 +113,11 @@ class Spec:
         matrices that are no embeddings, AdamW the rest, at the rate that ``rates`` gives it.
         """
         tables = [table.weight for table in embeddings(model)]
-        if self.optimizer is torch.optim.Muon:
+        if issubclass(self.optimizer, torch.optim.Muon | descend.Muon):
+            library = descend if issubclass(self.optimizer, descend.Muon) else torch.optim
             own = [param for param in model.parameters() if param.ndim == 2 and not _is_among(param, tables)]
             others = [param for param in model.parameters() if not _is_among(param, own)]
-            helper = replace(self, optimizer=torch.optim.AdamW, options=self._options_beside_muon())
+            helper = replace(self, optimizer=library.AdamW, options=self._options_beside_muon())
             return [spec.build(params, construct) for spec, params in ((self, own), (helper, others)) if params]
         if tables and self.optimizer.__name__ == "SparseAdam":
             library = descend if issubclass(self.optimizer, descend.FirstOrder) else torch.optim
@@ -239,7 +240,7 @@ def _parse(text: str, label: str, lr: Mapping[str, float]) -> Contestant:
             raise UsageError(f"--optimizer {text}: max_norm must be positive, got {max_norm!r}.")
     family = name.removeprefix("torch.")
     if "lr" not in options and family in lr:
-        options["lr"] = lr[family] if family == "muon" else _scaled(lr[family], options.get("momentum"))
+        options["lr"] = lr[family] if family in ("muon", "normuon") else _scaled(lr[family], options.get("momentum"))
     return Spec(label, text, optimizer, options, max_norm)
 
 
