@@ -94,10 +94,10 @@ def test_routes_by_name(name: str, reason: str) -> None:
     assert routes([(name, torch.zeros(3, 3))])[name].reason == reason
 
 
-def test_a_tied_output_layer_is_an_embedding() -> None:
+def test_an_output_layer_that_is_tied_to_an_embedding_is_no_matrix() -> None:
     model = nn.ModuleDict({"out": nn.Linear(4, 9, bias=False), "table": nn.Embedding(9, 4)})
     model["out"].weight = model["table"].weight  # type: ignore[assignment]
-    assert {name: route.reason for name, route in routes(model).items()} == {"out.weight": "embedding"}
+    assert {name: route.is_matrix for name, route in routes(model).items()} == {"out.weight": False}
 
 
 @pytest.mark.parametrize(
