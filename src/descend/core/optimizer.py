@@ -111,7 +111,7 @@ class MethodOptimizer(Method, Optimizer):
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
-        if MethodOptimizer not in cls.__bases__ and cls.__module__.startswith(f"{__name__.partition('.')[0]}."):
+        if MethodOptimizer not in cls.__bases__ and str(cls.__module__).startswith(f"{__name__.partition('.')[0]}."):
             _classes[cls.__name__.lower()] = cls
 
     def _begin(self) -> None:
