@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from descend import (
+    ADOPT,
     ASGD,
     SGD,
     Adadelta,
@@ -23,6 +24,8 @@ from descend import (
     Adamax,
     AdamW,
     AdamWScheduleFree,
+    Adan,
+    AdEMAMix,
     FirstOrder,
     Lion,
     NAdam,
@@ -80,6 +83,9 @@ CASES = [
     Case(AdamWScheduleFree, textbook.AdamWScheduleFree, dict(lr=0.1, weight_decay=0.1, warmup_steps=3)),
     Case(NAdam, torch.optim.NAdam, dict(lr=0.01, weight_decay=0.1, decoupled_weight_decay=True)),
     Case(RAdam, torch.optim.RAdam, dict(lr=0.01, weight_decay=0.1, decoupled_weight_decay=True)),
+    Case(ADOPT, textbook.ADOPT, dict(lr=0.01, weight_decay=0.1)),
+    Case(AdEMAMix, textbook.AdEMAMix, dict(lr=0.01, weight_decay=0.1, beta3_warmup=9, alpha_warmup=5)),
+    Case(Adan, textbook.Adan, dict(lr=0.01, weight_decay=0.1)),
 ]
 # State that does not start at zero: NAdam's and ASGD's scalars, Adagrad's sums, Rprop's step sizes.
 NONZERO_START = [case for case in CASES if case.ours in (NAdam, Adagrad, Rprop, ASGD)]
@@ -156,6 +162,12 @@ EVERY_CASE = [
     Case(Lion, textbook.Lion, dict(lr=0.01, betas=(0.0, 0.8))),
     Case(AdamWScheduleFree, textbook.AdamWScheduleFree, dict(lr=0.1, betas=(0.5, 0.8), eps=1e-3, warmup_steps=20)),
     Case(AdamWScheduleFree, textbook.AdamWScheduleFree, dict(r=2.0, weight_lr_power=1.0, warmup_steps=10)),
+    Case(ADOPT, textbook.ADOPT, dict(betas=(0.5, 0.8), eps=1e-3, clip_exp=float("inf"), maximize=True)),
+    Case(ADOPT, textbook.ADOPT, dict(lr=0.1, clip_exp=0.1, weight_decay=0.1, decoupled_weight_decay=True)),
+    Case(AdEMAMix, textbook.AdEMAMix, dict(lr=0.1, betas=(0.5, 0.8, 0.9), alpha=5.0, eps=1e-3, maximize=True)),
+    Case(AdEMAMix, textbook.AdEMAMix, dict(betas=(0.9, 0.99, 0.999), beta3_warmup=100, weight_decay=0.1)),
+    Case(Adan, textbook.Adan, dict(lr=0.1, betas=(0.5, 0.0, 0.8), eps=1e-3, maximize=True)),
+    Case(Adan, textbook.Adan, dict(lr=0.01, no_prox=True, weight_decay=0.1)),
 ]
 
 

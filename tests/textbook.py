@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
+from torch import Tensor
 
 
 class Lion(torch.optim.Optimizer):
@@ -93,3 +95,144 @@ class AdamWScheduleFree(torch.optim.Optimizer):
                 z -= gamma * g / (v_hat.sqrt() + group["eps"]) + gamma * group["weight_decay"] * y
                 x = (1 - c) * x + c * z
                 y.copy_((1 - beta1) * z + beta1 * x)
+
+
+class Counted(torch.optim.Optimizer):
+    """The bookkeeping that the algorithms below share: groups, state that starts at zero, and each parameter's step.
+
+    A subclass names its state in ``names``, its options in its constructor, and does ``update``.
+    """
+
+    names: tuple[str, ...]
+
+    def __init__(self, params: Any, options: dict[str, Any]) -> None:
+        del options["self"], options["params"], options["__class__"]
+        super().__init__(params, options)
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:
+        for group in self.param_groups:
+            for param in group["params"]:
+                if param.grad is None:
+                    continue
+                state = self.state[param]
+                if not state:
+                    state["step"] = torch.tensor(0.0)
+                    state.update({name: torch.zeros_like(param) for name in self.names})
+                state["step"] += 1
+                g = -param.grad if group["maximize"] else param.grad
+                tensors = (param, g, *(state[name] for name in self.names))
+                real = [torch.view_as_real(t) if t.is_complex() else t for t in tensors]
+                self.update(group, state["step"].item(), *real)
+
+    def update(self, group: dict[str, Any], t: float, theta: Tensor, g: Tensor, *state: Tensor) -> None:
+        raise NotImplementedError
+
+
+class ADOPT(Counted):
+    """Taniguchi et al. 2024, the clipped algorithm; its time starts at 0 with v_0 = g_0 ** 2."""
+
+    names = ("exp_avg", "exp_avg_sq")
+
+    def __init__(
+        self,
+        params: Any,
+        lr: Any = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.9999),
+        eps: float = 1e-6,
+        weight_decay: float = 0.0,
+        decoupled_weight_decay: bool = False,
+        *,
+        clip_exp: float = 0.25,
+        maximize: bool = False,
+        capturable: bool = False,
+        differentiable: bool = False,
+    ) -> None:
+        super().__init__(params, locals())
+
+    def update(self, group: dict[str, Any], t: float, theta: Tensor, g: Tensor, *state: Tensor) -> None:
+        (m, v), (beta1, beta2), lr = state, group["betas"], float(group["lr"])
+        if not group["decoupled_weight_decay"]:
+            g = g + group["weight_decay"] * theta
+        if t == 1:
+            v.copy_(g * g)
+            return
+        if group["decoupled_weight_decay"]:
+            theta -= lr * group["weight_decay"] * theta
+        c = g / v.sqrt().clamp(min=group["eps"])
+        if group["clip_exp"] != math.inf:
+            c = c.clamp(-((t - 1) ** group["clip_exp"]), (t - 1) ** group["clip_exp"])
+        m.copy_(beta1 * m + (1 - beta1) * c)
+        theta -= lr * m
+        v.copy_(beta2 * v + (1 - beta2) * g * g)
+
+
+class AdEMAMix(Counted):
+    """Pagliardini, Ablin & Grangier 2024, Algorithm 1."""
+
+    names = ("exp_avg", "exp_avg_sq", "exp_avg_slow")
+
+    def __init__(
+        self,
+        params: Any,
+        lr: Any = 1e-3,
+        betas: tuple[float, float, float] = (0.9, 0.999, 0.9999),
+        eps: float = 1e-8,
+        alpha: float = 2.0,
+        beta3_warmup: int | None = None,
+        alpha_warmup: int | None = None,
+        weight_decay: float = 0,
+        *,
+        maximize: bool = False,
+        capturable: bool = False,
+        differentiable: bool = False,
+    ) -> None:
+        super().__init__(params, locals())
+
+    def update(self, group: dict[str, Any], t: float, theta: Tensor, g: Tensor, *state: Tensor) -> None:
+        (m1, nu, m2), (beta1, beta2, beta3), lr = state, group["betas"], float(group["lr"])
+        alpha, eps = group["alpha"], group["eps"]
+        if group["alpha_warmup"]:
+            alpha = min(t * alpha / group["alpha_warmup"], alpha)
+        if group["beta3_warmup"]:
+            start, end, part = math.log(beta1), math.log(beta3), t / group["beta3_warmup"]
+            beta3 = min(math.exp(start * end / ((1 - part) * end + part * start)), beta3)
+        m1.copy_(beta1 * m1 + (1 - beta1) * g)
+        m2.copy_(beta3 * m2 + (1 - beta3) * g)
+        nu.copy_(beta2 * nu + (1 - beta2) * g * g)
+        m1_hat, nu_hat = m1 / (1 - beta1**t), nu / (1 - beta2**t)
+        theta -= lr * ((m1_hat + alpha * m2) / (nu_hat.sqrt() + eps) + group["weight_decay"] * theta)
+
+
+class Adan(Counted):
+    """Xie et al. 2022, Algorithm 1, with the bias corrections and the betas of its reference implementation."""
+
+    names = ("exp_avg", "exp_avg_sq", "exp_avg_diff", "previous_grad")
+
+    def __init__(
+        self,
+        params: Any,
+        lr: Any = 1e-3,
+        betas: tuple[float, float, float] = (0.98, 0.92, 0.99),
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+        no_prox: bool = False,
+        *,
+        maximize: bool = False,
+        capturable: bool = False,
+        differentiable: bool = False,
+    ) -> None:
+        super().__init__(params, locals())
+
+    def update(self, group: dict[str, Any], t: float, theta: Tensor, g: Tensor, *state: Tensor) -> None:
+        (m, n, v, before), (beta1, beta2, beta3), lr = state, group["betas"], float(group["lr"])
+        change = g - before if t > 1 else torch.zeros_like(g)
+        m.copy_(beta1 * m + (1 - beta1) * g)
+        v.copy_(beta2 * v + (1 - beta2) * change)
+        n.copy_(beta3 * n + (1 - beta3) * (g + beta2 * change) ** 2)
+        m_hat, v_hat, n_hat = m / (1 - beta1**t), v / (1 - beta2**t), n / (1 - beta3**t)
+        eta = lr / (n_hat.sqrt() + group["eps"])
+        decay = lr * group["weight_decay"]
+        step = eta * (m_hat + beta2 * v_hat)
+        theta.copy_((1 - decay) * theta - step if group["no_prox"] else (theta - step) / (1 + decay))
+        before.copy_(g)

@@ -8,8 +8,10 @@ from descend.core.groups import no_decay
 from descend.diagnostics.monitoring.monitor import Monitor
 from descend.first_order.adam import Adam, AdamW
 from descend.first_order.adam_variants import Adamax, NAdam, RAdam
+from descend.first_order.adopt import ADOPT
 from descend.first_order.from_rule import from_rule
 from descend.first_order.in_backward import in_backward
+from descend.first_order.momenta import Adan, AdEMAMix
 from descend.first_order.optimizer import FirstOrder, warmup
 from descend.first_order.schedule_free import AdamWScheduleFree
 from descend.first_order.sgd import ASGD, SGD
@@ -23,9 +25,11 @@ from descend.second_order.newton import Newton
 from descend.second_order.result import Progress, Result, Status
 
 __all__ = [
+    "ADOPT",
     "ASGD",
     "LBFGS",
     "SGD",
+    "AdEMAMix",
     "Adadelta",
     "Adafactor",
     "Adagrad",
@@ -33,6 +37,7 @@ __all__ = [
     "AdamW",
     "AdamWScheduleFree",
     "Adamax",
+    "Adan",
     "FirstOrder",
     "IncompatibleKeys",
     "Lion",

@@ -251,6 +251,80 @@ def schedule_free_adamw(param, grad, z, exp_avg_sq, lr, gain2, eps, weight_decay
     return param, z - lr * update, exp_avg_sq
 
 
+def adopt(param, grad, exp_avg, exp_avg_sq, lr, gain1, gain2, eps, weight_decay, decay, clip):
+    """ADOPT: Taniguchi et al. 2024, Algorithm 2, https://arxiv.org/abs/2411.02853.
+
+    The gradient is divided by the root of the average before this gradient joins it. For the first step, which only
+    fills that average, the caller passes gain2 1, and 0 for ``decay`` and ``clip``. ``weight_decay`` is L2, ``decay``
+    is decoupled.
+    """
+    grad = grad + weight_decay * param
+    scaled = where(grad == 0, 0.0, grad / maximum(sqrt(exp_avg_sq), eps))  # 0 / 0 if eps is 0
+    exp_avg = (1 - gain1) * exp_avg + gain1 * minimum(maximum(scaled, -clip), clip)
+    exp_avg_sq = (1 - gain2) * exp_avg_sq + gain2 * grad * grad
+    return (1 - decay) * param - lr * exp_avg, exp_avg, exp_avg_sq
+
+
+def ademamix(
+    param,
+    grad,
+    exp_avg,
+    exp_avg_sq,
+    exp_avg_slow,
+    lr,
+    gain1,
+    gain2,
+    gain3,
+    alpha,
+    eps,
+    weight_decay,
+    bias1,
+    bias2,
+):
+    """AdEMAMix: Pagliardini, Ablin & Grangier 2024, Algorithm 1, https://arxiv.org/abs/2409.03137.
+
+    AdamW whose numerator is a fast average plus ``alpha`` times a slow one, which has no bias correction.
+    """
+    param = (1 - lr * weight_decay) * param
+    exp_avg = (1 - gain1) * exp_avg + gain1 * grad
+    exp_avg_sq = (1 - gain2) * exp_avg_sq + gain2 * grad * grad
+    exp_avg_slow = (1 - gain3) * exp_avg_slow + gain3 * grad
+    denom = sqrt(exp_avg_sq / bias2) + eps
+    return param - (lr / bias1 * exp_avg + lr * alpha * exp_avg_slow) / denom, exp_avg, exp_avg_sq, exp_avg_slow
+
+
+def adan(
+    param,
+    grad,
+    exp_avg,
+    exp_avg_sq,
+    exp_avg_diff,
+    previous_grad,
+    gain1,
+    gain2,
+    gain3,
+    eps,
+    bias3,
+    avg_lr,
+    diff_lr,
+    shrink,
+    shrink_after,
+    is_first,
+):
+    """Adan: Xie et al. 2022, Algorithm 1, https://arxiv.org/abs/2208.06677; here ``gain_i`` is the paper's beta_i.
+
+    Adam with a second average, that of the differences between successive gradients. A parameter's first step, where
+    ``is_first`` is 1, has no difference. ``shrink`` decays before the step, ``shrink_after`` after it, as in the paper.
+    """
+    diff = grad - where(is_first > 0, grad, previous_grad)
+    ahead = grad + (1 - gain2) * diff
+    exp_avg = (1 - gain1) * exp_avg + gain1 * grad
+    exp_avg_sq = (1 - gain3) * exp_avg_sq + gain3 * ahead * ahead
+    exp_avg_diff = (1 - gain2) * exp_avg_diff + gain2 * diff
+    update = (avg_lr * exp_avg + diff_lr * exp_avg_diff) / (sqrt(exp_avg_sq / bias3) + eps)
+    return shrink_after * (shrink * param - update), exp_avg, exp_avg_sq, exp_avg_diff, grad
+
+
 # The steps that a row of an embedding misses while it gets no gradient.
 
 

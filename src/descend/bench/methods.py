@@ -58,6 +58,9 @@ METHODS = {
     "rmsprop": Method("RMSprop", {}, state=1),
     "asgd": Method("ASGD", {}, state=1),
     "lion": Method("Lion", {}, state=1, peers=EVERY_PEER, yardstick="AdamW"),
+    "adopt": Method("ADOPT", {}, state=2, peers=EVERY_PEER, yardstick="AdamW"),
+    "ademamix": Method("AdEMAMix", {}, state=3, peers=EVERY_PEER, yardstick="AdamW"),
+    "adan": Method("Adan", {}, state=4, peers=EVERY_PEER, yardstick="AdamW"),
     "adamwschedulefree": Method("AdamWScheduleFree", {}, state=2, peers=EVERY_PEER, yardstick="AdamW"),
 }
 
