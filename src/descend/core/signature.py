@@ -23,12 +23,23 @@ class Signature(NamedTuple):
         scalars: names of the scalars that follow them.
         defaults: default values of scalars that have one.
         kind: "element" if the rule acts on each element by itself, "matrix" if it needs whole tensors.
+        summed: the part whose results are summed before the rule is applied, see ``summing``; None if there is none.
+        sums: how many numbers the part returns.
+        formed: names of the last scalars, which are formed of the sums.
     """
 
     state: tuple[str, ...]
     scalars: tuple[str, ...]
     defaults: Mapping[str, float]
     kind: Kind
+    summed: Callable[..., Any] | None = None
+    sums: int = 0
+    formed: tuple[str, ...] = ()
+
+    @property
+    def given(self) -> tuple[str, ...]:
+        """Names of the scalars that are known before anything is summed."""
+        return self.scalars[: len(self.scalars) - len(self.formed)]
 
 
 def of_matrices(rule: Rule) -> Rule:
@@ -37,13 +48,37 @@ def of_matrices(rule: Rule) -> Rule:
     return rule
 
 
+def summing(part: Callable[..., Any]) -> Callable[[Rule], Rule]:
+    """Mark a rule as one that needs sums over a whole tensor, or over all tensors, before it acts on elements.
+
+    Args:
+        part: ``part(param, grad, *state, *scalars)`` returns a number for each element, or a tuple of numbers; each is
+            summed. Its arguments are the first ones of the rule, by the same names. The rule's other scalars, at least
+            one, are formed of the sums: ``Method.scalars_of_sums``.
+    Returns:
+        A decorator.
+    Example:
+        >>> from descend.ops import sqrt
+        >>> def squares(param, grad, lr):
+        ...     return grad * grad
+        >>> @summing(squares)
+        ... def normalized(param, grad, lr, total):
+        ...     return param - lr / sqrt(total) * grad
+        >>> signature(normalized).formed
+        ('total',)
+    """
+
+    def mark(rule: Rule) -> Rule:
+        rule.summed = part  # type: ignore[attr-defined]
+        return rule
+
+    return mark
+
+
 @cache
 def signature(rule: Callable[..., Any]) -> Signature:
     """The signature of ``rule``, which has as many state tensors as it returns values beyond the parameter."""
-    parameters = inspect.signature(rule).parameters
-    odd = [name for name, parameter in parameters.items() if parameter.kind not in _POSITIONAL]
-    if odd:
-        raise TypeError(f"a rule takes positional arguments only, got {', '.join(odd)} in {rule.__name__}.")
+    parameters = _positional(rule)
     names = list(parameters)[2:]
     kind: Kind = getattr(rule, "kind", "element")
     shape = (1, 1) if kind == "matrix" else ()
@@ -51,4 +86,30 @@ def signature(rule: Callable[..., Any]) -> Signature:
     count = len(results) - 1 if isinstance(results, tuple) else 0
     scalars = names[count:]
     defaults = {n: parameters[n].default for n in scalars if parameters[n].default is not inspect.Parameter.empty}
-    return Signature(tuple(names[:count]), tuple(scalars), defaults, kind)
+    takes = Signature(tuple(names[:count]), tuple(scalars), defaults, kind)
+    part = getattr(rule, "summed", None)
+    return takes if part is None else _with_sums(takes, rule, part)
+
+
+def _positional(function: Callable[..., Any]) -> Mapping[str, inspect.Parameter]:
+    parameters = inspect.signature(function).parameters
+    odd = [name for name, parameter in parameters.items() if parameter.kind not in _POSITIONAL]
+    if odd:
+        raise TypeError(f"a rule takes positional arguments only, got {', '.join(odd)} in {function.__name__}.")
+    return parameters
+
+
+def _with_sums(takes: Signature, rule: Callable[..., Any], part: Callable[..., Any]) -> Signature:
+    """The signature of a rule with a part that is summed."""
+    all_names, names = tuple(_positional(rule)), tuple(_positional(part))
+    if takes.kind == "matrix":
+        raise TypeError(f"{rule.__name__} sees whole matrices and can sum by itself: leave out `summing`.")
+    fewest, most = 2 + len(takes.state), len(all_names) - 1
+    if names != all_names[: len(names)] or not fewest <= len(names) <= most:
+        raise TypeError(
+            f"{part.__name__} is summed for {rule.__name__}, so it must take the first arguments of that, by the same "
+            f"names: from {fewest} to {most} of {', '.join(all_names)}; got {', '.join(names)}."
+        )
+    results = part(*(torch.ones((), dtype=torch.float64, device="cpu") for _ in names))
+    count = len(results) if isinstance(results, tuple) else 1
+    return takes._replace(summed=part, sums=count, formed=all_names[len(names) :])
