@@ -17,6 +17,8 @@ from torch import Tensor
 from descend import (
     ADOPT,
     ASGD,
+    LAMB,
+    MARS,
     SGD,
     Adadelta,
     Adagrad,
@@ -29,6 +31,7 @@ from descend import (
     FirstOrder,
     Lion,
     NAdam,
+    Prodigy,
     RAdam,
     RMSprop,
     Rprop,
@@ -86,6 +89,9 @@ CASES = [
     Case(ADOPT, textbook.ADOPT, dict(lr=0.01, weight_decay=0.1)),
     Case(AdEMAMix, textbook.AdEMAMix, dict(lr=0.01, weight_decay=0.1, beta3_warmup=9, alpha_warmup=5)),
     Case(Adan, textbook.Adan, dict(lr=0.01, weight_decay=0.1)),
+    Case(MARS, textbook.MARS, dict(lr=0.01, weight_decay=0.1)),
+    Case(LAMB, textbook.LAMB, dict(lr=0.01, weight_decay=0.1)),
+    Case(Prodigy, textbook.Prodigy, dict(d0=1e-3, weight_decay=0.1)),
 ]
 # State that does not start at zero: NAdam's and ASGD's scalars, Adagrad's sums, Rprop's step sizes.
 NONZERO_START = [case for case in CASES if case.ours in (NAdam, Adagrad, Rprop, ASGD)]
@@ -168,6 +174,12 @@ EVERY_CASE = [
     Case(AdEMAMix, textbook.AdEMAMix, dict(betas=(0.9, 0.99, 0.999), beta3_warmup=100, weight_decay=0.1)),
     Case(Adan, textbook.Adan, dict(lr=0.1, betas=(0.5, 0.0, 0.8), eps=1e-3, maximize=True)),
     Case(Adan, textbook.Adan, dict(lr=0.01, no_prox=True, weight_decay=0.1)),
+    Case(MARS, textbook.MARS, dict(lr=0.1, betas=(0.5, 0.8), eps=1e-3, gamma=0.5, maximize=True)),
+    Case(LAMB, textbook.LAMB, dict(betas=(0.5, 0.8), eps=1e-3, bias_correction=False, clamp_value=3.0, maximize=True)),
+    Case(LAMB, textbook.LAMB, dict(lr=0.01, weight_decay=0, always_adapt=False)),
+    Case(Prodigy, textbook.Prodigy, dict(lr=0.5, betas=(0.5, 0.8), eps=1e-3, growth_rate=1.1, maximize=True)),
+    Case(Prodigy, textbook.Prodigy, dict(d0=1e-2, decouple=False, weight_decay=0.1, use_bias_correction=True)),
+    Case(Prodigy, textbook.Prodigy, dict(lr=0.1, beta3=0.9, d_coef=2.0, safeguard_warmup=True)),
 ]
 
 

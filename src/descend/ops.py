@@ -1,4 +1,4 @@
-"""The only functions that a rule may call.
+"""The only functions that a rule may call, and a mark for rules that need sums.
 
 The versions here act on tensors and plain numbers. A compiled backend rebinds the names to its own versions, see
 ``backends/retarget.py``. Arithmetic and comparison operators need no entry: they mean the same everywhere.
@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 __all__ = ["abs", "exp", "log", "maximum", "minimum", "sign", "sqrt", "where"]
+
+Rule = TypeVar("Rule", bound=Callable[..., Any])
 
 
 def _on_cpu(number: float, dtype: torch.dtype) -> Tensor:
@@ -55,3 +57,27 @@ def where(condition: Any, a: Any, b: Any) -> Any:
         wide = torch.float32 if condition.device.type == "mps" else torch.float64
         a = condition.new_full((), a, dtype=wide)
     return torch.where(condition, a, b)
+
+
+def summing(part: Callable[..., Any]) -> Callable[[Rule], Rule]:
+    """Mark a rule as one that needs sums over a whole tensor, or over all tensors, before it acts on elements.
+
+    Args:
+        part: ``part(param, grad, *state, *scalars)`` returns a number for each element, or a tuple of numbers; each is
+            summed. Its arguments are the first ones of the rule, by the same names. The rule's other scalars, at least
+            one, are formed of the sums: ``Method.scalars_of_sums``.
+    Returns:
+        A decorator.
+    Example:
+        >>> def squares(param, grad, lr):
+        ...     return grad * grad
+        >>> @summing(squares)
+        ... def normalized(param, grad, lr, total):  # ``total`` is formed
+        ...     return param - lr / sqrt(total) * grad
+    """
+
+    def mark(rule: Rule) -> Rule:
+        rule.summed = part  # type: ignore[attr-defined]
+        return rule
+
+    return mark

@@ -11,8 +11,11 @@ from descend.first_order.adam_variants import Adamax, NAdam, RAdam
 from descend.first_order.adopt import ADOPT
 from descend.first_order.from_rule import from_rule
 from descend.first_order.in_backward import in_backward
+from descend.first_order.lamb import LAMB
+from descend.first_order.mars import MARS
 from descend.first_order.momenta import Adan, AdEMAMix
 from descend.first_order.optimizer import FirstOrder, warmup
+from descend.first_order.prodigy import Prodigy
 from descend.first_order.schedule_free import AdamWScheduleFree
 from descend.first_order.sgd import ASGD, SGD
 from descend.first_order.signs import Lion, Rprop
@@ -27,7 +30,9 @@ from descend.second_order.result import Progress, Result, Status
 __all__ = [
     "ADOPT",
     "ASGD",
+    "LAMB",
     "LBFGS",
+    "MARS",
     "SGD",
     "AdEMAMix",
     "Adadelta",
@@ -46,6 +51,7 @@ __all__ = [
     "NAdam",
     "Newton",
     "Optimizer",
+    "Prodigy",
     "Progress",
     "RAdam",
     "RMSprop",

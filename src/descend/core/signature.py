@@ -9,6 +9,8 @@ from typing import Any, Literal, NamedTuple, TypeAlias, TypeVar
 
 import torch
 
+from descend.ops import summing as summing
+
 Kind: TypeAlias = Literal["element", "matrix"]
 Rule = TypeVar("Rule", bound=Callable[..., Any])
 
@@ -46,33 +48,6 @@ def of_matrices(rule: Rule) -> Rule:
     """Mark a rule as one of whole matrices, which no backend may cut into elements, chunks or rows."""
     rule.kind = "matrix"  # type: ignore[attr-defined]
     return rule
-
-
-def summing(part: Callable[..., Any]) -> Callable[[Rule], Rule]:
-    """Mark a rule as one that needs sums over a whole tensor, or over all tensors, before it acts on elements.
-
-    Args:
-        part: ``part(param, grad, *state, *scalars)`` returns a number for each element, or a tuple of numbers; each is
-            summed. Its arguments are the first ones of the rule, by the same names. The rule's other scalars, at least
-            one, are formed of the sums: ``Method.scalars_of_sums``.
-    Returns:
-        A decorator.
-    Example:
-        >>> from descend.ops import sqrt
-        >>> def squares(param, grad, lr):
-        ...     return grad * grad
-        >>> @summing(squares)
-        ... def normalized(param, grad, lr, total):
-        ...     return param - lr / sqrt(total) * grad
-        >>> signature(normalized).formed
-        ('total',)
-    """
-
-    def mark(rule: Rule) -> Rule:
-        rule.summed = part  # type: ignore[attr-defined]
-        return rule
-
-    return mark
 
 
 @cache
