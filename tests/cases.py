@@ -177,9 +177,13 @@ EVERY_CASE = [
     Case(MARS, textbook.MARS, dict(lr=0.1, betas=(0.5, 0.8), eps=1e-3, gamma=0.5, maximize=True)),
     Case(LAMB, textbook.LAMB, dict(betas=(0.5, 0.8), eps=1e-3, bias_correction=False, clamp_value=3.0, maximize=True)),
     Case(LAMB, textbook.LAMB, dict(lr=0.01, weight_decay=0, always_adapt=False)),
-    Case(Prodigy, textbook.Prodigy, dict(lr=0.5, betas=(0.5, 0.8), eps=1e-3, growth_rate=1.1, maximize=True)),
-    Case(Prodigy, textbook.Prodigy, dict(d0=1e-2, decouple=False, weight_decay=0.1, use_bias_correction=True)),
-    Case(Prodigy, textbook.Prodigy, dict(lr=0.1, beta3=0.9, d_coef=2.0, safeguard_warmup=True)),
+    # In these the estimate grows.
+    Case(
+        Prodigy, textbook.Prodigy, dict(betas=(0.5, 0.8), eps=1e-3, d0=1e-3, d_coef=9, growth_rate=1.1, maximize=True)
+    ),
+    Case(Prodigy, textbook.Prodigy, dict(lr=0.5, d0=1e-3, d_coef=9, decouple=False, weight_decay=0.1)),
+    Case(Prodigy, textbook.Prodigy, dict(d0=1e-3, d_coef=9, use_bias_correction=True)),
+    Case(Prodigy, textbook.Prodigy, dict(beta3=0.9, d0=1e-3, d_coef=5, safeguard_warmup=True)),
 ]
 
 

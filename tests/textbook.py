@@ -341,9 +341,11 @@ class Prodigy(torch.optim.Optimizer):
                     continue
                 state = self.state[param]
                 if not state:
+                    state["step"] = torch.tensor(0.0)
                     state.update({name: torch.zeros_like(param) for name in ("s", "p0", "exp_avg", "exp_avg_sq")})
                     state["p0"].copy_(param)
-                tensors = (param, -param.grad if group["maximize"] else param.grad, *state.values())
+                state["step"] += 1
+                tensors = (param, -param.grad if group["maximize"] else param.grad, *list(state.values())[1:])
                 x, g, s, x0, m, v = (torch.view_as_real(t) if t.is_complex() else t for t in tensors)
                 if not group["decouple"]:
                     g = g + group["weight_decay"] * x

@@ -36,8 +36,8 @@ class Prodigy(FirstOrder):
         decouple: decay as ``AdamW`` does; False for L2 regularization. Default: True.
         use_bias_correction: correct the bias of both averages. Default: False.
         safeguard_warmup: leave ``lr`` out of the denominator of the estimate, for a warmup. Default: False.
-        d0: the first estimate, > 0. In float16 and bfloat16 parameters do not move by the default, and the estimate stays
-            there: take 1e-3. Default: 1e-6.
+        d0: the first estimate, > 0. Parameters in float16 and bfloat16 do not move by the default, and the estimate
+            stays there: take 1e-3. Default: 1e-6.
         d_coef: factor of the estimate, > 0: what to change if steps are too long or too short. Default: 1.
         growth_rate: largest factor by which the estimate grows in a step, > 0. Default: no limit.
         maximize: ascend instead. Default: False.
@@ -59,7 +59,6 @@ class Prodigy(FirstOrder):
 
     rule = staticmethod(rules.prodigy)
     nonnegative_state = ("exp_avg_sq",)
-    counts_steps = False  # each group counts, as in the original
     sums_over = "all"
     group_state = ("d", "d_max", "d_numerator", "k")
     _sums: Sequence[float] | None = None  # of the present step
