@@ -63,16 +63,16 @@ def summing(part: Callable[..., Any]) -> Callable[[Rule], Rule]:
     """Mark a rule as one that needs sums over a whole tensor, or over all tensors, before it acts on elements.
 
     Args:
-        part: ``part(param, grad, *state, *scalars)`` returns a number for each element, or a tuple of numbers; each is
-            summed. Its arguments are the first ones of the rule, by the same names. The rule's other scalars, at least
-            one, are formed of the sums: ``Method.scalars_of_sums``.
+        part: ``part(param, grad, *state, *scalars)`` returns a number for each element, or a tuple of at least two;
+            each is summed in float64. Its arguments are the first ones of the rule, by the same names. The rule's other
+            scalars, at least one, are formed of the sums; by default they are the sums.
     Returns:
         A decorator.
     Example:
         >>> def squares(param, grad, lr):
         ...     return grad * grad
         >>> @summing(squares)
-        ... def normalized(param, grad, lr, total):  # ``total`` is formed
+        ... def normalized(param, grad, lr, total):
         ...     return param - lr / sqrt(total) * grad
     """
 

@@ -80,7 +80,7 @@ class Method:
 
         Args:
             group: the parameter's group.
-            sums: what the rule's part returns, see ``core.signature.summing``, summed in float64 over the elements of
+            sums: what the rule's part returns, see ``ops.summing``, summed in float64 over the elements of
                 the parameter; with ``sums_over = "all"``, of all parameters that have a gradient and this method.
             numel: how many elements these are; a complex number is two.
         """

@@ -9,8 +9,6 @@ from typing import Any, Literal, NamedTuple, TypeAlias, TypeVar
 
 import torch
 
-from descend.ops import summing as summing
-
 Kind: TypeAlias = Literal["element", "matrix"]
 Rule = TypeVar("Rule", bound=Callable[..., Any])
 
@@ -25,7 +23,7 @@ class Signature(NamedTuple):
         scalars: names of the scalars that follow them.
         defaults: default values of scalars that have one.
         kind: "element" if the rule acts on each element by itself, "matrix" if it needs whole tensors.
-        summed: the part whose results are summed before the rule is applied, see ``summing``; None if there is none.
+        summed: the part whose results are summed before the rule is applied, see ``ops.summing``; None if there is none.
         sums: how many numbers the part returns.
         formed: names of the last scalars, which are formed of the sums.
     """
@@ -87,4 +85,6 @@ def _with_sums(takes: Signature, rule: Callable[..., Any], part: Callable[..., A
         )
     results = part(*(torch.ones((), dtype=torch.float64, device="cpu") for _ in names))
     count = len(results) if isinstance(results, tuple) else 1
+    if isinstance(results, tuple) and count < 2:
+        raise TypeError(f"{part.__name__} must return a number, or a tuple of at least two, got {results}.")
     return takes._replace(summed=part, sums=count, formed=all_names[len(names) :])

@@ -39,7 +39,7 @@ class Wrapper(NamedTuple):
 
 
 class Summed(NamedTuple):
-    """Parameters that share a rule with sums, see ``core.signature.summing``.
+    """Parameters that share a rule with sums, see ``ops.summing``.
 
     Attributes:
         method: their method.

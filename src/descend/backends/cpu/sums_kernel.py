@@ -1,4 +1,4 @@
-"""The loop that sums what the part of a rule returns, see ``core.signature.summing``."""
+"""The loop that sums what the part of a rule returns, see ``ops.summing``."""
 
 from __future__ import annotations
 
