@@ -23,7 +23,7 @@ class Signature(NamedTuple):
         scalars: names of the scalars that follow them.
         defaults: default values of scalars that have one.
         kind: "element" if the rule acts on each element by itself, "matrix" if it needs whole tensors.
-        summed: the part whose results are summed before the rule is applied, see ``ops.summing``; None if there is none.
+        summed: the part whose results are summed before the rule is applied, see ``ops.summing``; or None.
         sums: how many numbers the part returns.
         formed: names of the last scalars, which are formed of the sums.
     """
