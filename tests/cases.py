@@ -36,6 +36,7 @@ from descend import (
     RMSprop,
     Rprop,
 )
+from descend.core.signature import signature
 
 BACKENDS = ("cpu", "eager") if "DESCEND_TEST_BACKEND" not in os.environ else (os.environ["DESCEND_TEST_BACKEND"],)
 DENSE_BACKENDS = BACKENDS if "DESCEND_TEST_BACKEND" in os.environ else (*BACKENDS, "foreach")  # rows are eager's
@@ -59,6 +60,11 @@ class Case(NamedTuple):
     def takes(self, option: str) -> bool:
         """Whether the optimizer has an option of this name."""
         return option in inspect.signature(self.ours).parameters
+
+    def needs_sums(self) -> bool:
+        """Whether its rule needs sums over whole tensors."""
+        optimizer = self.ours([torch.zeros(1, requires_grad=True)], **self.options)
+        return signature(optimizer.rule_for(optimizer.param_groups[0])).summed is not None
 
 
 # At least one line for each rule.

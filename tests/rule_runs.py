@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from types import FunctionType
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -79,7 +80,10 @@ class Run:
         launch = backend.launch(self.rule, len(values(self.rule)), self.dtypes, params, [0] * len(params))
         launch.compile(wants_norm)
         launch.set_state([row[2:] for row in self.tensors])
-        launch.set_scalars(0, 0.5, values(self.rule))
+        scalars, given = values(self.rule), len(signature(self.rule).given)
+        launch.set_scalars(0, 0.5, scalars[:given])
+        if scalars[given:]:
+            launch.set_formed(np.array([scalars[given:]] * len(params)))
         return launch
 
     def run(self, decision: Decision | None = None) -> None:
