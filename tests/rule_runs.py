@@ -77,12 +77,13 @@ class Run:
     def launch(self, backend: TritonBackend, wants_norm: bool = False) -> Any:
         """A launch that is ready to run, its first row of scalars set."""
         params = [row[0] for row in self.tensors]
-        launch = backend.launch(self.rule, len(values(self.rule)), self.dtypes, params, [0] * len(params))
+        scalars, given = values(self.rule), len(signature(self.rule).given)
+        launch = backend.launch(self.rule, given, self.dtypes, params, [0] * len(params))
         launch.compile(wants_norm)
         launch.set_state([row[2:] for row in self.tensors])
-        scalars, given = values(self.rule), len(signature(self.rule).given)
         launch.set_scalars(0, 0.5, scalars[:given])
         if scalars[given:]:
+            launch.sums()
             launch.set_formed(np.array([scalars[given:]] * len(params)))
         return launch
 
