@@ -30,7 +30,9 @@ from descend import (
     AdEMAMix,
     FirstOrder,
     Lion,
+    Muon,
     NAdam,
+    NorMuon,
     Prodigy,
     RAdam,
     RMSprop,
@@ -45,6 +47,8 @@ ON_GPU = pytest.param("triton", id="cuda", marks=pytest.mark.gpu)
 EVERYWHERE = (*BACKENDS, ON_GPU)
 DENSE_EVERYWHERE = (*DENSE_BACKENDS, ON_GPU)
 SHAPES = ((), (0,), (7, 5), (129,))
+
+MATRICES = ((7, 5), (0, 3), (3, 70, 2), (1, 9), (65, 150), (7, 5), (9, 1))
 
 
 class Case(NamedTuple):
@@ -98,6 +102,12 @@ CASES = [
     Case(MARS, textbook.MARS, dict(lr=0.01, weight_decay=0.1)),
     Case(LAMB, textbook.LAMB, dict(lr=0.01, weight_decay=0.1)),
     Case(Prodigy, textbook.Prodigy, dict(d0=1e-3, weight_decay=0.1)),
+]
+# The same for rules of whole matrices, whose parameters have the shapes ``MATRICES``; in float64 they differ by rounding.
+MATRIX_CASES = [
+    Case(Muon, textbook.Muon, dict(lr=0.1)),
+    Case(Muon, textbook.Muon, dict(lr=0.1, nesterov=False, adjust_lr_fn="match_rms_adamw")),
+    Case(NorMuon, textbook.NorMuon, dict(weight_decay=0.1)),
 ]
 # State that does not start at zero: NAdam's and ASGD's scalars, Adagrad's sums, Rprop's step sizes.
 NONZERO_START = [case for case in CASES if case.ours in (NAdam, Adagrad, Rprop, ASGD)]

@@ -1,6 +1,6 @@
 """The public names; ``descend`` itself imports them when one is first asked for."""
 
-from torch.optim import Adafactor, Muon, Optimizer, lr_scheduler, swa_utils
+from torch.optim import Adafactor, Optimizer, lr_scheduler, swa_utils
 
 from descend.backends.backend import RuleError
 from descend.checkpoint.matching import IncompatibleKeys
@@ -14,6 +14,7 @@ from descend.first_order.in_backward import in_backward
 from descend.first_order.lamb import LAMB
 from descend.first_order.mars import MARS
 from descend.first_order.momenta import Adan, AdEMAMix
+from descend.first_order.muon import Muon, NorMuon
 from descend.first_order.optimizer import FirstOrder, warmup
 from descend.first_order.prodigy import Prodigy
 from descend.first_order.schedule_free import AdamWScheduleFree
@@ -50,6 +51,7 @@ __all__ = [
     "Muon",
     "NAdam",
     "Newton",
+    "NorMuon",
     "Optimizer",
     "Prodigy",
     "Progress",

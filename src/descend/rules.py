@@ -316,11 +316,11 @@ def adan(
     Adam with a second average, that of the differences between successive gradients. A parameter's first step, where
     ``is_first`` is 1, has no difference. ``shrink`` decays before the step, ``shrink_after`` after it, as in the paper.
     """
-    diff = grad - where(is_first > 0, grad, previous_grad)
-    ahead = grad + (1 - gain2) * diff
+    half_diff = 0.5 * grad - 0.5 * where(is_first > 0, grad, previous_grad)  # the whole could overflow
+    ahead = grad + 2 * (1 - gain2) * half_diff
     exp_avg = (1 - gain1) * exp_avg + gain1 * grad
     exp_avg_sq = (1 - gain3) * exp_avg_sq + gain3 * ahead * ahead
-    exp_avg_diff = (1 - gain2) * exp_avg_diff + gain2 * diff
+    exp_avg_diff = (1 - gain2) * exp_avg_diff + 2 * gain2 * half_diff
     update = (avg_lr * exp_avg + diff_lr * exp_avg_diff) / (sqrt(exp_avg_sq / bias3) + eps)
     return shrink_after * (shrink * param - update), exp_avg, exp_avg_sq, exp_avg_diff, grad
 

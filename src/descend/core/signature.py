@@ -5,12 +5,11 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Mapping
 from functools import cache
-from typing import Any, Literal, NamedTuple, TypeAlias, TypeVar
+from typing import Any, Literal, NamedTuple, TypeAlias
 
 import torch
 
 Kind: TypeAlias = Literal["element", "matrix"]
-Rule = TypeVar("Rule", bound=Callable[..., Any])
 
 _POSITIONAL = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
 
@@ -42,21 +41,17 @@ class Signature(NamedTuple):
         return self.scalars[: len(self.scalars) - len(self.formed)]
 
 
-def of_matrices(rule: Rule) -> Rule:
-    """Mark a rule as one of whole matrices, which no backend may cut into elements, chunks or rows."""
-    rule.kind = "matrix"  # type: ignore[attr-defined]
-    return rule
-
-
 @cache
 def signature(rule: Callable[..., Any]) -> Signature:
     """The signature of ``rule``, which has as many state tensors as it returns values beyond the parameter."""
     parameters = _positional(rule)
     names = list(parameters)[2:]
     kind: Kind = getattr(rule, "kind", "element")
-    shape = (1, 1) if kind == "matrix" else ()
-    results = rule(*(torch.ones(shape, dtype=torch.float64, device="cpu") for _ in parameters))
-    count = len(results) - 1 if isinstance(results, tuple) else 0
+    count = getattr(rule, "state", None)
+    if count is None:
+        shape = (1, 1) if kind == "matrix" else ()
+        results = rule(*(torch.ones(shape, dtype=torch.float64, device="cpu") for _ in parameters))
+        count = len(results) - 1 if isinstance(results, tuple) else 0
     scalars = names[count:]
     defaults = {n: parameters[n].default for n in scalars if parameters[n].default is not inspect.Parameter.empty}
     takes = Signature(tuple(names[:count]), tuple(scalars), defaults, kind)

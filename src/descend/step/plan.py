@@ -234,7 +234,7 @@ class Plan:
             self._check_no_sums(optimizer, param, takes)
             return entry._replace(local=param, share=None, reason="differentiable=True", in_order=True)
         reason = None  # of a compiled backend, whichever of the others runs it then
-        for backend in available(self._requested):
+        for backend in available(self._requested, takes.kind):
             if sparse:
                 why_not = backend.why_not_rows(rule, local, tensors)
             else:
