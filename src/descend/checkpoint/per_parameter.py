@@ -284,7 +284,9 @@ class _Reading:
         for name in method.defaults:
             if isinstance(group[name], int | float):
                 needed &= set(signature(method.rule_for({**group, name: 0})).state)
-        return needed.union(method.scalar_state, ["step"] if method.counts_steps else [])
+        return needed.difference(method.optional_state).union(
+            method.scalar_state, ["step"] if method.counts_steps else []
+        )
 
     def _entry(self, method: Method, param: Tensor, key: str, value: Any, shape: torch.Size | None, name: str) -> Any:
         """One entry of a state; ``shape``: what it must have if the rule uses it, else None."""

@@ -47,6 +47,7 @@ class Adamax(FirstOrder):
         Kingma & Ba 2015, Algorithm 2, https://arxiv.org/abs/1412.6980
     """
 
+    decay = "l2"
     rule = staticmethod(rules.adamax)
     nonnegative_state = ("exp_inf",)
 
