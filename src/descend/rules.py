@@ -251,6 +251,11 @@ def schedule_free_adamw(param, grad, z, exp_avg_sq, lr, gain2, eps, weight_decay
     return param, z - lr * update, exp_avg_sq
 
 
+def first_average(param, grad, exp_avg, gain1):
+    """Where Adam and its relatives move before they divide, for cautious updates, which need the sign alone."""
+    return (1 - gain1) * exp_avg + gain1 * grad
+
+
 # The steps that a row of an embedding misses while it gets no gradient.
 
 

@@ -124,7 +124,7 @@ def test_a_rule_with_sums_keeps_them_beside_an_average() -> None:
 
 
 def test_a_rule_with_sums_cannot_be_cautious_in_its_update() -> None:
-    with pytest.raises(ValueError, match="the rule normalized is formed from sums"):
+    with pytest.raises(ValueError, match="the rule normalized needs sums over tensors"):
         composed(normalized, UPDATE)
 
 

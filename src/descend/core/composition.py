@@ -7,6 +7,7 @@ backends that read code and backends that read source compile it like any other;
 from __future__ import annotations
 
 import hashlib
+import inspect
 import linecache
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache
@@ -41,13 +42,18 @@ class Additions(NamedTuple):
 
 
 @cache
-def composed(rule: Rule, additions: Additions) -> Rule:
+def composed(rule: Rule, additions: Additions, direction: Rule | None = None) -> Rule:
     """``rule`` with ``additions``. The same arguments give the same function.
 
-    Its state is that of ``rule``, then ``ema``. Its scalars are those of ``rule`` that are not formed from sums; then
-    those of the additions, if they have them: the decay and what the average gains a step; then those formed from sums:
-    the rule's, or what a cautious update is multiplied by.
+    Its state is that of ``rule``, then ``ema``. Its scalars are those that ``rule`` is given; then those of the
+    additions, if they have them: the decay and what the average gains a step; then those that are formed of sums: the
+    rule's, or what a cautious update is multiplied by.
 
+    Args:
+        rule: the rule.
+        additions: what to add.
+        direction: a function of some of the rule's arguments, by name, with the sign of what the rule takes from the
+            parameter apart from decay. A cautious update then counts without applying the rule. Default: None.
     Raises:
         ValueError: if the rule has state called ``ema``, or sums of its own beside a cautious update.
     """
@@ -55,62 +61,108 @@ def composed(rule: Rule, additions: Additions) -> Rule:
     if additions.ema and "ema" in takes.state:
         raise ValueError(f"the rule {rule.__name__} has state called ema: an average of the weights needs that name.")
     if additions.cautious_update and takes.summed is not None:
-        raise ValueError(f"the rule {rule.__name__} is formed from sums: it cannot be made cautious in its update.")
-    taken = {*takes.state, *takes.scalars, "rule", "part", "where", "zeros_like", "scale_of"}
-    param, grad, move, decay, gain, scale = (
-        _free(name, taken) for name in ("param", "grad", "move", "decay", "ema_gain", "scale")
-    )
-    has_decay = additions.decay in ("decoupled", "l2")
-    added = [*[decay] * has_decay, *[gain] * additions.ema]
-    given = [param, grad, *takes.state, *["ema"] * additions.ema, *takes.given, *added]
-    is_matrix = takes.kind == "matrix"
-    sums_agreement = additions.cautious_update and not is_matrix
-    formed = [scale] if sums_agreement else list(takes.formed)
-
-    # What the rule is asked for: the new parameter, or the move from zero, which has all digits of a small update.
-    asked = [param, grad]
-    lines = []
-    if additions.decay == "l2":
-        lines.append(f"{grad} = {grad} + {decay} * {param}")
-    if additions.decay is not None:
-        asked[0] = f"zeros_like({param})" if is_matrix else "0.0"
-    target = param if additions.decay is None and not additions.cautious_update else move
-    call = f"rule({', '.join([*asked, *takes.state, *takes.scalars])})"
-    lines.append(f"{', '.join([target, *takes.state])} = {call}")
-    if target == move and additions.decay is None:
-        lines.append(f"{move} = {move} - {param}")
-    counted = [*lines, f"return where({move} * {grad} < 0.0, 1.0, 0.0)"]
-
-    if additions.cautious_update and is_matrix:
-        lines.append(f"{scale} = scale_of({move} * {grad} < 0.0)")
-    if additions.cautious_update:  # a move of NaN stays one
-        lines.append(f"{move} = where({move} * {grad} >= 0.0, 0.0, {scale} * {move})")
-    if additions.decay == "decoupled":
-        amount = f"{decay} * {param}"
-        if additions.cautious_decay:
-            amount = f"where({move} * {param} > 0.0, 0.0, {amount})"
-        lines.append(f"{move} = {move} - {amount}")
-    if target == move:
-        lines.append(f"{param} = {param} + {move}")
-    if additions.ema:
-        lines.append(f"ema = ema + {gain} * ({param} - ema)")
-    results = [param, *takes.state, *["ema"] * additions.ema]
-    lines.append(f"return {', '.join(results)}")
-
+        raise ValueError(f"the rule {rule.__name__} needs sums over tensors: it cannot be made cautious in its update.")
+    text = _Text(rule, additions, direction)
     words = ["cautious"] * (additions.cautious_update or additions.cautious_decay) + ["ema"] * additions.ema
     name = "_".join([rule.__name__.strip("<>"), *(words or ["decay"])])
-    namespace: dict[str, Any] = {"rule": rule, "where": where}
-    if is_matrix:
-        namespace |= {"zeros_like": torch.zeros_like, "scale_of": _scale_of}
-    function = _function(name, [*given, *formed], lines, namespace)
-    if is_matrix:
+    namespace = {
+        "rule": rule,
+        "part": takes.summed,
+        "direction": direction,
+        "where": where,
+        "zeros_like": torch.zeros_like,
+        "scale_of": _scale_of,
+    }
+    function = _function(name, [*text.given, *text.formed], [*text.moved(), *text.changed()], namespace)
+    if takes.kind == "matrix":
         return of_matrices(function)
-    if sums_agreement:
-        return summing(_function(f"{name}_agreeing", given, counted, namespace))(function)
-    if takes.summed is not None:
-        part = [f"return part({', '.join([param, grad, *takes.state, *takes.given])})"]
-        return summing(_function(f"{name}_sums", given, part, {"part": takes.summed}))(function)
+    if text.formed:
+        part = text.counted() if additions.cautious_update else text.rules_part()
+        return summing(_function(f"{name}_sums", text.given, part, namespace))(function)
     return function
+
+
+class _Text:
+    """The source of a composed rule, and of what is summed for it.
+
+    Args:
+        rule, additions, direction: see ``composed``.
+    Attributes:
+        given: names of the arguments that are known before anything is summed.
+        formed: names of the scalars that are formed of sums.
+    """
+
+    def __init__(self, rule: Rule, additions: Additions, direction: Rule | None) -> None:
+        self._takes, self._additions = signature(rule), additions
+        self._is_matrix = self._takes.kind == "matrix"
+        taken = {
+            *self._takes.state,
+            *self._takes.scalars,
+            "rule",
+            "part",
+            "direction",
+            "where",
+            "zeros_like",
+            "scale_of",
+        }
+        names = ("param", "grad", "move", "decay", "ema_gain", "scale")
+        self._param, self._grad, self._move, self._decay, self._gain, self._scale = (
+            _free(name, taken) for name in names
+        )
+        self._ema = ["ema"] * additions.ema
+        added = [*[self._decay] * (additions.decay in ("decoupled", "l2")), *[self._gain] * additions.ema]
+        self.given = [self._param, self._grad, *self._takes.state, *self._ema, *self._takes.given, *added]
+        counts = additions.cautious_update and not self._is_matrix  # a rule of matrices counts by itself
+        self.formed = [self._scale] if counts else [*self._takes.formed]
+        read = [] if direction is None else [*inspect.signature(direction).parameters]
+        self._direction = f"direction({', '.join(read)})" if read and {*read} <= {*self.given} else None
+
+    def moved(self) -> list[str]:
+        """Apply the rule, to the parameter if nothing is done with its step; else to zero, and the step is ``move``.
+
+        From zero, a small step has all its digits. A rule that decays by itself may not be asked so.
+        """
+        asked, found, after = self._param, self._param, []
+        if self._additions.decay is not None:
+            asked, found = f"zeros_like({self._param})" if self._is_matrix else "0.0", self._move
+        elif self._additions.cautious_update:
+            found, after = self._move, [f"{self._move} = {self._move} - {self._param}"]
+        state, arguments = self._takes.state, [asked, self._grad, *self._takes.state, *self._takes.scalars]
+        return [*self._with_l2(), f"{', '.join([found, *state])} = rule({', '.join(arguments)})", *after]
+
+    def counted(self) -> list[str]:
+        """Return 1 for an element whose update agrees with its gradient, else 0."""
+        if self._direction is not None:
+            return [*self._with_l2(), f"return where({self._direction} * {self._grad} > 0.0, 1.0, 0.0)"]
+        return [*self.moved(), f"return where({self._move} * {self._grad} < 0.0, 1.0, 0.0)"]
+
+    def rules_part(self) -> list[str]:
+        """Return what the rule's own part does."""
+        return [f"return part({', '.join([self._param, self._grad, *self._takes.state, *self._takes.given])})"]
+
+    def changed(self) -> list[str]:
+        """Change ``move``, move the parameter, and average it."""
+        param, move, additions = self._param, self._move, self._additions
+        lines = []
+        if additions.cautious_update:  # a move of NaN stays one
+            if self._is_matrix:
+                lines.append(f"{self._scale} = scale_of({move} * {self._grad} < 0.0)")
+            lines.append(f"{move} = where({move} * {self._grad} >= 0.0, 0.0, {self._scale} * {move})")
+        if additions.decay == "decoupled":
+            decay = f"{self._decay} * {param}"
+            if additions.cautious_decay:
+                decay = f"where({move} * {param} > 0.0, 0.0, {decay})"
+            lines.append(f"{move} = {move} - {decay}")
+        if additions.cautious_update or additions.decay is not None:
+            lines.append(f"{param} = {param} + {move}")
+        if additions.ema:
+            lines.append(f"ema = ema + {self._gain} * ({param} - ema)")
+        return [*lines, f"return {', '.join([param, *self._takes.state, *self._ema])}"]
+
+    def _with_l2(self) -> list[str]:
+        """Add L2 regularization to the gradient, if it is not the rule that does so."""
+        grad = self._grad
+        return [f"{grad} = {grad} + {self._decay} * {self._param}"] if self._additions.decay == "l2" else []
 
 
 def cautious_scale(agreeing: float, numel: int) -> float:

@@ -55,8 +55,8 @@ class Method:
     fixed_options: ClassVar[Mapping[str, Any]] = MappingProxyType({})  # of groups, whatever a file says
     is_for_groups: ClassVar[bool] = True  # whether groups of another optimizer may have this method
     optional_state: ClassVar[tuple[str, ...]] = ()  # made where it is missing, whatever else there is
-    # What ``weight_decay`` does; see ``decay_of``.
-    decay: ClassVar[Decay | None] = None
+    decay: ClassVar[Decay | None] = None  # what ``weight_decay`` does, see ``decay_of``
+    direction: ClassVar[Callable[..., Any] | None] = None  # cheaper than the rule, see ``core.composition.composed``
     state_follows_param: ClassVar[bool] = False  # it holds points, which a longer or shorter step would miss
 
     options: StepOptions

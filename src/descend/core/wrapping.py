@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from typing import Any
@@ -12,6 +13,7 @@ from torch import Tensor
 from descend.core.composition import Additions, cautious_scale, composed
 from descend.core.method import Method, StateSpec
 from descend.core.options import StepOptions
+from descend.core.signature import signature
 
 # What a class says of its methods, and a method made of another says as that does.
 _SAID = tuple(name for name, kind in Method.__annotations__.items() if str(kind).startswith("ClassVar"))
@@ -45,7 +47,9 @@ class Wrapped(Method):
     """
 
     def __init__(self, method: Method) -> None:
-        self._inside, self.options, self.defaults = method, method.options, method.defaults
+        # An optimizer holds what wraps it, and is to be freed when nobody else holds it.
+        self._inside: Method = weakref.proxy(method)
+        self.options, self.defaults = method.options, method.defaults
         for name in _SAID:
             if hasattr(method, name):
                 setattr(self, name, getattr(method, name))
@@ -60,7 +64,9 @@ class Wrapped(Method):
     def rule_for(self, group: Mapping[str, Any]) -> Callable[..., Any]:
         self._check(group)
         rule, additions = self._inside.rule_for(group), self._additions(group)
-        return rule if additions == Additions() else composed(rule, additions)
+        if additions == Additions():
+            return rule
+        return composed(rule, additions, self._inside.direction if self._cautious_update else None)
 
     def scalars(self, group: Mapping[str, Any], step: float) -> tuple[Any, ...]:
         return (*self._inside.scalars(self._view(group), step), *self._added(group))
@@ -174,6 +180,14 @@ class Wrapped(Method):
                 f"{name}: cautious={options.cautious!r} would change how the parameters move, and the state of {name} "
                 "follows them: leave cautious out."
             )
+        takes = signature(self._inside.rule_for(group))
+        if self._cautious_update and takes.summed is not None:
+            raise ValueError(
+                f"{name}: cautious={options.cautious!r} sums up how many updates agree with the gradient, and the rule of "
+                f"{name} needs sums of its own: leave cautious out, or use 'decay'."
+            )
+        if self._has_ema and "ema" in takes.state:
+            raise ValueError(f"{name}: ema={options.ema} would keep an average called ema, but {name} has such state.")
         # A group of another method than the optimizer's may have nothing to decay.
         if decay == "decoupled" or (decay == "none" and "method" in group):
             if options.decay_by != "lr":
