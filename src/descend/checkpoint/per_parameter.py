@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from functools import cache
 from numbers import Real
 from typing import Any
@@ -283,7 +284,8 @@ class _Reading:
         needed = set(signature(method.rule_for(group)).state)
         for name in method.defaults:
             if isinstance(group[name], int | float):
-                needed &= set(signature(method.rule_for({**group, name: 0})).state)
+                with suppress(ValueError):  # options that the method refuses
+                    needed &= set(signature(method.rule_for({**group, name: 0})).state)
         return needed.difference(method.optional_state).union(
             method.scalar_state, ["step"] if method.counts_steps else []
         )

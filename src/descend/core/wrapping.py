@@ -156,7 +156,7 @@ class Wrapped(Method):
         meaning = self._inside.meaning_of_sparse(param, group)
         if self._cautious_update:
             raise RuntimeError(
-                f"{type(self).__name__}: cautious={self.options.cautious!r} counts in the whole tensor how many updates "
+                f"{type(self).__name__}: cautious={self.options.cautious!r} counts in the whole tensor which updates "
                 f"agree with the gradient, but {self.name_of(param)} has a sparse gradient: make it dense, or leave "
                 "cautious out. Nothing has moved."
             )
@@ -170,7 +170,8 @@ class Wrapped(Method):
         return self._inside.ends_steps
 
     def may_decide_on_device(self, group: Mapping[str, Any]) -> bool:
-        return self._inside.may_decide_on_device(group)
+        # What is summed, the host forms scalars of.
+        return self._inside.may_decide_on_device(group) and signature(self.rule_for(group)).summed is None
 
     def _check(self, group: Mapping[str, Any]) -> None:
         """Raise ``ValueError`` if a group cannot have what the options add."""
@@ -183,7 +184,7 @@ class Wrapped(Method):
         takes = signature(self._inside.rule_for(group))
         if self._cautious_update and takes.summed is not None:
             raise ValueError(
-                f"{name}: cautious={options.cautious!r} sums up how many updates agree with the gradient, and the rule of "
+                f"{name}: cautious={options.cautious!r} counts which updates agree with the gradient, and the rule of "
                 f"{name} needs sums of its own: leave cautious out, or use 'decay'."
             )
         if self._has_ema and "ema" in takes.state:

@@ -265,8 +265,8 @@ class FirstOrder(MethodOptimizer):
         """Raise ``RuntimeError`` while the weights are their averages."""
         if self._is_averaged:
             raise RuntimeError(
-                f"{type(self).__name__}: inside `with optimizer.averaged()` the weights are their averages. Step, load, "
-                "save and copy the optimizer outside of it."
+                f"{type(self).__name__}: inside `with optimizer.averaged()` the weights are their averages. Step, "
+                "save, load and copy the optimizer outside of it."
             )
 
     def check_step_options(self) -> None:
