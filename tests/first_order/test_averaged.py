@@ -308,7 +308,7 @@ def test_a_monitor_sees_the_same_steps() -> None:
     for options in ({}, dict(ema=0.5)):
         (param,) = leaves([(129,)], torch.float32)
         optimizer = AdamW([("weight", param)], lr=0.1, **options)
-        with Monitor(optimizer) as monitor:
+        with Monitor(optimizer, every=1) as monitor:
             give_grads([param], 0)
             optimizer.step()
             found.append(monitor.read()["params"])
