@@ -16,7 +16,8 @@ from torch import Tensor
 from descend import ops, rules
 from descend.backends.retarget import fingerprint
 from descend.core.composition import Additions, cautious_scale, composed
-from descend.core.signature import of_matrices, signature, summing
+from descend.core.signature import of_matrices, signature
+from descend.ops import summing
 
 EMA = Additions(ema=True)
 DECAY = Additions("decoupled", cautious_decay=True)

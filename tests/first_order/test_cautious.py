@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.optim.lr_scheduler import CosineAnnealingLR, OneCycleLR
 
 from descend import ASGD, SGD, Adam, AdamW, AdamWScheduleFree, FirstOrder, Lion, Rprop, from_rule, in_backward
-from descend.core.signature import summing
+from descend.ops import summing
 
 FREE = [case for case in CASES if not case.ours.state_follows_param]  # their moves may be changed
 # Where decay is not decoupled, the first alone.

@@ -16,8 +16,8 @@ from typing import Any, Literal, NamedTuple, TypeAlias
 import torch
 from torch import Tensor
 
-from descend.core.signature import of_matrices, signature, summing
-from descend.ops import where
+from descend.core.signature import of_matrices, signature
+from descend.ops import summing, where
 
 Decay: TypeAlias = Literal["decoupled", "l2", "none"]
 Rule: TypeAlias = Callable[..., Any]
