@@ -129,9 +129,11 @@ def test_a_rule_with_sums_cannot_be_cautious_in_its_update() -> None:
         composed(normalized, UPDATE)
 
 
-@of_matrices
 def product(param: Any, grad: Any, lr: Any) -> Any:
     return param - lr * grad @ grad.mT @ grad
+
+
+of_matrices(product, stacked=lambda: product)
 
 
 def test_a_rule_of_matrices_stays_one_and_counts_by_itself() -> None:
@@ -141,13 +143,13 @@ def test_a_rule_of_matrices_stays_one_and_counts_by_itself() -> None:
     param, grad = (
         torch.randn(2, 3, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(i)) for i in (1, 2)
     )
-    found, ema = rule(param, grad, param, 0.1, 0.0, 0.25)
-    for i in range(2):
-        move = -0.1 * grad[i] @ grad[i].mT @ grad[i]
-        mask = (move * grad[i] < 0).double()
-        expected = param[i] + move * mask / mask.mean()
-        torch.testing.assert_close(found[i], expected, rtol=1e-5, atol=0)  # counted in float32
-        torch.testing.assert_close(ema[i], 0.75 * param[i] + 0.25 * found[i])
+    move = -0.1 * grad @ grad.mT @ grad
+    mask = (move * grad < 0).double()
+    for stacked, share in ((False, mask.mean()), (True, mask.mean((1, 2), keepdim=True))):
+        each = rule.stacked() if stacked else rule  # type: ignore[attr-defined]
+        found, ema = each(param, grad, param, 0.1, 0.0, 0.25)
+        torch.testing.assert_close(found, param + move * mask / share, rtol=1e-5, atol=0)  # counted in float32
+        torch.testing.assert_close(ema, 0.75 * param + 0.25 * found)
 
 
 def test_source_is_found_and_compiles_for_other_backends() -> None:

@@ -42,7 +42,7 @@ class Additions(NamedTuple):
 
 
 @cache
-def composed(rule: Rule, additions: Additions, direction: Rule | None = None) -> Rule:
+def composed(rule: Rule, additions: Additions, direction: Rule | None = None, stacked: int = 0) -> Rule:
     """``rule`` with ``additions``. The same arguments give the same function.
 
     Its state is that of ``rule``, then ``ema``. Its scalars are those that ``rule`` is given; then those of the
@@ -54,6 +54,7 @@ def composed(rule: Rule, additions: Additions, direction: Rule | None = None) ->
         additions: what to add.
         direction: a function of some of the rule's arguments, by name, with the sign of what the rule takes from the
             parameter apart from decay. A cautious update then counts without applying the rule. Default: None.
+        stacked: of a rule of matrices, how many leading dimensions are a batch of parameters. Default: 0.
     Raises:
         ValueError: if the rule has state called ``ema``, or sums of its own beside a cautious update.
     """
@@ -62,7 +63,7 @@ def composed(rule: Rule, additions: Additions, direction: Rule | None = None) ->
         raise ValueError(f"the rule {rule.__name__} has state called ema: an average of the weights needs that name.")
     if additions.cautious_update and takes.summed is not None:
         raise ValueError(f"the rule {rule.__name__} needs sums over tensors: it cannot be made cautious in its update.")
-    text = _Text(rule, additions, direction)
+    text = _Text(rule, additions, direction, stacked)
     words = ["cautious"] * (additions.cautious_update or additions.cautious_decay) + ["ema"] * additions.ema
     name = "_".join([rule.__name__.strip("<>"), *(words or ["decay"])])
     namespace = {
@@ -75,7 +76,9 @@ def composed(rule: Rule, additions: Additions, direction: Rule | None = None) ->
     }
     function = _function(name, [*text.given, *text.formed], [*text.moved(), *text.changed()], namespace)
     if takes.kind == "matrix":
-        return of_matrices(function)
+        stack: Callable[[], Rule] | None = getattr(rule, "stacked", None)
+        again = None if stack is None else lambda: composed(stack(), additions, direction, stacked + 1)
+        return of_matrices(function, len(takes.state) + additions.ema, again)
     if text.formed:
         part = text.counted() if additions.cautious_update else text.rules_part()
         return summing(_function(f"{name}_sums", text.given, part, namespace))(function)
@@ -86,14 +89,14 @@ class _Text:
     """The source of a composed rule, and of what is summed for it.
 
     Args:
-        rule, additions, direction: see ``composed``.
+        rule, additions, direction, stacked: see ``composed``.
     Attributes:
         given: names of the arguments that are known before anything is summed.
         formed: names of the scalars that are formed of sums.
     """
 
-    def __init__(self, rule: Rule, additions: Additions, direction: Rule | None) -> None:
-        self._takes, self._additions = signature(rule), additions
+    def __init__(self, rule: Rule, additions: Additions, direction: Rule | None, stacked: int) -> None:
+        self._takes, self._additions, self._stacked = signature(rule), additions, stacked
         self._is_matrix = self._takes.kind == "matrix"
         taken = {
             *self._takes.state,
@@ -146,7 +149,7 @@ class _Text:
         lines = []
         if additions.cautious_update:  # a move of NaN stays one
             if self._is_matrix:
-                lines.append(f"{self._scale} = scale_of({move} * {self._grad} < 0.0)")
+                lines.append(f"{self._scale} = scale_of({move} * {self._grad} < 0.0, {self._stacked})")
             lines.append(f"{move} = where({move} * {self._grad} >= 0.0, 0.0, {self._scale} * {move})")
         if additions.decay == "decoupled":
             decay = f"{self._decay} * {param}"
@@ -175,9 +178,10 @@ def cautious_scale(agreeing: float, numel: int) -> float:
     return 1 / max(agreeing / max(numel, 1), 1e-3)
 
 
-def _scale_of(agrees: Tensor) -> Tensor:
-    """The same for each matrix of a batch."""
-    return 1 / agrees.float().mean((-2, -1), keepdim=True).clamp(min=1e-3)
+def _scale_of(agrees: Tensor, stacked: int) -> Tensor:
+    """The same for each parameter of a batch, over whose first dimensions parameters are stacked."""
+    dims = tuple(range(stacked, agrees.dim()))
+    return 1 / agrees.float().mean(dims, keepdim=True).clamp(min=1e-3)
 
 
 def _free(name: str, taken: set[str]) -> str:
