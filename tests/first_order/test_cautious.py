@@ -10,11 +10,23 @@ from typing import Any
 import pytest
 import textbook
 import torch
-from cases import CASES, DENSE_BACKENDS, Case, assert_same_state, give_grads, leaves, params_of, state_of
+from cases import (
+    CASES,
+    DENSE_BACKENDS,
+    MATRICES,
+    MATRIX_CASES,
+    SHAPES,
+    Case,
+    assert_same_state,
+    give_grads,
+    leaves,
+    params_of,
+    state_of,
+)
 from torch import Tensor
 from torch.optim.lr_scheduler import CosineAnnealingLR, OneCycleLR
 
-from descend import ASGD, SGD, Adam, AdamW, AdamWScheduleFree, FirstOrder, Lion, Rprop, from_rule, in_backward
+from descend import ASGD, SGD, Adam, AdamW, AdamWScheduleFree, FirstOrder, Lion, Muon, Rprop, from_rule, in_backward
 from descend.ops import summing
 
 FREE = [case for case in CASES if not case.ours.state_follows_param]  # their moves may be changed
@@ -28,7 +40,7 @@ OPTIONS: list[dict[str, Any]] = [
 
 
 def decay_of(case: Case) -> str:
-    decoupled = case.ours is AdamW or case.options.get("decoupled_weight_decay", False)
+    decoupled = issubclass(case.ours, AdamW | Muon) or case.options.get("decoupled_weight_decay", False)
     return "decoupled" if decoupled or case.ours is Lion else "none" if case.ours is Rprop else "l2"
 
 
@@ -36,12 +48,10 @@ class Pair:
     """Our optimizer with options, and a naive version of them around torch's, on equal parameters."""
 
     def __init__(self, case: Case, options: dict[str, Any], backend: str = "auto", **more: Any) -> None:
-        self.ours = case.ours(leaves(), **case.options, **options, **more, backend=backend)
-        inner = dict(case.options)
-        decay = inner.pop("weight_decay", 0.01 if case.ours is AdamW else 0.0)
-        if case.ours is AdamW:
-            inner["weight_decay"] = 0.0
-        theirs = case.theirs(leaves(), **inner)
+        shapes = MATRICES if issubclass(case.ours, Muon) else SHAPES
+        self.ours = case.ours(leaves(shapes), **case.options, **options, **more, backend=backend)
+        decay = self.ours.param_groups[0].get("weight_decay", 0.0)
+        theirs = case.theirs(leaves(shapes), **case.options | ({} if case.ours is Rprop else dict(weight_decay=0.0)))
         lr = float(theirs.param_groups[0]["lr"])
         self.theirs = textbook.Wrapped(theirs, decay_of(case), decay, lr, more.get("maximize", False), **options)
 
@@ -73,6 +83,15 @@ def test_steps_are_those_of_the_papers(case: Case, options: dict[str, Any], back
     for seed in range(6):
         pair.step(seed)
     pair.assert_equal()
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+@pytest.mark.parametrize("case", MATRIX_CASES, ids=str)
+def test_steps_of_matrices_are_those_of_the_papers(case: Case, options: dict[str, Any]) -> None:
+    pair = Pair(case, options)
+    for seed in range(3):
+        pair.step(seed)
+    pair.assert_equal(1e-8)  # of an orthogonal matrix that rounding has passed through five products
 
 
 @pytest.mark.parametrize("options", OPTIONS[:3], ids=str)

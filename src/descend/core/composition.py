@@ -16,8 +16,9 @@ from typing import Any, Literal, NamedTuple, TypeAlias
 import torch
 from torch import Tensor
 
-from descend.core.signature import of_matrices, signature
-from descend.ops import summing, where
+from descend.core.memory import widest
+from descend.core.signature import signature
+from descend.ops import of_matrices, summing, where
 
 Decay: TypeAlias = Literal["decoupled", "l2", "none"]
 Rule: TypeAlias = Callable[..., Any]
@@ -181,7 +182,7 @@ def cautious_scale(agreeing: float, numel: int) -> float:
 def _scale_of(agrees: Tensor, stacked: int) -> Tensor:
     """The same for each parameter of a batch, over whose first dimensions parameters are stacked."""
     dims = tuple(range(stacked, agrees.dim()))
-    return 1 / agrees.float().mean(dims, keepdim=True).clamp(min=1e-3)
+    return 1 / agrees.to(widest(agrees.device)).mean(dims, keepdim=True).clamp(min=1e-3)
 
 
 def _free(name: str, taken: set[str]) -> str:
