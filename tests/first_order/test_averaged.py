@@ -16,7 +16,7 @@ from cases import CASES, DENSE_BACKENDS, Case, give_grads, leaves, params_of
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from descend import SGD, AdamW, AdamWScheduleFree, Lion, Monitor, in_backward
+from descend import SGD, AdamW, AdamWScheduleFree, Lion, Monitor, Muon, in_backward
 from descend.state import averages
 
 EMA = 0.9
@@ -325,6 +325,25 @@ def test_an_optimizer_with_averages_is_freed_with_its_last_name() -> None:
         assert reference() is None
     finally:
         gc.enable()
+
+
+def test_a_model_with_muon_and_adamw_inside_is_averaged_as_a_whole(capsys: pytest.CaptureFixture[str]) -> None:
+    shown, weights = [], []
+    for options in ({}, dict(ema=0.5)):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Embedding(10, 8), nn.Linear(8, 16), nn.Linear(16, 8), nn.Linear(8, 4))
+        optimizer = Muon(model, lr=0.02, adamw=dict(lr=0.01), **options)
+        old = values_of(model)
+        model(torch.tensor([1, 2])).square().sum().backward()
+        shown.append([row.options for row in optimizer.summary()])
+        optimizer.step()
+        weights.append(values_of(model))
+        assert not optimizer.options.ema or len(optimizer.methods()) == 2
+    assert shown[0] == shown[1]
+    assert all(map(torch.equal, *weights))
+    with optimizer.averaged():
+        for param, before, after in zip(model.parameters(), old, weights[1], strict=True):
+            torch.testing.assert_close(param.detach(), (before + after) / 2)
 
 
 def test_summary_counts_the_memory_of_averages() -> None:

@@ -62,6 +62,11 @@ class Method:
     options: StepOptions
     defaults: dict[str, Any]
 
+    @property
+    def kind(self) -> type[Method]:
+        """The class that describes it; options may have added to that."""
+        return type(self)
+
     @abstractmethod
     def name_of(self, param: Tensor) -> str:
         """The parameter's name if it was given with one, else its position in the groups."""

@@ -49,7 +49,7 @@ class Wrapped(Method):
     def __init__(self, method: Method) -> None:
         # An optimizer holds what wraps it, and is to be freed when nobody else holds it.
         self._inside: Method = weakref.proxy(method)
-        self.options, self.defaults = method.options, method.defaults
+        self._kind, self.options, self.defaults = type(method), method.options, method.defaults
         for name in _SAID:
             if hasattr(method, name):
                 setattr(self, name, getattr(method, name))
@@ -58,6 +58,10 @@ class Wrapped(Method):
         self._has_ema = self.options.ema is not None
         if self._has_ema:
             self.optional_state = (*self.optional_state, "ema")  # type: ignore[misc] # of this object
+
+    @property
+    def kind(self) -> type[Method]:
+        return self._kind
 
     # The rule and its scalars.
 
