@@ -357,6 +357,10 @@ def test_a_step_can_be_differentiated_unless_it_counts() -> None:
     assert lr.grad is not None
     agrees = leaf.detach() >= 0
     torch.testing.assert_close(float(lr.grad), -5.0 - float((0.5 * leaf.detach() * agrees).sum()), rtol=1e-6, atol=0.0)
+    counting = AdamW([leaf.clone()], differentiable=True, cautious="update")
+    params_of(counting)[0].grad = torch.ones(5, dtype=torch.float64)
+    with pytest.raises(RuntimeError, match="a step with sums over .* cannot be differentiated"):
+        counting.step()
 
 
 def test_groups_may_have_other_methods() -> None:
