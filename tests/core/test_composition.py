@@ -104,7 +104,7 @@ def test_state_called_ema_is_refused() -> None:
     def rule(param: Any, grad: Any, ema: Any, lr: Any) -> Any:
         return param - lr * ema, ema + grad
 
-    with pytest.raises(ValueError, match="the rule rule has state called ema"):
+    with pytest.raises(ValueError, match="the rule rule uses the name ema"):
         composed(rule, EMA)
 
 

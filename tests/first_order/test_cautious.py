@@ -359,7 +359,7 @@ def test_a_step_can_be_differentiated_unless_it_counts() -> None:
     torch.testing.assert_close(float(lr.grad), -5.0 - float((0.5 * leaf.detach() * agrees).sum()), rtol=1e-6, atol=0.0)
     counting = AdamW([leaf.clone()], differentiable=True, cautious="update")
     params_of(counting)[0].grad = torch.ones(5, dtype=torch.float64)
-    with pytest.raises(RuntimeError, match="a step with sums over .* cannot be differentiated"):
+    with pytest.raises(RuntimeError, match=r"a step with sums over .* cannot be differentiated"):
         counting.step()
 
 

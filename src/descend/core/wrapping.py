@@ -191,8 +191,8 @@ class Wrapped(Method):
                 f"{name}: cautious={options.cautious!r} counts which updates agree with the gradient, and the rule of "
                 f"{name} needs sums of its own: leave cautious out, or use 'decay'."
             )
-        if self._has_ema and "ema" in takes.state:
-            raise ValueError(f"{name}: ema={options.ema} would keep an average called ema, but {name} has such state.")
+        if self._has_ema and "ema" in (*takes.state, *takes.scalars):
+            raise ValueError(f"{name}: ema={options.ema} keeps an average called ema, a name that {name} uses already.")
         # A group of another method than the optimizer's may have nothing to decay.
         if decay == "decoupled" or (decay == "none" and "method" in group):
             if options.decay_by != "lr":
