@@ -448,6 +448,11 @@ def prodigy(
     return (1 - decay) * param - lr * exp_avg / (sqrt(exp_avg_sq) + eps), s, p0, exp_avg, exp_avg_sq
 
 
+def first_average(param, grad, exp_avg, gain1):
+    """Where Adam and its relatives move before they divide, for cautious updates, which need the sign alone."""
+    return (1 - gain1) * exp_avg + gain1 * grad
+
+
 # The steps that a row of an embedding misses while it gets no gradient.
 
 
