@@ -4,7 +4,8 @@ from torch.optim import Adafactor, Muon, Optimizer, lr_scheduler, swa_utils
 
 from descend.backends.backend import RuleError
 from descend.checkpoint.matching import IncompatibleKeys
-from descend.core.groups import no_decay
+from descend.core.groups import combined, no_decay
+from descend.core.layer_decay import layer_decay
 from descend.diagnostics.monitoring.monitor import Monitor
 from descend.first_order.adam import Adam, AdamW
 from descend.first_order.adam_variants import Adamax, NAdam, RAdam
@@ -52,9 +53,11 @@ __all__ = [
     "clip_grad_norm_",
     "clip_grad_value_",
     "clip_grads_with_norm_",
+    "combined",
     "from_rule",
     "get_total_norm",
     "in_backward",
+    "layer_decay",
     "lr_scheduler",
     "minimize",
     "no_decay",
