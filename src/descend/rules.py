@@ -11,6 +11,7 @@ Throughout, ``gain_i = 1 - beta_i`` and ``bias_i = 1 - beta_i**step``. Averages 
 
 from __future__ import annotations
 
+from descend.core.signature import of_rows
 from descend.ops import abs, maximum, minimum, sign, sqrt, where
 
 
@@ -249,6 +250,35 @@ def schedule_free_adamw(param, grad, z, exp_avg_sq, lr, gain2, eps, weight_decay
     update = grad / (sqrt(exp_avg_sq / bias2) + eps) + weight_decay * param
     param = (1 - weight) * param + weight * z - param_lr * update
     return param, z - lr * update, exp_avg_sq
+
+
+# Rules of rows: what is averaged over each row of a table, then what is done with the mean.
+
+
+def l2_square(param, grad, sum, lr, weight_decay, eps):
+    """The square of the gradient of the loss and its L2 penalty."""
+    grad = grad + weight_decay * param
+    return grad * grad
+
+
+@of_rows(l2_square)
+def rowwise_adagrad(param, grad, sum, lr, weight_decay, eps, mean_square):
+    """Adagrad with one sum for each row, as in FBGEMM, https://github.com/pytorch/FBGEMM; weight decay is L2."""
+    grad = grad + weight_decay * param
+    sum = sum + mean_square
+    return param - lr / (sqrt(sum) + eps) * grad, sum
+
+
+def square(param, grad, sum, lr, weight_decay, eps):
+    """The square of the gradient."""
+    return grad * grad
+
+
+@of_rows(square)
+def rowwise_adagradw(param, grad, sum, lr, weight_decay, eps, mean_square):
+    """Row-wise Adagrad with decoupled weight decay, which is multiplied by lr."""
+    sum = sum + mean_square
+    return (1 - lr * weight_decay) * param - lr / (sqrt(sum) + eps) * grad, sum
 
 
 # The steps that a row of an embedding misses while it gets no gradient.
