@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import difflib
-import math
 import re
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
 from typing import Any, TypeAlias
 
@@ -29,7 +28,7 @@ def named(params: Any) -> Any:
 
 
 def grouped(
-    who: str, params: Any, groups: Groups, defaults: Mapping[str, Any]
+    who: str, params: Any, groups: Groups, options_of: Callable[[Mapping[str, Any], str], Mapping[str, Any]]
 ) -> tuple[list[dict[str, Any]], dict[str, str]]:
     """Sort named parameters into groups: first those that no pattern matches, then those of each pattern.
 
@@ -37,8 +36,8 @@ def grouped(
         who: the optimizer's name, for errors.
         params: a module, or ``(name, parameter)`` pairs.
         groups: patterns and options; a parameter belongs to the first pattern that matches its name.
-        defaults: the options that a group may have, and what they are where it does not set them. It may also have
-            ``lr_scale``, which ``lr`` is multiplied by.
+        options_of: returns the options of a group for those of its entry, and raises for options that it may not have;
+            it also gets the text of the pattern.
     Returns:
         Groups in torch's format, none empty; and the text of the matching pattern by parameter name.
     Raises:
@@ -47,21 +46,15 @@ def grouped(
     pairs = named_pairs(who, params)
     names = [name for name, _ in pairs]
     entries = entries_of(who, groups)
-    for pattern, values in entries:
-        allowed = [*defaults, "lr_scale"] if "lr" in defaults else [*defaults]
-        if unknown := [key for key in values if key not in allowed]:
-            raise ValueError(
-                f"{who}: groups: {unknown[0]!r}, for {_text(pattern)!r}, is no option of a group. "
-                f"There are {', '.join(allowed)}."
-            )
+    options = [options_of(values, repr(_text(pattern))) for pattern, values in entries]
     rest = dict.fromkeys(range(len(pairs)))
     patterns: dict[str, str] = {}
     chosen = []
-    for (pattern, values), members in zip(entries, members_of(who, names, entries), strict=True):
+    for (pattern, _), values, members in zip(entries, options, members_of(who, names, entries), strict=True):
         for i in members:
             del rest[i]
             patterns[names[i]] = _text(pattern)
-        chosen.append({"params": [pairs[i] for i in members], **_with_lr(who, values, defaults)})
+        chosen.append({"params": [pairs[i] for i in members], **values})
     return [*([{"params": [pairs[i] for i in rest]}] if rest else []), *chosen], patterns
 
 
@@ -189,17 +182,6 @@ def members_of(who: str, names: Sequence[str], entries: Iterable[tuple[Pattern, 
         rest.difference_update(members)
         result.append(members)
     return result
-
-
-def _with_lr(who: str, values: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
-    """The options of an entry, with ``lr_scale`` multiplied into ``lr``."""
-    options = dict(values)
-    if "lr_scale" in options:
-        scale = options.pop("lr_scale")
-        if not (isinstance(scale, int | float) and 0 <= scale < math.inf):
-            raise ValueError(f"{who}: groups: lr_scale must be a finite number >= 0, got {scale!r}.")
-        options["lr"] = options.get("lr", defaults["lr"]) * scale
-    return options
 
 
 def _matches(pattern: Pattern, name: str) -> bool:

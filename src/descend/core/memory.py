@@ -26,6 +26,11 @@ def row_width(tensor: Tensor) -> int:
     return tensor.numel() // row_count(tensor) if tensor.numel() else 0
 
 
+def row_state_shape(tensor: Tensor) -> torch.Size:
+    """Shape of a state of one number for each of its rows."""
+    return torch.Size([row_count(tensor), 1])
+
+
 def is_on_device(value: object) -> bool:
     """Whether it is a tensor that the host would have to wait for."""
     return isinstance(value, Tensor) and value.device.type != "cpu"

@@ -74,11 +74,6 @@ class RowwiseAdagrad(FirstOrder):
         differentiable: bool = False,
         **options: Unpack[Options],
     ) -> None:
-        if options.setdefault("sparse", "touched") != "touched":
-            raise ValueError(
-                f"RowwiseAdagrad: sparse is always 'touched', got {options['sparse']!r}: rows that a gradient does not "
-                "name stay as they are."
-            )
         defaults = {
             "lr": lr,
             "eps": eps,
@@ -91,6 +86,14 @@ class RowwiseAdagrad(FirstOrder):
 
     def rule_for(self, group: Mapping[str, Any]) -> Callable[..., Any]:
         return rules.rowwise_adagradw if group["decoupled_weight_decay"] else rules.rowwise_adagrad
+
+    def dtype_of_state(self, name: str, param: torch.Tensor) -> torch.dtype:
+        # Sums of half precision would soon stop to grow, and they are few numbers.
+        return self.options.state_dtype or torch.promote_types(param.dtype.to_real(), torch.float32)
+
+    def meaning_of_sparse(self, param: torch.Tensor, group: Mapping[str, Any]) -> str:
+        super().meaning_of_sparse(param, group)
+        return "touched"
 
     def check_options(self, options: Mapping[str, Any]) -> None:
         check_lr(self, options)
