@@ -11,8 +11,8 @@ from torch import Tensor
 from torch.utils._foreach_utils import _get_fused_kernels_supported_devices
 
 from descend.core.checks import check_kinds, check_lr
-from descend.core.options import StepOptions
 from descend.core.memory import row_state_shape
+from descend.core.options import StepOptions
 from descend.core.signature import signature
 
 
@@ -161,8 +161,8 @@ class Method:
             )
         if signature(self.rule_for(group)).kind == "row" and not _names_rows(param.grad):
             raise RuntimeError(
-                f"{type(self).__name__}: a rule of rows needs gradients that are sparse in the first dimension alone, but "
-                f"{self.name_of(param)} has one of {_sparsity(param.grad)}: make it dense."
+                f"{type(self).__name__}: a rule of rows needs gradients that are sparse in the first dimension alone, "
+                f"but {self.name_of(param)} has one of {_sparsity(param.grad)}: make it dense."
             )
         return self.options.sparse or "all"
 

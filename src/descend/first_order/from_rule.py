@@ -41,7 +41,7 @@ def from_rule(rule: Callable[..., Any], name: str, **defaults: Any) -> type[Firs
         tensor([0.9000, 0.9000], requires_grad=True)
     """
     takes = signature(rule)
-    options = [number for number in takes.scalars if number != "step"]
+    options = [number for number in takes.given if number != "step"]
     if reserved := {"params", "maximize", *Options.__annotations__}.intersection(options):
         raise ValueError(f"from_rule: {name} cannot have a number called {sorted(reserved)}: every optimizer has one.")
     values = {"lr": 1e-3, **takes.defaults, **defaults}
@@ -74,6 +74,6 @@ def from_rule(rule: Callable[..., Any], name: str, **defaults: Any) -> type[Firs
         "__doc__": with_sections(rule.__doc__ or f"An optimizer made of the rule ``{rule.__name__}``.", arguments),
         "__module__": rule.__module__,
         "rule": staticmethod(rule),
-        "counts_steps": "step" in takes.scalars,
+        "counts_steps": "step" in takes.given,
     }
     return type(name, (FirstOrder,), members)

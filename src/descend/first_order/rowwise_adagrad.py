@@ -9,7 +9,7 @@ import torch
 from typing_extensions import Unpack
 
 from descend import rules
-from descend.core.checks import check_eps, check_flags, check_lr, check_not_negative
+from descend.core.checks import check_eps, check_lr, check_not_negative
 from descend.core.groups import ParamsT
 from descend.core.options import Options
 from descend.first_order.optimizer import FirstOrder
@@ -25,8 +25,8 @@ class RowwiseAdagrad(FirstOrder):
     A row is what an index of the first dimension names, whatever dimensions follow. A parameter of one dimension has
     rows of one element, where this is Adagrad; a parameter without dimensions is one row.
 
-    A sparse gradient moves the rows that it names. Others stay as they are, and do not decay. A dense gradient names all
-    rows: those where it is zero move by their decay alone.
+    A sparse gradient moves the rows that it names. Others stay as they are, and do not decay. A dense gradient names
+    all rows: those where it is zero move by their decay alone.
 
     Args:
         params: a module, whose parameters then have names; or parameters, ``(name, parameter)`` pairs, or dicts that
@@ -34,8 +34,8 @@ class RowwiseAdagrad(FirstOrder):
         lr: step size, >= 0; a float or a tensor of one element. Default: 1e-2.
         eps: added to the denominator, >= 0, in units of the gradient. Default: 1e-8.
         weight_decay: >= 0. Default: 0.
-        decoupled_weight_decay: False for L2 regularization, which adds ``weight_decay * param`` to the gradient; True to
-            multiply the row by ``1 - lr * weight_decay`` instead. Default: False.
+        decoupled_weight_decay: False for L2 regularization, which adds ``weight_decay * param`` to the gradient; True
+            to multiply the row by ``1 - lr * weight_decay`` instead. Default: False.
         maximize: ascend instead. Default: False.
         differentiable: let autograd see the step. Default: False.
     Raises:
@@ -99,4 +99,3 @@ class RowwiseAdagrad(FirstOrder):
         check_lr(self, options)
         check_eps(self, options)
         check_not_negative(self, options, "weight_decay")
-        check_flags(options)

@@ -25,9 +25,7 @@ _OPTIONS: dict[str, Any] = {**OPTIONS, "fastmath": {*OPTIONS["fastmath"], "reass
 _NUMBER: dict[torch.dtype, Any] = {torch.float32: np.float32, torch.float64: np.float64}
 
 
-def row_update_kernel(
-    rule: Any, part: Any, scalars: int, dtypes: tuple[torch.dtype, ...], compute: torch.dtype
-) -> str:
+def row_update_kernel(rule: Any, part: Any, scalars: int, dtypes: tuple[torch.dtype, ...], compute: torch.dtype) -> str:
     """LLVM assembly of the loop that applies ``rule`` to every row of every chunk.
 
     Its arguments are those of ``kernels.update_kernel``. A chunk holds whole rows, and has their number in place of
@@ -60,7 +58,11 @@ def row_update_kernel(
             for chunk in range(first, min(first + block, count)):
                 if chunk + AHEAD < count:  # else scattered rows of a large table would wait for memory one by one
                     row = chunks + ROW * (chunk + AHEAD)
-                    table, start, length = addresses + 8 * tensors * load_int(row, 0), load_int(row, 1), load_int(row, 3)
+                    table, start, length = (
+                        addresses + 8 * tensors * load_int(row, 0),
+                        load_int(row, 1),
+                        load_int(row, 3),
+                    )
                     pointers = elements_at(table, start, load_int(row, 2))
                     for i in range(0, min(length, PREFETCHED), line):
                         prefetch(pointers, i)
@@ -78,15 +80,14 @@ def row_update_kernel(
                     total = 0.0
                     for i in range(begin, end):
                         values = load(pointers, i)
-                        arguments = (values[0], scale * values[1]) + before + rule_scalars
-                        total += np.float64(share(*arguments))
-                    scalars_and_mean = rule_scalars + (number(total / width),)
+                        total += np.float64(share(values[0], scale * values[1], *before, *rule_scalars))
+                    mean = number(total / width)
                     values = load(pointers, begin)
-                    arguments = (values[0], scale * values[1]) + before + scalars_and_mean
-                    store_state(state[:1] + state, place, apply(*arguments)[1:])
+                    results = apply(values[0], scale * values[1], *before, *rule_scalars, mean)
+                    store_state(state[:1] + state, place, results[1:])
                     for i in range(begin, end):
                         values = load(pointers, i)
-                        arguments = (values[0], scale * values[1]) + before + scalars_and_mean
-                        store(pointers, i, apply(*arguments)[0])
+                        results = apply(values[0], scale * values[1], *before, *rule_scalars, mean)
+                        store(pointers, i, results[0])
 
     return assembly(kernel, _OPTIONS)
