@@ -15,7 +15,10 @@ from descend.backends.triton.backend import TritonBackend
 from descend.core.decision import Decision
 from descend.core.signature import signature
 
-RULES = [rule for rule in vars(rules).values() if isinstance(rule, FunctionType) and rule.__module__ == rules.__name__]
+# Those of elements; functions that are parts of other rules left out.
+ALL = [rule for rule in vars(rules).values() if isinstance(rule, FunctionType) and rule.__module__ == rules.__name__]
+PARTS = [signature(rule).averaged for rule in ALL]
+RULES = [rule for rule in ALL if rule not in PARTS and signature(rule).kind == "element"]
 HALF, BRAIN, SINGLE, DOUBLE = torch.float16, torch.bfloat16, torch.float32, torch.float64
 FILL = 7.0
 

@@ -15,7 +15,7 @@ ROOT = Path(descend.__file__).parent
 # What the files of each shelf may import of descend beside their own shelf; imports for type checkers count.
 ARROWS = {
     "ops": set(),
-    "rules": {"ops"},
+    "rules": {"core", "ops"},  # marks of core.signature
     "core": {"ops"},
     "backends": {"core", "ops"},
     "distributed": {"core"},
@@ -104,7 +104,7 @@ def test_every_shelf_is_known() -> None:
 def test_rules_import_only_operations() -> None:
     tree = ast.parse((ROOT / "rules.py").read_text(encoding="utf-8"))
     sources = {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
-    assert sources == {"__future__", "descend.ops"}
+    assert sources == {"__future__", "descend.core.signature", "descend.ops"}
     assert not [node for node in ast.walk(tree) if isinstance(node, ast.Import)]
 
 
@@ -131,6 +131,7 @@ if torch.__version__ >= "2.15":
 def test_public_names_are_frozen() -> None:
     names = (
         "SGD ASGD Lion Rprop Adagrad RMSprop Adadelta Adam AdamW Adamax NAdam RAdam AdamWScheduleFree SparseAdam LBFGS "
+        "RowwiseAdagrad "
         "Newton FirstOrder Monitor IncompatibleKeys RuleError Progress Result Status "
         "clip_grad_norm_ clip_grad_value_ clip_grads_with_norm_ "
         "combined from_rule get_total_norm in_backward layer_decay minimize no_decay warmup"

@@ -12,6 +12,7 @@ from descend.first_order.adam_variants import Adamax, NAdam, RAdam
 from descend.first_order.from_rule import from_rule
 from descend.first_order.in_backward import in_backward
 from descend.first_order.optimizer import FirstOrder, warmup
+from descend.first_order.rowwise_adagrad import RowwiseAdagrad
 from descend.first_order.schedule_free import AdamWScheduleFree
 from descend.first_order.sgd import ASGD, SGD
 from descend.first_order.signs import Lion, Rprop
@@ -46,6 +47,7 @@ __all__ = [
     "RAdam",
     "RMSprop",
     "Result",
+    "RowwiseAdagrad",
     "Rprop",
     "RuleError",
     "SparseAdam",

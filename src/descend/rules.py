@@ -255,13 +255,13 @@ def schedule_free_adamw(param, grad, z, exp_avg_sq, lr, gain2, eps, weight_decay
 # Rules of rows: what is averaged over each row of a table, then what is done with the mean.
 
 
-def l2_square(param, grad, sum, lr, weight_decay, eps):
+def rowwise_adagrad_square(param, grad, sum, lr, weight_decay, eps):
     """The square of the gradient of the loss and its L2 penalty."""
     grad = grad + weight_decay * param
     return grad * grad
 
 
-@of_rows(l2_square)
+@of_rows(rowwise_adagrad_square)
 def rowwise_adagrad(param, grad, sum, lr, weight_decay, eps, mean_square):
     """Adagrad with one sum for each row, as in FBGEMM, https://github.com/pytorch/FBGEMM; weight decay is L2."""
     grad = grad + weight_decay * param
@@ -269,12 +269,12 @@ def rowwise_adagrad(param, grad, sum, lr, weight_decay, eps, mean_square):
     return param - lr / (sqrt(sum) + eps) * grad, sum
 
 
-def square(param, grad, sum, lr, weight_decay, eps):
+def rowwise_adagradw_square(param, grad, sum, lr, weight_decay, eps):
     """The square of the gradient."""
     return grad * grad
 
 
-@of_rows(square)
+@of_rows(rowwise_adagradw_square)
 def rowwise_adagradw(param, grad, sum, lr, weight_decay, eps, mean_square):
     """Row-wise Adagrad with decoupled weight decay, which is multiplied by lr."""
     sum = sum + mean_square

@@ -133,9 +133,12 @@ REFUSED: list[tuple[Callable[[], Any], str]] = [
     (lambda: combined(Vit(), [("heads.*", {})]), r"combined: groups: 'heads.\*' matches no parameter"),
     (lambda: combined(Vit(), ["head.*"]), "combined: groups takes pairs"),  # type: ignore[list-item]
     (lambda: combined(Vit().parameters()), "combined: groups by name need names"),  # type: ignore[arg-type]
-    (lambda: SGD(Vit(), groups=[("head.*", dict(lr_scale=-1))]), "SGD: groups: lr_scale must be a finite .* got -1"),
-    (lambda: SGD(Vit(), groups=[("head.*", dict(lr_scale="1"))]), "lr_scale must be a finite number >= 0, got '1'"),
-    (lambda: SGD(Vit(), groups=[("head.*", dict(lr_scale=torch.inf))]), "lr_scale must be a finite number"),
+    (
+        lambda: SGD(Vit(), groups=[("head.*", dict(lr_scale=-1))]),
+        "SGD: groups: lr_scale, for .* must be a finite .* got -1",
+    ),
+    (lambda: SGD(Vit(), groups=[("head.*", dict(lr_scale="1"))]), "must be a finite number >= 0, got '1'"),
+    (lambda: SGD(Vit(), groups=[("head.*", dict(lr_scale=torch.inf))]), "must be a finite number"),
 ]
 
 

@@ -13,7 +13,7 @@ from descend.backends.backend import Decisions
 from descend.core.decision import SKIPPED, Decision, judge
 from descend.core.measures import COLUMNS, moments
 from descend.core.memory import as_real, row_count, wide, widest
-from descend.core.signature import signature
+from descend.core.signature import averaged_part
 
 _NO_MEMORY = np.zeros((0, 2), np.int64)
 
@@ -47,8 +47,8 @@ def run(
     before = first.detach().clone() if measures else None
     scaled = grad if scale == 1 else grad * scale
     scaled = scaled if decision is None else scaled * decision.factor
-    if signature(rule).kind == "row":
-        results = _by_rows(rule, row_count(param), first, scaled, rest, scalars)
+    if (part := averaged_part(rule)) is not None:
+        results = _by_rows(rule, part, row_count(param), first, scaled, rest, scalars)
     else:
         results = rule(first, scaled, *rest, *scalars)
     results = results if state else (results,)
@@ -63,11 +63,16 @@ def run(
 
 
 def _by_rows(
-    rule: Callable[..., Any], rows: int, param: Tensor, grad: Tensor, state: Sequence[Tensor], scalars: Sequence[Any]
+    rule: Callable[..., Any],
+    part: Callable[..., Any],
+    rows: int,
+    param: Tensor,
+    grad: Tensor,
+    state: Sequence[Tensor],
+    scalars: Sequence[Any],
 ) -> Any:
     """What a rule of rows returns, the parameter in its shape; the means are taken in float64."""
-    part, width = signature(rule).averaged, param.numel() // max(rows, 1)
-    assert part is not None
+    width = param.numel() // max(rows, 1)
     tensors = (param.reshape(rows, width), grad.reshape(rows, width), *state)
     numbers = part(*tensors, *scalars)
     mean = numbers.sum(1, keepdim=True, dtype=widest(param.device)) / max(width, 1)

@@ -39,16 +39,19 @@ def why_not(param: Tensor, grad: Tensor | None, state: Sequence[tuple[str, Tenso
 
 
 def why_not_by_rows(
-    longest: int, param: Tensor, grad: Tensor | None, state: Sequence[tuple[str, Tensor]]
+    rule: Callable[..., Any], longest: int, param: Tensor, grad: Tensor | None, state: Sequence[tuple[str, Tensor]]
 ) -> str | None:
     """Why a rule of rows cannot update a parameter row by row, in the order of its memory; None if it can.
 
     Args:
+        rule: the rule.
         longest: most elements of a row.
         param: the parameter.
         grad: its gradient, if that is dense.
         state: names and tensors, each of one number a row.
     """
+    if not signature(rule).state:
+        return "a rule of rows without state"
     if row_width(param) > longest:
         return f"rows of {row_width(param):,} elements, more than {longest:,}"
     for name, tensor in (("", param), *state):

@@ -154,17 +154,22 @@ class Method:
                 f"{type(self).__name__} does not support sparse gradients, please consider SparseAdam instead, or say "
                 f"what they mean: {cures} ({self.name_of(param)} has a gradient of layout {layout})"
             )
-        if signature(self.rule_for(group)).kind == "matrix":
+        self.check_takes_rows(param, group)
+        return self.options.sparse or "all"
+
+    def check_takes_rows(self, param: Tensor, group: Mapping[str, Any]) -> None:
+        """Raise ``RuntimeError`` if the rule cannot update the rows that a sparse gradient names."""
+        kind = signature(self.rule_for(group)).kind
+        if kind == "matrix":
             raise RuntimeError(
                 f"{type(self).__name__}: a rule of whole matrices cannot update single rows, but {self.name_of(param)} "
                 "has a sparse gradient: make it dense."
             )
-        if signature(self.rule_for(group)).kind == "row" and not _names_rows(param.grad):
+        if kind == "row" and not _names_rows(param.grad):
             raise RuntimeError(
                 f"{type(self).__name__}: a rule of rows needs gradients that are sparse in the first dimension alone, "
                 f"but {self.name_of(param)} has one of {_sparsity(param.grad)}: make it dense."
             )
-        return self.options.sparse or "all"
 
     # State.
 

@@ -76,6 +76,11 @@ def of_matrices(rule: Rule) -> Rule:
     return rule
 
 
+def averaged_part(rule: Callable[..., Any]) -> Callable[..., Any] | None:
+    """What a rule of rows is marked with, see ``of_rows``; None for other rules."""
+    return getattr(rule, "averaged", None)
+
+
 @cache
 def signature(rule: Callable[..., Any]) -> Signature:
     """The signature of ``rule``, which has as many state tensors as it returns values beyond the parameter."""
@@ -90,7 +95,7 @@ def signature(rule: Callable[..., Any]) -> Signature:
     count = len(results) - 1 if isinstance(results, tuple) else 0
     scalars = names[count:]
     defaults = {n: parameters[n].default for n in scalars if parameters[n].default is not inspect.Parameter.empty}
-    averaged = getattr(rule, "averaged", None)
+    averaged = averaged_part(rule)
     if averaged is None:
         return Signature(tuple(names[:count]), tuple(scalars), defaults, kind)
     taken = list(inspect.signature(averaged).parameters)

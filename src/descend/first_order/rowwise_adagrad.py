@@ -60,7 +60,6 @@ class RowwiseAdagrad(FirstOrder):
 
     nonnegative_state = ("sum",)
     counts_steps = False
-    takes_sparse = True
 
     def __init__(
         self,
@@ -92,8 +91,8 @@ class RowwiseAdagrad(FirstOrder):
         return self.options.state_dtype or torch.promote_types(param.dtype.to_real(), torch.float32)
 
     def meaning_of_sparse(self, param: torch.Tensor, group: Mapping[str, Any]) -> str:
-        super().meaning_of_sparse(param, group)
-        return "touched"
+        self.check_takes_rows(param, group)
+        return "touched"  # whatever the option says, which in a group of another optimizer is meant for others
 
     def check_options(self, options: Mapping[str, Any]) -> None:
         check_lr(self, options)

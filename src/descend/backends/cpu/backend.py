@@ -36,12 +36,12 @@ class CpuBackend:
         self, rule: Callable[..., Any] | None, param: Tensor, grad: Tensor | None, state: Sequence[tuple[str, Tensor]]
     ) -> str | None:
         if rule is not None and signature(rule).kind == "row":
-            return _why_not_device(param) or supports.why_not_by_rows(CHUNK, param, grad, state)
+            return _why_not_device(param) or supports.why_not_by_rows(rule, CHUNK, param, grad, state)
         return supports.why_not_kind(rule) or _why_not_device(param) or supports.why_not(param, grad, state)
 
     def why_not_rows(self, rule: Callable[..., Any], param: Tensor, state: Sequence[tuple[str, Tensor]]) -> str | None:
         if signature(rule).kind == "row":
-            return _why_not_device(param) or supports.why_not_by_rows(CHUNK, param, None, state)
+            return _why_not_device(param) or supports.why_not_by_rows(rule, CHUNK, param, None, state)
         return supports.why_not_kind(rule) or _why_not_device(param) or supports.why_not_rows(param, state)
 
     def launch(
