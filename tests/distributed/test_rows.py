@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from ranks import on_ranks
-from sharded import place, values
+from sharded import place, values, whole
 from sparse_cases import random_sparse
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
@@ -47,7 +47,7 @@ def steps_on_ranks(rank: int, kind: str) -> list[Tensor]:
         optimizer.step()
     sums = [optimizer.state[param]["sum"] for param in params]
     assert all(isinstance(each, DTensor) == (kind != "plain") for each in sums)
-    return [each.full_tensor() if isinstance(each, DTensor) else each for each in (*params, *sums)]
+    return [whole(each) for each in (*params, *sums)]
 
 
 def rows_are_cut(rank: int) -> None:
