@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -50,6 +51,7 @@ class Method:
     catch_up_rules: ClassVar[tuple[Callable[..., Any], Callable[..., Any]] | None] = None  # for sparse="exact"
     foreach_is_differentiable: ClassVar[bool] = False  # in torch only SGD's is
     capturable_needs: ClassVar[str] = "params and state_steps"  # on a device, in torch's words
+    fixed_options: ClassVar[Mapping[str, Any]] = MappingProxyType({})  # of groups, whatever a file says
     is_for_groups: ClassVar[bool] = True  # whether groups of another optimizer may have this method
 
     options: StepOptions

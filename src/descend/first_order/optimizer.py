@@ -347,8 +347,10 @@ class FirstOrder(MethodOptimizer):
         self._driver.forget_plan()
         self._tables.forget_schedules()
         for group in self.param_groups:
-            for key, value in self.method_of(group).defaults.items():
+            method = self.method_of(group)
+            for key, value in method.defaults.items():
                 group.setdefault(key, value)
+            group.update(method.fixed_options)
             for param in group["params"]:
                 self.note_made_by(param, group)
         if not isinstance(self.state, State):

@@ -90,7 +90,7 @@ class Adagrad(FirstOrder):
         """Move the sums to shared memory, so that several processes can update them; missing sums are made first."""
         self._driver.forget_plan()
         for group in self.param_groups:
-            for param in group["params"]:
+            for param in group["params"] if "method" not in group else ():
                 ensure_state(self, param, self.rule, group)["sum"].share_memory_()
 
     def meaning_of_sparse(self, param: torch.Tensor, group: Mapping[str, Any]) -> str:
