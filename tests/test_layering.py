@@ -15,7 +15,7 @@ ROOT = Path(descend.__file__).parent
 # What the files of each shelf may import of descend beside their own shelf; imports for type checkers count.
 ARROWS = {
     "ops": set(),
-    "rules": {"core", "ops"},  # marks of core.signature
+    "rules": {"ops"},
     "core": {"ops"},
     "backends": {"core", "ops"},
     "distributed": {"core"},
@@ -104,7 +104,7 @@ def test_every_shelf_is_known() -> None:
 def test_rules_import_only_operations() -> None:
     tree = ast.parse((ROOT / "rules.py").read_text(encoding="utf-8"))
     sources = {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
-    assert sources == {"__future__", "descend.core.signature", "descend.ops"}
+    assert sources == {"__future__", "descend.ops"}
     assert not [node for node in ast.walk(tree) if isinstance(node, ast.Import)]
 
 

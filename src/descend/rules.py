@@ -11,8 +11,7 @@ Throughout, ``gain_i = 1 - beta_i`` and ``bias_i = 1 - beta_i**step``. Averages 
 
 from __future__ import annotations
 
-from descend.core.signature import of_rows
-from descend.ops import abs, maximum, minimum, sign, sqrt, where
+from descend.ops import abs, maximum, minimum, of_rows, sign, sqrt, where
 
 
 def sgd(param, grad, lr, weight_decay):

@@ -154,10 +154,13 @@ def test_scale_multiplies_the_lr_of_its_entry_or_of_the_optimizer() -> None:
     optimizer = AdamW(Vit(), lr=torch.tensor(0.5), groups=groups[1:])
     assert torch.equal(optimizer.param_groups[1]["lr"], torch.tensor(0.25))
 
+    optimizer = AdamW(Vit(), groups=[("head.*", dict(method="sgd", lr_scale=0.5))])
+    assert optimizer.param_groups[1]["lr"] == 0.5 * SGD(leaves()).defaults["lr"]
+
     def shrink(param: Tensor, grad: Tensor, pace: float) -> Tensor:
         return param - pace * grad
 
-    with pytest.raises(ValueError, match=r"'lr_scale', for 'norm.\*', is no option of a group. There are pace"):
+    with pytest.raises(ValueError, match=r"'lr_scale', for 'norm.\*', is no option of Shrink. There are pace"):
         from_rule(shrink, "Shrink", pace=0.1)(Vit(), groups=groups[1:])
 
 

@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from descend import AdamW, FirstOrder, Monitor, RowwiseAdagrad, from_rule, in_backward
 from descend.backends.cpu.launch import CHUNK
 from descend.core.method import Method
-from descend.core.signature import of_rows, signature
+from descend.core.signature import signature
+from descend.ops import of_rows
 
 SINGLE, DOUBLE, BRAIN, HALF = torch.float32, torch.float64, torch.bfloat16, torch.float16
 SHAPES = ((7, 5), (300, 129), (2, 3, 4), (6,), (1, CHUNK), (0, 4), (4, 0), (5, 1))

@@ -28,7 +28,7 @@ def named(params: Any) -> Any:
 
 
 def grouped(
-    who: str, params: Any, groups: Groups, options_of: Callable[[Mapping[str, Any], str], Mapping[str, Any]]
+    who: str, params: Any, groups: Groups, check_names: Callable[[Mapping[str, Any], str], None]
 ) -> tuple[list[dict[str, Any]], dict[str, str]]:
     """Sort named parameters into groups: first those that no pattern matches, then those of each pattern.
 
@@ -36,8 +36,7 @@ def grouped(
         who: the optimizer's name, for errors.
         params: a module, or ``(name, parameter)`` pairs.
         groups: patterns and options; a parameter belongs to the first pattern that matches its name.
-        options_of: returns the options of a group for those of its entry, and raises for options that it may not have;
-            it also gets the text of the pattern.
+        check_names: raises for options that a group may not have; it also gets the text of the pattern.
     Returns:
         Groups in torch's format, none empty; and the text of the matching pattern by parameter name.
     Raises:
@@ -46,11 +45,12 @@ def grouped(
     pairs = named_pairs(who, params)
     names = [name for name, _ in pairs]
     entries = entries_of(who, groups)
-    options = [options_of(values, repr(_text(pattern))) for pattern, values in entries]
+    for pattern, values in entries:
+        check_names(values, repr(_text(pattern)))
     rest = dict.fromkeys(range(len(pairs)))
     patterns: dict[str, str] = {}
     chosen = []
-    for (pattern, _), values, members in zip(entries, options, members_of(who, names, entries), strict=True):
+    for (pattern, values), members in zip(entries, members_of(who, names, entries), strict=True):
         for i in members:
             del rest[i]
             patterns[names[i]] = _text(pattern)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -47,6 +47,7 @@ class Method:
     scalar_state: ClassVar[tuple[str, ...]] = ()  # state that is one number a parameter, see ``scalars_and_state``
     nonnegative_state: ClassVar[tuple[str, ...]] = ()  # a file in which such state is negative is damaged
     group_state: ClassVar[tuple[str, ...]] = ()  # keys of a group that steps change: state, and no options
+    sums_over: ClassVar[Literal["param", "all"]] = "param"  # what a rule with sums adds up, see ``scalars_of_sums``
     takes_sparse: ClassVar[bool] = False  # without being told what a sparse gradient means
     catch_up_rules: ClassVar[tuple[Callable[..., Any], Callable[..., Any]] | None] = None  # for sparse="exact"
     foreach_is_differentiable: ClassVar[bool] = False  # in torch only SGD's is
@@ -75,6 +76,19 @@ class Method:
         """
         return tuple(step if name == "step" else group[name] for name in signature(self.rule_for(group)).given)
 
+    def scalars_of_sums(self, group: Mapping[str, Any], sums: Sequence[float], numel: int) -> tuple[Any, ...]:
+        """The scalars that a rule with sums forms of them, in its order. Default: the sums themselves.
+
+        Called at every step before anything moves, so it changes nothing either.
+
+        Args:
+            group: the parameter's group.
+            sums: what the rule's part returns, see ``ops.summing``, summed in float64 over the elements of
+                the parameter; with ``sums_over = "all"``, of all parameters that have a gradient and this method.
+            numel: how many elements these are; a complex number is two.
+        """
+        return tuple(sums)
+
     def scalars_and_state(
         self, group: Mapping[str, Any], step: float, state: Sequence[Tensor]
     ) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
@@ -99,7 +113,8 @@ class Method:
 
     def may_decide_on_device(self, group: Mapping[str, Any]) -> bool:
         """Whether a step of ``group`` may be left out without the host knowing: the host counts nothing then."""
-        return not self.step_is_int and not self.ends_steps
+        sums = signature(self.rule_for(group)).summed is not None  # the host forms scalars of them
+        return not self.step_is_int and not sums and not self.ends_steps
 
     def check_options(self, options: Mapping[str, Any]) -> None:
         """Raise ``ValueError`` if a group's options are out of range."""
@@ -161,13 +176,18 @@ class Method:
 
     def check_takes_rows(self, param: Tensor, group: Mapping[str, Any]) -> None:
         """Raise ``RuntimeError`` if the rule cannot update the rows that a sparse gradient names."""
-        kind = signature(self.rule_for(group)).kind
-        if kind == "matrix":
+        takes = signature(self.rule_for(group))
+        if takes.summed is not None:
+            raise RuntimeError(
+                f"{type(self).__name__}: a rule that sums over a tensor cannot update single rows, but "
+                f"{self.name_of(param)} has a sparse gradient: make it dense."
+            )
+        if takes.kind == "matrix":
             raise RuntimeError(
                 f"{type(self).__name__}: a rule of whole matrices cannot update single rows, but {self.name_of(param)} "
                 "has a sparse gradient: make it dense."
             )
-        if kind == "row" and not _names_rows(param.grad):
+        if takes.kind == "row" and not _names_rows(param.grad):
             raise RuntimeError(
                 f"{type(self).__name__}: a rule of rows needs gradients that are sparse in the first dimension alone, "
                 f"but {self.name_of(param)} has one of {_sparsity(param.grad)}: make it dense."

@@ -67,8 +67,10 @@ class FirstOrder(MethodOptimizer):
         self.check_group(defaults)  # before a generator of parameters is used up
         self.defaults = defaults
         params, self._patterns = (
-            (named(params), {}) if groups is None else grouped(name, params, groups, self.options_of_entry)
+            (named(params), {}) if groups is None else grouped(name, params, groups, self.check_names)
         )
+        if groups is not None:
+            params = [self.with_lr(group) for group in params]
         super().__init__(params, defaults)
         self.state = State.owned_by(self)
         self.check_step_options()

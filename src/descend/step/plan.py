@@ -17,7 +17,7 @@ from descend.core import memory
 from descend.core.measures import Sample
 from descend.core.method import Method
 from descend.core.optimizer import MethodOptimizer
-from descend.core.signature import Kind, signature
+from descend.core.signature import Kind, Signature, signature
 from descend.core.update import Cell
 from descend.distributed.agreement import Agreement
 from descend.distributed.dtensors import has_whole_rows, layout_of, local_of
@@ -30,6 +30,7 @@ from descend.state.container import State, checked_state
 from descend.state.make import reserve_state, state_dtypes
 from descend.step.decide import Decider, counts_on_device
 from descend.step.stages import Stage, make_stages, make_updates, run_stages
+from descend.step.sums import form_scalars
 from descend.step.updates import Entry
 
 
@@ -68,9 +69,9 @@ class Plan:
     """Every parameter with a gradient, sorted into updates.
 
     Making a plan validates everything; it compiles nothing and changes nothing. A step then calls, in this order,
-    ``compile``, ``read``, ``total_norm`` if it wants to know it, ``set_scalars``, ``make_state`` and ``run``. Only
-    ``run`` moves parameters, and it raises nothing of its own. ``is_valid`` tells whether the next step may use the
-    same plan.
+    ``compile``, ``read``, ``total_norm`` if it wants to know it, ``set_scalars``, ``make_state``, ``form_scalars`` and
+    ``run``. Only ``run`` moves parameters, and it raises nothing of its own. ``is_valid`` tells whether the next step
+    may use the same plan.
 
     Args:
         optimizer: the optimizer.
@@ -130,6 +131,7 @@ class Plan:
             self._updates = [update for stage in self._stages for update in stage.updates]
         else:
             self._updates = make_updates(optimizer, tables, self._entries)
+        self._summed = [each for update in self._updates for each in update.summed]
         takes_device = [update.takes_device for update in self._updates]
         self._is_on_devices, self._may_be_decided_there = any(takes_device), all(takes_device)
         self._counts_on_device = self._asks_for_device_counts(optimizer)
@@ -144,6 +146,8 @@ class Plan:
     @property
     def waits(self) -> bool:
         """Whether the host waits for a device in each step."""
+        if self._summed and self._is_on_devices:
+            return True
         asks = self._options.wants_norm or self._options.amp is not None or self._counts_on_device
         return asks and self.decider is None and not all(update.counts_on_device for update in self._updates)
 
@@ -156,11 +160,11 @@ class Plan:
         """What decides the steps on their devices; None if there is nothing to decide, or somebody waits for it.
 
         A host that must know of each step waits for the device once: to raise, to tell an observer or other ranks, to
-        step parameters on the CPU too, or to count for a method that does so itself.
+        form scalars of sums, to step parameters on the CPU too, or to count for a method that does so itself.
         """
         updates, options = self._updates, optimizer.options
         is_alone = self._agreement is None and not self._stages and optimizer.observer is None
-        if not updates or not is_alone or options.nonfinite == "raise":
+        if not updates or not is_alone or self._summed or options.nonfinite == "raise":
             return None
         if not self._may_be_decided_there:
             return None
@@ -194,13 +198,14 @@ class Plan:
         state = dict.get(self._state, param) or {}
         takes = signature(rule)
         local, share = self._locals.of(param), self._locals.share_of(param)
-        self._check_whole(optimizer, param, takes.kind, share)
+        self._check_whole(optimizer, param, takes, share)
         self._check_rows(optimizer, param, takes.kind)
         tensors = checked_state(optimizer, param, local, takes.state, group, state)
         sparse = optimizer.meaning_of_gradient(param, group)
         entry = Entry(param, local, share, index, method, rule, state, EAGER, "backend='eager'", sparse, in_order=False)
         if differentiable:
             self._check_not_cut(optimizer, param)
+            self._check_no_sums(optimizer, param, takes)
             return entry._replace(local=param, share=None, reason="differentiable=True", in_order=True)
         reason = None  # of a compiled backend, whichever of the others runs it then
         for backend in available(self._requested):
@@ -214,11 +219,13 @@ class Plan:
                 reason = why_not  # a backend for other devices has less to say
         return entry._replace(reason=reason or entry.reason)
 
-    def _check_whole(self, optimizer: MethodOptimizer, param: Tensor, kind: Kind, share: Share | None) -> None:
-        """Raise ``RuntimeError`` if a rule of whole matrices would see a part of one."""
-        if kind == "matrix" and share is not None and share.replicas < share.mesh.size():
+    def _check_whole(self, optimizer: MethodOptimizer, param: Tensor, takes: Signature, share: Share | None) -> None:
+        """Raise ``RuntimeError`` if a rule of whole tensors would see a part of one."""
+        is_whole = takes.kind == "matrix" or takes.summed is not None
+        if is_whole and share is not None and share.replicas < share.mesh.size():
+            kind = "of whole matrices" if takes.kind == "matrix" else "that sums over a tensor"
             raise RuntimeError(
-                f"{type(optimizer).__name__}: a rule of whole matrices cannot update shards, but "
+                f"{type(optimizer).__name__}: a rule {kind} cannot update shards, but "
                 f"{optimizer.name_of(param)} has {layout_of(as_sharded(optimizer, param))}: leave it unsharded "
                 "(Replicate, no shard_state), or use an element-wise optimizer for it. Nothing has moved."
             )
@@ -237,6 +244,14 @@ class Plan:
             raise RuntimeError(
                 f"{type(optimizer).__name__}: a step that other ranks take a part of cannot be differentiated: leave "
                 "out `differentiable`, or shard_state. Nothing has moved."
+            )
+
+    def _check_no_sums(self, optimizer: MethodOptimizer, param: Tensor, takes: Signature) -> None:
+        """Raise ``RuntimeError`` if a step that is to be differentiated needs numbers that autograd does not see."""
+        if takes.summed is not None:
+            raise RuntimeError(
+                f"{type(optimizer).__name__}: a step with sums over {optimizer.name_of(param)} cannot be "
+                "differentiated: leave out `differentiable`. Nothing has moved."
             )
 
     def _refuse_another_backend(self, optimizer: MethodOptimizer) -> None:
@@ -334,6 +349,11 @@ class Plan:
             for group in optimizer.param_groups:
                 optimizer.method_of(group).check_group(group)  # says which option it was
             raise
+
+    def form_scalars(self, optimizer: MethodOptimizer) -> None:
+        """Form the scalars that rules with sums need; raises, before anything moves, whatever the method raises."""
+        if self._summed:
+            form_scalars(optimizer, self._summed)
 
     @property
     def is_atomic(self) -> bool:

@@ -11,7 +11,7 @@ A kernel receives the address of seven int64 arguments, see ``launch.ChunkCall``
     3 scalars table    rows of (scale of the gradient, then the rule's scalars) in the compute dtype
     4 block            chunks that a thread claims at a time
     5 next chunk       the counter through which threads share the work
-    6 partial sums     float64, one per chunk (the norm kernel's result)
+    6 partial sums     float64, one per chunk (the norm kernel's result), or a row (``sums_kernel``)
 """
 
 from __future__ import annotations

@@ -73,12 +73,16 @@ class ChunkCall:
 
     def sum_of_squares(self, column: int, dtype: torch.dtype) -> float:
         """Sum of the squares in one column of the address table, in float64, over fixed chunks in a fixed order."""
-        addresses = self._held[2]
-        if self._sums is None or len(self._sums) < self._arguments[1]:
-            self._sums = np.zeros(self._arguments[1])
+        return float(self.chunk_sums(library.sums_of_squares(dtype, column, self._held[2].shape[1])).sum())
+
+    def chunk_sums(self, kernel: int, columns: int = 1) -> np.ndarray:
+        """What a compiled loop sums in each chunk, shape (chunks, columns); valid until it is called again."""
+        size = self._arguments[1] * columns
+        if self._sums is None or len(self._sums) < size:
+            self._sums = np.zeros(size)
         self._arguments[6] = self._sums.ctypes.data
-        self.run(library.sums_of_squares(dtype, column, addresses.shape[1]))
-        return float(self._sums[: self._arguments[1]].sum())
+        self.run(kernel)
+        return self._sums[:size].reshape(-1, columns)
 
 
 class ChunkTable(ChunkCall):
@@ -110,13 +114,24 @@ class ChunkTable(ChunkCall):
         self._counts = np.bincount(chunks[:, 0], minlength=len(rows))
         self.describe(chunks, len(chunks), self.addresses, scalars, int(self._sizes.sum()))
 
+    def by_tensor(self, chunks: np.ndarray) -> np.ndarray:
+        """Rows of chunks added in their order, a row a tensor: the bits do not depend on threads."""
+        counts = self._counts
+        if (counts == 1).all():
+            return chunks.copy()
+        sums, filled = np.zeros((len(counts), chunks.shape[1])), counts > 0
+        if filled.any():
+            starts = np.cumsum(counts) - counts
+            sums[filled] = np.add.reduceat(chunks, starts[filled])
+        return sums
+
 
 class Launch(ChunkTable):
     """One kernel call for all parameters that share a rule and dtypes, see ``backend.Launch``.
 
     Args:
         rule: the function to apply.
-        scalars: how many scalars it takes.
+        scalars: how many scalars it is given.
         dtypes: of the parameter, the gradient and the state tensors.
         params: the parameters; gradients in their layout.
         rows: for each parameter, its row in the scalars table.
@@ -131,18 +146,25 @@ class Launch(ChunkTable):
         rows: Sequence[int] | np.ndarray,
     ) -> None:
         self._compute = torch.float64 if torch.float64 in dtypes else torch.float32
-        table = np.zeros((max(rows) + 1, scalars + 1), NUMPY[self._compute])
+        self._given = table = np.zeros((max(rows) + 1, scalars + 1), NUMPY[self._compute])
+        self._rows, takes = rows, signature(rule)
+        self._has_sums = takes.summed is not None
+        if self._has_sums:  # each parameter has scalars of its own beside those that it is given
+            table = np.zeros((len(rows), 1 + len(takes.scalars)), table.dtype)
+            rows = np.arange(len(rows))
         grads = [param if param.grad is None else param.grad for param in params]
         widths = None
-        if signature(rule).kind == "row":
+        if takes.kind == "row":
             widths = np.array([max(row_width(param), 1) for param in params], np.int64)
         super().__init__([params, grads], len(dtypes), rows, table, widths)
         self._state_sizes = self._sizes if widths is None else self._sizes // widths
-        self._rule, self._n_scalars, self._dtypes = rule, scalars, dtypes
-        self._update = self._measures = 0
+        self._rule, self._dtypes = rule, dtypes
+        self._update = self._measures = self._summing = 0
 
     def compile(self, wants_norm: bool, measures: bool = False) -> None:
-        self._update = library.update(self._rule, self._n_scalars, self._dtypes, self._compute)
+        self._update = library.update(self._rule, self.scalars.shape[1] - 1, self._dtypes, self._compute)
+        if self._has_sums:
+            self._summing = library.sums(self._rule, self._dtypes, self._compute)
         for dtype in (torch.float32, torch.get_default_dtype()):
             library.scalar_state(dtype)
         if measures:
@@ -153,7 +175,7 @@ class Launch(ChunkTable):
             library.sums_of_squares(self._dtypes[1], 1, len(self._dtypes))
 
     def set_scalars(self, row: int, scale: float, scalars: Sequence[float | Tensor]) -> None:
-        self.scalars[row] = (scale, *scalars)
+        self._given[row] = (scale, *scalars)
 
     def set_state(self, tensors: Sequence[Sequence[Tensor]]) -> None:
         """Store the addresses of the state tensors, one sequence for each parameter."""
@@ -178,15 +200,14 @@ class Launch(ChunkTable):
         return self.measured_call(self._measures, self._update)
 
     def measured(self) -> np.ndarray:
-        """Chunks added in their order: the bits do not depend on threads."""
-        chunks, counts = self.measured_chunks(), self._counts
-        if (counts == 1).all():
-            return chunks.copy()
-        sums, filled = np.zeros((len(counts), len(COLUMNS))), counts > 0
-        if filled.any():
-            starts = np.cumsum(counts) - counts
-            sums[filled] = np.add.reduceat(chunks, starts[filled])
-        return sums
+        return self.by_tensor(self.measured_chunks())
+
+    def sums(self) -> np.ndarray:
+        self.scalars[:, : self._given.shape[1]] = self._given[self._rows]
+        return self.by_tensor(self.chunk_sums(self._summing, signature(self._rule).sums))
+
+    def set_formed(self, values: np.ndarray) -> None:
+        self.scalars[:, self._given.shape[1] :] = values
 
     def sum_of_squares(self, column: int = 1, dtype: torch.dtype | None = None) -> float:
         """Of all gradients."""
