@@ -25,7 +25,9 @@ from descend import (
     AdamWScheduleFree,
     FirstOrder,
     Lion,
+    Muon,
     NAdam,
+    NorMuon,
     RAdam,
     RMSprop,
     Rprop,
@@ -38,6 +40,8 @@ ON_GPU = pytest.param("triton", id="cuda", marks=pytest.mark.gpu)
 EVERYWHERE = (*BACKENDS, ON_GPU)
 DENSE_EVERYWHERE = (*DENSE_BACKENDS, ON_GPU)
 SHAPES = ((), (0,), (7, 5), (129,))
+
+MATRICES = ((7, 5), (0, 3), (3, 70, 2), (1, 9), (65, 150), (7, 5), (9, 1))
 
 
 class Case(NamedTuple):
@@ -80,6 +84,12 @@ CASES = [
     Case(AdamWScheduleFree, textbook.AdamWScheduleFree, dict(lr=0.1, weight_decay=0.1, warmup_steps=3)),
     Case(NAdam, torch.optim.NAdam, dict(lr=0.01, weight_decay=0.1, decoupled_weight_decay=True)),
     Case(RAdam, torch.optim.RAdam, dict(lr=0.01, weight_decay=0.1, decoupled_weight_decay=True)),
+]
+# The same for rules of whole matrices, whose parameters have the shapes ``MATRICES``; in float64 they differ by rounding.
+MATRIX_CASES = [
+    Case(Muon, textbook.Muon, dict(lr=0.1)),
+    Case(Muon, textbook.Muon, dict(lr=0.1, nesterov=False, adjust_lr_fn="match_rms_adamw")),
+    Case(NorMuon, textbook.NorMuon, dict(weight_decay=0.1)),
 ]
 # State that does not start at zero: NAdam's and ASGD's scalars, Adagrad's sums, Rprop's step sizes.
 NONZERO_START = [case for case in CASES if case.ours in (NAdam, Adagrad, Rprop, ASGD)]

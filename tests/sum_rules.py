@@ -20,13 +20,13 @@ def trust_sums(param, grad, average, lr, gain):
 
 @summing(trust_sums)
 def trusted(param, grad, average, lr, gain, trust):
-    """As in LAMB, a step is as long as the parameter."""
+    """As in LAMB, a step is about as long as the parameter."""
     average = (1 - gain) * average + gain * grad
     return param - lr * trust * average, average
 
 
 class Trusted(FirstOrder):
-    """Steps along an average of gradients, as long as the parameter times ``lr``."""
+    """Steps along an average of gradients, about as long as the parameter times ``lr``."""
 
     rule = staticmethod(trusted)
     counts_steps = False
@@ -36,7 +36,7 @@ class Trusted(FirstOrder):
 
     def scalars_of_sums(self, group: Mapping[str, Any], sums: Sequence[float], numel: int) -> tuple[float, ...]:
         param, average = map(math.sqrt, sums)
-        return (param / average if average else 1.0,)
+        return (param / (average + 0.1),)
 
 
 def distance_sums(param, grad, start, total, lr, estimate):
@@ -66,7 +66,7 @@ class Estimated(FirstOrder):
 
     def scalars_of_sums(self, group: Mapping[str, Any], sums: Sequence[float], numel: int) -> tuple[float, ...]:
         gained, total = sums
-        distance = max(group["estimate"], gained / total if total else 0.0)
+        distance = max(group["estimate"], gained / (total + 0.1))
         self.next_estimate[id(group)] = distance
         return (distance,)
 
@@ -83,8 +83,7 @@ def trusted_naively(params: Sequence[Tensor], steps: Sequence[Sequence[Tensor]],
         average = torch.zeros_like(end)
         for grads in steps:
             average = 0.5 * average + 0.5 * grads[i].double()
-            length = average.norm().item()
-            end = end - lr * (end.norm().item() / length if length else 1.0) * average
+            end = end - lr * end.norm() / (average.norm() + 0.1) * average
         ends.append(end)
     return ends
 
@@ -99,6 +98,6 @@ def estimated_naively(params: Sequence[Tensor], steps: Sequence[Sequence[Tensor]
         gained = sum((g * (s - e)).sum().item() for g, s, e in zip(wide, starts, ends, strict=True))
         totals = [total + estimate * grad for total, grad in zip(totals, wide, strict=True)]
         total = sum(each.abs().sum().item() for each in totals)
-        estimate = max(estimate, gained / total)
+        estimate = max(estimate, gained / (total + 0.1))
         ends = [end - lr * estimate * grad for end, grad in zip(ends, wide, strict=True)]
     return ends

@@ -13,9 +13,22 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-__all__ = ["abs", "exp", "log", "maximum", "minimum", "sign", "sqrt", "where"]
+__all__ = ["abs", "exp", "log", "maximum", "minimum", "of_matrices", "sign", "sqrt", "where"]
 
 Rule = TypeVar("Rule", bound=Callable[..., Any])
+
+
+def of_matrices(rule: Rule, state: int | None = None, stacked: Callable[[], Rule] | None = None) -> Rule:
+    """Mark a rule as one of whole matrices, which no backend may cut into elements, chunks or rows.
+
+    Args:
+        rule: the rule.
+        state: how many state tensors it takes. Default: found out by running it on matrices of shape (1, 1).
+        stacked: gives the same rule for tensors with one more leading dimension, over which several parameters of equal
+            shape are a batch.
+    """
+    rule.kind, rule.state, rule.stacked = "matrix", state, stacked  # type: ignore[attr-defined]
+    return rule
 
 
 def _on_cpu(number: float, dtype: torch.dtype) -> Tensor:

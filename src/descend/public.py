@@ -1,6 +1,6 @@
 """The public names; ``descend`` itself imports them when one is first asked for."""
 
-from torch.optim import Adafactor, Muon, Optimizer, lr_scheduler, swa_utils
+from torch.optim import Adafactor, Optimizer, lr_scheduler, swa_utils
 
 from descend.backends.backend import RuleError
 from descend.checkpoint.matching import IncompatibleKeys
@@ -11,6 +11,7 @@ from descend.first_order.adam import Adam, AdamW
 from descend.first_order.adam_variants import Adamax, NAdam, RAdam
 from descend.first_order.from_rule import from_rule
 from descend.first_order.in_backward import in_backward
+from descend.first_order.muon import Muon, NorMuon
 from descend.first_order.optimizer import FirstOrder, warmup
 from descend.first_order.rowwise_adagrad import RowwiseAdagrad
 from descend.first_order.schedule_free import AdamWScheduleFree
@@ -42,6 +43,7 @@ __all__ = [
     "Muon",
     "NAdam",
     "Newton",
+    "NorMuon",
     "Optimizer",
     "Progress",
     "RAdam",

@@ -14,7 +14,8 @@ from descend import SGD, AdamW, FirstOrder, backends, warmup
 from descend.backends.backend import Declined
 from descend.backends.cpu import object_files
 from descend.backends.eager import EagerBackend, EagerLaunch, EagerRows
-from descend.core.signature import of_matrices, signature
+from descend.core.signature import signature
+from descend.ops import of_matrices
 
 
 class RowByRow(EagerBackend):
@@ -143,12 +144,12 @@ class Normalized(FirstOrder):
         super().__init__(params, {"lr": lr}, **options)
 
 
-def test_compiled_backends_decline_a_rule_of_matrices() -> None:
+def test_a_rule_of_matrices_has_a_backend_of_its_own() -> None:
     weight = torch.zeros(2, 2, requires_grad=True)
     weight.grad = torch.tensor([[3.0, 0.0], [0.0, 4.0]])
     optimizer = Normalized([weight], lr=5.0)
     assert signature(normalized).kind == "matrix"
-    assert optimizer.backends()[0][1:] == ("eager", "a rule of whole matrices")
+    assert optimizer.backends()[0][1:] == ("matrix", "float32")
     optimizer.step()
     torch.testing.assert_close(weight.detach(), torch.tensor([[-3.0, 0.0], [0.0, -4.0]]))
 

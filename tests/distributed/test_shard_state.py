@@ -20,10 +20,10 @@ from torch.nn.parallel import DistributedDataParallel
 
 import descend
 from descend import SGD, AdamW, AdamWScheduleFree, from_rule, in_backward
-from descend.core.signature import of_matrices
 from descend.distributed import gather
 from descend.distributed.dtensors import local_of
 from descend.distributed.shard_state import dim_to_cut, part
+from descend.ops import of_matrices
 
 SHAPES = [(), (0,), (0, 3), (7, 5), (129,), (1, 5), (1023,), (2, 1, 3), (60, 80), (1,)]
 

@@ -17,7 +17,7 @@ import torch
 from descend.core.groups import Groups
 
 Nonfinite: TypeAlias = Literal["step", "skip", "raise"]
-BackendName: TypeAlias = Literal["auto", "eager", "foreach", "cpu", "triton"]
+BackendName: TypeAlias = Literal["auto", "eager", "foreach", "cpu", "triton", "matrix"]
 Sparse: TypeAlias = Literal["touched", "exact"]
 Amp: TypeAlias = Literal["fused"]
 StatePages: TypeAlias = Literal["auto", "touched", "all"]

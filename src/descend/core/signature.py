@@ -5,12 +5,11 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Mapping
 from functools import cache
-from typing import Any, Literal, NamedTuple, TypeAlias, TypeVar
+from typing import Any, Literal, NamedTuple, TypeAlias
 
 import torch
 
 Kind: TypeAlias = Literal["element", "row", "matrix"]
-Rule = TypeVar("Rule", bound=Callable[..., Any])
 
 _POSITIONAL = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
 
@@ -24,7 +23,7 @@ class Signature(NamedTuple):
         defaults: default values of scalars that have one.
         kind: "element" if the rule acts on each element by itself, "row" if it needs means over rows, "matrix" if it
             needs whole tensors.
-        summed: the part whose results are summed over the tensor, see ``ops.summing``; None if there is none.
+        summed: the part whose results are summed before the rule is applied, see ``ops.summing``; or None.
         sums: how many numbers the part returns.
         averaged: the part whose mean over each row the rule needs, see ``ops.of_rows``; None if there is none.
         formed: names of the last scalars, which are formed of the part's results.
@@ -45,12 +44,6 @@ class Signature(NamedTuple):
         return self.scalars[: len(self.scalars) - len(self.formed)]
 
 
-def of_matrices(rule: Rule) -> Rule:
-    """Mark a rule as one of whole matrices, which no backend may cut into elements, chunks or rows."""
-    rule.kind = "matrix"  # type: ignore[attr-defined]
-    return rule
-
-
 def averaged_part(rule: Callable[..., Any]) -> Callable[..., Any] | None:
     """What a rule of rows is marked with, see ``ops.of_rows``; None for other rules."""
     return getattr(rule, "averaged", None)
@@ -62,9 +55,11 @@ def signature(rule: Callable[..., Any]) -> Signature:
     parameters = _positional(rule)
     names = list(parameters)[2:]
     kind: Kind = getattr(rule, "kind", "row" if averaged_part(rule) else "element")
-    shape = (1, 1) if kind == "matrix" else ()
-    results = rule(*(torch.ones(shape, dtype=torch.float64, device="cpu") for _ in parameters))
-    count = len(results) - 1 if isinstance(results, tuple) else 0
+    count = getattr(rule, "state", None)
+    if count is None:
+        shape = (1, 1) if kind == "matrix" else ()
+        results = rule(*(torch.ones(shape, dtype=torch.float64, device="cpu") for _ in parameters))
+        count = len(results) - 1 if isinstance(results, tuple) else 0
     scalars = names[count:]
     defaults = {n: parameters[n].default for n in scalars if parameters[n].default is not inspect.Parameter.empty}
     takes = Signature(tuple(names[:count]), tuple(scalars), defaults, kind)

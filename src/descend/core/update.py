@@ -44,8 +44,11 @@ class Summed(NamedTuple):
     Attributes:
         method: their method.
         rule: the rule.
+        params: the parameters; if they are sharded, the DTensors, or what is cut.
+        share: which ranks hold their parts; None for parameters that are not sharded.
         members: for each of their groups, its index and which of the parameters are in it.
-        numels: how many elements each parameter has; a complex number is two.
+        numels: how many elements each parameter has on all ranks; a complex number is two.
+        local_numel: how many all of them have here.
         sums: returns the sums over each parameter, given the optimizer: a row a parameter, float64. Waits for no
             device; a tensor on one is valid until it is called again.
         take: takes the scalars that are formed of them, a row a parameter.
@@ -53,8 +56,11 @@ class Summed(NamedTuple):
 
     method: Method
     rule: Callable[..., Any]
+    params: Sequence[Tensor]
+    share: Any
     members: Sequence[tuple[int, Any]]
     numels: np.ndarray
+    local_numel: int
     sums: Callable[[MethodOptimizer], np.ndarray | Tensor]
     take: Callable[[np.ndarray], None]
 

@@ -19,7 +19,7 @@ from descend.checkpoint.consolidate import consolidated
 from descend.checkpoint.matching import Hyperparameters, IncompatibleKeys, Match
 from descend.checkpoint.reading import set_state
 from descend.core.docstrings import summary_of, with_sections
-from descend.core.groups import ParamsT, grouped, named
+from descend.core.groups import Groups, ParamsT, grouped, named
 from descend.core.measures import Observer
 from descend.core.optimizer import MethodOptimizer
 from descend.core.options import DOCUMENTATION, Options, StepOptions, shows_options
@@ -66,15 +66,19 @@ class FirstOrder(MethodOptimizer):
         self._use(WholeStep(self._tables))
         self.check_group(defaults)  # before a generator of parameters is used up
         self.defaults = defaults
-        params, self._patterns = (
-            (named(params), {}) if groups is None else grouped(name, params, groups, self.check_names)
-        )
+        sorted_params, self._patterns = self._sorted(params, groups)
         if groups is not None:
-            params = [self.with_lr(group) for group in params]
-        super().__init__(params, defaults)
+            sorted_params = [self.with_lr(group) for group in sorted_params]
+        super().__init__(sorted_params, defaults)
         self.state = State.owned_by(self)
         self.check_step_options()
         state_mesh(self)  # raises for what shard_state cannot be
+
+    def _sorted(self, params: ParamsT, groups: Groups | None) -> tuple[Any, dict[str, str]]:
+        """The parameters as torch takes them, and by name what has put them where they are."""
+        if groups is None:
+            return named(params), {}
+        return grouped(type(self).__name__, params, groups, self.check_names)
 
     # The step.
 

@@ -30,7 +30,7 @@ from descend.state.container import State, checked_state
 from descend.state.make import reserve_state, state_dtypes
 from descend.step.decide import Decider, counts_on_device
 from descend.step.stages import Stage, make_stages, make_updates, run_stages
-from descend.step.sums import form_scalars
+from descend.step.sums import SummedParam, Sums
 from descend.step.updates import Entry
 
 
@@ -131,7 +131,7 @@ class Plan:
             self._updates = [update for stage in self._stages for update in stage.updates]
         else:
             self._updates = make_updates(optimizer, tables, self._entries)
-        self._summed = [each for update in self._updates for each in update.summed]
+        self._sums = self._make_sums(optimizer)
         takes_device = [update.takes_device for update in self._updates]
         self._is_on_devices, self._may_be_decided_there = any(takes_device), all(takes_device)
         self._counts_on_device = self._asks_for_device_counts(optimizer)
@@ -146,10 +146,37 @@ class Plan:
     @property
     def waits(self) -> bool:
         """Whether the host waits for a device in each step."""
-        if self._summed and self._is_on_devices:
+        if self._sums is not None and self._is_on_devices:
             return True
         asks = self._options.wants_norm or self._options.amp is not None or self._counts_on_device
         return asks and self.decider is None and not all(update.counts_on_device for update in self._updates)
+
+    def _make_sums(self, optimizer: MethodOptimizer) -> Sums | None:
+        """What rules with sums need; None if there are no such rules.
+
+        Raises:
+            RuntimeError: if ranks cannot form them together.
+        """
+        params = [
+            SummedParam(param, self._locals.share_of(param), group.method, group.rule)
+            for group in self._groups
+            if signature(group.rule).summed is not None
+            for param in group.params
+        ]
+        if not params:
+            return None
+        name = type(optimizer).__name__
+        if self._position is not None and params[0].share is not None and self._ranks.meshes:
+            raise RuntimeError(
+                f"{name}: inside backward the sums over {optimizer.name_of(params[0].param)} cannot be reduced: its "
+                "gradient may come at another time on other ranks. Step after backward. Nothing has moved."
+            )
+        if self._ranks.rounds > 1 and any(param.method.sums_over == "all" for param in params):
+            raise RuntimeError(
+                f"{name}: sums over all parameters need a device mesh that holds the ranks of all others. "
+                "Nothing has moved."
+            )
+        return Sums(self._ranks, params, [each for update in self._updates for each in update.summed])
 
     def _asks_for_device_counts(self, optimizer: MethodOptimizer) -> bool:
         """Whether something asks for step counts on the device, of parameters that are on one."""
@@ -164,7 +191,7 @@ class Plan:
         """
         updates, options = self._updates, optimizer.options
         is_alone = self._agreement is None and not self._stages and optimizer.observer is None
-        if not updates or not is_alone or self._summed or options.nonfinite == "raise":
+        if not updates or not is_alone or self._sums is not None or options.nonfinite == "raise":
             return None
         if not self._may_be_decided_there:
             return None
@@ -198,7 +225,7 @@ class Plan:
         state = dict.get(self._state, param) or {}
         takes = signature(rule)
         local, share = self._locals.of(param), self._locals.share_of(param)
-        self._check_whole(optimizer, param, takes, share)
+        self._check_whole(optimizer, param, takes.kind, share)
         self._check_rows(optimizer, param, takes.kind)
         tensors = checked_state(optimizer, param, local, takes.state, group, state)
         sparse = optimizer.meaning_of_gradient(param, group)
@@ -208,7 +235,7 @@ class Plan:
             self._check_no_sums(optimizer, param, takes)
             return entry._replace(local=param, share=None, reason="differentiable=True", in_order=True)
         reason = None  # of a compiled backend, whichever of the others runs it then
-        for backend in available(self._requested):
+        for backend in available(self._requested, takes.kind):
             if sparse:
                 why_not = backend.why_not_rows(rule, local, tensors)
             else:
@@ -219,13 +246,11 @@ class Plan:
                 reason = why_not  # a backend for other devices has less to say
         return entry._replace(reason=reason or entry.reason)
 
-    def _check_whole(self, optimizer: MethodOptimizer, param: Tensor, takes: Signature, share: Share | None) -> None:
-        """Raise ``RuntimeError`` if a rule of whole tensors would see a part of one."""
-        is_whole = takes.kind == "matrix" or takes.summed is not None
-        if is_whole and share is not None and share.replicas < share.mesh.size():
-            kind = "of whole matrices" if takes.kind == "matrix" else "that sums over a tensor"
+    def _check_whole(self, optimizer: MethodOptimizer, param: Tensor, kind: Kind, share: Share | None) -> None:
+        """Raise ``RuntimeError`` if a rule of whole matrices would see a part of one."""
+        if kind == "matrix" and share is not None and share.replicas < share.mesh.size():
             raise RuntimeError(
-                f"{type(optimizer).__name__}: a rule {kind} cannot update shards, but "
+                f"{type(optimizer).__name__}: a rule of whole matrices cannot update shards, but "
                 f"{optimizer.name_of(param)} has {layout_of(as_sharded(optimizer, param))}: leave it unsharded "
                 "(Replicate, no shard_state), or use an element-wise optimizer for it. Nothing has moved."
             )
@@ -352,8 +377,8 @@ class Plan:
 
     def form_scalars(self, optimizer: MethodOptimizer) -> None:
         """Form the scalars that rules with sums need; raises, before anything moves, whatever the method raises."""
-        if self._summed:
-            form_scalars(optimizer, self._summed)
+        if self._sums is not None:
+            self._sums.form(optimizer)
 
     @property
     def is_atomic(self) -> bool:

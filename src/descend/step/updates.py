@@ -347,12 +347,19 @@ def _summed(
     entries: Sequence[Entry], sums: Callable[[MethodOptimizer], Any], take: Callable[[np.ndarray], None]
 ) -> Summed:
     """Parameters that have one rule, with sums."""
-    numels = np.array([entry.param.numel() * (2 if entry.param.is_complex() else 1) for entry in entries])
+    first, params = entries[0], [entry.param for entry in entries]
+    numels = np.array([_numel(param) for param in params])
+    local_numel = sum(_numel(entry.local) for entry in entries)
     groups = np.array([entry.group for entry in entries])
     members: list[tuple[int, Any]] = [(index, np.flatnonzero(groups == index)) for index in np.unique(groups).tolist()]
     if len(members) == 1:
         members = [(members[0][0], slice(None))]
-    return Summed(entries[0].method, entries[0].rule, members, numels, sums, take)
+    return Summed(first.method, first.rule, params, first.share, members, numels, local_numel, sums, take)
+
+
+def _numel(tensor: Tensor) -> int:
+    """How many real numbers it has."""
+    return tensor.numel() * (2 if tensor.is_complex() else 1)
 
 
 def _sums_of(launch: Launch) -> Callable[[MethodOptimizer], np.ndarray | Tensor]:
