@@ -514,3 +514,38 @@ class Wrapped:
             param.copy_(before - update - decay)
             if self._ema is not None:
                 self.averages[i] += (1 - self._ema) * (param - self.averages[i])
+
+
+class RowwiseAdagrad(torch.optim.Optimizer):
+    """FBGEMM's rowwise_adagrad on CPUs, row by row; ``rows`` are those that the gradient names, all if it is dense."""
+
+    def __init__(
+        self,
+        params: Any,
+        lr: Any = 1e-2,
+        eps: float = 1e-8,
+        weight_decay: float = 0,
+        decoupled_weight_decay: bool = False,
+        *,
+        maximize: bool = False,
+    ) -> None:
+        options = dict(lr=lr, eps=eps, weight_decay=weight_decay)
+        super().__init__(params, options | dict(decoupled=decoupled_weight_decay, maximize=maximize))
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:
+        for group in self.param_groups:
+            lr, eps, weight_decay = float(group["lr"]), group["eps"], group["weight_decay"]
+            for param in group["params"]:
+                grads = -param.grad if group["maximize"] else param.grad
+                rows = grads.coalesce().indices()[0].tolist() if grads.is_sparse else range(len(param))
+                grads = grads.to_dense()
+                momentum1 = self.state[param].setdefault("sum", torch.zeros(len(param), 1, dtype=param.dtype))
+                for idx in rows:
+                    weights, grad_buffer = param[idx].clone(), grads[idx]
+                    if not group["decoupled"]:
+                        grad_buffer = grad_buffer + weight_decay * weights
+                    momentum1[idx] += (grad_buffer**2).sum() / max(grad_buffer.numel(), 1)
+                    multiplier = lr / (momentum1[idx].sqrt() + eps)
+                    correction = 1 - lr * weight_decay if group["decoupled"] else 1
+                    param[idx] = correction * weights - grad_buffer * multiplier

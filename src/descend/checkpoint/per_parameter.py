@@ -25,11 +25,20 @@ from descend.checkpoint.reading import (
     unusable_is_value_error,
 )
 from descend.core import memory
-from descend.core.memory import as_real
+from descend.core.memory import as_real, row_state_shape
 from descend.core.method import Method
 from descend.core.optimizer import MethodOptimizer
 from descend.core.signature import signature
-from descend.distributed.dtensors import is_dtensor, layout_of, like, local_of, part_of, same_layout
+from descend.distributed.dtensors import (
+    has_whole_rows,
+    is_dtensor,
+    layout_of,
+    like,
+    local_of,
+    part_of,
+    rows_of,
+    same_layout,
+)
 from descend.distributed.shard_state import as_sharded
 from descend.sparse import table
 from descend.state import lazy_memory
@@ -297,6 +306,8 @@ class _Reading:
         if isinstance(value, Tensor) and value.dim() == 0:
             value = local_of(value)
         param = as_sharded(self.optimizer, param)
+        if is_dtensor(param) and shape == row_state_shape(param) and has_whole_rows(param):
+            param = rows_of(param)
         if key == "step" and method.counts_steps:
             step = number_of(value, what, is_count=True)
             if not float(step).is_integer():

@@ -13,6 +13,7 @@ from torch.utils._foreach_utils import _get_fused_kernels_supported_devices
 
 from descend.core.checks import check_kinds, check_lr
 from descend.core.composition import Decay
+from descend.core.memory import row_state_shape
 from descend.core.options import StepOptions
 from descend.core.signature import signature
 
@@ -191,17 +192,27 @@ class Method:
                 f"{type(self).__name__} does not support sparse gradients, please consider SparseAdam instead, or say "
                 f"what they mean: {cures} ({self.name_of(param)} has a gradient of layout {layout})"
             )
-        if signature(self.rule_for(group)).summed is not None:
+        self.check_takes_rows(param, group)
+        return self.options.sparse or "all"
+
+    def check_takes_rows(self, param: Tensor, group: Mapping[str, Any]) -> None:
+        """Raise ``RuntimeError`` if the rule cannot update the rows that a sparse gradient names."""
+        takes = signature(self.rule_for(group))
+        if takes.summed is not None:
             raise RuntimeError(
                 f"{type(self).__name__}: a rule that sums over a tensor cannot update single rows, but "
                 f"{self.name_of(param)} has a sparse gradient: make it dense."
             )
-        if signature(self.rule_for(group)).kind == "matrix":
+        if takes.kind == "matrix":
             raise RuntimeError(
                 f"{type(self).__name__}: a rule of whole matrices cannot update single rows, but {self.name_of(param)} "
                 "has a sparse gradient: make it dense."
             )
-        return self.options.sparse or "all"
+        if takes.kind == "row" and not _names_rows(param.grad):
+            raise RuntimeError(
+                f"{type(self).__name__}: a rule of rows needs gradients that are sparse in the first dimension alone, "
+                f"but {self.name_of(param)} has one of {_sparsity(param.grad)}: make it dense."
+            )
 
     # State.
 
@@ -210,8 +221,11 @@ class Method:
         return 0.0
 
     def state_shape(self, name: str, param: Tensor, group: Mapping[str, Any]) -> torch.Size:
-        """Shape of the state tensor called ``name``. Default: the parameter's, which compiled backends need."""
-        return param.shape
+        """Shape of the state tensor called ``name``, which compiled backends need.
+
+        Default: the parameter's, and (rows, 1) if the rule is one of rows.
+        """
+        return row_state_shape(param) if signature(self.rule_for(group)).kind == "row" else param.shape
 
     def state_spec(self, name: str, param: Tensor, group: Mapping[str, Any]) -> StateSpec:
         """How a new state tensor called ``name`` is made."""
@@ -223,3 +237,13 @@ class Method:
         if not param.is_floating_point():
             return param.dtype
         return self.options.state_dtype or (torch.float32 if param.dtype == torch.float16 else param.dtype)
+
+
+def _names_rows(grad: Tensor | None) -> bool:
+    """Whether a sparse gradient names rows."""
+    return grad is None or (grad.layout is torch.sparse_coo and grad.sparse_dim() == 1)
+
+
+def _sparsity(grad: Any) -> str:
+    is_coo = grad.layout is torch.sparse_coo
+    return f"{grad.sparse_dim()} sparse dimensions" if is_coo else f"layout {grad.layout}"

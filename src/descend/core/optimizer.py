@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import math
 import os
 import sys
 from abc import abstractmethod
@@ -228,12 +229,28 @@ class MethodOptimizer(Method, Optimizer):
         return method.defaults
 
     def check_names(self, options: Mapping[str, Any], where: str) -> None:
-        """Raise ``ValueError`` for a name that is no option of the group's method; ``where`` is the group."""
+        """Raise ``ValueError`` for a name that is no option of the group's method; ``where`` is the group.
+
+        Where there is an ``lr`` there may be an ``lr_scale``, see ``with_lr``.
+        """
         kind = self._class_called(options["method"]) if "method" in options else type(self)
         method = self if kind is type(self) else self._method_called(_name_of(kind))
         for key in options:
-            if key not in method.defaults and key != "method":
+            is_scale = key == "lr_scale" and "lr" in method.defaults
+            if key not in method.defaults and key != "method" and not is_scale:
                 raise ValueError(f"{type(self).__name__}: groups: {_no_option(key, method, where)}")
+        scale = options.get("lr_scale", 1.0)
+        if not (isinstance(scale, int | float) and 0 <= scale < math.inf):
+            raise ValueError(
+                f"{type(self).__name__}: groups: lr_scale, for {where}, must be a finite number >= 0, got {scale!r}."
+            )
+
+    def with_lr(self, group: dict[str, Any]) -> dict[str, Any]:
+        """A group made from an entry of ``groups``, with the entry's ``lr_scale`` multiplied into ``lr``."""
+        if "lr_scale" not in group:
+            return group
+        options = {key: value for key, value in group.items() if key not in ("params", "lr_scale")}
+        return {"params": group["params"], **options, "lr": self.completed(options)["lr"] * group["lr_scale"]}
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group of parameters. See ``torch.optim.Optimizer.add_param_group``.

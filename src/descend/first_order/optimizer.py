@@ -70,6 +70,8 @@ class FirstOrder(MethodOptimizer):
         self.defaults = defaults
         self.method_of(defaults).check_group(defaults)  # before a generator of parameters is used up
         sorted_params, self._patterns = self._sorted(params, groups)
+        if groups is not None:
+            sorted_params = [self.with_lr(group) for group in sorted_params]
         super().__init__(sorted_params, defaults)
         self.state = State.owned_by(self)
         self.check_step_options()
