@@ -55,7 +55,8 @@ def test_an_average_leaves_what_the_rule_computes_alone(rule: Any) -> None:
     ema, gain = numbers(2, seed=1)
     expected = rule(param, grad, *state, *scalars)
     expected = expected if takes.state else (expected,)
-    found = composed(rule, EMA)(param, grad, *state, ema, *scalars, gain)
+    given = len(takes.given)
+    found = composed(rule, EMA)(param, grad, *state, ema, *scalars[:given], gain, *scalars[given:])
     for ours, theirs in zip(found, expected, strict=False):
         assert torch.equal(ours, theirs)
     torch.testing.assert_close(found[-1], (1 - gain) * ema + gain * expected[0], rtol=1e-14, atol=1e-15)

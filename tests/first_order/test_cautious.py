@@ -26,7 +26,20 @@ from cases import (
 from torch import Tensor
 from torch.optim.lr_scheduler import CosineAnnealingLR, OneCycleLR
 
-from descend import ASGD, SGD, Adam, AdamW, AdamWScheduleFree, FirstOrder, Lion, Muon, Rprop, from_rule, in_backward
+from descend import (
+    ASGD,
+    SGD,
+    Adam,
+    AdamW,
+    AdamWScheduleFree,
+    FirstOrder,
+    Lion,
+    Muon,
+    RowwiseAdagrad,
+    Rprop,
+    from_rule,
+    in_backward,
+)
 from descend.ops import summing
 
 FREE = [case for case in CASES if not case.ours.state_follows_param]  # their moves may be changed
@@ -168,6 +181,8 @@ def test_an_update_of_which_little_is_left_is_at_most_a_thousand_times_as_long()
         (AdamW, dict(lr=0.0, decay_by="schedule"), r"group\['max_lr'\] must be a number > 0, got 0.0"),
         (AdamW, dict(sparse="exact", cautious="decay"), "sparse='exact' cannot catch up with cautious='decay'"),
         (AdamW, dict(sparse="exact", decay_by="schedule"), "sparse='exact' cannot catch up with decay_by='schedule'"),
+        (RowwiseAdagrad, dict(cautious="update"), "its rule sees whole rows, .* leave out cautious"),
+        (RowwiseAdagrad, dict(ema=0.9), "its rule sees whole rows, .* leave out ema"),
     ],
     ids=str,
 )

@@ -57,9 +57,11 @@ def composed(rule: Rule, additions: Additions, direction: Rule | None = None, st
             parameter apart from decay. A cautious update then counts without applying the rule. Default: None.
         stacked: of a rule of matrices, how many leading dimensions are a batch of parameters. Default: 0.
     Raises:
-        ValueError: if the rule uses the name ``ema``, or sums of its own beside a cautious update.
+        ValueError: if the rule uses the name ``ema``, or sums of its own beside a cautious update, or is one of rows.
     """
     takes = signature(rule)
+    if takes.kind == "row":
+        raise ValueError(f"the rule {rule.__name__} sees whole rows: it cannot be made part of another.")
     if additions.ema and "ema" in (*takes.state, *takes.scalars):
         raise ValueError(f"the rule {rule.__name__} uses the name ema, which an average of the weights needs.")
     if additions.cautious_update and takes.summed is not None:

@@ -186,6 +186,11 @@ class Wrapped(Method):
                 "follows them: leave cautious out."
             )
         takes = signature(self._inside.rule_for(group))
+        if takes.kind == "row" and (options.cautious is not None or self._has_ema):
+            raise ValueError(
+                f"{name}: its rule sees whole rows, and cannot be made part of another: leave out "
+                f"{'ema' if options.cautious is None else 'cautious'}."
+            )
         if self._cautious_update and takes.summed is not None:
             raise ValueError(
                 f"{name}: cautious={options.cautious!r} counts which updates agree with the gradient, and the rule of "
