@@ -103,7 +103,7 @@ CASES = [
     Case(LAMB, textbook.LAMB, dict(lr=0.01, weight_decay=0.1)),
     Case(Prodigy, textbook.Prodigy, dict(d0=1e-3, weight_decay=0.1)),
 ]
-# The same for rules of whole matrices, whose parameters have the shapes ``MATRICES``; in float64 they differ by rounding.
+# The same for rules of whole matrices: parameters have the shapes ``MATRICES``, and results differ by rounding.
 MATRIX_CASES = [
     Case(Muon, textbook.Muon, dict(lr=0.1)),
     Case(Muon, textbook.Muon, dict(lr=0.1, nesterov=False, adjust_lr_fn="match_rms_adamw")),

@@ -455,3 +455,97 @@ class Prodigy(torch.optim.Optimizer):
             x -= gamma * d * m / (v.sqrt() + d_next * group["eps"])
         for group in self.param_groups:
             group.update(d=d_next, d_max=d_max, d_numerator=r, k=group["k"] + 1)
+
+
+class Wrapped:
+    """Another optimizer, which does not decay weights, with what options of every optimizer add to it.
+
+    Cautious updates: Liang et al. 2024, Algorithm 1, https://arxiv.org/abs/2411.16085, with the scale of the authors'
+    code. Cautious weight decay: Chen et al. 2025, Algorithm 1, https://arxiv.org/abs/2510.12402. Decay by the square of
+    lr: Defazio 2025, https://arxiv.org/abs/2506.02285.
+
+    Args:
+        optimizer: the other optimizer.
+        decay: "decoupled", "l2" or "none".
+        cautious, decay_by, ema: as in ``StepOptions``.
+        weight_decay, max_lr, maximize: as in groups.
+    """
+
+    def __init__(
+        self,
+        optimizer: torch.optim.Optimizer,
+        decay: str,
+        weight_decay: float,
+        max_lr: float = 1.0,
+        maximize: bool = False,
+        cautious: str | None = None,
+        decay_by: str = "lr",
+        ema: float | None = None,
+    ) -> None:
+        self.param_groups, self.state = optimizer.param_groups, optimizer.state
+        self._optimizer, self._decay, self._weight_decay = optimizer, decay, weight_decay
+        self._cautious, self._by, self._max_lr, self._ema, self._maximize = cautious, decay_by, max_lr, ema, maximize
+        self.averages = [param.detach().clone() for param in self._params()]
+
+    def _params(self) -> list[torch.Tensor]:
+        return [param for group in self.param_groups for param in group["params"]]
+
+    @torch.no_grad()
+    def step(self) -> None:
+        old = [param.detach().clone() for param in self._params()]
+        for param in self._params():
+            assert param.grad is not None
+            param.grad = -param.grad if self._maximize else param.grad.clone()
+            if self._decay == "l2":
+                param.grad += self._weight_decay * param
+            param.zero_()  # so that the update has all its digits
+        self._optimizer.step()
+        lr = float(self.param_groups[0]["lr"])
+        amount = {"lr": lr, "schedule": lr / self._max_lr, "lr_squared": lr**2 / self._max_lr}[self._by]
+        for i, (param, before) in enumerate(zip(self._params(), old, strict=True)):
+            assert param.grad is not None
+            update = -param
+            if self._cautious in ("update", "both"):
+                mask = (update * param.grad > 0).to(update.dtype)
+                update = update * mask / mask.mean().clamp(min=1e-3) if mask.numel() else update
+            decay = amount * self._weight_decay * before if self._decay == "decoupled" else torch.zeros_like(before)
+            if self._cautious in ("decay", "both"):
+                decay = decay * (update * before >= 0)
+            param.copy_(before - update - decay)
+            if self._ema is not None:
+                self.averages[i] += (1 - self._ema) * (param - self.averages[i])
+
+
+class RowwiseAdagrad(torch.optim.Optimizer):
+    """FBGEMM's rowwise_adagrad on CPUs, row by row; ``rows`` are those that the gradient names, all if it is dense."""
+
+    def __init__(
+        self,
+        params: Any,
+        lr: Any = 1e-2,
+        eps: float = 1e-8,
+        weight_decay: float = 0,
+        decoupled_weight_decay: bool = False,
+        *,
+        maximize: bool = False,
+    ) -> None:
+        options = dict(lr=lr, eps=eps, weight_decay=weight_decay)
+        super().__init__(params, options | dict(decoupled=decoupled_weight_decay, maximize=maximize))
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:
+        for group in self.param_groups:
+            lr, eps, weight_decay = float(group["lr"]), group["eps"], group["weight_decay"]
+            for param in group["params"]:
+                grads = -param.grad if group["maximize"] else param.grad
+                rows = grads.coalesce().indices()[0].tolist() if grads.is_sparse else range(len(param))
+                grads = grads.to_dense()
+                momentum1 = self.state[param].setdefault("sum", torch.zeros(len(param), 1, dtype=param.dtype))
+                for idx in rows:
+                    weights, grad_buffer = param[idx].clone(), grads[idx]
+                    if not group["decoupled"]:
+                        grad_buffer = grad_buffer + weight_decay * weights
+                    momentum1[idx] += (grad_buffer**2).sum() / max(grad_buffer.numel(), 1)
+                    multiplier = lr / (momentum1[idx].sqrt() + eps)
+                    correction = 1 - lr * weight_decay if group["decoupled"] else 1
+                    param[idx] = correction * weights - grad_buffer * multiplier

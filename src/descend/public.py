@@ -4,7 +4,8 @@ from torch.optim import Adafactor, Optimizer, lr_scheduler, swa_utils
 
 from descend.backends.backend import RuleError
 from descend.checkpoint.matching import IncompatibleKeys
-from descend.core.groups import no_decay
+from descend.core.groups import combined, no_decay
+from descend.core.layer_decay import layer_decay
 from descend.diagnostics.monitoring.monitor import Monitor
 from descend.first_order.adam import Adam, AdamW
 from descend.first_order.adam_variants import Adamax, NAdam, RAdam
@@ -17,6 +18,7 @@ from descend.first_order.momenta import Adan, AdEMAMix
 from descend.first_order.muon import Muon, NorMuon
 from descend.first_order.optimizer import FirstOrder, warmup
 from descend.first_order.prodigy import Prodigy
+from descend.first_order.rowwise_adagrad import RowwiseAdagrad
 from descend.first_order.schedule_free import AdamWScheduleFree
 from descend.first_order.sgd import ASGD, SGD
 from descend.first_order.signs import Lion, Rprop
@@ -58,6 +60,7 @@ __all__ = [
     "RAdam",
     "RMSprop",
     "Result",
+    "RowwiseAdagrad",
     "Rprop",
     "RuleError",
     "SparseAdam",
@@ -65,9 +68,11 @@ __all__ = [
     "clip_grad_norm_",
     "clip_grad_value_",
     "clip_grads_with_norm_",
+    "combined",
     "from_rule",
     "get_total_norm",
     "in_backward",
+    "layer_decay",
     "lr_scheduler",
     "minimize",
     "no_decay",

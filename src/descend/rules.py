@@ -11,7 +11,7 @@ Throughout, ``gain_i = 1 - beta_i`` and ``bias_i = 1 - beta_i**step``. Averages 
 
 from __future__ import annotations
 
-from descend.ops import abs, maximum, minimum, sign, sqrt, summing, where
+from descend.ops import abs, maximum, minimum, of_rows, sign, sqrt, summing, where
 
 
 def sgd(param, grad, lr, weight_decay):
@@ -446,6 +446,40 @@ def prodigy(
     exp_avg = (1 - gain1) * exp_avg + gain1 * d * grad
     exp_avg_sq = (1 - gain2) * exp_avg_sq + gain2 * (d * grad) * (d * grad)
     return (1 - decay) * param - lr * exp_avg / (sqrt(exp_avg_sq) + eps), s, p0, exp_avg, exp_avg_sq
+
+
+def first_average(param, grad, exp_avg, gain1):
+    """Where Adam and its relatives move before they divide, for cautious updates, which need the sign alone."""
+    return (1 - gain1) * exp_avg + gain1 * grad
+
+
+# Rules of rows: what is averaged over each row of a table, then what is done with the mean.
+
+
+def rowwise_adagrad_square(param, grad, sum, lr, weight_decay, eps):
+    """The square of the gradient of the loss and its L2 penalty."""
+    grad = grad + weight_decay * param
+    return grad * grad
+
+
+@of_rows(rowwise_adagrad_square)
+def rowwise_adagrad(param, grad, sum, lr, weight_decay, eps, mean_square):
+    """Adagrad with one sum for each row, as in FBGEMM, https://github.com/pytorch/FBGEMM; weight decay is L2."""
+    grad = grad + weight_decay * param
+    sum = sum + mean_square
+    return param - lr / (sqrt(sum) + eps) * grad, sum
+
+
+def rowwise_adagradw_square(param, grad, sum, lr, weight_decay, eps):
+    """The square of the gradient."""
+    return grad * grad
+
+
+@of_rows(rowwise_adagradw_square)
+def rowwise_adagradw(param, grad, sum, lr, weight_decay, eps, mean_square):
+    """Row-wise Adagrad with decoupled weight decay, which is multiplied by lr."""
+    sum = sum + mean_square
+    return (1 - lr * weight_decay) * param - lr / (sqrt(sum) + eps) * grad, sum
 
 
 # The steps that a row of an embedding misses while it gets no gradient.

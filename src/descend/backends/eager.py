@@ -12,8 +12,8 @@ from torch import Tensor
 from descend.backends.backend import Decisions
 from descend.core.decision import SKIPPED, Decision, judge
 from descend.core.measures import COLUMNS, moments
-from descend.core.memory import as_real, wide, widest
-from descend.core.signature import signature
+from descend.core.memory import as_real, row_count, wide, widest
+from descend.core.signature import averaged_part, signature
 
 _NO_MEMORY = np.zeros((0, 2), np.int64)
 
@@ -41,7 +41,11 @@ def run(
     grad, first, *rest = _in_compute_dtype([as_real(grad), *seen])
     before = first.detach().clone() if measures else None
     scaled = grad if scale == 1 else grad * scale
-    results = rule(first, scaled if decision is None else scaled * decision.factor, *rest, *scalars)
+    scaled = scaled if decision is None else scaled * decision.factor
+    if (part := averaged_part(rule)) is not None:
+        results = _by_rows(rule, part, row_count(param), first, scaled, rest, scalars)
+    else:
+        results = rule(first, scaled, *rest, *scalars)
     results = results if state else (results,)
     # A rule may keep the old parameter in its state: what is written first must not change it.
     results = [value.clone() if any(value is old for old in (first, *rest)) else value for value in results]
@@ -51,6 +55,24 @@ def run(
         return None
     with torch.no_grad():
         return measured_sums(before, grad, written, moments(rule))
+
+
+def _by_rows(
+    rule: Callable[..., Any],
+    part: Callable[..., Any],
+    rows: int,
+    param: Tensor,
+    grad: Tensor,
+    state: Sequence[Tensor],
+    scalars: Sequence[Any],
+) -> Any:
+    """What a rule of rows returns, the parameter in its shape; the means are taken in float64."""
+    width = param.numel() // max(rows, 1)
+    tensors = (param.reshape(rows, width), grad.reshape(rows, width), *state)
+    numbers = part(*tensors, *scalars)
+    mean = numbers.sum(1, keepdim=True, dtype=widest(param.device)) / max(width, 1)
+    results = rule(*tensors, *scalars, mean.to(param.dtype))
+    return (results[0].reshape(param.shape), *results[1:]) if state else results.reshape(param.shape)
 
 
 def sums(
@@ -257,7 +279,7 @@ class EagerLaunch:
 
     def set_scalars(self, row: int, scale: float, scalars: Sequence[float | Tensor]) -> None:
         if len(scalars) != self._n_given:
-            raise ValueError(f"the rule is given {self._n_given} scalars, got {len(scalars)}.")
+            raise ValueError(f"the rule takes {self._n_given} scalars, got {len(scalars)}.")
         self._scalars[row] = scale, scalars
 
     def sums(self) -> Tensor:

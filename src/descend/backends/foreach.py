@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from descend.backends import eager
+from descend.backends import eager, supports
 from descend.backends.backend import Decisions
 from descend.backends.cpu import launch, library, threads
 from descend.backends.tensor_list import TensorList, Tensors, on_lists
@@ -339,8 +339,8 @@ def _is_host_number(tensor: Tensor) -> bool:
 def _why_not_rule(rule: Callable[..., Any]) -> str | None:
     """Why a rule cannot run on lists: found out by running it."""
     takes = signature(rule)
-    if takes.kind == "matrix":
-        return "a rule of whole matrices"
+    if reason := supports.why_not_kind(rule):
+        return reason
     if not isinstance(rule, FunctionType):
         return f"a rule that is a {type(rule).__name__}"
     ones = torch.ones(2, dtype=torch.float64, device="cpu")

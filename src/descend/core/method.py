@@ -12,6 +12,8 @@ from torch import Tensor
 from torch.utils._foreach_utils import _get_fused_kernels_supported_devices
 
 from descend.core.checks import check_kinds, check_lr
+from descend.core.composition import Decay
+from descend.core.memory import row_state_shape
 from descend.core.options import StepOptions
 from descend.core.signature import signature
 
@@ -53,9 +55,18 @@ class Method:
     capturable_needs: ClassVar[str] = "params and state_steps"  # on a device, in torch's words
     fixed_options: ClassVar[Mapping[str, Any]] = MappingProxyType({})  # of groups, whatever a file says
     is_for_groups: ClassVar[bool] = True  # whether groups of another optimizer may have this method
+    optional_state: ClassVar[tuple[str, ...]] = ()  # made where it is missing, whatever else there is
+    decay: ClassVar[Decay | None] = None  # what ``weight_decay`` does, see ``decay_of``
+    direction: ClassVar[Callable[..., Any] | None] = None  # cheaper than the rule, see ``core.composition.composed``
+    state_follows_param: ClassVar[bool] = False  # it holds points, which a longer or shorter step would miss
 
     options: StepOptions
     defaults: dict[str, Any]
+
+    @property
+    def kind(self) -> type[Method]:
+        """The class that describes it; options may have added to that."""
+        return type(self)
 
     @abstractmethod
     def name_of(self, param: Tensor) -> str:
@@ -78,12 +89,13 @@ class Method:
     def scalars_of_sums(self, group: Mapping[str, Any], sums: Sequence[float], numel: int) -> tuple[Any, ...]:
         """The scalars that a rule with sums forms of them, in its order. Default: the sums themselves.
 
-        Called at every step before anything moves, so it changes nothing either.
+        Called at every step before anything moves: for each parameter, or with ``sums_over = "all"`` for each group. It
+        changes nothing that may be seen; what it keeps for the next step is for ``end_step`` to write.
 
         Args:
             group: the parameter's group.
-            sums: what the rule's part returns, see ``ops.summing``, summed in float64 over the elements of
-                the parameter; with ``sums_over = "all"``, of all parameters that have a gradient and this method.
+            sums: what the rule's part returns, see ``ops.summing``, summed in float64 over the elements of the
+                parameter; with ``sums_over = "all"``, of all parameters that have a gradient and this method.
             numel: how many elements these are; a complex number is two.
         """
         return tuple(sums)
@@ -109,6 +121,16 @@ class Method:
     def ends_steps(self) -> bool:
         """Whether ``end_step`` does anything."""
         return type(self).end_step is not Method.end_step
+
+    def decay_of(self, group: Mapping[str, Any]) -> Decay | None:
+        """What the group's weight decay is: in all of these a step without it does not depend on the parameter.
+
+        ``"decoupled"``: the rule takes ``lr * weight_decay`` times the parameter from it. ``"l2"``: the rule adds
+        ``weight_decay`` times the parameter to the gradient before anything else. ``"none"``: there is none. None:
+        anything else. Default: by the option ``decoupled_weight_decay``; without it, the attribute ``decay``.
+        """
+        decoupled = group.get("decoupled_weight_decay")
+        return self.decay if decoupled is None else ("decoupled" if decoupled else "l2")
 
     def may_decide_on_device(self, group: Mapping[str, Any]) -> bool:
         """Whether a step of ``group`` may be left out without the host knowing: the host counts nothing then."""
@@ -170,17 +192,27 @@ class Method:
                 f"{type(self).__name__} does not support sparse gradients, please consider SparseAdam instead, or say "
                 f"what they mean: {cures} ({self.name_of(param)} has a gradient of layout {layout})"
             )
-        if signature(self.rule_for(group)).summed is not None:
+        self.check_takes_rows(param, group)
+        return self.options.sparse or "all"
+
+    def check_takes_rows(self, param: Tensor, group: Mapping[str, Any]) -> None:
+        """Raise ``RuntimeError`` if the rule cannot update the rows that a sparse gradient names."""
+        takes = signature(self.rule_for(group))
+        if takes.summed is not None:
             raise RuntimeError(
                 f"{type(self).__name__}: a rule that sums over a tensor cannot update single rows, but "
                 f"{self.name_of(param)} has a sparse gradient: make it dense."
             )
-        if signature(self.rule_for(group)).kind == "matrix":
+        if takes.kind == "matrix":
             raise RuntimeError(
                 f"{type(self).__name__}: a rule of whole matrices cannot update single rows, but {self.name_of(param)} "
                 "has a sparse gradient: make it dense."
             )
-        return self.options.sparse or "all"
+        if takes.kind == "row" and not _names_rows(param.grad):
+            raise RuntimeError(
+                f"{type(self).__name__}: a rule of rows needs gradients that are sparse in the first dimension alone, "
+                f"but {self.name_of(param)} has one of {_sparsity(param.grad)}: make it dense."
+            )
 
     # State.
 
@@ -189,8 +221,11 @@ class Method:
         return 0.0
 
     def state_shape(self, name: str, param: Tensor, group: Mapping[str, Any]) -> torch.Size:
-        """Shape of the state tensor called ``name``. Default: the parameter's, which compiled backends need."""
-        return param.shape
+        """Shape of the state tensor called ``name``, which compiled backends need.
+
+        Default: the parameter's, and (rows, 1) if the rule is one of rows.
+        """
+        return row_state_shape(param) if signature(self.rule_for(group)).kind == "row" else param.shape
 
     def state_spec(self, name: str, param: Tensor, group: Mapping[str, Any]) -> StateSpec:
         """How a new state tensor called ``name`` is made."""
@@ -202,3 +237,13 @@ class Method:
         if not param.is_floating_point():
             return param.dtype
         return self.options.state_dtype or (torch.float32 if param.dtype == torch.float16 else param.dtype)
+
+
+def _names_rows(grad: Tensor | None) -> bool:
+    """Whether a sparse gradient names rows."""
+    return grad is None or (grad.layout is torch.sparse_coo and grad.sparse_dim() == 1)
+
+
+def _sparsity(grad: Any) -> str:
+    is_coo = grad.layout is torch.sparse_coo
+    return f"{grad.sparse_dim()} sparse dimensions" if is_coo else f"layout {grad.layout}"

@@ -20,7 +20,7 @@ from descend.core.optimizer import MethodOptimizer
 from descend.core.signature import Kind, Signature, signature
 from descend.core.update import Cell
 from descend.distributed.agreement import Agreement
-from descend.distributed.dtensors import layout_of, local_of
+from descend.distributed.dtensors import has_whole_rows, layout_of, local_of
 from descend.distributed.local_params import LocalParams
 from descend.distributed.ranks import Ranks, Share
 from descend.distributed.shard_state import as_sharded, state_mesh
@@ -226,6 +226,7 @@ class Plan:
         takes = signature(rule)
         local, share = self._locals.of(param), self._locals.share_of(param)
         self._check_whole(optimizer, param, takes.kind, share)
+        self._check_rows(optimizer, param, takes.kind)
         tensors = checked_state(optimizer, param, local, takes.state, group, state)
         sparse = optimizer.meaning_of_gradient(param, group)
         entry = Entry(param, local, share, index, method, rule, state, EAGER, "backend='eager'", sparse, in_order=False)
@@ -252,6 +253,14 @@ class Plan:
                 f"{type(optimizer).__name__}: a rule of whole matrices cannot update shards, but "
                 f"{optimizer.name_of(param)} has {layout_of(as_sharded(optimizer, param))}: leave it unsharded "
                 "(Replicate, no shard_state), or use an element-wise optimizer for it. Nothing has moved."
+            )
+
+    def _check_rows(self, optimizer: MethodOptimizer, param: Tensor, kind: Kind) -> None:
+        """Raise ``RuntimeError`` if a rule of rows would see parts of rows."""
+        if kind == "row" and not has_whole_rows(sharded := as_sharded(optimizer, param)):
+            raise RuntimeError(
+                f"{type(optimizer).__name__}: a rule of rows cannot update parts of rows, but "
+                f"{optimizer.name_of(param)} has {layout_of(sharded)}: shard its first dimension. Nothing has moved."
             )
 
     def _check_not_cut(self, optimizer: MethodOptimizer, param: Tensor) -> None:
@@ -296,7 +305,7 @@ class Plan:
             dtype = entry.param.dtype
             wide = torch.promote_types(dtype, torch.float32)
             dtypes = (dtype, wide, *state_dtypes(entry.method, entry.param, entry.rule, entry.state))
-            scalars = len(signature(entry.rule).scalars)
+            scalars = len(signature(entry.rule).given)
             rows = entry.backend.rows(entry.rule, scalars, dtypes, False, entry.local)
             rows.compile(optimizer.options.wants_norm, self._measures)
 

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from descend.backends.cpu import library, object_files, threads
 from descend.core.measures import COLUMNS, moments
+from descend.core.memory import row_width
 from descend.core.signature import signature
 
 # Elements in a chunk: small enough to balance the threads, large enough that claiming a chunk costs nothing. Norms are
@@ -92,6 +93,7 @@ class ChunkTable(ChunkCall):
         width: number of columns. The caller fills in those after ``columns``.
         rows: for each row of tensors, its row in the scalars table.
         scalars: the scalars table.
+        widths: for each row of tensors, the elements that must stay together, if some must. Default: None.
     """
 
     def __init__(
@@ -100,6 +102,7 @@ class ChunkTable(ChunkCall):
         width: int,
         rows: Sequence[int] | np.ndarray,
         scalars: np.ndarray,
+        widths: np.ndarray | None = None,
     ) -> None:
         super().__init__()
         self.addresses = np.zeros((len(rows), width), np.int64)
@@ -107,8 +110,8 @@ class ChunkTable(ChunkCall):
             self.addresses[:, column] = [tensor.data_ptr() for tensor in tensors]
         self._sizes = np.array([tensor.numel() for tensor in columns[0]], np.int64)
         self.scalars = scalars
-        chunks = chunk_table(self._sizes, np.asarray(rows, np.int64))
-        self._counts = -(-self._sizes // CHUNK)
+        chunks = chunk_table(self._sizes, np.asarray(rows, np.int64), widths)
+        self._counts = np.bincount(chunks[:, 0], minlength=len(rows))
         self.describe(chunks, len(chunks), self.addresses, scalars, int(self._sizes.sum()))
 
     def by_tensor(self, chunks: np.ndarray) -> np.ndarray:
@@ -150,7 +153,11 @@ class Launch(ChunkTable):
             table = np.zeros((len(rows), 1 + len(takes.scalars)), table.dtype)
             rows = np.arange(len(rows))
         grads = [param if param.grad is None else param.grad for param in params]
-        super().__init__([params, grads], len(dtypes), rows, table)
+        widths = None
+        if takes.kind == "row":
+            widths = np.array([max(row_width(param), 1) for param in params], np.int64)
+        super().__init__([params, grads], len(dtypes), rows, table, widths)
+        self._state_sizes = self._sizes if widths is None else self._sizes // widths
         self._rule, self._dtypes = rule, dtypes
         self._update = self._measures = self._summing = 0
 
@@ -179,7 +186,8 @@ class Launch(ChunkTable):
         """First and last (exclusive) addresses of the memory that an update writes, shape (n, 2)."""
         columns = [column for column in range(len(self._dtypes)) if column != 1]
         starts = self.addresses[:, columns]
-        ends = starts + self._sizes[:, None] * np.array([self._dtypes[column].itemsize for column in columns])
+        sizes = np.stack([self._sizes if column == 0 else self._state_sizes for column in columns], axis=1)
+        ends = starts + sizes * np.array([self._dtypes[column].itemsize for column in columns])
         spans = np.stack([starts.ravel(), ends.ravel()], axis=1)
         return spans[spans[:, 0] < spans[:, 1]]
 
@@ -257,12 +265,20 @@ class _ScalarPart:
         return arguments[4] == 1
 
 
-def chunk_table(sizes: np.ndarray, rows: np.ndarray) -> np.ndarray:
-    """Cut tensors of these sizes into chunks; ``rows`` holds each tensor's row of scalars."""
-    counts = -(-sizes // CHUNK)
+def chunk_table(sizes: np.ndarray, rows: np.ndarray, widths: np.ndarray | None = None) -> np.ndarray:
+    """Cut tensors of these sizes into chunks.
+
+    Args:
+        sizes: the number of elements of each.
+        rows: the row of scalars of each.
+        widths: how many elements of each must stay together, at most ``CHUNK``: chunks are of whole rows then, and have
+            their number in the last column. Default: one, and chunks are for rules of elements.
+    """
+    most = np.full_like(sizes, CHUNK) if widths is None else CHUNK // widths * widths
+    counts = -(-sizes // most)
     tensor = np.repeat(np.arange(len(sizes)), counts)
     first = np.cumsum(counts) - counts
-    offset = (np.arange(counts.sum()) - first[tensor]) * CHUNK
-    length = np.minimum(sizes[tensor] - offset, CHUNK)
-    once = np.ones_like(tensor)
-    return np.ascontiguousarray(np.stack([tensor, offset, offset, length, rows[tensor], once], axis=1))
+    offset = (np.arange(counts.sum()) - first[tensor]) * most[tensor]
+    length = np.minimum(sizes[tensor] - offset, most[tensor])
+    times = np.ones_like(tensor) if widths is None else length // widths[tensor]
+    return np.ascontiguousarray(np.stack([tensor, offset, offset, length, rows[tensor], times], axis=1))

@@ -24,12 +24,15 @@ _OPS = {getattr(ops, name): name for name in ops.__all__}
 @cache
 def update(rule: FunctionType, scalars: int, dtypes: tuple[torch.dtype, ...], compute: torch.dtype) -> int:
     """The loop that applies ``rule`` to the chunks of tensors of ``dtypes`` (parameter, gradient, state)."""
-    key = f"update|{_sources()}|{_described(rule)}|{scalars}|{dtypes}|{compute}"
+    part: Any = signature(rule).averaged
+    key = f"update|{_sources()}|{_described(rule)}|{part and _described(part)}|{scalars}|{dtypes}|{compute}"
 
     def compile_update() -> str:
-        from descend.backends.cpu import kernels
+        from descend.backends.cpu import kernels, row_rule_kernel
 
         try:
+            if part is not None:
+                return row_rule_kernel.row_update_kernel(rule, part, scalars, dtypes, compute)
             return kernels.update_kernel(rule, scalars, dtypes, compute)
         except Exception as error:  # Numba raises many kinds, all of them about the rule
             raise RuleError(_explain(rule, error)) from error
@@ -165,7 +168,15 @@ def _described(rule: FunctionType) -> str:
 def _sources() -> str:
     """A digest of the code that writes kernels: an edit there invalidates every cached kernel."""
     folder = files("descend.backends")
-    kernels = ("intrinsics", "kernels", "measures_kernel", "probe_kernel", "rows_kernel", "sums_kernel")
+    kernels = (
+        "intrinsics",
+        "kernels",
+        "measures_kernel",
+        "probe_kernel",
+        "row_rule_kernel",
+        "rows_kernel",
+        "sums_kernel",
+    )
     names = (*(f"cpu/{name}.py" for name in kernels), "retarget.py")
     texts = [folder.joinpath(name).read_bytes() for name in names]
     return hashlib.sha256(b"".join(texts)).hexdigest()
