@@ -26,7 +26,24 @@ from cases import (
 from torch import Tensor
 from torch.optim.lr_scheduler import CosineAnnealingLR, OneCycleLR
 
-from descend import ASGD, SGD, Adam, AdamW, AdamWScheduleFree, FirstOrder, Lion, Muon, Rprop, from_rule, in_backward
+from descend import (
+    ASGD,
+    LAMB,
+    MARS,
+    SGD,
+    Adam,
+    AdamW,
+    AdamWScheduleFree,
+    Adan,
+    AdEMAMix,
+    FirstOrder,
+    Lion,
+    Muon,
+    Prodigy,
+    Rprop,
+    from_rule,
+    in_backward,
+)
 from descend.ops import summing
 
 FREE = [case for case in CASES if not case.ours.state_follows_param]  # their moves may be changed
@@ -40,8 +57,11 @@ OPTIONS: list[dict[str, Any]] = [
 
 
 def decay_of(case: Case) -> str:
+    if case.ours in (Adan, LAMB, Prodigy):
+        return "their own"
     decoupled = issubclass(case.ours, AdamW | Muon) or case.options.get("decoupled_weight_decay", False)
-    return "decoupled" if decoupled or case.ours is Lion else "none" if case.ours is Rprop else "l2"
+    decoupled = decoupled or case.ours in (Lion, AdEMAMix, MARS)
+    return "decoupled" if decoupled else "none" if case.ours is Rprop else "l2"
 
 
 class Pair:
@@ -72,7 +92,9 @@ class Pair:
 ALLOWED = [
     (case, options)
     for case, options in product(FREE, OPTIONS)
-    if decay_of(case) == "decoupled" or options == dict(cautious="update")
+    if (decay_of(case) == "decoupled" or options == dict(cautious="update"))
+    and decay_of(case) != "their own"
+    and not (case.needs_sums() and options.get("cautious") in ("update", "both"))
 ]
 
 
