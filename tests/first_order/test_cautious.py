@@ -28,13 +28,18 @@ from torch.optim.lr_scheduler import CosineAnnealingLR, OneCycleLR
 
 from descend import (
     ASGD,
+    LAMB,
+    MARS,
     SGD,
     Adam,
     AdamW,
     AdamWScheduleFree,
+    Adan,
+    AdEMAMix,
     FirstOrder,
     Lion,
     Muon,
+    Prodigy,
     RowwiseAdagrad,
     Rprop,
     from_rule,
@@ -53,8 +58,11 @@ OPTIONS: list[dict[str, Any]] = [
 
 
 def decay_of(case: Case) -> str:
+    if case.ours in (Adan, LAMB, Prodigy):
+        return "their own"
     decoupled = issubclass(case.ours, AdamW | Muon) or case.options.get("decoupled_weight_decay", False)
-    return "decoupled" if decoupled or case.ours is Lion else "none" if case.ours is Rprop else "l2"
+    decoupled = decoupled or case.ours in (Lion, AdEMAMix, MARS)
+    return "decoupled" if decoupled else "none" if case.ours is Rprop else "l2"
 
 
 class Pair:
@@ -85,7 +93,9 @@ class Pair:
 ALLOWED = [
     (case, options)
     for case, options in product(FREE, OPTIONS)
-    if decay_of(case) == "decoupled" or options == dict(cautious="update")
+    if (decay_of(case) == "decoupled" or options == dict(cautious="update"))
+    and decay_of(case) != "their own"
+    and not (case.needs_sums() and options.get("cautious") in ("update", "both"))
 ]
 
 
