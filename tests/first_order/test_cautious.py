@@ -26,10 +26,31 @@ from cases import (
 from torch import Tensor
 from torch.optim.lr_scheduler import CosineAnnealingLR, OneCycleLR
 
-from descend import ASGD, SGD, Adam, AdamW, AdamWScheduleFree, FirstOrder, Lion, Muon, Rprop, from_rule, in_backward
+from descend import (
+    ADOPT,
+    ASGD,
+    LAMB,
+    MARS,
+    SGD,
+    Adam,
+    AdamW,
+    AdamWScheduleFree,
+    Adan,
+    AdEMAMix,
+    FirstOrder,
+    Lion,
+    Muon,
+    Prodigy,
+    Rprop,
+    from_rule,
+    in_backward,
+)
 from descend.ops import summing
 
-FREE = [case for case in CASES if not case.ours.state_follows_param]  # their moves may be changed
+# Their moves may be changed, and their rules need no sums; Adan's decay is decoupled if it is asked for.
+FREE = [case for case in CASES if not case.ours.state_follows_param and case.ours not in (Adan, LAMB, MARS, Prodigy)]
+FREE += [Case(Adan, textbook.Adan, dict(lr=0.01, weight_decay=0.1, no_prox=True))]
+MARS_CASE = Case(MARS, textbook.MARS, dict(lr=0.01, weight_decay=0.1))
 # Where decay is not decoupled, the first alone.
 OPTIONS: list[dict[str, Any]] = [
     dict(cautious="update"),
@@ -40,7 +61,9 @@ OPTIONS: list[dict[str, Any]] = [
 
 
 def decay_of(case: Case) -> str:
-    decoupled = issubclass(case.ours, AdamW | Muon) or case.options.get("decoupled_weight_decay", False)
+    decoupled = issubclass(case.ours, AdamW | Muon | AdEMAMix | Adan | MARS) or case.options.get(
+        "decoupled_weight_decay", False
+    )
     return "decoupled" if decoupled or case.ours is Lion else "none" if case.ours is Rprop else "l2"
 
 
@@ -74,6 +97,7 @@ ALLOWED = [
     for case, options in product(FREE, OPTIONS)
     if decay_of(case) == "decoupled" or options == dict(cautious="update")
 ]
+ALLOWED += [(MARS_CASE, options) for options in (dict(cautious="decay", ema=0.5), dict(decay_by="schedule"))]
 
 
 @pytest.mark.parametrize("backend", [name for name in DENSE_BACKENDS if name != "cpu"])
@@ -162,6 +186,9 @@ def test_an_update_of_which_little_is_left_is_at_most_a_thousand_times_as_long()
         (Rprop, dict(decay_by="lr_squared"), "Rprop: decay_by='lr_squared' .* weight decay does not exist"),
         (from_rule(rule, "Own", shrink=0.1), dict(cautious="decay"), "Own: .* weight decay is its rule's own"),
         (ASGD, dict(cautious="update"), "the state of ASGD follows them"),
+        (LAMB, dict(cautious="update"), "the rule of LAMB needs sums of its own"),
+        (LAMB, dict(cautious="decay"), "LAMB: .* weight decay is its rule's own"),
+        (Adan, dict(cautious="decay"), "Adan: .* weight decay is its rule's own"),
         (AdamWScheduleFree, dict(cautious="decay"), "the state of AdamWScheduleFree follows them"),
         (AdamW, dict(cautious="yes"), "AdamW: cautious must be one of"),
         (AdamW, dict(decay_by="step"), "AdamW: decay_by must be one of"),
@@ -174,6 +201,17 @@ def test_an_update_of_which_little_is_left_is_at_most_a_thousand_times_as_long()
 def test_what_cannot_be_is_an_error_when_the_optimizer_is_made(kind: Any, options: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         kind([torch.zeros(1, requires_grad=True)], **options)
+
+
+def test_the_first_step_of_adopt_decays_nothing_either() -> None:
+    (param,) = leaves([(33,)])
+    optimizer = ADOPT([param], lr=0.1, weight_decay=0.1, decoupled_weight_decay=True, cautious="decay")
+    before = param.detach().clone()
+    give_grads([param], 0)
+    optimizer.step()
+    assert torch.equal(param, before)
+    optimizer.step()
+    assert not torch.equal(param, before)
 
 
 def squares(param: Any, grad: Any, lr: Any) -> Any:

@@ -11,6 +11,7 @@ from typing_extensions import Unpack
 
 from descend import rules
 from descend.core.checks import check_adam, check_not_negative
+from descend.core.composition import Decay
 from descend.core.groups import ParamsT
 from descend.core.options import Options
 from descend.first_order.optimizer import FirstOrder
@@ -54,6 +55,7 @@ class AdEMAMix(FirstOrder):
     """
 
     rule = staticmethod(rules.ademamix)
+    decay = "decoupled"
     nonnegative_state = ("exp_avg_sq",)
 
     def __init__(
@@ -175,6 +177,9 @@ class Adan(FirstOrder):
             "differentiable": differentiable,
         }
         super().__init__(params, defaults, **options)
+
+    def decay_of(self, group: Mapping[str, Any]) -> Decay | None:
+        return "decoupled" if group["no_prox"] else None
 
     def scalars(self, group: Mapping[str, Any], step: float) -> tuple[Any, ...]:
         lr, (beta1, beta2, beta3) = group["lr"], group["betas"]
