@@ -41,6 +41,7 @@ from descend import (
     Lion,
     Muon,
     Prodigy,
+    RowwiseAdagrad,
     Rprop,
     from_rule,
     in_backward,
@@ -188,6 +189,8 @@ def test_an_update_of_which_little_is_left_is_at_most_a_thousand_times_as_long()
         (ASGD, dict(cautious="update"), "the state of ASGD follows them"),
         (LAMB, dict(cautious="update"), "the rule of LAMB needs sums of its own"),
         (LAMB, dict(cautious="decay"), "LAMB: .* weight decay is its rule's own"),
+        (RowwiseAdagrad, dict(cautious="update"), "the rule of RowwiseAdagrad needs sums of its own"),
+        (RowwiseAdagrad, dict(ema=0.9), "RowwiseAdagrad: ema=0.9 needs a number for each weight"),
         (Adan, dict(cautious="decay"), "Adan: .* weight decay is its rule's own"),
         (AdamWScheduleFree, dict(cautious="decay"), "the state of AdamWScheduleFree follows them"),
         (AdamW, dict(cautious="yes"), "AdamW: cautious must be one of"),
@@ -281,6 +284,20 @@ def test_rows_decay_where_their_update_agrees() -> None:
     expected = old.clone()
     expected[rows] -= 0.1 + 0.05 * old[rows] * (old[rows] >= 0)
     torch.testing.assert_close(weight.detach(), expected)
+
+
+@pytest.mark.parametrize("sparse", [False, True])
+def test_a_rule_of_rows_decays_where_its_update_agrees(sparse: bool) -> None:
+    table = torch.nn.Embedding(10, 3, sparse=sparse, dtype=torch.float64)
+    optimizer = RowwiseAdagrad([table.weight], lr=0.1, weight_decay=0.5, decoupled_weight_decay=True, cautious="decay")
+    old = table.weight.detach().clone()
+    table(torch.tensor([1, 3])).sum().backward()  # the update is 0.1, to below zero, where there is a gradient
+    optimizer.step()
+    named = torch.zeros(10, 1, dtype=torch.bool)
+    named[[1, 3]] = True
+    decays = (named & (old >= 0)) if sparse else (~named | (old >= 0))
+    expected = old - 0.1 * named - 0.05 * old * decays
+    torch.testing.assert_close(table.weight.detach(), expected, rtol=1e-7, atol=0.0)  # eps is 1e-8
 
 
 # Decay by the schedule.

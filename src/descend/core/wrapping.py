@@ -186,11 +186,13 @@ class Wrapped(Method):
                 "follows them: leave cautious out."
             )
         takes = signature(self._inside.rule_for(group))
-        if self._cautious_update and takes.summed is not None:
+        if self._cautious_update and takes.formed:
             raise ValueError(
                 f"{name}: cautious={options.cautious!r} counts which updates agree with the gradient, and the rule of "
                 f"{name} needs sums of its own: leave cautious out, or use 'decay'."
             )
+        if self._has_ema and takes.kind == "row":
+            raise ValueError(f"{name}: ema={options.ema} needs a number for each weight, and {name} keeps one a row.")
         if self._has_ema and "ema" in (*takes.state, *takes.scalars):
             raise ValueError(f"{name}: ema={options.ema} keeps an average called ema, a name that {name} uses already.")
         # A group of another method than the optimizer's may have nothing to decay.
