@@ -15,6 +15,7 @@ from cases import (
     DENSE_BACKENDS,
     MATRICES,
     MATRIX_CASES,
+    ON_GPU,
     SHAPES,
     Case,
     assert_same_state,
@@ -119,9 +120,10 @@ def test_steps_of_matrices_are_those_of_the_papers(case: Case, options: dict[str
     pair.assert_equal(1e-8)  # of an orthogonal matrix that rounding has passed through five products
 
 
+@pytest.mark.parametrize("backend", [DENSE_BACKENDS[0], ON_GPU])
 @pytest.mark.parametrize("options", OPTIONS[:3], ids=str)
-def test_compiled_steps_are_those_of_the_papers(options: dict[str, Any]) -> None:
-    pair = Pair(Case(AdamW, torch.optim.AdamW, dict(lr=0.01, weight_decay=0.1)), options, DENSE_BACKENDS[0])
+def test_compiled_steps_are_those_of_the_papers(options: dict[str, Any], backend: str) -> None:
+    pair = Pair(Case(AdamW, torch.optim.AdamW, dict(lr=0.01, weight_decay=0.1)), options, backend)
     for seed in range(6):
         pair.step(seed)
     pair.assert_equal()

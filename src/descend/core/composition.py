@@ -16,7 +16,6 @@ from typing import Any, Literal, NamedTuple, TypeAlias
 import torch
 from torch import Tensor
 
-from descend.core.memory import widest
 from descend.core.signature import signature
 from descend.ops import of_matrices, of_rows, summing, where
 
@@ -154,7 +153,7 @@ class _Text:
         lines = []
         if additions.cautious_update:  # a move of NaN stays one
             if self._is_matrix:
-                lines.append(f"{self._scale} = scale_of({move} * {self._grad} < 0.0, {self._stacked})")
+                lines.append(f"{self._scale} = scale_of({move}, {self._grad}, {self._stacked})")
             lines.append(f"{move} = where({move} * {self._grad} >= 0.0, 0.0, {self._scale} * {move})")
         if additions.decay == "decoupled":
             decay = f"{self._decay} * {param}"
@@ -183,10 +182,11 @@ def cautious_scale(agreeing: float, numel: int) -> float:
     return 1 / max(agreeing / max(numel, 1), 1e-3)
 
 
-def _scale_of(agrees: Tensor, stacked: int) -> Tensor:
+def _scale_of(move: Tensor, grad: Tensor, stacked: int) -> Tensor:
     """The same for each parameter of a batch, over whose first dimensions parameters are stacked."""
-    dims = tuple(range(stacked, agrees.dim()))
-    return 1 / agrees.to(widest(agrees.device)).mean(dims, keepdim=True).clamp(min=1e-3)
+    agreeing = (move * grad < 0).sum(tuple(range(stacked, move.dim())), keepdim=True)
+    numel = move.numel() // max(agreeing.numel(), 1)
+    return 1 / (agreeing.to(move.dtype) / max(numel, 1)).clamp(min=1e-3)
 
 
 def _free(name: str, taken: set[str]) -> str:

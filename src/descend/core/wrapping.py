@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from descend.core.composition import Additions, cautious_scale, composed
+from descend.core.composition import Additions, Decay, cautious_scale, composed
 from descend.core.method import Method, StateSpec
 from descend.core.options import StepOptions
 from descend.core.signature import signature
@@ -165,6 +165,15 @@ class Wrapped(Method):
                 "cautious out. Nothing has moved."
             )
         return meaning
+
+    def check_takes_rows(self, param: Tensor, group: Mapping[str, Any]) -> None:
+        self._inside.check_takes_rows(param, group)
+
+    def decay_of(self, group: Mapping[str, Any]) -> Decay | None:
+        return self._inside.decay_of(group)
+
+    def decoupled_decay(self, group: Mapping[str, Any], step: float) -> Any:
+        return self._inside.decoupled_decay(group, step)
 
     def end_step(self, groups: Sequence[dict[str, Any]]) -> None:
         self._inside.end_step(groups)
