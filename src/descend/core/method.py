@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
@@ -16,6 +17,29 @@ from descend.core.composition import Decay
 from descend.core.memory import row_state_shape
 from descend.core.options import StepOptions
 from descend.core.signature import signature
+
+
+class MethodRef:
+    """Finds a method and does not keep it alive: what an optimizer plans is not to hold the optimizer, which may be it.
+
+    Equal for the same method.
+    """
+
+    __slots__ = ("_ref",)
+
+    def __init__(self, method: Method) -> None:
+        self._ref = weakref.ref(method)
+
+    def __call__(self) -> Method:
+        method = self._ref()
+        assert method is not None  # whoever steps holds the optimizer
+        return method
+
+    def __hash__(self) -> int:
+        return hash(self._ref)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, MethodRef) and self._ref == other._ref
 
 
 class StateSpec(NamedTuple):

@@ -15,7 +15,7 @@ from descend.backends.cpu.threads import serial_in_forked_child
 from descend.core import memory
 from descend.core.measures import Sample, correction
 from descend.core.memory import wide
-from descend.core.method import Method
+from descend.core.method import Method, MethodRef
 from descend.core.optimizer import MethodOptimizer
 from descend.core.signature import signature
 from descend.core.update import Update, signed
@@ -36,7 +36,7 @@ class SparseUpdate(Update):
         local: the plain tensor to update, with its gradient: this rank's part of a sharded parameter, else ``param``.
         share: which ranks hold the parts.
         group: the index of its group.
-        method: how the group is updated.
+        method: finds how the group is updated.
         rule: the rule to apply.
         meaning: what happens to rows that the gradient does not name: "all" (a gradient of zero), "touched"
             (nothing) or "exact" (a gradient of zero, when they are next read).
@@ -51,7 +51,7 @@ class SparseUpdate(Update):
         local: Tensor,
         share: Share | None,
         group: int,
-        method: Method,
+        method: MethodRef,
         rule: Any,
         meaning: str,
         backend: Backend,
@@ -59,14 +59,14 @@ class SparseUpdate(Update):
     ) -> None:
         self.params, self.share = [local], share
         self._param, self._local, self._group, self._rule = param, local, group, rule
-        self._method, self._meaning, self._table, self._backend = method, meaning, table, backend
+        self._method_ref, self._meaning, self._table, self._backend = method, meaning, table, backend
         self.decisions = backend.decisions
         if table is not None:
             table.check_whole(optimizer, local)
         assert local.grad is not None
         self._dtype = torch.promote_types(local.grad.dtype, torch.float32)  # sums need the digits
         state = optimizer.state_of(param)
-        dtypes = (param.dtype, self._dtype, *state_dtypes(method, param, rule, state))
+        dtypes = (param.dtype, self._dtype, *state_dtypes(method(), param, rule, state))
         self._rows = backend.rows(rule, len(signature(rule).given), dtypes, meaning == "all", local)
         self._scale = 1.0
         self._step: Any = 1.0
@@ -77,6 +77,10 @@ class SparseUpdate(Update):
         self._state: dict[str, Any] = state
         self._counters: Any = None
         self._own_memory = _spans(local, state)
+
+    @property
+    def _method(self) -> Method:
+        return self._method_ref()
 
     def compile(self, wants_norm: bool, measures: bool = False) -> None:
         self._rows.compile(wants_norm, measures)
