@@ -6,7 +6,7 @@ import weakref
 from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
-from typing import Any, ClassVar, Literal, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple, TypeAlias, cast
 
 import torch
 from torch import Tensor
@@ -17,29 +17,6 @@ from descend.core.composition import Decay
 from descend.core.memory import row_state_shape
 from descend.core.options import StepOptions
 from descend.core.signature import signature
-
-
-class MethodRef:
-    """Finds a method and does not keep it alive: what an optimizer plans is not to hold the optimizer, which may be it.
-
-    Equal for the same method.
-    """
-
-    __slots__ = ("_ref",)
-
-    def __init__(self, method: Method) -> None:
-        self._ref = weakref.ref(method)
-
-    def __call__(self) -> Method:
-        method = self._ref()
-        assert method is not None  # whoever steps holds the optimizer
-        return method
-
-    def __hash__(self) -> int:
-        return hash(self._ref)
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, MethodRef) and self._ref == other._ref
 
 
 class StateSpec(NamedTuple):
@@ -276,3 +253,12 @@ def _names_rows(grad: Tensor | None) -> bool:
 def _sparsity(grad: Any) -> str:
     is_coo = grad.layout is torch.sparse_coo
     return f"{grad.sparse_dim()} sparse dimensions" if is_coo else f"layout {grad.layout}"
+
+
+# Finds a method and does not keep it alive; those of one method are equal.
+MethodRef: TypeAlias = Callable[[], Method]
+
+
+def ref_to(method: Method) -> MethodRef:
+    """A weak reference: an optimizer holds what it plans, and may be the method itself."""
+    return cast("MethodRef", weakref.ref(method))

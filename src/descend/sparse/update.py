@@ -15,7 +15,7 @@ from descend.backends.cpu.threads import serial_in_forked_child
 from descend.core import memory
 from descend.core.measures import Sample, correction
 from descend.core.memory import wide
-from descend.core.method import Method, MethodRef
+from descend.core.method import MethodRef
 from descend.core.optimizer import MethodOptimizer
 from descend.core.signature import signature
 from descend.core.update import Update, signed
@@ -59,7 +59,7 @@ class SparseUpdate(Update):
     ) -> None:
         self.params, self.share = [local], share
         self._param, self._local, self._group, self._rule = param, local, group, rule
-        self._method_ref, self._meaning, self._table, self._backend = method, meaning, table, backend
+        self._method, self._meaning, self._table, self._backend = method, meaning, table, backend
         self.decisions = backend.decisions
         if table is not None:
             table.check_whole(optimizer, local)
@@ -77,10 +77,6 @@ class SparseUpdate(Update):
         self._state: dict[str, Any] = state
         self._counters: Any = None
         self._own_memory = _spans(local, state)
-
-    @property
-    def _method(self) -> Method:
-        return self._method_ref()
 
     def compile(self, wants_norm: bool, measures: bool = False) -> None:
         self._rows.compile(wants_norm, measures)
@@ -129,18 +125,18 @@ class SparseUpdate(Update):
 
     def may_count_on_device(self, optimizer: MethodOptimizer) -> bool:
         # The schedule of a table in exact mode is the host's.
-        return self._table is None and self._method.may_decide_on_device(optimizer.param_groups[self._group])
+        return self._table is None and self._method().may_decide_on_device(optimizer.param_groups[self._group])
 
     def set_scalars(self, optimizer: MethodOptimizer, scale: float) -> None:
-        self._scale, method = scale, self._method
+        self._scale, method = scale, self._method()
         group, state = optimizer.param_groups[self._group], optimizer.state_of(self._param)
         place = self.device if self.counts_on_device else CPU
         scalar_state = scalar_tensors(method, method.scalar_state, self._param, group, state, place)
-        if self.counts_on_device and self._method.counts_steps and isinstance(state.get("step"), Tensor):
+        if self.counts_on_device and self._method().counts_steps and isinstance(state.get("step"), Tensor):
             self._step = wide(state["step"]).to(place).reshape(()) + 1
         else:
             self._step = step_count(method, self._rule, state) + 1
-        scalars, next_state = self._method.scalars_and_state(group, self._step, scalar_state)
+        scalars, next_state = self._method().scalars_and_state(group, self._step, scalar_state)
         self._scalars = self.numbers(scalars)
         self._next_state = self.numbers(next_state)
 
@@ -152,15 +148,17 @@ class SparseUpdate(Update):
         if self._table is not None:
             self._table.ensure_state(optimizer, self._state)
             self._table.prepare(optimizer)
-        has_counter = self._method.counts_steps and not self._method.step_is_int and not self.counts_on_device
+        has_counter = self._method().counts_steps and not self._method().step_is_int and not self.counts_on_device
         self._counters = self._backend.scalar_state([self._state["step"]] if has_counter else [])
         if self.counts_on_device:
-            names = ("step", *self._method.scalar_state) if self._method.counts_steps else self._method.scalar_state
+            names = (
+                ("step", *self._method().scalar_state) if self._method().counts_steps else self._method().scalar_state
+            )
             self._on_device = self.decisions.scalar_state([[self._state[name] for name in names]], [0])
         self._own_memory = _spans(self._local, self._state)
 
     def run(self, optimizer: MethodOptimizer, sample: Sample | None = None) -> None:
-        if self._method.counts_steps:
+        if self._method().counts_steps:
             self.set_scalars(optimizer, self._scale)  # a parameter that is listed twice has taken a step since
         state, measures = [local_of(self._state[name]) for name in signature(self._rule).state], sample is not None
         if self._local.is_cpu:
@@ -189,12 +187,12 @@ class SparseUpdate(Update):
                 self._rows.run(self._local, state, self._scalars, scale, self._counters, mark, measures, self.decision)
                 self._table.end_step()
         if self.counts_on_device:
-            step = [self._step] if self._method.counts_steps else []
+            step = [self._step] if self._method().counts_steps else []
             self._on_device.write([[*step, *self._next_state]], self.decision)
         else:
-            for name, value in zip(self._method.scalar_state, self._next_state, strict=True):
+            for name, value in zip(self._method().scalar_state, self._next_state, strict=True):
                 self._state[name].fill_(value)
-        if self._method.counts_steps and self._method.step_is_int:
+        if self._method().counts_steps and self._method().step_is_int:
             optimizer.state_of(self._param)["step"] += 1
         if sample is not None:
             corrections = np.array([correction(self._rule, optimizer.param_groups[self._group], self._step)])

@@ -15,7 +15,7 @@ from descend.backends import EAGER, FOREACH, available
 from descend.backends.cpu.probe import make_probe, same_objects
 from descend.core import memory
 from descend.core.measures import Sample
-from descend.core.method import MethodRef
+from descend.core.method import MethodRef, ref_to
 from descend.core.optimizer import MethodOptimizer
 from descend.core.signature import Kind, Signature, signature
 from descend.core.update import Cell
@@ -497,7 +497,7 @@ class Plan:
 
 def _planned(optimizer: MethodOptimizer, index: int, group: Mapping[str, Any], params: list[Tensor]) -> _Group:
     method = optimizer.method_of(group)
-    return _Group(index, list(params), MethodRef(method), method.rule_for(group), _is_graphed(group))
+    return _Group(index, list(params), ref_to(method), method.rule_for(group), _is_graphed(group))
 
 
 def _is_graphed(group: Mapping[str, Any]) -> bool:

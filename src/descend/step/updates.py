@@ -15,7 +15,7 @@ from descend.backends.backend import Backend, Launch, ScalarState
 from descend.core.decision import Decision
 from descend.core.measures import Sample, correction
 from descend.core.memory import wide
-from descend.core.method import Method, MethodRef
+from descend.core.method import MethodRef
 from descend.core.optimizer import MethodOptimizer
 from descend.core.signature import signature
 from descend.core.update import Cell, Summed, Update, number, signed
@@ -98,11 +98,12 @@ class LaunchUpdate(Update):
     _run_measured: Callable[[Any, Decision | None], None] | None
 
     def __init__(self, optimizer: MethodOptimizer, backend: Backend, entries: Sequence[Entry]) -> None:
-        self._method_ref, self._backend, self.decisions = entries[0].method, backend, backend.decisions
+        self._method, self._backend, self.decisions = entries[0].method, backend, backend.decisions
         self._batches = [
             _batch(optimizer, backend, rule, dtypes, members)
             for (rule, dtypes), members in _by_signature(entries).items()
         ]
+        self._has_scalar_state = bool(self._method().scalar_state)
         self._launches = [batch.launch for batch in self._batches]
         self.summed = [
             _summed(batch.entries, _sums_of(batch.launch), batch.launch.set_formed)
@@ -114,10 +115,6 @@ class LaunchUpdate(Update):
         self._wrappers = [entry.param for entry in entries if entry.share is not None]
         self._state_tensors: list[tuple[Tensor, str, Tensor]] = []
         self._cells: dict[Tensor, Cell] = {}
-
-    @property
-    def _method(self) -> Method:
-        return self._method_ref()
 
     @property
     def is_atomic(self) -> bool:
@@ -133,10 +130,10 @@ class LaunchUpdate(Update):
 
     def may_count_on_device(self, optimizer: MethodOptimizer) -> bool:
         groups = {row.group for batch in self._batches for row in batch.rows}
-        return all(self._method.may_decide_on_device(optimizer.param_groups[group]) for group in groups)
+        return all(self._method().may_decide_on_device(optimizer.param_groups[group]) for group in groups)
 
     def set_scalars(self, optimizer: MethodOptimizer, scale: float) -> None:
-        groups, method = optimizer.param_groups, self._method
+        groups, method = optimizer.param_groups, self._method()
         for launch, _, _, rows, _ in self._batches:
             for index, row in enumerate(rows):
                 group = groups[row.group]
@@ -148,7 +145,7 @@ class LaunchUpdate(Update):
                     row.next_state = (step, *row.next_state)
 
     def make_state(self, optimizer: MethodOptimizer) -> None:
-        method = self._method
+        method = self._method()
         counters: list[Tensor] = []
         scalar_state: list[Tensor] = []
         place = self.device if self.counts_on_device else CPU
@@ -181,7 +178,8 @@ class LaunchUpdate(Update):
 
     def _on_device(self, optimizer: MethodOptimizer) -> ScalarState:
         """The step counts and scalar state of all parameters, which rows of ``_next_rows`` follow."""
-        names = ("step", *self._method.scalar_state) if self._method.counts_steps else self._method.scalar_state
+        method = self._method()
+        names = ("step", *method.scalar_state) if method.counts_steps else method.scalar_state
         tensors, rows, first = [], [], 0
         for batch in self._batches:
             tensors += [[optimizer.state_of(entry.param)[name] for name in names] for entry in batch.entries]
@@ -198,7 +196,7 @@ class LaunchUpdate(Update):
         values: Any = _NONE
         if self.counts_on_device:
             values = [row.next_state for batch in self._batches for row in batch.rows]
-        elif self._method.scalar_state:
+        elif self._has_scalar_state:
             values = self._next_values()
         if sample is None:
             self._run_together(values, self.decision)
