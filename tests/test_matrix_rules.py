@@ -37,7 +37,7 @@ def with_values(m: int, n: int, values: Tensor) -> Tensor:
 
 
 def matrices(m: int, n: int) -> Iterator[Tensor]:
-    """Well conditioned; a few directions above noise, as gradients are; values over four decades; a few large elements."""
+    """Well conditioned; few directions above noise, as gradients are; values over four decades; few large elements."""
     random = torch.Generator().manual_seed(m * n)
     noise = torch.randn(m, n, generator=random, dtype=torch.float64)
     yield noise

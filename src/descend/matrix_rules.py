@@ -27,7 +27,8 @@ Form: TypeAlias = Literal["auto", "direct", "gram"]
 Adjustment: TypeAlias = Literal["original", "match_rms_adamw", "spectral_unclamped"]
 
 # One (a, b, c) for each iteration, which maps each singular value s to a s + b s^3 + c s^5; the last one is repeated.
-# A. "jordan": Jordan 2024, https://kellerjordan.github.io/posts/muon/. Steep at zero; values above 0.002 end in [0.68, 1.21].
+# A. "jordan": Jordan 2024, https://kellerjordan.github.io/posts/muon/. Steep at zero; five iterations bring values
+#    above 0.002 into [0.68, 1.21].
 # B. "polar_express": Amsel et al. 2025, Algorithm 1, https://arxiv.org/abs/2505.16932: each polynomial is the best for
 #    what the ones before it leave. All but the last are stretched by 1.02, so that rounding pushes no value too far.
 # C. "cans": Grishina, Smirnov & Rakhuba 2025, Appendix G, https://arxiv.org/abs/2506.10935: the best cubic polynomials
@@ -425,11 +426,11 @@ def normuon(
             return orthogonalize(piece, triples, len(triples), eps, form, dtype or dtype_of_products(piece))
 
         def balanced(piece: Tensor, squares: Tensor) -> Tensor:
-            rows = piece / (sqrt(squares) + norm_eps)
-            norm = torch.linalg.matrix_norm(piece, keepdim=True) / (
-                torch.linalg.matrix_norm(rows, keepdim=True) + norm_eps
-            )
-            return rows * (norm * lr_ratio(piece.size(-2), piece.size(-1), adjust_lr_fn))
+            rows: Tensor = piece / (sqrt(squares) + norm_eps)
+            norm, norm_of_rows = (torch.linalg.matrix_norm(matrix, keepdim=True) for matrix in (piece, rows))
+            ratio = lr_ratio(piece.size(-2), piece.size(-1), adjust_lr_fn)
+            scaled: Tensor = rows * (ratio * norm / (norm_of_rows + norm_eps))
+            return scaled
 
         matrices = as_matrices(direction, leading)
         squares = as_matrices(second_momentum_buffer, leading)

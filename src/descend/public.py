@@ -9,10 +9,15 @@ from descend.core.layer_decay import layer_decay
 from descend.diagnostics.monitoring.monitor import Monitor
 from descend.first_order.adam import Adam, AdamW
 from descend.first_order.adam_variants import Adamax, NAdam, RAdam
+from descend.first_order.adopt import ADOPT
 from descend.first_order.from_rule import from_rule
 from descend.first_order.in_backward import in_backward
+from descend.first_order.lamb import LAMB
+from descend.first_order.mars import MARS
+from descend.first_order.momenta import Adan, AdEMAMix
 from descend.first_order.muon import Muon, NorMuon
 from descend.first_order.optimizer import FirstOrder, warmup
+from descend.first_order.prodigy import Prodigy
 from descend.first_order.rowwise_adagrad import RowwiseAdagrad
 from descend.first_order.schedule_free import AdamWScheduleFree
 from descend.first_order.sgd import ASGD, SGD
@@ -26,9 +31,13 @@ from descend.second_order.newton import Newton
 from descend.second_order.result import Progress, Result, Status
 
 __all__ = [
+    "ADOPT",
     "ASGD",
+    "LAMB",
     "LBFGS",
+    "MARS",
     "SGD",
+    "AdEMAMix",
     "Adadelta",
     "Adafactor",
     "Adagrad",
@@ -36,6 +45,7 @@ __all__ = [
     "AdamW",
     "AdamWScheduleFree",
     "Adamax",
+    "Adan",
     "FirstOrder",
     "IncompatibleKeys",
     "Lion",
@@ -45,6 +55,7 @@ __all__ = [
     "Newton",
     "NorMuon",
     "Optimizer",
+    "Prodigy",
     "Progress",
     "RAdam",
     "RMSprop",

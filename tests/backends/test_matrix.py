@@ -91,7 +91,7 @@ def test_eager_runs_what_is_declined() -> None:
     optimizer = Muon(params)
     assert [placement.backend for placement in optimizer.backends()] == ["matrix", "eager", "eager", "eager"]
     assert optimizer.backends()[1].reason == "a Twice"
-    with pytest.raises(RuntimeError, match="backend='matrix' cannot run .*: a Twice"):
+    with pytest.raises(RuntimeError, match=r"backend='matrix' cannot run .*: a Twice"):
         Muon(params, backend="matrix").backends()
 
 

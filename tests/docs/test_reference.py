@@ -11,7 +11,7 @@ import torch
 from doc_pages import ROOT
 
 import descend
-from descend import rules
+from descend import matrix_rules, rules
 
 REFERENCE = ROOT / "docs" / "reference"
 
@@ -35,8 +35,12 @@ def test_every_public_name_is_in_the_reference() -> None:
 
 
 def test_every_rule_is_in_the_reference() -> None:
-    shown = re.findall(r"^\[source: (\w+)\]", (REFERENCE / "rules.md").read_text("utf-8"), re.MULTILINE)
+    page = (REFERENCE / "rules.md").read_text("utf-8")
+    shown = re.findall(r"^\[source: (\w+)\]\(../../src/descend/rules.py\)", page, re.MULTILINE)
     assert shown == [name for name, rule in vars(rules).items() if getattr(rule, "__module__", "") == rules.__name__]
+    shown = re.findall(r"^\[source: (\w+)\]\(../../src/descend/matrix_rules.py\)", page, re.MULTILINE)
+    makers = (name for name, maker in vars(matrix_rules).items() if hasattr(maker, "cache_info"))
+    assert shown == ["orthogonalize", *(name for name in makers if not name.startswith("_"))]
 
 
 def test_every_command_is_in_the_reference() -> None:

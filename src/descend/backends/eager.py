@@ -279,7 +279,7 @@ class EagerLaunch:
 
     def set_scalars(self, row: int, scale: float, scalars: Sequence[float | Tensor]) -> None:
         if len(scalars) != self._n_given:
-            raise ValueError(f"the rule is given {self._n_given} scalars, got {len(scalars)}.")
+            raise ValueError(f"the rule takes {self._n_given} scalars, got {len(scalars)}.")
         self._scalars[row] = scale, scalars
 
     def sums(self) -> Tensor:

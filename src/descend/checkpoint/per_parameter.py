@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from functools import cache
 from numbers import Real
 from typing import Any
@@ -292,8 +293,11 @@ class _Reading:
         needed = set(signature(method.rule_for(group)).state)
         for name in method.defaults:
             if isinstance(group[name], int | float):
-                needed &= set(signature(method.rule_for({**group, name: 0})).state)
-        return needed.union(method.scalar_state, ["step"] if method.counts_steps else [])
+                with suppress(ValueError):  # options that the method refuses
+                    needed &= set(signature(method.rule_for({**group, name: 0})).state)
+        return needed.difference(method.optional_state).union(
+            method.scalar_state, ["step"] if method.counts_steps else []
+        )
 
     def _entry(self, method: Method, param: Tensor, key: str, value: Any, shape: torch.Size | None, name: str) -> Any:
         """One entry of a state; ``shape``: what it must have if the rule uses it, else None."""

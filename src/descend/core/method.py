@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.utils._foreach_utils import _get_fused_kernels_supported_devices
 
 from descend.core.checks import check_kinds, check_lr
+from descend.core.composition import Decay
 from descend.core.memory import row_state_shape
 from descend.core.options import StepOptions
 from descend.core.signature import signature
@@ -54,9 +55,18 @@ class Method:
     capturable_needs: ClassVar[str] = "params and state_steps"  # on a device, in torch's words
     fixed_options: ClassVar[Mapping[str, Any]] = MappingProxyType({})  # of groups, whatever a file says
     is_for_groups: ClassVar[bool] = True  # whether groups of another optimizer may have this method
+    optional_state: ClassVar[tuple[str, ...]] = ()  # made where it is missing, whatever else there is
+    decay: ClassVar[Decay | None] = None  # what ``weight_decay`` does, see ``decay_of``
+    direction: ClassVar[Callable[..., Any] | None] = None  # cheaper than the rule, see ``core.composition.composed``
+    state_follows_param: ClassVar[bool] = False  # it holds points, which a longer or shorter step would miss
 
     options: StepOptions
     defaults: dict[str, Any]
+
+    @property
+    def kind(self) -> type[Method]:
+        """The class that describes it; options may have added to that."""
+        return type(self)
 
     @abstractmethod
     def name_of(self, param: Tensor) -> str:
@@ -79,12 +89,13 @@ class Method:
     def scalars_of_sums(self, group: Mapping[str, Any], sums: Sequence[float], numel: int) -> tuple[Any, ...]:
         """The scalars that a rule with sums forms of them, in its order. Default: the sums themselves.
 
-        Called at every step before anything moves, so it changes nothing either.
+        Called at every step before anything moves: for each parameter, or with ``sums_over = "all"`` for each group. It
+        changes nothing that may be seen; what it keeps for the next step is for ``end_step`` to write.
 
         Args:
             group: the parameter's group.
-            sums: what the rule's part returns, see ``ops.summing``, summed in float64 over the elements of
-                the parameter; with ``sums_over = "all"``, of all parameters that have a gradient and this method.
+            sums: what the rule's part returns, see ``ops.summing``, summed in float64 over the elements of the
+                parameter; with ``sums_over = "all"``, of all parameters that have a gradient and this method.
             numel: how many elements these are; a complex number is two.
         """
         return tuple(sums)
@@ -110,6 +121,16 @@ class Method:
     def ends_steps(self) -> bool:
         """Whether ``end_step`` does anything."""
         return type(self).end_step is not Method.end_step
+
+    def decay_of(self, group: Mapping[str, Any]) -> Decay | None:
+        """What the group's weight decay is: in all of these a step without it does not depend on the parameter.
+
+        ``"decoupled"``: the rule takes ``lr * weight_decay`` times the parameter from it. ``"l2"``: the rule adds
+        ``weight_decay`` times the parameter to the gradient before anything else. ``"none"``: there is none. None:
+        anything else. Default: by the option ``decoupled_weight_decay``; without it, the attribute ``decay``.
+        """
+        decoupled = group.get("decoupled_weight_decay")
+        return self.decay if decoupled is None else ("decoupled" if decoupled else "l2")
 
     def may_decide_on_device(self, group: Mapping[str, Any]) -> bool:
         """Whether a step of ``group`` may be left out without the host knowing: the host counts nothing then."""

@@ -21,8 +21,20 @@ from torch.utils.weak import WeakIdKeyDictionary
 from descend.core.decision import SKIPPED
 from descend.core.measures import Observer
 from descend.core.method import Method
-from descend.core.options import BACKENDS, DOCUMENTATION, Amp, BackendName, Nonfinite, Sparse, StatePages, StepOptions
+from descend.core.options import (
+    BACKENDS,
+    DOCUMENTATION,
+    Amp,
+    BackendName,
+    Cautious,
+    DecayBy,
+    Nonfinite,
+    Sparse,
+    StatePages,
+    StepOptions,
+)
 from descend.core.undecorated import undecorated
+from descend.core.wrapping import wrapped
 
 # Torch's schedulers rewrite these in all groups if the optimizer has them; on another method they have no effect.
 _SCHEDULED = ("betas", "momentum")
@@ -81,6 +93,9 @@ class MethodOptimizer(Method, Optimizer):
     amp: Amp | None
     state_pages: StatePages
     shard_state: Any
+    cautious: Cautious | None
+    decay_by: DecayBy
+    ema: float | None
 
     @property
     def grad_norm(self) -> float | None:
@@ -112,7 +127,7 @@ class MethodOptimizer(Method, Optimizer):
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
-        if MethodOptimizer not in cls.__bases__ and cls.__module__.startswith(f"{__name__.partition('.')[0]}."):
+        if MethodOptimizer not in cls.__bases__ and str(cls.__module__).startswith(f"{__name__.partition('.')[0]}."):
             _classes[cls.__name__.lower()] = cls
 
     def _begin(self) -> None:
@@ -130,7 +145,7 @@ class MethodOptimizer(Method, Optimizer):
             ValueError: if there is no method of the group's name.
         """
         name = group.get("method")
-        return self if name is None else self._method_called(name)
+        return wrapped(self if name is None else self._method_called(name))
 
     def _method_called(self, name: Any) -> MethodOptimizer:
         """An optimizer of the class that groups call ``name``, which only describes."""
@@ -248,6 +263,8 @@ class MethodOptimizer(Method, Optimizer):
             options = self.completed(param_group)
             method = self.method_of(options)
             method.check_group(options)
+            if self.options.decay_by != "lr" and "lr" in options:  # what lr is compared with, whatever becomes of it
+                options.setdefault("max_lr", float(options["lr"]))
             if method is not self:
                 foreign = self.defaults.keys() - options.keys() - set(_SCHEDULED)
             if "method" not in options:

@@ -77,6 +77,7 @@ class Muon(RoutedOptimizer):
     """
 
     counts_steps = False
+    decay = "decoupled"
     _make_rule = staticmethod(matrix_rules.muon)
 
     def __init__(

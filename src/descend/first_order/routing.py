@@ -229,7 +229,7 @@ class RoutedOptimizer(FirstOrder):
 
     def defaults_of(self, method: Method) -> Mapping[str, Any]:
         defaults = super().defaults_of(method)
-        return {**defaults, **self.adamw} if type(method) is AdamW else defaults
+        return {**defaults, **self.adamw} if method.kind is AdamW else defaults
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         super().add_param_group(param_group)

@@ -278,7 +278,8 @@ class SingleUpdate(Update):
         for _, value in zip((*takes.given, *method.scalar_state), (*scalars, *next_state), strict=True):
             if not (self.counts_on_device and isinstance(value, Tensor)):
                 float(number(value))  # raises for what cannot be used, before anything moves
-        self._given = scalars
+        if self.summed:
+            self._given = scalars
 
     def make_state(self, optimizer: MethodOptimizer) -> None:
         """The state is made when the update runs: another update of the step may share it."""

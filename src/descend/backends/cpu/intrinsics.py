@@ -111,10 +111,8 @@ def adder(count: int) -> Any:
             sums = []
             for position, given in enumerate(kinds):
                 value = builder.extract_value(args[1], position) if isinstance(values, types.BaseTuple) else args[1]
-                total, value = (
-                    builder.extract_value(args[0], position),
-                    context.cast(builder, value, given, types.float64),
-                )
+                value = context.cast(builder, value, given, types.float64)
+                total = builder.extract_value(args[0], position)
                 sums.append(builder.fadd(total, value, flags=("reassoc", "nsz", "contract")))
             return _pack(context, builder, sums, types.float64)
 

@@ -38,11 +38,8 @@ def sums_kernel(
     """
     compiled = compiler_of(compute)
     apply = retarget(part, operations(compiled), compiled)
-    addresses_of, load, load_scalars = (
-        chunk_addresses(dtypes),
-        loader(dtypes, compute),
-        scalars_loader(1 + scalars, compute),
-    )
+    addresses_of, load = chunk_addresses(dtypes), loader(dtypes, compute)
+    load_scalars = scalars_loader(1 + scalars, compute)
     prefetch, line = prefetcher(dtypes), 64 // max(dtype.itemsize for dtype in dtypes)
     add, tensors, end, zeros = adder(sums), len(dtypes), 1 + given, (0.0,) * sums
 

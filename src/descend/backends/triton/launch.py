@@ -160,7 +160,7 @@ class Launch:
 
     def set_scalars(self, row: int, scale: float, scalars: Sequence[float | Tensor]) -> None:
         if len(scalars) != self._n_given:
-            raise ValueError(f"the rule is given {self._n_given} scalars, got {len(scalars)}.")
+            raise ValueError(f"the rule takes {self._n_given} scalars, got {len(scalars)}.")
         if self._sums is None:
             self._scalars.set(row, (scale, *scalars))
         else:
