@@ -18,7 +18,7 @@ from torch import Tensor
 
 from descend.core.memory import widest
 from descend.core.signature import signature
-from descend.ops import of_matrices, summing, where
+from descend.ops import of_matrices, of_rows, summing, where
 
 Decay: TypeAlias = Literal["decoupled", "l2", "none"]
 Rule: TypeAlias = Callable[..., Any]
@@ -57,19 +57,24 @@ def composed(rule: Rule, additions: Additions, direction: Rule | None = None, st
             parameter apart from decay. A cautious update then counts without applying the rule. Default: None.
         stacked: of a rule of matrices, how many leading dimensions are a batch of parameters. Default: 0.
     Raises:
-        ValueError: if the rule uses the name ``ema``, or sums of its own beside a cautious update.
+        ValueError: if the rule uses the name ``ema``, or sums of its own beside a cautious update; or if it is one of
+            rows, which have no average and no cautious update.
     """
     takes = signature(rule)
     if additions.ema and "ema" in (*takes.state, *takes.scalars):
         raise ValueError(f"the rule {rule.__name__} uses the name ema, which an average of the weights needs.")
     if additions.cautious_update and takes.summed is not None:
         raise ValueError(f"the rule {rule.__name__} needs sums over tensors: it cannot be made cautious in its update.")
+    if takes.kind == "row" and (additions.ema or additions.cautious_update):
+        raise ValueError(
+            f"the rule {rule.__name__} is one of rows: its state is one number a row, its means are of rows."
+        )
     text = _Text(rule, additions, direction, stacked)
     words = ["cautious"] * (additions.cautious_update or additions.cautious_decay) + ["ema"] * additions.ema
     name = "_".join([rule.__name__.strip("<>"), *(words or ["decay"])])
     namespace = {
         "rule": rule,
-        "part": takes.summed,
+        "part": takes.summed or takes.averaged,
         "direction": direction,
         "where": where,
         "zeros_like": torch.zeros_like,
@@ -80,6 +85,8 @@ def composed(rule: Rule, additions: Additions, direction: Rule | None = None, st
         stack: Callable[[], Rule] | None = getattr(rule, "stacked", None)
         again = None if stack is None else lambda: composed(stack(), additions, direction, stacked + 1)
         return of_matrices(function, len(takes.state) + additions.ema, again)
+    if takes.kind == "row":
+        return of_rows(_function(f"{name}_part", text.given, text.rules_part(), namespace))(function)
     if text.formed:
         part = text.counted() if additions.cautious_update else text.rules_part()
         return summing(_function(f"{name}_sums", text.given, part, namespace))(function)

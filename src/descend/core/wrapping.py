@@ -191,6 +191,12 @@ class Wrapped(Method):
                 f"{name}: cautious={options.cautious!r} counts which updates agree with the gradient, and the rule of "
                 f"{name} needs sums of its own: leave cautious out, or use 'decay'."
             )
+        if takes.kind == "row" and (self._cautious_update or self._has_ema):
+            option = f"ema={options.ema}" if self._has_ema else f"cautious={options.cautious!r}"
+            raise ValueError(
+                f"{name}: {option} needs a number for each element or of the whole tensor, and the rule of {name} is "
+                "one of rows: leave it out."
+            )
         if self._has_ema and "ema" in (*takes.state, *takes.scalars):
             raise ValueError(f"{name}: ema={options.ema} keeps an average called ema, a name that {name} uses already.")
         # A group of another method than the optimizer's may have nothing to decay.
