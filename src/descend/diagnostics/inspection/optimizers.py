@@ -57,6 +57,7 @@ _METHODS: tuple[tuple[str, set[str], set[str], set[str]], ...] = (
     ("Adadelta", {"acc_delta"}, set(), set()),
     ("RMSprop", {"square_avg"}, {"alpha"}, set()),
     ("Adagrad", {"sum"}, {"lr_decay"}, set()),
+    ("RowwiseAdagrad", {"sum"}, {"decoupled_weight_decay"}, set()),
     ("Rprop", {"prev", "step_size"}, set(), set()),
     ("ASGD", {"ax"}, set(), set()),
     ("Muon", {"momentum_buffer"}, {"ns_steps"}, set()),
