@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-__all__ = ["abs", "exp", "log", "maximum", "minimum", "of_matrices", "sign", "sqrt", "where"]
+__all__ = ["abs", "exp", "log", "maximum", "minimum", "sign", "sqrt", "where"]  # of rules of elements
 
 Rule = TypeVar("Rule", bound=Callable[..., Any])
 
@@ -29,6 +29,20 @@ def of_matrices(rule: Rule, state: int | None = None, stacked: Callable[[], Rule
     """
     rule.kind, rule.state, rule.stacked = "matrix", state, stacked  # type: ignore[attr-defined]
     return rule
+
+
+def elementwise(function: Callable[..., Any], *args: Any, replaces: int = 0) -> Any:
+    """``function(*args)``, for a function that acts on each element by itself: a part of a rule of matrices.
+
+    A backend may call it with a piece of the tensors at a time, which stay in the cache.
+
+    Args:
+        function: takes tensors of equal shapes, first of all; and numbers, also as tensors of one element.
+        args: its arguments.
+        replaces: so many results are new values of the first arguments, in their order. The rule does not use the old
+            ones again, and a backend may write the new ones over them.
+    """
+    return function(*args)
 
 
 def _on_cpu(number: float, dtype: torch.dtype) -> Tensor:
