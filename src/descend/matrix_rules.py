@@ -68,7 +68,7 @@ COEFFICIENTS: dict[str, tuple[Triple, ...]] = {
 # its norm, and with it the errors, are the root of its size larger.
 _GROWTH_AT_FIRST, _GROWTH_LATER = 1.5, 0.125
 _BLOCK, _BLOCKS = 128, 6  # rows of a product that are computed at once, so that half of a symmetric one is left out
-_SMALL = 64  # a matrix whose Gram matrix is smaller is iterated itself: the products cost less than the calls
+_SMALL = 128  # a matrix whose Gram matrix is smaller is iterated itself: the products cost less than the calls
 
 
 # Orthogonalization.
@@ -208,11 +208,11 @@ def _divided(matrix: Tensor, divisor: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _iterate_directly(x: Tensor, triples: Sequence[Triple]) -> Tensor:
-    """Each iteration on the matrix itself."""
+    """Each iteration on the matrix itself, which may be written over."""
     for a, b, c in triples:
         gram = _symmetric(x, x.mT)
         change = _symmetric(gram, gram, gram, b, c) if c else b * gram
-        x = _product(change, x, x, a)
+        x = _applied(change, a, x)
     return x
 
 
@@ -238,7 +238,7 @@ def _iterate_gram(x: Tensor, triples: Sequence[Triple]) -> Tensor:
 
 
 def _iterate_block(x: Tensor, triples: Sequence[Triple]) -> Tensor:
-    """Iterations between two computations of G."""
+    """Iterations between two computations of G; ``x`` may be written over."""
     gram, gram_level = _leveled(_symmetric(x, x.mT))
     factor, factor_level = gram, gram_level  # replaced by the first iteration
     for position, (a, b, c) in enumerate(triples):
@@ -252,7 +252,7 @@ def _iterate_block(x: Tensor, triples: Sequence[Triple]) -> Tensor:
         if position < len(triples) - 1:
             half, half_level = _multiplied(gram, gram_level, change, level)
             gram, gram_level = _multiplied(half, half_level, change, level)
-    return _product(factor, x, x, factor_level)
+    return _applied(factor, factor_level, x)
 
 
 def _multiplied(a: Tensor, a_level: Level, b: Tensor, b_level: Level) -> tuple[Tensor, Level]:
@@ -292,6 +292,17 @@ def _product(a: Tensor, b: Tensor, added: Tensor, beta: Level = 1.0, alpha: floa
     return multiply(added, a, b, beta=beta, alpha=alpha)
 
 
+def _applied(factor: Tensor, level: Level, x: Tensor) -> Tensor:
+    """``(level I + factor) x``, which a CPU writes over a wide ``x``: new memory would cost a tenth of it."""
+    columns = 4 * _BLOCK
+    if x.dim() > 2 or x.size(-1) < 2 * columns or not _may_be_read(x):
+        return _product(factor, x, x, level)
+    for first in range(0, x.size(-1), columns):
+        part = x[:, first : first + columns]
+        part.copy_(_product(factor, part, part, level))
+    return x
+
+
 def _symmetric(
     a: Tensor,
     b: Tensor,
@@ -307,7 +318,7 @@ def _symmetric(
     """
     m = a.size(-2)
     blocks = min(_BLOCKS, m // _BLOCK)
-    if blocks < 4 or not a.is_cpu or a.dim() > 2 or a.requires_grad:
+    if blocks < 4 or a.dim() > 2 or not _may_be_read(a):
         result = a @ b if added is None else _product(a, b, added, beta, alpha)
         return result if more is None else result + _scaled(more, gamma)
     result = a.new_empty(m, m)
