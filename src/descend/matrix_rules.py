@@ -68,7 +68,6 @@ COEFFICIENTS: dict[str, tuple[Triple, ...]] = {
 # its norm, and with it the errors, are the root of its size larger.
 _GROWTH_AT_FIRST, _GROWTH_LATER = 1.5, 0.125
 _BLOCK, _BLOCKS = 128, 6  # rows of a product that are computed at once, so that half of a symmetric one is left out
-_SMALL = 128  # a matrix whose Gram matrix is smaller is iterated itself: the products cost less than the calls
 
 
 # Orthogonalization.
@@ -166,8 +165,8 @@ def _orthogonal(
     x = wide.reshape(-1, *wide.shape[-2:])
     x = x[0] if len(x) == 1 else x
     m, n = x.shape[-2:]
-    if form == "auto":
-        form = "gram" if m >= _SMALL and 2 * n >= 3 * m and len(triples) > 2 else "direct"
+    if form == "auto":  # as measured: small products cost calls, and those of large Gram matrices are half ones
+        form = "gram" if n >= (2 if m >= _BLOCK * 4 else 2.5) * m and m > _BLOCK and len(triples) > 2 else "direct"
     result = (_iterate_gram if form == "gram" else _iterate_directly)(x, triples).reshape(wide.shape)
     result = result.mT if is_tall else result
     ratio = 1.0 if adjust_lr_fn is None else lr_ratio(matrix.size(-2), matrix.size(-1), adjust_lr_fn)

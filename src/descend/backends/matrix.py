@@ -76,6 +76,10 @@ class MatrixLaunch(eager.EagerLaunch):
         super().__init__(rule, scalars, params, rows)
         self._stacked: Callable[[], Callable[..., Any]] | None = getattr(rule, "stacked", None)
         self._batches = _batches(params, rows, self._stacked is not None)
+        self._in_pieces = Pieces()
+        self._on_pieces = rule
+        if isinstance(rule, FunctionType):
+            self._on_pieces = retarget(rule, {elementwise: self._in_pieces}, _as_it_is)
 
     def sum_of_squares(self) -> float | Tensor:
         grads = [param.grad for param in self._params if param.grad is not None]
@@ -98,7 +102,7 @@ class MatrixLaunch(eager.EagerLaunch):
             if len(members) == 1:
                 state = [tensors[0] for tensors in states]
                 if decision is None and params[0].is_cpu:
-                    run_in_place(self._rule, params[0], grads[0], state, scalars, scale)
+                    self._run_in_place(params[0], grads[0], state, scalars, scale)
                 else:
                     eager.run(self._rule, params[0], grads[0], state, scalars, scale, decision=decision)
                 continue
@@ -108,39 +112,37 @@ class MatrixLaunch(eager.EagerLaunch):
             for tensors, stack in zip((params, *states), stacks, strict=True):
                 torch._foreach_copy_(tensors, list(stack))
 
-
-def run_in_place(
-    rule: Callable[..., Any], param: Tensor, grad: Tensor, state: Sequence[Tensor], scalars: Sequence[Any], scale: float
-) -> None:
-    """``eager.run``, where element-wise parts of the rule go piece by piece, and over what they replace."""
-    tensors = (param, *state)
-    compute = reduce(torch.promote_types, (tensor.dtype for tensor in (grad, *tensors)), torch.float32)
-    before = [tensor.to(compute) for tensor in tensors]
-    in_pieces = Pieces(before)
-    grad = grad.to(compute)
-    scaled = grad if scale == 1 else in_pieces(torch.mul, grad, scale)
-    rule = retarget(rule, {elementwise: in_pieces}, _as_it_is) if isinstance(rule, FunctionType) else rule
-    results = rule(before[0], scaled, *before[1:], *scalars)
-    results = results if state else (results,)
-    # A rule may keep one of the tensors as another: what is written first must not change it.
-    results = [
-        value.clone() if any(value is old for old in before) and value is not own else value
-        for value, own in zip(results, before, strict=True)
-    ]
-    for tensor, value in zip(tensors, results, strict=True):
-        if value is not tensor:
-            eager.write(tensor, value, None)
+    def _run_in_place(
+        self, param: Tensor, grad: Tensor, state: Sequence[Tensor], scalars: Sequence[Any], scale: float
+    ) -> None:
+        """``eager.run``, where element-wise parts of the rule go piece by piece, and over what they replace."""
+        tensors = (param, *state)
+        compute = reduce(torch.promote_types, (tensor.dtype for tensor in (grad, *tensors)), torch.float32)
+        before = [tensor.to(compute) for tensor in tensors]
+        self._in_pieces.owned = before
+        grad = grad.to(compute)
+        scaled = grad if scale == 1 else self._in_pieces(torch.mul, grad, scale)
+        results = self._on_pieces(before[0], scaled, *before[1:], *scalars)
+        results = results if state else (results,)
+        # A rule may keep one of the tensors as another: what is written first must not change it.
+        results = [
+            value.clone() if any(value is old for old in before) and value is not own else value
+            for value, own in zip(results, before, strict=True)
+        ]
+        for tensor, value in zip(tensors, results, strict=True):
+            if value is not tensor:
+                eager.write(tensor, value, None)
+        self._in_pieces.owned = ()
 
 
 class Pieces:
     """Runs element-wise parts of a rule, see ``ops.elementwise``.
 
-    Args:
+    Attributes:
         owned: tensors that may be written over.
     """
 
-    def __init__(self, owned: Sequence[Tensor]) -> None:
-        self._owned = owned
+    owned: Sequence[Tensor] = ()
 
     def __call__(self, function: Callable[..., Any], *args: Any, replaces: int = 0) -> Any:
         first = args[0]
@@ -158,7 +160,7 @@ class Pieces:
             results = function(*piece)
             values = results if isinstance(results, tuple) else (results,)
             for index, value in enumerate(values[len(written) :], len(written)):
-                may_replace = index < replaces and any(args[index] is tensor for tensor in self._owned)
+                may_replace = index < replaces and any(args[index] is tensor for tensor in self.owned)
                 written.append(args[index] if may_replace else torch.empty_like(first, dtype=value.dtype))
             for tensor, value in zip(written, values, strict=True):
                 tensor[rows].copy_(value)
