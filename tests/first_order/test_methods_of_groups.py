@@ -241,7 +241,7 @@ def test_a_parameter_that_moves_to_a_group_of_another_method_is_refused() -> Non
         (dict(method="adamwschedulefree"), "method must be one of"),
         (
             dict(method="lion", nesterov=True),
-            "'nesterov', for 'a', is no option of Lion. .*SGD.* it. There are lr, betas",
+            "'nesterov', for 'a', is no option of Lion. .*SGD have it. There are lr, betas",
         ),
         (dict(method="lion", lr=-1), r"Invalid learning rate: -1 \(Lion: lr"),
         (dict(betas=(0.9, 0.9), momentum=1), "'momentum', for 'a', is no option of AdamW. .*SGD, RMSprop"),

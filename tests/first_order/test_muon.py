@@ -234,8 +234,9 @@ def test_options_that_are_wrong_are_errors() -> None:
 def test_parameters_that_are_no_matrices_are_errors() -> None:
     bias = torch.zeros(3, requires_grad=True)
     stack = torch.zeros(2, 3, requires_grad=True)
+    group = dict(params=[("weight", stack), ("bias", bias)])
     for params, options, message in (
-        ([("weight", stack), ("bias", bias)], {}, r"at least 2 dimensions, .* size: torch.Size\(\[3\]\) \(bias\)"),
+        ([group], {}, r"at least 2 dimensions, .* size: torch.Size\(\[3\]\) \(bias\)"),
         ([("stack", stack)], dict(stacked=True), r"at least 3 dimensions, .* \(stack\)"),
         ([("stack", stack)], dict(split=3), "split=3, but stack: 2 rows cannot be cut into 3 equal pieces"),
         ([("stack", stack)], dict(split=(1, 2)), "split=.*, but stack: 2 rows cannot be cut into pieces"),

@@ -49,6 +49,7 @@ class Adam(FirstOrder):
         Kingma & Ba 2015, Algorithm 1, https://arxiv.org/abs/1412.6980
     """
 
+    direction = staticmethod(rules.first_average)
     nonnegative_state = ("exp_avg_sq", "max_exp_avg_sq")
     catch_up_rules = (rules.coast, rules.decay)
 

@@ -13,26 +13,29 @@ from descend import matrix_rules
 from descend.core.checks import check_at_least_zero
 from descend.core.groups import ParamsT
 from descend.core.options import Options
-from descend.first_order.optimizer import FirstOrder
+from descend.first_order.routing import RoutedOptimizer
 
 _JORDAN = matrix_rules.COEFFICIENTS["jordan"][0]
 _ADJUSTMENTS = (None, "original", "match_rms_adamw", "spectral_unclamped")
 
 
-class Muon(FirstOrder):
+class Muon(RoutedOptimizer):
     """Muon: momentum, orthogonalized: every direction of a weight matrix moves by the same amount.
 
     Drop-in for ``torch.optim.Muon`` on parameters of two dimensions. Beyond it, parameters may have more: a convolution
     is a matrix with a row an output channel, a stack of matrices is orthogonalized one by one, and fused matrices are
-    cut. Embeddings, output layers, norms and biases are no such matrices: they belong to AdamW.
+    cut. Embeddings, output layers, norms and biases are no such matrices. Given a module, Muon has AdamW inside for
+    them, as the method of their groups, without weight decay for norms and biases; ``summary()`` shows who is where and
+    why, and ``groups`` overrides it.
 
     In bfloat16 with ``nesterov=False``, torch overwrites the momentum by its orthogonal matrix; here it is kept.
     Products are in bfloat16 where that is faster than float32, else in float32, and in float64 for float64 parameters;
     torch's are always in bfloat16.
 
     Args:
-        params: a module, whose parameters then have names; or parameters, ``(name, parameter)`` pairs, or dicts that
-            define groups, as in torch. Each has at least two dimensions.
+        params: a module, whose parameters are then sorted by kind of module, name and dimensions; or ``(name,
+            parameter)`` pairs, sorted by names and dimensions; or parameters, sorted by dimensions, with a warning.
+            Dicts that define groups, and pairs or parameters that all have two dimensions, are taken as in torch.
         lr: step size, >= 0; a float or a tensor of one element. Default: 1e-3.
         weight_decay: decoupled, >= 0, multiplied by ``lr``. Default: 0.1.
         momentum: decay of the average of the gradients, >= 0. Default: 0.95.
@@ -44,6 +47,7 @@ class Muon(FirstOrder):
         ns_steps: number of iterations, in [0, 100). Default: 5.
         adjust_lr_fn: how ``lr`` depends on a matrix's shape: ``"original"``, ``"match_rms_adamw"`` or
             ``"spectral_unclamped"``; see ``descend.matrix_rules.lr_ratio``. Default: None, the same as ``"original"``.
+        adamw: options of AdamW inside, such as ``dict(lr=3e-4)``; it has its own defaults. Default: None.
         split: each matrix is cut along its rows into so many equal pieces, or into pieces of so many rows, each
             orthogonalized by itself: 3 for fused query, key and value. Default: None, not cut.
         stacked: whether the first dimension counts matrices, as in a stack of experts. Default: False.
@@ -52,6 +56,14 @@ class Muon(FirstOrder):
     Raises:
         ValueError: if an option is out of range, or a parameter has too few dimensions or rows that cannot be split.
     Example:
+        >>> nn = torch.nn
+        >>> model = nn.Sequential(nn.Embedding(9, 4), nn.Linear(4, 4), nn.LayerNorm(4), nn.Linear(4, 9))
+        >>> rows = Muon(model, lr=0.02, adamw=dict(lr=3e-3)).summary()
+        group  pattern                parameters  numbers  state  options that differ
+            0  (linear)                        1       16    0 B
+            1  (embedding), (output)           2       72    0 B  method=adamw
+            2  (bias), (norm)                  4       21    0 B  method=adamw, weight_decay=0.0
+        total                                  7      109    0 B
         >>> weight = torch.ones(2, 2, requires_grad=True)
         >>> optimizer = Muon([weight], lr=0.1, weight_decay=0.0, ns_coefficients="polar_express", ns_steps=8)
         >>> (weight * torch.tensor([[3.0, 0.0], [0.0, 4.0]])).sum().backward()
@@ -65,6 +77,7 @@ class Muon(FirstOrder):
     """
 
     counts_steps = False
+    decay = "decoupled"
     _make_rule = staticmethod(matrix_rules.muon)
 
     def __init__(
@@ -79,6 +92,7 @@ class Muon(FirstOrder):
         ns_steps: int = 5,
         adjust_lr_fn: str | None = None,
         *,
+        adamw: Mapping[str, Any] | None = None,
         split: int | Sequence[int] | None = None,
         stacked: bool = False,
         maximize: bool = False,
@@ -99,16 +113,7 @@ class Muon(FirstOrder):
             "maximize": maximize,
             "differentiable": differentiable,
         }
-        super().__init__(params, defaults, **options)
-
-    def add_param_group(self, param_group: dict[str, Any]) -> None:
-        super().add_param_group(param_group)
-        try:
-            for param in self.param_groups[-1]["params"]:
-                self.check_param(param, self.param_groups[-1])
-        except Exception:
-            self.param_groups.pop()
-            raise
+        super().__init__(params, defaults, adamw, **options)
 
     def rule_for(self, group: Mapping[str, Any]) -> Callable[..., Any]:
         return self._make_rule(
@@ -160,7 +165,7 @@ class Muon(FirstOrder):
         if param.dim() < least:
             raise ValueError(
                 f"{name} only supports parameters of at least {least} dimensions, whereas we found a parameter with "
-                f"size: {param.size()} ({self.name_of(param)}): give it to AdamW."
+                f"size: {param.size()} ({self.name_of(param)}): give its group method='adamw'."
             )
         try:
             matrix_rules.rows_of_pieces(param.size(least - 2), _hashable(group["split"] or 1))
@@ -176,12 +181,13 @@ class NorMuon(Muon):
 
     Args:
         params: a module, whose parameters then have names; or parameters, ``(name, parameter)`` pairs, or dicts that
-            define groups, as in torch. Each has at least two dimensions.
+            define groups: see ``Muon``.
         lr: step size, >= 0; a float or a tensor of one element. Default: 0.02.
         weight_decay: decoupled, >= 0, multiplied by ``lr``. Default: 0.
         momentum: decay of the average of the gradients, >= 0. Default: 0.95.
         beta2: decay of the mean squares of the rows, in [0, 1). Default: 0.95.
-        nesterov, ns_coefficients, eps, ns_steps, adjust_lr_fn, split, stacked: see ``Muon``, whose defaults they have.
+        nesterov, ns_coefficients, eps, ns_steps, adjust_lr_fn, adamw, split, stacked: see ``Muon``, whose defaults they
+            have.
         maximize: ascend instead. Default: False.
         differentiable: let autograd see the step. Default: False.
     Raises:
@@ -215,6 +221,7 @@ class NorMuon(Muon):
         ns_steps: int = 5,
         adjust_lr_fn: str | None = None,
         *,
+        adamw: Mapping[str, Any] | None = None,
         split: int | Sequence[int] | None = None,
         stacked: bool = False,
         maximize: bool = False,
@@ -236,7 +243,7 @@ class NorMuon(Muon):
             "maximize": maximize,
             "differentiable": differentiable,
         }
-        FirstOrder.__init__(self, params, defaults, **options)
+        RoutedOptimizer.__init__(self, params, defaults, adamw, **options)
 
     def scalars(self, group: Mapping[str, Any], step: float) -> tuple[Any, ...]:
         lr, weight_decay, momentum, gain, eps = super().scalars(group, step)

@@ -8,8 +8,13 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
+from typing_extensions import Unpack
 
-from descend.core.groups import Groups, grouped, named
+from descend.core.groups import Groups, ParamsT, grouped, named
+from descend.core.method import Method
+from descend.core.options import Options
+from descend.first_order.adam import AdamW
+from descend.first_order.optimizer import FirstOrder
 
 # A component of a name that belongs to embeddings; a parameter's own name; the module that makes the outputs.
 _EMBEDDING = re.compile(
@@ -18,6 +23,7 @@ _EMBEDDING = re.compile(
 _TOKEN = re.compile(r"(\w*_)?tokens?|pos|cls")
 _OUTPUT = re.compile(r"(\w+_)?head|classifier|logits|embed_out|unembed(ding)?|output_projection")
 _OUTPUT_ABOVE = re.compile(r"(\w+_)?heads?|classifier|score|proj_out")
+_CALLER = 7  # frames between a warning and whoever constructs the optimizer
 _CONVOLUTIONS = (nn.modules.conv._ConvNd,)
 
 
@@ -27,12 +33,14 @@ class Route(NamedTuple):
     Attributes:
         is_matrix: whether it is a hidden matrix.
         decays: whether weight decay is usual for it.
-        reason: why, in a word or two.
+        reason: why, in a word.
+        is_stack: whether its first dimension counts matrices.
     """
 
     is_matrix: bool
     decays: bool
     reason: str
+    is_stack: bool = False
 
 
 def routes(params: nn.Module | Iterable[tuple[str, Tensor]]) -> dict[str, Route]:
@@ -53,7 +61,7 @@ def routes(params: nn.Module | Iterable[tuple[str, Tensor]]) -> dict[str, Route]
         3.bias False bias
     """
     if not isinstance(params, nn.Module):
-        return {name: _by_name(name, param) or Route(True, True, "matrix") for name, param in params}
+        return {name: _by_name(name, param) or _matrix(param, "expert" in name) for name, param in params}
     head = _last_linear(params)
     # A tied weight has several owners, and one name: it is an embedding if one of them is.
     owners: dict[Tensor, list[tuple[str, nn.Module]]] = {}
@@ -82,7 +90,11 @@ def _route(name: str, param: Tensor, module: nn.Module, is_head: bool) -> Route:
         if module.groups > 1 and module.groups == module.in_channels:
             return Route(False, True, "depthwise")
         return Route(True, True, "convolution")
-    return Route(True, True, "linear" if isinstance(module, nn.Linear) else "matrix")
+    return Route(True, True, "linear") if isinstance(module, nn.Linear) else _matrix(param, param.ndim > 2)
+
+
+def _matrix(param: Tensor, is_stack: bool) -> Route:
+    return Route(True, True, "stack", True) if is_stack and param.ndim > 2 else Route(True, True, "matrix")
 
 
 def _by_name(name: str, param: Tensor) -> Route | None:
@@ -125,7 +137,7 @@ def routed(
         who: the optimizer's name, for messages.
         params: as given to the optimizer.
         groups: as given to the optimizer.
-        check_names: see ``core.groups.grouped``.
+        check_names: see ``core.groups.grouped``; called for each group that is made.
     Returns:
         Groups in torch's format; and by parameter name why it is where it is.
     """
@@ -145,20 +157,28 @@ def routed(
             _warn_of_names(who, pairs)
             return pairs, {}
     known = routes(params if is_model else pairs)
-    entries, patterns = grouped(who, pairs, groups or [], check_names)
+    entries, patterns = grouped(who, pairs, groups or [], lambda options, where: None)
     result: list[dict[str, Any]] = []
     for entry in entries:
+        members = entry.pop("params")
+        where = repr(patterns.get(members[0][0], "the other parameters"))
         if "method" in entry:
-            result.append(entry)
+            check_names(entry, where)
+            result.append({"params": members, **entry})
             continue
-        parts: dict[tuple[bool, bool], list[Any]] = {}
-        for pair in entry.pop("params"):
+        parts: dict[tuple[bool, bool, bool], list[Any]] = {}
+        for pair in members:
             route = known[pair[0]]
-            parts.setdefault(route[:2], []).append(pair)
+            parts.setdefault((route.is_matrix, route.decays, not route.is_stack), []).append(pair)
             patterns[pair[0]] = " ".join(filter(None, (patterns.get(pair[0]), f"({route.reason})")))
-        for (is_matrix, decays), members in sorted(parts.items(), reverse=True):
-            options = {} if is_matrix else {"method": "adamw"} if decays else {"method": "adamw", "weight_decay": 0.0}
-            result.append({"params": members, **options, **entry})
+        for (is_matrix, decays, is_single), part in sorted(parts.items(), reverse=True):
+            options: dict[str, Any] = {} if is_matrix else {"method": "adamw"}
+            if is_matrix and not is_single:
+                options["stacked"] = True
+            if not decays:
+                options["weight_decay"] = 0.0
+            check_names(options | entry, where)
+            result.append({"params": part, **options, **entry})
     return result, patterns
 
 
@@ -166,7 +186,7 @@ def _by_dimensions(who: str, params: list[Tensor]) -> list[dict[str, Any]]:
     warnings.warn(
         f"{who}: parameters without names are sorted by their dimensions: those with at least two are taken for hidden "
         "matrices, embeddings and the output layer too. Give the module, which tells them apart.",
-        stacklevel=4,
+        stacklevel=_CALLER,
     )
     matrices = [param for param in params if param.ndim >= 2]
     others = [param for param in params if param.ndim < 2]
@@ -182,5 +202,44 @@ def _warn_of_names(who: str, pairs: list[tuple[str, Tensor]]) -> None:
         warnings.warn(
             f"{who}: {odd[0]} does not sound like a hidden matrix. Given parameters of two dimensions alone, all are "
             "taken for matrices, as in torch. Give the module, which tells them apart.",
-            stacklevel=4,
+            stacklevel=_CALLER,
         )
+
+
+class RoutedOptimizer(FirstOrder):
+    """Base of methods for hidden matrices: with AdamW inside for the parameters that are none.
+
+    Args:
+        params, defaults, options: see ``FirstOrder``.
+        adamw: options of AdamW inside, beside its own defaults.
+    """
+
+    adamw: Mapping[str, Any]
+
+    def __init__(
+        self, params: ParamsT, defaults: dict[str, Any], adamw: Mapping[str, Any] | None, **options: Unpack[Options]
+    ) -> None:
+        self.adamw = dict(adamw or {})
+        super().__init__(params, defaults, **options)
+
+    def _sorted(self, params: ParamsT, groups: Groups | None) -> tuple[Any, dict[str, str]]:
+        self.check_names({"method": "adamw", **self.adamw}, "adamw")
+        self.method_of({"method": "adamw"}).check_group(self.completed({"method": "adamw"}))
+        return routed(type(self).__name__, params, groups, self.check_names)
+
+    def defaults_of(self, method: Method) -> Mapping[str, Any]:
+        defaults = super().defaults_of(method)
+        return {**defaults, **self.adamw} if method.kind is AdamW else defaults
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        super().add_param_group(param_group)
+        group = self.param_groups[-1]
+        try:
+            for param in group["params"]:
+                self.method_of(group).check_param(param, group)
+        except Exception:
+            self.param_groups.pop()
+            raise
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "adamw": self.adamw}

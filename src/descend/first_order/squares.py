@@ -48,6 +48,7 @@ class Adagrad(FirstOrder):
     """
 
     rule = staticmethod(rules.adagrad)
+    decay = "l2"
     nonnegative_state = ("sum",)
     takes_sparse = True
 
@@ -143,6 +144,7 @@ class RMSprop(FirstOrder):
         https://arxiv.org/abs/1308.0850
     """
 
+    decay = "l2"
     nonnegative_state = ("square_avg",)
 
     def __init__(
@@ -220,6 +222,7 @@ class Adadelta(FirstOrder):
     """
 
     rule = staticmethod(rules.adadelta)
+    decay = "l2"
     nonnegative_state = ("square_avg", "acc_delta")
 
     def __init__(
