@@ -450,7 +450,7 @@ def muon(
         update = _by_pieces(orthogonal, as_matrices(direction, leading), split).reshape(param.shape)
         return elementwise(_moved, param, update, lr, weight_decay, replaces=1), momentum_buffer
 
-    return of_matrices(rule, state=1, stacked=stacked)
+    return of_matrices(rule, state=1, stacked=stacked, overwrites=True)
 
 
 @cache
@@ -505,7 +505,7 @@ def normuon(
         param = elementwise(_moved, param, update, lr, weight_decay, replaces=1)
         return param, momentum_buffer, squares.reshape(second_momentum_buffer.shape)
 
-    return of_matrices(rule, state=2, stacked=stacked)
+    return of_matrices(rule, state=2, stacked=stacked, overwrites=True)
 
 
 def _by_pieces(

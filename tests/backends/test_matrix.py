@@ -77,7 +77,17 @@ def test_layouts_of_memory_do_not_matter(case: Case) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("options", [{}, dict(maximize=True, max_norm=0.1)], ids=str)
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        dict(maximize=True, max_norm=0.1),
+        dict(cautious="update"),
+        dict(cautious="decay", ema=0.9),
+        dict(cautious="update", ema=0.9),
+    ],
+    ids=str,
+)
 @pytest.mark.parametrize("case", MATRIX_CASES, ids=str)
 def test_pieces_are_the_same_elements(
     case: Case, options: dict[str, Any], dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch

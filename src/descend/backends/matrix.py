@@ -76,6 +76,7 @@ class MatrixLaunch(eager.EagerLaunch):
         super().__init__(rule, scalars, params, rows)
         self._stacked: Callable[[], Callable[..., Any]] | None = getattr(rule, "stacked", None)
         self._batches = _batches(params, rows, self._stacked is not None)
+        self._overwrites: bool = getattr(rule, "overwrites", False)
         self._in_pieces = Pieces()
         self._on_pieces = rule
         if isinstance(rule, FunctionType):
@@ -119,7 +120,7 @@ class MatrixLaunch(eager.EagerLaunch):
         tensors = (param, *state)
         compute = reduce(torch.promote_types, (tensor.dtype for tensor in (grad, *tensors)), torch.float32)
         before = [tensor.to(compute) for tensor in tensors]
-        self._in_pieces.owned = before
+        self._in_pieces.owned = before if self._overwrites else ()
         grad = grad.to(compute)
         scaled = grad if scale == 1 else self._in_pieces(torch.mul, grad, scale)
         results = self._on_pieces(before[0], scaled, *before[1:], *scalars)
