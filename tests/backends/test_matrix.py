@@ -12,6 +12,9 @@ from torch import Tensor
 
 from descend import AdamW, Muon, NorMuon, from_rule
 from descend.backends import matrix
+from descend.backends.eager import EagerBackend
+from descend.core.composition import Additions, composed
+from descend.matrix_rules import muon
 from descend.ops import elementwise, of_matrices
 
 
@@ -121,6 +124,22 @@ def test_pieces_replace_only_what_the_launch_owns(monkeypatch: pytest.MonkeyPatc
     scale = torch.full((1, 1), 3.0)
     assert torch.equal(pieces(torch.mul, mine, scale), mine * 3)
     assert torch.equal(pieces(torch.mul, mine, torch.ones(10, 1)), mine)
+
+
+def test_a_rule_that_calls_a_rule_sees_the_old_parameter(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(matrix, "PIECE", 50)
+    rule, found = composed(muon(), Additions(cautious_update=True)), []
+    for backend in (matrix.MatrixBackend(), EagerBackend()):
+        (param,) = leaves([(30, 20)])
+        give_grads([param], 0)
+        scalars = 0.1, 0.1, 0.95, 0.05, 1e-7
+        launch = backend.launch(rule, len(scalars), (), [param], [0])
+        launch.set_state([[torch.ones_like(param)]])
+        launch.set_scalars(0, 1.0, scalars)
+        with torch.no_grad():
+            launch.run(False, None)
+        found.append(param.detach())
+    torch.testing.assert_close(*found)
 
 
 @of_matrices
