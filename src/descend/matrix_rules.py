@@ -9,19 +9,20 @@ the same rule.
 
 from __future__ import annotations
 
-import itertools
 import math
 import platform
 from collections.abc import Callable, Sequence
-from functools import cache
+from functools import cache, partial
+from itertools import pairwise
 from typing import Any, Literal, TypeAlias
 
 import torch
 from torch import Tensor
 
-from descend.ops import maximum, of_matrices, sqrt
+from descend.ops import elementwise, maximum, of_matrices, sqrt
 
 Rule: TypeAlias = Callable[..., Any]
+Level: TypeAlias = "float | Tensor"
 Triple: TypeAlias = tuple[float, float, float]
 Form: TypeAlias = Literal["auto", "direct", "gram"]
 Adjustment: TypeAlias = Literal["original", "match_rms_adamw", "spectral_unclamped"]
@@ -66,8 +67,7 @@ COEFFICIENTS: dict[str, tuple[Triple, ...]] = {
 # before the matrix is computed anew, in units of 1 / eps: less far when most of its eigenvalues are near one, for then
 # its norm, and with it the errors, are the root of its size larger.
 _GROWTH_AT_FIRST, _GROWTH_LATER = 1.5, 0.125
-_BLOCK = 256  # rows of a product that are computed at once, so that half of a symmetric one is left out
-_SMALL = 64  # a matrix whose Gram matrix is smaller is iterated itself: the products cost less than the calls
+_BLOCK, _BLOCKS = 128, 6  # rows of a product that are computed at once, so that half of a symmetric one is left out
 
 
 # Orthogonalization.
@@ -145,40 +145,73 @@ def orthogonalize(
         raise ValueError(f"form must be 'auto', 'direct' or 'gram', got {form!r}.")
     if not matrix.numel():
         return matrix.clone()
-    is_tall = matrix.size(-2) > matrix.size(-1)
-    wide = matrix.mT if is_tall else matrix
     dtype = dtype or torch.promote_types(matrix.dtype, torch.float32)
-    x = normalized(wide, eps).to(dtype).reshape(-1, *wide.shape[-2:])
+    return _orthogonal(matrix, triples, eps, form, dtype).to(matrix.dtype)
+
+
+def _orthogonal(
+    matrix: Tensor,
+    triples: Sequence[Triple],
+    eps: Any,
+    form: Form,
+    dtype: torch.dtype | None,
+    adjust_lr_fn: Adjustment | None = None,
+) -> Tensor:
+    """``orthogonalize``, in the dtype of the products, times the ratio of the learning rate if that is asked for."""
+    dtype = dtype or dtype_of_products(matrix)
+    x = _normalized(matrix.to(torch.promote_types(matrix.dtype, torch.float32)), eps, dtype)
+    is_tall = x.size(-2) > x.size(-1)
+    wide = x.mT if is_tall else x
+    x = wide.reshape(-1, *wide.shape[-2:])
     x = x[0] if len(x) == 1 else x
     m, n = x.shape[-2:]
-    if form == "auto":
-        form = "gram" if m >= _SMALL and 2 * n >= 3 * m and len(triples) > 2 else "direct"
-    iterate = _iterate_gram if form == "gram" else _iterate_directly
-    result = iterate(x, triples).reshape(wide.shape).to(matrix.dtype)
-    return result.mT if is_tall else result
+    if form == "auto":  # as measured: small products cost calls, and those of large Gram matrices are half ones
+        form = "gram" if n >= (2 if m >= _BLOCK * 4 else 2.5) * m and m > _BLOCK and len(triples) > 2 else "direct"
+    result = (_iterate_gram if form == "gram" else _iterate_directly)(x, triples).reshape(wide.shape)
+    result = result.mT if is_tall else result
+    ratio = 1.0 if adjust_lr_fn is None else lr_ratio(matrix.size(-2), matrix.size(-1), adjust_lr_fn)
+    return result if ratio == 1 else result * ratio
 
 
-def normalized(matrix: Tensor, eps: float | Tensor) -> Tensor:
-    """Matrices divided by their Frobenius norms, or by ``eps`` where that is larger; float32 or wider.
+def _normalized(matrix: Tensor, eps: Any, dtype: torch.dtype) -> Tensor:
+    """Matrices divided by their Frobenius norms, or by ``eps`` where that is larger, then rounded to ``dtype``.
 
-    First by the largest magnitude, so that no square overflows or vanishes. Sums go along rows, then over them, so that
-    the bits do not depend on the number of threads.
+    Sums go along rows, then over them, so that the bits do not depend on the number of threads. Where squares may
+    overflow or vanish, the matrix is divided by its largest magnitude first.
     """
-    matrix = matrix.to(torch.promote_types(matrix.dtype, torch.float32))
-    largest = torch.linalg.vector_norm(matrix, math.inf, dim=(-2, -1), keepdim=True)
     tiny = torch.finfo(matrix.dtype).tiny
-    matrix = matrix / maximum(largest, tiny)
-    norm = torch.linalg.vector_norm(torch.linalg.vector_norm(matrix, dim=-1, keepdim=True), dim=-2, keepdim=True)
-    result: Tensor = matrix / maximum(maximum(norm, eps / maximum(largest, tiny)), tiny)
-    return result
+    norm = _norm(matrix)
+    if _may_be_read(matrix) and float(norm.min()) > 1e-15 and float(norm.max()) < 1e18:
+        return _quotient(matrix, maximum(norm, eps), dtype)
+    low, high = matrix.amin((-2, -1), keepdim=True), matrix.amax((-2, -1), keepdim=True)
+    largest = maximum(maximum(high, -low), tiny)
+    matrix = _quotient(matrix, largest, matrix.dtype)
+    return _quotient(matrix, maximum(maximum(_norm(matrix), eps / largest), tiny), dtype)
+
+
+def _norm(matrix: Tensor) -> Tensor:
+    """Frobenius norms, shape (..., 1, 1)."""
+    norm: Tensor = torch.linalg.vector_norm(
+        torch.linalg.vector_norm(matrix, dim=-1, keepdim=True), dim=-2, keepdim=True
+    )
+    return norm
+
+
+def _quotient(matrix: Tensor, divisor: Tensor, dtype: torch.dtype) -> Tensor:
+    quotient: Tensor = elementwise(_divided, matrix, divisor, dtype)
+    return quotient
+
+
+def _divided(matrix: Tensor, divisor: Tensor, dtype: torch.dtype) -> Tensor:
+    return (matrix / divisor).to(dtype)
 
 
 def _iterate_directly(x: Tensor, triples: Sequence[Triple]) -> Tensor:
-    """Each iteration on the matrix itself."""
+    """Each iteration on the matrix itself, which may be written over."""
     for a, b, c in triples:
         gram = _symmetric(x, x.mT)
         change = _symmetric(gram, gram, gram, b, c) if c else b * gram
-        x = _product(change, x, x, a)
+        x = _applied(change, a, x)
     return x
 
 
@@ -204,12 +237,12 @@ def _iterate_gram(x: Tensor, triples: Sequence[Triple]) -> Tensor:
 
 
 def _iterate_block(x: Tensor, triples: Sequence[Triple]) -> Tensor:
-    """Iterations between two computations of G."""
+    """Iterations between two computations of G; ``x`` may be written over."""
     gram, gram_level = _leveled(_symmetric(x, x.mT))
     factor, factor_level = gram, gram_level  # replaced by the first iteration
     for position, (a, b, c) in enumerate(triples):
         slope = b + 2 * c * gram_level
-        change = _symmetric(gram, gram, _scaled(gram, slope), 1.0, c) if c else _scaled(gram, slope)
+        change = _symmetric(gram, gram, gram, slope, c) if c else _scaled(gram, slope)
         change, level = _leveled(change, a + gram_level * (b + c * gram_level))
         if position == 0:
             factor, factor_level = change, level
@@ -218,55 +251,85 @@ def _iterate_block(x: Tensor, triples: Sequence[Triple]) -> Tensor:
         if position < len(triples) - 1:
             half, half_level = _multiplied(gram, gram_level, change, level)
             gram, gram_level = _multiplied(half, half_level, change, level)
-    return _product(factor, x, _scaled(x, factor_level))
+    return _applied(factor, factor_level, x)
 
 
-def _multiplied(a: Tensor, a_level: Tensor, b: Tensor, b_level: Tensor) -> tuple[Tensor, Tensor]:
+def _multiplied(a: Tensor, a_level: Level, b: Tensor, b_level: Level) -> tuple[Tensor, Level]:
     """(a_level I + a) (b_level I + b), for symmetric matrices that commute."""
-    return _leveled(_symmetric(a, b, _scaled(a, b_level) + _scaled(b, a_level)), a_level * b_level)
+    return _leveled(_symmetric(a, b, a, b_level, more=b, gamma=a_level), a_level * b_level)
 
 
-def _leveled(matrix: Tensor, level: float | Tensor = 0.0) -> tuple[Tensor, Tensor]:
-    """The matrix with a diagonal of mean zero, and the level it lies above: a number, or one for each of a batch."""
+def _leveled(matrix: Tensor, level: Level = 0.0) -> tuple[Tensor, Level]:
+    """The matrix with a diagonal of mean zero, and the level it lies above: for a batch and on devices a tensor."""
     diagonal = matrix.diagonal(dim1=-2, dim2=-1)
     mean = diagonal.mean(-1, keepdim=matrix.dim() > 2)  # rounded: what is taken away is what is added to the level
     diagonal.sub_(mean)
+    if matrix.dim() == 2 and _may_be_read(matrix):
+        return matrix, level + float(mean)
     mean = mean.to(torch.promote_types(matrix.dtype, torch.float32))
     return matrix, level + (mean if matrix.dim() == 2 else mean[..., None])
 
 
-def _scaled(matrix: Tensor, factor: Any) -> Tensor:
+def _may_be_read(tensor: Tensor) -> bool:
+    """Whether the host knows its values: they are in its memory, and nobody differentiates or traces."""
+    return tensor.is_cpu and not tensor.requires_grad and not torch._C._len_torch_dispatch_stack()
+
+
+def _scaled(matrix: Tensor, factor: Level) -> Tensor:
     """The matrix, or each of a batch, times a number, in the matrix's dtype."""
-    scaled: Tensor = matrix * factor
-    return scaled.to(matrix.dtype)
+    return (matrix * factor).to(matrix.dtype)
 
 
 # Products.
 
 
-def _product(a: Tensor, b: Tensor, added: Tensor, beta: float = 1.0, alpha: float = 1.0) -> Tensor:
+def _product(a: Tensor, b: Tensor, added: Tensor, beta: Level = 1.0, alpha: float = 1.0) -> Tensor:
     """``beta * added + alpha * a @ b``."""
     multiply = torch.addmm if a.dim() == 2 else torch.baddbmm
+    if isinstance(beta, Tensor):
+        added, beta = _scaled(added, beta), 1.0
     return multiply(added, a, b, beta=beta, alpha=alpha)
 
 
-def _symmetric(a: Tensor, b: Tensor, added: Tensor | None = None, beta: float = 1.0, alpha: float = 1.0) -> Tensor:
-    """``beta * added + alpha * a @ b``, which is known to be symmetric: large ones on a CPU are computed by half.
+def _applied(factor: Tensor, level: Level, x: Tensor) -> Tensor:
+    """``(level I + factor) x``, which a CPU writes over a wide ``x``: new memory would cost a tenth of it."""
+    columns = 4 * _BLOCK
+    if x.dim() > 2 or x.size(-1) < 2 * columns or not _may_be_read(x):
+        return _product(factor, x, x, level)
+    for first in range(0, x.size(-1), columns):
+        part = x[:, first : first + columns]
+        part.copy_(_product(factor, part, part, level))
+    return x
+
+
+def _symmetric(
+    a: Tensor,
+    b: Tensor,
+    added: Tensor | None = None,
+    beta: Level = 1.0,
+    alpha: float = 1.0,
+    more: Tensor | None = None,
+    gamma: Level = 0.0,
+) -> Tensor:
+    """``beta * added + gamma * more + alpha * a @ b``, which is symmetric: large ones on a CPU are computed by half.
 
     Rows are computed in blocks, each as far as the diagonal; the rest is mirrored.
     """
     m = a.size(-2)
-    blocks = min(4, m // _BLOCK)
-    if blocks < 2 or not a.is_cpu or a.dim() > 2 or a.requires_grad:
-        return a @ b if added is None else _product(a, b, added, beta, alpha)
+    blocks = min(_BLOCKS, m // _BLOCK)
+    if blocks < 4 or a.dim() > 2 or not _may_be_read(a):
+        result = a @ b if added is None else _product(a, b, added, beta, alpha)
+        return result if more is None else result + _scaled(more, gamma)
     result = a.new_empty(m, m)
     edges = [m * block // blocks for block in range(blocks + 1)]
-    for first, last in itertools.pairwise(edges):
+    for first, last in pairwise(edges):
         block = result[first:last, :last]
         if added is None:
             torch.mm(a[first:last], b[:, :last], out=block)
         else:
-            torch.addmm(added[first:last, :last], a[first:last], b[:, :last], beta=beta, alpha=alpha, out=block)
+            torch.addmm(added[first:last, :last], a[first:last], b[:, :last], beta=beta, alpha=alpha, out=block)  # type: ignore[arg-type]
+        if more is not None:
+            block.add_(more[first:last, :last], alpha=gamma)  # type: ignore[arg-type]
         result[:first, first:last] = result[first:last, :first].mT
     return result
 
@@ -334,6 +397,24 @@ def lr_ratio(rows: int, columns: int, adjust_lr_fn: Adjustment = "original") -> 
 # Rules.
 
 
+def _averaged(momentum_buffer, grad, momentum, gain, nesterov):
+    """The average of the gradients, and the direction that it gives."""
+    momentum_buffer = momentum * momentum_buffer + gain * grad
+    return momentum_buffer, momentum * momentum_buffer + gain * grad if nesterov else momentum_buffer
+
+
+def _balanced(matrix, squares, norm_eps, adjust_lr_fn):
+    """Rows divided by their root mean squares; the whole has the norm of before, times the ratio of the lr."""
+    rows = matrix / (sqrt(squares) + norm_eps)
+    norm, norm_of_rows = (torch.linalg.matrix_norm(each, keepdim=True) for each in (matrix, rows))
+    return rows * (lr_ratio(matrix.size(-2), matrix.size(-1), adjust_lr_fn) * norm / (norm_of_rows + norm_eps))
+
+
+def _moved(param, update, lr, weight_decay):
+    """A step with decoupled weight decay."""
+    return (1 - lr * weight_decay) * param - lr * update.to(param.dtype)
+
+
 @cache
 def muon(
     nesterov: bool = True,
@@ -364,17 +445,12 @@ def muon(
         return muon(nesterov, adjust_lr_fn, coefficients, steps, split, leading + 1, form, dtype)
 
     def rule(param, grad, momentum_buffer, lr, weight_decay, momentum, gain, eps):
-        momentum_buffer = momentum * momentum_buffer + gain * grad
-        direction = momentum * momentum_buffer + gain * grad if nesterov else momentum_buffer
-
-        def orthogonal(piece: Tensor) -> Tensor:
-            found = orthogonalize(piece, triples, len(triples), eps, form, dtype or dtype_of_products(piece))
-            return found * lr_ratio(piece.size(-2), piece.size(-1), adjust_lr_fn)
-
+        momentum_buffer, direction = elementwise(_averaged, momentum_buffer, grad, momentum, gain, nesterov, replaces=1)
+        orthogonal = partial(_orthogonal, triples=triples, eps=eps, form=form, dtype=dtype, adjust_lr_fn=adjust_lr_fn)
         update = _by_pieces(orthogonal, as_matrices(direction, leading), split).reshape(param.shape)
-        return (1 - lr * weight_decay) * param - lr * update, momentum_buffer
+        return elementwise(_moved, param, update, lr, weight_decay, replaces=1), momentum_buffer
 
-    return of_matrices(rule, state=1, stacked=stacked)
+    return of_matrices(rule, state=1, stacked=stacked, overwrites=True)
 
 
 @cache
@@ -419,28 +495,17 @@ def normuon(
         eps,
         norm_eps,
     ):
-        momentum_buffer = momentum * momentum_buffer + gain * grad
-        direction = momentum * momentum_buffer + gain * grad if nesterov else momentum_buffer
-
-        def orthogonal(piece: Tensor) -> Tensor:
-            return orthogonalize(piece, triples, len(triples), eps, form, dtype or dtype_of_products(piece))
-
-        def balanced(piece: Tensor, squares: Tensor) -> Tensor:
-            rows: Tensor = piece / (sqrt(squares) + norm_eps)
-            norm, norm_of_rows = (torch.linalg.matrix_norm(matrix, keepdim=True) for matrix in (piece, rows))
-            ratio = lr_ratio(piece.size(-2), piece.size(-1), adjust_lr_fn)
-            scaled: Tensor = rows * (ratio * norm / (norm_of_rows + norm_eps))
-            return scaled
-
-        matrices = as_matrices(direction, leading)
+        momentum_buffer, direction = elementwise(_averaged, momentum_buffer, grad, momentum, gain, nesterov, replaces=1)
+        orthogonal = partial(_orthogonal, triples=triples, eps=eps, form=form, dtype=dtype)
+        update = _by_pieces(orthogonal, as_matrices(direction, leading), split).to(param.dtype)
         squares = as_matrices(second_momentum_buffer, leading)
-        update = _by_pieces(orthogonal, matrices, split)
         squares = (1 - gain2) * squares + gain2 * (update * update).mean(-1, keepdim=True)
-        update = _by_pieces(balanced, update, split, squares)
-        param = (1 - lr * weight_decay) * param - lr * update.reshape(param.shape)
+        balanced = partial(_balanced, norm_eps=norm_eps, adjust_lr_fn=adjust_lr_fn)
+        update = _by_pieces(balanced, update, split, squares).reshape(param.shape)
+        param = elementwise(_moved, param, update, lr, weight_decay, replaces=1)
         return param, momentum_buffer, squares.reshape(second_momentum_buffer.shape)
 
-    return of_matrices(rule, state=2, stacked=stacked)
+    return of_matrices(rule, state=2, stacked=stacked, overwrites=True)
 
 
 def _by_pieces(

@@ -13,12 +13,14 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-__all__ = ["abs", "exp", "log", "maximum", "minimum", "of_matrices", "sign", "sqrt", "where"]
+__all__ = ["abs", "exp", "log", "maximum", "minimum", "sign", "sqrt", "where"]  # of rules of elements
 
 Rule = TypeVar("Rule", bound=Callable[..., Any])
 
 
-def of_matrices(rule: Rule, state: int | None = None, stacked: Callable[[], Rule] | None = None) -> Rule:
+def of_matrices(
+    rule: Rule, state: int | None = None, stacked: Callable[[], Rule] | None = None, overwrites: bool = False
+) -> Rule:
     """Mark a rule as one of whole matrices, which no backend may cut into elements, chunks or rows.
 
     Args:
@@ -26,9 +28,26 @@ def of_matrices(rule: Rule, state: int | None = None, stacked: Callable[[], Rule
         state: how many state tensors it takes. Default: found out by running it on matrices of shape (1, 1).
         stacked: gives the same rule for tensors with one more leading dimension, over which several parameters of equal
             shape are a batch.
+        overwrites: whether ``elementwise`` may write over the parameter and its state, so that a rule which calls this
+            one finds new values in them.
     """
-    rule.kind, rule.state, rule.stacked = "matrix", state, stacked  # type: ignore[attr-defined]
+    rule.kind, rule.state = "matrix", state  # type: ignore[attr-defined]
+    rule.stacked, rule.overwrites = stacked, overwrites  # type: ignore[attr-defined]
     return rule
+
+
+def elementwise(function: Callable[..., Any], *args: Any, replaces: int = 0) -> Any:
+    """``function(*args)``, for a function that acts on each element by itself: a part of a rule of matrices.
+
+    A backend may call it with a piece of the tensors at a time, which stay in the cache.
+
+    Args:
+        function: takes tensors of equal shapes, first of all; and numbers, also as tensors of one element.
+        args: its arguments.
+        replaces: so many results are new values of the first arguments, in their order. The rule does not use the old
+            ones again. A backend may write the new ones over them, see ``of_matrices``.
+    """
+    return function(*args)
 
 
 def _on_cpu(number: float, dtype: torch.dtype) -> Tensor:

@@ -7,12 +7,15 @@ from typing import Any
 
 import pytest
 import torch
-from cases import MATRIX_CASES, Case, give_grads, params_of
+from cases import MATRICES, MATRIX_CASES, Case, give_grads, params_of
 from torch import Tensor
 
-from descend import AdamW, Muon, NorMuon
+from descend import AdamW, Muon, NorMuon, from_rule
 from descend.backends import matrix
-from descend.ops import of_matrices
+from descend.backends.eager import EagerBackend
+from descend.core.composition import Additions, composed
+from descend.matrix_rules import muon
+from descend.ops import elementwise, of_matrices
 
 
 def leaves(shapes: Sequence[tuple[int, ...]], dtype: torch.dtype = torch.float64) -> list[Tensor]:
@@ -76,6 +79,85 @@ def test_layouts_of_memory_do_not_matter(case: Case) -> None:
         torch.testing.assert_close(a, b)
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        dict(maximize=True, max_norm=0.1),
+        dict(cautious="update"),
+        dict(cautious="decay", ema=0.9),
+        dict(cautious="update", ema=0.9),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("case", MATRIX_CASES, ids=str)
+def test_pieces_are_the_same_elements(
+    case: Case, options: dict[str, Any], dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(matrix, "SMALL", 0)
+    monkeypatch.setattr(matrix, "PIECE", 50)
+    ours, eager = (trained(case, leaves(MATRICES, dtype), backend, **options) for backend in ("matrix", "eager"))
+    for a, b in zip(params_of(ours), params_of(eager), strict=True):
+        torch.testing.assert_close(a, b)
+        for name, tensor in eager.state[b].items():
+            torch.testing.assert_close(ours.state[a][name], tensor)
+
+
+def test_pieces_replace_only_what_the_launch_owns(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(matrix, "PIECE", 7)
+    pieces = matrix.Pieces()
+    mine, foreign = torch.arange(20.0).view(10, 2), torch.ones(10, 2)
+    pieces.owned = [mine]
+    before = mine.clone()
+
+    def both(a: Tensor, b: Tensor, factor: float) -> tuple[Tensor, Tensor]:
+        return a + factor * b, (a * b).to(torch.bfloat16)
+
+    first, second = pieces(both, mine, foreign, 2.0, replaces=1)
+    assert first is mine
+    assert torch.equal(mine, before + 2)
+    assert torch.equal(second, before.bfloat16())
+    assert pieces(both, foreign, mine, 2.0, replaces=1)[0] is not foreign
+    assert pieces(both, mine, foreign, 2.0)[0] is not mine
+    assert torch.equal(mine, before + 2)
+    scale = torch.full((1, 1), 3.0)
+    assert torch.equal(pieces(torch.mul, mine, scale), mine * 3)
+    assert torch.equal(pieces(torch.mul, mine, torch.ones(10, 1)), mine)
+
+
+def test_a_rule_that_calls_a_rule_sees_the_old_parameter(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(matrix, "PIECE", 50)
+    rule, found = composed(muon(), Additions(cautious_update=True)), []
+    for backend in (matrix.MatrixBackend(), EagerBackend()):
+        (param,) = leaves([(30, 20)])
+        give_grads([param], 0)
+        scalars = 0.1, 0.1, 0.95, 0.05, 1e-7
+        launch = backend.launch(rule, len(scalars), (), [param], [0])
+        launch.set_state([[torch.ones_like(param)]])
+        launch.set_scalars(0, 1.0, scalars)
+        with torch.no_grad():
+            launch.run(False, None)
+        found.append(param.detach())
+    torch.testing.assert_close(*found)
+
+
+@of_matrices
+def keeping(param: Any, grad: Any, previous: Any, lr: Any) -> Any:
+    """Gradient descent that keeps the last parameter."""
+    return elementwise(torch.sub, param, lr * grad), param
+
+
+def test_a_rule_may_keep_the_old_parameter() -> None:
+    params = leaves([(30, 20)])
+    before = params[0].detach().clone()
+    optimizer = from_rule(keeping, "Keeping", lr=1.0)(params)
+    give_grads(params, 0)
+    optimizer.step()
+    assert torch.equal(optimizer.state[params[0]]["previous"], before)
+    torch.testing.assert_close(params[0].detach(), before - params[0].grad)
+
+
 class Twice(Tensor):
     pass
 
@@ -111,8 +193,6 @@ def unit(param: Any, grad: Any, lr: Any) -> Any:
 
 
 def test_rules_that_cannot_be_stacked_run_one_by_one() -> None:
-    from descend import from_rule
-
     params = leaves([(3, 2), (3, 2)])
     optimizer = from_rule(unit, "Unit", lr=1.0)(params)
     before = [param.detach().clone() for param in params]

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Sequence
+from functools import reduce
+from types import FunctionType
 from typing import Any
 
 import numpy as np
@@ -13,14 +15,17 @@ from torch import Tensor
 from descend.backends import eager
 from descend.backends.cpu.backend import CpuBackend
 from descend.backends.foreach import sums_on_device
+from descend.backends.retarget import retarget
 from descend.core.decision import Decision
 from descend.core.memory import PLAIN
 from descend.core.signature import signature
+from descend.ops import elementwise
 
 # A matrix with at most SMALL elements is computed in less time than the calls for it take; LARGEST elements are stacked
 # at a time, which bounds the memory that a batch needs.
 SMALL = 2**15
 LARGEST = 2**20
+PIECE = 2**16  # elements of a piece: what a rule computes on its way with them stays in the cache
 
 _CPU = CpuBackend()
 
@@ -71,6 +76,11 @@ class MatrixLaunch(eager.EagerLaunch):
         super().__init__(rule, scalars, params, rows)
         self._stacked: Callable[[], Callable[..., Any]] | None = getattr(rule, "stacked", None)
         self._batches = _batches(params, rows, self._stacked is not None)
+        self._overwrites: bool = getattr(rule, "overwrites", False)
+        self._in_pieces = Pieces()
+        self._on_pieces = rule
+        if isinstance(rule, FunctionType):
+            self._on_pieces = retarget(rule, {elementwise: self._in_pieces}, _as_it_is)
 
     def sum_of_squares(self) -> float | Tensor:
         grads = [param.grad for param in self._params if param.grad is not None]
@@ -92,13 +102,74 @@ class MatrixLaunch(eager.EagerLaunch):
             states = [list(tensors) for tensors in zip(*(self._state[i] for i in members), strict=True)]
             if len(members) == 1:
                 state = [tensors[0] for tensors in states]
-                eager.run(self._rule, params[0], grads[0], state, scalars, scale, decision=decision)
+                if decision is None and params[0].is_cpu:
+                    self._run_in_place(params[0], grads[0], state, scalars, scale)
+                else:
+                    eager.run(self._rule, params[0], grads[0], state, scalars, scale, decision=decision)
                 continue
             assert self._stacked is not None
             first, *rest = stacks = [torch.stack(tensors) for tensors in (params, *states)]
             eager.run(self._stacked(), first, torch.stack(grads), rest, scalars, scale, decision=decision)
             for tensors, stack in zip((params, *states), stacks, strict=True):
                 torch._foreach_copy_(tensors, list(stack))
+
+    def _run_in_place(
+        self, param: Tensor, grad: Tensor, state: Sequence[Tensor], scalars: Sequence[Any], scale: float
+    ) -> None:
+        """``eager.run``, where element-wise parts of the rule go piece by piece, and over what they replace."""
+        tensors = (param, *state)
+        compute = reduce(torch.promote_types, (tensor.dtype for tensor in (grad, *tensors)), torch.float32)
+        before = [tensor.to(compute) for tensor in tensors]
+        self._in_pieces.owned = before if self._overwrites else ()
+        grad = grad.to(compute)
+        scaled = grad if scale == 1 else self._in_pieces(torch.mul, grad, scale)
+        results = self._on_pieces(before[0], scaled, *before[1:], *scalars)
+        results = results if state else (results,)
+        # A rule may keep one of the tensors as another: what is written first must not change it.
+        results = [
+            value.clone() if any(value is old for old in before) and value is not own else value
+            for value, own in zip(results, before, strict=True)
+        ]
+        for tensor, value in zip(tensors, results, strict=True):
+            if value is not tensor:
+                eager.write(tensor, value, None)
+        self._in_pieces.owned = ()
+
+
+class Pieces:
+    """Runs element-wise parts of a rule, see ``ops.elementwise``.
+
+    Attributes:
+        owned: tensors that may be written over.
+    """
+
+    owned: Sequence[Tensor] = ()
+
+    def __call__(self, function: Callable[..., Any], *args: Any, replaces: int = 0) -> Any:
+        first = args[0]
+        tensors = [arg for arg in args if isinstance(arg, Tensor) and arg.dim()]
+        is_whole = [tensor.shape == first.shape for tensor in tensors]
+        if first.numel() <= PIECE or not all(
+            whole or tensor.numel() == 1 for whole, tensor in zip(is_whole, tensors, strict=True)
+        ):
+            return function(*args)
+        step = max(1, PIECE * len(first) // first.numel())
+        written: list[Tensor] = []
+        for start in range(0, len(first), step):
+            rows = slice(start, start + step)
+            piece = [arg[rows] if isinstance(arg, Tensor) and arg.shape == first.shape else arg for arg in args]
+            results = function(*piece)
+            values = results if isinstance(results, tuple) else (results,)
+            for index, value in enumerate(values[len(written) :], len(written)):
+                may_replace = index < replaces and any(args[index] is tensor for tensor in self.owned)
+                written.append(args[index] if may_replace else torch.empty_like(first, dtype=value.dtype))
+            for tensor, value in zip(written, values, strict=True):
+                tensor[rows].copy_(value)
+        return tuple(written) if isinstance(results, tuple) else written[0]
+
+
+def _as_it_is(function: Any) -> Any:
+    return function
 
 
 def _batches(params: Sequence[Tensor], rows: Sequence[int] | np.ndarray, may_stack: bool) -> list[list[int]]:
