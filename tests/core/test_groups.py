@@ -126,7 +126,7 @@ REFUSED: list[tuple[Any, Any, str]] = [
     (Model, [([*LINEARS, "head.wieght"], {})], r"'head.wieght' matches no parameter. Near names: "),
     (Model, [([], {})], "'' matches no parameter"),
     (Model, [("*.bias", {}), ("head.bias", {})], "all that 'head.bias' matches, earlier patterns take: move it before"),
-    (Model, [("*.bias", dict(weight_decy=0))], r"'weight_decy', for '\*.bias', is no option of a group. There are lr"),
+    (Model, [("*.bias", dict(weight_decy=0))], r"'weight_decy', for '\*.bias', is no option of AdamW. There are lr"),
     (Model, [("*.bias", dict(params=[]))], "'params', for"),
     (Model, [("*.bias", dict(max_norm=1.0))], "'max_norm', for"),
     (Model, [("*.bias", dict(lr=-1))], "Invalid learning rate: -1"),

@@ -11,14 +11,14 @@ import torch
 
 import descend
 from descend import AdamW, FirstOrder, from_rule
-from descend.core.method import Method
+from descend.core.optimizer import MethodOptimizer
 from descend.core.options import Options, StepOptions
 
 FIELDS = [field.name for field in dataclasses.fields(StepOptions)]
 
 
 def test_every_option_has_one_type() -> None:
-    value, given, attributes = get_type_hints(StepOptions), get_type_hints(Options), get_type_hints(Method)
+    value, given, attributes = get_type_hints(StepOptions), get_type_hints(Options), get_type_hints(MethodOptimizer)
     assert given.keys() == {*FIELDS, "groups"}
     for name in FIELDS:
         assert value[name] == given[name] == attributes[name]

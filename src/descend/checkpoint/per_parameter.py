@@ -26,6 +26,7 @@ from descend.checkpoint.reading import (
 from descend.core import memory
 from descend.core.memory import as_real
 from descend.core.method import Method
+from descend.core.optimizer import MethodOptimizer
 from descend.core.signature import signature
 from descend.distributed.dtensors import is_dtensor, layout_of, like, local_of, part_of, same_layout
 from descend.distributed.shard_state import as_sharded
@@ -43,7 +44,7 @@ class _MisfitError(ValueError):
     """Saved state that belongs to another parameter or another optimizer; ``strict=False`` leaves it aside."""
 
 
-def save(optimizer: Method, pack: Callable[[Method], dict[str, Any]]) -> dict[str, Any]:
+def save(optimizer: MethodOptimizer, pack: Callable[[MethodOptimizer], dict[str, Any]]) -> dict[str, Any]:
     """The dictionary of ``pack``, torch's ``state_dict``, with new inner dicts and tensors on the same memory."""
     exposed = getattr(optimizer.state, "exposed", True)
     packed = pack(optimizer)
@@ -69,12 +70,16 @@ def _alias(tensor: Tensor) -> Tensor:
 
 
 def load(
-    method: Method, state_dict: Mapping[str, Any], strict: bool, match: Match, hyperparameters: Hyperparameters
+    optimizer: MethodOptimizer,
+    state_dict: Mapping[str, Any],
+    strict: bool,
+    match: Match,
+    hyperparameters: Hyperparameters,
 ) -> IncompatibleKeys | None:
     """See ``FirstOrder.load_state_dict``."""
-    check_choices(type(method).__name__, match, hyperparameters)
-    reading = _Reading(method, strict, match, hyperparameters)
-    restore(method, state_dict, reading)
+    check_choices(type(optimizer).__name__, match, hyperparameters)
+    reading = _Reading(optimizer, strict, match, hyperparameters)
+    restore(optimizer, state_dict, reading)
     return None if strict else IncompatibleKeys(reading.missing, reading.unexpected)
 
 
@@ -85,7 +90,9 @@ class _Reading:
         missing, unexpected: as in ``IncompatibleKeys``.
     """
 
-    def __init__(self, optimizer: Method, strict: bool, match: Match, hyperparameters: Hyperparameters) -> None:
+    def __init__(
+        self, optimizer: MethodOptimizer, strict: bool, match: Match, hyperparameters: Hyperparameters
+    ) -> None:
         self.optimizer, self.strict, self.match = optimizer, strict, match
         self.takes_options = hyperparameters == "loaded"
         self.who = type(optimizer).__name__
@@ -105,16 +112,11 @@ class _Reading:
 
     def _groups(self, saved_groups: list[Mapping[str, Any]], matching: Matching) -> LoadedGroups:
         groups: LoadedGroups = [{**group} for group in self.optimizer.param_groups]
-        state_keys = self.optimizer.group_state
         clone = cache(cloned)  # a tensor that groups share, such as lr, is shared by their copies
-        if self.takes_options or state_keys:
+        if self.takes_options or any(method.group_state for method, _ in self.optimizer.methods()):
             for group, source in zip(groups, matching.group_sources(self.strict), strict=True):
                 if source is not None:
-                    options = self._options(saved_groups[source], source, clone)
-                    group.update(
-                        options if self.takes_options else {key: options[key] for key in state_keys if key in options}
-                    )
-                    self._check_options(group, source)
+                    self._load_options(group, saved_groups[source], source, clone)
         names = matching.saved.own_names
         if names and None not in matching.sources and all("param_names" in group for group in saved_groups):
             # As in torch, parameters without names get those of the dictionary.
@@ -123,8 +125,36 @@ class _Reading:
                 group.setdefault("param_names", [names[matching.sources[i]] for i in here])  # type: ignore[index]
         return groups
 
-    def _options(self, saved: Mapping[str, Any], source: int, clone: Callable[[Tensor], Tensor]) -> dict[str, Any]:
-        defaults = self.optimizer.defaults
+    def _is_same_method(self, group: Mapping[str, Any], saved: Mapping[str, Any], what: str) -> bool:
+        """Whether a group and a saved one have the same method, as far as the file says.
+
+        Raises:
+            ValueError: if they have not, and everything shall be loaded.
+        """
+        own = type(self.optimizer).__name__.lower()
+        here, there = group.get("method", own), saved.get("method", group.get("method", own))
+        if here != there and self.strict:
+            raise ValueError(
+                f"{self.who}: {what} of the loaded state dict has the method {there!r}, here it is {here!r}. "
+                "strict=False leaves it aside, and its parameters begin anew."
+            )
+        return bool(here == there)
+
+    def _load_options(
+        self, group: dict[str, Any], saved: Mapping[str, Any], source: int, clone: Callable[[Tensor], Tensor]
+    ) -> None:
+        if self._is_same_method(group, saved, f"group {source}"):
+            method = self.optimizer.method_of(group)
+            options = self._options(method, saved, source, clone)
+            if not self.takes_options:
+                options = {key: options[key] for key in method.group_state if key in options}
+            group.update(options)
+            self._check_options(method, group, source)
+
+    def _options(
+        self, method: Method, saved: Mapping[str, Any], source: int, clone: Callable[[Tensor], Tensor]
+    ) -> dict[str, Any]:
+        defaults = method.defaults
         needed = [name for name, default in defaults.items() if not (default is None or isinstance(default, bool))]
         lacking = [name for name in needed if name not in saved]
         if self.strict and lacking:
@@ -132,10 +162,10 @@ class _Reading:
                 f"{self.who}: group {source} of the loaded state dict lacks {listed(lacking)}: is it another "
                 "optimizer's? hyperparameters='current' keeps this optimizer's options, strict=False those that lack."
             )
-        return options_of(saved, clone)
+        return {key: value for key, value in options_of(saved, clone).items() if key != "method"}
 
-    def _check_options(self, group: Mapping[str, Any], source: int) -> None:
-        for name, default in self.optimizer.defaults.items():
+    def _check_options(self, method: Method, group: Mapping[str, Any], source: int) -> None:
+        for name, default in method.defaults.items():
             value = group.get(name)
             if isinstance(default, bool) and not (isinstance(value, int | np.bool_) and value in (0, 1)):
                 raise ValueError(
@@ -143,17 +173,17 @@ class _Reading:
                     f"got {value!r}."
                 )
         with unusable_is_value_error(self.who, source):
-            self.optimizer.check_group(group)
-            for name in self.optimizer.defaults:
+            method.check_group(group)
+            for name in method.defaults:
                 value = group.get(name)
                 values = value if isinstance(value, tuple | list) else (value,)
                 if any(isinstance(each, Real) and each != each for each in values):
                     raise ValueError(f"{self.who}: {name} must be a number, got nan.")
-            scalar_state = [torch.ones((), device="cpu") for _ in self.optimizer.scalar_state]
+            scalar_state = [torch.ones((), device="cpu") for _ in method.scalar_state]
             if "train_mode" in group:  # a schedule-free optimizer may be saved in eval mode, where it cannot step
                 group = {**group, "train_mode": True}
             # Some options have an effect from the second step on only.
-            for scalar in self.optimizer.scalars_and_state(group, 2, scalar_state)[0]:
+            for scalar in method.scalars_and_state(group, 2, scalar_state)[0]:
                 float(scalar.item() if isinstance(scalar, Tensor) else scalar)
 
     # State.
@@ -176,10 +206,12 @@ class _Reading:
             try:
                 if source is None:
                     raise _MisfitError
+                group, name = groups[owner], matching.here.label(i)
+                if not self._is_same_method(group, saved_groups[matching.saved.groups[source]], f"the group of {name}"):
+                    raise _MisfitError
                 if keys[source] in saved_state:
-                    group, name = groups[owner], matching.here.label(i)
                     loaded[param] = self._param_state(param, group, needed[owner], saved_state[keys[source]], name)
-                    if table.NAMES.isdisjoint(signature(self.optimizer.rule_for(group)).state):
+                    if table.NAMES.isdisjoint(signature(self.optimizer.method_of(group).rule_for(group)).state):
                         self._check_rows(loaded[param], name)
             except _MisfitError as error:
                 if self.strict:
@@ -221,16 +253,17 @@ class _Reading:
     def _param_state(
         self, param: Tensor, group: Mapping[str, Any], needed: set[str], saved: Mapping[str, Any], name: str
     ) -> dict[str, Any]:
-        if all(value is None for value in saved.values()) and not ("step" in saved and self.optimizer.counts_steps):
+        method = self.optimizer.method_of(group)
+        if all(value is None for value in saved.values()) and not ("step" in saved and method.counts_steps):
             return dict(saved)
         if lacking := sorted(key for key in needed if saved.get(key) is None):
             raise _MisfitError(
                 f"{self.who}: the loaded state of {name} lacks {listed(lacking)}, and has {listed(saved)}: is it "
                 "another optimizer's? strict=False leaves such state aside."
             )
-        names = signature(self.optimizer.rule_for(group)).state
-        shapes = {key: self.optimizer.state_shape(key, param, group) for key in names}
-        return {key: self._entry(param, key, value, shapes.get(key), name) for key, value in saved.items()}
+        names = signature(method.rule_for(group)).state
+        shapes = {key: method.state_shape(key, param, group) for key in names}
+        return {key: self._entry(method, param, key, value, shapes.get(key), name) for key, value in saved.items()}
 
     def _check_rows(self, state: Mapping[str, Any], name: str) -> None:
         """Raise ``ValueError`` if the rows of a table are described wrongly, or are behind and would stay so."""
@@ -246,28 +279,28 @@ class _Reading:
 
     def _needed(self, group: Mapping[str, Any]) -> set[str]:
         """State that a group needs whatever its options; an option that was just turned on may add to it."""
-        optimizer = self.optimizer
-        needed = set(signature(optimizer.rule_for(group)).state)
-        for name in optimizer.defaults:
+        method = self.optimizer.method_of(group)
+        needed = set(signature(method.rule_for(group)).state)
+        for name in method.defaults:
             if isinstance(group[name], int | float):
-                needed &= set(signature(optimizer.rule_for({**group, name: 0})).state)
-        return needed.union(optimizer.scalar_state, ["step"] if optimizer.counts_steps else [])
+                needed &= set(signature(method.rule_for({**group, name: 0})).state)
+        return needed.union(method.scalar_state, ["step"] if method.counts_steps else [])
 
-    def _entry(self, param: Tensor, key: str, value: Any, shape: torch.Size | None, name: str) -> Any:
+    def _entry(self, method: Method, param: Tensor, key: str, value: Any, shape: torch.Size | None, name: str) -> Any:
         """One entry of a state; ``shape``: what it must have if the rule uses it, else None."""
         in_rule = shape is not None
         what = f"{self.who}: the loaded {key} of {name}"
         if isinstance(value, Tensor) and value.dim() == 0:
             value = local_of(value)
         param = as_sharded(self.optimizer, param)
-        if key == "step" and self.optimizer.counts_steps:
+        if key == "step" and method.counts_steps:
             step = number_of(value, what, is_count=True)
             if not float(step).is_integer():
                 raise ValueError(f"{what} must be a whole number, got {float(step)}.")
             return step
-        if key in self.optimizer.scalar_state:
+        if key in method.scalar_state:
             number = number_of(value, what)
-            self._check_sign(key, number, what)
+            self._check_sign(method, key, number, what)
             return number
         if not isinstance(value, Tensor):
             if in_rule and value is not None:
@@ -278,16 +311,18 @@ class _Reading:
         _check_memory(local_of(value), local_of(param), what)
         if is_dtensor(param) and value.shape == param.shape and shape in (None, param.shape):
             if in_rule and not is_dtensor(value):
-                self._check_sign(key, value, what)  # of the whole: every rank raises, or none
+                self._check_sign(method, key, value, what)  # of the whole: every rank raises, or none
             local, part = local_of(param), _part_for(param, value, what)
-            return like(param, self._tensor(local, key, part, local.shape if in_rule else None, what))
+            return like(param, self._tensor(method, local, key, part, local.shape if in_rule else None, what))
         if is_dtensor(value):
             if shape is not None and value.shape != shape:
                 raise self._misfit(what, value, shape)
             raise ValueError(f"{what} has {layout_of(value)}, the parameter {layout_of(param)}. {_SAVE_WHOLE}")
-        return self._tensor(param, key, value, shape, what)
+        return self._tensor(method, param, key, value, shape, what)
 
-    def _tensor(self, param: Tensor, key: str, value: Tensor, shape: torch.Size | None, what: str) -> Tensor:
+    def _tensor(
+        self, method: Method, param: Tensor, key: str, value: Tensor, shape: torch.Size | None, what: str
+    ) -> Tensor:
         """A tensor of a state; ``param`` and ``value`` are plain, or this rank's parts."""
         in_rule = shape is not None
         if not in_rule:
@@ -302,8 +337,8 @@ class _Reading:
             raise ValueError(f"{what} must hold numbers as the parameter does ({param.dtype}), got {value.dtype}.")
         if is_number and value.shape == (param.shape if shape is None else shape):
             if in_rule:
-                self._check_sign(key, value, what)
-            return self._widened(param, value.detach())
+                self._check_sign(method, key, value, what)
+            return self._widened(method.dtype_of_state(key, param), param, value.detach())
         if shape is not None:
             raise self._misfit(what, value, shape)
         return value.detach().to(param.device, copy=True)
@@ -312,13 +347,12 @@ class _Reading:
         hint = "" if self.optimizer.param_groups[0].get("param_names") else " Were the parameters in another order?"
         return _MisfitError(f"{what} has shape {tuple(value.shape)}, expected {tuple(shape)}.{hint}")
 
-    def _check_sign(self, key: str, value: Tensor | float, what: str) -> None:
+    def _check_sign(self, method: Method, key: str, value: Tensor | float, what: str) -> None:
         """Raise ``ValueError`` for a negative value in state that no step makes negative."""
-        if key in self.optimizer.nonnegative_state and (smallest := _smallest(value)) < 0:
+        if key in method.nonnegative_state and (smallest := _smallest(value)) < 0:
             raise ValueError(f"{what} must be >= 0, got {smallest}.")
 
-    def _widened(self, param: Tensor, value: Tensor) -> Tensor:
-        dtype = self.optimizer.default_state_dtype(param)
+    def _widened(self, dtype: torch.dtype, param: Tensor, value: Tensor) -> Tensor:
         if value.itemsize > 1:  # torch does not promote float8; every other dtype is wider
             dtype = torch.promote_types(value.dtype, dtype)
         if self.optimizer.options.sparse is not None and param.is_cpu and param.is_contiguous():

@@ -8,20 +8,19 @@ from functools import lru_cache
 from typing import Any
 
 from torch import Tensor
-from torch.optim import Optimizer
 
 
-def check_kinds(optimizer: Optimizer, options: Mapping[str, Any]) -> None:
+def check_kinds(method: object, options: Mapping[str, Any]) -> None:
     """Raise ``ValueError`` if an option is not of its default's kind: a number, a pair of numbers, or a flag."""
-    kind: Any = type(optimizer)
+    kind: Any = type(method)
     for name in _defaults(kind):
         if name in options:
-            check_kind(optimizer, options, name)
+            check_kind(method, options, name)
 
 
-def check_kind(optimizer: Optimizer, options: Mapping[str, Any], name: str) -> None:
+def check_kind(method: object, options: Mapping[str, Any], name: str) -> None:
     """Raise ``ValueError`` if the option ``name`` is not of its default's kind."""
-    kind: Any = type(optimizer)
+    kind: Any = type(method)
     default, value = _defaults(kind)[name], options[name]
     if isinstance(default, bool):
         expected, is_right = "True or False", _converts(bool, value)
@@ -31,7 +30,7 @@ def check_kind(optimizer: Optimizer, options: Mapping[str, Any], name: str) -> N
     else:
         expected, is_right = "a number", _is_number(value)
     if not is_right:
-        raise ValueError(f"{type(optimizer).__name__}: {name} must be {expected}, got {value!r:.80}.")
+        raise ValueError(f"{type(method).__name__}: {name} must be {expected}, got {value!r:.80}.")
 
 
 @lru_cache(maxsize=256)
@@ -59,52 +58,52 @@ def _converts(kind: Callable[[Any], Any], value: Any) -> bool:
     return True
 
 
-def check_at_least_zero(optimizer: Optimizer, what: str, name: str, value: Any) -> None:
+def check_at_least_zero(method: object, what: str, name: str, value: Any) -> None:
     """Raise torch's error if an option is negative, NaN or no number at all."""
     try:
         valid = bool(value >= 0)
     except (TypeError, RuntimeError, ValueError):  # no number, or several
         valid = False
     if not valid:
-        raise ValueError(f"Invalid {what}: {value} ({type(optimizer).__name__}: {name} must be a number >= 0)")
+        raise ValueError(f"Invalid {what}: {value} ({type(method).__name__}: {name} must be a number >= 0)")
 
 
-def check_lr(optimizer: Optimizer, options: Mapping[str, Any]) -> None:
+def check_lr(method: object, options: Mapping[str, Any]) -> None:
     """Raise torch's errors for a learning rate that is negative, NaN or a tensor of several elements."""
     lr = options["lr"]
     if isinstance(lr, Tensor) and lr.numel() != 1:
-        raise ValueError(f"Tensor lr must be 1-element ({type(optimizer).__name__}: got shape {tuple(lr.shape)})")
-    check_at_least_zero(optimizer, "learning rate", "lr", lr)
+        raise ValueError(f"Tensor lr must be 1-element ({type(method).__name__}: got shape {tuple(lr.shape)})")
+    check_at_least_zero(method, "learning rate", "lr", lr)
 
 
-def check_betas(optimizer: Optimizer, options: Mapping[str, Any]) -> None:
+def check_betas(method: object, options: Mapping[str, Any]) -> None:
     """Raise torch's error unless both are in [0, 1)."""
-    check_kind(optimizer, options, "betas")
+    check_kind(method, options, "betas")
     for index, beta in enumerate(options["betas"]):
         if not 0 <= beta < 1:
-            name = type(optimizer).__name__
+            name = type(method).__name__
             raise ValueError(
                 f"Invalid beta parameter at index {index}: {beta} ({name}: betas[{index}] must be in [0, 1))"
             )
 
 
-def check_eps(optimizer: Optimizer, options: Mapping[str, Any]) -> None:
+def check_eps(method: object, options: Mapping[str, Any]) -> None:
     """Raise torch's error for a negative ``eps``."""
-    check_at_least_zero(optimizer, "epsilon value", "eps", options["eps"])
+    check_at_least_zero(method, "epsilon value", "eps", options["eps"])
 
 
-def check_not_negative(optimizer: Optimizer, options: Mapping[str, Any], *names: str) -> None:
+def check_not_negative(method: object, options: Mapping[str, Any], *names: str) -> None:
     """Raise torch's error if one of the options ``names`` is negative, NaN or no number."""
     for name in names:
-        check_at_least_zero(optimizer, f"{name} value", name, options[name])
+        check_at_least_zero(method, f"{name} value", name, options[name])
 
 
-def check_adam(optimizer: Optimizer, options: Mapping[str, Any]) -> None:
+def check_adam(method: object, options: Mapping[str, Any]) -> None:
     """Raise torch's errors for the options that all relatives of Adam have."""
-    check_lr(optimizer, options)
-    check_eps(optimizer, options)
-    check_betas(optimizer, options)
-    check_not_negative(optimizer, options, "weight_decay")
+    check_lr(method, options)
+    check_eps(method, options)
+    check_betas(method, options)
+    check_not_negative(method, options, "weight_decay")
 
 
 def check_flags(options: Mapping[str, Any]) -> None:

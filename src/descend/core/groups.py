@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
 from typing import Any, TypeAlias
 
@@ -28,7 +28,7 @@ def named(params: Any) -> Any:
 
 
 def grouped(
-    who: str, params: Any, groups: Groups, options: Collection[str]
+    who: str, params: Any, groups: Groups, check_names: Callable[[Mapping[str, Any], str], None]
 ) -> tuple[list[dict[str, Any]], dict[str, str]]:
     """Sort named parameters into groups: first those that no pattern matches, then those of each pattern.
 
@@ -36,7 +36,7 @@ def grouped(
         who: the optimizer's name, for errors.
         params: a module, or ``(name, parameter)`` pairs.
         groups: patterns and options; a parameter belongs to the first pattern that matches its name.
-        options: names of the options that a group may have.
+        check_names: raises for options that a group may not have; it also gets the text of the pattern.
     Returns:
         Groups in torch's format, none empty; and the text of the matching pattern by parameter name.
     Raises:
@@ -57,10 +57,7 @@ def grouped(
                 f"got {entry!r}."
             )
         text = _text(pattern)
-        if unknown := [key for key in values if key not in options]:
-            raise ValueError(
-                f"{who}: groups: {unknown[0]!r}, for {text!r}, is no option of a group. There are {', '.join(options)}."
-            )
+        check_names(values, repr(text))
         matched = [i for i, name in enumerate(names) if _matches(pattern, name)]
         absent = [] if isinstance(pattern, str | re.Pattern) else [name for name in pattern if name not in names]
         for lacking in absent or ([] if matched else [text]):

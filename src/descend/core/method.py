@@ -1,22 +1,17 @@
-"""What the engine knows of an optimizer: groups, options, its rule, and the scalars that the rule gets."""
+"""What the engine knows of a method: its rule, the scalars that the rule gets, and its state."""
 
 from __future__ import annotations
 
-import dataclasses
-import os
 from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.optim import Optimizer
 from torch.utils._foreach_utils import _get_fused_kernels_supported_devices
 
 from descend.core.checks import check_kinds, check_lr
-from descend.core.decision import SKIPPED
-from descend.core.measures import Observer
-from descend.core.options import BACKENDS, DOCUMENTATION, Amp, BackendName, Nonfinite, Sparse, StatePages, StepOptions
+from descend.core.options import StepOptions
 from descend.core.signature import signature
 
 
@@ -36,34 +31,12 @@ class StateSpec(NamedTuple):
     start: Any
 
 
-class _Option:
-    """A field of ``StepOptions`` as an attribute of the optimizer. An edit is checked by the next step."""
-
-    def __init__(self, name: str) -> None:
-        self.name, self.__doc__ = name, DOCUMENTATION[name]
-
-    def __get__(self, method: Any, kind: type) -> Any:
-        return self if method is None else getattr(method.options, self.name)
-
-    def __set__(self, method: Any, value: Any) -> None:
-        options = method.__dict__.get("options") or StepOptions()  # before the constructor has run
-        method.options = dataclasses.replace(options, **{self.name: value})
-
-
-class Method(Optimizer):
-    """Base of the optimizers that the engine runs: a rule for each group, and the scalars of each step.
-
-    Knows no mathematics, no backend and no step. ``FirstOrder`` adds the engine.
+class Method:
+    """How the parameters of a group are updated: a rule, its scalars and its state. Knows no backend and no step.
 
     Attributes:
-        options: see ``StepOptions``; each field is an attribute of the optimizer too, and may be set.
-        grad_norm: norm of the last step's gradients before clipping; None before, or if nothing asked for it.
-        skipped_steps: steps left out by ``nonfinite="skip"``.
-        agreed_meshes: device meshes whose ranks have been found to have the same optimizer.
-        state_meshes: the device mesh of each ``shard_state`` that has been used.
-        observer: is told of each step; copies and pickles leave it out.
-        decisions: numbers of the ``Decision`` of each place where one is taken: a device, and a parameter if it steps
-            by itself. Copies and pickles leave them out.
+        options: see ``StepOptions``; those of the optimizer.
+        defaults: options of a group that does not set them.
     """
 
     rule: ClassVar[Callable[..., Any]]
@@ -76,52 +49,14 @@ class Method(Optimizer):
     catch_up_rules: ClassVar[tuple[Callable[..., Any], Callable[..., Any]] | None] = None  # for sparse="exact"
     foreach_is_differentiable: ClassVar[bool] = False  # in torch only SGD's is
     capturable_needs: ClassVar[str] = "params and state_steps"  # on a device, in torch's words
+    is_for_groups: ClassVar[bool] = True  # whether groups of another optimizer may have this method
 
     options: StepOptions
-    agreed_meshes: set[Any]
-    state_meshes: dict[Any, Any]
-    observer: Observer | None = None
-    decisions: dict[Any, Tensor]
-    _grad_norm: float | Tensor | None
-    _skipped_steps: int
-
-    # The fields of ``options``, for type checkers.
-    max_norm: float | None
-    nonfinite: Nonfinite
-    backend: BackendName
-    state_dtype: torch.dtype | None
-    sparse: Sparse | None
-    amp: Amp | None
-    state_pages: StatePages
-    shard_state: Any
-
-    @property
-    def grad_norm(self) -> float | None:
-        """Norm of the last step's gradients before clipping; reading it waits for the device that knows it."""
-        return None if self._grad_norm is None else float(self._grad_norm)  # not kept: a CUDA graph may be replayed
-
-    @grad_norm.setter
-    def grad_norm(self, norm: float | None) -> None:
-        self._grad_norm = norm
-
-    def note_grad_norm(self, norm: float | Tensor | None) -> None:
-        """Set ``grad_norm``; a tensor of shape () is read when somebody asks for it."""
-        self._grad_norm = norm
-
-    @property
-    def skipped_steps(self) -> int:
-        """Steps left out by ``nonfinite="skip"``; reading it waits for the devices that know it."""
-        return self._skipped_steps + sum(int(values[SKIPPED]) for values in self.decisions.values())
-
-    @skipped_steps.setter
-    def skipped_steps(self, count: int) -> None:
-        self._skipped_steps = count
-        for values in self.decisions.values():
-            values[SKIPPED] = 0
+    defaults: dict[str, Any]
 
     @abstractmethod
-    def observe(self, observer: Observer | None) -> None:
-        """Tell ``observer`` of all steps from now on; None to tell nobody."""
+    def name_of(self, param: Tensor) -> str:
+        """The parameter's name if it was given with one, else its position in the groups."""
 
     # What a subclass defines.
 
@@ -142,7 +77,7 @@ class Method(Optimizer):
     ) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
         """The scalars of the rule, and the values that the scalar state has after the step.
 
-        For optimizers with ``scalar_state``.
+        For methods with ``scalar_state``.
 
         Args:
             group: the parameter's group.
@@ -151,16 +86,17 @@ class Method(Optimizer):
         """
         return self.scalars(group, step), ()
 
-    def initial_state(self, name: str, param: Tensor, group: Mapping[str, Any]) -> Any:
-        """What the state called ``name`` starts as: a number, or a tensor like ``param``."""
-        return 0.0
+    def end_step(self, groups: Sequence[dict[str, Any]]) -> None:
+        """Called at the end of each step that was not skipped, with the groups of this method."""
 
-    def end_step(self) -> None:
-        """Called at the end of each step that was not skipped."""
+    @property
+    def ends_steps(self) -> bool:
+        """Whether ``end_step`` does anything."""
+        return type(self).end_step is not Method.end_step
 
     def may_decide_on_device(self, group: Mapping[str, Any]) -> bool:
         """Whether a step of ``group`` may be left out without the host knowing: the host counts nothing then."""
-        return not self.step_is_int and type(self).end_step is Method.end_step
+        return not self.step_is_int and not self.ends_steps
 
     def check_options(self, options: Mapping[str, Any]) -> None:
         """Raise ``ValueError`` if a group's options are out of range."""
@@ -169,8 +105,6 @@ class Method(Optimizer):
 
     def check_exact(self, options: Mapping[str, Any]) -> None:
         """Raise ``ValueError`` if steps that a row misses with these options have no closed form."""
-
-    # Groups and parameters.
 
     def check_group(self, options: Mapping[str, Any]) -> None:
         """Raise ``ValueError`` if a group's options are of another kind than their defaults, or out of range."""
@@ -182,15 +116,6 @@ class Method(Optimizer):
             check_kinds(self, options)
             raise
         check_kinds(self, options)
-
-    def check_step_options(self) -> None:
-        """Raise ``ValueError`` if one of ``options`` is out of range, or not one this optimizer has."""
-        name = type(self).__name__
-        self.options.check(name)
-        if self.options.sparse == "exact" and self.catch_up_rules is None:
-            raise ValueError(
-                f"{name}: sparse='exact' is for Adam and AdamW, whose missed steps have a closed form; try 'touched'."
-            )
 
     def check_param(self, param: Tensor, group: Mapping[str, Any]) -> None:
         """Raise torch's errors for parameters that a group's options do not allow."""
@@ -210,71 +135,36 @@ class Method(Optimizer):
                 f"_foreach ops don't support autograd ({type(self).__name__}: leave foreach or differentiable out)"
             )
 
-    def meaning_of_sparse(self, param: Tensor, group: Mapping[str, Any]) -> str | None:
-        """What a parameter's gradient means if it is sparse: "touched", "exact" or "all", zeros for the other rows.
+    def meaning_of_sparse(self, param: Tensor, group: Mapping[str, Any]) -> str:
+        """What a parameter's sparse gradient means: "touched", "exact" or "all", zeros for the other rows.
 
         Raises:
-            RuntimeError: if this optimizer, the group's options or the parameter allow no sparse gradient.
+            RuntimeError: if this method or the group's options allow no sparse gradient.
         """
-        grad = param.grad
-        if grad is None or grad.layout == torch.strided:
-            return None
-        if group.get("differentiable"):
+        if self.options.sparse == "exact" and self.catch_up_rules is None:
             raise RuntimeError(
-                f"{type(self).__name__}: `differentiable` does not support sparse gradients, but {self.name_of(param)} "
-                f"has one of layout {grad.layout}."
+                f"{type(self).__name__}: sparse='exact' is for Adam and AdamW, whose missed steps have a closed form, "
+                f"but {self.name_of(param)} has a sparse gradient: try 'touched'."
             )
         if self.options.sparse is None and not self.takes_sparse:
+            layout = None if param.grad is None else param.grad.layout
             cures = "sparse='touched'" if self.catch_up_rules is None else "sparse='exact' or sparse='touched'"
             raise RuntimeError(
                 f"{type(self).__name__} does not support sparse gradients, please consider SparseAdam instead, or say "
-                f"what they mean: {cures} ({self.name_of(param)} has a gradient of layout {grad.layout})"
+                f"what they mean: {cures} ({self.name_of(param)} has a gradient of layout {layout})"
             )
         if signature(self.rule_for(group)).kind == "matrix":
             raise RuntimeError(
                 f"{type(self).__name__}: a rule of whole matrices cannot update single rows, but {self.name_of(param)} "
                 "has a sparse gradient: make it dense."
             )
-        if param.layout != torch.strided:
-            raise RuntimeError(
-                f"{type(self).__name__}: gradients may be sparse, parameters may not, but {self.name_of(param)} is of "
-                f"layout {param.layout}: store it dense."
-            )
         return self.options.sparse or "all"
-
-    def name_of(self, param: Tensor) -> str:
-        """The parameter's name if it was given with one, else its position in the groups."""
-        for index, group in enumerate(self.param_groups):
-            for position, candidate in enumerate(group["params"]):
-                if candidate is param:
-                    names = group.get("param_names")
-                    return str(names[position]) if names else f"param_groups[{index}]['params'][{position}]"
-        return "a parameter that is in no group"
-
-    def group_of(self, param: Tensor) -> dict[str, Any]:
-        """The group that ``param`` is in."""
-        return next(group for group in self.param_groups if any(candidate is param for candidate in group["params"]))
-
-    def requested_backend(self) -> str:
-        """The backend asked for: by the constructor, else by ``DESCEND_BACKEND``, else ``"auto"``.
-
-        Raises:
-            ValueError: if there is no backend of that name.
-        """
-        backend: str = self.options.backend
-        if backend == "auto":
-            backend = os.environ.get("DESCEND_BACKEND", backend)
-        if backend not in BACKENDS:
-            raise ValueError(f"DESCEND_BACKEND must be one of {tuple(BACKENDS)}, got {backend!r}.")
-        if backend == "auto" and torch._C._len_torch_dispatch_stack():
-            return "eager"  # make_fx, FakeTensorMode and other modes would see nothing of a kernel
-        return backend
 
     # State.
 
-    def state_of(self, param: Tensor) -> dict[str, Any]:
-        """The state of ``param`` as it is, read without being exposed."""
-        return dict.get(self.state, param) or {}
+    def initial_state(self, name: str, param: Tensor, group: Mapping[str, Any]) -> Any:
+        """What the state called ``name`` starts as: a number, or a tensor like ``param``."""
+        return 0.0
 
     def state_shape(self, name: str, param: Tensor, group: Mapping[str, Any]) -> torch.Size:
         """Shape of the state tensor called ``name``. Default: the parameter's, which compiled backends need."""
@@ -282,15 +172,11 @@ class Method(Optimizer):
 
     def state_spec(self, name: str, param: Tensor, group: Mapping[str, Any]) -> StateSpec:
         """How a new state tensor called ``name`` is made."""
-        shape, dtype = self.state_shape(name, param, group), self.default_state_dtype(param)
+        shape, dtype = self.state_shape(name, param, group), self.dtype_of_state(name, param)
         return StateSpec(name, shape, dtype, self.initial_state(name, param, group))
 
-    def default_state_dtype(self, param: Tensor) -> torch.dtype:
-        """Dtype of new state tensors of ``param``."""
+    def dtype_of_state(self, name: str, param: Tensor) -> torch.dtype:
+        """Dtype of a new state tensor called ``name``."""
         if not param.is_floating_point():
             return param.dtype
         return self.options.state_dtype or (torch.float32 if param.dtype == torch.float16 else param.dtype)
-
-
-for _field in dataclasses.fields(StepOptions):
-    setattr(Method, _field.name, _Option(_field.name))

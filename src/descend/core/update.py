@@ -13,7 +13,7 @@ from torch import Tensor
 from descend.core.decision import Decision
 from descend.core.measures import Sample
 from descend.core.memory import wide
-from descend.core.method import Method
+from descend.core.optimizer import MethodOptimizer
 
 
 class Cell(NamedTuple):
@@ -67,7 +67,7 @@ class Update(ABC):
         """Whether its steps can be decided on its device."""
         return self.decisions is not None and self.decisions.takes(self.device)
 
-    def may_count_on_device(self, method: Method) -> bool:
+    def may_count_on_device(self, optimizer: MethodOptimizer) -> bool:
         """Whether the host need not know how many steps have been taken."""
         return False
 
@@ -84,7 +84,7 @@ class Update(ABC):
             measures: whether ``run`` will get samples.
         """
 
-    def read(self, method: Method) -> None:  # noqa: B027
+    def read(self, optimizer: MethodOptimizer) -> None:  # noqa: B027
         """Check what the gradients hold. May raise ``IndexError`` and ``RuntimeError``."""
 
     @abstractmethod
@@ -104,20 +104,20 @@ class Update(ABC):
         ]
 
     @abstractmethod
-    def set_scalars(self, method: Method, scale: float) -> None:
+    def set_scalars(self, optimizer: MethodOptimizer, scale: float) -> None:
         """Form the scalars of the coming step. May raise whatever an option that cannot be used makes raise.
 
         Args:
-            method: the optimizer.
+            optimizer: the optimizer.
             scale: what gradients are multiplied by, before ``maximize``.
         """
 
     @abstractmethod
-    def make_state(self, method: Method) -> None:
+    def make_state(self, optimizer: MethodOptimizer) -> None:
         """Make the state that is missing, and keep the addresses of all of it."""
 
     @abstractmethod
-    def run(self, method: Method, sample: Sample | None = None) -> None:
+    def run(self, optimizer: MethodOptimizer, sample: Sample | None = None) -> None:
         """Update the parameters, their state and their step counts; add to ``sample`` what it asks for."""
 
     def release(self) -> None:  # noqa: B027
@@ -125,7 +125,7 @@ class Update(ABC):
 
     # How the plan knows that the next step may use the same update.
 
-    def is_valid(self, method: Method) -> bool:
+    def is_valid(self, optimizer: MethodOptimizer) -> bool:
         """Whether what only this update knows is as it was left. Tensors themselves are watched by the plan."""
         return True
 

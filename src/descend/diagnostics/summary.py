@@ -8,7 +8,7 @@ from typing import Any, NamedTuple, TextIO
 import numpy as np
 from torch import Tensor
 
-from descend.core.method import Method
+from descend.core.optimizer import MethodOptimizer
 from descend.distributed.dtensors import local_of
 
 _UNITS = ("B", "KiB", "MiB", "GiB", "TiB")
@@ -34,19 +34,19 @@ class Row(NamedTuple):
     options: dict[str, Any]
 
 
-def summarize(method: Method, patterns: Mapping[str, str], file: TextIO | None) -> tuple[Row, ...]:
+def summarize(optimizer: MethodOptimizer, patterns: Mapping[str, str], file: TextIO | None) -> tuple[Row, ...]:
     """Print the table and return its rows, see ``FirstOrder.summary``.
 
     Args:
-        method: the optimizer.
+        optimizer: the optimizer.
         patterns: by parameter name, the pattern that matched it.
         file: where to print; None for standard output.
     """
     rows = []
-    for index, group in enumerate(method.param_groups):
+    for index, group in enumerate(optimizer.param_groups):
         matched = dict.fromkeys(patterns.get(name, "") for name in group.get("param_names", ()))
         # ``dict.get`` reads the state without marking it as exposed to the user.
-        state = [dict.get(method.state, param) or {} for param in group["params"]]
+        state = [dict.get(optimizer.state, param) or {} for param in group["params"]]
         rows.append(
             Row(
                 group=index,
@@ -56,7 +56,7 @@ def summarize(method: Method, patterns: Mapping[str, str], file: TextIO | None) 
                 state_bytes=sum(local_of(tensor).nbytes for content in state for tensor in _tensors(content)),
                 options={
                     name: group[name]
-                    for name, default in method.defaults.items()
+                    for name, default in {"method": None, **optimizer.defaults_of(optimizer.method_of(group))}.items()
                     if name in group and not _are_equal(group[name], default)
                 },
             )

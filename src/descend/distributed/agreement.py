@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
 
 from torch.optim import Optimizer
 
-from descend.core.method import Method
+from descend.core.optimizer import MethodOptimizer
 from descend.core.update import number
 from descend.distributed.dtensors import is_dtensor
 from descend.distributed.ranks import Ranks, gather, share_of
@@ -53,11 +53,11 @@ class Agreement:
         """Wait for all ranks. Raise ``RuntimeError``, on every rank, if they disagree; ``more`` as in ``numbers``."""
         self.check(optimizer, self._ranks.reduce({}, self.numbers(optimizer, more))[1], more)
 
-    def shake_hands(self, method: Method) -> None:
+    def shake_hands(self, optimizer: MethodOptimizer) -> None:
         """Raise ``RuntimeError`` if ranks disagree. Once, at the first step: later ones may reduce nothing."""
-        if fresh := [mesh for mesh in self._ranks.meshes if mesh not in method.agreed_meshes]:
-            self.confirm(method)
-            method.agreed_meshes.update(fresh)
+        if fresh := [mesh for mesh in self._ranks.meshes if mesh not in optimizer.agreed_meshes]:
+            self.confirm(optimizer)
+            optimizer.agreed_meshes.update(fresh)
 
 
 def check_agreement(optimizer: Optimizer) -> None:
@@ -87,7 +87,7 @@ def _parameters(optimizer: Optimizer, mesh: Any) -> Description:
     for index, group in enumerate(optimizer.param_groups):
         names = group.get("param_names") or range(len(group["params"]))
         for name, param in zip(names, group["params"], strict=True):
-            sharded: Any = as_sharded(optimizer, param) if isinstance(optimizer, Method) else param
+            sharded: Any = as_sharded(optimizer, param) if isinstance(optimizer, MethodOptimizer) else param
             if is_dtensor(sharded) and sharded.device_mesh == mesh:
                 what = f"{tuple(param.shape)} {param.dtype} {sharded.placements}"
                 if sharded is not param:  # it is gathered if it is updated
@@ -100,20 +100,29 @@ def _options(optimizer: Optimizer) -> Description:
     """The options of the step and of the groups."""
     described = {name: repr(value) for name, value in _step_options(optimizer).items()}
     for index, group in enumerate(optimizer.param_groups):
-        described |= {f"group {index}, {key}": repr(_plain(group[key])) for key in optimizer.defaults if key in group}
+        keys = _keys(optimizer, group)
+        described |= {f"group {index}, {key}": repr(_plain(group[key])) for key in keys if key in group}
     return described
 
 
 def _values(optimizer: Optimizer) -> list[list[Any]]:
     """What ``_options`` describes, without the words: a step has time for no more."""
-    keys = optimizer.defaults
-    in_groups = ([_plain(group[key]) for key in keys if key in group] for group in optimizer.param_groups)
+    in_groups = (
+        [_plain(group[key]) for key in _keys(optimizer, group) if key in group] for group in optimizer.param_groups
+    )
     return [[*_step_options(optimizer).values()], *in_groups]
+
+
+def _keys(optimizer: Optimizer, group: Mapping[str, Any]) -> Iterable[str]:
+    """The names of a group's options."""
+    if not isinstance(optimizer, MethodOptimizer) or "method" not in group:
+        return optimizer.defaults
+    return ("method", *optimizer.method_of(group).defaults)
 
 
 def _step_options(optimizer: Optimizer) -> Mapping[str, Any]:
     """The options that are in no group, but for the process group itself."""
-    options = vars(optimizer.options) if isinstance(optimizer, Method) else {}
+    options = vars(optimizer.options) if isinstance(optimizer, MethodOptimizer) else {}
     return {name: value for name, value in options.items() if name != "shard_state"}
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from descend.core.method import Method
+from descend.core.optimizer import MethodOptimizer
 from descend.distributed.dtensors import is_dtensor, layout_of, local_of
 from descend.distributed.gather import Cut
 from descend.distributed.ranks import Share
@@ -21,15 +21,15 @@ class CutParams:
     It has that part of the gradient after ``read``, until ``release``.
 
     Args:
-        method: the optimizer.
+        optimizer: the optimizer.
         params: parameters, cut and others.
     """
 
-    def __init__(self, method: Method, params: Iterable[Tensor]) -> None:
+    def __init__(self, optimizer: MethodOptimizer, params: Iterable[Tensor]) -> None:
         self._pieces: dict[Tensor, _Piece] = {}
-        if method.options.shard_state is not None:
+        if optimizer.options.shard_state is not None:
             for param in params:
-                if not is_dtensor(param) and is_dtensor(sharded := as_sharded(method, param)):
+                if not is_dtensor(param) and is_dtensor(sharded := as_sharded(optimizer, param)):
                     self._pieces[param] = _Piece(param, sharded)
 
     def __bool__(self) -> bool:
@@ -58,7 +58,7 @@ class CutParams:
         """The parameters that are cut."""
         return list(self._pieces)
 
-    def read(self, method: Method) -> None:
+    def read(self, optimizer: MethodOptimizer) -> None:
         """Take the present gradients.
 
         Raises:
@@ -67,7 +67,7 @@ class CutParams:
         for param, piece in self._pieces.items():
             grad = param.grad
             if is_dtensor(grad):
-                raise grad_error(method, param, grad)
+                raise grad_error(optimizer, param, grad)
             piece.tensor.grad = None if grad is None else piece.part_of(grad)
 
     def release(self) -> None:
@@ -76,10 +76,10 @@ class CutParams:
             piece.tensor.grad = None
 
 
-def grad_error(method: Method, param: Tensor, grad: Any) -> RuntimeError:
+def grad_error(optimizer: MethodOptimizer, param: Tensor, grad: Any) -> RuntimeError:
     """A gradient that does not lie on the ranks as its parameter does."""
     return RuntimeError(
-        f"{type(method).__name__}: {method.name_of(param)} has {layout_of(param)}, but its gradient has "
+        f"{type(optimizer).__name__}: {optimizer.name_of(param)} has {layout_of(param)}, but its gradient has "
         f"{layout_of(grad)}. They must be equal: call redistribute on the gradient. Nothing has moved."
     )
 

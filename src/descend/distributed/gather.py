@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from descend.core.method import Method
+from descend.core.optimizer import MethodOptimizer
 from descend.distributed.dtensors import local_of
 from descend.distributed.shard_state import as_sharded, part, state_mesh
 
@@ -264,9 +264,9 @@ class Transfers:
         return torch.empty(elements, dtype=exchange.dtype, device=exchange.device)
 
 
-def gather_params(method: Method, params: Iterable[Tensor]) -> None:
+def gather_params(optimizer: MethodOptimizer, params: Iterable[Tensor]) -> None:
     """Exchange what ranks have changed, each in its part, of parameters that they have whole; for ``shard_state``."""
-    pairs: list[tuple[Tensor, Any]] = [(param, as_sharded(method, param)) for param in params]
+    pairs: list[tuple[Tensor, Any]] = [(param, as_sharded(optimizer, param)) for param in params]
     cuts = [
         Cut(param.detach(), sharded.placements[0].dim, sharded.device_mesh.size())
         for param, sharded in pairs
@@ -274,7 +274,7 @@ def gather_params(method: Method, params: Iterable[Tensor]) -> None:
     ]
     if not cuts:
         return
-    transfers = Transfers(state_mesh(method))
+    transfers = Transfers(state_mesh(optimizer))
     for bucket in bucketed(cuts):
         for exchange in bucket.exchanges:
             transfers.start(exchange)

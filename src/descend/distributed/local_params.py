@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from descend.core.method import Method
+from descend.core.optimizer import MethodOptimizer
 from descend.core.update import Wrapper
 from descend.distributed.cut_params import CutParams, grad_error
 from descend.distributed.dtensors import is_dtensor, is_here, layout_in, layout_of, local_of, same_layout
@@ -25,7 +25,7 @@ class LocalParams:
     parameters that every rank has whole. Any other stands for itself.
 
     Args:
-        method: the optimizer.
+        optimizer: the optimizer.
         params: the parameters.
         previous: of the last step; what it has reduced for this one is not reduced again. Default: None.
         reads: whether to read the gradients, which may need other ranks. Default: True.
@@ -34,17 +34,21 @@ class LocalParams:
     """
 
     def __init__(
-        self, method: Method, params: Sequence[Tensor], previous: LocalParams | None = None, reads: bool = True
+        self,
+        optimizer: MethodOptimizer,
+        params: Sequence[Tensor],
+        previous: LocalParams | None = None,
+        reads: bool = True,
     ) -> None:
         self._is_read = False
         self._reduced: dict[int, tuple[Tensor, Tensor]] = previous._reduced if previous else {}
-        self._locals: dict[Tensor, _Local] = {param: _local(method, param) for param in params if is_dtensor(param)}
-        self._cuts = CutParams(method, params)
+        self._locals: dict[Tensor, _Local] = {param: _local(optimizer, param) for param in params if is_dtensor(param)}
+        self._cuts = CutParams(optimizer, params)
         self._types = {*map(type, self._locals)}
         self._specs = [local.spec for local in self._locals.values()]
         self._layouts = [*map(layout_in, self._specs)]
         if reads:
-            self.read(method)
+            self.read(optimizer)
 
     def __bool__(self) -> bool:
         return bool(self._locals) or bool(self._cuts)
@@ -76,7 +80,7 @@ class LocalParams:
         """The parameters that are cut, and that this rank has whole."""
         return self._cuts.wholes()
 
-    def read(self, method: Method) -> bool:
+    def read(self, optimizer: MethodOptimizer) -> bool:
         """Take the present gradients; whether the parameters still lie where they did.
 
         Raises:
@@ -91,8 +95,8 @@ class LocalParams:
             if grad is None or not local.is_here:
                 local.tensor.grad = None
             else:
-                local.tensor.grad = self._local_grad(method, param, grad)
-        self._cuts.read(method)
+                local.tensor.grad = self._local_grad(optimizer, param, grad)
+        self._cuts.read(optimizer)
         return is_same
 
     def release(self) -> None:
@@ -131,17 +135,17 @@ class LocalParams:
         for (param, grad), whole in zip(partial, wholes, strict=True):
             self._reduced[id(grad)] = grad, local_of(whole.redistribute(param.device_mesh, param.placements))
 
-    def _local_grad(self, method: Method, param: Any, grad: Any) -> Tensor:
+    def _local_grad(self, optimizer: MethodOptimizer, param: Any, grad: Any) -> Tensor:
         if same_layout(param, grad):
             return local_of(grad)
         if id(grad) in self._reduced:
             return self._reduced[id(grad)][1]
         if is_partial(grad) and local_of(grad).layout is not torch.strided:
             raise RuntimeError(
-                f"{type(method).__name__}: {method.name_of(param)} has a sparse gradient with {layout_of(grad)}. Sum "
-                "it over the ranks first; with gloo, torch.distributed.all_reduce can. Nothing has moved."
+                f"{type(optimizer).__name__}: {optimizer.name_of(param)} has a sparse gradient with {layout_of(grad)}. "
+                "Sum it over the ranks first; with gloo, torch.distributed.all_reduce can. Nothing has moved."
             )
-        raise grad_error(method, param, grad)
+        raise grad_error(optimizer, param, grad)
 
 
 def _lies_there_once_reduced(grad: Any, param: Any) -> bool:
@@ -153,11 +157,13 @@ def _lies_there_once_reduced(grad: Any, param: Any) -> bool:
     )
 
 
-def _local(method: Method, param: Tensor) -> _Local:
+def _local(optimizer: MethodOptimizer, param: Tensor) -> _Local:
     try:
         return _Local(param, share_of(param))
     except ValueError as error:
-        raise RuntimeError(f"{type(method).__name__}: {method.name_of(param)}: {error} Nothing has moved.") from None
+        raise RuntimeError(
+            f"{type(optimizer).__name__}: {optimizer.name_of(param)}: {error} Nothing has moved."
+        ) from None
 
 
 class _Local:

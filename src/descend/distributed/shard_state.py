@@ -13,49 +13,49 @@ import torch.distributed as dist
 from torch import Tensor
 
 from descend.core.memory import PLAIN
-from descend.core.method import Method
+from descend.core.optimizer import MethodOptimizer
 from descend.distributed.dtensors import is_dtensor
 
 SMALL = 4096  # elements; the balance of smaller tensors does not matter
 MOST_EXCESS = 1.05  # of the largest part over an equal share; above, a dimension that balances better is cut
 
 
-def state_mesh(method: Method) -> Any:
+def state_mesh(optimizer: MethodOptimizer) -> Any:
     """The one-dimensional ``DeviceMesh`` of an optimizer's ``shard_state``; None without it.
 
     Raises:
         ValueError: if ``shard_state`` is something else, or this rank is not in it.
     """
-    given = method.options.shard_state
+    given = optimizer.options.shard_state
     if given is None:
         return None
-    mesh = method.state_meshes.get(given)
+    mesh = optimizer.state_meshes.get(given)
     if mesh is None:
-        mesh = method.state_meshes[given] = _mesh(method, given)
+        mesh = optimizer.state_meshes[given] = _mesh(optimizer, given)
     return mesh
 
 
-def _mesh(method: Method, given: Any) -> Any:
+def _mesh(optimizer: MethodOptimizer, given: Any) -> Any:
     if dist.is_available():
         from torch.distributed.device_mesh import DeviceMesh
 
         if isinstance(given, dist.ProcessGroup):
-            devices = [param.device.type for group in method.param_groups for param in group["params"]]
+            devices = [param.device.type for group in optimizer.param_groups for param in group["params"]]
             return DeviceMesh.from_group(given, next(iter(devices), "cpu"))
         if isinstance(given, DeviceMesh) and given.ndim == 1 and given.get_coordinate() is not None:
             return given
     raise ValueError(
-        f"{type(method).__name__}: shard_state must be a process group or a one-dimensional DeviceMesh that this rank "
-        f"is in, such as torch.distributed.group.WORLD, or None to keep all state on every rank, got {given!r}."
+        f"{type(optimizer).__name__}: shard_state must be a process group or a one-dimensional DeviceMesh that this "
+        f"rank is in, such as torch.distributed.group.WORLD, or None to keep all state on every rank, got {given!r}."
     )
 
 
-def as_sharded(method: Method, param: Tensor) -> Tensor:
+def as_sharded(optimizer: MethodOptimizer, param: Tensor) -> Tensor:
     """A parameter as its state lies on the ranks: with ``shard_state`` a DTensor on this rank's part of its memory.
 
     Parameters that are sharded already, and those that cannot be cut (0-dim, empty), come back as they are.
     """
-    mesh = state_mesh(method)
+    mesh = state_mesh(optimizer)
     if mesh is None or type(param) not in PLAIN or is_dtensor(param):
         return param
     dim = dim_to_cut(param, mesh.size())

@@ -21,7 +21,7 @@ from descend.checkpoint.reading import set_state
 from descend.core.docstrings import summary_of, with_sections
 from descend.core.groups import ParamsT, grouped, named
 from descend.core.measures import Observer
-from descend.core.method import Method
+from descend.core.optimizer import MethodOptimizer
 from descend.core.options import DOCUMENTATION, Options, StepOptions, shows_options
 from descend.core.undecorated import undecorated
 from descend.diagnostics.summary import Row, summarize
@@ -36,7 +36,7 @@ from descend.step.scaling import forget_scale, refuse_closure
 from descend.step.take import compiled
 
 
-class FirstOrder(Method):
+class FirstOrder(MethodOptimizer):
     """Base of all element-wise optimizers: a subclass names a rule and forms its scalars.
 
     Args:
@@ -60,15 +60,18 @@ class FirstOrder(Method):
                 raise TypeError(f"{name}.__init__() got an unexpected keyword argument {key!r}")
         groups = options.pop("groups", None)
         self.options = StepOptions(**options)  # type: ignore[misc] # groups were popped
-        self.check_step_options()
-        self.decisions, self._grad_norm, self._skipped_steps = {}, None, 0
-        self.agreed_meshes, self.state_meshes = set(), {}
+        self.options.check(name)
+        self._begin()
         self._tables = Tables()
         self._use(WholeStep(self._tables))
         self.check_group(defaults)  # before a generator of parameters is used up
-        params, self._patterns = (named(params), {}) if groups is None else grouped(name, params, groups, defaults)
+        self.defaults = defaults
+        params, self._patterns = (
+            (named(params), {}) if groups is None else grouped(name, params, groups, self.check_names)
+        )
         super().__init__(params, defaults)
         self.state = State.owned_by(self)
+        self.check_step_options()
         state_mesh(self)  # raises for what shard_state cannot be
 
     # The step.
@@ -160,9 +163,7 @@ class FirstOrder(Method):
         Raises:
             ValueError: if an option is out of range; nothing has been added then.
         """
-        if isinstance(param_group, dict):
-            self.check_group({**self.defaults, **param_group})
-        undecorated(Optimizer.add_param_group)(self, param_group)
+        super().add_param_group(param_group)
         self._driver.watch()
 
     def zero_grad(self, set_to_none: bool = True) -> None:
@@ -332,22 +333,24 @@ class FirstOrder(Method):
             self.settle()  # first: the steps that rows have missed are on record only in the state about to be replaced
         options = {key: state[key] for key in StepOptions.__dataclass_fields__ if key in state}
         counts = {key: state[key] for key in ("grad_norm", "skipped_steps") if key in state}
-        if "decisions" not in self.__dict__:
-            self.decisions, self._grad_norm, self._skipped_steps = {}, None, 0
+        is_new = "_tables" not in self.__dict__
+        if is_new:
+            self._begin()
         set_state(self, {key: value for key, value in state.items() if key not in {*options, *counts}})
         for name, value in counts.items():
             setattr(self, name, value)
         self.options = replace(self.__dict__.get("options", StepOptions()), **options)
-        if "_tables" not in self.__dict__:
-            self.agreed_meshes, self.state_meshes = set(), {}
+        if is_new:
             self._tables = Tables()
             self._driver = WholeStep(self._tables)
         self._use(self._driver)
         self._driver.forget_plan()
         self._tables.forget_schedules()
         for group in self.param_groups:
-            for key, value in self.defaults.items():
+            for key, value in self.method_of(group).defaults.items():
                 group.setdefault(key, value)
+            for param in group["params"]:
+                self.note_made_by(param, group)
         if not isinstance(self.state, State):
             content, self.state = self.state, State.owned_by(self)
             self.state.update(content)  # counts as exposed: whoever made it may still hold it

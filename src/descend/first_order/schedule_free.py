@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -66,6 +66,7 @@ class AdamWScheduleFree(FirstOrder):
     rule = staticmethod(rules.schedule_free_adamw)
     nonnegative_state = ("exp_avg_sq",)
     counts_steps = False  # each group counts, as in the original: its parameters share one average
+    is_for_groups = False  # train() and eval() are about all parameters
     group_state = ("k", "train_mode", "weight_sum", "lr_max", "scheduled_lr")
 
     def __init__(
@@ -160,8 +161,8 @@ class AdamWScheduleFree(FirstOrder):
         counters = {"k": k, "scheduled_lr": lr, "lr_max": max(lr, group["lr_max"])}
         return {**counters, "weight_sum": group["weight_sum"] + self._weight(group, counters)}
 
-    def end_step(self) -> None:
-        for group in self.param_groups:
+    def end_step(self, groups: Sequence[dict[str, Any]]) -> None:
+        for group in groups:
             if group["train_mode"]:
                 group.update(self._next_counters(group))
 

@@ -84,7 +84,7 @@ class SGD(FirstOrder):
             return rules.sgd
         return rules.nesterov if group["nesterov"] else rules.momentum
 
-    def meaning_of_sparse(self, param: torch.Tensor, group: Mapping[str, Any]) -> str | None:
+    def meaning_of_sparse(self, param: torch.Tensor, group: Mapping[str, Any]) -> str:
         meaning = super().meaning_of_sparse(param, group)
         # Without momentum and weight decay nothing happens to a row whose gradient is zero.
         return "touched" if meaning == "all" and group["momentum"] == 0 and group["weight_decay"] == 0 else meaning

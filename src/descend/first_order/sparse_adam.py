@@ -49,6 +49,7 @@ class SparseAdam(FirstOrder):
 
     rule = staticmethod(rules.adam)
     nonnegative_state = ("exp_avg_sq",)
+    is_for_groups = False  # "touched" of Adam's is the same
     step_is_int = True
 
     def __init__(

@@ -93,7 +93,7 @@ class Adagrad(FirstOrder):
             for param in group["params"]:
                 ensure_state(self, param, self.rule, group)["sum"].share_memory_()
 
-    def meaning_of_sparse(self, param: torch.Tensor, group: Mapping[str, Any]) -> str | None:
+    def meaning_of_sparse(self, param: torch.Tensor, group: Mapping[str, Any]) -> str:
         meaning = super().meaning_of_sparse(param, group)
         if meaning == "all" and group["weight_decay"] != 0:
             raise RuntimeError(

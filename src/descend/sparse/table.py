@@ -20,7 +20,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 from descend.backends import EAGER, available
 from descend.backends.backend import CatchUp, Rows
 from descend.core.interrupts import DeferredSignals
-from descend.core.method import Method
+from descend.core.optimizer import MethodOptimizer
 from descend.core.signature import signature
 from descend.sparse.local_reads import LocalReads
 from descend.sparse.missed_steps import Schedule
@@ -122,19 +122,19 @@ class Table:
 
     # What a step asks.
 
-    def check_whole(self, method: Method, local: Tensor) -> None:
+    def check_whole(self, optimizer: MethodOptimizer, local: Tensor) -> None:
         """Raise ``RuntimeError`` if this rank updates only a part of the table."""
         if local is not self.param:
             raise RuntimeError(
-                f"{type(method).__name__}: sparse='exact' needs whole tables, but this rank updates only a part of "
-                f"{method.name_of(self.param)}. Use sparse='touched', or make an optimizer of plain tensors, one for "
-                "the rows of each rank. Nothing has moved."
+                f"{type(optimizer).__name__}: sparse='exact' needs whole tables, but this rank updates only a part of "
+                f"{optimizer.name_of(self.param)}. Use sparse='touched', or make an optimizer of plain tensors, one "
+                "for the rows of each rank. Nothing has moved."
             )
 
-    def check(self, method: Method, group: int, grad: Tensor) -> None:
+    def check(self, optimizer: MethodOptimizer, group: int, grad: Tensor) -> None:
         """Raise unless the coming step is one that rows may miss."""
-        name = type(method).__name__
-        which = method.name_of(self.param)
+        name = type(optimizer).__name__
+        which = optimizer.name_of(self.param)
         if not self.is_attached:
             raise RuntimeError(
                 f"{name}: {which} gets sparse gradients with sparse='exact', so its rows must be brought up to date "
@@ -145,28 +145,29 @@ class Table:
                 f"{name}: sparse='exact' takes gradients with one sparse dimension, that of {which} has "
                 f"{grad.sparse_dim()}. Use sparse='touched'; nothing has moved."
             )
-        method.check_exact(method.param_groups[group])
-        state = method.state_of(self.param)
-        schedule = self._schedule_of(method, state)
+        options = optimizer.param_groups[group]
+        optimizer.method_of(options).check_exact(options)
+        state = optimizer.state_of(self.param)
+        schedule = self._schedule_of(optimizer, state)
         if schedule is not None and not _is_count_of(schedule.steps, state["step"]):
             raise RuntimeError(
                 f"{name}: the step count of {which} is {state['step']:g}, but {schedule.steps} steps are on "
                 "record. With sparse='exact' it cannot be edited; nothing has moved."
             )
-        self._check_version(method, schedule)
+        self._check_version(optimizer, schedule)
 
-    def expected_steps(self, method: Method) -> tuple[Tensor | None, int]:
+    def expected_steps(self, optimizer: MethodOptimizer) -> tuple[Tensor | None, int]:
         """The step each row is current at, and the one that rows with a gradient must be; None if any may be behind."""
         if self.is_replicated:
             return None, 0  # another rank may have read it
-        state = method.state_of(self.param)
-        schedule = self._schedule_of(method, state)
+        state = optimizer.state_of(self.param)
+        schedule = self._schedule_of(optimizer, state)
         if schedule is None or not schedule.is_behind:
             return None, 0
         return state[ROW_STEP], schedule.steps
 
     @updatable_tensors()
-    def ensure_state(self, method: Method, state: MutableMapping[str, Any]) -> None:
+    def ensure_state(self, optimizer: MethodOptimizer, state: MutableMapping[str, Any]) -> None:
         """Make what a table adds to the state. Where there is state already, a dense optimizer's, it is current."""
         if isinstance(state.get(ROW_STEP), Tensor):
             return
@@ -177,35 +178,35 @@ class Table:
             piece = slice(first, first + PIECE)
             used = [
                 state[name][piece].view(-1, math.prod(self.param.shape[1:])).any(1)
-                for name in self._state_names(method)
+                for name in self._state_names(optimizer)
             ]
             steps[piece] = torch.stack(used).any(0) * step
         state[ROW_STEP] = steps
 
-    def prepare(self, method: Method) -> None:
+    def prepare(self, optimizer: MethodOptimizer) -> None:
         """Compile what ``begin_step`` may call to bring rows up to date."""
         if self.is_replicated:
-            state = method.state_of(self.param)
-            self._catch_up_with(method, [(name, state[name]) for name in self._state_names(method)])
+            state = optimizer.state_of(self.param)
+            self._catch_up_with(optimizer, [(name, state[name]) for name in self._state_names(optimizer)])
 
-    def begin_step(self, method: Method, group: int, gradient: Rows) -> tuple[Tensor, int]:
+    def begin_step(self, optimizer: MethodOptimizer, group: int, gradient: Rows) -> tuple[Tensor, int]:
         """Put the coming step on record; return the step each row is current at, and the number of this step.
 
         On a replicated table, the rows with a gradient are brought up to date first: other ranks have read them. What
         only this rank has read goes back to where it is on the others. A new schedule begins if there is none, or if
         betas or eps have changed: all rows are settled first then.
         """
-        options = method.param_groups[group]
+        options = optimizer.param_groups[group]
         constants = float(options["betas"][0]), float(options["betas"][1]), float(options["eps"])
-        state = method.state_of(self.param)
-        schedule = self._schedule_of(method, state)
-        self._rule = method.rule_for(options)
+        state = optimizer.state_of(self.param)
+        schedule = self._schedule_of(optimizer, state)
+        self._rule = optimizer.method_of(options).rule_for(options)
         if self.is_replicated and schedule is not None and schedule.is_behind:
             rows = torch.from_numpy(gradient.rows)
-            self._undo_reads(method, rows)
-            self._settle_some(method, schedule, rows)
+            self._undo_reads(optimizer, rows)
+            self._settle_some(optimizer, schedule, rows)
         if schedule is None or (schedule.beta1, schedule.beta2, schedule.eps) != constants:
-            self.settle(method)
+            self.settle(optimizer)
             schedule = self._schedule = Schedule(*constants, int(state["step"]))
         self._is_stepping = True
         schedule.append(float(options["lr"]), float(options["weight_decay"]))
@@ -220,69 +221,70 @@ class Table:
         """Remember that all that was written to the parameter until now was written to current rows."""
         _versions[self.param] = self.param._version
 
-    def _check_version(self, method: Method, schedule: Schedule | None) -> None:
+    def _check_version(self, optimizer: MethodOptimizer, schedule: Schedule | None) -> None:
         """Raise if somebody has written to the parameter while rows were behind."""
         if schedule is None or not schedule.is_behind or self.param.is_inference():
             return
         if self.param._version != _versions.setdefault(self.param, self.param._version):
-            name = method.name_of(self.param)
+            name = optimizer.name_of(self.param)
             raise RuntimeError(
-                f"{type(method).__name__}: {name} has been written to while rows of it were behind, so the steps they "
-                "missed cannot be made up for any more. Call optimizer.settle() before such writes, or make them in "
-                "`with optimizer.settled():`. To go on from the weights as they are now, call optimizer.attach again."
+                f"{type(optimizer).__name__}: {name} has been written to while rows of it were behind, so the steps "
+                "they missed cannot be made up for any more. Call optimizer.settle() before such writes, or make them "
+                "in `with optimizer.settled():`. To go on from the weights as they are now, call "
+                "optimizer.attach again."
             )
 
     # Reading.
 
-    def settle(self, method: Method) -> None:
+    def settle(self, optimizer: MethodOptimizer) -> None:
         """Bring all rows up to date; those of a replicated table on all ranks, between the same two steps."""
         with self.lock, DeferredSignals():
-            if (schedule := self._behind(method)) is not None:
-                self._undo_reads(method)
-                self._settle_all(method, schedule)
+            if (schedule := self._behind(optimizer)) is not None:
+                self._undo_reads(optimizer)
+                self._settle_all(optimizer, schedule)
 
-    def read(self, method: Method, indices: Tensor | None = None) -> None:
+    def read(self, optimizer: MethodOptimizer, indices: Tensor | None = None) -> None:
         """Bring rows up to date that are about to be read: those that ``indices`` names, or all.
 
         Indices out of range are left to whoever reads the rows.
         """
         with self.lock, DeferredSignals():
-            if (schedule := self._behind(method)) is None:
+            if (schedule := self._behind(optimizer)) is None:
                 return
             if indices is not None:
-                self._settle_some(method, schedule, indices, is_local=self.is_replicated)
+                self._settle_some(optimizer, schedule, indices, is_local=self.is_replicated)
             elif self.is_replicated:
                 for piece in self._pieces():
-                    self._settle_some(method, schedule, piece, is_local=True)
+                    self._settle_some(optimizer, schedule, piece, is_local=True)
             else:
-                self._settle_all(method, schedule)
+                self._settle_all(optimizer, schedule)
 
-    def _behind(self, method: Method) -> Schedule | None:
+    def _behind(self, optimizer: MethodOptimizer) -> Schedule | None:
         """The schedule, if rows may be behind it."""
-        schedule = self._schedule_of(method, method.state_of(self.param))
+        schedule = self._schedule_of(optimizer, optimizer.state_of(self.param))
         if schedule is None or not schedule.is_behind:
             return None
-        self._check_version(method, schedule)
+        self._check_version(optimizer, schedule)
         return schedule
 
-    def _undo_reads(self, method: Method, except_for: Tensor | None = None) -> None:
+    def _undo_reads(self, optimizer: MethodOptimizer, except_for: Tensor | None = None) -> None:
         """Take back what ``read`` has done on this rank alone since the last step."""
-        state = method.state_of(self.param)
-        used = [state[name] for name in self._state_names(method)]
+        state = optimizer.state_of(self.param)
+        used = [state[name] for name in self._state_names(optimizer)]
         self._local_reads.undo(self.param, used, state[ROW_STEP], except_for)
 
     def _pieces(self) -> Iterator[range]:
         rows = self.param.shape[0]
         return (range(first, min(first + PIECE, rows)) for first in range(0, rows, PIECE))
 
-    def _settle_all(self, method: Method, schedule: Schedule, moves: bool = True) -> None:
+    def _settle_all(self, optimizer: MethodOptimizer, schedule: Schedule, moves: bool = True) -> None:
         for piece in self._pieces():
-            self._settle_some(method, schedule, piece, moves)
+            self._settle_some(optimizer, schedule, piece, moves)
         self._schedule = Schedule(schedule.beta1, schedule.beta2, schedule.eps, start=schedule.steps)
 
     def _settle_some(
         self,
-        method: Method,
+        optimizer: MethodOptimizer,
         schedule: Schedule,
         which: Tensor | range,
         moves: bool = True,
@@ -291,15 +293,15 @@ class Table:
         """Bring the rows ``which`` up to date.
 
         Args:
-            method: the optimizer.
+            optimizer: the optimizer.
             schedule: the steps they may have missed.
             which: the rows.
             moves: whether the parameter is behind too, and not its averages alone. Default: True.
             is_local: whether to remember how to undo it. Default: False.
         """
-        whole = method.state_of(self.param)
-        state = [(name, whole[name]) for name in self._state_names(method)]
-        catch_up = self._catch_up_with(method, state)
+        whole = optimizer.state_of(self.param)
+        state = [(name, whole[name]) for name in self._state_names(optimizer)]
+        catch_up = self._catch_up_with(optimizer, state)
         stale = catch_up.find(which, tuple(self.param.shape), whole[ROW_STEP], schedule.steps, schedule.start)
         if stale is None or not len(stale[0]):
             return
@@ -314,17 +316,21 @@ class Table:
             self._local_reads.save(catch_up.rows, self.param, [tensor for _, tensor in state], whole[ROW_STEP])
         catch_up.run(self.param, [tensor for _, tensor in state], scalars, factors, marks)
 
-    def _state_names(self, method: Method) -> tuple[str, ...]:
-        return signature(self._rule or method.rule_for(method.group_of(self.param))).state
+    def _state_names(self, optimizer: MethodOptimizer) -> tuple[str, ...]:
+        if self._rule is not None:
+            return signature(self._rule).state
+        group = optimizer.group_of(self.param)
+        return signature(optimizer.method_of(group).rule_for(group)).state
 
-    def _catch_up_with(self, method: Method, state: list[tuple[str, Tensor]]) -> CatchUp:
+    def _catch_up_with(self, optimizer: MethodOptimizer, state: list[tuple[str, Tensor]]) -> CatchUp:
         """What brings rows up to date, on the backend that takes them."""
         dtypes = (self.param.dtype, *(tensor.dtype for _, tensor in state))
-        backends, rule = available(method.requested_backend()), method.catch_up_rules[0]  # type: ignore[index]
-        backend = next((b for b in backends if b.why_not_rows(rule, self.param, state) is None), EAGER)
+        rules = optimizer.method_of(optimizer.group_of(self.param)).catch_up_rules
+        assert rules is not None
+        with_state, without_state = rules
+        backends = available(optimizer.requested_backend())
+        backend = next((b for b in backends if b.why_not_rows(with_state, self.param, state) is None), EAGER)
         if self._catch_up is None or self._catch_up[0] != (backend, dtypes):
-            assert method.catch_up_rules is not None
-            with_state, without_state = method.catch_up_rules
             scalars = len(signature(with_state).scalars)
             catch_up = backend.catch_up(with_state, without_state, scalars, dtypes, self.param)
             catch_up.compile()
@@ -333,7 +339,7 @@ class Table:
 
     # Checkpoints.
 
-    def _schedule_of(self, method: Method, state: MutableMapping[str, Any]) -> Schedule | None:
+    def _schedule_of(self, optimizer: MethodOptimizer, state: MutableMapping[str, Any]) -> Schedule | None:
         """The schedule; read from the state after loading, None before the first step."""
         with self.lock:  # in another thread a step may be half-way
             if "step" not in state:
@@ -344,12 +350,12 @@ class Table:
                 if not _is_count_of(steps, state["step"]):  # a dense optimizer has gone on: all rows are current
                     for name in (ROW_STEP, SCHEDULE, CONSTANTS):
                         state.pop(name, None)
-                    self.ensure_state(method, state)
+                    self.ensure_state(optimizer, state)
                     return None
                 self._schedule = Schedule.restored(beta1, beta2, eps, int(start), history)
                 if len(history) and state.get(CHECKSUM) != self._checksum():
                     # The weights are not those of the state. Those saved after it have been brought up to date.
-                    self._settle_all(method, self._schedule, moves=False)
+                    self._settle_all(optimizer, self._schedule, moves=False)
                 self.note_version()
             if self._is_stepping and self._schedule is not None:
                 self._is_stepping = False
@@ -358,12 +364,12 @@ class Table:
                 self.note_version()
             return self._schedule
 
-    def write_schedule(self, method: Method) -> None:
+    def write_schedule(self, optimizer: MethodOptimizer) -> None:
         """Put into the state what only checkpoints need."""
-        state = method.state_of(self.param)
+        state = optimizer.state_of(self.param)
         if not state:
             return
-        schedule = self._schedule_of(method, state)
+        schedule = self._schedule_of(optimizer, state)
         if schedule is not None:
             constants = (schedule.beta1, schedule.beta2, schedule.eps, schedule.start, schedule.steps)
             state[SCHEDULE] = torch.from_numpy(schedule.history())
@@ -378,17 +384,17 @@ class Table:
         pieces = torch.split(self.param.detach(), PIECE)
         return torch.stack([piece.contiguous().view(integer).sum() for piece in pieces]).sum().cpu()
 
-    def is_settled(self, method: Method) -> bool:
+    def is_settled(self, optimizer: MethodOptimizer) -> bool:
         """Whether steps have been taken, and all rows are up to date."""
-        schedule = self._schedule_of(method, method.state_of(self.param))
+        schedule = self._schedule_of(optimizer, optimizer.state_of(self.param))
         return schedule is not None and not schedule.is_behind
 
-    def refuse_if_behind(self, method: Method) -> None:
+    def refuse_if_behind(self, optimizer: MethodOptimizer) -> None:
         """Raise if rows may be behind: a copy that nobody can bring up to date would be wrong."""
-        schedule = self._schedule_of(method, method.state_of(self.param))
+        schedule = self._schedule_of(optimizer, optimizer.state_of(self.param))
         if schedule is not None and schedule.is_behind:
             raise RuntimeError(
-                f"{type(method).__name__}: rows of {method.name_of(self.param)} are behind, so its module cannot "
+                f"{type(optimizer).__name__}: rows of {optimizer.name_of(self.param)} are behind, so its module cannot "
                 "be pickled. Call optimizer.settle() first, or save model.state_dict(), which does."
             )
 

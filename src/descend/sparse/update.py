@@ -16,6 +16,7 @@ from descend.core import memory
 from descend.core.measures import Sample, correction
 from descend.core.memory import wide
 from descend.core.method import Method
+from descend.core.optimizer import MethodOptimizer
 from descend.core.signature import signature
 from descend.core.update import Update, signed
 from descend.distributed.dtensors import local_of
@@ -30,11 +31,12 @@ class SparseUpdate(Update):
     """One parameter with a sparse gradient.
 
     Args:
-        method: the optimizer.
+        optimizer: the optimizer.
         param: the parameter.
         local: the plain tensor to update, with its gradient: this rank's part of a sharded parameter, else ``param``.
         share: which ranks hold the parts.
         group: the index of its group.
+        method: how the group is updated.
         rule: the rule to apply.
         meaning: what happens to rows that the gradient does not name: "all" (a gradient of zero), "touched"
             (nothing) or "exact" (a gradient of zero, when they are next read).
@@ -44,11 +46,12 @@ class SparseUpdate(Update):
 
     def __init__(
         self,
-        method: Method,
+        optimizer: MethodOptimizer,
         param: Tensor,
         local: Tensor,
         share: Share | None,
         group: int,
+        method: Method,
         rule: Any,
         meaning: str,
         backend: Backend,
@@ -56,13 +59,13 @@ class SparseUpdate(Update):
     ) -> None:
         self.params, self.share = [local], share
         self._param, self._local, self._group, self._rule = param, local, group, rule
-        self._meaning, self._table, self._backend = meaning, table, backend
+        self._method, self._meaning, self._table, self._backend = method, meaning, table, backend
         self.decisions = backend.decisions
         if table is not None:
-            table.check_whole(method, local)
+            table.check_whole(optimizer, local)
         assert local.grad is not None
         self._dtype = torch.promote_types(local.grad.dtype, torch.float32)  # sums need the digits
-        state = method.state_of(param)
+        state = optimizer.state_of(param)
         dtypes = (param.dtype, self._dtype, *state_dtypes(method, param, rule, state))
         self._rows = backend.rows(rule, len(signature(rule).scalars), dtypes, meaning == "all", local)
         self._scale = 1.0
@@ -78,10 +81,10 @@ class SparseUpdate(Update):
     def compile(self, wants_norm: bool, measures: bool = False) -> None:
         self._rows.compile(wants_norm, measures)
 
-    def read(self, method: Method) -> None:
+    def read(self, optimizer: MethodOptimizer) -> None:
         grad = self._local.grad
         assert grad is not None
-        who, name = type(method).__name__, method.name_of
+        who, name = type(optimizer).__name__, optimizer.name_of
         indices, values = grad._indices().contiguous(), grad._values()
         if memory.is_freed(values) or memory.is_freed(indices):
             raise RuntimeError(
@@ -100,8 +103,8 @@ class SparseUpdate(Update):
             values = values.clone()
         steps, step = None, 0
         if self._table is not None:
-            self._table.check(method, self._group, grad)
-            steps, step = self._table.expected_steps(method)
+            self._table.check(optimizer, self._group, grad)
+            steps, step = self._table.expected_steps(optimizer)
         try:
             stale = self._rows.read(indices, values, sizes, steps, step)
         except IndexError as error:
@@ -120,83 +123,90 @@ class SparseUpdate(Update):
     def sum_of_squares(self) -> float | Tensor:
         return self._rows.sum_of_squares()
 
-    def may_count_on_device(self, method: Method) -> bool:
+    def may_count_on_device(self, optimizer: MethodOptimizer) -> bool:
         # The schedule of a table in exact mode is the host's.
-        return self._table is None and method.may_decide_on_device(method.param_groups[self._group])
+        return self._table is None and self._method.may_decide_on_device(optimizer.param_groups[self._group])
 
-    def set_scalars(self, method: Method, scale: float) -> None:
-        self._scale = scale
-        group, state = method.param_groups[self._group], method.state_of(self._param)
+    def set_scalars(self, optimizer: MethodOptimizer, scale: float) -> None:
+        self._scale, method = scale, self._method
+        group, state = optimizer.param_groups[self._group], optimizer.state_of(self._param)
         place = self.device if self.counts_on_device else CPU
         scalar_state = scalar_tensors(method, method.scalar_state, self._param, group, state, place)
-        if self.counts_on_device and method.counts_steps and isinstance(state.get("step"), Tensor):
+        if self.counts_on_device and self._method.counts_steps and isinstance(state.get("step"), Tensor):
             self._step = wide(state["step"]).to(place).reshape(()) + 1
         else:
             self._step = step_count(method, self._rule, state) + 1
-        scalars, next_state = method.scalars_and_state(group, self._step, scalar_state)
+        scalars, next_state = self._method.scalars_and_state(group, self._step, scalar_state)
         self._scalars = self.numbers(scalars)
         self._next_state = self.numbers(next_state)
 
-    def make_state(self, method: Method) -> None:
-        group = method.param_groups[self._group]
+    def make_state(self, optimizer: MethodOptimizer) -> None:
+        group = optimizer.param_groups[self._group]
         place = self.device if self.counts_on_device else CPU
         lazy = self._meaning != "all"
-        self._state = ensure_state(method, self._param, self._rule, group, lazy=lazy, scalars_on=place)
+        self._state = ensure_state(optimizer, self._param, self._rule, group, lazy=lazy, scalars_on=place)
         if self._table is not None:
-            self._table.ensure_state(method, self._state)
-            self._table.prepare(method)
-        has_counter = method.counts_steps and not method.step_is_int and not self.counts_on_device
+            self._table.ensure_state(optimizer, self._state)
+            self._table.prepare(optimizer)
+        has_counter = self._method.counts_steps and not self._method.step_is_int and not self.counts_on_device
         self._counters = self._backend.scalar_state([self._state["step"]] if has_counter else [])
         if self.counts_on_device:
-            names = ("step", *method.scalar_state) if method.counts_steps else method.scalar_state
+            names = ("step", *self._method.scalar_state) if self._method.counts_steps else self._method.scalar_state
             self._on_device = self.decisions.scalar_state([[self._state[name] for name in names]], [0])
         self._own_memory = _spans(self._local, self._state)
 
-    def run(self, method: Method, sample: Sample | None = None) -> None:
-        if method.counts_steps:
-            self.set_scalars(method, self._scale)  # a parameter that is listed twice has taken a step since
+    def run(self, optimizer: MethodOptimizer, sample: Sample | None = None) -> None:
+        if self._method.counts_steps:
+            self.set_scalars(optimizer, self._scale)  # a parameter that is listed twice has taken a step since
         state, measures = [local_of(self._state[name]) for name in signature(self._rule).state], sample is not None
         if self._local.is_cpu:
             written = state if self._table is None else [*state, self._state[ROW_STEP]]
-            lazy_memory.commit_rows(written, self._rows.rows, self._n_rows, method.options.state_pages)
+            lazy_memory.commit_rows(written, self._rows.rows, self._n_rows, optimizer.options.state_pages)
         if self._table is None:
             torch.autograd.graph.increment_version(self.params)
             param = self._local.data
             if self._is_one_row:  # the gradient has no sparse dimension
                 param, state = param[None], [tensor[None] for tensor in state]
             self._rows.run(
-                param, state, self._scalars, self._signed_scale(method), self._counters, None, measures, self.decision
+                param,
+                state,
+                self._scalars,
+                self._signed_scale(optimizer),
+                self._counters,
+                None,
+                measures,
+                self.decision,
             )
         else:
             with self._table.lock:
-                mark = self._table.begin_step(method, self._group, self._rows)
+                mark = self._table.begin_step(optimizer, self._group, self._rows)
                 torch.autograd.graph.increment_version(self.params)
-                scale = self._signed_scale(method)
+                scale = self._signed_scale(optimizer)
                 self._rows.run(self._local, state, self._scalars, scale, self._counters, mark, measures, self.decision)
                 self._table.end_step()
         if self.counts_on_device:
-            step = [self._step] if method.counts_steps else []
+            step = [self._step] if self._method.counts_steps else []
             self._on_device.write([[*step, *self._next_state]], self.decision)
         else:
-            for name, value in zip(method.scalar_state, self._next_state, strict=True):
+            for name, value in zip(self._method.scalar_state, self._next_state, strict=True):
                 self._state[name].fill_(value)
-        if method.counts_steps and method.step_is_int:
-            method.state_of(self._param)["step"] += 1
+        if self._method.counts_steps and self._method.step_is_int:
+            optimizer.state_of(self._param)["step"] += 1
         if sample is not None:
-            corrections = np.array([correction(self._rule, method.param_groups[self._group], self._step)])
+            corrections = np.array([correction(self._rule, optimizer.param_groups[self._group], self._step)])
             sample.add([self._param], self._rows.measured(), corrections, self._rows.count)
 
     def release(self) -> None:
         self._rows.release()
 
-    def is_valid(self, method: Method) -> bool:
-        return method.meaning_of_sparse(self._param, method.param_groups[self._group]) == self._meaning
+    def is_valid(self, optimizer: MethodOptimizer) -> bool:
+        return optimizer.meaning_of_gradient(self._param, optimizer.param_groups[self._group]) == self._meaning
 
     def state_tensors(self) -> list[tuple[Tensor, str, Tensor]]:
         return [(self._param, name, value) for name, value in self._state.items() if isinstance(value, Tensor)]
 
-    def _signed_scale(self, method: Method) -> float:
-        return signed(self._scale, method.param_groups[self._group])
+    def _signed_scale(self, optimizer: MethodOptimizer) -> float:
+        return signed(self._scale, optimizer.param_groups[self._group])
 
 
 def _spans(param: Tensor, state: Mapping[str, Any]) -> list[tuple[int, int]]:

@@ -16,7 +16,8 @@ from torch import Tensor
 from descend.backends.cpu.threads import serial_in_forked_child
 from descend.core import memory
 from descend.core.memory import as_real, widest
-from descend.core.method import Method, StateSpec
+from descend.core.method import StateSpec
+from descend.core.optimizer import MethodOptimizer
 from descend.distributed.dtensors import is_dtensor, layout_of, like, local_of, same_layout
 from descend.distributed.shard_state import as_sharded
 from descend.state import lazy_memory
@@ -147,7 +148,7 @@ def new_tensor(param: Tensor, spec: StateSpec, lazy: bool = False) -> Tensor:
 
 
 def checked_state(
-    method: Method,
+    optimizer: MethodOptimizer,
     param: Tensor,
     local: Tensor,
     names: Sequence[str],
@@ -157,7 +158,7 @@ def checked_state(
     """Those of the state tensors called ``names`` that exist; of sharded ones, this rank's part.
 
     Args:
-        method: the optimizer.
+        optimizer: the optimizer.
         param: the parameter.
         local: the plain tensor that is updated, with its gradient.
         names: of the state tensors.
@@ -169,23 +170,23 @@ def checked_state(
             memory of a state tensor, the parameter or the gradient has been freed; the parameter holds integers; or
             torch would refuse to write in place.
     """
-    who = type(method).__name__
+    who = type(optimizer).__name__
     if not (param.is_floating_point() or param.is_complex()):
         raise RuntimeError(
-            f"{who}: a step makes fractions, which {method.name_of(param)} cannot hold: it is "
+            f"{who}: a step makes fractions, which {optimizer.name_of(param)} cannot hold: it is "
             f"{param.dtype}. Nothing has moved."
         )
     tensors = [(name, state[name]) for name in names if isinstance(state.get(name), Tensor)]
     for name, tensor in tensors:
-        expected = method.state_shape(name, param, group)
+        expected = optimizer.method_of(group).state_shape(name, param, group)
         if tensor.shape != expected:
             raise RuntimeError(
-                f"{who}: {name} of {method.name_of(param)} has shape {tuple(tensor.shape)}, "
+                f"{who}: {name} of {optimizer.name_of(param)} has shape {tuple(tensor.shape)}, "
                 f"expected {tuple(expected)}. Nothing has moved."
             )
-        if tensor.shape == param.shape and not same_layout(tensor, sharded := as_sharded(method, param)):
+        if tensor.shape == param.shape and not same_layout(tensor, sharded := as_sharded(optimizer, param)):
             raise RuntimeError(
-                f"{who}: {name} of {method.name_of(param)} has {layout_of(tensor)}, the parameter "
+                f"{who}: {name} of {optimizer.name_of(param)} has {layout_of(tensor)}, the parameter "
                 f"{layout_of(sharded)}. They must lie on the same ranks: load the state with set_optimizer_state_dict "
                 "of torch.distributed.checkpoint.state_dict; after setting shard_state, load_state_dict(state_dict()) "
                 "moves it. Nothing has moved."
@@ -195,7 +196,7 @@ def checked_state(
     for name, tensor in (("it", local), ("its gradient", local.grad), *tensors):
         if tensor is not None and memory.is_freed(tensor):
             raise RuntimeError(
-                f"{who}: {method.name_of(param)}: the memory of {name} has been freed "
+                f"{who}: {optimizer.name_of(param)}: the memory of {name} has been freed "
                 "(untyped_storage().resize_). Restore it before the step, or set the gradient to None."
             )
     for name, tensor in (("the parameter", local), *tensors):
@@ -206,7 +207,7 @@ def checked_state(
             reason = "is expanded: several of its elements share memory, so torch allows no update in place"
         else:
             continue
-        raise RuntimeError(f"{who}: {method.name_of(param)}: {name} {reason}. Use a clone. Nothing has moved.")
+        raise RuntimeError(f"{who}: {optimizer.name_of(param)}: {name} {reason}. Use a clone. Nothing has moved.")
     return tensors
 
 

@@ -10,13 +10,14 @@ from torch import Tensor
 
 from descend.core.memory import wide
 from descend.core.method import Method
+from descend.core.optimizer import MethodOptimizer
 from descend.core.signature import signature
 from descend.distributed.shard_state import as_sharded
 from descend.state.container import CPU, InitialState, new_tensor, scalar_tensor
 
 
 def ensure_state(
-    method: Method,
+    optimizer: MethodOptimizer,
     param: Tensor,
     rule: Callable[..., Any],
     group: Mapping[str, Any],
@@ -26,36 +27,36 @@ def ensure_state(
     """The state of ``param``, made where it is missing.
 
     Args:
-        method: the optimizer.
+        optimizer: the optimizer.
         param: the parameter.
         rule: the rule that will use the state.
         group: the parameter's group.
         lazy: whether new tensors of zeros lie in lazily committed memory.
         scalars_on: where the step count and the scalar state are. Default: the CPU.
     """
-    names = signature(rule).state
+    method, names = optimizer.method_of(group), signature(rule).state
     if not names and not method.counts_steps:
         return {}
-    state = dict.get(method.state, param)
+    state = dict.get(optimizer.state, param)
     if state is None or type(state) is InitialState:
         state = dict(state or {})
-        dict.__setitem__(method.state, param, state)
+        dict.__setitem__(optimizer.state, param, state)
     if method.step_is_int:
         state.setdefault("step", 0)
     scalars = scalar_names(method)
     state.update(zip(scalars, scalar_tensors(method, scalars, param, group, state, scalars_on), strict=True))
     for name in names:
         if not isinstance(state.get(name), Tensor):
-            sharded = as_sharded(method, param)
+            sharded = as_sharded(optimizer, param)
             state[name] = new_tensor(sharded, method.state_spec(name, sharded, group), lazy)
     return state
 
 
-def reserve_state(method: Method, params: Iterable[tuple[Tensor, Callable[..., Any]]]) -> None:
-    """Give parameters with these rules their places in ``method.state``, in this order, whatever is made first."""
-    for param, rule in params:
+def reserve_state(optimizer: MethodOptimizer, params: Iterable[tuple[Method, Tensor, Callable[..., Any]]]) -> None:
+    """Give parameters with these rules their places in ``optimizer.state``, in this order, whatever is made first."""
+    for method, param, rule in params:
         if method.counts_steps or signature(rule).state:
-            dict.setdefault(method.state, param, {})
+            dict.setdefault(optimizer.state, param, {})
 
 
 def scalar_names(method: Method) -> tuple[str, ...]:
@@ -79,9 +80,10 @@ def state_dtypes(
     method: Method, param: Tensor, rule: Callable[..., Any], state: Mapping[str, Any]
 ) -> tuple[torch.dtype, ...]:
     """Dtypes of the rule's state tensors: of those in ``state``, and of those still to be made."""
-    default = method.default_state_dtype(param)
-    tensors = (state.get(name) for name in signature(rule).state)
-    return tuple(tensor.dtype if isinstance(tensor, Tensor) else default for tensor in tensors)
+    tensors = ((name, state.get(name)) for name in signature(rule).state)
+    return tuple(
+        tensor.dtype if isinstance(tensor, Tensor) else method.dtype_of_state(name, param) for name, tensor in tensors
+    )
 
 
 def step_count(method: Method, rule: Callable[..., Any], state: Mapping[str, Any]) -> float:
@@ -110,13 +112,14 @@ def step_counts(method: Method, rule: Callable[..., Any], states: Sequence[Mappi
     ]
 
 
-def init_state(method: Method) -> None:
+def init_state(optimizer: MethodOptimizer) -> None:
     """Make the state of all parameters that require gradients."""
-    for group in method.param_groups:
+    for group in optimizer.param_groups:
+        method = optimizer.method_of(group)
         rule = method.rule_for(group)
         for param in group["params"]:
             if param.requires_grad:
-                state = dict.get(method.state, param)
-                made = ensure_state(method, param, rule, group, lazy=method.options.sparse is not None)
+                state = dict.get(optimizer.state, param)
+                made = ensure_state(optimizer, param, rule, group, lazy=optimizer.options.sparse is not None)
                 if made and not method.counts_steps and (not state or type(state) is InitialState):
-                    dict.__setitem__(method.state, param, InitialState(made))
+                    dict.__setitem__(optimizer.state, param, InitialState(made))

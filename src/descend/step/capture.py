@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from descend.core.method import Method
+from descend.core.optimizer import MethodOptimizer
 
 
 def is_capturing() -> bool:
@@ -12,29 +12,29 @@ def is_capturing() -> bool:
     return bool(torch.cuda.is_initialized()) and torch.cuda.is_current_stream_capturing()  # type: ignore[no-untyped-call]
 
 
-def refuse_new_plan(method: Method) -> None:
+def refuse_new_plan(optimizer: MethodOptimizer) -> None:
     """Raise ``RuntimeError`` if a graph is being captured: a plan is made by reading what is on the device."""
     if is_capturing():
         raise RuntimeError(
-            f"{type(method).__name__}: the first step, and the first after an edit of groups, options or state, cannot "
-            "be captured: it reads step counts from the device. Take one before the capture. Nothing has moved."
+            f"{type(optimizer).__name__}: the first step, and the first after an edit of groups, options or state, "
+            "cannot be captured: it reads step counts from the device. Take one before the capture. Nothing has moved."
         )
 
 
-def check_capture(method: Method, waits: bool) -> None:
+def check_capture(optimizer: MethodOptimizer, waits: bool) -> None:
     """Raise ``RuntimeError`` if a graph is being captured that could not be replayed.
 
     Args:
-        method: the optimizer.
+        optimizer: the optimizer.
         waits: whether the host waits for the device in a step.
     """
     if not is_capturing():
         return
-    name = type(method).__name__
+    name = type(optimizer).__name__
     # Without a step count every replay is right, as with torch's SGD, which has no such option either.
-    counts_nothing = not method.counts_steps and type(method).end_step is Method.end_step
-    if not all(group.get("capturable", counts_nothing) for group in method.param_groups):
-        cure = "Make it with capturable=True." if "capturable" in method.defaults else f"{name} has no such option."
+    counts_nothing = {method: not method.counts_steps and not method.ends_steps for method, _ in optimizer.methods()}
+    if not all(group.get("capturable", counts_nothing[optimizer.method_of(group)]) for group in optimizer.param_groups):
+        cure = "Make it with capturable=True." if "capturable" in optimizer.defaults else f"{name} has no such option."
         raise RuntimeError(
             f"Attempting CUDA graph capture of step() for an instance of {name} but some param_groups' capturable is "
             f"False: a replay would repeat this step's learning rate and bias correction. {cure}"

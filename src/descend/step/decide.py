@@ -10,15 +10,15 @@ from torch import Tensor
 
 from descend.core.decision import NORM, Decision
 from descend.core.memory import is_on_device, widest
-from descend.core.method import Method
+from descend.core.optimizer import MethodOptimizer
 from descend.core.update import Update
 from descend.state.container import updatable_tensors
 from descend.step.scaling import LossScale
 
 
-def counts_on_device(method: Method, groups: Iterable[Mapping[str, Any]]) -> bool:
+def counts_on_device(optimizer: MethodOptimizer, groups: Iterable[Mapping[str, Any]]) -> bool:
     """Whether step counts belong on the device: the host may not know them, or must not read the scalars they give."""
-    options = method.options
+    options = optimizer.options
     if options.nonfinite == "skip" or options.amp == "fused":
         return True
     return any(group.get("capturable") or any(_has_device_tensor(group, name) for name in group) for group in groups)
@@ -35,20 +35,20 @@ class Decider:
     """Decides a step on the device of its first update, and tells the devices of the others.
 
     Args:
-        method: the optimizer.
+        optimizer: the optimizer.
         updates: that read what is decided.
-        place: tells the deciders of one optimizer apart, see ``Method.decisions``.
+        place: tells the deciders of one optimizer apart, see ``MethodOptimizer.decisions``.
     """
 
-    def __init__(self, method: Method, updates: Sequence[Update], place: Any) -> None:
+    def __init__(self, optimizer: MethodOptimizer, updates: Sequence[Update], place: Any) -> None:
         self._updates = updates
-        options = method.options
+        options = optimizer.options
         may_skip = options.nonfinite == "skip" or options.amp == "fused"
         home = updates[0].device
         key = home, place
-        if key not in method.decisions:
-            method.decisions[key] = _undecided(home)
-        self._home = Decision(method.decisions[key], may_skip)
+        if key not in optimizer.decisions:
+            optimizer.decisions[key] = _undecided(home)
+        self._home = Decision(optimizer.decisions[key], may_skip)
         self._others = {
             device: Decision(_undecided(device), may_skip)
             for device in dict.fromkeys(update.device for update in updates)
@@ -57,19 +57,19 @@ class Decider:
         for update in updates:
             update.decision = self._others.get(update.device, self._home)
         if not options.wants_norm:
-            method.grad_norm = method.grad_norm  # a number: what it may be read from is written over from now on
+            optimizer.grad_norm = optimizer.grad_norm  # a number: what it may be read from is written over from now on
         self._norm = self._home.values[NORM]
         self._nothing = torch.zeros_like(self._norm)
 
-    def decide(self, method: Method, scale: LossScale, norm_to_clip: Callable[[Any], Any] | None) -> float:
+    def decide(self, optimizer: MethodOptimizer, scale: LossScale, norm_to_clip: Callable[[Any], Any] | None) -> float:
         """Enqueue the decision. Return what gradients are multiplied by beside it, as the host knows it.
 
         Args:
-            method: the optimizer.
+            optimizer: the optimizer.
             scale: of the loss.
             norm_to_clip: see ``take_step``.
         """
-        options, values = method.options, self._home.values
+        options, values = optimizer.options, self._home.values
         host_scale, grad_scale = 1.0, None
         if isinstance(scale.grad_scale, Tensor):
             grad_scale = scale.grad_scale.to(values.device, non_blocking=True)
@@ -90,7 +90,7 @@ class Decider:
         for decision in self._others.values():
             decision.values.copy_(values, non_blocking=True)
         if options.wants_norm and norm_to_clip is None:
-            method.note_grad_norm(self._norm)
+            optimizer.note_grad_norm(self._norm)
         return host_scale
 
     def _total(self) -> Tensor:

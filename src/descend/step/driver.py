@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from typing import Any, ClassVar
 
-from descend.core.method import Method
+from descend.core.optimizer import MethodOptimizer
 from descend.sparse.attach import Tables
 from descend.step.plan import Plan
 from descend.step.take import take_step
@@ -23,7 +23,7 @@ class Driver(ABC):
     handle: Any = None
 
     @abstractmethod
-    def step(self, method: Method) -> None:
+    def step(self, optimizer: MethodOptimizer) -> None:
         """Called when the program calls ``step``: take or complete the step."""
 
     @abstractmethod
@@ -46,13 +46,13 @@ class WholeStep(Driver):
         self._tables = tables
         self._plan: Plan | None = None
 
-    def step(self, method: Method) -> None:
+    def step(self, optimizer: MethodOptimizer) -> None:
         plan, self._plan = self._plan, None  # dropped if the step raises
         try:
-            self._plan = take_step(method, self._tables, plan)
+            self._plan = take_step(optimizer, self._tables, plan)
         finally:  # Ctrl-C comes when the step has been taken
-            if method.observer is not None:
-                method.observer.end_step()
+            if optimizer.observer is not None:
+                optimizer.observer.end_step()
 
     def watch(self) -> None:
         """Nothing to do: the next step notices that the plan lacks them."""

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch._compile import _disable_dynamo
 
-from descend.core.method import Method
+from descend.core.optimizer import MethodOptimizer
 from descend.sparse.attach import Tables
 from descend.step.backward_passes import LastGrad, Passes
 from descend.step.driver import Driver
@@ -34,7 +34,7 @@ class InBackward(Driver):
     """Each parameter steps as soon as its gradient is complete. What ``in_backward`` returns.
 
     Args:
-        method: the optimizer.
+        optimizer: the optimizer.
         tables: its parameters in exact mode.
         accumulate: gradients of a parameter that are summed before it steps.
         clip: how ``max_norm`` is applied, see ``descend.in_backward``.
@@ -46,16 +46,16 @@ class InBackward(Driver):
 
     def __init__(
         self,
-        method: Method,
+        optimizer: MethodOptimizer,
         tables: Tables,
         accumulate: int,
         clip: Clip | None,
         nonfinite: Literal["parameter"] | None,
         on_remove: Callable[[], None],
     ) -> None:
-        _check_step_options(method, clip, nonfinite)
-        _check_params(method, tables)
-        self.optimizer, self.accumulate, self.clip, self.nonfinite = method, accumulate, clip, nonfinite
+        _check_step_options(optimizer, clip, nonfinite)
+        _check_params(optimizer, tables)
+        self.optimizer, self.accumulate, self.clip, self.nonfinite = optimizer, accumulate, clip, nonfinite
         self._tables, self._on_remove = tables, on_remove
         self._lock = threading.RLock()  # the gradients of several devices come on several threads
         self._slots: dict[Tensor, _Slot] = {}
@@ -95,7 +95,7 @@ class InBackward(Driver):
         for slot in self._slots.values():
             slot.plan = None
 
-    def step(self, method: Method) -> None:
+    def step(self, optimizer: MethodOptimizer) -> None:
         """Complete a step: parameters that still have a gradient take theirs."""
         if is_scaled(self.optimizer):
             raise RuntimeError(f"{type(self.optimizer).__name__} has stepped with scaled gradients. {NO_SCALER}")
@@ -294,7 +294,7 @@ NO_SCALER = (
 )
 
 
-def _check_step_options(optimizer: Method, clip: str | None, nonfinite: str | None) -> None:
+def _check_step_options(optimizer: MethodOptimizer, clip: str | None, nonfinite: str | None) -> None:
     """Raise if an option would silently do something else. Options may be edited at any time."""
     if optimizer.shard_state is not None:
         raise ValueError(
@@ -313,13 +313,13 @@ def _check_step_options(optimizer: Method, clip: str | None, nonfinite: str | No
         )
 
 
-def _check_group(optimizer: Method, group: Mapping[str, Any]) -> None:
+def _check_group(optimizer: MethodOptimizer, group: Mapping[str, Any]) -> None:
     if group.get("differentiable"):
         name = type(optimizer).__name__
         raise ValueError(f"in_backward: a step inside backward cannot be differentiated, {name} has differentiable.")
 
 
-def _check_params(optimizer: Method, tables: Tables) -> None:
+def _check_params(optimizer: MethodOptimizer, tables: Tables) -> None:
     """Raise if a parameter cannot step by itself."""
     name = type(optimizer).__name__
     counts = Counter(param for group in optimizer.param_groups for param in group["params"])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter, defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -16,6 +16,7 @@ from descend.backends.cpu.probe import make_probe, same_objects
 from descend.core import memory
 from descend.core.measures import Sample
 from descend.core.method import Method
+from descend.core.optimizer import MethodOptimizer
 from descend.core.signature import Kind, signature
 from descend.core.update import Cell
 from descend.distributed.agreement import Agreement
@@ -53,6 +54,16 @@ class Position(NamedTuple):
     offset: int
 
 
+class _Group(NamedTuple):
+    """A group as it was planned: its number, parameters, method and rule, and whether autograd shall see the step."""
+
+    number: int
+    params: list[Tensor]
+    method: Method
+    rule: Any
+    is_graphed: bool
+
+
 class Plan:
     """Every parameter with a gradient, sorted into updates.
 
@@ -62,7 +73,7 @@ class Plan:
     same plan.
 
     Args:
-        method: the optimizer.
+        optimizer: the optimizer.
         tables: its parameters in exact mode.
         only_with_grad: leave out parameters without a gradient; else gradients of sharded parameters are not read.
             Default: True.
@@ -75,55 +86,60 @@ class Plan:
 
     def __init__(
         self,
-        method: Method,
+        optimizer: MethodOptimizer,
         tables: Tables,
         only_with_grad: bool = True,
         position: Position | None = None,
         previous: Plan | None = None,
     ) -> None:
-        method.check_step_options()
-        self._options, self._measures = method.options, method.observer is not None
+        optimizer.check_step_options()
+        self._options, self._measures = optimizer.options, optimizer.observer is not None
         self._position, self._only_with_grad = position, only_with_grad
         self._is_compiled = self._has_state = False
-        self._requested = method.requested_backend()
+        for group in optimizer.param_groups:
+            optimizer.check_has_options(group)
+        self._requested = optimizer.requested_backend()
         self._is_inference = torch.is_inference_mode_enabled()  # which decides what may be written
-        self._state = method.state
-        if isinstance(self._state, State) and self._state.owner() is not method:
+        self._state = optimizer.state
+        if isinstance(self._state, State) and self._state.owner() is not optimizer:
             self._state.exposed = True  # two optimizers write it: neither knows of the other's steps
         self._groups = [
-            (index, list(params), method.rule_for(group), bool(group.get("differentiable")))
-            for index, group, params in self._selected(method.param_groups)
+            _Group(
+                index, list(params), method := optimizer.method_of(group), method.rule_for(group), _is_graphed(group)
+            )
+            for index, group, params in self._selected(optimizer.param_groups)
         ]
-        listed = [param for _, params, _, _ in self._groups for param in params]
+        listed = [param for group in self._groups for param in group.params]
         last = previous._locals if previous else None
-        self._locals: LocalParams = LocalParams(method, listed, last, reads=only_with_grad)
+        self._locals: LocalParams = LocalParams(optimizer, listed, last, reads=only_with_grad)
         self._ranks = Ranks(self._locals.shares())
         self._agreement = Agreement(self._ranks) if self._ranks.meshes else None
-        self._collectives = self._collectives_of_norm(method, listed) if self._agreement else {}
+        self._collectives = self._collectives_of_norm(optimizer, listed) if self._agreement else {}
         entries: list[Entry] = []
-        for index, params, rule, differentiable in self._groups:
-            for param in params:
+        for planned in self._groups:
+            for param in planned.params:
                 if (not only_with_grad or param.grad is not None) and self._locals.is_here(param):
-                    entries.append(self._entry(method, tables, index, rule, param, differentiable))
+                    entries.append(self._entry(optimizer, tables, planned, param))
+        self._ending = [method for method in dict.fromkeys(group.method for group in self._groups) if method.ends_steps]
         self._entries = _in_order_where_memory_is_shared(entries, self._locals)
         if self._requested not in ("auto", EAGER.name):
-            self._refuse_another_backend(method)
+            self._refuse_another_backend(optimizer)
         self._stages: list[Stage] = []
         if self._locals.wholes():
-            self._stages = make_stages(method, tables, self._entries, self._locals)
+            self._stages = make_stages(optimizer, tables, self._entries, self._locals)
             self._updates = [update for stage in self._stages for update in stage.updates]
         else:
-            self._updates = make_updates(method, tables, self._entries)
+            self._updates = make_updates(optimizer, tables, self._entries)
         takes_device = [update.takes_device for update in self._updates]
         self._is_on_devices, self._may_be_decided_there = any(takes_device), all(takes_device)
-        self._counts_on_device = self._asks_for_device_counts(method)
-        self.decider = self._make_decider(method)
+        self._counts_on_device = self._asks_for_device_counts(optimizer)
+        self.decider = self._make_decider(optimizer)
         self.is_on_cuda = any(update.device.type == "cuda" for update in self._updates)
         self._probe: Any = None
 
-    def again(self, method: Method, tables: Tables) -> Plan:
+    def again(self, optimizer: MethodOptimizer, tables: Tables) -> Plan:
         """The same plan, made anew because a backend has declined a rule."""
-        return Plan(method, tables, self._only_with_grad, self._position, previous=self)
+        return Plan(optimizer, tables, self._only_with_grad, self._position, previous=self)
 
     @property
     def waits(self) -> bool:
@@ -131,35 +147,35 @@ class Plan:
         asks = self._options.wants_norm or self._options.amp is not None or self._counts_on_device
         return asks and self.decider is None and not all(update.counts_on_device for update in self._updates)
 
-    def _asks_for_device_counts(self, method: Method) -> bool:
+    def _asks_for_device_counts(self, optimizer: MethodOptimizer) -> bool:
         """Whether something asks for step counts on the device, of parameters that are on one."""
-        groups = method.param_groups
-        return self._is_on_devices and counts_on_device(method, [groups[index] for index, *_ in self._groups])
+        groups = optimizer.param_groups
+        return self._is_on_devices and counts_on_device(optimizer, [groups[group.number] for group in self._groups])
 
-    def _make_decider(self, method: Method) -> Decider | None:
+    def _make_decider(self, optimizer: MethodOptimizer) -> Decider | None:
         """What decides the steps on their devices; None if there is nothing to decide, or somebody waits for it.
 
         A host that must know of each step waits for the device once: to raise, to tell an observer or other ranks, to
         step parameters on the CPU too, or to count for a method that does so itself.
         """
-        updates, options = self._updates, method.options
-        is_alone = self._agreement is None and not self._stages and method.observer is None
+        updates, options = self._updates, optimizer.options
+        is_alone = self._agreement is None and not self._stages and optimizer.observer is None
         if not updates or not is_alone or options.nonfinite == "raise":
             return None
         if not self._may_be_decided_there:
             return None
         if self._counts_on_device:
-            if not all(update.may_count_on_device(method) for update in updates):
+            if not all(update.may_count_on_device(optimizer) for update in updates):
                 return None
             for update in updates:
                 update.counts_on_device = True
         if not options.wants_norm and options.amp is None:
             return None
-        return Decider(method, updates, self._position)
+        return Decider(optimizer, updates, self._position)
 
-    def _collectives_of_norm(self, method: Method, listed: list[Tensor]) -> dict[str, str]:
+    def _collectives_of_norm(self, optimizer: MethodOptimizer, listed: list[Tensor]) -> dict[str, str]:
         """What decides which collectives a norm needs: ranks must agree about it, or would wait for each other."""
-        alone = "" if self._position is None or not listed else method.name_of(listed[0])
+        alone = "" if self._position is None or not listed else optimizer.name_of(listed[0])
         return {"meshes that are in no larger one": str(self._ranks.rounds), "which gradient is next": alone}
 
     def _selected(self, groups: list[dict[str, Any]]) -> list[tuple[int, dict[str, Any], list[Tensor]]]:
@@ -169,21 +185,21 @@ class Plan:
         index, offset = self._position
         return [(index, group, group["params"][offset : offset + 1]) for group in groups[index : index + 1]]
 
-    def _entry(
-        self, method: Method, tables: Tables, index: int, rule: Any, param: Tensor, differentiable: bool
-    ) -> Entry:
-        group = method.param_groups[index]
+    def _entry(self, optimizer: MethodOptimizer, tables: Tables, planned: _Group, param: Tensor) -> Entry:
+        index, _, method, rule, differentiable = planned
+        group = optimizer.param_groups[index]
         method.check_param(param, group)
-        tables.check_dense(method, param, group)
+        optimizer.check_made_by(param, group)
+        tables.check_dense(optimizer, param, group)
         state = dict.get(self._state, param) or {}
         takes = signature(rule)
         local, share = self._locals.of(param), self._locals.share_of(param)
-        self._check_whole(method, param, takes.kind, share)
-        tensors = checked_state(method, param, local, takes.state, group, state)
-        sparse = method.meaning_of_sparse(param, group)
-        entry = Entry(param, local, share, index, rule, state, EAGER, "backend='eager'", sparse, in_order=False)
+        self._check_whole(optimizer, param, takes.kind, share)
+        tensors = checked_state(optimizer, param, local, takes.state, group, state)
+        sparse = optimizer.meaning_of_gradient(param, group)
+        entry = Entry(param, local, share, index, method, rule, state, EAGER, "backend='eager'", sparse, in_order=False)
         if differentiable:
-            self._check_not_cut(method, param)
+            self._check_not_cut(optimizer, param)
             return entry._replace(local=param, share=None, reason="differentiable=True", in_order=True)
         reason = None  # of a compiled backend, whichever of the others runs it then
         for backend in available(self._requested):
@@ -197,30 +213,31 @@ class Plan:
                 reason = why_not  # a backend for other devices has less to say
         return entry._replace(reason=reason or entry.reason)
 
-    def _check_whole(self, method: Method, param: Tensor, kind: Kind, share: Share | None) -> None:
+    def _check_whole(self, optimizer: MethodOptimizer, param: Tensor, kind: Kind, share: Share | None) -> None:
         """Raise ``RuntimeError`` if a rule of whole matrices would see a part of one."""
         if kind == "matrix" and share is not None and share.replicas < share.mesh.size():
             raise RuntimeError(
-                f"{type(method).__name__}: a rule of whole matrices cannot update shards, but {method.name_of(param)} "
-                f"has {layout_of(as_sharded(method, param))}: leave it unsharded (Replicate, no shard_state), or use "
-                "an element-wise optimizer for it. Nothing has moved."
+                f"{type(optimizer).__name__}: a rule of whole matrices cannot update shards, but "
+                f"{optimizer.name_of(param)} has {layout_of(as_sharded(optimizer, param))}: leave it unsharded "
+                "(Replicate, no shard_state), or use an element-wise optimizer for it. Nothing has moved."
             )
 
-    def _check_not_cut(self, method: Method, param: Tensor) -> None:
+    def _check_not_cut(self, optimizer: MethodOptimizer, param: Tensor) -> None:
         """Raise ``RuntimeError`` if other ranks would take a part of a step that is to be differentiated."""
         if self._locals.cut_of(param) is not None:
             raise RuntimeError(
-                f"{type(method).__name__}: a step that other ranks take a part of cannot be differentiated: leave out "
-                "`differentiable`, or shard_state. Nothing has moved."
+                f"{type(optimizer).__name__}: a step that other ranks take a part of cannot be differentiated: leave "
+                "out `differentiable`, or shard_state. Nothing has moved."
             )
 
-    def _refuse_another_backend(self, method: Method) -> None:
+    def _refuse_another_backend(self, optimizer: MethodOptimizer) -> None:
         """Raise ``RuntimeError`` if the backend that was asked for cannot run a parameter."""
         for entry in self._entries:
             if entry.reason:
                 raise RuntimeError(
-                    f"{type(method).__name__}: backend={self._requested!r} cannot run {method.name_of(entry.param)}: "
-                    f"{entry.reason}. With backend='auto' another one runs such parameters."
+                    f"{type(optimizer).__name__}: backend={self._requested!r} cannot run "
+                    f"{optimizer.name_of(entry.param)}: {entry.reason}. With backend='auto' another one "
+                    "runs such parameters."
                 )
 
     # What a step asks, in this order.
@@ -233,22 +250,22 @@ class Plan:
             make_probe([], [], [], np.zeros((0, 2), np.int64))  # compiles the probe
             self._is_compiled = True
 
-    def compile_rows(self, method: Method) -> None:
+    def compile_rows(self, optimizer: MethodOptimizer) -> None:
         """Compile, or load from disk, what steps with sparse gradients would call."""
         for entry in self._entries:
             dtype = entry.param.dtype
             wide = torch.promote_types(dtype, torch.float32)
-            dtypes = (dtype, wide, *state_dtypes(method, entry.param, entry.rule, entry.state))
+            dtypes = (dtype, wide, *state_dtypes(entry.method, entry.param, entry.rule, entry.state))
             scalars = len(signature(entry.rule).scalars)
             rows = entry.backend.rows(entry.rule, scalars, dtypes, False, entry.local)
-            rows.compile(method.options.wants_norm, self._measures)
+            rows.compile(optimizer.options.wants_norm, self._measures)
 
-    def read(self, method: Method) -> None:
+    def read(self, optimizer: MethodOptimizer) -> None:
         """Check the indices of sparse gradients, which are new at every step, and sum their duplicates."""
         for update in self._updates:
-            update.read(method)
+            update.read(optimizer)
 
-    def total_norm(self, method: Method) -> float:
+    def total_norm(self, optimizer: MethodOptimizer) -> float:
         """Of all gradients, in float64; its bits do not depend on threads or on how the plan came about.
 
         Raises:
@@ -261,24 +278,24 @@ class Plan:
             sums: dict[Share | None, list[float]] = {None: [0.0]}
             for update, squares in zip(self._updates, found, strict=True):
                 sums.setdefault(update.share, [0.0])[0] += squares
-            totals, agreed = self._ranks.reduce(sums, self._agreement.numbers(method, self._collectives))
-            self._agreement.check(method, agreed, self._collectives)
+            totals, agreed = self._ranks.reduce(sums, self._agreement.numbers(optimizer, self._collectives))
+            self._agreement.check(optimizer, agreed, self._collectives)
             (total,) = self._ranks.agree(totals)
         if math.isfinite(total):
             return math.sqrt(total)
         # Not finite, or finite with squares that overflow: the slower way can tell.
-        self._locals.read(method)
+        self._locals.read(optimizer)
         grads: defaultdict[Share | None, list[Tensor]] = defaultdict(list)
         for entry in self._entries:
             if entry.local.grad is not None:
                 grads[entry.share].append(entry.local.grad)
         return float(clip.norm_of_parts(grads, 2.0, self._ranks))
 
-    def nonfinite_gradients(self, method: Method) -> list[str]:
+    def nonfinite_gradients(self, optimizer: MethodOptimizer) -> list[str]:
         """Names of the parameters whose gradients have a NaN or Inf, and the ranks if there are several."""
-        self._locals.read(method)
+        self._locals.read(optimizer)
         names = [
-            method.name_of(entry.param)
+            optimizer.name_of(entry.param)
             for entry in self._entries
             if entry.local.grad is not None and not clip.is_finite(entry.local.grad)
         ]
@@ -287,63 +304,72 @@ class Plan:
         by_rank = self._ranks.gather(names)
         return [f"{name} on rank {rank}" for rank, names in by_rank.items() for name in names]
 
-    def shake_hands(self, method: Method) -> None:
+    def shake_hands(self, optimizer: MethodOptimizer) -> None:
         """Raise ``RuntimeError`` if ranks that share parameters disagree about the optimizer. Asked once."""
         if self._agreement is not None and not self._stages:
-            self._agreement.shake_hands(method)
+            self._agreement.shake_hands(optimizer)
 
-    def confirm(self, method: Method) -> None:
+    def confirm(self, optimizer: MethodOptimizer) -> None:
         """Wait, if ranks will exchange what they update, until all of them are about to; raise if they disagree."""
         if self._agreement is not None and self._stages:
             grads = [entry.param.grad for entry in self._entries if entry.sparse]
             named = [tuple(grad._indices().shape) for grad in grads if grad is not None]
-            self._agreement.confirm(method, {"sparse gradients": f"indices of shapes {named}" if named else ""})
+            self._agreement.confirm(optimizer, {"sparse gradients": f"indices of shapes {named}" if named else ""})
 
-    def set_scalars(self, method: Method, scale: float) -> None:
+    def set_scalars(self, optimizer: MethodOptimizer, scale: float) -> None:
         """Form every scalar of the coming step, so that an option that cannot be used raises before anything moves."""
         try:
             for update in self._updates:
-                update.set_scalars(method, scale)
+                update.set_scalars(optimizer, scale)
         except Exception:
-            for group in method.param_groups:
-                method.check_group(group)  # says which option it was
+            for group in optimizer.param_groups:
+                optimizer.method_of(group).check_group(group)  # says which option it was
             raise
 
     @property
     def is_atomic(self) -> bool:
         """Whether ``run`` is all or nothing, whatever interrupts it, and no state is missing."""
-        return self._has_state and not self._stages and len(self._updates) == 1 and self._updates[0].is_atomic
+        return (
+            self._has_state
+            and not self._stages
+            and not self._ending
+            and len(self._updates) == 1
+            and self._updates[0].is_atomic
+        )
 
     @torch.no_grad()
-    def make_state(self, method: Method) -> None:
+    def make_state(self, optimizer: MethodOptimizer) -> None:
         """Make the state that is missing, and begin to watch all tensors. Needed once."""
         if self._has_state:
             return
-        reserve_state(method, [(entry.param, entry.rule) for entry in self._entries])
+        reserve_state(optimizer, [(entry.method, entry.param, entry.rule) for entry in self._entries])
+        for entry in self._entries:
+            optimizer.note_made_by(entry.param, optimizer.param_groups[entry.group])
         cells: dict[Tensor, Cell] = {}
         self._tensors: list[tuple[Tensor, str, Tensor]] = []
         for update in self._updates:
-            update.make_state(method)
+            update.make_state(optimizer)
             self._tensors += update.state_tensors()
             cells |= update.cells()
-        watched = [self._locals.of(param) for _, params, _, _ in self._groups for param in params]
+        listed = [param for group in self._groups for param in group.params]
+        watched = [self._locals.of(param) for param in listed]
         watched += self._locals.wholes()
         spans = np.concatenate([np.zeros((0, 2), np.int64), *(update.written() for update in self._updates)])
         written = spans[np.argsort(spans[:, 0])]
         tensors = [local_of(tensor) for _, _, tensor in self._tensors]
-        wrappers = [self._locals.wrapper_of(param) for _, params, _, _ in self._groups for param in params]
+        wrappers = [self._locals.wrapper_of(param) for param in listed]
         reads_cells = all(entry.local in cells for entry in self._entries if entry.share is not None)
         wrappers = wrappers if reads_cells and not self._stages and self._locals.are_direct() else []
         self._probe = make_probe(watched, [cells.get(param) for param in watched], tensors, written, wrappers)
         self._has_state = True
 
-    def run(self, method: Method, sample: Sample | None = None) -> None:
+    def run(self, optimizer: MethodOptimizer, sample: Sample | None = None) -> None:
         """Take the step; add to ``sample`` what it asks for."""
         if self._stages:
-            run_stages(method, self._stages, state_mesh(method), sample)
+            run_stages(optimizer, self._stages, state_mesh(optimizer), sample)
             return
         for update in self._updates:
-            update.run(method, sample)
+            update.run(optimizer, sample)
 
     def release(self) -> None:
         """Drop the gradients that were read."""
@@ -351,40 +377,46 @@ class Plan:
             update.release()
         self._locals.release()
 
+    def end_step(self, optimizer: MethodOptimizer) -> None:
+        """Tell the methods that want to know it that the step has been taken."""
+        for method in self._ending:
+            method.end_step([group for group in optimizer.param_groups if optimizer.method_of(group) is method])
+
     # Between steps.
 
-    def is_valid(self, method: Method) -> bool:
+    def is_valid(self, optimizer: MethodOptimizer) -> bool:
         """Whether nothing this plan relies on has changed since it was made."""
-        groups = self._selected(method.param_groups)
+        groups = self._selected(optimizer.param_groups)
         if (
             not self._has_state
-            or method.options is not self._options
-            or method.state is not self._state
+            or optimizer.options is not self._options
+            or optimizer.state is not self._state
             or len(groups) != len(self._groups)
-            or method.requested_backend() != self._requested
+            or optimizer.requested_backend() != self._requested
             or torch.is_inference_mode_enabled() != self._is_inference
         ):
             return False
-        for (_, group, listed), (_, params, rule, differentiable) in zip(groups, self._groups, strict=True):
+        for (_, group, listed), (_, params, method, rule, is_graphed) in zip(groups, self._groups, strict=True):
             if (
                 not same_objects(listed, params)
+                or optimizer.method_of(group) is not method
                 or method.rule_for(group) is not rule
-                or bool(group.get("differentiable")) != differentiable
+                or _is_graphed(group) != is_graphed
             ):
                 return False
-        if self._is_on_devices and self._counts_on_device != self._asks_for_device_counts(method):
+        if self._is_on_devices and self._counts_on_device != self._asks_for_device_counts(optimizer):
             return False
         exposed = not isinstance(self._state, State) or self._state.exposed
         if exposed and not self._has_its_tensors():
             return False
-        return self._is_as_probed(method, exposed) and all(update.is_valid(method) for update in self._updates)
+        return self._is_as_probed(optimizer, exposed) and all(update.is_valid(optimizer) for update in self._updates)
 
-    def _is_as_probed(self, method: Method, exposed: bool) -> bool:
+    def _is_as_probed(self, optimizer: MethodOptimizer, exposed: bool) -> bool:
         """Whether all tensors are as they were. Addresses of gradients that moved are followed."""
         if not self._locals:
             return bool(self._probe.revalidate(state=exposed))
         if not self._probe.unwraps:
-            return self._locals.read(method) and bool(self._probe.revalidate(state=exposed))
+            return self._locals.read(optimizer) and bool(self._probe.revalidate(state=exposed))
         if self._probe.revalidate(state=exposed):
             return True
         # Other objects may describe the placements in the same way.
@@ -398,16 +430,20 @@ class Plan:
                 return False
         return True
 
-    def placements(self, method: Method) -> list[Placement]:
+    def placements(self, optimizer: MethodOptimizer) -> list[Placement]:
         """Where each parameter's rule runs, and why."""
         return [
             Placement(
-                method.name_of(entry.param),
+                optimizer.name_of(entry.param),
                 entry.backend.name,
                 entry.reason or str(entry.param.dtype).removeprefix("torch."),
             )
             for entry in self._entries
         ]
+
+
+def _is_graphed(group: Mapping[str, Any]) -> bool:
+    return bool(group.get("differentiable"))
 
 
 def _waited_for(numbers: Sequence[float | Tensor]) -> list[float]:

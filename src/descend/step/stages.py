@@ -10,6 +10,7 @@ import torch
 from descend.backends.backend import Backend
 from descend.core.measures import Sample
 from descend.core.method import Method
+from descend.core.optimizer import MethodOptimizer
 from descend.core.update import Update
 from descend.distributed.gather import Cut, Exchange, NamedRows, Slabs, Transfers, bucketed
 from descend.distributed.local_params import LocalParams
@@ -33,20 +34,21 @@ class Stage(NamedTuple):
     waits: bool = False
 
 
-def make_updates(method: Method, tables: Tables, entries: Sequence[Entry]) -> list[Update]:
+def make_updates(optimizer: MethodOptimizer, tables: Tables, entries: Sequence[Entry]) -> list[Update]:
     """Launches first, then sparse updates, then those that must keep the order of the groups."""
-    launched: dict[tuple[str, Share | None, torch.device], tuple[Backend, list[Entry]]] = {}
+    launched: dict[tuple[str, Method, Share | None, torch.device], tuple[Backend, list[Entry]]] = {}
     sparse: list[Update] = []
     in_order: list[Update] = []
     for entry in entries:
         if entry.sparse:
             table = tables.of(entry.param) if entry.sparse == "exact" else None
             update = SparseUpdate(
-                method,
+                optimizer,
                 entry.param,
                 entry.local,
                 entry.share,
                 entry.group,
+                entry.method,
                 entry.rule,
                 entry.sparse,
                 entry.backend,
@@ -54,16 +56,18 @@ def make_updates(method: Method, tables: Tables, entries: Sequence[Entry]) -> li
             )
             (in_order if entry.in_order else sparse).append(update)
         elif entry.in_order:
-            differentiable = bool(method.param_groups[entry.group].get("differentiable"))
+            differentiable = bool(optimizer.param_groups[entry.group].get("differentiable"))
             in_order.append(SingleUpdate(entry, differentiable))
         else:
-            place = entry.backend.name, entry.share, entry.local.device
+            place = entry.backend.name, entry.method, entry.share, entry.local.device
             launched.setdefault(place, (entry.backend, []))[1].append(entry)
-    launches = [LaunchUpdate(method, backend, entries) for backend, entries in launched.values()]
+    launches = [LaunchUpdate(optimizer, backend, entries) for backend, entries in launched.values()]
     return [*launches, *sparse, *in_order]
 
 
-def make_stages(method: Method, tables: Tables, entries: Sequence[Entry], params: LocalParams) -> list[Stage]:
+def make_stages(
+    optimizer: MethodOptimizer, tables: Tables, entries: Sequence[Entry], params: LocalParams
+) -> list[Stage]:
     """The updates of parameters that this rank has whole, and updates in part; the others come first.
 
     Parameters that share memory come last, one a stage: the next may need all of what the last one has become.
@@ -74,25 +78,25 @@ def make_stages(method: Method, tables: Tables, entries: Sequence[Entry], params
         cut = params.cut_of(entry.param)
         if entry.shares_memory:
             exchanges = _exchanges(entry, cut) if cut else _none
-            last.append(Stage(make_updates(method, tables, [entry]), exchanges, waits=True))
+            last.append(Stage(make_updates(optimizer, tables, [entry]), exchanges, waits=True))
         elif cut is None:
             others.append(entry)
         elif entry.sparse:
-            stages.append(Stage(make_updates(method, tables, [entry]), _exchanges(entry, cut)))
+            stages.append(Stage(make_updates(optimizer, tables, [entry]), _exchanges(entry, cut)))
         else:
             dense.append((entry, cut))
     for bucket in bucketed([cut for _, cut in dense]):
-        updates = make_updates(method, tables, [dense[member][0] for member in bucket.members])
+        updates = make_updates(optimizer, tables, [dense[member][0] for member in bucket.members])
         stages.append(Stage(updates, lambda exchanges=bucket.exchanges: exchanges))  # type: ignore[misc]
-    return [Stage(make_updates(method, tables, others), _none), *stages, *last]
+    return [Stage(make_updates(optimizer, tables, others), _none), *stages, *last]
 
 
-def run_stages(method: Method, stages: Sequence[Stage], mesh: Any, sample: Sample | None = None) -> None:
+def run_stages(optimizer: MethodOptimizer, stages: Sequence[Stage], mesh: Any, sample: Sample | None = None) -> None:
     """Run updates while the results of earlier ones travel."""
     transfers = Transfers(mesh)
     for stage in stages:
         for update in stage.updates:
-            update.run(method, sample)
+            update.run(optimizer, sample)
         for exchange in stage.exchanges():
             transfers.start(exchange)
         if stage.waits:

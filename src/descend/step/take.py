@@ -9,7 +9,7 @@ from typing import Any
 from descend.backends.backend import Declined
 from descend.core.interrupts import DeferredSignals
 from descend.core.measures import Sample
-from descend.core.method import Method
+from descend.core.optimizer import MethodOptimizer
 from descend.norms.clip import clip_coefficient
 from descend.sparse.attach import Tables
 from descend.step.capture import check_capture, refuse_new_plan
@@ -18,7 +18,7 @@ from descend.step.scaling import UNSCALED, loss_scale, wait_for
 
 
 def take_step(
-    method: Method,
+    optimizer: MethodOptimizer,
     tables: Tables,
     plan: Plan | None,
     position: Position | None = None,
@@ -27,7 +27,7 @@ def take_step(
     """Take one step, of all parameters or of the one at ``position``.
 
     Args:
-        method: the optimizer.
+        optimizer: the optimizer.
         tables: its parameters in exact mode.
         plan: the plan of the previous step; None to make a new one.
         position: of the only parameter to update. Default: all parameters with a gradient.
@@ -38,88 +38,88 @@ def take_step(
     Raises:
         FloatingPointError: for a gradient with NaN or Inf if ``nonfinite="raise"``; nothing has moved then.
     """
-    loss = loss_scale(method)
+    loss = loss_scale(optimizer)
     if loss is None:
-        return _skip(method, plan)
-    if plan is None or not plan.is_valid(method):
-        refuse_new_plan(method)
-        plan = Plan(method, tables, position=position, previous=plan)
+        return _skip(optimizer, plan)
+    if plan is None or not plan.is_valid(optimizer):
+        refuse_new_plan(optimizer)
+        plan = Plan(optimizer, tables, position=position, previous=plan)
     try:
-        plan = compiled(plan, method, tables)
+        plan = compiled(plan, optimizer, tables)
         if plan.is_on_cuda:
-            check_capture(method, waits=plan.waits)
+            check_capture(optimizer, waits=plan.waits)
         if plan.decider is None and loss is not UNSCALED:
-            loss = wait_for(method, loss)
+            loss = wait_for(optimizer, loss)
             if loss is None:
-                return _skip(method, plan)
-        plan.shake_hands(method)
-        plan.read(method)
+                return _skip(optimizer, plan)
+        plan.shake_hands(optimizer)
+        plan.read(optimizer)
         if plan.decider is not None:
-            scale, coefficient = plan.decider.decide(method, loss, norm_to_clip), 1.0
+            scale, coefficient = plan.decider.decide(optimizer, loss, norm_to_clip), 1.0
         else:
             scale = 1 / float(loss.grad_scale)
-            found = _coefficient(method, plan, scale, norm_to_clip)
+            found = _coefficient(optimizer, plan, scale, norm_to_clip)
             if found is None:
-                method.skipped_steps += 1
+                optimizer.skipped_steps += 1
                 return plan
             coefficient = found
-        if plan.is_atomic and type(method).end_step is Method.end_step:
-            plan.set_scalars(method, scale * coefficient)
-            plan.run(method, _sample(method, scale, coefficient))
+        if plan.is_atomic:
+            plan.set_scalars(optimizer, scale * coefficient)
+            plan.run(optimizer, _sample(optimizer, scale, coefficient))
         else:
             with DeferredSignals():
-                plan.set_scalars(method, scale * coefficient)
-                plan.make_state(method)
-                plan.confirm(method)
-                plan.run(method, _sample(method, scale, coefficient))
+                plan.set_scalars(optimizer, scale * coefficient)
+                plan.make_state(optimizer)
+                plan.confirm(optimizer)
+                plan.run(optimizer, _sample(optimizer, scale, coefficient))
                 if position is None:
-                    method.end_step()
+                    plan.end_step(optimizer)
     finally:
         plan.release()
     return plan
 
 
-def compiled(plan: Plan, method: Method, tables: Tables) -> Plan:
+def compiled(plan: Plan, optimizer: MethodOptimizer, tables: Tables) -> Plan:
     """The plan, compiled; another one if a backend finds out that it cannot compile a rule: others may."""
     while True:
         try:
             plan.compile()
         except Declined:
-            plan = plan.again(method, tables)
+            plan = plan.again(optimizer, tables)
         else:
             return plan
 
 
-def _skip(method: Method, plan: Plan | None) -> Plan | None:
+def _skip(optimizer: MethodOptimizer, plan: Plan | None) -> Plan | None:
     """A gradient has overflowed: the step is left out."""
-    if method.observer is not None:
-        method.observer.skip(())
+    if optimizer.observer is not None:
+        optimizer.observer.skip(())
     return plan
 
 
-def _sample(method: Method, scale: float, coefficient: float) -> Sample | None:
+def _sample(optimizer: MethodOptimizer, scale: float, coefficient: float) -> Sample | None:
     """Tell the observer that parameters step now: nothing that is checked before has failed."""
-    return None if method.observer is None else method.observer.begin(scale, coefficient)
+    return None if optimizer.observer is None else optimizer.observer.begin(scale, coefficient)
 
 
 def _coefficient(
-    method: Method, plan: Plan, scale: float, norm_to_clip: Callable[[float], float] | None
+    optimizer: MethodOptimizer, plan: Plan, scale: float, norm_to_clip: Callable[[float], float] | None
 ) -> float | None:
     """The clipping coefficient, 1 without clipping; None to skip the step."""
-    options = method.options
+    options = optimizer.options
     if not options.wants_norm:
         return 1.0
-    norm = plan.total_norm(method) * scale
+    norm = plan.total_norm(optimizer) * scale
     if norm_to_clip is None:
-        method.grad_norm = norm
-    if options.nonfinite != "step" and not math.isfinite(norm) and (names := plan.nonfinite_gradients(method)):
+        optimizer.grad_norm = norm
+    if options.nonfinite != "step" and not math.isfinite(norm) and (names := plan.nonfinite_gradients(optimizer)):
         if options.nonfinite == "raise":
             raise FloatingPointError(
-                f"{type(method).__name__}: NaN or Inf in the gradient of {', '.join(names)}. Nothing has moved; "
+                f"{type(optimizer).__name__}: NaN or Inf in the gradient of {', '.join(names)}. Nothing has moved; "
                 "nonfinite='skip' skips such steps."
             )
-        if method.observer is not None:
-            method.observer.skip(names)
+        if optimizer.observer is not None:
+            optimizer.observer.skip(names)
         return None
     if norm_to_clip is not None:
         norm = norm_to_clip(norm)

@@ -16,6 +16,7 @@ from descend.core.decision import Decision
 from descend.core.measures import Sample, correction
 from descend.core.memory import wide
 from descend.core.method import Method
+from descend.core.optimizer import MethodOptimizer
 from descend.core.signature import signature
 from descend.core.update import Cell, Update, number, signed
 from descend.distributed.dtensors import local_of
@@ -36,6 +37,7 @@ class Entry(NamedTuple):
         local: the plain tensor to update, with its gradient: this rank's part of a sharded parameter, else ``param``.
         share: which ranks hold the parts; None if it is not sharded.
         group: the index of its group.
+        method: how the group is updated.
         rule: the rule to apply.
         state: its state when the plan was made.
         backend: what runs the rule.
@@ -49,6 +51,7 @@ class Entry(NamedTuple):
     local: Tensor
     share: Share | None
     group: int
+    method: Method
     rule: Any
     state: Mapping[str, Any]
     backend: Backend
@@ -80,12 +83,12 @@ class _Batch(NamedTuple):
 
 
 class LaunchUpdate(Update):
-    """All parameters with dense gradients that one backend takes, sorted into launches by rule and dtypes.
+    """All parameters of a method with dense gradients that one backend takes, as launches by rule and dtypes.
 
     Args:
-        method: the optimizer.
+        optimizer: the optimizer.
         backend: runs the rules.
-        entries: the parameters, all of one share and on one device.
+        entries: the parameters, all of one method and share, and on one device.
     """
 
     # From ``make_state`` on.
@@ -94,11 +97,11 @@ class LaunchUpdate(Update):
     _run_together: Callable[[Any, Decision | None], None]
     _run_measured: Callable[[Any, Decision | None], None] | None
 
-    def __init__(self, method: Method, backend: Backend, entries: Sequence[Entry]) -> None:
-        self._backend, self.decisions = backend, backend.decisions
+    def __init__(self, optimizer: MethodOptimizer, backend: Backend, entries: Sequence[Entry]) -> None:
+        self._method, self._backend, self.decisions = entries[0].method, backend, backend.decisions
         self._batches = [
-            _batch(method, backend, rule, dtypes, members)
-            for (rule, dtypes), members in _by_signature(method, entries).items()
+            _batch(optimizer, backend, rule, dtypes, members)
+            for (rule, dtypes), members in _by_signature(entries).items()
         ]
         self._launches = [batch.launch for batch in self._batches]
         self.params = [entry.local for batch in self._batches for entry in batch.entries]
@@ -119,59 +122,61 @@ class LaunchUpdate(Update):
         sums = [launch.sum_of_squares() for launch in self._launches]
         return sums[0] if len(sums) == 1 else sum(sums)
 
-    def may_count_on_device(self, method: Method) -> bool:
+    def may_count_on_device(self, optimizer: MethodOptimizer) -> bool:
         groups = {row.group for batch in self._batches for row in batch.rows}
-        return all(method.may_decide_on_device(method.param_groups[group]) for group in groups)
+        return all(self._method.may_decide_on_device(optimizer.param_groups[group]) for group in groups)
 
-    def set_scalars(self, method: Method, scale: float) -> None:
-        groups = method.param_groups
+    def set_scalars(self, optimizer: MethodOptimizer, scale: float) -> None:
+        groups = optimizer.param_groups
         for launch, _, _, rows, _ in self._batches:
             for index, row in enumerate(rows):
                 group = groups[row.group]
                 step: Any = row.step + 1 if row.counter is None else wide(row.counter).reshape(()) + 1
-                scalars, next_state = method.scalars_and_state(group, step, row.state)
+                scalars, next_state = self._method.scalars_and_state(group, step, row.state)
                 launch.set_scalars(index, signed(scale, group), self.numbers(scalars))
                 row.next_state = tuple(self.numbers(next_state)) if next_state else ()
-                if self.counts_on_device and method.counts_steps:
+                if self.counts_on_device and self._method.counts_steps:
                     row.next_state = (step, *row.next_state)
 
-    def make_state(self, method: Method) -> None:
+    def make_state(self, optimizer: MethodOptimizer) -> None:
         counters: list[Tensor] = []
         scalar_state: list[Tensor] = []
         place = self.device if self.counts_on_device else CPU
         for launch, _, entries, rows, row_of in self._batches:
             tensors = []
             for position, entry in enumerate(entries):
-                group = method.param_groups[entry.group]
-                state = ensure_state(method, entry.param, entry.rule, group, scalars_on=place)
+                group = optimizer.param_groups[entry.group]
+                state = ensure_state(optimizer, entry.param, entry.rule, group, scalars_on=place)
                 names = signature(entry.rule).state
                 tensors.append([local_of(state[name]) for name in names])
                 lazy_memory.commit(tensors[-1])
-                if method.counts_steps:
+                if self._method.counts_steps:
                     counters.append(state["step"])
                     names += ("step",)
                 row = rows[row_of[position]]
-                row.state = [state[name] for name in method.scalar_state]
-                if self.counts_on_device and method.counts_steps:
+                row.state = [state[name] for name in self._method.scalar_state]
+                if self.counts_on_device and self._method.counts_steps:
                     row.counter = state["step"]
                 scalar_state += row.state
-                self._state_tensors += [(entry.param, name, state[name]) for name in (*names, *method.scalar_state)]
+                self._state_tensors += [
+                    (entry.param, name, state[name]) for name in (*names, *self._method.scalar_state)
+                ]
                 if launch.addresses is not None:
                     self._cells[entry.local] = Cell(launch.addresses, position)
             launch.set_state(tensors)
         if self.counts_on_device:
-            self._counters, self._scalar_state = self._backend.scalar_state([]), self._on_device(method)
+            self._counters, self._scalar_state = self._backend.scalar_state([]), self._on_device(optimizer)
         else:
             self._counters = self._backend.scalar_state(counters)
             self._scalar_state = self._backend.scalar_state(scalar_state)
         self._run_together, self._run_measured = self._together(), None
 
-    def _on_device(self, method: Method) -> ScalarState:
+    def _on_device(self, optimizer: MethodOptimizer) -> ScalarState:
         """The step counts and scalar state of all parameters, which rows of ``_next_rows`` follow."""
-        names = ("step", *method.scalar_state) if method.counts_steps else method.scalar_state
+        names = ("step", *self._method.scalar_state) if self._method.counts_steps else self._method.scalar_state
         tensors, rows, first = [], [], 0
         for batch in self._batches:
-            tensors += [[method.state_of(entry.param)[name] for name in names] for entry in batch.entries]
+            tensors += [[optimizer.state_of(entry.param)[name] for name in names] for entry in batch.entries]
             rows += [first + row for row in batch.row_of]
             first += len(batch.rows)
         return self.decisions.scalar_state(tensors, rows)  # type: ignore[no-any-return]
@@ -181,11 +186,11 @@ class LaunchUpdate(Update):
         written = [*self.params, *self._wrappers]
         return self._backend.together(written, self._launches, self._counters, self._scalar_state, measures)
 
-    def run(self, method: Method, sample: Sample | None = None) -> None:
+    def run(self, optimizer: MethodOptimizer, sample: Sample | None = None) -> None:
         values: Any = _NONE
         if self.counts_on_device:
             values = [row.next_state for batch in self._batches for row in batch.rows]
-        elif method.scalar_state:
+        elif self._method.scalar_state:
             values = self._next_values()
         if sample is None:
             self._run_together(values, self.decision)
@@ -197,12 +202,12 @@ class LaunchUpdate(Update):
             for row in batch.rows:
                 row.step += 1
         if sample is not None:
-            self._add_to(sample, method)
+            self._add_to(sample, optimizer)
 
-    def _add_to(self, sample: Sample, method: Method) -> None:
+    def _add_to(self, sample: Sample, optimizer: MethodOptimizer) -> None:
         """Add what the launches have measured in this step."""
         for launch, params, entries, rows, row_of in self._batches:
-            rule, groups = entries[0].rule, method.param_groups
+            rule, groups = entries[0].rule, optimizer.param_groups
             corrections = np.array([correction(rule, groups[row.group], row.step) for row in rows])
             sample.add(params, launch.measured(), corrections[row_of])
 
@@ -212,8 +217,8 @@ class LaunchUpdate(Update):
             [np.array([row.next_state for row in batch.rows])[batch.row_of].ravel() for batch in self._batches]
         )
 
-    def is_valid(self, method: Method) -> bool:
-        state = method.state
+    def is_valid(self, optimizer: MethodOptimizer) -> bool:
+        state = optimizer.state
         if self.counts_on_device and isinstance(state, State) and state.is_private:
             return True  # asking a thousand tensors for their versions costs more than the rest of a step
         return self._counters.is_unchanged() and self._scalar_state.is_unchanged()
@@ -249,32 +254,33 @@ class SingleUpdate(Update):
         norm = norm if self.decision is not None else float(norm)
         return norm * norm
 
-    def may_count_on_device(self, method: Method) -> bool:
+    def may_count_on_device(self, optimizer: MethodOptimizer) -> bool:
         # The graph of a step that is left out would multiply its NaN by zero.
-        return not self._differentiable and method.may_decide_on_device(method.param_groups[self._entry.group])
+        group = optimizer.param_groups[self._entry.group]
+        return not self._differentiable and self._entry.method.may_decide_on_device(group)
 
-    def set_scalars(self, method: Method, scale: float) -> None:
-        self._scale = scale
-        group, state = method.param_groups[self._entry.group], method.state_of(self._entry.param)
+    def set_scalars(self, optimizer: MethodOptimizer, scale: float) -> None:
+        self._scale, method = scale, self._entry.method
+        group, state = optimizer.param_groups[self._entry.group], optimizer.state_of(self._entry.param)
         takes = signature(self._entry.rule)
-        checked_state(method, self._entry.param, self._entry.local, takes.state, group, state)
+        checked_state(optimizer, self._entry.param, self._entry.local, takes.state, group, state)
         place = self.device if self.counts_on_device else CPU
         scalar_state = scalar_tensors(method, method.scalar_state, self._entry.param, group, state, place)
-        scalars, next_state = method.scalars_and_state(group, self._step_count(method) + 1, scalar_state)
+        scalars, next_state = method.scalars_and_state(group, self._step_count(optimizer) + 1, scalar_state)
         for _, value in zip((*takes.scalars, *method.scalar_state), (*scalars, *next_state), strict=True):
             if not (self.counts_on_device and isinstance(value, Tensor)):
                 float(number(value))  # raises for what cannot be used, before anything moves
 
-    def make_state(self, method: Method) -> None:
+    def make_state(self, optimizer: MethodOptimizer) -> None:
         """The state is made when the update runs: another update of the step may share it."""
 
-    def run(self, method: Method, sample: Sample | None = None) -> None:
-        entry, differentiable = self._entry, self._differentiable
-        group = method.param_groups[entry.group]
+    def run(self, optimizer: MethodOptimizer, sample: Sample | None = None) -> None:
+        entry, method, differentiable = self._entry, self._entry.method, self._differentiable
+        group = optimizer.param_groups[entry.group]
         with torch.set_grad_enabled(differentiable):
-            step = self._step_count(method) + 1
+            step = self._step_count(optimizer) + 1
             place = self.device if self.counts_on_device else CPU
-            state = ensure_state(method, entry.param, entry.rule, group, scalars_on=place)
+            state = ensure_state(optimizer, entry.param, entry.rule, group, scalars_on=place)
             scalar_state = [state[name] for name in method.scalar_state]
             # As in the rule: what a graph has seen is not written to.
             seen = [value.clone() for value in scalar_state] if differentiable else scalar_state
@@ -310,30 +316,31 @@ class SingleUpdate(Update):
         assert self._entry.local.grad is not None
         return self._entry.local.grad
 
-    def _step_count(self, method: Method) -> Any:
-        state = dict.get(method.state, self._entry.param) or {}
+    def _step_count(self, optimizer: MethodOptimizer) -> Any:
+        state, method = dict.get(optimizer.state, self._entry.param) or {}, self._entry.method
         if self.counts_on_device and method.counts_steps and isinstance(state.get("step"), Tensor):
             return wide(state["step"]).to(self.device).reshape(())
         return step_count(method, self._entry.rule, state)
 
 
-def _by_signature(method: Method, entries: Sequence[Entry]) -> dict[Any, list[Entry]]:
+def _by_signature(entries: Sequence[Entry]) -> dict[Any, list[Entry]]:
     by_signature: defaultdict[Any, list[Entry]] = defaultdict(list)
     for entry in entries:
         grad = entry.local if entry.local.grad is None else entry.local.grad
-        dtypes = entry.param.dtype, grad.dtype, *state_dtypes(method, entry.param, entry.rule, entry.state)
+        dtypes = entry.param.dtype, grad.dtype, *state_dtypes(entry.method, entry.param, entry.rule, entry.state)
         by_signature[entry.rule, dtypes].append(entry)
     return by_signature
 
 
 def _batch(
-    method: Method, backend: Backend, rule: Any, dtypes: tuple[torch.dtype, ...], entries: list[Entry]
+    optimizer: MethodOptimizer, backend: Backend, rule: Any, dtypes: tuple[torch.dtype, ...], entries: list[Entry]
 ) -> _Batch:
     rows: dict[Any, _ScalarsRow] = {}
     keys = []
+    method = entries[0].method
     steps = step_counts(method, rule, [entry.state for entry in entries])
     for entry, step in zip(entries, steps, strict=True):
-        group = method.param_groups[entry.group]
+        group = optimizer.param_groups[entry.group]
         state = scalar_tensors(method, method.scalar_state, entry.param, group, entry.state)
         keys.append((entry.group, step, *((tensor.dtype, tensor.item()) for tensor in state)))
         rows.setdefault(keys[-1], _ScalarsRow(entry.group, step, state))

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from descend.core.method import Method
+from descend.core.optimizer import MethodOptimizer
 from descend.core.signature import signature
 from descend.distributed.dtensors import local_of
 
@@ -28,16 +28,17 @@ class DeadRows(NamedTuple):
     rows: int
 
 
-def dead_rows(method: Method, params: Mapping[str, Tensor]) -> dict[str, DeadRows]:
+def dead_rows(optimizer: MethodOptimizer, params: Mapping[str, Tensor]) -> dict[str, DeadRows]:
     """See ``Monitor.dead_rows``; ``params`` by name."""
     found = {}
     for name, param in params.items():
-        state = method.state_of(param)
+        state = optimizer.state_of(param)
         if "row_step" in state:  # sparse="exact": zero or negative while the row's averages are zero
             steps = local_of(state["row_step"])
             found[name] = DeadRows(int((steps <= 0).sum()), len(steps))
             continue
-        group = method.group_of(param)
+        group = optimizer.group_of(param)
+        method = optimizer.method_of(group)
         takes = signature(method.rule_for(group)).state
         evidence = next((key for key in _EVIDENCE if key in takes and isinstance(state.get(key), Tensor)), None)
         if evidence is None or local_of(state[evidence]).dim() < 2:

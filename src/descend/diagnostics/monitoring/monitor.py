@@ -12,7 +12,7 @@ import numpy as np
 from torch import Tensor, nn
 
 from descend.core.measures import Observer, Sample
-from descend.core.method import Method
+from descend.core.optimizer import MethodOptimizer
 from descend.diagnostics.monitoring import alerts, callbacks, ranks
 from descend.diagnostics.monitoring import report as page
 from descend.diagnostics.monitoring.alerts import KINDS, Alert, On, Watch
@@ -90,7 +90,7 @@ class Monitor(Observer):
         keep: int = 1000,
         step: int = 0,
     ) -> None:
-        if not isinstance(optimizer, Method):
+        if not isinstance(optimizer, MethodOptimizer):
             kind = type(optimizer)
             raise TypeError(
                 "Monitor takes an optimizer of descend that updates each parameter by itself (SGD, Adam, AdamW, "

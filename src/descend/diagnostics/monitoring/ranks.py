@@ -6,15 +6,15 @@ import copy
 
 import numpy as np
 
-from descend.core.method import Method
+from descend.core.optimizer import MethodOptimizer
 from descend.diagnostics.monitoring.records import Record
 from descend.distributed.ranks import Ranks, Share, share_of
 from descend.distributed.shard_state import as_sharded
 
 
-def reduced(method: Method, record: Record) -> Record:
+def reduced(optimizer: MethodOptimizer, record: Record) -> Record:
     """The record with the sums of all ranks, in which each element counts once. All ranks must call it."""
-    shares = [share_of(as_sharded(method, param)) for param in record.names.params]
+    shares = [share_of(as_sharded(optimizer, param)) for param in record.names.params]
     values: dict[Share | None, np.ndarray] = {None: np.zeros_like(record.sums)}
     for i, share in enumerate(shares):
         values.setdefault(share, np.zeros_like(record.sums))[i] = record.sums[i]
