@@ -42,14 +42,23 @@ def adafactor_vector(param, grad, variance, lr, gain, step_size, weight_decay, e
     return _relative_step(param, grad, variance, lr, step_size, weight_decay, eps1, eps2, clip), variance
 
 
-def _relative_step(param, grad, variance, lr, step_size, weight_decay, eps1, eps2, clip):
+def _relative_step(
+    param: Tensor,
+    grad: Tensor,
+    variance: Tensor,
+    lr: float,
+    step_size: float,
+    weight_decay: float,
+    eps1: float,
+    eps2: float,
+    clip: float,
+) -> Any:
     update = grad / sqrt(maximum(variance, eps1 * eps1))
-    step_size = maximum(_root_mean_square(param), eps2) * step_size
-    excess = maximum(_root_mean_square(update) / clip, 1.0)
-    return (1 - lr * weight_decay) * param - step_size / excess * update
+    length = maximum(_root_mean_square(param), eps2) * step_size / maximum(_root_mean_square(update) / clip, 1.0)
+    return (1 - lr * weight_decay) * param - length * update
 
 
-def _mean_square(values: Tensor, dim: int) -> Tensor:
+def _mean_square(values: Tensor, dim: int) -> Any:
     return torch.linalg.vector_norm(values, dim=dim, keepdim=True).square() / max(values.shape[dim], 1)
 
 
@@ -191,17 +200,15 @@ def _whole_factors(factors: Tensor, shape: Shape, dims: tuple[int, ...]) -> dict
 def _split(bases: Tensor, shape: Shape, dims: tuple[int, ...]) -> dict[int, Tensor]:
     """Each dimension's basis, a view: eigenvectors are columns."""
     sizes = [shape[dim] for dim in dims]
-    parts = bases.split([size * size for size in sizes]) if dims else ()
+    parts = torch.split(bases, [size * size for size in sizes]) if dims else ()
     return {dim: part.view(size, size) for dim, size, part in zip(dims, sizes, parts, strict=True)}
 
 
 def _rotated(values: Tensor, bases: Mapping[int, Tensor]) -> Tensor:
     """The coordinates of ``values`` in the bases of its dimensions."""
     for dim, basis in bases.items():
-        if dim == values.dim() - 1:
-            values = values @ basis
-        else:
-            values = (basis.mT @ values.flatten(dim + 1)).view(values.shape)
+        is_last = dim == values.dim() - 1
+        values = values @ basis if is_last else (basis.mT @ values.flatten(dim + 1)).view(values.shape)
     return values
 
 
@@ -232,13 +239,13 @@ def _finite_or_nan(matrix: Tensor, decomposition: Callable[[Tensor], Tensor]) ->
     return decomposition(matrix) if matrix.isfinite().all() else torch.full_like(matrix, torch.nan)
 
 
-def _eigh(matrix: Tensor) -> Tensor:
+def _eigh(matrix: Tensor) -> Any:
     """Eigenvectors; where LAPACK does not converge even in float64, the identity, which power iteration will turn."""
     for dtype in (matrix.dtype, torch.float64):
-        with suppress(torch.linalg.LinAlgError):
+        with suppress(RuntimeError):
             return torch.linalg.eigh(matrix.to(dtype)).eigenvectors.to(matrix.dtype)
     return torch.eye(len(matrix), dtype=matrix.dtype, device=matrix.device)
 
 
-def _orthogonal(matrix: Tensor) -> Tensor:
+def _orthogonal(matrix: Tensor) -> Any:
     return torch.linalg.qr(matrix).Q

@@ -1,11 +1,12 @@
 """The public names; ``descend`` itself imports them when one is first asked for."""
 
-from torch.optim import Adafactor, Muon, Optimizer, lr_scheduler, swa_utils
+from torch.optim import Muon, Optimizer, lr_scheduler, swa_utils
 
 from descend.backends.backend import RuleError
 from descend.checkpoint.matching import IncompatibleKeys
 from descend.core.groups import no_decay
 from descend.diagnostics.monitoring.monitor import Monitor
+from descend.first_order.adafactor import Adafactor
 from descend.first_order.adam import Adam, AdamW
 from descend.first_order.adam_variants import Adamax, NAdam, RAdam
 from descend.first_order.from_rule import from_rule
@@ -14,6 +15,7 @@ from descend.first_order.optimizer import FirstOrder, warmup
 from descend.first_order.schedule_free import AdamWScheduleFree
 from descend.first_order.sgd import ASGD, SGD
 from descend.first_order.signs import Lion, Rprop
+from descend.first_order.soap import SOAP
 from descend.first_order.sparse_adam import SparseAdam
 from descend.first_order.squares import Adadelta, Adagrad, RMSprop
 from descend.norms.clip import clip_grad_norm_, clip_grad_value_, clip_grads_with_norm_, get_total_norm
@@ -26,6 +28,7 @@ __all__ = [
     "ASGD",
     "LBFGS",
     "SGD",
+    "SOAP",
     "Adadelta",
     "Adafactor",
     "Adagrad",

@@ -64,6 +64,13 @@ class Method:
         """The rule of a group, chosen by its options."""
         return self.rule
 
+    def rule_of(self, param: Tensor, group: Mapping[str, Any]) -> Callable[..., Any]:
+        """The rule of one parameter of a group. Default: the group's; another one may depend on the shape.
+
+        It takes the same scalars as the group's, and changes only when that does.
+        """
+        return self.rule_for(group)
+
     def scalars(self, group: Mapping[str, Any], step: float) -> tuple[Any, ...]:
         """The scalars of the rule, in its order, for a parameter's ``step``-th step (1 is the first).
 
@@ -153,7 +160,7 @@ class Method:
                 f"{type(self).__name__} does not support sparse gradients, please consider SparseAdam instead, or say "
                 f"what they mean: {cures} ({self.name_of(param)} has a gradient of layout {layout})"
             )
-        if signature(self.rule_for(group)).kind == "matrix":
+        if signature(self.rule_of(param, group)).kind == "matrix":
             raise RuntimeError(
                 f"{type(self).__name__}: a rule of whole matrices cannot update single rows, but {self.name_of(param)} "
                 "has a sparse gradient: make it dense."
