@@ -18,6 +18,7 @@ from descend import (
     ASGD,
     SGD,
     Adadelta,
+    Adafactor,
     Adagrad,
     Adam,
     Adamax,
@@ -80,6 +81,12 @@ CASES = [
     Case(AdamWScheduleFree, textbook.AdamWScheduleFree, dict(lr=0.1, weight_decay=0.1, warmup_steps=3)),
     Case(NAdam, torch.optim.NAdam, dict(lr=0.01, weight_decay=0.1, decoupled_weight_decay=True)),
     Case(RAdam, torch.optim.RAdam, dict(lr=0.01, weight_decay=0.1, decoupled_weight_decay=True)),
+]
+# Rules of whole matrices, which have no compiled backend; torch's Adafactor cannot step tensors of no elements.
+MATRIX_CASES = [
+    Case(Adafactor, torch.optim.Adafactor, dict(lr=0.05)),
+    Case(Adafactor, torch.optim.Adafactor, dict(lr=0.02, weight_decay=0.1, maximize=True)),
+    Case(Adafactor, torch.optim.Adafactor, dict(lr=0.5, beta2_decay=-0.5, eps=(1e-2, 0.5), d=1.5)),
 ]
 # State that does not start at zero: NAdam's and ASGD's scalars, Adagrad's sums, Rprop's step sizes.
 NONZERO_START = [case for case in CASES if case.ours in (NAdam, Adagrad, Rprop, ASGD)]
