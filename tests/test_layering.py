@@ -16,6 +16,7 @@ ROOT = Path(descend.__file__).parent
 ARROWS = {
     "ops": set(),
     "rules": {"ops"},
+    "matrix_rules": {"core", "ops"},
     "core": {"ops"},
     "backends": {"core", "ops"},
     "distributed": {"core"},
@@ -25,7 +26,18 @@ ARROWS = {
     "step": {"backends", "core", "distributed", "norms", "sparse", "state"},
     "checkpoint": {"core", "distributed", "sparse", "state"},
     "diagnostics": {"core", "distributed", "reporting"},
-    "first_order": {"checkpoint", "core", "diagnostics", "distributed", "ops", "rules", "sparse", "state", "step"},
+    "first_order": {
+        "checkpoint",
+        "core",
+        "diagnostics",
+        "distributed",
+        "matrix_rules",
+        "ops",
+        "rules",
+        "sparse",
+        "state",
+        "step",
+    },
     "second_order": {"checkpoint", "core", "distributed"},
     "public": {"backends", "checkpoint", "core", "diagnostics", "first_order", "norms", "second_order"},
     "__init__": {"public"},
@@ -121,7 +133,7 @@ def test_numba_is_imported_only_where_something_is_compiled() -> None:
     assert top <= compilers
 
 
-TORCHS = ("Adafactor", "Muon", "Optimizer", "lr_scheduler", "swa_utils")
+TORCHS = ("Muon", "Optimizer", "lr_scheduler", "swa_utils")
 if torch.__version__ >= "2.13":
     TORCHS += ("swap_in_optimizer_params_and_state",)
 if torch.__version__ >= "2.15":
@@ -130,7 +142,7 @@ if torch.__version__ >= "2.15":
 
 def test_public_names_are_frozen() -> None:
     names = (
-        "SGD ASGD Lion Rprop Adagrad RMSprop Adadelta Adam AdamW Adamax NAdam RAdam AdamWScheduleFree SparseAdam LBFGS "
+        "SGD ASGD Lion Rprop Adagrad RMSprop Adadelta Adam AdamW Adamax NAdam RAdam AdamWScheduleFree SparseAdam Adafactor SOAP LBFGS "
         "Newton FirstOrder Monitor IncompatibleKeys RuleError Progress Result Status "
         "clip_grad_norm_ clip_grad_value_ clip_grads_with_norm_ "
         "from_rule get_total_norm in_backward minimize no_decay warmup"

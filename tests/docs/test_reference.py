@@ -11,7 +11,7 @@ import torch
 from doc_pages import ROOT
 
 import descend
-from descend import rules
+from descend import matrix_rules, rules
 
 REFERENCE = ROOT / "docs" / "reference"
 
@@ -36,7 +36,11 @@ def test_every_public_name_is_in_the_reference() -> None:
 
 def test_every_rule_is_in_the_reference() -> None:
     shown = re.findall(r"^\[source: (\w+)\]", (REFERENCE / "rules.md").read_text("utf-8"), re.MULTILINE)
-    assert shown == [name for name, rule in vars(rules).items() if getattr(rule, "__module__", "") == rules.__name__]
+    expected = [name for name, rule in vars(rules).items() if getattr(rule, "__module__", "") == rules.__name__]
+    assert shown[: len(expected)] == expected
+    others = set(shown[len(expected) :])
+    assert {name for name, rule in vars(matrix_rules).items() if getattr(rule, "kind", "") == "matrix"} <= others
+    assert others <= vars(matrix_rules).keys()
 
 
 def test_every_command_is_in_the_reference() -> None:
