@@ -142,7 +142,8 @@ if torch.__version__ >= "2.15":
 
 def test_public_names_are_frozen() -> None:
     names = (
-        "SGD ASGD Lion Rprop Adagrad RMSprop Adadelta Adam AdamW Adamax NAdam RAdam AdamWScheduleFree SparseAdam Adafactor SOAP LBFGS "
+        "SGD ASGD Lion Rprop Adagrad RMSprop Adadelta Adam AdamW Adamax NAdam RAdam AdamWScheduleFree SparseAdam "
+        "Adafactor SOAP LBFGS "
         "Newton FirstOrder Monitor IncompatibleKeys RuleError Progress Result Status "
         "clip_grad_norm_ clip_grad_value_ clip_grads_with_norm_ "
         "from_rule get_total_norm in_backward minimize no_decay warmup"

@@ -115,10 +115,13 @@ def soap(max_precond_dim: int = 10000, precondition_1d: bool = False, flatten: b
             return param, exp_avg, exp_avg_sq, factors, _eigenvectors(factors, shape, dims)
         old = _split(bases, shape, dims)
         grad = _rotated(grad, old)
-        exp_avg = (1 - gain1) * exp_avg.reshape(shape) + gain1 * grad
-        exp_avg_sq = (1 - gain2) * exp_avg_sq.reshape(shape) + gain2 * grad * grad
-        update = _rotated_back(exp_avg / (sqrt(exp_avg_sq) + eps), old)
-        param = (1 - lr * weight_decay) * (param - lr * bias2**0.5 / bias1 * update.reshape(param.shape))
+        # Written in place to what has just been made: memory is what these operations wait for.
+        exp_avg = ((1 - gain1) * exp_avg.reshape(shape)).add_(grad, alpha=gain1)
+        exp_avg_sq = ((1 - gain2) * exp_avg_sq.reshape(shape)).addcmul_(grad, grad, value=gain2)
+        denom = exp_avg_sq.sqrt().add_(eps)
+        update = _rotated_back(torch.div(exp_avg, denom, out=denom), old).reshape(param.shape)
+        shrinkage = 1 - lr * weight_decay
+        param = (shrinkage * param).sub_(update, alpha=shrinkage * lr * bias2**0.5 / bias1)
         if turns:
             exp_avg = _rotated_back(exp_avg, old)
             exp_avg_sq, bases = _turned(exp_avg_sq, factors, old)
