@@ -23,7 +23,7 @@ from descend.bench.shapes import gpt2_sizes
 
 FREQUENCY = 6  # steps from one change of the bases to the next
 BETWEEN, TURNING = "between changes of the bases", "with a change"
-OPTIONS = {"lr": 3e-3, "betas": (0.95, 0.95), "weight_decay": 0.01, "precondition_frequency": FREQUENCY}
+OPTIONS: dict[str, Any] = {"lr": 3e-3, "betas": (0.95, 0.95), "weight_decay": 0.01, "precondition_frequency": FREQUENCY}
 
 
 def contenders(values: list[Tensor]) -> dict[str, tuple[list[Tensor], Any]]:

@@ -15,7 +15,10 @@ import torch
 from torch import Tensor
 
 from descend import (
+    ADOPT,
     ASGD,
+    LAMB,
+    MARS,
     SGD,
     Adadelta,
     Adafactor,
@@ -24,13 +27,19 @@ from descend import (
     Adamax,
     AdamW,
     AdamWScheduleFree,
+    Adan,
+    AdEMAMix,
     FirstOrder,
     Lion,
+    Muon,
     NAdam,
+    NorMuon,
+    Prodigy,
     RAdam,
     RMSprop,
     Rprop,
 )
+from descend.core.signature import signature
 
 BACKENDS = ("cpu", "eager") if "DESCEND_TEST_BACKEND" not in os.environ else (os.environ["DESCEND_TEST_BACKEND"],)
 DENSE_BACKENDS = BACKENDS if "DESCEND_TEST_BACKEND" in os.environ else (*BACKENDS, "foreach")  # rows are eager's
@@ -39,6 +48,8 @@ ON_GPU = pytest.param("triton", id="cuda", marks=pytest.mark.gpu)
 EVERYWHERE = (*BACKENDS, ON_GPU)
 DENSE_EVERYWHERE = (*DENSE_BACKENDS, ON_GPU)
 SHAPES = ((), (0,), (7, 5), (129,))
+
+MATRICES = ((7, 5), (0, 3), (3, 70, 2), (1, 9), (65, 150), (7, 5), (9, 1))
 
 
 class Case(NamedTuple):
@@ -54,6 +65,11 @@ class Case(NamedTuple):
     def takes(self, option: str) -> bool:
         """Whether the optimizer has an option of this name."""
         return option in inspect.signature(self.ours).parameters
+
+    def needs_sums(self) -> bool:
+        """Whether its rule needs sums over whole tensors."""
+        optimizer = self.ours([torch.zeros(1, requires_grad=True)], **self.options)
+        return signature(optimizer.rule_for(optimizer.param_groups[0])).summed is not None
 
 
 # At least one line for each rule.
@@ -81,6 +97,18 @@ CASES = [
     Case(AdamWScheduleFree, textbook.AdamWScheduleFree, dict(lr=0.1, weight_decay=0.1, warmup_steps=3)),
     Case(NAdam, torch.optim.NAdam, dict(lr=0.01, weight_decay=0.1, decoupled_weight_decay=True)),
     Case(RAdam, torch.optim.RAdam, dict(lr=0.01, weight_decay=0.1, decoupled_weight_decay=True)),
+    Case(ADOPT, textbook.ADOPT, dict(lr=0.01, weight_decay=0.1)),
+    Case(AdEMAMix, textbook.AdEMAMix, dict(lr=0.01, weight_decay=0.1, beta3_warmup=9, alpha_warmup=5)),
+    Case(Adan, textbook.Adan, dict(lr=0.01, weight_decay=0.1)),
+    Case(MARS, textbook.MARS, dict(lr=0.01, weight_decay=0.1)),
+    Case(LAMB, textbook.LAMB, dict(lr=0.01, weight_decay=0.1)),
+    Case(Prodigy, textbook.Prodigy, dict(d0=1e-3, weight_decay=0.1)),
+]
+# The same for rules of whole matrices: parameters have the shapes ``MATRICES``, and results differ by rounding.
+MATRIX_CASES = [
+    Case(Muon, textbook.Muon, dict(lr=0.1)),
+    Case(Muon, textbook.Muon, dict(lr=0.1, nesterov=False, adjust_lr_fn="match_rms_adamw")),
+    Case(NorMuon, textbook.NorMuon, dict(weight_decay=0.1)),
 ]
 # Rules of whole matrices, which have no compiled backend; torch's Adafactor cannot step tensors of no elements.
 MATRIX_CASES = [
@@ -163,6 +191,22 @@ EVERY_CASE = [
     Case(Lion, textbook.Lion, dict(lr=0.01, betas=(0.0, 0.8))),
     Case(AdamWScheduleFree, textbook.AdamWScheduleFree, dict(lr=0.1, betas=(0.5, 0.8), eps=1e-3, warmup_steps=20)),
     Case(AdamWScheduleFree, textbook.AdamWScheduleFree, dict(r=2.0, weight_lr_power=1.0, warmup_steps=10)),
+    Case(ADOPT, textbook.ADOPT, dict(betas=(0.5, 0.8), eps=1e-3, clip_exp=float("inf"), maximize=True)),
+    Case(ADOPT, textbook.ADOPT, dict(lr=0.1, clip_exp=0.1, weight_decay=0.1, decoupled_weight_decay=True)),
+    Case(AdEMAMix, textbook.AdEMAMix, dict(lr=0.1, betas=(0.5, 0.8, 0.9), alpha=5.0, eps=1e-3, maximize=True)),
+    Case(AdEMAMix, textbook.AdEMAMix, dict(betas=(0.9, 0.99, 0.999), beta3_warmup=100, weight_decay=0.1)),
+    Case(Adan, textbook.Adan, dict(lr=0.1, betas=(0.5, 0.0, 0.8), eps=1e-3, maximize=True)),
+    Case(Adan, textbook.Adan, dict(lr=0.01, no_prox=True, weight_decay=0.1)),
+    Case(MARS, textbook.MARS, dict(lr=0.1, betas=(0.5, 0.8), eps=1e-3, gamma=0.5, maximize=True)),
+    Case(LAMB, textbook.LAMB, dict(betas=(0.5, 0.8), eps=1e-3, bias_correction=False, clamp_value=3.0, maximize=True)),
+    Case(LAMB, textbook.LAMB, dict(lr=0.01, weight_decay=0, always_adapt=False)),
+    # In these the estimate grows.
+    Case(
+        Prodigy, textbook.Prodigy, dict(betas=(0.5, 0.8), eps=1e-3, d0=1e-3, d_coef=9, growth_rate=1.1, maximize=True)
+    ),
+    Case(Prodigy, textbook.Prodigy, dict(lr=0.5, d0=1e-3, d_coef=9, decouple=False, weight_decay=0.1)),
+    Case(Prodigy, textbook.Prodigy, dict(d0=1e-3, d_coef=9, use_bias_correction=True)),
+    Case(Prodigy, textbook.Prodigy, dict(beta3=0.9, d0=1e-3, d_coef=5, safeguard_warmup=True)),
 ]
 
 

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from types import FunctionType
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -15,7 +16,10 @@ from descend.backends.triton.backend import TritonBackend
 from descend.core.decision import Decision
 from descend.core.signature import signature
 
-RULES = [rule for rule in vars(rules).values() if isinstance(rule, FunctionType) and rule.__module__ == rules.__name__]
+# Those of elements; functions that are parts of other rules left out.
+ALL = [rule for rule in vars(rules).values() if isinstance(rule, FunctionType) and rule.__module__ == rules.__name__]
+PARTS = [part for rule in ALL for part in (signature(rule).averaged, signature(rule).summed)]
+RULES = [rule for rule in ALL if rule not in PARTS and signature(rule).kind == "element"]
 HALF, BRAIN, SINGLE, DOUBLE = torch.float16, torch.bfloat16, torch.float32, torch.float64
 FILL = 7.0
 
@@ -73,10 +77,14 @@ class Run:
     def launch(self, backend: TritonBackend, wants_norm: bool = False) -> Any:
         """A launch that is ready to run, its first row of scalars set."""
         params = [row[0] for row in self.tensors]
-        launch = backend.launch(self.rule, len(values(self.rule)), self.dtypes, params, [0] * len(params))
+        scalars, given = values(self.rule), len(signature(self.rule).given)
+        launch = backend.launch(self.rule, given, self.dtypes, params, [0] * len(params))
         launch.compile(wants_norm)
         launch.set_state([row[2:] for row in self.tensors])
-        launch.set_scalars(0, 0.5, values(self.rule))
+        launch.set_scalars(0, 0.5, scalars[:given])
+        if scalars[given:]:
+            launch.sums()
+            launch.set_formed(np.array([scalars[given:]] * len(params)))
         return launch
 
     def run(self, decision: Decision | None = None) -> None:

@@ -1,20 +1,464 @@
-"""The mathematics of methods that look at whole matrices, in order of complexity."""
+"""The mathematics of methods that see whole matrices, in order of complexity.
+
+``orthogonalize`` replaces the singular values of a matrix by numbers near one, with products alone. ``muon``,
+``normuon`` and ``soap`` make rules; ``adafactor`` is one. As in ``descend.rules``, a rule takes a parameter, its
+gradient, its state, then numbers; it returns the new parameter and the new state, and modifies nothing. What is no
+number of a step (coefficients, how often to iterate, how a tensor is cut into matrices) is given once, to the function
+that makes the rule; equal options give the same rule.
+"""
 
 from __future__ import annotations
 
+import itertools
 import math
+import platform
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from functools import cache
-from typing import Any, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 import torch
 from torch import Tensor
 
-from descend.core.signature import of_matrices
-from descend.ops import maximum, sqrt
+from descend.ops import maximum, of_matrices, sqrt
 
+Rule: TypeAlias = Callable[..., Any]
+Triple: TypeAlias = tuple[float, float, float]
+Form: TypeAlias = Literal["auto", "direct", "gram"]
 Shape: TypeAlias = tuple[int, ...]
+Adjustment: TypeAlias = Literal["original", "match_rms_adamw", "spectral_unclamped"]
+
+# One (a, b, c) for each iteration, which maps each singular value s to a s + b s^3 + c s^5; the last one is repeated.
+# A. "jordan": Jordan 2024, https://kellerjordan.github.io/posts/muon/. Steep at zero; five iterations bring values
+#    above 0.002 into [0.68, 1.21].
+# B. "polar_express": Amsel et al. 2025, Algorithm 1, https://arxiv.org/abs/2505.16932: each polynomial is the best for
+#    what the ones before it leave. All but the last are stretched by 1.02, so that rounding pushes no value too far.
+# C. "cans": Grishina, Smirnov & Rakhuba 2025, Appendix G, https://arxiv.org/abs/2506.10935: the best cubic polynomials
+#    for values in [0.0009, 1], which end in [0.7, 1.3]. Two products an iteration instead of three.
+_SAFETY = 1.02
+COEFFICIENTS: dict[str, tuple[Triple, ...]] = {
+    "jordan": ((3.4445, -4.7750, 2.0315),),
+    "polar_express": (
+        *(
+            (a / _SAFETY, b / _SAFETY**3, c / _SAFETY**5)
+            for a, b, c in (
+                (8.28721201814563, -23.595886519098837, 17.300387312530933),
+                (4.107059111542203, -2.9478499167379106, 0.5448431082926601),
+                (3.9486908534822946, -2.908902115962949, 0.5518191394370137),
+                (3.3184196573706015, -2.488488024314874, 0.51004894012372),
+                (2.300652019954817, -1.6689039845747493, 0.4188073119525673),
+                (1.891301407787398, -1.2679958271945868, 0.37680408948524835),
+                (1.8750014808534479, -1.2500016453999487, 0.3750001645474248),
+            )
+        ),
+        (1.875, -1.25, 0.375),
+    ),
+    "cans": (
+        (5.181702879894027, -5.177039351076183, 0.0),
+        (2.585422564566848, -0.647862782007566, 0.0),
+        (2.565592012027513, -0.645264570196127, 0.0),
+        (2.516223347431526, -0.638782620243433, 0.0),
+        (2.401068707564606, -0.623585125272674, 0.0),
+        (2.170844761790119, -0.592849780534662, 0.0),
+        (1.839437716819516, -0.547668362229117, 0.0),
+    ),
+}
+
+# An iteration multiplies the rounding errors of a Gram matrix by a^2, as long as they are small. How far they may grow
+# before the matrix is computed anew, in units of 1 / eps: less far when most of its eigenvalues are near one, for then
+# its norm, and with it the errors, are the root of its size larger.
+_GROWTH_AT_FIRST, _GROWTH_LATER = 1.5, 0.125
+_BLOCK = 256  # rows of a product that are computed at once, so that half of a symmetric one is left out
+_SMALL = 64  # a matrix whose Gram matrix is smaller is iterated itself: the products cost less than the calls
+
+
+# Orthogonalization.
+
+
+def iterations(coefficients: str | Sequence[float] | Sequence[Triple], steps: int | None = None) -> tuple[Triple, ...]:
+    """The coefficients of each iteration.
+
+    Args:
+        coefficients: a key of ``COEFFICIENTS``, one triple, or one for each iteration; the last is repeated.
+        steps: how many iterations. Default: 5, or one for each triple if there are several.
+    Raises:
+        ValueError: if no set has that name, or a set is empty or has something else than triples.
+    Example:
+        >>> iterations("jordan", 2)
+        ((3.4445, -4.775, 2.0315), (3.4445, -4.775, 2.0315))
+    """
+    if isinstance(coefficients, str):
+        if coefficients not in COEFFICIENTS:
+            raise ValueError(f"coefficients must be one of {tuple(COEFFICIENTS)} or triples, got {coefficients!r}.")
+        triples: Any = COEFFICIENTS[coefficients]
+    else:
+        triples = tuple(coefficients)
+        triples = triples if triples and isinstance(triples[0], Sequence) else (triples,)
+    if not triples or any(len(triple) != 3 for triple in triples):
+        raise ValueError("Coefficients must be a tuple of exactly 3 values, or several of them")
+    steps = steps if steps is not None else len(triples) if len(triples) > 1 else 5
+    return tuple(triples[min(step, len(triples) - 1)] for step in range(steps))
+
+
+def orthogonalize(
+    matrix: Tensor,
+    coefficients: str | Sequence[float] | Sequence[Triple] = "jordan",
+    steps: int | None = None,
+    eps: float | Tensor = 1e-7,
+    form: Form = "auto",
+    dtype: torch.dtype | None = None,
+) -> Tensor:
+    """Replace the singular values of a matrix by numbers near one, as a polynomial of the matrix: Newton-Schulz.
+
+    ``U diag(s) V^T`` becomes ``U diag(p(s / norm)) V^T``: ``p`` is odd, the composition of all iterations, and ``norm``
+    is the Frobenius norm. Singular values far below the norm stay below one: ``"jordan"`` brings those above 0.002
+    times the norm to at least 0.68.
+
+    The result differs from that of exact arithmetic by at most 20 % of its norm in bfloat16, 0.2 % in float32, 1e-10 in
+    float64. Most of it is the rounding of the matrix itself, which adds small singular values that grow. So in bfloat16
+    a matrix of lower rank becomes one of full rank, whose additional singular values are at most 0.5. A matrix with NaN
+    or Inf gives NaN. Nothing overflows that is finite in float32.
+
+    Args:
+        matrix: shape (..., m, n), with any strides; leading dimensions are a batch.
+        coefficients: ``"jordan"``, ``"polar_express"`` or ``"cans"``; or a triple for all iterations; or one for each.
+        steps: how many iterations. Default: 5, or one for each triple if there are several.
+        eps: smallest number that the matrix is divided by, > 0.
+        form: ``"direct"`` iterates on the matrix, ``"gram"`` on its product with its transpose, which is smaller if the
+            matrix is far from square. Default: the one with fewer operations.
+        dtype: of the products. Default: that of the matrix, but at least float32.
+    Returns:
+        Shape of ``matrix``; its dtype.
+    Raises:
+        ValueError: if the matrix has less than two dimensions, or ``coefficients`` or ``form`` is not one of those.
+    Example:
+        >>> orthogonalize(torch.tensor([[3.0, 0.0], [0.0, 0.0]]), "polar_express", steps=8)
+        tensor([[1., 0.],
+                [0., 0.]])
+
+    Source:
+        Bernstein & Newhouse 2024, https://arxiv.org/abs/2409.20325; Jordan 2024,
+        https://kellerjordan.github.io/posts/muon/
+    """
+    triples = iterations(coefficients, steps)
+    if matrix.dim() < 2:
+        raise ValueError(f"Input tensor must be a matrix, or a batch of matrices, got shape {tuple(matrix.shape)}.")
+    if form not in ("auto", "direct", "gram"):
+        raise ValueError(f"form must be 'auto', 'direct' or 'gram', got {form!r}.")
+    if not matrix.numel():
+        return matrix.clone()
+    is_tall = matrix.size(-2) > matrix.size(-1)
+    wide = matrix.mT if is_tall else matrix
+    dtype = dtype or torch.promote_types(matrix.dtype, torch.float32)
+    x = normalized(wide, eps).to(dtype).reshape(-1, *wide.shape[-2:])
+    x = x[0] if len(x) == 1 else x
+    m, n = x.shape[-2:]
+    if form == "auto":
+        form = "gram" if m >= _SMALL and 2 * n >= 3 * m and len(triples) > 2 else "direct"
+    iterate = _iterate_gram if form == "gram" else _iterate_directly
+    result = iterate(x, triples).reshape(wide.shape).to(matrix.dtype)
+    return result.mT if is_tall else result
+
+
+def normalized(matrix: Tensor, eps: float | Tensor) -> Tensor:
+    """Matrices divided by their Frobenius norms, or by ``eps`` where that is larger; float32 or wider.
+
+    First by the largest magnitude, so that no square overflows or vanishes. Sums go along rows, then over them, so that
+    the bits do not depend on the number of threads.
+    """
+    matrix = matrix.to(torch.promote_types(matrix.dtype, torch.float32))
+    largest = torch.linalg.vector_norm(matrix, math.inf, dim=(-2, -1), keepdim=True)
+    tiny = torch.finfo(matrix.dtype).tiny
+    matrix = matrix / maximum(largest, tiny)
+    norm = torch.linalg.vector_norm(torch.linalg.vector_norm(matrix, dim=-1, keepdim=True), dim=-2, keepdim=True)
+    result: Tensor = matrix / maximum(maximum(norm, eps / maximum(largest, tiny)), tiny)
+    return result
+
+
+def _iterate_directly(x: Tensor, triples: Sequence[Triple]) -> Tensor:
+    """Each iteration on the matrix itself."""
+    for a, b, c in triples:
+        gram = _symmetric(x, x.mT)
+        change = _symmetric(gram, gram, gram, b, c) if c else b * gram
+        x = _product(change, x, x, a)
+    return x
+
+
+def _iterate_gram(x: Tensor, triples: Sequence[Triple]) -> Tensor:
+    """Iterations on the Gram matrix: Zhang, Amsel, Chen & Dao 2026, https://dao-lab.ai/blog/2026/gram-newton-schulz.
+
+    With G = X X^T an iteration is X <- P X, P = a I + b G + c G^2. So G <- P G P, and all P are multiplied by each
+    other before they are multiplied by X. Rounding leaves negative eigenvalues in G, which grow; before they count, X
+    is formed and G is computed from it again.
+
+    Each matrix is kept as a multiple of I, called its level, and a rest whose diagonal has mean zero: sums of nearly
+    opposite multiples of I would lose what a rest in bfloat16 knows.
+    """
+    first, limit = 0, _GROWTH_AT_FIRST / torch.finfo(x.dtype).eps
+    while first < len(triples):
+        last, growth = first + 1, triples[first][0] ** 2
+        while last < len(triples) and growth <= limit:
+            growth *= triples[last][0] ** 2
+            last += 1
+        x = _iterate_block(x, triples[first:last])
+        first, limit = last, _GROWTH_LATER / torch.finfo(x.dtype).eps
+    return x
+
+
+def _iterate_block(x: Tensor, triples: Sequence[Triple]) -> Tensor:
+    """Iterations between two computations of G."""
+    gram, gram_level = _leveled(_symmetric(x, x.mT))
+    factor, factor_level = gram, gram_level  # replaced by the first iteration
+    for position, (a, b, c) in enumerate(triples):
+        slope = b + 2 * c * gram_level
+        change = _symmetric(gram, gram, _scaled(gram, slope), 1.0, c) if c else _scaled(gram, slope)
+        change, level = _leveled(change, a + gram_level * (b + c * gram_level))
+        if position == 0:
+            factor, factor_level = change, level
+        else:
+            factor, factor_level = _multiplied(factor, factor_level, change, level)
+        if position < len(triples) - 1:
+            half, half_level = _multiplied(gram, gram_level, change, level)
+            gram, gram_level = _multiplied(half, half_level, change, level)
+    return _product(factor, x, _scaled(x, factor_level))
+
+
+def _multiplied(a: Tensor, a_level: Tensor, b: Tensor, b_level: Tensor) -> tuple[Tensor, Tensor]:
+    """(a_level I + a) (b_level I + b), for symmetric matrices that commute."""
+    return _leveled(_symmetric(a, b, _scaled(a, b_level) + _scaled(b, a_level)), a_level * b_level)
+
+
+def _leveled(matrix: Tensor, level: float | Tensor = 0.0) -> tuple[Tensor, Tensor]:
+    """The matrix with a diagonal of mean zero, and the level it lies above: a number, or one for each of a batch."""
+    diagonal = matrix.diagonal(dim1=-2, dim2=-1)
+    mean = diagonal.mean(-1, keepdim=matrix.dim() > 2)  # rounded: what is taken away is what is added to the level
+    diagonal.sub_(mean)
+    mean = mean.to(torch.promote_types(matrix.dtype, torch.float32))
+    return matrix, level + (mean if matrix.dim() == 2 else mean[..., None])
+
+
+def _scaled(matrix: Tensor, factor: Any) -> Tensor:
+    """The matrix, or each of a batch, times a number, in the matrix's dtype."""
+    scaled: Tensor = matrix * factor
+    return scaled.to(matrix.dtype)
+
+
+# Products.
+
+
+def _product(a: Tensor, b: Tensor, added: Tensor, beta: float = 1.0, alpha: float = 1.0) -> Tensor:
+    """``beta * added + alpha * a @ b``."""
+    multiply = torch.addmm if a.dim() == 2 else torch.baddbmm
+    return multiply(added, a, b, beta=beta, alpha=alpha)
+
+
+def _symmetric(a: Tensor, b: Tensor, added: Tensor | None = None, beta: float = 1.0, alpha: float = 1.0) -> Tensor:
+    """``beta * added + alpha * a @ b``, which is known to be symmetric: large ones on a CPU are computed by half.
+
+    Rows are computed in blocks, each as far as the diagonal; the rest is mirrored.
+    """
+    m = a.size(-2)
+    blocks = min(4, m // _BLOCK)
+    if blocks < 2 or not a.is_cpu or a.dim() > 2 or a.requires_grad:
+        return a @ b if added is None else _product(a, b, added, beta, alpha)
+    result = a.new_empty(m, m)
+    edges = [m * block // blocks for block in range(blocks + 1)]
+    for first, last in itertools.pairwise(edges):
+        block = result[first:last, :last]
+        if added is None:
+            torch.mm(a[first:last], b[:, :last], out=block)
+        else:
+            torch.addmm(added[first:last, :last], a[first:last], b[:, :last], beta=beta, alpha=alpha, out=block)
+        result[:first, first:last] = result[first:last, :first].mT
+    return result
+
+
+@cache
+def _has_fast_bfloat16() -> bool:
+    """Whether this CPU multiplies bfloat16 faster than float32."""
+    if platform.machine().lower() in ("x86_64", "amd64"):
+        return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
+    return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+
+
+def dtype_of_products(matrix: Tensor) -> torch.dtype:
+    """What ``muon`` multiplies in: bfloat16 where that is faster than float32; float64 for float64."""
+    if matrix.dtype == torch.float64:
+        return torch.float64
+    has_fast = _has_fast_bfloat16() if matrix.is_cpu else matrix.device.type == "cuda"
+    return torch.bfloat16 if has_fast else torch.float32
+
+
+# How a tensor is cut into matrices.
+
+
+def as_matrices(tensor: Tensor, leading: int) -> Tensor:
+    """Shape (..., m, n): the ``leading`` dimensions are a batch, the next one has the rows, the others the columns."""
+    if tensor.dim() < leading + 2:
+        raise ValueError(f"a tensor of shape {tuple(tensor.shape)} has no matrices after {leading} dimensions.")
+    return tensor.flatten(leading + 1)
+
+
+def rows_of_pieces(rows: int, split: int | tuple[int, ...]) -> tuple[int, ...]:
+    """Numbers of rows of the pieces that a matrix is cut into.
+
+    Args:
+        rows: of the matrix.
+        split: number of equal pieces; or the rows of each.
+    Raises:
+        ValueError: if they are not those of the matrix.
+    """
+    if isinstance(split, int):
+        if split < 1 or rows % split:
+            raise ValueError(f"{rows} rows cannot be cut into {split} equal pieces.")
+        return (rows // split,) * split
+    if sum(split) != rows or any(piece < 1 for piece in split):
+        raise ValueError(f"{rows} rows cannot be cut into pieces of {split} rows.")
+    return tuple(split)
+
+
+def lr_ratio(rows: int, columns: int, adjust_lr_fn: Adjustment = "original") -> float:
+    """What the learning rate of a matrix is multiplied by, so that it suits matrices of any shape.
+
+    Args:
+        rows, columns: of the matrix.
+        adjust_lr_fn: ``"original"``, Jordan's: sqrt(max(1, rows / columns)); ``"match_rms_adamw"``: 0.2
+            sqrt(max(rows, columns)), so that updates are as large as AdamW's, Liu et al. 2025,
+            https://arxiv.org/abs/2502.16982; ``"spectral_unclamped"``: sqrt(rows / columns), Bernstein 2025,
+            https://jeremybernste.in/writing/deriving-muon.
+    """
+    if adjust_lr_fn == "match_rms_adamw":
+        return 0.2 * math.sqrt(max(rows, columns))
+    ratio = rows / columns
+    return math.sqrt(ratio if adjust_lr_fn == "spectral_unclamped" else max(1, ratio))
+
+
+# Rules.
+
+
+@cache
+def muon(
+    nesterov: bool = True,
+    adjust_lr_fn: Adjustment = "original",
+    coefficients: str | tuple[float, ...] | tuple[Triple, ...] = "jordan",
+    steps: int | None = None,
+    split: int | tuple[int, ...] = 1,
+    leading: int = 0,
+    form: Form = "auto",
+    dtype: torch.dtype | None = None,
+) -> Rule:
+    """Muon: Jordan 2024, https://kellerjordan.github.io/posts/muon/; weight decay is decoupled, as in PyTorch.
+
+    Args:
+        nesterov: look ahead: orthogonalize the average of the momentum buffer and the gradient.
+        adjust_lr_fn: see ``lr_ratio``.
+        coefficients, steps, form: see ``orthogonalize``.
+        split: each matrix is cut along its rows into so many equal pieces, or into pieces of so many rows, each
+            orthogonalized by itself: query, key and value, or heads.
+        leading: so many leading dimensions are a batch of matrices. All dimensions after the rows are columns.
+        dtype: of the products. Default: see ``dtype_of_products``.
+    Returns:
+        ``rule(param, grad, momentum_buffer, lr, weight_decay, momentum, gain, eps)``; gain is 1 - momentum.
+    """
+    triples = iterations(coefficients, steps)
+
+    def stacked() -> Rule:
+        return muon(nesterov, adjust_lr_fn, coefficients, steps, split, leading + 1, form, dtype)
+
+    def rule(param, grad, momentum_buffer, lr, weight_decay, momentum, gain, eps):
+        momentum_buffer = momentum * momentum_buffer + gain * grad
+        direction = momentum * momentum_buffer + gain * grad if nesterov else momentum_buffer
+
+        def orthogonal(piece: Tensor) -> Tensor:
+            found = orthogonalize(piece, triples, len(triples), eps, form, dtype or dtype_of_products(piece))
+            return found * lr_ratio(piece.size(-2), piece.size(-1), adjust_lr_fn)
+
+        update = _by_pieces(orthogonal, as_matrices(direction, leading), split).reshape(param.shape)
+        return (1 - lr * weight_decay) * param - lr * update, momentum_buffer
+
+    return of_matrices(rule, state=1, stacked=stacked)
+
+
+@cache
+def normuon(
+    nesterov: bool = True,
+    adjust_lr_fn: Adjustment = "original",
+    coefficients: str | tuple[float, ...] | tuple[Triple, ...] = "jordan",
+    steps: int | None = None,
+    split: int | tuple[int, ...] = 1,
+    leading: int = 0,
+    form: Form = "auto",
+    dtype: torch.dtype | None = None,
+) -> Rule:
+    """NorMuon: Li et al. 2025, https://arxiv.org/abs/2510.05491, in the form of the authors' implementation.
+
+    Each row of the orthogonal matrix is divided by the root of its running mean square; then the matrix gets the norm
+    back that it had. (Algorithm 1 of the paper gives it the norm 0.2 sqrt(m n) instead, which is nearly the same as
+    ``"match_rms_adamw"`` here.)
+
+    Args:
+        nesterov, adjust_lr_fn, coefficients, steps, split, leading, form, dtype: see ``muon``.
+    Returns:
+        ``rule(param, grad, momentum_buffer, second_momentum_buffer, lr, weight_decay, momentum, gain, gain2, eps,
+        norm_eps)``; gain is 1 - momentum, gain2 is 1 - beta2. ``second_momentum_buffer`` has one number a row: the
+        parameter's shape with 1 for each dimension of columns.
+    """
+    triples = iterations(coefficients, steps)
+
+    def stacked() -> Rule:
+        return normuon(nesterov, adjust_lr_fn, coefficients, steps, split, leading + 1, form, dtype)
+
+    def rule(
+        param,
+        grad,
+        momentum_buffer,
+        second_momentum_buffer,
+        lr,
+        weight_decay,
+        momentum,
+        gain,
+        gain2,
+        eps,
+        norm_eps,
+    ):
+        momentum_buffer = momentum * momentum_buffer + gain * grad
+        direction = momentum * momentum_buffer + gain * grad if nesterov else momentum_buffer
+
+        def orthogonal(piece: Tensor) -> Tensor:
+            return orthogonalize(piece, triples, len(triples), eps, form, dtype or dtype_of_products(piece))
+
+        def balanced(piece: Tensor, squares: Tensor) -> Tensor:
+            rows: Tensor = piece / (sqrt(squares) + norm_eps)
+            norm, norm_of_rows = (torch.linalg.matrix_norm(matrix, keepdim=True) for matrix in (piece, rows))
+            ratio = lr_ratio(piece.size(-2), piece.size(-1), adjust_lr_fn)
+            scaled: Tensor = rows * (ratio * norm / (norm_of_rows + norm_eps))
+            return scaled
+
+        matrices = as_matrices(direction, leading)
+        squares = as_matrices(second_momentum_buffer, leading)
+        update = _by_pieces(orthogonal, matrices, split)
+        squares = (1 - gain2) * squares + gain2 * (update * update).mean(-1, keepdim=True)
+        update = _by_pieces(balanced, update, split, squares)
+        param = (1 - lr * weight_decay) * param - lr * update.reshape(param.shape)
+        return param, momentum_buffer, squares.reshape(second_momentum_buffer.shape)
+
+    return of_matrices(rule, state=2, stacked=stacked)
+
+
+def _by_pieces(
+    function: Callable[..., Tensor], matrices: Tensor, split: int | tuple[int, ...], *others: Tensor
+) -> Tensor:
+    """A function of matrices, applied to pieces of rows; equal pieces together."""
+    if not matrices.numel():
+        return matrices
+    pieces = rows_of_pieces(matrices.size(-2), split)
+    if len(pieces) == 1:
+        return function(matrices, *others)
+    if len({*pieces}) == 1:
+        cut = [torch.unflatten(tensor, -2, (len(pieces), pieces[0])) for tensor in (matrices, *others)]
+        return function(*cut).flatten(-3, -2)
+    cut_unequally = [torch.split(tensor, list(pieces), -2) for tensor in (matrices, *others)]
+    return torch.cat([function(*piece) for piece in zip(*cut_unequally, strict=True)], -2)
 
 
 # Adafactor.
@@ -79,11 +523,22 @@ PANEL = 256  # rows of a factor that one product updates
 
 
 @cache
-def soap(max_precond_dim: int = 10000, precondition_1d: bool = False, flatten: bool = False) -> Callable[..., Any]:
-    """The rule of SOAP with these options, which ``preconditioned`` explains. The same object for equal options."""
+def soap(max_precond_dim: int = 10000, precondition_1d: bool = False, flatten: bool = False) -> Rule:
+    """SOAP: Vyas et al. 2024, Algorithm 3, https://arxiv.org/abs/2409.11321, in the order of its authors' code.
 
-    @of_matrices
-    def soap(
+    Adam in the eigenbases of Shampoo's factors. ``factors`` holds, for each preconditioned dimension, the average of
+    the gradient's Gram matrix, see ``_panels``; ``bases`` holds its eigenvectors, one basis after the other. The
+    moments are stored in these bases. In a parameter's first step (``starts``) only factors and bases begin. After a
+    step that ``turns``, each basis takes a step of power iteration, and the moments follow it.
+
+    Args:
+        max_precond_dim, precondition_1d, flatten: see ``preconditioned``.
+    Returns:
+        ``rule(param, grad, exp_avg, exp_avg_sq, factors, bases, lr, gain1, gain2, factor_gain, eps, weight_decay,
+        bias1, bias2, starts, turns)``; factor_gain is 1 - shampoo_beta.
+    """
+
+    def rule(
         param,
         grad,
         exp_avg,
@@ -101,13 +556,6 @@ def soap(max_precond_dim: int = 10000, precondition_1d: bool = False, flatten: b
         starts,
         turns,
     ):
-        """SOAP: Vyas et al. 2024, Algorithm 3, https://arxiv.org/abs/2409.11321, in the order of its authors' code.
-
-        Adam in the eigenbases of Shampoo's factors. ``factors`` holds, for each preconditioned dimension, the average
-        of the gradient's Gram matrix, see ``_panels``; ``bases`` holds its eigenvectors, one basis after the other.
-        The moments are stored in these bases. In a parameter's first step (``starts``) only factors and bases begin.
-        After a step that ``turns``, each basis takes a step of power iteration, and the moments follow it.
-        """
         shape, dims = preconditioned(param.shape, max_precond_dim, precondition_1d, flatten)
         grad = grad.reshape(shape)
         factors = _with_gram(factors, grad, dims, factor_gain)
@@ -128,7 +576,7 @@ def soap(max_precond_dim: int = 10000, precondition_1d: bool = False, flatten: b
             exp_avg = _rotated(exp_avg, _split(bases, shape, dims))
         return param, exp_avg.reshape(param.shape), exp_avg_sq.reshape(param.shape), factors, bases
 
-    return soap
+    return of_matrices(rule, state=4)
 
 
 def preconditioned(

@@ -1,17 +1,25 @@
 """The public names; ``descend`` itself imports them when one is first asked for."""
 
-from torch.optim import Muon, Optimizer, lr_scheduler, swa_utils
+from torch.optim import Optimizer, lr_scheduler, swa_utils
 
 from descend.backends.backend import RuleError
 from descend.checkpoint.matching import IncompatibleKeys
-from descend.core.groups import no_decay
+from descend.core.groups import combined, no_decay
+from descend.core.layer_decay import layer_decay
 from descend.diagnostics.monitoring.monitor import Monitor
 from descend.first_order.adafactor import Adafactor
 from descend.first_order.adam import Adam, AdamW
 from descend.first_order.adam_variants import Adamax, NAdam, RAdam
+from descend.first_order.adopt import ADOPT
 from descend.first_order.from_rule import from_rule
 from descend.first_order.in_backward import in_backward
+from descend.first_order.lamb import LAMB
+from descend.first_order.mars import MARS
+from descend.first_order.momenta import Adan, AdEMAMix
+from descend.first_order.muon import Muon, NorMuon
 from descend.first_order.optimizer import FirstOrder, warmup
+from descend.first_order.prodigy import Prodigy
+from descend.first_order.rowwise_adagrad import RowwiseAdagrad
 from descend.first_order.schedule_free import AdamWScheduleFree
 from descend.first_order.sgd import ASGD, SGD
 from descend.first_order.signs import Lion, Rprop
@@ -25,10 +33,14 @@ from descend.second_order.newton import Newton
 from descend.second_order.result import Progress, Result, Status
 
 __all__ = [
+    "ADOPT",
     "ASGD",
+    "LAMB",
     "LBFGS",
+    "MARS",
     "SGD",
     "SOAP",
+    "AdEMAMix",
     "Adadelta",
     "Adafactor",
     "Adagrad",
@@ -36,6 +48,7 @@ __all__ = [
     "AdamW",
     "AdamWScheduleFree",
     "Adamax",
+    "Adan",
     "FirstOrder",
     "IncompatibleKeys",
     "Lion",
@@ -43,11 +56,14 @@ __all__ = [
     "Muon",
     "NAdam",
     "Newton",
+    "NorMuon",
     "Optimizer",
+    "Prodigy",
     "Progress",
     "RAdam",
     "RMSprop",
     "Result",
+    "RowwiseAdagrad",
     "Rprop",
     "RuleError",
     "SparseAdam",
@@ -55,9 +71,11 @@ __all__ = [
     "clip_grad_norm_",
     "clip_grad_value_",
     "clip_grads_with_norm_",
+    "combined",
     "from_rule",
     "get_total_norm",
     "in_backward",
+    "layer_decay",
     "lr_scheduler",
     "minimize",
     "no_decay",

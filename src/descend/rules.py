@@ -11,7 +11,7 @@ Throughout, ``gain_i = 1 - beta_i`` and ``bias_i = 1 - beta_i**step``. Averages 
 
 from __future__ import annotations
 
-from descend.ops import abs, maximum, minimum, sign, sqrt, where
+from descend.ops import abs, maximum, minimum, of_rows, sign, sqrt, summing, where
 
 
 def sgd(param, grad, lr, weight_decay):
@@ -249,6 +249,237 @@ def schedule_free_adamw(param, grad, z, exp_avg_sq, lr, gain2, eps, weight_decay
     update = grad / (sqrt(exp_avg_sq / bias2) + eps) + weight_decay * param
     param = (1 - weight) * param + weight * z - param_lr * update
     return param, z - lr * update, exp_avg_sq
+
+
+def adopt(param, grad, exp_avg, exp_avg_sq, lr, gain1, gain2, eps, weight_decay, decay, clip):
+    """ADOPT: Taniguchi et al. 2024, Algorithm 2, https://arxiv.org/abs/2411.02853.
+
+    The gradient is divided by the root of the average before this gradient joins it. For the first step, which only
+    fills that average, the caller passes gain2 1, and 0 for ``decay`` and ``clip``. ``weight_decay`` is L2, ``decay``
+    is decoupled.
+    """
+    grad = grad + weight_decay * param
+    scaled = where(grad == 0, 0.0, grad / maximum(sqrt(exp_avg_sq), eps))  # 0 / 0 if eps is 0
+    exp_avg = (1 - gain1) * exp_avg + gain1 * minimum(maximum(scaled, -clip), clip)
+    exp_avg_sq = (1 - gain2) * exp_avg_sq + gain2 * grad * grad
+    return (1 - decay) * param - lr * exp_avg, exp_avg, exp_avg_sq
+
+
+def ademamix(
+    param,
+    grad,
+    exp_avg,
+    exp_avg_sq,
+    exp_avg_slow,
+    lr,
+    gain1,
+    gain2,
+    gain3,
+    alpha,
+    eps,
+    weight_decay,
+    bias1,
+    bias2,
+):
+    """AdEMAMix: Pagliardini, Ablin & Grangier 2024, Algorithm 1, https://arxiv.org/abs/2409.03137.
+
+    AdamW whose numerator is a fast average plus ``alpha`` times a slow one, which has no bias correction.
+    """
+    param = (1 - lr * weight_decay) * param
+    exp_avg = (1 - gain1) * exp_avg + gain1 * grad
+    exp_avg_sq = (1 - gain2) * exp_avg_sq + gain2 * grad * grad
+    exp_avg_slow = (1 - gain3) * exp_avg_slow + gain3 * grad
+    denom = sqrt(exp_avg_sq / bias2) + eps
+    return param - (lr / bias1 * exp_avg + lr * alpha * exp_avg_slow) / denom, exp_avg, exp_avg_sq, exp_avg_slow
+
+
+def adan(
+    param,
+    grad,
+    exp_avg,
+    exp_avg_sq,
+    exp_avg_diff,
+    previous_grad,
+    gain1,
+    gain2,
+    gain3,
+    eps,
+    bias3,
+    avg_lr,
+    diff_lr,
+    shrink,
+    shrink_after,
+    is_first,
+):
+    """Adan: Xie et al. 2022, Algorithm 1, https://arxiv.org/abs/2208.06677; here ``gain_i`` is the paper's beta_i.
+
+    Adam with a second average, that of the differences between successive gradients. A parameter's first step, where
+    ``is_first`` is 1, has no difference. ``shrink`` decays before the step, ``shrink_after`` after it, as in the paper.
+    """
+    half_diff = 0.5 * grad - 0.5 * where(is_first > 0, grad, previous_grad)  # the whole could overflow
+    ahead = grad + 2 * (1 - gain2) * half_diff
+    exp_avg = (1 - gain1) * exp_avg + gain1 * grad
+    exp_avg_sq = (1 - gain3) * exp_avg_sq + gain3 * ahead * ahead
+    exp_avg_diff = (1 - gain2) * exp_avg_diff + 2 * gain2 * half_diff
+    update = (avg_lr * exp_avg + diff_lr * exp_avg_diff) / (sqrt(exp_avg_sq / bias3) + eps)
+    return shrink_after * (shrink * param - update), exp_avg, exp_avg_sq, exp_avg_diff, grad
+
+
+def mars_sums(
+    param,
+    grad,
+    exp_avg,
+    exp_avg_sq,
+    previous_grad,
+    lr,
+    gain1,
+    gain2,
+    eps,
+    weight_decay,
+    bias1,
+    bias2,
+    correction,
+):
+    """What ``mars`` needs of a whole tensor: the square of the corrected gradient."""
+    corrected = (1 + correction) * grad - correction * previous_grad
+    return corrected * corrected
+
+
+@summing(mars_sums)
+def mars(
+    param,
+    grad,
+    exp_avg,
+    exp_avg_sq,
+    previous_grad,
+    lr,
+    gain1,
+    gain2,
+    eps,
+    weight_decay,
+    bias1,
+    bias2,
+    correction,
+    clip,
+):
+    """MARS-AdamW: Yuan et al. 2024, Algorithm 2, https://arxiv.org/abs/2411.10438, with the previous step's gradient.
+
+    AdamW of a gradient that is extrapolated: ``correction``, the paper's gamma * beta1 / (1 - beta1), times its change
+    is added. ``clip`` is 1 over the norm of the result for the whole tensor, at most 1.
+    """
+    corrected = clip * (1 + correction) * grad - clip * correction * previous_grad
+    param = (1 - lr * weight_decay) * param
+    exp_avg = (1 - gain1) * exp_avg + gain1 * corrected
+    exp_avg_sq = (1 - gain2) * exp_avg_sq + gain2 * corrected * corrected
+    denom = sqrt(exp_avg_sq / bias2) + eps
+    return param - lr / bias1 * exp_avg / denom, exp_avg, exp_avg_sq, grad
+
+
+def lamb_sums(param, grad, exp_avg, exp_avg_sq, gain1, gain2, eps, weight_decay, bias1, bias2):
+    """What ``lamb`` needs of a whole tensor: the squares of the parameter and of the update."""
+    exp_avg = (1 - gain1) * exp_avg + gain1 * grad
+    exp_avg_sq = (1 - gain2) * exp_avg_sq + gain2 * grad * grad
+    update = exp_avg / bias1 / (sqrt(exp_avg_sq / bias2) + eps) + weight_decay * param
+    return param * param, update * update
+
+
+@summing(lamb_sums)
+def lamb(param, grad, exp_avg, exp_avg_sq, gain1, gain2, eps, weight_decay, bias1, bias2, rate):
+    """LAMB: You et al. 2020, Algorithm 2, https://arxiv.org/abs/1904.00962.
+
+    ``rate`` is lr times the trust ratio, the norm of the whole parameter over that of its update.
+    """
+    exp_avg = (1 - gain1) * exp_avg + gain1 * grad
+    exp_avg_sq = (1 - gain2) * exp_avg_sq + gain2 * grad * grad
+    update = exp_avg / bias1 / (sqrt(exp_avg_sq / bias2) + eps) + weight_decay * param
+    return param - rate * update, exp_avg, exp_avg_sq
+
+
+def prodigy_sums(
+    param,
+    grad,
+    s,
+    p0,
+    exp_avg,
+    exp_avg_sq,
+    lr,
+    d,
+    gain1,
+    gain2,
+    beta3,
+    pull,
+    push,
+    weight_decay,
+    decay,
+):
+    """What ``prodigy`` needs of all tensors together: numerator and denominator of its estimate of the distance."""
+    grad = grad + weight_decay * param
+    return pull * grad * (p0 - param), abs(beta3 * s + push * grad)
+
+
+@summing(prodigy_sums)
+def prodigy(
+    param,
+    grad,
+    s,
+    p0,
+    exp_avg,
+    exp_avg_sq,
+    lr,
+    d,
+    gain1,
+    gain2,
+    beta3,
+    pull,
+    push,
+    weight_decay,
+    decay,
+    eps,
+):
+    """Prodigy: Mishchenko & Defazio 2024, Algorithm 4, https://arxiv.org/abs/2306.06101, with weights that decay.
+
+    Adam whose ``lr`` has the factor ``d``, an estimate of the distance from ``p0``, where training began, to the
+    solution. ``eps`` has the new estimate as a factor. ``weight_decay`` is L2, ``decay`` is decoupled.
+    """
+    grad = grad + weight_decay * param
+    s = beta3 * s + push * grad
+    exp_avg = (1 - gain1) * exp_avg + gain1 * d * grad
+    exp_avg_sq = (1 - gain2) * exp_avg_sq + gain2 * (d * grad) * (d * grad)
+    return (1 - decay) * param - lr * exp_avg / (sqrt(exp_avg_sq) + eps), s, p0, exp_avg, exp_avg_sq
+
+
+def first_average(param, grad, exp_avg, gain1):
+    """Where Adam and its relatives move before they divide, for cautious updates, which need the sign alone."""
+    return (1 - gain1) * exp_avg + gain1 * grad
+
+
+# Rules of rows: what is averaged over each row of a table, then what is done with the mean.
+
+
+def rowwise_adagrad_square(param, grad, sum, lr, weight_decay, eps):
+    """The square of the gradient of the loss and its L2 penalty."""
+    grad = grad + weight_decay * param
+    return grad * grad
+
+
+@of_rows(rowwise_adagrad_square)
+def rowwise_adagrad(param, grad, sum, lr, weight_decay, eps, mean_square):
+    """Adagrad with one sum for each row, as in FBGEMM, https://github.com/pytorch/FBGEMM; weight decay is L2."""
+    grad = grad + weight_decay * param
+    sum = sum + mean_square
+    return param - lr / (sqrt(sum) + eps) * grad, sum
+
+
+def rowwise_adagradw_square(param, grad, sum, lr, weight_decay, eps):
+    """The square of the gradient."""
+    return grad * grad
+
+
+@of_rows(rowwise_adagradw_square)
+def rowwise_adagradw(param, grad, sum, lr, weight_decay, eps, mean_square):
+    """Row-wise Adagrad with decoupled weight decay, which is multiplied by lr."""
+    sum = sum + mean_square
+    return (1 - lr * weight_decay) * param - lr / (sqrt(sum) + eps) * grad, sum
 
 
 # The steps that a row of an embedding misses while it gets no gradient.

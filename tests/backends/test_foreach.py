@@ -17,8 +17,8 @@ from descend import from_rule, get_total_norm, rules
 from descend.backends import EAGER, FOREACH, eager, foreach
 from descend.backends.tensor_list import TensorList, on_lists
 from descend.core.decision import Decision
-from descend.core.signature import of_matrices, signature
-from descend.ops import abs, exp, log, maximum, minimum, sign, sqrt, where
+from descend.core.signature import signature
+from descend.ops import abs, exp, log, maximum, minimum, of_matrices, sign, sqrt, where
 
 HALF, BRAIN, SINGLE, DOUBLE = torch.float16, torch.bfloat16, torch.float32, torch.float64
 INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -211,7 +211,7 @@ def _of_matrices(param: Any, grad: Any, lr: Any) -> Any:
     [
         (_squashed, "does not run on lists"),
         (_constant, "returns numbers"),
-        (_of_matrices, "of whole matrices"),
+        (_of_matrices, "dtype torch.complex64"),  # the backend for matrices has been asked
     ],
 )
 def test_rules_that_lists_cannot_run_are_declined(rule: Any, reason: str) -> None:

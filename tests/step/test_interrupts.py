@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 from cases import BACKENDS, leaves
+from sum_rules import Estimated
 from torch import Tensor, nn
 
 import descend
@@ -92,6 +93,7 @@ def set_grads(params: list[Tensor]) -> None:
         (NAdam, {}, 11),
         (Rprop, {}, 11),
         (AdamWScheduleFree, {}, 11),
+        (Estimated, {}, 101),
     ],
     ids=lambda value: getattr(value, "__name__", ""),
 )

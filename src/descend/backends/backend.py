@@ -46,8 +46,20 @@ class Launch(Protocol):
     def set_scalars(self, row: int, scale: float, scalars: Sequence[float | Tensor]) -> None:
         """Set a row of the scalars table: what the gradient is multiplied by, and the rule's scalars.
 
+        Without those that are formed of sums: each parameter has its own, which ``set_formed`` takes.
+
         Tensors of shape () on the launch's device stay there: they are read when the launch runs.
         """
+
+    def sums(self) -> np.ndarray | Tensor:
+        """What the part of a rule with sums gives, summed in float64 over each parameter: a row a parameter.
+
+        Of the present parameters, gradients, state and scalars. On a device, which nobody waits for, a tensor that is
+        valid until it is called again.
+        """
+
+    def set_formed(self, values: np.ndarray) -> None:
+        """Take the scalars that are formed of the sums, a row a parameter."""
 
     def sum_of_squares(self) -> float | Tensor:
         """Of all gradients, in float64; may overflow to Inf. On a device: shape (), valid until it is called again."""
@@ -255,7 +267,7 @@ class Backend(Protocol):
 
         Args:
             rule: the function to apply.
-            scalars: how many scalars it takes.
+            scalars: how many scalars it is given; those that are formed of sums are not counted.
             dtypes: of parameters, gradients and state.
             params: the parameters, all on one device.
             rows: for each parameter, its row in the scalars table.

@@ -12,7 +12,8 @@ from torch import Tensor
 from descend.backends.backend import Decisions
 from descend.core.decision import SKIPPED, Decision, judge
 from descend.core.measures import COLUMNS, moments
-from descend.core.memory import as_real, wide, widest
+from descend.core.memory import as_real, row_count, wide, widest
+from descend.core.signature import averaged_part, signature
 
 _NO_MEMORY = np.zeros((0, 2), np.int64)
 
@@ -37,15 +38,14 @@ def run(
         grad = grad.to_dense()
     written = [as_real(tensor) for tensor in (param, *state)]
     seen = [tensor.clone() for tensor in written] if differentiable else written
-    grad = as_real(grad)
-    compute = torch.float32
-    for tensor in (grad, *seen):
-        compute = torch.promote_types(compute, tensor.dtype)
-    first, *rest = [tensor.to(compute) for tensor in seen]
-    grad = grad.to(compute)
+    grad, first, *rest = _in_compute_dtype([as_real(grad), *seen])
     before = first.detach().clone() if measures else None
     scaled = grad if scale == 1 else grad * scale
-    results = rule(first, scaled if decision is None else scaled * decision.factor, *rest, *scalars)
+    scaled = scaled if decision is None else scaled * decision.factor
+    if (part := averaged_part(rule)) is not None:
+        results = _by_rows(rule, part, row_count(param), first, scaled, rest, scalars)
+    else:
+        results = rule(first, scaled, *rest, *scalars)
     results = results if state else (results,)
     # A rule may keep the old parameter in its state: what is written first must not change it.
     old = (first, *rest)
@@ -59,6 +59,55 @@ def run(
         return None
     with torch.no_grad():
         return measured_sums(before, grad, written, moments(rule))
+
+
+def _by_rows(
+    rule: Callable[..., Any],
+    part: Callable[..., Any],
+    rows: int,
+    param: Tensor,
+    grad: Tensor,
+    state: Sequence[Tensor],
+    scalars: Sequence[Any],
+) -> Any:
+    """What a rule of rows returns, the parameter in its shape; the means are taken in float64."""
+    width = param.numel() // max(rows, 1)
+    tensors = (param.reshape(rows, width), grad.reshape(rows, width), *state)
+    numbers = part(*tensors, *scalars)
+    mean = numbers.sum(1, keepdim=True, dtype=widest(param.device)) / max(width, 1)
+    results = rule(*tensors, *scalars, mean.to(param.dtype))
+    return (results[0].reshape(param.shape), *results[1:]) if state else results.reshape(param.shape)
+
+
+def sums(
+    rule: Callable[..., Any],
+    param: Tensor,
+    grad: Tensor,
+    state: Sequence[Tensor],
+    scalars: Sequence[Any],
+    scale: float,
+) -> Tensor:
+    """What the part of a rule with sums returns, each number summed over the tensor: float64, or the widest dtype.
+
+    The result is on the parameter's device, and nothing waits for it.
+    """
+    part = signature(rule).summed
+    assert part is not None
+    with torch.no_grad():
+        grad, first, *rest = _in_compute_dtype([as_real(tensor) for tensor in (grad, param, *state)])
+        results = part(first, grad if scale == 1 else grad * scale, *rest, *scalars)
+        results = results if isinstance(results, tuple) else (results,)
+        # What does not depend on an element counts once for each.
+        each = [as_tensor(value, first).expand_as(first) for value in results]
+        return torch.stack([value.sum(dtype=widest(first.device)) for value in each])
+
+
+def _in_compute_dtype(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """In float32, or wider where one is."""
+    compute = torch.float32
+    for tensor in tensors:
+        compute = torch.promote_types(compute, tensor.dtype)
+    return [tensor.to(compute) for tensor in tensors]
 
 
 def write(tensor: Tensor, value: Any, decision: Decision | None) -> None:
@@ -220,7 +269,8 @@ class EagerLaunch:
     def __init__(
         self, rule: Callable[..., Any], scalars: int, params: Sequence[Tensor], rows: Sequence[int] | np.ndarray
     ) -> None:
-        self._rule, self._n_scalars, self._params, self._rows = rule, scalars, params, rows
+        self._rule, self._n_given, self._params, self._rows = rule, scalars, params, rows
+        self._formed: Sequence[Sequence[float]] = [()] * len(params)
         self._state: Sequence[Sequence[Tensor]] = ()
         self._scalars: dict[int, tuple[float, Sequence[float | Tensor]]] = {}
         self._measured: list[Tensor] = []
@@ -232,9 +282,20 @@ class EagerLaunch:
         self._state = tensors
 
     def set_scalars(self, row: int, scale: float, scalars: Sequence[float | Tensor]) -> None:
-        if len(scalars) != self._n_scalars:
-            raise ValueError(f"the rule takes {self._n_scalars} scalars, got {len(scalars)}.")
+        if len(scalars) != self._n_given:
+            raise ValueError(f"the rule takes {self._n_given} scalars, got {len(scalars)}.")
         self._scalars[row] = scale, scalars
+
+    def sums(self) -> Tensor:
+        found = []
+        for param, row, state in zip(self._params, self._rows, self._state, strict=True):
+            scale, scalars = self._scalars[row]
+            assert param.grad is not None
+            found.append(sums(self._rule, param, param.grad, state, scalars, scale))
+        return torch.stack(found)
+
+    def set_formed(self, values: np.ndarray) -> None:
+        self._formed = values.tolist()
 
     def sum_of_squares(self) -> float | Tensor:
         return sums_of_squares([param.grad for param in self._params if param.grad is not None])
@@ -248,12 +309,13 @@ class EagerLaunch:
     def run(self, measures: bool, decision: Decision | None) -> None:
         """Apply the rule to one parameter after the other."""
         self._measured.clear()
-        for param, row, state in zip(self._params, self._rows, self._state, strict=True):
+        for param, row, state, own in zip(self._params, self._rows, self._state, self._formed, strict=True):
             scale, scalars = self._scalars[row]
             assert param.grad is not None
-            sums = run(self._rule, param, param.grad, state, scalars, scale, measures=measures, decision=decision)
-            if sums is not None:
-                self._measured.append(sums)
+            scalars = (*scalars, *own)
+            measured = run(self._rule, param, param.grad, state, scalars, scale, measures=measures, decision=decision)
+            if measured is not None:
+                self._measured.append(measured)
 
 
 class EagerScalarState:

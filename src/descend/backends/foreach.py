@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from descend.backends import eager
+from descend.backends import eager, supports
 from descend.backends.backend import Decisions
 from descend.backends.cpu import launch, library, threads
 from descend.backends.tensor_list import TensorList, Tensors, on_lists
@@ -118,6 +118,7 @@ class ForeachLaunch(eager.EagerLaunch):
         self._elements = CPU_ELEMENTS if params[0].is_cpu else ELEMENTS
         self._lists = list(_lists(params, rows, self._elements))
         self._columns: list[list[list[Tensor]]] = []
+        self._formed_lists: list[list[float | TensorList]] = [[] for _ in self._lists]
 
     def compile(self, wants_norm: bool, measures: bool = False) -> None:
         """The rule is not compiled; what the host does with step counts is."""
@@ -132,35 +133,59 @@ class ForeachLaunch(eager.EagerLaunch):
             rows = [(self._params[i], *tensors[i]) for i in members]
             self._columns.append([list(column) for column in zip(*rows, strict=True)])
 
+    def sums(self) -> Tensor:
+        part = signature(self._rule).summed
+        assert isinstance(part, FunctionType)
+        on_list, found = on_lists(part), dict[int, Tensor]()
+        with torch.no_grad():
+            for (row, members), written in zip(self._lists, self._columns, strict=True):
+                scale, scalars = self._scalars[row]
+                grads = [self._params[i].grad for i in members]
+                for columns in _parts([grads, *written], self._elements):  # type: ignore[list-item]
+                    grad, first, *rest = [TensorList(converted(x, self._compute)) for x in self._real(columns)]
+                    results = on_list(first, grad if scale == 1 else grad * scale, *rest, *scalars)
+                    results = results if isinstance(results, tuple) else (results,)
+                    _add(found, members, torch.stack([_sums(result.tensors) for result in results], dim=1))
+        return torch.stack([found[i] for i in range(len(self._params))])
+
+    def set_formed(self, values: np.ndarray) -> None:
+        super().set_formed(values)
+        numbers = torch.from_numpy(values).to(self._compute).to(self._params[0].device)
+        self._formed_lists = [
+            [
+                float(values[members[0], column])
+                if (values[members, column] == values[members[0], column]).all()
+                else TensorList(list(numbers[members, column].unbind()))
+                for column in range(values.shape[1])
+            ]
+            for _, members in self._lists
+        ]
+
     def sum_of_squares(self) -> float | Tensor:
         return sums_of_squares([param.grad for param in self._params if param.grad is not None])
 
     def run(self, measures: bool, decision: Decision | None) -> None:
         """Apply the rule to one list after the other."""
         measured: dict[int, Tensor] = {}
-        for (row, members), written in zip(self._lists, self._columns, strict=True):
-            grads = [self._params[i].grad for i in members]
+        for (row, members), written, formed in zip(self._lists, self._columns, self._formed_lists, strict=True):
+            grads, (scale, scalars) = [self._params[i].grad for i in members], self._scalars[row]
             for part in _parts([grads, *written], self._elements):  # type: ignore[list-item]
-                sums = self._run_list(*part, scalars=self._scalars[row], measures=measures, decision=decision)
-                for member, value in zip(members, sums, strict=False):
-                    measured[member] = measured[member] + value if member in measured else value
+                sums = self._run_list(*part, scalars=(scale, (*scalars, *formed)), measures=measures, decision=decision)
+                _add(measured, members, sums)
         self._measured = [measured[i] for i in sorted(measured)]
 
     def _run_list(
         self,
         grads: Tensors,
-        *written: Tensors,
-        scalars: tuple[float, Sequence[float | Tensor]],
+        *stored: Tensors,
+        scalars: tuple[float, Sequence[Any]],
         measures: bool,
         decision: Decision | None,
     ) -> list[Tensor]:
         """See ``eager.run``."""
-        if self._is_complex:
-            grads = list(map(as_real, grads))
-            written = tuple(list(map(as_real, tensors)) for tensors in written)
+        grads, *written = self._real([grads, *stored])
         scale, others = scalars
-        grads = converted(grads, self._compute)
-        first, *rest = [converted(tensors, self._compute) for tensors in written]
+        grads, first, *rest = [converted(tensors, self._compute) for tensors in (grads, *written)]
         before = [tensor.clone() for tensor in first] if measures else []
         scaled = TensorList(grads) if scale == 1 else TensorList(grads) * scale
         if decision is not None:
@@ -179,6 +204,10 @@ class ForeachLaunch(eager.EagerLaunch):
             eager.measured_sums(old, grad, new, self._moments)
             for old, grad, *new in (zip(before, grads, *written, strict=True) if measures else ())
         ]
+
+    def _real(self, columns: Sequence[Tensors]) -> Sequence[Tensors]:
+        """Complex numbers as pairs of real ones."""
+        return [list(map(as_real, tensors)) for tensors in columns] if self._is_complex else columns
 
 
 def converted(tensors: Tensors, dtype: torch.dtype) -> Tensors:
@@ -202,6 +231,23 @@ def write(tensors: Tensors, values: Tensors, decision: Decision | None) -> None:
     changes = torch._foreach_sub(new, old)
     torch.ops.aten._foreach_mul_.Tensor(changes, decision.take.to(integer))
     torch._foreach_add_(old, changes)
+
+
+def _sums(tensors: Tensors) -> Tensor:
+    """Of each tensor, shape (tensors,), in the device's widest dtype."""
+    dtype = widest(tensors[0].device)
+    if tensors[0].is_cpu:
+        return torch.stack([tensor.sum(dtype=dtype) for tensor in tensors])
+    # In a few calls, whatever the number of tensors: what is positive, less what is negative.
+    positive, negative = torch._foreach_clamp_min(tensors, 0), torch._foreach_clamp_max(tensors, 0)
+    sums = [torch.stack(torch._foreach_norm(part, 1, dtype=dtype)) for part in (positive, negative)]
+    return sums[0] - sums[1]
+
+
+def _add(totals: dict[int, Tensor], members: Sequence[int], values: Sequence[Tensor] | Tensor) -> None:
+    """Add each member's value to its total, if there are values."""
+    for member, value in zip(members, values, strict=False):
+        totals[member] = totals[member] + value if member in totals else value
 
 
 def sums_of_squares(tensors: Sequence[Tensor]) -> float | Tensor:
@@ -293,8 +339,8 @@ def _is_host_number(tensor: Tensor) -> bool:
 def _why_not_rule(rule: Callable[..., Any]) -> str | None:
     """Why a rule cannot run on lists: found out by running it."""
     takes = signature(rule)
-    if takes.kind == "matrix":
-        return "a rule of whole matrices"
+    if reason := supports.why_not_kind(rule):
+        return reason
     if not isinstance(rule, FunctionType):
         return f"a rule that is a {type(rule).__name__}"
     ones = torch.ones(2, dtype=torch.float64, device="cpu")
@@ -303,8 +349,15 @@ def _why_not_rule(rule: Callable[..., Any]) -> str | None:
         results = on_lists(rule)(*tensors, *[1.0] * len(takes.scalars))
     except Exception as error:
         return f"a rule that does not run on lists ({type(error).__name__}: {error})"
-    results = results if takes.state else (results,)
-    return None if all(isinstance(result, TensorList) for result in results) else "a rule that returns numbers"
+    results = list(results) if takes.state else [results]
+    if takes.summed is not None:
+        if not isinstance(takes.summed, FunctionType):
+            return f"a rule that sums with a {type(takes.summed).__name__}"
+        summed = on_lists(takes.summed)(*tensors, *[1.0] * len(takes.given))
+        results += summed if isinstance(summed, tuple) else [summed]
+    if not all(isinstance(result, TensorList) for result in results):
+        return "a rule that returns numbers"
+    return None if all(result.tensors[0].is_floating_point() for result in results) else "a rule that returns bools"
 
 
 def _why_not_norm(tensor: Tensor) -> str | None:

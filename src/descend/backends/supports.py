@@ -8,15 +8,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from descend.core.memory import PLAIN
+from descend.core.memory import PLAIN, row_width
 from descend.core.signature import signature
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
+_KINDS = {"element": None, "row": "a rule of rows", "matrix": "a rule of whole matrices"}
+
+
 def why_not_kind(rule: Callable[..., Any] | None) -> str | None:
     """Why a rule cannot be applied to one element after the other; None if it can."""
-    return "a rule of whole matrices" if rule is not None and signature(rule).kind == "matrix" else None
+    return None if rule is None else _KINDS[signature(rule).kind]
 
 
 def why_not(param: Tensor, grad: Tensor | None, state: Sequence[tuple[str, Tensor]]) -> str | None:
@@ -33,6 +36,32 @@ def why_not(param: Tensor, grad: Tensor | None, state: Sequence[tuple[str, Tenso
         if tensor.shape != param.shape or not _same_order(tensor, param):
             return f"{name}: shape {tuple(tensor.shape)} stride {tensor.stride()} differs from the parameter's"
     return None
+
+
+def why_not_by_rows(
+    rule: Callable[..., Any], longest: int, param: Tensor, grad: Tensor | None, state: Sequence[tuple[str, Tensor]]
+) -> str | None:
+    """Why a rule of rows cannot update a parameter row by row, in the order of its memory; None if it can.
+
+    Args:
+        rule: the rule.
+        longest: most elements of a row.
+        param: the parameter.
+        grad: its gradient, if that is dense.
+        state: names and tensors, each of one number a row.
+    """
+    if not signature(rule).state:
+        return "a rule of rows without state"
+    if row_width(param) > longest:
+        return f"rows of {row_width(param):,} elements, more than {longest:,}"
+    for name, tensor in (("", param), *state):
+        if not tensor.is_contiguous():
+            return f"{name or 'rows'}: not contiguous (stride {tensor.stride()})"
+        if tensor.device != param.device:
+            return f"{name}: on {tensor.device}"
+        if reason := _unsuitable(tensor):
+            return f"{name}: {reason}" if name else reason
+    return why_not(param, grad, ())
 
 
 def why_not_rows(param: Tensor, state: Sequence[tuple[str, Tensor]]) -> str | None:

@@ -90,7 +90,7 @@ class Case:
         rows = []
         for name in (OURS, *method.rivals):
             state = workload.state_bytes(method.state, name == OURS)
-            moved = bytes_moved(workload.param_bytes, state, max_norm is not None)
+            moved = bytes_moved(workload.param_bytes, state, max_norm is not None, method.summed)
             rate = bandwidth_for(bandwidths, 2 * workload.param_bytes + state).rate
             rows.append(Row(name, moved, moved / rate))
         return cls(optimizer, workload, max_norm, fresh, rows)

@@ -26,6 +26,7 @@ class Method(NamedTuple):
         state: state tensors as large as their parameter; a step reads and writes each.
         peers: the ways in which torch runs it.
         yardstick: the class in torch to time it against, where torch has none of this name.
+        summed: tensors as large as their parameter that are read once more before the step, for sums.
     """
 
     name: str
@@ -33,6 +34,7 @@ class Method(NamedTuple):
     state: int
     peers: tuple[str, ...] = (DEFAULT, FOREACH)
     yardstick: str | None = None
+    summed: int = 0
 
     @property
     def rivals(self) -> tuple[str, ...]:
@@ -58,22 +60,29 @@ METHODS = {
     "rmsprop": Method("RMSprop", {}, state=1),
     "asgd": Method("ASGD", {}, state=1),
     "lion": Method("Lion", {}, state=1, peers=EVERY_PEER, yardstick="AdamW"),
+    "adopt": Method("ADOPT", {}, state=2, peers=EVERY_PEER, yardstick="AdamW"),
+    "ademamix": Method("AdEMAMix", {}, state=3, peers=EVERY_PEER, yardstick="AdamW"),
+    "adan": Method("Adan", {}, state=4, peers=EVERY_PEER, yardstick="AdamW"),
+    "mars": Method("MARS", {}, state=3, peers=EVERY_PEER, yardstick="AdamW", summed=2),
+    "lamb": Method("LAMB", {}, state=2, peers=EVERY_PEER, yardstick="AdamW", summed=4),
+    "prodigy": Method("Prodigy", {}, state=4, peers=EVERY_PEER, yardstick="AdamW", summed=4),
     "adamwschedulefree": Method("AdamWScheduleFree", {}, state=2, peers=EVERY_PEER, yardstick="AdamW"),
 }
 
 
-def bytes_moved(param_bytes: int, state_bytes: int, clip: bool) -> int:
+def bytes_moved(param_bytes: int, state_bytes: int, clip: bool, summed: int = 0) -> int:
     """Return how many bytes a step has to move, whoever takes it.
 
     It reads and writes parameters and state, and reads the gradient. Clipping reads the gradient once more, as the norm
-    has to be known before the first parameter moves.
+    has to be known before the first parameter moves; so does what a rule sums over whole tensors.
 
     Args:
         param_bytes: size of all parameters, and of all gradients.
         state_bytes: size of the state.
         clip: whether gradients are clipped by their norm.
+        summed: tensors as large as their parameter that are read for sums.
     Example:
         >>> bytes_moved(param_bytes=4, state_bytes=8, clip=False)  # AdamW in float32, for each number
         28
     """
-    return (3 + clip) * param_bytes + 2 * state_bytes
+    return (3 + clip + summed) * param_bytes + 2 * state_bytes

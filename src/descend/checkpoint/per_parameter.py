@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from functools import cache
 from numbers import Real
 from typing import Any
@@ -24,11 +25,20 @@ from descend.checkpoint.reading import (
     unusable_is_value_error,
 )
 from descend.core import memory
-from descend.core.memory import as_real
+from descend.core.memory import as_real, row_state_shape
 from descend.core.method import Method
 from descend.core.optimizer import MethodOptimizer
 from descend.core.signature import signature
-from descend.distributed.dtensors import is_dtensor, layout_of, like, local_of, part_of, same_layout
+from descend.distributed.dtensors import (
+    has_whole_rows,
+    is_dtensor,
+    layout_of,
+    like,
+    local_of,
+    part_of,
+    rows_of,
+    same_layout,
+)
 from descend.distributed.shard_state import as_sharded
 from descend.sparse import table
 from descend.state import lazy_memory
@@ -283,8 +293,11 @@ class _Reading:
         needed = set(signature(method.rule_of(param, group)).state)
         for name in method.defaults:
             if isinstance(group[name], int | float):
-                needed &= set(signature(method.rule_of(param, {**group, name: 0})).state)
-        return needed.union(method.scalar_state, ["step"] if method.counts_steps else [])
+                with suppress(ValueError):  # options that the method refuses
+                    needed &= set(signature(method.rule_of(param, {**group, name: 0})).state)
+        return needed.difference(method.optional_state).union(
+            method.scalar_state, ["step"] if method.counts_steps else []
+        )
 
     def _entry(self, method: Method, param: Tensor, key: str, value: Any, shape: torch.Size | None, name: str) -> Any:
         """One entry of a state; ``shape``: what it must have if the rule uses it, else None."""
@@ -293,6 +306,8 @@ class _Reading:
         if isinstance(value, Tensor) and value.dim() == 0:
             value = local_of(value)
         param = as_sharded(self.optimizer, param)
+        if is_dtensor(param) and shape == row_state_shape(param) and has_whole_rows(param):
+            param = rows_of(param)
         if key == "step" and method.counts_steps:
             step = number_of(value, what, is_count=True)
             if not float(step).is_integer():

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch.distributed as dist
 from torch import nn
@@ -15,10 +15,11 @@ import descend
 from descend.compare.models import Block
 from descend.reporting.errors import UsageError, unknown
 
-Construct = Callable[[type[Optimizer], Iterable[nn.Parameter], Mapping[str, Any]], Optimizer]
+Params: TypeAlias = Any  # parameters, or the module for classes of descend
+Construct = Callable[[type[Optimizer], Params, Mapping[str, Any]], Optimizer]
 
 
-def construct(optimizer: type[Optimizer], params: Iterable[nn.Parameter], options: Mapping[str, Any]) -> Optimizer:
+def construct(optimizer: type[Optimizer], params: Params, options: Mapping[str, Any]) -> Optimizer:
     """Return ``optimizer(params, **options)``."""
     return optimizer(params, **options)
 
@@ -62,9 +63,7 @@ def _sharded(model: nn.Module) -> nn.Module:
     return model
 
 
-def _with_sharded_state(
-    optimizer: type[Optimizer], params: Iterable[nn.Parameter], options: Mapping[str, Any]
-) -> Optimizer:
+def _with_sharded_state(optimizer: type[Optimizer], params: Params, options: Mapping[str, Any]) -> Optimizer:
     if issubclass(optimizer, descend.FirstOrder):
         return optimizer(params, **{**options, "shard_state": dist.group.WORLD})
     from torch.distributed.optim import ZeroRedundancyOptimizer

@@ -27,7 +27,7 @@ from descend.compare.chain import ChainSpec
 from descend.compare.closures import CLASSES, DEFAULTS, ClosureSpec
 from descend.compare.contestant import Contestant, full_name
 from descend.compare.first_order import FirstOrderTrainer
-from descend.compare.parallel import Construct, construct
+from descend.compare.parallel import Construct, Params, construct
 from descend.compare.problem import Problem
 from descend.compare.scipy_solvers import SciPy
 from descend.compare.sklearn_solvers import ScikitLearn
@@ -68,7 +68,7 @@ class Spec:
         optimizers = self.build_for(wrapped, problem.way.construct)
         return FirstOrderTrainer(wrapped, problem.task.loss, optimizers, self.max_norm)
 
-    def build(self, params: Iterable[nn.Parameter], construct: Construct = construct) -> Optimizer:
+    def build(self, params: Params, construct: Construct = construct) -> Optimizer:
         """Return the optimizer for ``params``, compiled; raise a ``UsageError`` if it rejects them or its options.
 
         Args:
@@ -109,10 +109,13 @@ class Spec:
         """Return the optimizers that train ``model``; its gradients must be as ``set_gradients`` sets them.
 
         Two classes do not take every parameter, and leave the others to a second optimizer, as in programs that use
-        them. SparseAdam takes embeddings, Adam from the same library with the same options the rest. Muon takes
-        matrices that are no embeddings, AdamW the rest, at the rate that ``rates`` gives it.
+        them. SparseAdam takes embeddings, Adam from the same library with the same options the rest. torch's Muon takes
+        matrices that are no embeddings, AdamW the rest, at the rate that ``rates`` gives it; ours has AdamW inside.
         """
         tables = [table.weight for table in embeddings(model)]
+        if issubclass(self.optimizer, descend.Muon):
+            options = {"adamw": self._options_beside_muon(), **self.options}
+            return [replace(self, options=options).build(model, construct)]
         if self.optimizer is torch.optim.Muon:
             own = [param for param in model.parameters() if param.ndim == 2 and not _is_among(param, tables)]
             others = [param for param in model.parameters() if not _is_among(param, own)]
@@ -239,7 +242,7 @@ def _parse(text: str, label: str, lr: Mapping[str, float]) -> Contestant:
             raise UsageError(f"--optimizer {text}: max_norm must be positive, got {max_norm!r}.")
     family = name.removeprefix("torch.")
     if "lr" not in options and family in lr:
-        options["lr"] = lr[family] if family == "muon" else _scaled(lr[family], options.get("momentum"))
+        options["lr"] = lr[family] if family in ("muon", "normuon") else _scaled(lr[family], options.get("momentum"))
     return Spec(label, text, optimizer, options, max_norm)
 
 

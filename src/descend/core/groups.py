@@ -1,4 +1,4 @@
-"""Parameter groups by name: patterns with options, and the parameters that usually get no weight decay."""
+"""Parameter groups by name: patterns with options, lists of them combined, and what usually gets no weight decay."""
 
 from __future__ import annotations
 
@@ -42,35 +42,64 @@ def grouped(
     Raises:
         ValueError: if parameters have no names, a pattern gets no parameter, or an option does not exist.
     """
-    pairs = _pairs(who, params)
+    pairs = named_pairs(who, params)
     names = [name for name, _ in pairs]
+    entries = entries_of(who, groups)
+    for pattern, values in entries:
+        check_names(values, repr(_text(pattern)))
     rest = dict.fromkeys(range(len(pairs)))
     patterns: dict[str, str] = {}
     chosen = []
-    for entry in groups:
-        pattern, values = entry if isinstance(entry, tuple | list) and len(entry) == 2 else (entry, None)
-        is_bytes = isinstance(pattern, bytes) or isinstance(getattr(pattern, "pattern", None), bytes)
-        is_pattern = isinstance(pattern, str | re.Pattern | Collection) and not is_bytes
-        if not (is_pattern and isinstance(values, Mapping)):
-            raise ValueError(
-                f"{who}: groups takes pairs of a pattern (text, regular expression or names) and a dict of options, "
-                f"got {entry!r}."
-            )
-        text = _text(pattern)
-        check_names(values, repr(text))
-        matched = [i for i, name in enumerate(names) if _matches(pattern, name)]
-        absent = [] if isinstance(pattern, str | re.Pattern) else [name for name in pattern if name not in names]
-        for lacking in absent or ([] if matched else [text]):
-            near = difflib.get_close_matches(lacking, names, _SHOWN, cutoff=0)
-            raise ValueError(f"{who}: groups: {lacking!r} matches no parameter. Near names: {', '.join(near)}.")
-        members = [i for i in matched if i in rest]
-        if not members:
-            raise ValueError(f"{who}: groups: all that {text!r} matches, earlier patterns take: move it before them.")
+    for (pattern, values), members in zip(entries, members_of(who, names, entries), strict=True):
         for i in members:
             del rest[i]
-            patterns[names[i]] = text
+            patterns[names[i]] = _text(pattern)
         chosen.append({"params": [pairs[i] for i in members], **values})
     return [*([{"params": [pairs[i] for i in rest]}] if rest else []), *chosen], patterns
+
+
+def combined(params: nn.Module | Iterable[tuple[str, Tensor]], *lists: Groups) -> Groups:
+    """Return entries for ``groups`` that give each parameter the options of several lists at once.
+
+    In each list the first pattern that matches a parameter decides, as in ``groups``. Where two lists set the same
+    option, the earlier list decides.
+
+    Args:
+        params: a module, or ``(name, parameter)`` pairs.
+        lists: lists of entries, such as ``layer_decay`` and ``no_decay`` return, or of your own patterns and options.
+    Returns:
+        An entry for each set of parameters that get the same of all lists, in the order of the parameters. Those that
+        no pattern matches are in none.
+    Raises:
+        ValueError: if parameters have no names, or a pattern gets no parameter.
+    Example:
+        >>> from descend import AdamW, layer_decay
+        >>> model = nn.Sequential(nn.Linear(2, 3), nn.ReLU(), nn.Linear(3, 1))
+        >>> groups = combined(model, layer_decay(model, 0.5), no_decay(model))
+        >>> for entry in groups:
+        ...     print(*entry)
+        ('0.weight',) {'lr_scale': 0.5}
+        ('0.bias',) {'weight_decay': 0.0, 'lr_scale': 0.5}
+        ('2.weight',) {'lr_scale': 1.0}
+        ('2.bias',) {'weight_decay': 0.0, 'lr_scale': 1.0}
+        >>> optimizer = AdamW(model, lr=0.1, weight_decay=0.01, groups=groups)
+        >>> [(group["lr"], group["weight_decay"]) for group in optimizer.param_groups]
+        [(0.05, 0.01), (0.05, 0.0), (0.1, 0.01), (0.1, 0.0)]
+    """
+    names = [name for name, _ in named_pairs("combined", params)]
+    options: list[dict[str, Any]] = [{} for _ in names]
+    places: list[list[tuple[int, int]]] = [[] for _ in names]  # of the entries that match each parameter
+    for which, groups in enumerate(lists):
+        entries = entries_of("combined", groups)
+        for index, members in enumerate(members_of("combined", names, entries)):
+            for i in members:
+                places[i].append((which, index))
+                options[i] = {**entries[index][1], **options[i]}
+    result: dict[Any, tuple[list[str], dict[str, Any]]] = {}
+    for name, found, values in zip(names, places, options, strict=True):
+        if found:
+            result.setdefault(tuple(found), ([], values))[0].append(name)
+    return [(tuple(members), values) for members, values in result.values()]
 
 
 def no_decay(params: nn.Module | Iterable[tuple[str, Tensor]]) -> Groups:
@@ -98,13 +127,14 @@ def no_decay(params: nn.Module | Iterable[tuple[str, Tensor]]) -> Groups:
                 of_norms |= {name for name, _ in module.named_parameters(prefix, recurse=False)}
     names = tuple(
         name
-        for name, param in _pairs("no_decay", params)
+        for name, param in named_pairs("no_decay", params)
         if param.ndim <= 1 or _BIAS.search(name.rpartition(".")[2]) or name in of_norms
     )
     return [(names, {"weight_decay": 0.0})] if names else []
 
 
-def _pairs(who: str, params: Any) -> list[tuple[str, Tensor]]:
+def named_pairs(who: str, params: Any) -> list[tuple[str, Tensor]]:
+    """The ``(name, parameter)`` pairs of a module, or those given. Raise ``ValueError`` if there are no names."""
     given = named(params)
     pairs: list[Any] = [given] if isinstance(given, Tensor) else list(given)
     for pair in pairs:
@@ -114,6 +144,44 @@ def _pairs(who: str, params: Any) -> list[tuple[str, Tensor]]:
                 f"parameter) pairs; got a {type(pair).__name__}."
             )
     return pairs
+
+
+def entries_of(who: str, groups: Iterable[Any]) -> list[tuple[Pattern, Mapping[str, Any]]]:
+    """The entries of ``groups``. Raise ``ValueError`` if one is no pair of a pattern and options."""
+    entries = []
+    for entry in groups:
+        pattern, values = entry if isinstance(entry, tuple | list) and len(entry) == 2 else (entry, None)
+        is_bytes = isinstance(pattern, bytes) or isinstance(getattr(pattern, "pattern", None), bytes)
+        is_pattern = isinstance(pattern, str | re.Pattern | Collection) and not is_bytes
+        if not (is_pattern and isinstance(values, Mapping)):
+            raise ValueError(
+                f"{who}: groups takes pairs of a pattern (text, regular expression or names) and a dict of options, "
+                f"got {entry!r}."
+            )
+        entries.append((pattern, values))
+    return entries
+
+
+def members_of(who: str, names: Sequence[str], entries: Iterable[tuple[Pattern, Any]]) -> list[list[int]]:
+    """For each entry, the positions of the names that its pattern is the first to match.
+
+    Raises:
+        ValueError: if a pattern matches no name, or earlier ones take all that it matches.
+    """
+    rest, result = set(range(len(names))), []
+    for pattern, _ in entries:
+        text = _text(pattern)
+        matched = [i for i, name in enumerate(names) if _matches(pattern, name)]
+        absent = [] if isinstance(pattern, str | re.Pattern) else [name for name in pattern if name not in names]
+        for lacking in absent or ([] if matched else [text]):
+            near = difflib.get_close_matches(lacking, names, _SHOWN, cutoff=0)
+            raise ValueError(f"{who}: groups: {lacking!r} matches no parameter. Near names: {', '.join(near)}.")
+        members = [i for i in matched if i in rest]
+        if not members:
+            raise ValueError(f"{who}: groups: all that {text!r} matches, earlier patterns take: move it before them.")
+        rest.difference_update(members)
+        result.append(members)
+    return result
 
 
 def _matches(pattern: Pattern, name: str) -> bool:

@@ -16,6 +16,21 @@ def has_address(tensor: Tensor) -> bool:
     return type(tensor) in PLAIN and (tensor.is_cpu or tensor.is_cuda)
 
 
+def row_count(tensor: Tensor) -> int:
+    """How many rows it has, one an index of the first dimension; a 0-dim tensor is one row."""
+    return tensor.shape[0] if tensor.dim() else 1
+
+
+def row_width(tensor: Tensor) -> int:
+    """How many elements a row has; 0 if there are no rows."""
+    return tensor.numel() // row_count(tensor) if tensor.numel() else 0
+
+
+def row_state_shape(tensor: Tensor) -> torch.Size:
+    """Shape of a state of one number for each of its rows."""
+    return torch.Size([row_count(tensor), 1])
+
+
 def is_on_device(value: object) -> bool:
     """Whether it is a tensor that the host would have to wait for."""
     return isinstance(value, Tensor) and value.device.type != "cpu"

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, ClassVar, NamedTuple
+from types import MappingProxyType
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.utils._foreach_utils import _get_fused_kernels_supported_devices
 
 from descend.core.checks import check_kinds, check_lr
+from descend.core.composition import Decay
+from descend.core.memory import row_state_shape
 from descend.core.options import StepOptions
 from descend.core.signature import signature
 
@@ -45,14 +48,25 @@ class Method:
     scalar_state: ClassVar[tuple[str, ...]] = ()  # state that is one number a parameter, see ``scalars_and_state``
     nonnegative_state: ClassVar[tuple[str, ...]] = ()  # a file in which such state is negative is damaged
     group_state: ClassVar[tuple[str, ...]] = ()  # keys of a group that steps change: state, and no options
+    sums_over: ClassVar[Literal["param", "all"]] = "param"  # what a rule with sums adds up, see ``scalars_of_sums``
     takes_sparse: ClassVar[bool] = False  # without being told what a sparse gradient means
     catch_up_rules: ClassVar[tuple[Callable[..., Any], Callable[..., Any]] | None] = None  # for sparse="exact"
     foreach_is_differentiable: ClassVar[bool] = False  # in torch only SGD's is
     capturable_needs: ClassVar[str] = "params and state_steps"  # on a device, in torch's words
+    fixed_options: ClassVar[Mapping[str, Any]] = MappingProxyType({})  # of groups, whatever a file says
     is_for_groups: ClassVar[bool] = True  # whether groups of another optimizer may have this method
+    optional_state: ClassVar[tuple[str, ...]] = ()  # made where it is missing, whatever else there is
+    decay: ClassVar[Decay | None] = None  # what ``weight_decay`` does, see ``decay_of``
+    direction: ClassVar[Callable[..., Any] | None] = None  # cheaper than the rule, see ``core.composition.composed``
+    state_follows_param: ClassVar[bool] = False  # it holds points, which a longer or shorter step would miss
 
     options: StepOptions
     defaults: dict[str, Any]
+
+    @property
+    def kind(self) -> type[Method]:
+        """The class that describes it; options may have added to that."""
+        return type(self)
 
     @abstractmethod
     def name_of(self, param: Tensor) -> str:
@@ -77,7 +91,21 @@ class Method:
         By default each scalar is the group's option of that name, and ``step`` is the step itself. With
         ``counts_steps = False``, ``step`` is 1 for the first step and 2 for every later one.
         """
-        return tuple(step if name == "step" else group[name] for name in signature(self.rule_for(group)).scalars)
+        return tuple(step if name == "step" else group[name] for name in signature(self.rule_for(group)).given)
+
+    def scalars_of_sums(self, group: Mapping[str, Any], sums: Sequence[float], numel: int) -> tuple[Any, ...]:
+        """The scalars that a rule with sums forms of them, in its order. Default: the sums themselves.
+
+        Called at every step before anything moves: for each parameter, or with ``sums_over = "all"`` for each group. It
+        changes nothing that may be seen; what it keeps for the next step is for ``end_step`` to write.
+
+        Args:
+            group: the parameter's group.
+            sums: what the rule's part returns, see ``ops.summing``, summed in float64 over the elements of the
+                parameter; with ``sums_over = "all"``, of all parameters that have a gradient and this method.
+            numel: how many elements these are; a complex number is two.
+        """
+        return tuple(sums)
 
     def scalars_and_state(
         self, group: Mapping[str, Any], step: float, state: Sequence[Tensor]
@@ -101,9 +129,20 @@ class Method:
         """Whether ``end_step`` does anything."""
         return type(self).end_step is not Method.end_step
 
+    def decay_of(self, group: Mapping[str, Any]) -> Decay | None:
+        """What the group's weight decay is: in all of these a step without it does not depend on the parameter.
+
+        ``"decoupled"``: the rule takes ``lr * weight_decay`` times the parameter from it. ``"l2"``: the rule adds
+        ``weight_decay`` times the parameter to the gradient before anything else. ``"none"``: there is none. None:
+        anything else. Default: by the option ``decoupled_weight_decay``; without it, the attribute ``decay``.
+        """
+        decoupled = group.get("decoupled_weight_decay")
+        return self.decay if decoupled is None else ("decoupled" if decoupled else "l2")
+
     def may_decide_on_device(self, group: Mapping[str, Any]) -> bool:
         """Whether a step of ``group`` may be left out without the host knowing: the host counts nothing then."""
-        return not self.step_is_int and not self.ends_steps
+        sums = signature(self.rule_for(group)).summed is not None  # the host forms scalars of them
+        return not self.step_is_int and not sums and not self.ends_steps
 
     def check_options(self, options: Mapping[str, Any]) -> None:
         """Raise ``ValueError`` if a group's options are out of range."""
@@ -160,12 +199,27 @@ class Method:
                 f"{type(self).__name__} does not support sparse gradients, please consider SparseAdam instead, or say "
                 f"what they mean: {cures} ({self.name_of(param)} has a gradient of layout {layout})"
             )
-        if signature(self.rule_of(param, group)).kind == "matrix":
+        self.check_takes_rows(param, group)
+        return self.options.sparse or "all"
+
+    def check_takes_rows(self, param: Tensor, group: Mapping[str, Any]) -> None:
+        """Raise ``RuntimeError`` if the rule cannot update the rows that a sparse gradient names."""
+        takes = signature(self.rule_of(param, group))
+        if takes.summed is not None:
+            raise RuntimeError(
+                f"{type(self).__name__}: a rule that sums over a tensor cannot update single rows, but "
+                f"{self.name_of(param)} has a sparse gradient: make it dense."
+            )
+        if takes.kind == "matrix":
             raise RuntimeError(
                 f"{type(self).__name__}: a rule of whole matrices cannot update single rows, but {self.name_of(param)} "
                 "has a sparse gradient: make it dense."
             )
-        return self.options.sparse or "all"
+        if takes.kind == "row" and not _names_rows(param.grad):
+            raise RuntimeError(
+                f"{type(self).__name__}: a rule of rows needs gradients that are sparse in the first dimension alone, "
+                f"but {self.name_of(param)} has one of {_sparsity(param.grad)}: make it dense."
+            )
 
     # State.
 
@@ -174,8 +228,11 @@ class Method:
         return 0.0
 
     def state_shape(self, name: str, param: Tensor, group: Mapping[str, Any]) -> torch.Size:
-        """Shape of the state tensor called ``name``. Default: the parameter's, which compiled backends need."""
-        return param.shape
+        """Shape of the state tensor called ``name``, which compiled backends need.
+
+        Default: the parameter's, and (rows, 1) if the rule is one of rows.
+        """
+        return row_state_shape(param) if signature(self.rule_of(param, group)).kind == "row" else param.shape
 
     def state_spec(self, name: str, param: Tensor, group: Mapping[str, Any]) -> StateSpec:
         """How a new state tensor called ``name`` is made."""
@@ -187,3 +244,13 @@ class Method:
         if not param.is_floating_point():
             return param.dtype
         return self.options.state_dtype or (torch.float32 if param.dtype == torch.float16 else param.dtype)
+
+
+def _names_rows(grad: Tensor | None) -> bool:
+    """Whether a sparse gradient names rows."""
+    return grad is None or (grad.layout is torch.sparse_coo and grad.sparse_dim() == 1)
+
+
+def _sparsity(grad: Any) -> str:
+    is_coo = grad.layout is torch.sparse_coo
+    return f"{grad.sparse_dim()} sparse dimensions" if is_coo else f"layout {grad.layout}"

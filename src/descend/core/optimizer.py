@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import math
 import os
 import sys
 from abc import abstractmethod
@@ -20,8 +21,20 @@ from torch.utils.weak import WeakIdKeyDictionary
 from descend.core.decision import SKIPPED
 from descend.core.measures import Observer
 from descend.core.method import Method
-from descend.core.options import BACKENDS, DOCUMENTATION, Amp, BackendName, Nonfinite, Sparse, StatePages, StepOptions
+from descend.core.options import (
+    BACKENDS,
+    DOCUMENTATION,
+    Amp,
+    BackendName,
+    Cautious,
+    DecayBy,
+    Nonfinite,
+    Sparse,
+    StatePages,
+    StepOptions,
+)
 from descend.core.undecorated import undecorated
+from descend.core.wrapping import wrapped
 
 # Torch's schedulers rewrite these in all groups if the optimizer has them; on another method they have no effect.
 _SCHEDULED = ("betas", "momentum")
@@ -80,6 +93,9 @@ class MethodOptimizer(Method, Optimizer):
     amp: Amp | None
     state_pages: StatePages
     shard_state: Any
+    cautious: Cautious | None
+    decay_by: DecayBy
+    ema: float | None
 
     @property
     def grad_norm(self) -> float | None:
@@ -111,7 +127,7 @@ class MethodOptimizer(Method, Optimizer):
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
-        if MethodOptimizer not in cls.__bases__ and cls.__module__.startswith(f"{__name__.partition('.')[0]}."):
+        if MethodOptimizer not in cls.__bases__ and str(cls.__module__).startswith(f"{__name__.partition('.')[0]}."):
             _classes[cls.__name__.lower()] = cls
 
     def _begin(self) -> None:
@@ -129,7 +145,7 @@ class MethodOptimizer(Method, Optimizer):
             ValueError: if there is no method of the group's name.
         """
         name = group.get("method")
-        return self if name is None else self._method_called(name)
+        return wrapped(self if name is None else self._method_called(name))
 
     def _method_called(self, name: Any) -> MethodOptimizer:
         """An optimizer of the class that groups call ``name``, which only describes."""
@@ -213,12 +229,28 @@ class MethodOptimizer(Method, Optimizer):
         return method.defaults
 
     def check_names(self, options: Mapping[str, Any], where: str) -> None:
-        """Raise ``ValueError`` for a name that is no option of the group's method; ``where`` is the group."""
+        """Raise ``ValueError`` for a name that is no option of the group's method; ``where`` is the group.
+
+        Where there is an ``lr`` there may be an ``lr_scale``, see ``with_lr``.
+        """
         kind = self._class_called(options["method"]) if "method" in options else type(self)
         method = self if kind is type(self) else self._method_called(_name_of(kind))
         for key in options:
-            if key not in method.defaults and key != "method":
+            is_scale = key == "lr_scale" and "lr" in method.defaults
+            if key not in method.defaults and key != "method" and not is_scale:
                 raise ValueError(f"{type(self).__name__}: groups: {_no_option(key, method, where)}")
+        scale = options.get("lr_scale", 1.0)
+        if not (isinstance(scale, int | float) and 0 <= scale < math.inf):
+            raise ValueError(
+                f"{type(self).__name__}: groups: lr_scale, for {where}, must be a finite number >= 0, got {scale!r}."
+            )
+
+    def with_lr(self, group: dict[str, Any]) -> dict[str, Any]:
+        """A group made from an entry of ``groups``, with the entry's ``lr_scale`` multiplied into ``lr``."""
+        if "lr_scale" not in group:
+            return group
+        options = {key: value for key, value in group.items() if key not in ("params", "lr_scale")}
+        return {"params": group["params"], **options, "lr": self.completed(options)["lr"] * group["lr_scale"]}
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group of parameters. See ``torch.optim.Optimizer.add_param_group``.
@@ -231,6 +263,8 @@ class MethodOptimizer(Method, Optimizer):
             options = self.completed(param_group)
             method = self.method_of(options)
             method.check_group(options)
+            if self.options.decay_by != "lr" and "lr" in options:  # what lr is compared with, whatever becomes of it
+                options.setdefault("max_lr", float(options["lr"]))
             if method is not self:
                 foreign = self.defaults.keys() - options.keys() - set(_SCHEDULED)
             if "method" not in options:

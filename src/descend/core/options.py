@@ -17,10 +17,12 @@ import torch
 from descend.core.groups import Groups
 
 Nonfinite: TypeAlias = Literal["step", "skip", "raise"]
-BackendName: TypeAlias = Literal["auto", "eager", "foreach", "cpu", "triton"]
+BackendName: TypeAlias = Literal["auto", "eager", "foreach", "cpu", "triton", "matrix"]
 Sparse: TypeAlias = Literal["touched", "exact"]
 Amp: TypeAlias = Literal["fused"]
 StatePages: TypeAlias = Literal["auto", "touched", "all"]
+Cautious: TypeAlias = Literal["update", "decay", "both"]
+DecayBy: TypeAlias = Literal["lr", "schedule", "lr_squared"]
 
 BACKENDS: list[str] = list(get_args(BackendName))  # ``backends.register`` appends to it
 STATE_DTYPES = (None, torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -38,6 +40,9 @@ class Options(TypedDict, total=False):
     amp: Amp | None
     state_pages: StatePages
     shard_state: Any
+    cautious: Cautious | None
+    decay_by: DecayBy
+    ema: float | None
 
 
 def _says(documentation: str) -> dict[str, str]:
@@ -107,6 +112,30 @@ class StepOptions:
             "DistributedDataParallel: each keeps and updates the state of its part (ZeRO-1). Default: None."
         ),
     )
+    # These three make one method of another, see ``core/wrapping.py``.
+    cautious: Cautious | None = field(
+        default=None,
+        metadata=_says(
+            '``"update"``: leave out what would move a weight against its gradient, and lengthen the rest to make up; '
+            '``"decay"``: leave out decoupled weight decay where it works against the update; ``"both"``. '
+            "Default: None."
+        ),
+    )
+    decay_by: DecayBy = field(
+        default="lr",
+        metadata=_says(
+            'what decoupled ``weight_decay`` is multiplied by. ``"lr"``, as in torch; ``"schedule"``, the lr as a part '
+            'of its largest; ``"lr_squared"``, lr times that part. The largest is the ``max_lr`` of the group: its lr '
+            'when it was made, unless it is set. Default: ``"lr"``.'
+        ),
+    )
+    ema: float | None = field(
+        default=None,
+        metadata=_says(
+            "keep an average of the weights, of which a step keeps this part, in [0, 1). ``averaged`` puts it in their "
+            "place. Default: None."
+        ),
+    )
 
     @property
     def wants_norm(self) -> bool:
@@ -128,12 +157,28 @@ class StepOptions:
             "sparse": (None, *get_args(Sparse)),
             "amp": (None, *get_args(Amp)),
             "state_pages": get_args(StatePages),
+            "cautious": (None, *get_args(Cautious)),
+            "decay_by": get_args(DecayBy),
         }
         for name, values in allowed.items():
             if (value := getattr(self, name)) not in values:
                 raise ValueError(f"{who}: {name} must be one of {values}, got {value!r}.")
-        if self.sparse == "exact" and self.shard_state is not None:
+        if self.ema is not None and not (
+            isinstance(self.ema, int | float) and not isinstance(self.ema, bool) and 0 <= self.ema < 1
+        ):
+            raise ValueError(f"{who}: ema must be a number in [0, 1), or None for no average, got {self.ema!r}.")
+        if self.sparse == "exact":
+            self._check_exact(who)
+
+    def _check_exact(self, who: str) -> None:
+        if self.shard_state is not None:
             raise ValueError(f"{who}: sparse='exact' keeps whole tables on every rank; with shard_state use 'touched'.")
+        for name, default in (("cautious", None), ("decay_by", "lr"), ("ema", None)):
+            if (value := getattr(self, name)) != default:
+                raise ValueError(
+                    f"{who}: sparse='exact' cannot catch up with {name}={value!r}: steps that rows miss would have no "
+                    "closed form. Leave one of them out, or use 'touched'."
+                )
 
 
 DOCUMENTATION: dict[str, str] = {

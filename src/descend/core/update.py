@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -13,6 +13,7 @@ from torch import Tensor
 from descend.core.decision import Decision
 from descend.core.measures import Sample
 from descend.core.memory import wide
+from descend.core.method import Method
 from descend.core.optimizer import MethodOptimizer
 
 
@@ -37,15 +38,44 @@ class Wrapper(NamedTuple):
     spec: Any
 
 
+class Summed(NamedTuple):
+    """Parameters that share a rule with sums, see ``ops.summing``.
+
+    Attributes:
+        method: their method.
+        rule: the rule.
+        params: the parameters; if they are sharded, the DTensors, or what is cut.
+        share: which ranks hold their parts; None for parameters that are not sharded.
+        members: for each of their groups, its index and which of the parameters are in it.
+        numels: how many elements each parameter has on all ranks; a complex number is two.
+        local_numel: how many all of them have here.
+        sums: returns the sums over each parameter, given the optimizer: a row a parameter, float64. Waits for no
+            device; a tensor on one is valid until it is called again.
+        take: takes the scalars that are formed of them, a row a parameter.
+    """
+
+    method: Method
+    rule: Callable[..., Any]
+    params: Sequence[Tensor]
+    share: Any
+    members: Sequence[tuple[int, Any]]
+    numels: np.ndarray
+    local_numel: int
+    sums: Callable[[MethodOptimizer], np.ndarray | Tensor]
+    take: Callable[[np.ndarray], None]
+
+
 class Update(ABC):
     """What a plan asks of each of its parts, in this order.
 
     Once: ``compile``. At every step: ``read``, ``sum_of_squares`` if a norm is wanted, ``set_scalars``; before the
-    first, ``make_state``; then ``run``, and ``release`` in any case. Nothing before ``run`` moves a parameter.
+    first, ``make_state``; the sums of what is ``summed``; then ``run``, and ``release`` in any case. Nothing before
+    ``run`` moves a parameter.
 
     Attributes:
         params: the plain tensors it updates, all on one device.
         share: which ranks hold the rest of them; None for parameters that are not sharded.
+        summed: parameters whose rules need sums before ``run``.
         decisions: the ``backends.backend.Decisions`` of the backend that runs it; None if it reads none.
         decision: what the device decides about each step; None where the host does. The plan sets it.
         counts_on_device: whether the step counts are on the device, and the host does not know them. The plan sets it.
@@ -53,6 +83,7 @@ class Update(ABC):
 
     params: Sequence[Tensor]
     share: Any = None
+    summed: Sequence[Summed] = ()
     decisions: Any = None
     decision: Decision | None = None
     counts_on_device: bool = False

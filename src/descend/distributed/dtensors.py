@@ -14,7 +14,7 @@ from typing import Any
 
 from torch import Tensor
 
-from descend.core.memory import PLAIN
+from descend.core.memory import PLAIN, row_state_shape
 
 
 def is_dtensor(tensor: Any) -> bool:
@@ -50,6 +50,19 @@ def like(dtensor: Any, local: Tensor, placements: tuple[Any, ...] | None = None)
         spec = copy.copy(spec)
         spec.tensor_meta = spec.tensor_meta._replace(dtype=local.dtype)
     return type(dtensor)(local, spec, requires_grad=False)  # type: ignore[no-any-return]
+
+
+def rows_of(dtensor: Any) -> Tensor:
+    """A DTensor of one number, not initialized, for each row of another, on the ranks that have the row."""
+    local = local_of(dtensor)
+    rows, spec = local.new_empty(row_state_shape(local)), copy.copy(dtensor._spec)
+    spec.tensor_meta = spec.tensor_meta._replace(shape=row_state_shape(dtensor), stride=(1, 1))
+    return type(dtensor)(rows, spec, requires_grad=False)  # type: ignore[no-any-return]
+
+
+def has_whole_rows(tensor: Any) -> bool:
+    """Whether no row of a tensor is cut: of a DTensor, each is on one rank, or whole on several."""
+    return not is_dtensor(tensor) or all(getattr(placement, "dim", 0) == 0 for placement in tensor.placements)
 
 
 def part_of(whole: Tensor, dtensor: Any) -> Tensor:

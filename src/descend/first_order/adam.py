@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -48,6 +49,7 @@ class Adam(FirstOrder):
         Kingma & Ba 2015, Algorithm 1, https://arxiv.org/abs/1412.6980
     """
 
+    direction = staticmethod(rules.first_average)
     nonnegative_state = ("exp_avg_sq", "max_exp_avg_sq")
     catch_up_rules = (rules.coast, rules.decay)
 
@@ -150,6 +152,8 @@ class AdamW(Adam):
         Loshchilov & Hutter 2019, Algorithm 2, https://arxiv.org/abs/1711.05101
     """
 
+    fixed_options = MappingProxyType({"decoupled_weight_decay": True})
+
     def __init__(
         self,
         params: ParamsT,
@@ -181,11 +185,6 @@ class AdamW(Adam):
             decoupled_weight_decay=True,
             **options,
         )
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
-        for group in self.param_groups:
-            group["decoupled_weight_decay"] = True
 
 
 def _check_tensors(options: Mapping[str, Any]) -> None:

@@ -47,6 +47,8 @@ class Adamax(FirstOrder):
         Kingma & Ba 2015, Algorithm 2, https://arxiv.org/abs/1412.6980
     """
 
+    direction = staticmethod(rules.first_average)
+    decay = "l2"
     rule = staticmethod(rules.adamax)
     nonnegative_state = ("exp_inf",)
 
@@ -206,6 +208,7 @@ class RAdam(FirstOrder):
         Liu et al. 2020, Algorithm 2, https://arxiv.org/abs/1908.03265
     """
 
+    direction = staticmethod(rules.first_average)
     nonnegative_state = ("exp_avg_sq",)
 
     def __init__(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 from descend.core.docstrings import with_sections
 from descend.core.groups import ParamsT
@@ -12,7 +12,9 @@ from descend.core.signature import signature
 from descend.first_order.optimizer import FirstOrder
 
 
-def from_rule(rule: Callable[..., Any], name: str, **defaults: Any) -> type[FirstOrder]:
+def from_rule(
+    rule: Callable[..., Any], name: str, *, sums_over: Literal["param", "all"] = "param", **defaults: Any
+) -> type[FirstOrder]:
     """A complete optimizer class from a rule.
 
     Args:
@@ -20,13 +22,16 @@ def from_rule(rule: Callable[..., Any], name: str, **defaults: Any) -> type[Firs
             arithmetic and the functions of ``descend.ops``. The first arguments after ``grad`` are state, one for each
             value returned after the parameter; they start as zeros. The other arguments are numbers, which become
             options of the optimizer. A number called ``step`` receives the parameter's step count, which starts at 1.
+            The last numbers of a rule made with ``descend.ops.summing`` are sums.
         name: name of the class. To pickle its optimizers, assign the class to this name in the rule's module.
+        sums_over: what a sum is taken over: ``"param"``, each parameter by itself, or ``"all"`` that have a gradient.
+            Default: ``"param"``.
         defaults: defaults of the numbers; they override those in the rule's signature. Default of ``lr``: 1e-3.
     Returns:
         A subclass of ``FirstOrder``: ``Class(params, lr=..., ..., max_norm=None, nonfinite="step", ...)``.
     Raises:
-        ValueError: if a number has no default, or has the name of an option that every optimizer has; or if a default
-            belongs to no number.
+        ValueError: if ``sums_over`` is something else; if a number has no default, or has the name of an option that
+            every optimizer has; or if a default belongs to no number.
     Example:
         >>> import torch
         >>> from descend.ops import sign
@@ -41,7 +46,9 @@ def from_rule(rule: Callable[..., Any], name: str, **defaults: Any) -> type[Firs
         tensor([0.9000, 0.9000], requires_grad=True)
     """
     takes = signature(rule)
-    options = [number for number in takes.scalars if number != "step"]
+    options = [number for number in takes.given if number != "step"]
+    if sums_over not in ("param", "all"):
+        raise ValueError(f"from_rule: sums_over must be 'param' or 'all', got {sums_over!r}.")
     if reserved := {"params", "maximize", *Options.__annotations__}.intersection(options):
         raise ValueError(f"from_rule: {name} cannot have a number called {sorted(reserved)}: every optimizer has one.")
     values = {"lr": 1e-3, **takes.defaults, **defaults}
@@ -74,6 +81,7 @@ def from_rule(rule: Callable[..., Any], name: str, **defaults: Any) -> type[Firs
         "__doc__": with_sections(rule.__doc__ or f"An optimizer made of the rule ``{rule.__name__}``.", arguments),
         "__module__": rule.__module__,
         "rule": staticmethod(rule),
-        "counts_steps": "step" in takes.scalars,
+        "counts_steps": "step" in takes.given,
+        "sums_over": sums_over,
     }
     return type(name, (FirstOrder,), members)

@@ -19,7 +19,7 @@ from descend.checkpoint.consolidate import consolidated
 from descend.checkpoint.matching import Hyperparameters, IncompatibleKeys, Match
 from descend.checkpoint.reading import set_state
 from descend.core.docstrings import summary_of, with_sections
-from descend.core.groups import ParamsT, grouped, named
+from descend.core.groups import Groups, ParamsT, grouped, named
 from descend.core.measures import Observer
 from descend.core.optimizer import MethodOptimizer
 from descend.core.options import DOCUMENTATION, Options, StepOptions, shows_options
@@ -27,6 +27,7 @@ from descend.core.undecorated import undecorated
 from descend.diagnostics.summary import Row, summarize
 from descend.distributed.shard_state import state_mesh
 from descend.sparse.attach import Tables, attach
+from descend.state.averages import averages_in_place
 from descend.state.container import State
 from descend.state.make import init_state
 from descend.step.driver import Driver, WholeStep
@@ -52,6 +53,8 @@ class FirstOrder(MethodOptimizer):
         if cls.__doc__:
             cls.__doc__ = with_sections(cls.__doc__, _shared_sections())
 
+    _is_averaged = False  # whether the weights are their averages now
+
     @shows_options
     def __init__(self, params: ParamsT, defaults: dict[str, Any], **options: Unpack[Options]) -> None:
         name = type(self).__name__
@@ -64,15 +67,21 @@ class FirstOrder(MethodOptimizer):
         self._begin()
         self._tables = Tables()
         self._use(WholeStep(self._tables))
-        self.check_group(defaults)  # before a generator of parameters is used up
         self.defaults = defaults
-        params, self._patterns = (
-            (named(params), {}) if groups is None else grouped(name, params, groups, self.check_names)
-        )
-        super().__init__(params, defaults)
+        self.method_of(defaults).check_group(defaults)  # before a generator of parameters is used up
+        sorted_params, self._patterns = self._sorted(params, groups)
+        if groups is not None:
+            sorted_params = [self.with_lr(group) for group in sorted_params]
+        super().__init__(sorted_params, defaults)
         self.state = State.owned_by(self)
         self.check_step_options()
         state_mesh(self)  # raises for what shard_state cannot be
+
+    def _sorted(self, params: ParamsT, groups: Groups | None) -> tuple[Any, dict[str, str]]:
+        """The parameters as torch takes them, and by name what has put them where they are."""
+        if groups is None:
+            return named(params), {}
+        return grouped(type(self).__name__, params, groups, self.check_names)
 
     # The step.
 
@@ -217,6 +226,55 @@ class FirstOrder(MethodOptimizer):
             if self._tables:
                 self.settle()  # afterwards nobody could
 
+    # Averages.
+
+    @contextmanager
+    def averaged(self) -> Iterator[None]:
+        """Put the averages that ``ema`` keeps in the place of the weights, for a block of code.
+
+        The weights come back when the block ends, however it ends. Memory for one copy of the parameters is needed if
+        they are narrower than their averages, as bfloat16 is; else for none. Parameters that have taken no step with
+        ``ema`` keep their values. With ``shard_state``, all ranks enter and leave the block together.
+
+        Raises:
+            ValueError: if ``ema`` is None.
+            RuntimeError: for a block inside a block; inside the block also by ``step``, ``state_dict``,
+                ``load_state_dict`` and copies of the optimizer.
+        Example:
+            >>> from descend import SGD
+            >>> weight = torch.ones(2, requires_grad=True)
+            >>> optimizer = SGD([weight], lr=1.0, ema=0.75)
+            >>> weight.grad = torch.ones(2)
+            >>> optimizer.step()
+            >>> with optimizer.averaged():
+            ...     print(weight.tolist())
+            [0.75, 0.75]
+            >>> weight.tolist()
+            [0.0, 0.0]
+        """
+        if self.options.ema is None:
+            raise ValueError(f"{type(self).__name__}: there are no averages: pass ema=0.999 when it is made.")
+        self.check_not_averaged()
+        self._driver.forget_plan()  # so that a step inside makes a new plan, and is refused
+        try:
+            self._is_averaged = True
+            with averages_in_place(self):
+                yield
+        finally:
+            self._is_averaged = False
+
+    def check_not_averaged(self) -> None:
+        """Raise ``RuntimeError`` while the weights are their averages."""
+        if self._is_averaged:
+            raise RuntimeError(
+                f"{type(self).__name__}: inside `with optimizer.averaged()` the weights are their averages. Step, "
+                "save, load and copy the optimizer outside of it."
+            )
+
+    def check_step_options(self) -> None:
+        self.check_not_averaged()
+        super().check_step_options()
+
     # What it holds, and where it runs.
 
     def backends(self) -> list[Placement]:
@@ -267,6 +325,7 @@ class FirstOrder(MethodOptimizer):
 
     def state_dict(self) -> dict[str, Any]:
         """State and options as a dictionary in torch's format; its tensors share memory with the state."""
+        self.check_not_averaged()
         self._tables.write_schedules(self)
         return per_parameter.save(self, undecorated(Optimizer.state_dict))
 
@@ -319,9 +378,11 @@ class FirstOrder(MethodOptimizer):
             >>> optimizer.param_groups[0]["lr"]
             0.1
         """
+        self.check_not_averaged()
         return per_parameter.load(self, state_dict, strict, match, hyperparameters)
 
     def __getstate__(self) -> dict[str, Any]:
+        self.check_not_averaged()
         self._tables.write_schedules(self)
         ours = ("skipped_steps", "grad_norm", "_patterns")
         # A process group cannot be copied; its mesh can, and finds the group by its name.
@@ -347,8 +408,10 @@ class FirstOrder(MethodOptimizer):
         self._driver.forget_plan()
         self._tables.forget_schedules()
         for group in self.param_groups:
-            for key, value in self.method_of(group).defaults.items():
+            method = self.method_of(group)
+            for key, value in method.defaults.items():
                 group.setdefault(key, value)
+            group.update(method.fixed_options)
             for param in group["params"]:
                 self.note_made_by(param, group)
         if not isinstance(self.state, State):
@@ -369,6 +432,7 @@ def _shared_sections() -> dict[str, dict[str, str]]:
         "add_param_group",
         "attach",
         "settle",
+        "averaged",
     )
     return {
         "Keyword Args": DOCUMENTATION,

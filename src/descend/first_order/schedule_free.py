@@ -67,6 +67,7 @@ class AdamWScheduleFree(FirstOrder):
     nonnegative_state = ("exp_avg_sq",)
     counts_steps = False  # each group counts, as in the original: its parameters share one average
     is_for_groups = False  # train() and eval() are about all parameters
+    state_follows_param = True
     group_state = ("k", "train_mode", "weight_sum", "lr_max", "scheduled_lr")
 
     def __init__(
@@ -112,6 +113,7 @@ class AdamWScheduleFree(FirstOrder):
 
     @torch.no_grad()
     def _switch(self, train: bool) -> None:
+        self.check_not_averaged()
         groups = [group for group in self.param_groups if group["train_mode"] != train]
         parts = [self._parts(group) for group in self.param_groups]
         with DeferredSignals():

@@ -47,6 +47,7 @@ class SGD(FirstOrder):
         Sutskever et al. 2013, https://proceedings.mlr.press/v28/sutskever13.html
     """
 
+    decay = "l2"
     counts_steps = False
     takes_sparse = True
     foreach_is_differentiable = True
@@ -147,6 +148,8 @@ class ASGD(FirstOrder):
     """
 
     rule = staticmethod(rules.asgd)
+    decay = "l2"
+    state_follows_param = True
     scalar_state = ("eta", "mu")
     nonnegative_state = ("eta", "mu")
     capturable_needs = "params, mus, etas, and state_steps"

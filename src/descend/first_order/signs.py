@@ -45,6 +45,7 @@ class Lion(FirstOrder):
     """
 
     rule = staticmethod(rules.lion)
+    decay = "decoupled"
     counts_steps = False
 
     def __init__(
@@ -109,6 +110,7 @@ class Rprop(FirstOrder):
 
     rule = staticmethod(rules.rprop)
     nonnegative_state = ("step_size",)
+    decay = "none"
 
     def __init__(
         self,

@@ -57,6 +57,7 @@ class SOAP(FirstOrder):
     """
 
     nonnegative_state = ("exp_avg_sq",)
+    decay = "decoupled"
 
     def __init__(
         self,

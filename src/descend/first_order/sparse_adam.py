@@ -48,6 +48,7 @@ class SparseAdam(FirstOrder):
     """
 
     rule = staticmethod(rules.adam)
+    decay = "none"
     nonnegative_state = ("exp_avg_sq",)
     is_for_groups = False  # "touched" of Adam's is the same
     step_is_int = True

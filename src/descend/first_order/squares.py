@@ -48,6 +48,7 @@ class Adagrad(FirstOrder):
     """
 
     rule = staticmethod(rules.adagrad)
+    decay = "l2"
     nonnegative_state = ("sum",)
     takes_sparse = True
 
@@ -90,7 +91,7 @@ class Adagrad(FirstOrder):
         """Move the sums to shared memory, so that several processes can update them; missing sums are made first."""
         self._driver.forget_plan()
         for group in self.param_groups:
-            for param in group["params"]:
+            for param in group["params"] if "method" not in group else ():
                 ensure_state(self, param, self.rule, group)["sum"].share_memory_()
 
     def meaning_of_sparse(self, param: torch.Tensor, group: Mapping[str, Any]) -> str:
@@ -143,6 +144,7 @@ class RMSprop(FirstOrder):
         https://arxiv.org/abs/1308.0850
     """
 
+    decay = "l2"
     nonnegative_state = ("square_avg",)
 
     def __init__(
@@ -220,6 +222,7 @@ class Adadelta(FirstOrder):
     """
 
     rule = staticmethod(rules.adadelta)
+    decay = "l2"
     nonnegative_state = ("square_avg", "acc_delta")
 
     def __init__(

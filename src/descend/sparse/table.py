@@ -103,7 +103,8 @@ class Table:
         self.lock = threading.RLock()
         self.is_attached = self.is_replicated = False
         self._local_reads = LocalReads()
-        self._rule: Any = None  # of the last step
+        self._rule: Any = None  # of the last step, as are the next
+        self._catch_up_rules: Any = None
         self._schedule: Schedule | None = None
         self._is_stepping = False  # the last step on record may not have been taken
         self._catch_up: tuple[Any, CatchUp] | None = None
@@ -200,7 +201,7 @@ class Table:
         constants = float(options["betas"][0]), float(options["betas"][1]), float(options["eps"])
         state = optimizer.state_of(self.param)
         schedule = self._schedule_of(optimizer, state)
-        self._rule = optimizer.method_of(options).rule_for(options)
+        self._note_rules(optimizer, options)
         if self.is_replicated and schedule is not None and schedule.is_behind:
             rows = torch.from_numpy(gradient.rows)
             self._undo_reads(optimizer, rows)
@@ -317,17 +318,21 @@ class Table:
         catch_up.run(self.param, [tensor for _, tensor in state], scalars, factors, marks)
 
     def _state_names(self, optimizer: MethodOptimizer) -> tuple[str, ...]:
-        if self._rule is not None:
-            return signature(self._rule).state
-        group = optimizer.group_of(self.param)
-        return signature(optimizer.method_of(group).rule_for(group)).state
+        if self._rule is None:
+            self._note_rules(optimizer, optimizer.group_of(self.param))
+        return signature(self._rule).state
+
+    def _note_rules(self, optimizer: MethodOptimizer, group: Mapping[str, Any]) -> None:
+        """Remember the rules: a parameter that has left its group has rows that are behind."""
+        method = optimizer.method_of(group)
+        self._rule, self._catch_up_rules = method.rule_for(group), method.catch_up_rules
 
     def _catch_up_with(self, optimizer: MethodOptimizer, state: list[tuple[str, Tensor]]) -> CatchUp:
         """What brings rows up to date, on the backend that takes them."""
         dtypes = (self.param.dtype, *(tensor.dtype for _, tensor in state))
-        rules = optimizer.method_of(optimizer.group_of(self.param)).catch_up_rules
-        assert rules is not None
-        with_state, without_state = rules
+        if self._catch_up_rules is None:
+            self._note_rules(optimizer, optimizer.group_of(self.param))
+        with_state, without_state = self._catch_up_rules
         backends = available(optimizer.requested_backend())
         backend = next((b for b in backends if b.why_not_rows(with_state, self.param, state) is None), EAGER)
         if self._catch_up is None or self._catch_up[0] != (backend, dtypes):

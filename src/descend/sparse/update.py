@@ -67,7 +67,7 @@ class SparseUpdate(Update):
         self._dtype = torch.promote_types(local.grad.dtype, torch.float32)  # sums need the digits
         state = optimizer.state_of(param)
         dtypes = (param.dtype, self._dtype, *state_dtypes(method, param, rule, state))
-        self._rows = backend.rows(rule, len(signature(rule).scalars), dtypes, meaning == "all", local)
+        self._rows = backend.rows(rule, len(signature(rule).given), dtypes, meaning == "all", local)
         self._scale = 1.0
         self._step: Any = 1.0
         self._scalars: list[float | Tensor] = []

@@ -15,10 +15,19 @@ from torch import Tensor
 
 from descend.backends.cpu.threads import serial_in_forked_child
 from descend.core import memory
-from descend.core.memory import as_real, widest
+from descend.core.memory import as_real, row_state_shape, widest
 from descend.core.method import StateSpec
 from descend.core.optimizer import MethodOptimizer
-from descend.distributed.dtensors import is_dtensor, layout_of, like, local_of, same_layout
+from descend.core.signature import signature
+from descend.distributed.dtensors import (
+    has_whole_rows,
+    is_dtensor,
+    layout_of,
+    like,
+    local_of,
+    rows_of,
+    same_layout,
+)
 from descend.distributed.shard_state import as_sharded
 from descend.state import lazy_memory
 
@@ -130,6 +139,9 @@ def new_tensor(param: Tensor, spec: StateSpec, lazy: bool = False) -> Tensor:
         start = local_of(spec.start) if isinstance(spec.start, Tensor) else spec.start
         local = local_of(param)
         return like(param, new_tensor(local, spec._replace(shape=local.shape, start=start), lazy))
+    if is_dtensor(param) and spec.shape == row_state_shape(param) and has_whole_rows(param):
+        rows = rows_of(param)
+        return like(rows, new_tensor(local_of(rows), spec._replace(shape=local_of(rows).shape), lazy))
     start = spec.start
     is_zero = not isinstance(start, Tensor) and start == 0
     if lazy and is_zero and param.is_cpu and param.is_contiguous():
@@ -170,7 +182,7 @@ def checked_state(
             memory of a state tensor, the parameter or the gradient has been freed; the parameter holds integers; or
             torch would refuse to write in place.
     """
-    who = type(optimizer).__name__
+    who, method = type(optimizer).__name__, optimizer.method_of(group)
     if not (param.is_floating_point() or param.is_complex()):
         raise RuntimeError(
             f"{who}: a step makes fractions, which {optimizer.name_of(param)} cannot hold: it is "
@@ -178,13 +190,14 @@ def checked_state(
         )
     tensors = [(name, state[name]) for name in names if isinstance(state.get(name), Tensor)]
     for name, tensor in tensors:
-        expected = optimizer.method_of(group).state_shape(name, param, group)
+        expected = method.state_shape(name, param, group)
         if tensor.shape != expected:
             raise RuntimeError(
                 f"{who}: {name} of {optimizer.name_of(param)} has shape {tuple(tensor.shape)}, "
                 f"expected {tuple(expected)}. Nothing has moved."
             )
-        if tensor.shape == param.shape and not same_layout(tensor, sharded := as_sharded(optimizer, param)):
+        follows = tensor.shape == param.shape or signature(method.rule_of(param, group)).kind == "row"
+        if follows and not same_layout(tensor, sharded := as_sharded(optimizer, param)):
             raise RuntimeError(
                 f"{who}: {name} of {optimizer.name_of(param)} has {layout_of(tensor)}, the parameter "
                 f"{layout_of(sharded)}. They must lie on the same ranks: load the state with set_optimizer_state_dict "

@@ -90,9 +90,8 @@ def step_count(method: Method, rule: Callable[..., Any], state: Mapping[str, Any
     """Number of steps a parameter has taken; without ``counts_steps``, 0 before the first and 1 after."""
     if method.counts_steps:
         return float(state.get("step", 0.0))
-    return float(
-        type(state) is not InitialState and all(isinstance(state.get(name), Tensor) for name in signature(rule).state)
-    )
+    names = [name for name in signature(rule).state if name not in method.optional_state]
+    return float(type(state) is not InitialState and all(isinstance(state.get(name), Tensor) for name in names))
 
 
 def step_counts(method: Method, rule: Callable[..., Any], states: Sequence[Mapping[str, Any]]) -> list[float]:

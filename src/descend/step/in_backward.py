@@ -16,6 +16,7 @@ from torch import Tensor
 from torch._compile import _disable_dynamo
 
 from descend.core.optimizer import MethodOptimizer
+from descend.core.signature import signature
 from descend.sparse.attach import Tables
 from descend.step.backward_passes import LastGrad, Passes
 from descend.step.driver import Driver
@@ -317,6 +318,12 @@ def _check_group(optimizer: MethodOptimizer, group: Mapping[str, Any]) -> None:
     if group.get("differentiable"):
         name = type(optimizer).__name__
         raise ValueError(f"in_backward: a step inside backward cannot be differentiated, {name} has differentiable.")
+    method = optimizer.method_of(group)
+    if method.sums_over == "all" and signature(method.rule_for(group)).summed is not None:
+        raise ValueError(
+            f"in_backward: {type(method).__name__} needs sums over all parameters, which are only known when all "
+            "gradients have come. Step after backward."
+        )
 
 
 def _check_params(optimizer: MethodOptimizer, tables: Tables) -> None:

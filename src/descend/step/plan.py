@@ -17,10 +17,10 @@ from descend.core import memory
 from descend.core.measures import Sample
 from descend.core.method import Method
 from descend.core.optimizer import MethodOptimizer
-from descend.core.signature import Kind, signature
+from descend.core.signature import Kind, Signature, signature
 from descend.core.update import Cell
 from descend.distributed.agreement import Agreement
-from descend.distributed.dtensors import layout_of, local_of
+from descend.distributed.dtensors import has_whole_rows, layout_of, local_of
 from descend.distributed.local_params import LocalParams
 from descend.distributed.ranks import Ranks, Share
 from descend.distributed.shard_state import as_sharded, state_mesh
@@ -30,6 +30,7 @@ from descend.state.container import State, checked_state
 from descend.state.make import reserve_state, state_dtypes
 from descend.step.decide import Decider, counts_on_device
 from descend.step.stages import Stage, make_stages, make_updates, run_stages
+from descend.step.sums import SummedParam, Sums
 from descend.step.updates import Entry
 
 
@@ -68,9 +69,9 @@ class Plan:
     """Every parameter with a gradient, sorted into updates.
 
     Making a plan validates everything; it compiles nothing and changes nothing. A step then calls, in this order,
-    ``compile``, ``read``, ``total_norm`` if it wants to know it, ``set_scalars``, ``make_state`` and ``run``. Only
-    ``run`` moves parameters, and it raises nothing of its own. ``is_valid`` tells whether the next step may use the
-    same plan.
+    ``compile``, ``read``, ``total_norm`` if it wants to know it, ``set_scalars``, ``make_state``, ``form_scalars`` and
+    ``run``. Only ``run`` moves parameters, and it raises nothing of its own. ``is_valid`` tells whether the next step
+    may use the same plan.
 
     Args:
         optimizer: the optimizer.
@@ -130,6 +131,7 @@ class Plan:
             self._updates = [update for stage in self._stages for update in stage.updates]
         else:
             self._updates = make_updates(optimizer, tables, self._entries)
+        self._sums = self._make_sums(optimizer)
         takes_device = [update.takes_device for update in self._updates]
         self._is_on_devices, self._may_be_decided_there = any(takes_device), all(takes_device)
         self._counts_on_device = self._asks_for_device_counts(optimizer)
@@ -144,8 +146,37 @@ class Plan:
     @property
     def waits(self) -> bool:
         """Whether the host waits for a device in each step."""
+        if self._sums is not None and self._is_on_devices:
+            return True
         asks = self._options.wants_norm or self._options.amp is not None or self._counts_on_device
         return asks and self.decider is None and not all(update.counts_on_device for update in self._updates)
+
+    def _make_sums(self, optimizer: MethodOptimizer) -> Sums | None:
+        """What rules with sums need; None if there are no such rules.
+
+        Raises:
+            RuntimeError: if ranks cannot form them together.
+        """
+        params = [
+            SummedParam(param, self._locals.share_of(param), group.method, group.rule)
+            for group in self._groups
+            if signature(group.rule).summed is not None
+            for param in group.params
+        ]
+        if not params:
+            return None
+        name = type(optimizer).__name__
+        if self._position is not None and params[0].share is not None and self._ranks.meshes:
+            raise RuntimeError(
+                f"{name}: inside backward the sums over {optimizer.name_of(params[0].param)} cannot be reduced: its "
+                "gradient may come at another time on other ranks. Step after backward. Nothing has moved."
+            )
+        if self._ranks.rounds > 1 and any(param.method.sums_over == "all" for param in params):
+            raise RuntimeError(
+                f"{name}: sums over all parameters need a device mesh that holds the ranks of all others. "
+                "Nothing has moved."
+            )
+        return Sums(self._ranks, params, [each for update in self._updates for each in update.summed])
 
     def _asks_for_device_counts(self, optimizer: MethodOptimizer) -> bool:
         """Whether something asks for step counts on the device, of parameters that are on one."""
@@ -156,11 +187,11 @@ class Plan:
         """What decides the steps on their devices; None if there is nothing to decide, or somebody waits for it.
 
         A host that must know of each step waits for the device once: to raise, to tell an observer or other ranks, to
-        step parameters on the CPU too, or to count for a method that does so itself.
+        form scalars of sums, to step parameters on the CPU too, or to count for a method that does so itself.
         """
         updates, options = self._updates, optimizer.options
         is_alone = self._agreement is None and not self._stages and optimizer.observer is None
-        if not updates or not is_alone or options.nonfinite == "raise":
+        if not updates or not is_alone or self._sums is not None or options.nonfinite == "raise":
             return None
         if not self._may_be_decided_there:
             return None
@@ -196,14 +227,16 @@ class Plan:
         takes = signature(rule)
         local, share = self._locals.of(param), self._locals.share_of(param)
         self._check_whole(optimizer, param, takes.kind, share)
+        self._check_rows(optimizer, param, takes.kind)
         tensors = checked_state(optimizer, param, local, takes.state, group, state)
         sparse = optimizer.meaning_of_gradient(param, group)
         entry = Entry(param, local, share, index, method, rule, state, EAGER, "backend='eager'", sparse, in_order=False)
         if differentiable:
             self._check_not_cut(optimizer, param)
+            self._check_no_sums(optimizer, param, takes)
             return entry._replace(local=param, share=None, reason="differentiable=True", in_order=True)
         reason = None  # of a compiled backend, whichever of the others runs it then
-        for backend in available(self._requested):
+        for backend in available(self._requested, takes.kind):
             if sparse:
                 why_not = backend.why_not_rows(rule, local, tensors)
             else:
@@ -223,12 +256,28 @@ class Plan:
                 "(Replicate, no shard_state), or use an element-wise optimizer for it. Nothing has moved."
             )
 
+    def _check_rows(self, optimizer: MethodOptimizer, param: Tensor, kind: Kind) -> None:
+        """Raise ``RuntimeError`` if a rule of rows would see parts of rows."""
+        if kind == "row" and not has_whole_rows(sharded := as_sharded(optimizer, param)):
+            raise RuntimeError(
+                f"{type(optimizer).__name__}: a rule of rows cannot update parts of rows, but "
+                f"{optimizer.name_of(param)} has {layout_of(sharded)}: shard its first dimension. Nothing has moved."
+            )
+
     def _check_not_cut(self, optimizer: MethodOptimizer, param: Tensor) -> None:
         """Raise ``RuntimeError`` if other ranks would take a part of a step that is to be differentiated."""
         if self._locals.cut_of(param) is not None:
             raise RuntimeError(
                 f"{type(optimizer).__name__}: a step that other ranks take a part of cannot be differentiated: leave "
                 "out `differentiable`, or shard_state. Nothing has moved."
+            )
+
+    def _check_no_sums(self, optimizer: MethodOptimizer, param: Tensor, takes: Signature) -> None:
+        """Raise ``RuntimeError`` if a step that is to be differentiated needs numbers that autograd does not see."""
+        if takes.summed is not None:
+            raise RuntimeError(
+                f"{type(optimizer).__name__}: a step with sums over {optimizer.name_of(param)} cannot be "
+                "differentiated: leave out `differentiable`. Nothing has moved."
             )
 
     def _refuse_another_backend(self, optimizer: MethodOptimizer) -> None:
@@ -257,7 +306,7 @@ class Plan:
             dtype = entry.param.dtype
             wide = torch.promote_types(dtype, torch.float32)
             dtypes = (dtype, wide, *state_dtypes(entry.method, entry.param, entry.rule, entry.state))
-            scalars = len(signature(entry.rule).scalars)
+            scalars = len(signature(entry.rule).given)
             rows = entry.backend.rows(entry.rule, scalars, dtypes, False, entry.local)
             rows.compile(optimizer.options.wants_norm, self._measures)
 
@@ -326,6 +375,11 @@ class Plan:
             for group in optimizer.param_groups:
                 optimizer.method_of(group).check_group(group)  # says which option it was
             raise
+
+    def form_scalars(self, optimizer: MethodOptimizer) -> None:
+        """Form the scalars that rules with sums need; raises, before anything moves, whatever the method raises."""
+        if self._sums is not None:
+            self._sums.form(optimizer)
 
     @property
     def is_atomic(self) -> bool:

@@ -65,11 +65,13 @@ def take_step(
             coefficient = found
         if plan.is_atomic:
             plan.set_scalars(optimizer, scale * coefficient)
+            plan.form_scalars(optimizer)
             plan.run(optimizer, _sample(optimizer, scale, coefficient))
         else:
             with DeferredSignals():
                 plan.set_scalars(optimizer, scale * coefficient)
                 plan.make_state(optimizer)
+                plan.form_scalars(optimizer)
                 plan.confirm(optimizer)
                 plan.run(optimizer, _sample(optimizer, scale, coefficient))
                 if position is None:

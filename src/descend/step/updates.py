@@ -18,7 +18,7 @@ from descend.core.memory import wide
 from descend.core.method import Method
 from descend.core.optimizer import MethodOptimizer
 from descend.core.signature import signature
-from descend.core.update import Cell, Update, number, signed
+from descend.core.update import Cell, Summed, Update, number, signed
 from descend.distributed.dtensors import local_of
 from descend.distributed.ranks import Share
 from descend.norms import clip
@@ -104,6 +104,11 @@ class LaunchUpdate(Update):
             for (rule, dtypes), members in _by_signature(entries).items()
         ]
         self._launches = [batch.launch for batch in self._batches]
+        self.summed = [
+            _summed(batch.entries, _sums_of(batch.launch), batch.launch.set_formed)
+            for batch in self._batches
+            if signature(batch.entries[0].rule).summed is not None
+        ]
         self.params = [entry.local for batch in self._batches for entry in batch.entries]
         self.share = entries[0].share
         self._wrappers = [entry.param for entry in entries if entry.share is not None]
@@ -248,6 +253,9 @@ class SingleUpdate(Update):
         self._entry, self._differentiable = entry, differentiable
         self.params, self.share, self.decisions = [entry.local], entry.share, EAGER.decisions
         self._scale = 1.0
+        has_sums = signature(entry.rule).summed is not None
+        self.summed = [_summed([entry], self._sums, self._take_formed)] if has_sums else []
+        self._formed: tuple[float, ...] = ()
 
     def sum_of_squares(self) -> float | Tensor:
         norm = clip.norm([self._grad], 2.0)
@@ -267,12 +275,25 @@ class SingleUpdate(Update):
         place = self.device if self.counts_on_device else CPU
         scalar_state = scalar_tensors(method, method.scalar_state, self._entry.param, group, state, place)
         scalars, next_state = method.scalars_and_state(group, self._step_count(optimizer) + 1, scalar_state)
-        for _, value in zip((*takes.scalars, *method.scalar_state), (*scalars, *next_state), strict=True):
+        for _, value in zip((*takes.given, *method.scalar_state), (*scalars, *next_state), strict=True):
             if not (self.counts_on_device and isinstance(value, Tensor)):
                 float(number(value))  # raises for what cannot be used, before anything moves
+        if self.summed:
+            self._given = scalars
 
     def make_state(self, optimizer: MethodOptimizer) -> None:
         """The state is made when the update runs: another update of the step may share it."""
+
+    def _sums(self, optimizer: MethodOptimizer) -> Tensor:
+        """Over what the parameter is before any of the step's updates has run."""
+        entry, group = self._entry, optimizer.param_groups[self._entry.group]
+        state = ensure_state(optimizer, entry.param, entry.rule, group)
+        tensors = [local_of(state[name]) if entry.share else state[name] for name in signature(entry.rule).state]
+        given, scale = self.numbers(self._given), signed(self._scale, group)
+        return eager.sums(entry.rule, entry.local, self._grad, tensors, given, scale)[None]
+
+    def _take_formed(self, values: np.ndarray) -> None:
+        self._formed = tuple(values[0].tolist())
 
     def run(self, optimizer: MethodOptimizer, sample: Sample | None = None) -> None:
         entry, method, differentiable = self._entry, self._entry.method, self._differentiable
@@ -298,7 +319,7 @@ class SingleUpdate(Update):
                 entry.local,
                 self._grad,
                 tensors,
-                scalars,
+                (*scalars, *self._formed),
                 scale,
                 differentiable,
                 measures=sample is not None,
@@ -321,6 +342,29 @@ class SingleUpdate(Update):
         if self.counts_on_device and method.counts_steps and isinstance(state.get("step"), Tensor):
             return wide(state["step"]).to(self.device).reshape(())
         return step_count(method, self._entry.rule, state)
+
+
+def _summed(
+    entries: Sequence[Entry], sums: Callable[[MethodOptimizer], Any], take: Callable[[np.ndarray], None]
+) -> Summed:
+    """Parameters that have one rule, with sums."""
+    first, params = entries[0], [entry.param for entry in entries]
+    numels = np.array([_numel(param) for param in params])
+    local_numel = sum(_numel(entry.local) for entry in entries)
+    groups = np.array([entry.group for entry in entries])
+    members: list[tuple[int, Any]] = [(index, np.flatnonzero(groups == index)) for index in np.unique(groups).tolist()]
+    if len(members) == 1:
+        members = [(members[0][0], slice(None))]
+    return Summed(first.method, first.rule, params, first.share, members, numels, local_numel, sums, take)
+
+
+def _numel(tensor: Tensor) -> int:
+    """How many real numbers it has."""
+    return tensor.numel() * (2 if tensor.is_complex() else 1)
+
+
+def _sums_of(launch: Launch) -> Callable[[MethodOptimizer], np.ndarray | Tensor]:
+    return lambda optimizer: launch.sums()
 
 
 def _by_signature(entries: Sequence[Entry]) -> dict[Any, list[Entry]]:
@@ -347,5 +391,5 @@ def _batch(
     index = {key: row for row, key in enumerate(rows)}
     row_of = np.array([index[key] for key in keys])
     params = [entry.local for entry in entries]
-    launch = backend.launch(rule, len(signature(rule).scalars), dtypes, params, row_of)
+    launch = backend.launch(rule, len(signature(rule).given), dtypes, params, row_of)
     return _Batch(launch, [entry.param for entry in entries], entries, list(rows.values()), row_of)

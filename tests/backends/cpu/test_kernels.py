@@ -10,13 +10,13 @@ from itertools import product
 import pytest
 import torch
 from cases import CASES, DENSE_BACKENDS, Case, Twins
+from rule_runs import RULES
 from torch import Tensor
 
 from descend import SGD, Adam, AdamW, FirstOrder, from_rule, rules
 from descend.backends.cpu import kernels, object_files
 from descend.core.signature import signature
 
-RULES = [value for value in vars(rules).values() if getattr(value, "__module__", "") == rules.__name__]
 HALF, BRAIN, SINGLE, DOUBLE = torch.float16, torch.bfloat16, torch.float32, torch.float64
 
 # Of parameter, gradient and state.

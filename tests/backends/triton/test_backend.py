@@ -17,7 +17,7 @@ from descend import SGD, rules
 from descend.backends import available
 from descend.backends.triton import backend as triton_backend
 from descend.backends.triton.backend import TritonBackend
-from descend.core.signature import of_matrices
+from descend.ops import of_matrices
 
 
 def why_not(param: torch.Tensor, grad: Any = None, state: Any = (), rule: Any = rules.sgd) -> str | None:

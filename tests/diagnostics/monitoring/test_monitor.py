@@ -53,7 +53,8 @@ class Around:
         state = self.optimizer.state_dict()["state"].get(index, {})
         if "exp_avg_sq" in state and "exp_avg" in state:
             (group,) = [group for group in self.optimizer.param_groups if any(p is param for p in group["params"])]
-            beta1, beta2 = group["betas"]
+            # Of three betas nobody can tell which two belong to these averages: no bias is removed then.
+            beta1, beta2 = group["betas"] if len(group["betas"]) == 2 else (0.0, 0.0)
             step = float(state["step"])
             exp_avg = double(state["exp_avg"]) / (1 - beta1**step)
             exp_avg_sq = double(state["exp_avg_sq"]) / (1 - beta2**step)

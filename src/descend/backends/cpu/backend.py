@@ -13,10 +13,11 @@ from torch import Tensor
 from descend.backends import supports
 from descend.backends.backend import Decisions
 from descend.backends.cpu import threads
-from descend.backends.cpu.launch import ChunkTable, Launch, ScalarState
+from descend.backends.cpu.launch import CHUNK, ChunkTable, Launch, ScalarState
 from descend.backends.cpu.rows import StaleRows, TouchedRows
 from descend.backends.cpu.versions import Versions
 from descend.core.decision import Decision
+from descend.core.signature import signature
 
 _NO_SCALARS = np.zeros(0)
 
@@ -34,9 +35,13 @@ class CpuBackend:
     def why_not(
         self, rule: Callable[..., Any] | None, param: Tensor, grad: Tensor | None, state: Sequence[tuple[str, Tensor]]
     ) -> str | None:
+        if rule is not None and signature(rule).kind == "row":
+            return _why_not_device(param) or supports.why_not_by_rows(rule, CHUNK, param, grad, state)
         return supports.why_not_kind(rule) or _why_not_device(param) or supports.why_not(param, grad, state)
 
     def why_not_rows(self, rule: Callable[..., Any], param: Tensor, state: Sequence[tuple[str, Tensor]]) -> str | None:
+        if signature(rule).kind == "row":
+            return _why_not_device(param) or supports.why_not_by_rows(rule, CHUNK, param, None, state)
         return supports.why_not_kind(rule) or _why_not_device(param) or supports.why_not_rows(param, state)
 
     def launch(

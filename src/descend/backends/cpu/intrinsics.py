@@ -99,6 +99,41 @@ def store_double(typing: Any, address: Any, index: Any, value: Any) -> Any:
     return types.void(types.int64, types.int64, types.float64), generate
 
 
+def adder(count: int) -> Any:
+    """Add what a part returned, a number or a tuple of ``count``, to float64 totals. The order of additions is free."""
+    kind = types.UniTuple(types.float64, count)
+
+    @intrinsic
+    def add(typing: Any, totals: Any, values: Any) -> Any:
+        kinds = getattr(values, "types", [values])
+
+        def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+            sums = []
+            for position, given in enumerate(kinds):
+                value = builder.extract_value(args[1], position) if isinstance(values, types.BaseTuple) else args[1]
+                value = context.cast(builder, value, given, types.float64)
+                total = builder.extract_value(args[0], position)
+                sums.append(builder.fadd(total, value, flags=("reassoc", "nsz", "contract")))
+            return _pack(context, builder, sums, types.float64)
+
+        return kind(kind, values), generate
+
+    return add
+
+
+@intrinsic
+def store_doubles(typing: Any, address: Any, index: Any, values: Any) -> Any:
+    """Store a tuple of float64, from element ``index`` on."""
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        for position in range(len(values)):
+            index = builder.add(args[1], llvm_ir.Constant(_I64, position))
+            builder.store(builder.extract_value(args[2], position), _element(builder, args[0], index, _F64))
+        return context.get_dummy_value()
+
+    return types.void(types.int64, types.int64, values), generate
+
+
 @intrinsic
 def fetch_add(typing: Any, address: Any, count: Any) -> Any:
     """Add ``count`` to the counter at ``address``, atomically; the result is its value before."""

@@ -11,7 +11,7 @@ A kernel receives the address of seven int64 arguments, see ``launch.ChunkCall``
     3 scalars table    rows of (scale of the gradient, then the rule's scalars) in the compute dtype
     4 block            chunks that a thread claims at a time
     5 next chunk       the counter through which threads share the work
-    6 partial sums     float64, one per chunk (the norm kernel's result)
+    6 partial sums     float64, one per chunk (the norm kernel's result), or a row (``sums_kernel``)
 """
 
 from __future__ import annotations
@@ -105,7 +105,13 @@ def _where(condition: Any, a: Any, b: Any) -> Any:
     return a if condition else b
 
 
-def _operations(compiled: Any) -> dict[Any, Any]:
+def compiler_of(compute: torch.dtype) -> Any:
+    """What compiles a rule, and the helpers that it calls, for arithmetic in this dtype."""
+    return lambda function: njit(pipeline_class=_COMPILERS[compute], **OPTIONS)(function)
+
+
+def operations(compiled: Any) -> dict[Any, Any]:
+    """What a rule calls for the functions of ``descend.ops``."""
     return {
         ops.abs: math.fabs,
         ops.exp: math.exp,
@@ -127,11 +133,8 @@ def update_kernel(rule: Any, scalars: int, dtypes: tuple[torch.dtype, ...], comp
         dtypes: of the parameter, the gradient and the state tensors.
         compute: float32 or float64, the dtype of the arithmetic.
     """
-
-    def compiled(function: Any) -> Any:
-        return njit(pipeline_class=_COMPILERS[compute], **OPTIONS)(function)
-
-    apply = retarget(rule, _operations(compiled), compiled)
+    compiled = compiler_of(compute)
+    apply = retarget(rule, operations(compiled), compiled)
     addresses_of, load, store = chunk_addresses(dtypes), loader(dtypes, compute), storer(dtypes, compute)
     load_scalars = scalars_loader(1 + scalars, compute)
     prefetch, line = prefetcher(dtypes), 64 // max(dtype.itemsize for dtype in dtypes)

@@ -12,6 +12,8 @@ from torch import Tensor
 
 from descend.backends.cpu import library, object_files, threads
 from descend.core.measures import COLUMNS, moments
+from descend.core.memory import row_width
+from descend.core.signature import signature
 
 # Elements in a chunk: small enough to balance the threads, large enough that claiming a chunk costs nothing. Norms are
 # summed chunk by chunk, so their last bits depend on this constant and not on the number of threads.
@@ -71,12 +73,16 @@ class ChunkCall:
 
     def sum_of_squares(self, column: int, dtype: torch.dtype) -> float:
         """Sum of the squares in one column of the address table, in float64, over fixed chunks in a fixed order."""
-        addresses = self._held[2]
-        if self._sums is None or len(self._sums) < self._arguments[1]:
-            self._sums = np.zeros(self._arguments[1])
+        return float(self.chunk_sums(library.sums_of_squares(dtype, column, self._held[2].shape[1])).sum())
+
+    def chunk_sums(self, kernel: int, columns: int = 1) -> np.ndarray:
+        """What a compiled loop sums in each chunk, shape (chunks, columns); valid until it is called again."""
+        size = self._arguments[1] * columns
+        if self._sums is None or len(self._sums) < size:
+            self._sums = np.zeros(size)
         self._arguments[6] = self._sums.ctypes.data
-        self.run(library.sums_of_squares(dtype, column, addresses.shape[1]))
-        return float(self._sums[: self._arguments[1]].sum())
+        self.run(kernel)
+        return self._sums[:size].reshape(-1, columns)
 
 
 class ChunkTable(ChunkCall):
@@ -87,6 +93,7 @@ class ChunkTable(ChunkCall):
         width: number of columns. The caller fills in those after ``columns``.
         rows: for each row of tensors, its row in the scalars table.
         scalars: the scalars table.
+        widths: for each row of tensors, the elements that must stay together, if some must. Default: None.
     """
 
     def __init__(
@@ -95,6 +102,7 @@ class ChunkTable(ChunkCall):
         width: int,
         rows: Sequence[int] | np.ndarray,
         scalars: np.ndarray,
+        widths: np.ndarray | None = None,
     ) -> None:
         super().__init__()
         self.addresses = np.zeros((len(rows), width), np.int64)
@@ -102,9 +110,20 @@ class ChunkTable(ChunkCall):
             self.addresses[:, column] = [tensor.data_ptr() for tensor in tensors]
         self._sizes = np.array([tensor.numel() for tensor in columns[0]], np.int64)
         self.scalars = scalars
-        chunks = chunk_table(self._sizes, np.asarray(rows, np.int64))
-        self._counts = -(-self._sizes // CHUNK)
+        chunks = chunk_table(self._sizes, np.asarray(rows, np.int64), widths)
+        self._counts = np.bincount(chunks[:, 0], minlength=len(rows))
         self.describe(chunks, len(chunks), self.addresses, scalars, int(self._sizes.sum()))
+
+    def by_tensor(self, chunks: np.ndarray) -> np.ndarray:
+        """Rows of chunks added in their order, a row a tensor: the bits do not depend on threads."""
+        counts = self._counts
+        if (counts == 1).all():
+            return chunks.copy()
+        sums, filled = np.zeros((len(counts), chunks.shape[1])), counts > 0
+        if filled.any():
+            starts = np.cumsum(counts) - counts
+            sums[filled] = np.add.reduceat(chunks, starts[filled])
+        return sums
 
 
 class Launch(ChunkTable):
@@ -112,7 +131,7 @@ class Launch(ChunkTable):
 
     Args:
         rule: the function to apply.
-        scalars: how many scalars it takes.
+        scalars: how many scalars it is given.
         dtypes: of the parameter, the gradient and the state tensors.
         params: the parameters; gradients in their layout.
         rows: for each parameter, its row in the scalars table.
@@ -127,14 +146,25 @@ class Launch(ChunkTable):
         rows: Sequence[int] | np.ndarray,
     ) -> None:
         self._compute = torch.float64 if torch.float64 in dtypes else torch.float32
-        table = np.zeros((max(rows) + 1, scalars + 1), NUMPY[self._compute])
+        self._given = table = np.zeros((max(rows) + 1, scalars + 1), NUMPY[self._compute])
+        self._rows, takes = rows, signature(rule)
+        self._has_sums = takes.summed is not None
+        if self._has_sums:  # each parameter has scalars of its own beside those that it is given
+            table = np.zeros((len(rows), 1 + len(takes.scalars)), table.dtype)
+            rows = np.arange(len(rows))
         grads = [param if param.grad is None else param.grad for param in params]
-        super().__init__([params, grads], len(dtypes), rows, table)
-        self._rule, self._n_scalars, self._dtypes = rule, scalars, dtypes
-        self._update = self._measures = 0
+        widths = None
+        if takes.kind == "row":
+            widths = np.array([max(row_width(param), 1) for param in params], np.int64)
+        super().__init__([params, grads], len(dtypes), rows, table, widths)
+        self._state_sizes = self._sizes if widths is None else self._sizes // widths
+        self._rule, self._dtypes = rule, dtypes
+        self._update = self._measures = self._summing = 0
 
     def compile(self, wants_norm: bool, measures: bool = False) -> None:
-        self._update = library.update(self._rule, self._n_scalars, self._dtypes, self._compute)
+        self._update = library.update(self._rule, self.scalars.shape[1] - 1, self._dtypes, self._compute)
+        if self._has_sums:
+            self._summing = library.sums(self._rule, self._dtypes, self._compute)
         for dtype in (torch.float32, torch.get_default_dtype()):
             library.scalar_state(dtype)
         if measures:
@@ -145,7 +175,7 @@ class Launch(ChunkTable):
             library.sums_of_squares(self._dtypes[1], 1, len(self._dtypes))
 
     def set_scalars(self, row: int, scale: float, scalars: Sequence[float | Tensor]) -> None:
-        self.scalars[row] = (scale, *scalars)
+        self._given[row] = (scale, *scalars)
 
     def set_state(self, tensors: Sequence[Sequence[Tensor]]) -> None:
         """Store the addresses of the state tensors, one sequence for each parameter."""
@@ -156,7 +186,8 @@ class Launch(ChunkTable):
         """First and last (exclusive) addresses of the memory that an update writes, shape (n, 2)."""
         columns = [column for column in range(len(self._dtypes)) if column != 1]
         starts = self.addresses[:, columns]
-        ends = starts + self._sizes[:, None] * np.array([self._dtypes[column].itemsize for column in columns])
+        sizes = np.stack([self._sizes if column == 0 else self._state_sizes for column in columns], axis=1)
+        ends = starts + sizes * np.array([self._dtypes[column].itemsize for column in columns])
         spans = np.stack([starts.ravel(), ends.ravel()], axis=1)
         return spans[spans[:, 0] < spans[:, 1]]
 
@@ -169,15 +200,14 @@ class Launch(ChunkTable):
         return self.measured_call(self._measures, self._update)
 
     def measured(self) -> np.ndarray:
-        """Chunks added in their order: the bits do not depend on threads."""
-        chunks, counts = self.measured_chunks(), self._counts
-        if (counts == 1).all():
-            return chunks.copy()
-        sums, filled = np.zeros((len(counts), len(COLUMNS))), counts > 0
-        if filled.any():
-            starts = np.cumsum(counts) - counts
-            sums[filled] = np.add.reduceat(chunks, starts[filled])
-        return sums
+        return self.by_tensor(self.measured_chunks())
+
+    def sums(self) -> np.ndarray:
+        self.scalars[:, : self._given.shape[1]] = self._given[self._rows]
+        return self.by_tensor(self.chunk_sums(self._summing, signature(self._rule).sums))
+
+    def set_formed(self, values: np.ndarray) -> None:
+        self.scalars[:, self._given.shape[1] :] = values
 
     def sum_of_squares(self, column: int = 1, dtype: torch.dtype | None = None) -> float:
         """Of all gradients."""
@@ -235,12 +265,20 @@ class _ScalarPart:
         return arguments[4] == 1
 
 
-def chunk_table(sizes: np.ndarray, rows: np.ndarray) -> np.ndarray:
-    """Cut tensors of these sizes into chunks; ``rows`` holds each tensor's row of scalars."""
-    counts = -(-sizes // CHUNK)
+def chunk_table(sizes: np.ndarray, rows: np.ndarray, widths: np.ndarray | None = None) -> np.ndarray:
+    """Cut tensors of these sizes into chunks.
+
+    Args:
+        sizes: the number of elements of each.
+        rows: the row of scalars of each.
+        widths: how many elements of each must stay together, at most ``CHUNK``: chunks are of whole rows then, and have
+            their number in the last column. Default: one, and chunks are for rules of elements.
+    """
+    most = np.full_like(sizes, CHUNK) if widths is None else CHUNK // widths * widths
+    counts = -(-sizes // most)
     tensor = np.repeat(np.arange(len(sizes)), counts)
     first = np.cumsum(counts) - counts
-    offset = (np.arange(counts.sum()) - first[tensor]) * CHUNK
-    length = np.minimum(sizes[tensor] - offset, CHUNK)
-    once = np.ones_like(tensor)
-    return np.ascontiguousarray(np.stack([tensor, offset, offset, length, rows[tensor], once], axis=1))
+    offset = (np.arange(counts.sum()) - first[tensor]) * most[tensor]
+    length = np.minimum(sizes[tensor] - offset, most[tensor])
+    times = np.ones_like(tensor) if widths is None else length // widths[tensor]
+    return np.ascontiguousarray(np.stack([tensor, offset, offset, length, rows[tensor], times], axis=1))

@@ -7,6 +7,7 @@ import re
 from functools import cache
 from importlib.resources import files
 from types import FunctionType
+from typing import Any
 
 import torch
 
@@ -15,6 +16,7 @@ from descend.backends.backend import RuleError
 from descend.backends.cpu import object_files
 from descend.backends.retarget import fingerprint
 from descend.core.measures import COLUMNS
+from descend.core.signature import signature
 
 _OPS = {getattr(ops, name): name for name in ops.__all__}
 
@@ -22,15 +24,15 @@ _OPS = {getattr(ops, name): name for name in ops.__all__}
 @cache
 def update(rule: FunctionType, scalars: int, dtypes: tuple[torch.dtype, ...], compute: torch.dtype) -> int:
     """The loop that applies ``rule`` to the chunks of tensors of ``dtypes`` (parameter, gradient, state)."""
-    try:
-        key = f"update|{_sources()}|{fingerprint(rule, _OPS)}|{scalars}|{dtypes}|{compute}"
-    except RecursionError as error:
-        raise RuleError(_explain(rule, TypeError("its helpers call each other in a circle"))) from error
+    part: Any = signature(rule).averaged
+    key = f"update|{_sources()}|{_described(rule)}|{part and _described(part)}|{scalars}|{dtypes}|{compute}"
 
     def compile_update() -> str:
-        from descend.backends.cpu import kernels
+        from descend.backends.cpu import kernels, row_rule_kernel
 
         try:
+            if part is not None:
+                return row_rule_kernel.row_update_kernel(rule, part, scalars, dtypes, compute)
             return kernels.update_kernel(rule, scalars, dtypes, compute)
         except Exception as error:  # Numba raises many kinds, all of them about the rule
             raise RuleError(_explain(rule, error)) from error
@@ -49,6 +51,25 @@ def measures(dtypes: tuple[torch.dtype, ...], compute: torch.dtype, moments: tup
 
     key = f"measures|{_sources()}|{COLUMNS}|{dtypes}|{compute}|{moments}"
     return object_files.load("measures", key, compile_measures)
+
+
+@cache
+def sums(rule: FunctionType, dtypes: tuple[torch.dtype, ...], compute: torch.dtype) -> int:
+    """The loop that sums what the part of ``rule`` returns over the chunks of tensors of ``dtypes``."""
+    takes = signature(rule)
+    part: Any = takes.summed
+    given, scalars = len(takes.given), len(takes.scalars)
+
+    def compile_sums() -> str:
+        from descend.backends.cpu import sums_kernel
+
+        try:
+            return sums_kernel.sums_kernel(part, given, scalars, takes.sums, dtypes, compute)
+        except Exception as error:  # Numba raises many kinds, all of them about the part
+            raise RuleError(_explain(part, error)) from error
+
+    key = f"sums|{_sources()}|{_described(part)}|{given}|{scalars}|{takes.sums}|{dtypes}|{compute}"
+    return object_files.load(part.__name__, key, compile_sums)
 
 
 @cache
@@ -136,11 +157,26 @@ def loop(function: FunctionType, arrays: int) -> int:
     return object_files.load(function.__name__, key, compile_loop)
 
 
+def _described(rule: FunctionType) -> str:
+    try:
+        return fingerprint(rule, _OPS)
+    except RecursionError as error:
+        raise RuleError(_explain(rule, TypeError("its helpers call each other in a circle"))) from error
+
+
 @cache
 def _sources() -> str:
     """A digest of the code that writes kernels: an edit there invalidates every cached kernel."""
     folder = files("descend.backends")
-    kernels = ("intrinsics", "kernels", "measures_kernel", "probe_kernel", "rows_kernel")
+    kernels = (
+        "intrinsics",
+        "kernels",
+        "measures_kernel",
+        "probe_kernel",
+        "row_rule_kernel",
+        "rows_kernel",
+        "sums_kernel",
+    )
     names = (*(f"cpu/{name}.py" for name in kernels), "retarget.py")
     texts = [folder.joinpath(name).read_bytes() for name in names]
     return hashlib.sha256(b"".join(texts)).hexdigest()

@@ -45,7 +45,8 @@ def measures_kernel(dtypes: tuple[torch.dtype, ...], compute: torch.dtype, momen
         compute: float32 or float64, the dtype of the rule's arithmetic.
         moments: positions of Adam's two averages among the state tensors, if the rule has both.
     """
-    addresses_of, load = chunk_addresses(dtypes), loader(dtypes, compute)
+    # State of rows is not read: it has no element for each of the parameter's.
+    addresses_of, load = chunk_addresses(dtypes), loader(dtypes if moments else dtypes[:2], compute)
     prefetch, line = prefetcher(dtypes), 64 // max(dtype.itemsize for dtype in dtypes)
     keep, kept = storer((compute, compute), compute), loader((compute,), compute)
     tensors, columns, has_moments = len(dtypes), len(COLUMNS), moments is not None

@@ -19,6 +19,7 @@ from descend.backends.cpu import library, object_files, threads
 from descend.backends.cpu.launch import CHUNK, NUMPY, ChunkCall, ScalarState, chunk_table
 from descend.core.decision import Decision
 from descend.core.measures import moments
+from descend.core.signature import signature
 
 BLOCK = 64  # duplicates summed in sequence; more of one row are split, for threads and for precision
 DIGIT = 12  # most bits of a digit of the radix sort
@@ -85,6 +86,7 @@ class TouchedRows:
         self._compute = torch.float64 if torch.float64 in dtypes else torch.float32
         self._scalars = np.zeros((1, 1 + scalars), NUMPY[self._compute])
         self._rule, self._n_scalars, self._dtypes, self._all_rows = rule, scalars, dtypes, all_rows
+        self._is_of_rows = signature(rule).kind == "row"
         self._update = self._measures = self._sums = 0
         self._addresses = np.zeros((3, len(dtypes)), np.int64)
         self._call = ChunkCall()
@@ -171,7 +173,8 @@ class TouchedRows:
     def _gaps(self, total: int, length: int) -> np.ndarray:
         """Chunks of the untouched rows; all of them read the same zeros."""
         begins, ends = np.r_[0, self.rows + 1] * length, np.r_[self.rows, total] * length
-        chunks = chunk_table(ends - begins, np.zeros(len(begins), np.int64))
+        widths = np.full_like(begins, max(length, 1)) if self._is_of_rows else None
+        chunks = chunk_table(ends - begins, np.zeros(len(begins), np.int64), widths)
         chunks[:, 1] += begins[chunks[:, 0]]
         chunks[:, 0], chunks[:, 2] = _ZERO, 0
         return chunks

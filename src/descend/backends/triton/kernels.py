@@ -158,6 +158,85 @@ def sums_of_squares(
     tl.store(sums + program, added(total))
 
 
+def sums(
+    chunks: Any,
+    addresses: Any,
+    scalars: Any,
+    sums: Any,
+    PART: tl.constexpr,
+    DTYPES: tl.constexpr,
+    COMPUTE: tl.constexpr,
+    SCALARS: tl.constexpr,
+    GIVEN: tl.constexpr,
+    SUMS: tl.constexpr,
+    BLOCK: tl.constexpr,
+) -> None:
+    """What the part of a rule returns, summed over each chunk in float64, in the order of ``sums_of_squares``.
+
+    Args:
+        chunks, addresses, scalars: see ``update``.
+        sums: a row a chunk, to be written.
+        PART: the function.
+        DTYPES, COMPUTE, SCALARS: see ``update``.
+        GIVEN: how many of the scalars the part takes.
+        SUMS: how many numbers it returns.
+        BLOCK: elements at a time.
+    """
+    program = tl.program_id(0).to(tl.int64)
+    chunk = chunks + 4 * program
+    tensor, row = tl.load(chunk), tl.load(chunk + 1)
+    offset, length = tl.multiple_of(tl.load(chunk + 2), 16), tl.load(chunk + 3).to(tl.int32)
+    scalars += row * (SCALARS + 1)
+    scale = tl.load(scalars)
+    numbers = ()
+    for i in tl.static_range(GIVEN):
+        numbers += (tl.load(scalars + (i + 1)),)
+    addresses += tensor * len(DTYPES)
+    pointers, aligned, bits = (), (), offset * 0
+    for i in tl.static_range(len(DTYPES)):
+        address = tl.load(addresses + i)
+        bits |= address
+        pointers += (address.to(tl.pointer_type(DTYPES[i])) + offset,)
+        aligned += (tl.multiple_of((address // 16 * 16).to(tl.pointer_type(DTYPES[i])), 16) + offset,)
+    lanes, totals = tl.arange(0, BLOCK), ()
+    for _ in tl.static_range(SUMS):
+        totals += (tl.full((BLOCK,), 0, tl.float64),)
+    whole = tl.where(bits % 16 == 0, length // BLOCK * BLOCK, 0)
+    for start in range(0, whole, BLOCK):
+        totals = summed(totals, aligned, start + lanes, None, scale, numbers, PART, DTYPES, COMPUTE, SUMS)
+    for start in range(whole, length, BLOCK):
+        at = start + lanes
+        totals = summed(totals, pointers, at, at < length, scale, numbers, PART, DTYPES, COMPUTE, SUMS)
+    for i in tl.static_range(SUMS):
+        tl.store(sums + (program * SUMS + i), added(totals[i]))
+
+
+def summed(
+    totals: Any,
+    pointers: Any,
+    at: Any,
+    mask: Any,
+    scale: Any,
+    numbers: Any,
+    PART: tl.constexpr,
+    DTYPES: tl.constexpr,
+    COMPUTE: tl.constexpr,
+    SUMS: tl.constexpr,
+) -> Any:
+    """The totals, with what the part returns for some elements. See ``apply`` and ``sums``."""
+    param = load(pointers[0] + at, mask, COMPUTE)
+    grad = load(pointers[1] + at, mask, COMPUTE) * scale
+    state = ()
+    for i in tl.static_range(2, len(DTYPES)):
+        state += (load(pointers[i] + at, mask, COMPUTE),)
+    results = PART(param, grad, *state, *numbers)
+    new = ()
+    for i in tl.static_range(SUMS):
+        value = (results if SUMS == 1 else results[i]).to(tl.float64)
+        new += (totals[i] + (value if mask is None else tl.where(mask, value, 0.0)),)
+    return new
+
+
 def total(sums: Any, count: Any, result: Any, BLOCK: tl.constexpr) -> None:
     """The sum of many float64 numbers in one program, always in the same order."""
     lanes, parts = tl.arange(0, BLOCK), tl.full((BLOCK,), 0, tl.float64)
@@ -165,6 +244,27 @@ def total(sums: Any, count: Any, result: Any, BLOCK: tl.constexpr) -> None:
         at = start + lanes
         parts += tl.load(sums + at, at < count, 0.0)
     tl.store(result, added(parts))
+
+
+def totals(sums: Any, spans: Any, results: Any, SUMS: tl.constexpr, BLOCK: tl.constexpr) -> None:
+    """The sums of the rows of each tensor, a program a tensor, always in the same order.
+
+    Args:
+        sums: a row a chunk.
+        spans: for each tensor, its first chunk and how many it has.
+        results: a row a tensor, to be written.
+        SUMS: numbers in a row.
+        BLOCK: rows at a time.
+    """
+    tensor = tl.program_id(0).to(tl.int64)
+    first, count = tl.load(spans + 2 * tensor), tl.load(spans + 2 * tensor + 1)
+    lanes = tl.arange(0, BLOCK)
+    for i in tl.static_range(SUMS):
+        parts = tl.full((BLOCK,), 0, tl.float64)
+        for start in range(0, count, BLOCK):
+            at = start + lanes
+            parts += tl.load(sums + (first + at) * SUMS + i, at < count, 0.0)
+        tl.store(results + (tensor * SUMS + i), added(parts))
 
 
 def added(x: Any) -> Any:

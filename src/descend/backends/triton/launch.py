@@ -14,6 +14,7 @@ from descend.backends.triton import library, tuning
 from descend.backends.triton.tables import Numbers, Table, constants, current, is_capturing, keep, uploaded
 from descend.core.decision import Decision
 from descend.core.measures import moments
+from descend.core.signature import signature
 
 
 class Chunks:
@@ -31,7 +32,7 @@ class Chunks:
     ) -> None:
         self.addresses, self.device = addresses, device
         chunks = tuning.chunk_table(sizes, np.asarray(rows, np.int64))
-        self.count = len(chunks)
+        self.count, self.of_tensor = len(chunks), chunks[:, 0]
         self.chunks = uploaded(chunks, device)
         self.table = Table(addresses.shape, torch.int64, device)
         self._norm: _Norm | None = None
@@ -74,12 +75,39 @@ class _Norm:
         return self._result
 
 
+class _Sums:
+    """The two launches that sum what the part of a rule returns: over each chunk, then over the chunks of a tensor."""
+
+    def __init__(
+        self, chunks: Chunks, rule: Any, dtypes: tuple[torch.dtype, ...], sizes: np.ndarray, scalars: Numbers
+    ) -> None:
+        device, width, tensors = chunks.device, signature(rule).sums, len(sizes)
+        kernel, totals = library.sums(rule, dtypes), library.totals(width, library.interprets())
+        library.check(rule, kernel, device)
+        sums = torch.empty((max(chunks.count, 1), width), dtype=torch.float64, device=device)
+        self._result = torch.zeros((tensors, width), dtype=torch.float64, device=device)
+        of_tensor = np.bincount(chunks.of_tensor, minlength=tensors)
+        spans = uploaded(np.stack([np.cumsum(of_tensor) - of_tensor, of_tensor], axis=1).astype(np.int64), device)
+        self._launches = []
+        if chunks.count:
+            tables = chunks.chunks, chunks.table.tensor, scalars.tensor
+            self._launches = [
+                kernel.bind(chunks.count, device, *tables, sums),
+                totals.bind(tensors, device, sums, spans, self._result),
+            ]
+
+    def run(self) -> Tensor:
+        for launch in self._launches:
+            launch()
+        return self._result
+
+
 class Launch:
     """See ``backend.Launch``.
 
     Args:
         rule: the function to apply.
-        scalars: how many scalars it takes.
+        scalars: how many scalars it is given.
         dtypes: of the parameter, the gradient and the state tensors.
         params: the parameters, all on one device; gradients in their layout.
         rows: for each parameter, its row in the scalars table.
@@ -93,14 +121,21 @@ class Launch:
         params: Sequence[Tensor],
         rows: Sequence[int] | np.ndarray,
     ) -> None:
-        self._rule, self._n_scalars, self._dtypes, self._params = rule, scalars, dtypes, params
+        self._rule, self._dtypes, self._params = rule, dtypes, params
+        takes = signature(rule)
+        self._given = np.zeros((max(rows) + 1, scalars + 1))
+        self._rows, self._n_given, self._n_scalars = np.asarray(rows), scalars, scalars + len(takes.formed)
+        self._sums: _Sums | None = None
         self.device = params[0].device
         self.addresses = np.zeros((len(params), len(dtypes)), np.int64)
         self.addresses[:, 0] = [param.data_ptr() for param in params]
         self.addresses[:, 1] = [0 if param.grad is None else param.grad.data_ptr() for param in params]
         self._sizes = np.array([param.numel() for param in params], np.int64)
+        if takes.summed is not None:  # each parameter has scalars of its own beside those that it is given
+            rows = np.arange(len(params))
         self._chunks = Chunks(self._sizes, rows, self.addresses, self.device)
-        self._scalars = Numbers(max(rows) + 1, scalars + 1, library.compute_dtype(dtypes), self.device)
+        compute = library.compute_dtype(dtypes)
+        self._scalars = Numbers(max(rows) + 1, self._n_scalars + 1, compute, self.device)
         self._state: Sequence[Sequence[Tensor]] = ()
         self._measured: list[Tensor] = []
         self._kernel: library.Kernel | None = None
@@ -113,6 +148,8 @@ class Launch:
                 self._kernel = library.update(self._rule, self._n_scalars, self._dtypes)
                 library.check(self._rule, self._kernel, self.device)
                 constants(self.device)
+                if signature(self._rule).summed is not None:
+                    self._sums = _Sums(self._chunks, self._rule, self._dtypes, self._sizes, self._scalars)
             if wants_norm:
                 self._chunks.compile_norm(1, self._dtypes[1])
 
@@ -122,9 +159,23 @@ class Launch:
             row[2:] = [tensor.data_ptr() for tensor in state]
 
     def set_scalars(self, row: int, scale: float, scalars: Sequence[float | Tensor]) -> None:
-        if len(scalars) != self._n_scalars:
-            raise ValueError(f"the rule takes {self._n_scalars} scalars, got {len(scalars)}.")
-        self._scalars.set(row, (scale, *scalars))
+        if len(scalars) != self._n_given:
+            raise ValueError(f"the rule takes {self._n_given} scalars, got {len(scalars)}.")
+        if self._sums is None:
+            self._scalars.set(row, (scale, *scalars))
+        else:
+            self._given[row] = (scale, *scalars)
+
+    def sums(self) -> Tensor:
+        assert self._sums is not None
+        self._scalars.set_columns(0, self._given[self._rows])
+        with current(self.device):
+            self._chunks.upload(is_capturing=False)
+            self._scalars.upload(is_capturing=False)
+            return self._sums.run()
+
+    def set_formed(self, values: np.ndarray) -> None:
+        self._scalars.set_columns(1 + self._n_given, values)
 
     def sum_of_squares(self) -> Tensor:
         return self._chunks.sum_of_squares()

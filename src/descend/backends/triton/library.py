@@ -23,6 +23,7 @@ from triton.backends.compiler import GPUTarget
 from descend.backends.backend import Declined
 from descend.backends.retarget import retarget
 from descend.backends.triton import audit, kernels, operations, source, tuning
+from descend.core.signature import signature
 
 _NAMES = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32", torch.float64: "fp64"}
 _TORCH = {name: dtype for dtype, name in _NAMES.items()}
@@ -80,7 +81,8 @@ class Kernel:
         with _cache_folder():
             compiled = triton.compile(made, target=target, options=options)
         is_wide = self._checks_rule and self.constants["COMPUTE"] == tl.float64
-        if self._checks_rule and (reason := audit.unsound(compiled.asm.get("ttir", ""), is_wide)):
+        sums = self.constants.get("SUMS", 0)
+        if self._checks_rule and (reason := audit.unsound(compiled.asm.get("ttir", ""), is_wide, sums)):
             raise TypeError(reason)
         return compiled
 
@@ -186,6 +188,40 @@ def _update(rule: FunctionType, scalars: int, dtypes: tuple[torch.dtype, ...], i
     return Kernel(_jitted(kernels.update), pointers, constants, checks_rule=True)
 
 
+def sums(rule: Any, dtypes: tuple[torch.dtype, ...]) -> Kernel:
+    """The kernel that sums what the part of a rule returns, see ``kernels.sums``.
+
+    Raises:
+        Declined: if the part cannot be made a kernel.
+    """
+    return declining(_sums, rule, dtypes)
+
+
+@cache
+def _sums(rule: FunctionType, dtypes: tuple[torch.dtype, ...], interpreted: bool) -> Kernel:
+    takes, compute = signature(rule), compute_dtype(dtypes)
+    if not isinstance(takes.summed, FunctionType):
+        raise TypeError("its part is not a function made by def")
+    constants = {
+        "PART": inlined(takes.summed, compute),
+        "DTYPES": tuple(map(triton_type, dtypes)),
+        "COMPUTE": triton_type(compute),
+        "SCALARS": len(takes.scalars),
+        "GIVEN": len(takes.given),
+        "SUMS": takes.sums,
+        "BLOCK": tuning.NORM,
+    }
+    pointers = {"chunks": "*i64", "addresses": "*i64", "scalars": f"*{_NAMES[compute]}", "sums": "*fp64"}
+    return Kernel(made(kernels.sums, interpreted), pointers, constants, checks_rule=True)
+
+
+@cache
+def totals(sums: int, interpreted: bool) -> Kernel:
+    """The kernel that adds the sums of each tensor's chunks, see ``kernels.totals``."""
+    pointers = {"sums": "*fp64", "spans": "*i64", "results": "*fp64"}
+    return Kernel(made(kernels.totals, interpreted), pointers, {"SUMS": sums, "BLOCK": tuning.NORM})
+
+
 @cache
 def made(function: FunctionType, interpreted: bool) -> Any:
     """What Triton makes of a kernel."""
@@ -251,8 +287,8 @@ def _try(kernel: Kernel) -> None:
         numbers = torch.ones(scalars + 1, dtype=_TORCH[str(kernel.constants["COMPUTE"])])
         elements = [torch.ones((), dtype=_TORCH[str(dtype)]) for dtype in dtypes]
         addresses = torch.tensor([element.data_ptr() for element in elements])
-        decision = torch.ones(4, dtype=torch.float64)
-    kernel.bind(1, chunks.device, chunks, addresses, numbers, decision)()
+        decision_or_sums = torch.ones(4 + kernel.constants.get("SUMS", 0), dtype=torch.float64)
+    kernel.bind(1, chunks.device, chunks, addresses, numbers, decision_or_sums)()
 
 
 _declined: WeakKeyDictionary[Any, str] = WeakKeyDictionary()

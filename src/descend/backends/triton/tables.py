@@ -161,6 +161,10 @@ class Numbers:
                 self._on_device.pop(place, None)
         self._host[row] = [0.0 if isinstance(number, Tensor) else number for number in numbers]
 
+    def set_columns(self, first: int, values: np.ndarray) -> None:
+        """Set columns from ``first`` on, of all rows. They are on the host."""
+        self._host[:, first : first + values.shape[1]] = values
+
     def upload(self, is_capturing: bool) -> None:
         """Bring the device up to date."""
         self._table.upload(self._host, is_capturing)

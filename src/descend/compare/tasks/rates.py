@@ -13,7 +13,7 @@ LIKE_ADAM = {
     "lion": 0.3,  # Chen et al. 2023: 3 to 10 times smaller than Adam's; short runs need the larger
     "adagrad": 5.0,  # its steps shrink with the square root of their number
     "adafactor": 20.0,  # a share of the weights' own size
-    "muon": 10.0,  # its steps have norm 1 by singular value, Adam's by entry
+    **dict.fromkeys(("muon", "normuon"), 10.0),  # their steps have norm 1 by singular value, Adam's by entry
 }
 LIKE_SGD = ("sgd", "asgd")
 FREE = {"adadelta": 1.0}  # it finds its steps itself: Zeiler 2012

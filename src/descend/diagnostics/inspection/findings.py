@@ -184,7 +184,8 @@ def _out_of_range(group: dict[str, Any]) -> Iterator[tuple[str, str, float]]:
         if value is not None and not 0 <= value < math.inf:
             yield name, "finite and not negative", value
     single = {f"betas[{index}]": value for index, value in enumerate(_listed(group.get("betas")))}
-    for name, value in {**single, "alpha": group.get("alpha"), "rho": group.get("rho")}.items():
+    alpha = None if "alpha_warmup" in group else group.get("alpha")  # AdEMAMix's is a weight, others' a decay
+    for name, value in {**single, "alpha": alpha, "rho": group.get("rho")}.items():
         beta = number(value)
         if beta is not None and not (0 <= beta < 1 or (beta == 1 and name in ("alpha", "rho"))):
             yield name, "in [0, 1)", beta

@@ -38,6 +38,8 @@ class Scaling:
 
 def scaling_of(method: str, param: Param, options: Mapping[str, Any]) -> Scaling | None:
     """How ``method`` scales the gradient; None if it does not, has not stepped, or its options are unusable."""
+    if method in ("ADOPT", "LAMB", "Prodigy"):  # their steps are no such quotient, or have a factor that is not saved
+        return None
     lr, eps = number(options.get("lr")), number(options.get("eps"))
     step = number(options.get("k")) if method == "AdamW schedule-free" else param.step
     if step is None:  # some optimizers count in the group

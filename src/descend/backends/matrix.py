@@ -1,0 +1,128 @@
+"""Runs rules of whole matrices on plain tensors: small ones of equal shape as one batch, large ones one by one."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from descend.backends import eager
+from descend.backends.cpu.backend import CpuBackend
+from descend.backends.foreach import sums_on_device
+from descend.core.decision import Decision
+from descend.core.memory import PLAIN
+from descend.core.signature import signature
+
+# A matrix with at most SMALL elements is computed in less time than the calls for it take; LARGEST elements are stacked
+# at a time, which bounds the memory that a batch needs.
+SMALL = 2**15
+LARGEST = 2**20
+
+_CPU = CpuBackend()
+
+
+class MatrixBackend(eager.EagerBackend):
+    """Plain real tensors, on every device, in any layout of memory."""
+
+    name = "matrix"
+
+    def why_not(
+        self,
+        rule: Callable[..., Any] | None,
+        param: Tensor,
+        grad: Tensor | None,
+        state: Sequence[tuple[str, Tensor]],
+    ) -> str | None:
+        if rule is None or signature(rule).kind != "matrix":
+            return "no rule of whole matrices"
+        if reason := _unsuitable(param):
+            return reason
+        for name, tensor in state if grad is None else (("gradient", grad), *state):
+            if reason := _unsuitable(tensor):
+                return f"{name}: {reason}"
+            if tensor.device != param.device:
+                return f"{name}: on {tensor.device}"
+        return None
+
+    def why_not_rows(self, rule: Callable[..., Any], param: Tensor, state: Sequence[tuple[str, Tensor]]) -> str | None:
+        return "single rows"
+
+    def launch(
+        self,
+        rule: Callable[..., Any],
+        scalars: int,
+        dtypes: tuple[torch.dtype, ...],
+        params: Sequence[Tensor],
+        rows: Sequence[int] | np.ndarray,
+    ) -> MatrixLaunch:
+        return MatrixLaunch(rule, scalars, params, rows)
+
+
+class MatrixLaunch(eager.EagerLaunch):
+    """See ``backend.Launch``."""
+
+    def __init__(
+        self, rule: Callable[..., Any], scalars: int, params: Sequence[Tensor], rows: Sequence[int] | np.ndarray
+    ) -> None:
+        super().__init__(rule, scalars, params, rows)
+        self._stacked: Callable[[], Callable[..., Any]] | None = getattr(rule, "stacked", None)
+        self._batches = _batches(params, rows, self._stacked is not None)
+
+    def sum_of_squares(self) -> float | Tensor:
+        grads = [param.grad for param in self._params if param.grad is not None]
+        if not grads[0].is_cpu:
+            return sums_on_device(grads)
+        if all(_CPU.why_not(None, grad, None, ()) is None for grad in grads):
+            return _CPU.sum_of_squares(grads)
+        return eager.sums_of_squares(grads)
+
+    def run(self, measures: bool, decision: Decision | None) -> None:
+        """Apply the rule to one batch after the other; a measured step, to one parameter after the other."""
+        if measures:
+            super().run(measures, decision)
+            return
+        for members in self._batches:
+            scale, scalars = self._scalars[self._rows[members[0]]]
+            params = [self._params[i] for i in members]
+            grads = [param.grad for param in params if param.grad is not None]
+            states = [list(tensors) for tensors in zip(*(self._state[i] for i in members), strict=True)]
+            if len(members) == 1:
+                state = [tensors[0] for tensors in states]
+                eager.run(self._rule, params[0], grads[0], state, scalars, scale, decision=decision)
+                continue
+            assert self._stacked is not None
+            first, *rest = stacks = [torch.stack(tensors) for tensors in (params, *states)]
+            eager.run(self._stacked(), first, torch.stack(grads), rest, scalars, scale, decision=decision)
+            for tensors, stack in zip((params, *states), stacks, strict=True):
+                torch._foreach_copy_(tensors, list(stack))
+
+
+def _batches(params: Sequence[Tensor], rows: Sequence[int] | np.ndarray, may_stack: bool) -> list[list[int]]:
+    """Positions of the parameters that are computed at once: of equal shape, with equal scalars."""
+    batches: list[list[int]] = []
+    open_batches: defaultdict[Any, list[int]] = defaultdict(list)
+    for position, (param, row) in enumerate(zip(params, map(int, rows), strict=True)):
+        if not may_stack or not 0 < param.numel() <= SMALL:
+            batches.append([position])
+            continue
+        batch = open_batches[param.shape, row]
+        if not batch:
+            batches.append(batch)
+        batch.append(position)
+        if (len(batch) + 1) * param.numel() > LARGEST:
+            del open_batches[param.shape, row]
+    return batches
+
+
+def _unsuitable(tensor: Tensor) -> str | None:
+    if type(tensor) not in PLAIN:
+        return f"a {type(tensor).__name__}"
+    if tensor.layout is not torch.strided:
+        return f"layout {tensor.layout}"
+    if not tensor.is_floating_point():
+        return f"dtype {tensor.dtype}"
+    return "an inference tensor or a lazy negation" if tensor.is_inference() or tensor.is_neg() else None
