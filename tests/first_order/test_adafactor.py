@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 
 import pytest
 import torch
-from cases import MATRIX_CASES, Case, Twins, assert_unmoved, give_grads, leaves, params_of, snapshot
+from cases import ADAFACTOR_CASES, Case, Twins, assert_unmoved, give_grads, leaves, params_of, snapshot
 from torch import Tensor
 
 from descend import Adafactor
@@ -23,7 +23,7 @@ def of_shapes(dtype: torch.dtype = torch.float64) -> Callable[[], list[Tensor]]:
 
 
 @pytest.mark.parametrize("foreach", [False, True])
-@pytest.mark.parametrize("case", MATRIX_CASES, ids=str)
+@pytest.mark.parametrize("case", ADAFACTOR_CASES, ids=str)
 def test_float64_trajectory_is_torchs(case: Case, foreach: bool) -> None:
     twins = Twins(case._replace(options={**case.options, "foreach": foreach}), of_shapes())
     for seed in range(30):
@@ -35,7 +35,7 @@ def test_float64_trajectory_is_torchs(case: Case, foreach: bool) -> None:
     assert twins.ours.defaults == twins.theirs.defaults
 
 
-@pytest.mark.parametrize("case", MATRIX_CASES, ids=str)
+@pytest.mark.parametrize("case", ADAFACTOR_CASES, ids=str)
 def test_float32_trajectory_is_torchs(case: Case) -> None:
     twins = Twins(case, of_shapes(torch.float32))
     for seed in range(30):
@@ -44,7 +44,7 @@ def test_float32_trajectory_is_torchs(case: Case) -> None:
 
 
 def test_bfloat16_rounds_once_a_step_and_has_torchs_state() -> None:
-    twins = Twins(MATRIX_CASES[0], of_shapes(torch.bfloat16))
+    twins = Twins(ADAFACTOR_CASES[0], of_shapes(torch.bfloat16))
     twins.step(0)
     twins.assert_equal(rtol=2**-6, atol=2**-6)  # torch rounds each intermediate to 8 bits
 
@@ -61,7 +61,7 @@ def test_eps_is_that_of_the_groups_first_gradient_as_in_torch(
         if not first_has_grad:
             params[0].grad = None
 
-    twins = Twins(MATRIX_CASES[0], lambda: [param for dtype in dtypes for param in leaves([(6, 5)], dtype=dtype)])
+    twins = Twins(ADAFACTOR_CASES[0], lambda: [param for dtype in dtypes for param in leaves([(6, 5)], dtype=dtype)])
     for seed in range(3):
         twins.step(seed, grads)
     twins.assert_equal(rtol=2**-5, atol=2**-6)
@@ -90,14 +90,14 @@ def test_layouts_do_not_matter() -> None:
         give_grads(params, seed)
         params[1].grad = params[1].grad.t().contiguous().t()
 
-    twins = Twins(MATRIX_CASES[1], groups)
+    twins = Twins(ADAFACTOR_CASES[1], groups)
     for seed in range(5):
         twins.step(seed, grads)
     twins.assert_equal()
 
 
 def test_checkpoints_go_both_ways() -> None:
-    twins = Twins(MATRIX_CASES[1], of_shapes())
+    twins = Twins(ADAFACTOR_CASES[1], of_shapes())
     for seed in range(3):
         twins.step(seed)
     ours, theirs = (copy.deepcopy(optimizer.state_dict()) for optimizer in twins.both)
