@@ -363,6 +363,18 @@ def test_sums_of_squares() -> None:
     assert torch.equal(foreach.sums_on_device(grads[:8]), foreach.sums_on_device(grads[:8]))
 
 
+def test_sums_on_a_device() -> None:
+    tensors = [torch.randn(shape) for shape in ((), (0,), (1023,), (7, 5))]
+    expected = torch.stack([tensor.double().sum() for tensor in tensors])
+    torch.testing.assert_close(foreach.each_on_device(tensors), expected, rtol=1e-12, atol=1e-12)
+    odd = [
+        torch.tensor(row) for row in ([1.0, torch.nan], [1.0, torch.inf], [-torch.inf, 1.0], [torch.inf, -torch.inf])
+    ]
+    torch.testing.assert_close(
+        foreach.each_on_device(odd), torch.stack([each.double().sum() for each in odd]), equal_nan=True
+    )
+
+
 def test_norms_of_a_device_are_not_read() -> None:
     grads = [torch.ones(3, dtype=dtype, device="meta") for dtype in (SINGLE, BRAIN, torch.complex64)]
     assert get_total_norm(grads).shape == ()

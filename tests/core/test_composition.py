@@ -55,7 +55,8 @@ def test_an_average_leaves_what_the_rule_computes_alone(rule: Any) -> None:
     ema, gain = numbers(2, seed=1)
     expected = rule(param, grad, *state, *scalars)
     expected = expected if takes.state else (expected,)
-    found = composed(rule, EMA)(param, grad, *state, ema, *scalars, gain)
+    given, formed = scalars[: len(takes.given)], scalars[len(takes.given) :]
+    found = composed(rule, EMA)(param, grad, *state, ema, *given, gain, *formed)
     for ours, theirs in zip(found, expected, strict=False):
         assert torch.equal(ours, theirs)
     torch.testing.assert_close(found[-1], (1 - gain) * ema + gain * expected[0], rtol=1e-14, atol=1e-15)
@@ -125,8 +126,19 @@ def test_a_rule_with_sums_keeps_them_beside_an_average() -> None:
 
 
 def test_a_rule_with_sums_cannot_be_cautious_in_its_update() -> None:
-    with pytest.raises(ValueError, match="the rule normalized needs sums over tensors"):
+    with pytest.raises(ValueError, match="the rule normalized is formed of sums of its own"):
         composed(normalized, UPDATE)
+
+
+def test_a_rule_of_rows_stays_one() -> None:
+    rule = composed(rules.rowwise_adagradw, DECAY)
+    takes = signature(rule)
+    assert (takes.kind, takes.state, takes.formed) == ("row", ("sum",), ("mean_square",))
+    assert takes.scalars == ("lr", "weight_decay", "eps", "decay", "mean_square")
+    assert takes.averaged is not None
+    assert takes.averaged(0.0, 3.0, 0.0, 0.0, 0.0, 0.0, 0.0) == 9.0
+    with pytest.raises(ValueError, match="the rule rowwise_adagradw keeps one number a row"):
+        composed(rules.rowwise_adagradw, EMA)
 
 
 def product(param: Any, grad: Any, lr: Any) -> Any:

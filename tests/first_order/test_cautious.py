@@ -15,6 +15,7 @@ from cases import (
     DENSE_BACKENDS,
     MATRICES,
     MATRIX_CASES,
+    ON_GPU,
     SHAPES,
     Case,
     assert_same_state,
@@ -26,10 +27,32 @@ from cases import (
 from torch import Tensor
 from torch.optim.lr_scheduler import CosineAnnealingLR, OneCycleLR
 
-from descend import ASGD, SGD, Adam, AdamW, AdamWScheduleFree, FirstOrder, Lion, Muon, Rprop, from_rule, in_backward
+from descend import (
+    ADOPT,
+    ASGD,
+    LAMB,
+    MARS,
+    SGD,
+    Adam,
+    AdamW,
+    AdamWScheduleFree,
+    Adan,
+    AdEMAMix,
+    FirstOrder,
+    Lion,
+    Muon,
+    Prodigy,
+    RowwiseAdagrad,
+    Rprop,
+    from_rule,
+    in_backward,
+)
 from descend.ops import summing
 
-FREE = [case for case in CASES if not case.ours.state_follows_param]  # their moves may be changed
+# Their moves may be changed, and their rules need no sums; Adan's decay is decoupled if it is asked for.
+FREE = [case for case in CASES if not case.ours.state_follows_param and case.ours not in (Adan, LAMB, MARS, Prodigy)]
+FREE += [Case(Adan, textbook.Adan, dict(lr=0.01, weight_decay=0.1, no_prox=True))]
+MARS_CASE = Case(MARS, textbook.MARS, dict(lr=0.01, weight_decay=0.1))
 # Where decay is not decoupled, the first alone.
 OPTIONS: list[dict[str, Any]] = [
     dict(cautious="update"),
@@ -40,8 +63,11 @@ OPTIONS: list[dict[str, Any]] = [
 
 
 def decay_of(case: Case) -> str:
+    if case.ours in (Adan, LAMB, Prodigy):
+        return "their own"
     decoupled = issubclass(case.ours, AdamW | Muon) or case.options.get("decoupled_weight_decay", False)
-    return "decoupled" if decoupled or case.ours is Lion else "none" if case.ours is Rprop else "l2"
+    decoupled = decoupled or case.ours in (Lion, AdEMAMix, MARS)
+    return "decoupled" if decoupled else "none" if case.ours is Rprop else "l2"
 
 
 class Pair:
@@ -72,8 +98,11 @@ class Pair:
 ALLOWED = [
     (case, options)
     for case, options in product(FREE, OPTIONS)
-    if decay_of(case) == "decoupled" or options == dict(cautious="update")
+    if (decay_of(case) == "decoupled" or options == dict(cautious="update"))
+    and decay_of(case) != "their own"
+    and not (case.needs_sums() and options.get("cautious") in ("update", "both"))
 ]
+ALLOWED += [(MARS_CASE, options) for options in (dict(cautious="decay", ema=0.5), dict(decay_by="schedule"))]
 
 
 @pytest.mark.parametrize("backend", [name for name in DENSE_BACKENDS if name != "cpu"])
@@ -94,9 +123,10 @@ def test_steps_of_matrices_are_those_of_the_papers(case: Case, options: dict[str
     pair.assert_equal(1e-8)  # of an orthogonal matrix that rounding has passed through five products
 
 
+@pytest.mark.parametrize("backend", [DENSE_BACKENDS[0], ON_GPU])
 @pytest.mark.parametrize("options", OPTIONS[:3], ids=str)
-def test_compiled_steps_are_those_of_the_papers(options: dict[str, Any]) -> None:
-    pair = Pair(Case(AdamW, torch.optim.AdamW, dict(lr=0.01, weight_decay=0.1)), options, DENSE_BACKENDS[0])
+def test_compiled_steps_are_those_of_the_papers(options: dict[str, Any], backend: str) -> None:
+    pair = Pair(Case(AdamW, torch.optim.AdamW, dict(lr=0.01, weight_decay=0.1)), options, backend)
     for seed in range(6):
         pair.step(seed)
     pair.assert_equal()
@@ -162,18 +192,36 @@ def test_an_update_of_which_little_is_left_is_at_most_a_thousand_times_as_long()
         (Rprop, dict(decay_by="lr_squared"), "Rprop: decay_by='lr_squared' .* weight decay does not exist"),
         (from_rule(rule, "Own", shrink=0.1), dict(cautious="decay"), "Own: .* weight decay is its rule's own"),
         (ASGD, dict(cautious="update"), "the state of ASGD follows them"),
+        (LAMB, dict(cautious="update"), "the rule of LAMB needs sums of its own"),
+        (LAMB, dict(cautious="decay"), "LAMB: .* weight decay is its rule's own"),
+        (RowwiseAdagrad, dict(cautious="update"), "the rule of RowwiseAdagrad needs sums of its own"),
+        (RowwiseAdagrad, dict(ema=0.9), "RowwiseAdagrad: ema=0.9 needs a number for each weight"),
+        (Adan, dict(cautious="decay"), "Adan: .* weight decay is its rule's own"),
         (AdamWScheduleFree, dict(cautious="decay"), "the state of AdamWScheduleFree follows them"),
         (AdamW, dict(cautious="yes"), "AdamW: cautious must be one of"),
         (AdamW, dict(decay_by="step"), "AdamW: decay_by must be one of"),
         (AdamW, dict(lr=0.0, decay_by="schedule"), r"group\['max_lr'\] must be a number > 0, got 0.0"),
         (AdamW, dict(sparse="exact", cautious="decay"), "sparse='exact' cannot catch up with cautious='decay'"),
         (AdamW, dict(sparse="exact", decay_by="schedule"), "sparse='exact' cannot catch up with decay_by='schedule'"),
+        (RowwiseAdagrad, dict(cautious="update"), "its rule sees whole rows, .* leave out cautious"),
+        (RowwiseAdagrad, dict(ema=0.9), "its rule sees whole rows, .* leave out ema"),
     ],
     ids=str,
 )
 def test_what_cannot_be_is_an_error_when_the_optimizer_is_made(kind: Any, options: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         kind([torch.zeros(1, requires_grad=True)], **options)
+
+
+def test_the_first_step_of_adopt_decays_nothing_either() -> None:
+    (param,) = leaves([(33,)])
+    optimizer = ADOPT([param], lr=0.1, weight_decay=0.1, decoupled_weight_decay=True, cautious="decay")
+    before = param.detach().clone()
+    give_grads([param], 0)
+    optimizer.step()
+    assert torch.equal(param, before)
+    optimizer.step()
+    assert not torch.equal(param, before)
 
 
 def squares(param: Any, grad: Any, lr: Any) -> Any:
@@ -243,6 +291,20 @@ def test_rows_decay_where_their_update_agrees() -> None:
     expected = old.clone()
     expected[rows] -= 0.1 + 0.05 * old[rows] * (old[rows] >= 0)
     torch.testing.assert_close(weight.detach(), expected)
+
+
+@pytest.mark.parametrize("sparse", [False, True])
+def test_a_rule_of_rows_decays_where_its_update_agrees(sparse: bool) -> None:
+    table = torch.nn.Embedding(10, 3, sparse=sparse, dtype=torch.float64)
+    optimizer = RowwiseAdagrad([table.weight], lr=0.1, weight_decay=0.5, decoupled_weight_decay=True, cautious="decay")
+    old = table.weight.detach().clone()
+    table(torch.tensor([1, 3])).sum().backward()  # the update is 0.1, to below zero, where there is a gradient
+    optimizer.step()
+    named = torch.zeros(10, 1, dtype=torch.bool)
+    named[[1, 3]] = True
+    decays = (named & (old >= 0)) if sparse else (~named | (old >= 0))
+    expected = old - 0.1 * named - 0.05 * old * decays
+    torch.testing.assert_close(table.weight.detach(), expected, rtol=1e-7, atol=0.0)  # eps is 1e-8
 
 
 # Decay by the schedule.

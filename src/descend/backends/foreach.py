@@ -235,10 +235,14 @@ def write(tensors: Tensors, values: Tensors, decision: Decision | None) -> None:
 
 def _sums(tensors: Tensors) -> Tensor:
     """Of each tensor, shape (tensors,), in the device's widest dtype."""
-    dtype = widest(tensors[0].device)
     if tensors[0].is_cpu:
-        return torch.stack([tensor.sum(dtype=dtype) for tensor in tensors])
-    # In a few calls, whatever the number of tensors: what is positive, less what is negative.
+        return torch.stack([tensor.sum(dtype=torch.float64) for tensor in tensors])
+    return each_on_device(tensors)
+
+
+def each_on_device(tensors: Tensors) -> Tensor:
+    """The same in a few calls, whatever the number of tensors: what is positive, less what is negative."""
+    dtype = widest(tensors[0].device)
     positive, negative = torch._foreach_clamp_min(tensors, 0), torch._foreach_clamp_max(tensors, 0)
     sums = [torch.stack(torch._foreach_norm(part, 1, dtype=dtype)) for part in (positive, negative)]
     return sums[0] - sums[1]

@@ -16,9 +16,8 @@ from typing import Any, Literal, NamedTuple, TypeAlias
 import torch
 from torch import Tensor
 
-from descend.core.memory import widest
 from descend.core.signature import signature
-from descend.ops import of_matrices, summing, where
+from descend.ops import of_matrices, of_rows, summing, where
 
 Decay: TypeAlias = Literal["decoupled", "l2", "none"]
 Rule: TypeAlias = Callable[..., Any]
@@ -57,19 +56,22 @@ def composed(rule: Rule, additions: Additions, direction: Rule | None = None, st
             parameter apart from decay. A cautious update then counts without applying the rule. Default: None.
         stacked: of a rule of matrices, how many leading dimensions are a batch of parameters. Default: 0.
     Raises:
-        ValueError: if the rule uses the name ``ema``, or sums of its own beside a cautious update.
+        ValueError: if the rule uses the name ``ema``; if it has sums or means of its own beside a cautious update; if
+            it is one of rows beside an average.
     """
     takes = signature(rule)
     if additions.ema and "ema" in (*takes.state, *takes.scalars):
         raise ValueError(f"the rule {rule.__name__} uses the name ema, which an average of the weights needs.")
-    if additions.cautious_update and takes.summed is not None:
-        raise ValueError(f"the rule {rule.__name__} needs sums over tensors: it cannot be made cautious in its update.")
+    if additions.cautious_update and takes.formed:
+        raise ValueError(f"the rule {rule.__name__} is formed of sums of its own: its update cannot be cautious.")
+    if additions.ema and takes.kind == "row":
+        raise ValueError(f"the rule {rule.__name__} keeps one number a row, and no average of the weights.")
     text = _Text(rule, additions, direction, stacked)
     words = ["cautious"] * (additions.cautious_update or additions.cautious_decay) + ["ema"] * additions.ema
     name = "_".join([rule.__name__.strip("<>"), *(words or ["decay"])])
     namespace = {
         "rule": rule,
-        "part": takes.summed,
+        "part": takes.summed or takes.averaged,
         "direction": direction,
         "where": where,
         "zeros_like": torch.zeros_like,
@@ -82,7 +84,8 @@ def composed(rule: Rule, additions: Additions, direction: Rule | None = None, st
         return of_matrices(function, len(takes.state) + additions.ema, again)
     if text.formed:
         part = text.counted() if additions.cautious_update else text.rules_part()
-        return summing(_function(f"{name}_sums", text.given, part, namespace))(function)
+        mark = of_rows if takes.kind == "row" else summing
+        return mark(_function(f"{name}_part", text.given, part, namespace))(function)
     return function
 
 
@@ -93,7 +96,7 @@ class _Text:
         rule, additions, direction, stacked: see ``composed``.
     Attributes:
         given: names of the arguments that are known before anything is summed.
-        formed: names of the scalars that are formed of sums.
+        formed: names of the scalars that are formed of sums or means.
     """
 
     def __init__(self, rule: Rule, additions: Additions, direction: Rule | None, stacked: int) -> None:
@@ -150,7 +153,7 @@ class _Text:
         lines = []
         if additions.cautious_update:  # a move of NaN stays one
             if self._is_matrix:
-                lines.append(f"{self._scale} = scale_of({move} * {self._grad} < 0.0, {self._stacked})")
+                lines.append(f"{self._scale} = scale_of({move}, {self._grad}, {self._stacked})")
             lines.append(f"{move} = where({move} * {self._grad} >= 0.0, 0.0, {self._scale} * {move})")
         if additions.decay == "decoupled":
             decay = f"{self._decay} * {param}"
@@ -179,10 +182,11 @@ def cautious_scale(agreeing: float, numel: int) -> float:
     return 1 / max(agreeing / max(numel, 1), 1e-3)
 
 
-def _scale_of(agrees: Tensor, stacked: int) -> Tensor:
+def _scale_of(move: Tensor, grad: Tensor, stacked: int) -> Tensor:
     """The same for each parameter of a batch, over whose first dimensions parameters are stacked."""
-    dims = tuple(range(stacked, agrees.dim()))
-    return 1 / agrees.to(widest(agrees.device)).mean(dims, keepdim=True).clamp(min=1e-3)
+    agreeing = (move * grad < 0).sum(tuple(range(stacked, move.dim())), keepdim=True)
+    numel = move.numel() // max(agreeing.numel(), 1)
+    return 1 / (agreeing.to(move.dtype) / max(numel, 1)).clamp(min=1e-3)
 
 
 def _free(name: str, taken: set[str]) -> str:

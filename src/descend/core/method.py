@@ -132,12 +132,17 @@ class Method:
     def decay_of(self, group: Mapping[str, Any]) -> Decay | None:
         """What the group's weight decay is: in all of these a step without it does not depend on the parameter.
 
-        ``"decoupled"``: the rule takes ``lr * weight_decay`` times the parameter from it. ``"l2"``: the rule adds
-        ``weight_decay`` times the parameter to the gradient before anything else. ``"none"``: there is none. None:
-        anything else. Default: by the option ``decoupled_weight_decay``; without it, the attribute ``decay``.
+        ``"decoupled"``: the rule takes a part of the parameter from it, see ``decoupled_decay``. ``"l2"``: the rule
+        adds ``weight_decay`` times the parameter to the gradient before anything else. ``"none"``: there is none. None:
+        anything else. Default: by the option ``decoupled_weight_decay``; without it, the attribute ``decay``. A
+        subclass with another rule must say it anew.
         """
         decoupled = group.get("decoupled_weight_decay")
         return self.decay if decoupled is None else ("decoupled" if decoupled else "l2")
+
+    def decoupled_decay(self, group: Mapping[str, Any], step: float) -> Any:
+        """The part of a parameter that decoupled weight decay takes in a step."""
+        return group["lr"] * group["weight_decay"]
 
     def may_decide_on_device(self, group: Mapping[str, Any]) -> bool:
         """Whether a step of ``group`` may be left out without the host knowing: the host counts nothing then."""

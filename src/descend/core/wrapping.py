@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from descend.core.composition import Additions, cautious_scale, composed
+from descend.core.composition import Additions, Decay, cautious_scale, composed
 from descend.core.method import Method, StateSpec
 from descend.core.options import StepOptions
 from descend.core.signature import signature
@@ -66,10 +66,10 @@ class Wrapped(Method):
     # The rule and its scalars.
 
     def rule_for(self, group: Mapping[str, Any]) -> Callable[..., Any]:
-        return self._with_additions(self._inside.rule_for(group), group)
+        return self._with_additions(self._inside.rule_for(self._view(group)), group)
 
     def rule_of(self, param: Tensor, group: Mapping[str, Any]) -> Callable[..., Any]:
-        return self._with_additions(self._inside.rule_of(param, group), group)
+        return self._with_additions(self._inside.rule_of(param, self._view(group)), group)
 
     def _with_additions(self, rule: Callable[..., Any], group: Mapping[str, Any]) -> Callable[..., Any]:
         self._check(group)
@@ -79,13 +79,13 @@ class Wrapped(Method):
         return composed(rule, additions, self._inside.direction if self._cautious_update else None)
 
     def scalars(self, group: Mapping[str, Any], step: float) -> tuple[Any, ...]:
-        return (*self._inside.scalars(self._view(group), step), *self._added(group))
+        return (*self._inside.scalars(self._view(group), step), *self._added(group, step))
 
     def scalars_and_state(
         self, group: Mapping[str, Any], step: float, state: Sequence[Tensor]
     ) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
         scalars, next_state = self._inside.scalars_and_state(self._view(group), step, state)
-        return (*scalars, *self._added(group)), next_state
+        return (*scalars, *self._added(group, step)), next_state
 
     def scalars_of_sums(self, group: Mapping[str, Any], sums: Sequence[float], numel: int) -> tuple[Any, ...]:
         if self._cautious_update:
@@ -105,14 +105,14 @@ class Wrapped(Method):
             return {**group, "weight_decay": 0.0}
         return group if self.options.decay_by == "lr" else {**group, "weight_decay": self._weight_decay(group)}
 
-    def _added(self, group: Mapping[str, Any]) -> tuple[Any, ...]:
+    def _added(self, group: Mapping[str, Any], step: float) -> tuple[Any, ...]:
         """The scalars of the additions, but for what is formed of sums."""
         decay = self._additions(group).decay
         added = []
         if decay == "l2":
             added.append(group["weight_decay"])
         if decay == "decoupled":
-            added.append(group["lr"] * self._weight_decay(group))
+            added.append(self._inside.decoupled_decay({**group, "weight_decay": self._weight_decay(group)}, step))
         if self.options.ema is not None:
             added.append(1 - self.options.ema)
         return tuple(added)
@@ -172,6 +172,15 @@ class Wrapped(Method):
             )
         return meaning
 
+    def check_takes_rows(self, param: Tensor, group: Mapping[str, Any]) -> None:
+        self._inside.check_takes_rows(param, group)
+
+    def decay_of(self, group: Mapping[str, Any]) -> Decay | None:
+        return self._inside.decay_of(group)
+
+    def decoupled_decay(self, group: Mapping[str, Any], step: float) -> Any:
+        return self._inside.decoupled_decay(group, step)
+
     def end_step(self, groups: Sequence[dict[str, Any]]) -> None:
         self._inside.end_step(groups)
 
@@ -192,11 +201,13 @@ class Wrapped(Method):
                 "follows them: leave cautious out."
             )
         takes = signature(self._inside.rule_for(group))
-        if self._cautious_update and takes.summed is not None:
+        if self._cautious_update and takes.formed:
             raise ValueError(
                 f"{name}: cautious={options.cautious!r} counts which updates agree with the gradient, and the rule of "
                 f"{name} needs sums of its own: leave cautious out, or use 'decay'."
             )
+        if self._has_ema and takes.kind == "row":
+            raise ValueError(f"{name}: ema={options.ema} needs a number for each weight, and {name} keeps one a row.")
         if self._has_ema and "ema" in (*takes.state, *takes.scalars):
             raise ValueError(f"{name}: ema={options.ema} keeps an average called ema, a name that {name} uses already.")
         # A group of another method than the optimizer's may have nothing to decay.

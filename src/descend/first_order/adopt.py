@@ -83,11 +83,16 @@ class ADOPT(FirstOrder):
         super().__init__(params, defaults, **options)
 
     def scalars(self, group: Mapping[str, Any], step: float) -> tuple[Any, ...]:
-        lr, (beta1, beta2), weight_decay, clip_exp = (group[k] for k in ("lr", "betas", "weight_decay", "clip_exp"))
-        l2, decay = (0.0, lr * weight_decay) if group["decoupled_weight_decay"] else (weight_decay, 0.0)
+        (beta1, beta2), clip_exp = group["betas"], group["clip_exp"]
+        l2, decay = group["weight_decay"], 0.0
+        if group["decoupled_weight_decay"]:
+            l2, decay = 0.0, self.decoupled_decay(group, step)
         clip = math.inf if clip_exp == math.inf else (step - 1) ** clip_exp
-        gain2, decay, clip = where(step > 1, 1 - beta2, 1.0), where(step > 1, decay, 0.0), where(step > 1, clip, 0.0)
-        return lr, 1 - beta1, gain2, group["eps"], l2, decay, clip
+        gain2, clip = where(step > 1, 1 - beta2, 1.0), where(step > 1, clip, 0.0)
+        return group["lr"], 1 - beta1, gain2, group["eps"], l2, decay, clip
+
+    def decoupled_decay(self, group: Mapping[str, Any], step: float) -> Any:
+        return where(step > 1, super().decoupled_decay(group, step), 0.0)
 
     def check_options(self, options: Mapping[str, Any]) -> None:
         check_adam(self, options)

@@ -48,6 +48,7 @@ class MARS(FirstOrder):
     """
 
     rule = staticmethod(rules.mars)
+    decay = "decoupled"
     nonnegative_state = ("exp_avg_sq",)
 
     def __init__(

@@ -11,6 +11,7 @@ from typing_extensions import Unpack
 
 from descend import rules
 from descend.core.checks import check_adam, check_not_negative
+from descend.core.composition import Decay
 from descend.core.groups import ParamsT
 from descend.core.options import Options
 from descend.first_order.optimizer import FirstOrder
@@ -54,6 +55,7 @@ class AdEMAMix(FirstOrder):
     """
 
     rule = staticmethod(rules.ademamix)
+    decay = "decoupled"
     nonnegative_state = ("exp_avg_sq",)
 
     def __init__(
@@ -176,6 +178,9 @@ class Adan(FirstOrder):
         }
         super().__init__(params, defaults, **options)
 
+    def decay_of(self, group: Mapping[str, Any]) -> Decay | None:
+        return "decoupled" if group["no_prox"] else None
+
     def scalars(self, group: Mapping[str, Any], step: float) -> tuple[Any, ...]:
         lr, (beta1, beta2, beta3) = group["lr"], group["betas"]
         avg_lr, diff_lr = lr / (1 - beta1**step), lr * beta2 / (1 - beta2**step)
@@ -183,6 +188,9 @@ class Adan(FirstOrder):
         shrinks = (1 - decay, 1.0) if group["no_prox"] else (1.0, 1 / (1 + decay))
         gains = 1 - beta1, 1 - beta2, 1 - beta3
         return *gains, group["eps"], 1 - beta3**step, avg_lr, diff_lr, *shrinks, where(step > 1, 0.0, 1.0)
+
+    def decay_of(self, group: Mapping[str, Any]) -> Decay | None:
+        return "decoupled" if group["no_prox"] else None
 
     def check_options(self, options: Mapping[str, Any]) -> None:
         check_adam(self, options)
