@@ -560,7 +560,7 @@ def soap(max_precond_dim: int = 10000, precondition_1d: bool = False, flatten: b
         grad = grad.reshape(shape)
         factors = _with_gram(factors, grad, dims, factor_gain)
         if starts:
-            return param, exp_avg, exp_avg_sq, factors, _eigenvectors(factors, shape, dims)
+            return param, exp_avg, exp_avg_sq, factors, _eigenvectors(factors, shape, dims) if dims else bases
         old = _split(bases, shape, dims)
         grad = _rotated(grad, old)
         # Written in place to what has just been made: memory is what these operations wait for.
@@ -570,7 +570,7 @@ def soap(max_precond_dim: int = 10000, precondition_1d: bool = False, flatten: b
         update = _rotated_back(torch.div(exp_avg, denom, out=denom), old).reshape(param.shape)
         shrinkage = 1 - lr * weight_decay
         param = (shrinkage * param).sub_(update, alpha=shrinkage * lr * bias2**0.5 / bias1)
-        if turns:
+        if turns and dims:
             exp_avg = _rotated_back(exp_avg, old)
             exp_avg_sq, bases = _turned(exp_avg_sq, factors, old)
             exp_avg = _rotated(exp_avg, _split(bases, shape, dims))
@@ -671,7 +671,7 @@ def _rotated_back(values: Tensor, bases: Mapping[int, Tensor]) -> Tensor:
 def _eigenvectors(factors: Tensor, shape: Shape, dims: tuple[int, ...]) -> Tensor:
     """The bases of new factors, the largest eigenvalues first."""
     bases = [_finite_or_nan(factor, _eigh).flip(1) for factor in _whole_factors(factors, shape, dims).values()]
-    return torch.cat([basis.reshape(-1) for basis in bases]) if dims else factors.clone()
+    return torch.cat([basis.reshape(-1) for basis in bases])
 
 
 def _turned(exp_avg_sq: Tensor, factors: Tensor, bases: Mapping[int, Tensor]) -> tuple[Tensor, Tensor]:
@@ -682,7 +682,7 @@ def _turned(exp_avg_sq: Tensor, factors: Tensor, bases: Mapping[int, Tensor]) ->
         order = (bases[dim] * product).sum(0).argsort(descending=True, stable=True)
         exp_avg_sq = exp_avg_sq.index_select(dim, order)
         turned.append(_finite_or_nan(product.index_select(1, order), _orthogonal).reshape(-1))
-    return exp_avg_sq, torch.cat(turned) if turned else factors.clone()
+    return exp_avg_sq, torch.cat(turned)
 
 
 def _finite_or_nan(matrix: Tensor, decomposition: Callable[[Tensor], Tensor]) -> Tensor:

@@ -108,6 +108,7 @@ class _Reading:
         self.who = type(optimizer).__name__
         self.missing: list[str] = []
         self.unexpected: list[str] = []
+        self._needs: dict[tuple[int, Any], set[str]] = {}  # by group and rule
 
     def __call__(self, state_dict: Mapping[str, Any]) -> tuple[LoadedGroups, LoadedState]:
         saved_groups = state_dict["param_groups"]
@@ -290,14 +291,19 @@ class _Reading:
     def _needed(self, param: Tensor, group: Mapping[str, Any]) -> set[str]:
         """State that a parameter needs whatever the options; an option that was just turned on may add to it."""
         method = self.optimizer.method_of(group)
-        needed = set(signature(method.rule_of(param, group)).state)
+        rule = method.rule_of(param, group)
+        if (known := self._needs.get((id(group), rule))) is not None:
+            return known
+        needed = set(signature(rule).state)
         for name in method.defaults:
             if isinstance(group[name], int | float):
                 with suppress(ValueError):  # options that the method refuses
                     needed &= set(signature(method.rule_of(param, {**group, name: 0})).state)
-        return needed.difference(method.optional_state).union(
+        needed = needed.difference(method.optional_state).union(
             method.scalar_state, ["step"] if method.counts_steps else []
         )
+        self._needs[id(group), rule] = needed
+        return needed
 
     def _entry(self, method: Method, param: Tensor, key: str, value: Any, shape: torch.Size | None, name: str) -> Any:
         """One entry of a state; ``shape``: what it must have if the rule uses it, else None."""

@@ -22,7 +22,8 @@ class SOAP(FirstOrder):
     coordinates in which the factors are diagonal. The first step of a parameter begins factors and bases and leaves
     the parameter where it is. Every ``precondition_frequency``-th of the steps after it, the bases take a step of
     power iteration, which costs several times as much as another step. The state of an ``m x n`` matrix holds about
-    ``2 m n + 1.5 (m*m + n*n)`` numbers, those of the second term in float32 or wider.
+    ``2 m n + 1.5 (m*m + n*n)`` numbers, those of the second term in float32 or wider. Eigenvectors are LAPACK's, whose
+    last bits depend on the number of threads. A gradient with NaN or Inf makes bases NaN: see ``nonfinite``.
 
     Args:
         params: a module, whose parameters then have names; or parameters, ``(name, parameter)`` pairs, or dicts that
