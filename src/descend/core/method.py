@@ -79,6 +79,13 @@ class Method:
         """The rule of a group, chosen by its options."""
         return self.rule
 
+    def rule_of(self, param: Tensor, group: Mapping[str, Any]) -> Callable[..., Any]:
+        """The rule of one parameter of a group. Default: the group's; another one may depend on the shape.
+
+        It takes the same scalars as the group's, and changes only when that does.
+        """
+        return self.rule_for(group)
+
     def scalars(self, group: Mapping[str, Any], step: float) -> tuple[Any, ...]:
         """The scalars of the rule, in its order, for a parameter's ``step``-th step (1 is the first).
 
@@ -203,7 +210,7 @@ class Method:
 
     def check_takes_rows(self, param: Tensor, group: Mapping[str, Any]) -> None:
         """Raise ``RuntimeError`` if the rule cannot update the rows that a sparse gradient names."""
-        takes = signature(self.rule_for(group))
+        takes = signature(self.rule_of(param, group))
         if takes.summed is not None:
             raise RuntimeError(
                 f"{type(self).__name__}: a rule that sums over a tensor cannot update single rows, but "
@@ -231,7 +238,7 @@ class Method:
 
         Default: the parameter's, and (rows, 1) if the rule is one of rows.
         """
-        return row_state_shape(param) if signature(self.rule_for(group)).kind == "row" else param.shape
+        return row_state_shape(param) if signature(self.rule_of(param, group)).kind == "row" else param.shape
 
     def state_spec(self, name: str, param: Tensor, group: Mapping[str, Any]) -> StateSpec:
         """How a new state tensor called ``name`` is made."""

@@ -214,8 +214,9 @@ class Plan:
         return [(index, group, group["params"][offset : offset + 1]) for group in groups[index : index + 1]]
 
     def _entry(self, optimizer: MethodOptimizer, tables: Tables, planned: _Group, param: Tensor) -> Entry:
-        index, _, method, rule, differentiable = planned
+        index, _, method, _, differentiable = planned
         group = optimizer.param_groups[index]
+        rule = method().rule_of(param, group)
         method().check_param(param, group)
         optimizer.check_made_by(param, group)
         tables.check_dense(optimizer, param, group)

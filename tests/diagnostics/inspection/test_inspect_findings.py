@@ -67,7 +67,9 @@ def test_healthy_second_order_state_is_silent(make: Any, tmp_path: Path) -> None
         assert len(examination.saved.params[0].tensors["old_dirs"]) > 1
 
 
-@pytest.mark.parametrize("make", [torch.optim.Adafactor, torch.optim.Muon], ids=["Adafactor", "Muon"])
+@pytest.mark.parametrize(
+    "make", [torch.optim.Adafactor, torch.optim.Muon, descend.Adafactor, descend.SOAP], ids=lambda make: str(make)
+)
 def test_healthy_matrix_state_is_silent(make: Any, tmp_path: Path) -> None:
     net = model()
     optimizer = make([param for param in net.parameters() if param.dim() == 2])
