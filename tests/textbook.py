@@ -434,6 +434,8 @@ class Prodigy(torch.optim.Optimizer):
                     state.update({name: torch.zeros_like(param) for name in ("s", "p0", "exp_avg", "exp_avg_sq")})
                     state["p0"].copy_(param)
                 state["step"] += 1
+                if gamma == 0:
+                    continue
                 tensors = (param, -param.grad if group["maximize"] else param.grad, *list(state.values())[1:])
                 x, g, s, x0, m, v = (torch.view_as_real(t) if t.is_complex() else t for t in tensors)
                 if not group["decouple"]:

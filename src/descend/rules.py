@@ -412,9 +412,12 @@ def prodigy_sums(
     weight_decay,
     decay,
 ):
-    """What ``prodigy`` needs of all tensors together: numerator and denominator of its estimate of the distance."""
+    """What ``prodigy`` needs of all tensors together: numerator and denominator of its estimate of the distance.
+
+    Where ``lr`` is 0, it counts in neither.
+    """
     grad = grad + weight_decay * param
-    return pull * grad * (p0 - param), abs(beta3 * s + push * grad)
+    return pull * grad * (p0 - param), where(lr > 0, abs(beta3 * s + push * grad), 0 * s)
 
 
 @summing(prodigy_sums)

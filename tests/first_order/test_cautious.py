@@ -192,9 +192,9 @@ def test_an_update_of_which_little_is_left_is_at_most_a_thousand_times_as_long()
         (Rprop, dict(decay_by="lr_squared"), "Rprop: decay_by='lr_squared' .* weight decay does not exist"),
         (from_rule(rule, "Own", shrink=0.1), dict(cautious="decay"), "Own: .* weight decay is its rule's own"),
         (ASGD, dict(cautious="update"), "the state of ASGD follows them"),
-        (LAMB, dict(cautious="update"), "the rule of LAMB needs sums of its own"),
+        (LAMB, dict(cautious="update"), "the rule of LAMB needs sums or means of its own"),
         (LAMB, dict(cautious="decay"), "LAMB: .* weight decay is its rule's own"),
-        (RowwiseAdagrad, dict(cautious="update"), "the rule of RowwiseAdagrad needs sums of its own"),
+        (RowwiseAdagrad, dict(cautious="update"), "the rule of RowwiseAdagrad needs sums or means of its own"),
         (RowwiseAdagrad, dict(ema=0.9), "RowwiseAdagrad: ema=0.9 needs a number for each weight"),
         (Adan, dict(cautious="decay"), "Adan: .* weight decay is its rule's own"),
         (AdamWScheduleFree, dict(cautious="decay"), "the state of AdamWScheduleFree follows them"),
@@ -240,7 +240,7 @@ class Normalized(FirstOrder):
 
 
 def test_methods_with_sums_of_their_own_can_be_averaged_and_not_cautious() -> None:
-    with pytest.raises(ValueError, match="the rule of Normalized needs sums of its own"):
+    with pytest.raises(ValueError, match="the rule of Normalized needs sums or means of its own"):
         Normalized([torch.zeros(1)], cautious="update")
     (param,) = leaves([(5,)])
     optimizer, old = Normalized([param], ema=0.5), param.detach().clone()
@@ -266,8 +266,22 @@ def test_options_set_later_are_checked_before_anything_moves() -> None:
     optimizer.decay_by = "schedule"  # and no max_lr was noted
     with pytest.raises(ValueError, match=r"group\['max_lr'\] must be a number > 0, got None"):
         optimizer.step()
+    optimizer.cautious = None
+    with pytest.raises(ValueError, match=r"group\['max_lr'\] must be a number > 0, got None"):
+        optimizer.step()
     optimizer.param_groups[0]["max_lr"] = 0.2
     optimizer.step()
+
+
+@pytest.mark.parametrize("backend", DENSE_BACKENDS)
+@pytest.mark.parametrize(("kind", "options"), [(AdamW, dict(lr=1e20, eps=1.0)), (SGD, dict(lr=1.0))], ids=str)
+def test_agreement_does_not_depend_on_how_small_gradients_are(kind: Any, options: Any, backend: str) -> None:
+    params = [torch.zeros(5, requires_grad=True) for _ in range(2)]
+    for param, cautious in zip(params, ("update", None), strict=True):
+        param.grad = torch.tensor([1e-24, -1e-24, 2e-24, 1e-24, -3e-24])  # products of two are 0
+        kind([param], **options, cautious=cautious, backend=backend).step()
+    assert bool(params[1].all())
+    torch.testing.assert_close(params[0], params[1], rtol=1e-6, atol=0)
 
 
 def test_sparse_gradients_have_no_share_that_agrees() -> None:

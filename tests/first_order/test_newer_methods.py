@@ -7,8 +7,9 @@ import re
 from typing import Any
 
 import pytest
+import textbook
 import torch
-from cases import BACKENDS, DENSE_BACKENDS, give_grads, leaves
+from cases import BACKENDS, DENSE_BACKENDS, Case, Twins, give_grads, leaves
 from torch import Tensor
 
 from descend import ADOPT, LAMB, MARS, AdamW, Adan, AdEMAMix, FirstOrder, Prodigy
@@ -198,6 +199,25 @@ def test_a_step_without_gradients_changes_nothing_of_prodigy() -> None:
     assert {key: group[key] for key in Prodigy.group_state} == {
         key: optimizer.param_groups[0][key] for key in Prodigy.group_state
     }
+
+
+@pytest.mark.parametrize("backend", DENSE_BACKENDS)
+@pytest.mark.parametrize("waiting", [(0, 1), (2, 3)])
+def test_a_group_of_prodigy_waits_while_its_lr_is_zero(waiting: tuple[int, int], backend: str) -> None:
+    def groups() -> list[Any]:
+        first, second = leaves([(6,), (4, 5)])
+        return [{"params": [first]}, {"params": [second], "weight_decay": 0.1}]
+
+    case = Case(Prodigy, textbook.Prodigy, dict(d0=1e-3, d_coef=9, safeguard_warmup=True))
+    twins = Twins(case, groups, backend=backend)
+    for step in range(6):  # in the beginning both groups wait, as in a warmup; later one of them does
+        for optimizer in twins.both:
+            for index, group in enumerate(optimizer.param_groups):
+                group["lr"] = 0.0 if step in waiting and (index == 0 or step < 2) else 1.0
+        twins.step(step)
+    twins.assert_equal()
+    ours, theirs = ([optimizer.param_groups[0][key] for key in ("d", "k")] for optimizer in twins.both)
+    assert ours == pytest.approx(theirs)
 
 
 @pytest.mark.parametrize("method", ["mars", "lamb", "prodigy"])

@@ -578,5 +578,7 @@ def test_decay_may_follow_the_schedule() -> None:
 
 @pytest.mark.parametrize("options", [dict(ema=0.9), dict(cautious="update"), dict(cautious="both")])
 def test_what_rows_have_no_numbers_for(options: dict[str, Any]) -> None:
-    with pytest.raises(ValueError, match=r"RowwiseAdagrad: (ema|cautious)=.*(keeps one a row|needs sums of its own)"):
+    with pytest.raises(
+        ValueError, match=r"RowwiseAdagrad: (ema|cautious)=.*(keeps one a row|needs sums or means of its own)"
+    ):
         RowwiseAdagrad(leaves([(3, 4)]), decoupled_weight_decay=True, **options)

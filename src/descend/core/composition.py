@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from descend.core.signature import signature
-from descend.ops import of_matrices, of_rows, summing, where
+from descend.ops import of_matrices, of_rows, sign, summing, where
 
 Decay: TypeAlias = Literal["decoupled", "l2", "none"]
 Rule: TypeAlias = Callable[..., Any]
@@ -73,6 +73,7 @@ def composed(rule: Rule, additions: Additions, direction: Rule | None = None, st
         "rule": rule,
         "part": takes.summed or takes.averaged,
         "direction": direction,
+        "sign": sign,
         "where": where,
         "zeros_like": torch.zeros_like,
         "scale_of": _scale_of,
@@ -108,6 +109,7 @@ class _Text:
             "rule",
             "part",
             "direction",
+            "sign",
             "where",
             "zeros_like",
             "scale_of",
@@ -138,10 +140,13 @@ class _Text:
         return [*self._with_l2(), f"{', '.join([found, *state])} = rule({', '.join(arguments)})", *after]
 
     def counted(self) -> list[str]:
-        """Return 1 for an element whose update agrees with its gradient, else 0."""
+        """Return 1 for an element whose update agrees with its gradient, else 0.
+
+        With the gradient itself, instead of its sign, products of small numbers would be 0.
+        """
         if self._direction is not None:
-            return [*self._with_l2(), f"return where({self._direction} * {self._grad} > 0.0, 1.0, 0.0)"]
-        return [*self.moved(), f"return where({self._move} * {self._grad} < 0.0, 1.0, 0.0)"]
+            return [*self._with_l2(), f"return where({self._direction} * sign({self._grad}) > 0.0, 1.0, 0.0)"]
+        return [*self.moved(), f"return where({self._move} * sign({self._grad}) < 0.0, 1.0, 0.0)"]
 
     def rules_part(self) -> list[str]:
         """Return what the rule's own part does."""
@@ -154,7 +159,7 @@ class _Text:
         if additions.cautious_update:  # a move of NaN stays one
             if self._is_matrix:
                 lines.append(f"{self._scale} = scale_of({move}, {self._grad}, {self._stacked})")
-            lines.append(f"{move} = where({move} * {self._grad} >= 0.0, 0.0, {self._scale} * {move})")
+            lines.append(f"{move} = where({move} * sign({self._grad}) >= 0.0, 0.0, {self._scale} * {move})")
         if additions.decay == "decoupled":
             decay = f"{self._decay} * {param}"
             if additions.cautious_decay:
@@ -184,7 +189,7 @@ def cautious_scale(agreeing: float, numel: int) -> float:
 
 def _scale_of(move: Tensor, grad: Tensor, stacked: int) -> Tensor:
     """The same for each parameter of a batch, over whose first dimensions parameters are stacked."""
-    agreeing = (move * grad < 0).sum(tuple(range(stacked, move.dim())), keepdim=True)
+    agreeing = (move * grad.sign() < 0).sum(tuple(range(stacked, move.dim())), keepdim=True)
     numel = move.numel() // max(agreeing.numel(), 1)
     return 1 / (agreeing.to(move.dtype) / max(numel, 1)).clamp(min=1e-3)
 

@@ -66,13 +66,14 @@ class Wrapped(Method):
     # The rule and its scalars.
 
     def rule_for(self, group: Mapping[str, Any]) -> Callable[..., Any]:
+        self._check(group)
         return self._with_additions(self._inside.rule_for(self._view(group)), group)
 
     def rule_of(self, param: Tensor, group: Mapping[str, Any]) -> Callable[..., Any]:
+        self._check(group)
         return self._with_additions(self._inside.rule_of(param, self._view(group)), group)
 
     def _with_additions(self, rule: Callable[..., Any], group: Mapping[str, Any]) -> Callable[..., Any]:
-        self._check(group)
         additions = self._additions(group)
         if additions == Additions():
             return rule
@@ -204,7 +205,7 @@ class Wrapped(Method):
         if self._cautious_update and takes.formed:
             raise ValueError(
                 f"{name}: cautious={options.cautious!r} counts which updates agree with the gradient, and the rule of "
-                f"{name} needs sums of its own: leave cautious out, or use 'decay'."
+                f"{name} needs sums or means of its own: leave cautious out, or use 'decay'."
             )
         if self._has_ema and takes.kind == "row":
             raise ValueError(f"{name}: ema={options.ema} needs a number for each weight, and {name} keeps one a row.")

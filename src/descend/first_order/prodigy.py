@@ -23,7 +23,8 @@ class Prodigy(FirstOrder):
 
     Follows https://github.com/konstmish/prodigy, with its options, defaults and groups; ``slice_p`` is left out. All
     parameters share one estimate, ``d`` in each group. Leave ``lr`` at 1, or schedule it down from there. Groups may
-    have different ``lr``. In a checkpoint ``p0`` is where training began.
+    have different ``lr``; while it is 0, a group waits and has no part in the estimate. In a checkpoint ``p0`` is where
+    training began.
 
     Args:
         params: a module, whose parameters then have names; or parameters, ``(name, parameter)`` pairs, or dicts that
@@ -103,6 +104,8 @@ class Prodigy(FirstOrder):
 
     def scalars(self, group: Mapping[str, Any], step: float) -> tuple[Any, ...]:
         (beta1, beta2), d, k = group["betas"], group["d"], group["k"] + 1
+        if group["lr"] == 0:  # nothing changes
+            return 0.0, d, 0.0, 0.0, 1.0, 0.0, 0.0, 0.0, 0.0
         lr = d * group["lr"]
         if group["use_bias_correction"]:
             lr = lr * math.sqrt(1 - beta2**k) / (1 - beta1**k)
