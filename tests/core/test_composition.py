@@ -89,16 +89,18 @@ def test_the_scale_is_the_inverse_of_the_share_that_agrees() -> None:
 
 
 def test_names_that_a_rule_uses_are_left_to_it() -> None:
-    def rule(weight: Any, slope: Any, param: Any, decay: Any, ema_gain: Any, move: Any, scale: Any) -> Any:
-        return weight - decay * slope, param + ema_gain * move * scale
+    def rule(weight: Any, slope: Any, param: Any, rule: Any, decay: Any, move: Any, scale: Any, where: Any) -> Any:
+        return weight - decay * slope, param + move * scale * where, rule
 
     ours = composed(rule, ALL)
     takes = signature(ours)
-    assert takes.state == ("param", "ema")
-    assert takes.scalars == ("decay", "ema_gain", "move", "scale", "decay_", "ema_gain_", "scale_")
+    assert takes.state == ("param", "rule", "ema")
+    assert takes.scalars == ("decay", "move", "scale", "where", "decay_", "ema_gain", "scale_")
     ones = torch.ones(1, dtype=torch.float64)
-    found = ours(2 * ones, ones, ones, 2 * ones, 0.5, 0.25, 1.0, 1.0, 0.0, 0.5, 1.0)
-    assert [each.item() for each in found] == [1.5, 1.25, 1.75]
+    found = ours(2 * ones, ones, ones, ones, 2 * ones, 0.5, 0.25, 1.0, 1.0, 0.0, 0.5, 1.0)
+    assert [each.item() for each in found] == [1.5, 1.25, 1.0, 1.75]
+    assert takes.summed is not None
+    assert takes.summed(2 * ones, ones, ones, ones, 2 * ones, 0.5, 0.25, 1.0, 1.0, 0.0, 0.5).item() == 1.0
 
 
 def test_state_called_ema_is_refused() -> None:

@@ -17,10 +17,14 @@ import torch
 from torch import Tensor
 
 from descend.core.signature import signature
-from descend.ops import of_matrices, of_rows, sign, summing, where
+from descend.ops import of_matrices, of_rows, summing, where
 
 Decay: TypeAlias = Literal["decoupled", "l2", "none"]
 Rule: TypeAlias = Callable[..., Any]
+
+# Gradients are multiplied by this before their sign is compared with that of an update: in float32 the product of two
+# small numbers is 0. An infinite product has the right sign.
+ENLARGED = 1e30
 
 
 class Additions(NamedTuple):
@@ -69,16 +73,7 @@ def composed(rule: Rule, additions: Additions, direction: Rule | None = None, st
     text = _Text(rule, additions, direction, stacked)
     words = ["cautious"] * (additions.cautious_update or additions.cautious_decay) + ["ema"] * additions.ema
     name = "_".join([rule.__name__.strip("<>"), *(words or ["decay"])])
-    namespace = {
-        "rule": rule,
-        "part": takes.summed or takes.averaged,
-        "direction": direction,
-        "sign": sign,
-        "where": where,
-        "zeros_like": torch.zeros_like,
-        "scale_of": _scale_of,
-    }
-    function = _function(name, [*text.given, *text.formed], [*text.moved(), *text.changed()], namespace)
+    function = _function(name, [*text.given, *text.formed], [*text.moved(), *text.changed()], text.namespace)
     if takes.kind == "matrix":
         stack: Callable[[], Rule] | None = getattr(rule, "stacked", None)
         again = None if stack is None else lambda: composed(stack(), additions, direction, stacked + 1)
@@ -86,7 +81,7 @@ def composed(rule: Rule, additions: Additions, direction: Rule | None = None, st
     if text.formed:
         part = text.counted() if additions.cautious_update else text.rules_part()
         mark = of_rows if takes.kind == "row" else summing
-        return mark(_function(f"{name}_part", text.given, part, namespace))(function)
+        return mark(_function(f"{name}_part", text.given, part, text.namespace))(function)
     return function
 
 
@@ -98,33 +93,35 @@ class _Text:
     Attributes:
         given: names of the arguments that are known before anything is summed.
         formed: names of the scalars that are formed of sums or means.
+        namespace: the functions that it calls, by names that the rule's arguments do not have.
     """
 
     def __init__(self, rule: Rule, additions: Additions, direction: Rule | None, stacked: int) -> None:
-        self._takes, self._additions, self._stacked = signature(rule), additions, stacked
-        self._is_matrix = self._takes.kind == "matrix"
-        taken = {
-            *self._takes.state,
-            *self._takes.scalars,
-            "rule",
-            "part",
-            "direction",
-            "sign",
-            "where",
-            "zeros_like",
-            "scale_of",
+        takes = signature(rule)
+        self._takes, self._additions, self._stacked = takes, additions, stacked
+        self._is_matrix = takes.kind == "matrix"
+        taken = {*takes.state, *takes.scalars}
+        functions: dict[str, Any] = {
+            "rule": rule,
+            "part": takes.summed or takes.averaged,
+            "direction": direction,
+            "where": where,
+            "zeros_like": torch.zeros_like,
+            "scale_of": _scale_of,
         }
-        names = ("param", "grad", "move", "decay", "ema_gain", "scale")
-        self._param, self._grad, self._move, self._decay, self._gain, self._scale = (
-            _free(name, taken) for name in names
-        )
+        names = [_free(name, taken) for name in functions]
+        self.namespace = dict(zip(names, functions.values(), strict=True))
+        self._rule, self._part, called, self._where, self._zeros_like, self._scale_of = names
+        names = [_free(name, taken) for name in ("param", "grad", "move", "decay", "ema_gain", "scale")]
+        self._param, self._grad, self._move, self._decay, self._gain, self._scale = names
+        self._enlarged = f"({ENLARGED} * {self._grad})"
         self._ema = ["ema"] * additions.ema
         added = [*[self._decay] * (additions.decay in ("decoupled", "l2")), *[self._gain] * additions.ema]
         self.given = [self._param, self._grad, *self._takes.state, *self._ema, *self._takes.given, *added]
         counts = additions.cautious_update and not self._is_matrix  # a rule of matrices counts by itself
         self.formed = [self._scale] if counts else [*self._takes.formed]
         read = [] if direction is None else [*inspect.signature(direction).parameters]
-        self._direction = f"direction({', '.join(read)})" if read and {*read} <= {*self.given} else None
+        self._direction = f"{called}({', '.join(read)})" if read and {*read} <= {*self.given} else None
 
     def moved(self) -> list[str]:
         """Apply the rule, to the parameter if nothing is done with its step; else to zero, and the step is ``move``.
@@ -133,24 +130,22 @@ class _Text:
         """
         asked, found, after = self._param, self._param, []
         if self._additions.decay is not None:
-            asked, found = f"zeros_like({self._param})" if self._is_matrix else "0.0", self._move
+            asked, found = f"{self._zeros_like}({self._param})" if self._is_matrix else "0.0", self._move
         elif self._additions.cautious_update:
             found, after = self._move, [f"{self._move} = {self._move} - {self._param}"]
         state, arguments = self._takes.state, [asked, self._grad, *self._takes.state, *self._takes.scalars]
-        return [*self._with_l2(), f"{', '.join([found, *state])} = rule({', '.join(arguments)})", *after]
+        return [*self._with_l2(), f"{', '.join([found, *state])} = {self._rule}({', '.join(arguments)})", *after]
 
     def counted(self) -> list[str]:
-        """Return 1 for an element whose update agrees with its gradient, else 0.
-
-        With the gradient itself, instead of its sign, products of small numbers would be 0.
-        """
+        """Return 1 for an element whose update agrees with its gradient, else 0."""
+        lines, agrees = self.moved(), f"{self._move} * {self._enlarged} < 0.0"
         if self._direction is not None:
-            return [*self._with_l2(), f"return where({self._direction} * sign({self._grad}) > 0.0, 1.0, 0.0)"]
-        return [*self.moved(), f"return where({self._move} * sign({self._grad}) < 0.0, 1.0, 0.0)"]
+            lines, agrees = self._with_l2(), f"{self._direction} * {self._enlarged} > 0.0"
+        return [*lines, f"return {self._where}({agrees}, 1.0, 0.0)"]
 
     def rules_part(self) -> list[str]:
         """Return what the rule's own part does."""
-        return [f"return part({', '.join([self._param, self._grad, *self._takes.state, *self._takes.given])})"]
+        return [f"return {self._part}({', '.join([self._param, self._grad, *self._takes.state, *self._takes.given])})"]
 
     def changed(self) -> list[str]:
         """Change ``move``, move the parameter, and average it."""
@@ -158,12 +153,13 @@ class _Text:
         lines = []
         if additions.cautious_update:  # a move of NaN stays one
             if self._is_matrix:
-                lines.append(f"{self._scale} = scale_of({move}, {self._grad}, {self._stacked})")
-            lines.append(f"{move} = where({move} * sign({self._grad}) >= 0.0, 0.0, {self._scale} * {move})")
+                lines.append(f"{self._scale} = {self._scale_of}({move}, {self._grad}, {self._stacked})")
+            disagrees = f"{move} * {self._enlarged} >= 0.0"
+            lines.append(f"{move} = {self._where}({disagrees}, 0.0, {self._scale} * {move})")
         if additions.decay == "decoupled":
             decay = f"{self._decay} * {param}"
             if additions.cautious_decay:
-                decay = f"where({move} * {param} > 0.0, 0.0, {decay})"
+                decay = f"{self._where}({move} * {param} > 0.0, 0.0, {decay})"
             lines.append(f"{move} = {move} - {decay}")
         if additions.cautious_update or additions.decay is not None:
             lines.append(f"{param} = {param} + {move}")
@@ -189,7 +185,7 @@ def cautious_scale(agreeing: float, numel: int) -> float:
 
 def _scale_of(move: Tensor, grad: Tensor, stacked: int) -> Tensor:
     """The same for each parameter of a batch, over whose first dimensions parameters are stacked."""
-    agreeing = (move * grad.sign() < 0).sum(tuple(range(stacked, move.dim())), keepdim=True)
+    agreeing = (move * (ENLARGED * grad) < 0).sum(tuple(range(stacked, move.dim())), keepdim=True)
     numel = move.numel() // max(agreeing.numel(), 1)
     return 1 / (agreeing.to(move.dtype) / max(numel, 1)).clamp(min=1e-3)
 
