@@ -67,7 +67,7 @@ COEFFICIENTS: dict[str, tuple[Triple, ...]] = {
 # before the matrix is computed anew, in units of 1 / eps: less far when most of its eigenvalues are near one, for then
 # its norm, and with it the errors, are the root of its size larger.
 _GROWTH_AT_FIRST, _GROWTH_LATER = 1.5, 0.125
-_BLOCK, _BLOCKS = 128, 6  # rows of a product that are computed at once, so that half of a symmetric one is left out
+_BLOCK, _BLOCKS = 128, 4  # rows of a product that are computed at once, so that half of a symmetric one is left out
 
 
 # Orthogonalization.
