@@ -21,6 +21,7 @@ from descend import (
     MARS,
     SGD,
     Adadelta,
+    Adafactor,
     Adagrad,
     Adam,
     Adamax,
@@ -108,6 +109,12 @@ MATRIX_CASES = [
     Case(Muon, textbook.Muon, dict(lr=0.1)),
     Case(Muon, textbook.Muon, dict(lr=0.1, nesterov=False, adjust_lr_fn="match_rms_adamw")),
     Case(NorMuon, textbook.NorMuon, dict(weight_decay=0.1)),
+]
+# Not among the others: it has no compiled backend, and torch's cannot step tensors of no elements.
+ADAFACTOR_CASES = [
+    Case(Adafactor, torch.optim.Adafactor, dict(lr=0.05)),
+    Case(Adafactor, torch.optim.Adafactor, dict(lr=0.02, weight_decay=0.1, maximize=True)),
+    Case(Adafactor, torch.optim.Adafactor, dict(lr=0.5, beta2_decay=-0.5, eps=(1e-2, 0.5), d=1.5)),
 ]
 # State that does not start at zero: NAdam's and ASGD's scalars, Adagrad's sums, Rprop's step sizes.
 NONZERO_START = [case for case in CASES if case.ours in (NAdam, Adagrad, Rprop, ASGD)]

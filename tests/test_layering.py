@@ -133,7 +133,7 @@ def test_numba_is_imported_only_where_something_is_compiled() -> None:
     assert top <= compilers
 
 
-TORCHS = ("Adafactor", "Optimizer", "lr_scheduler", "swa_utils")
+TORCHS = ("Optimizer", "lr_scheduler", "swa_utils")
 if torch.__version__ >= "2.13":
     TORCHS += ("swap_in_optimizer_params_and_state",)
 if torch.__version__ >= "2.15":
@@ -143,7 +143,7 @@ if torch.__version__ >= "2.15":
 def test_public_names_are_frozen() -> None:
     names = (
         "SGD ASGD Lion Rprop Adagrad RMSprop Adadelta Adam AdamW Adamax NAdam RAdam AdamWScheduleFree ADOPT AdEMAMix "
-        "Adan MARS LAMB Prodigy Muon NorMuon RowwiseAdagrad SparseAdam LBFGS Newton FirstOrder Monitor "
+        "Adan MARS LAMB Prodigy Muon NorMuon RowwiseAdagrad SparseAdam Adafactor SOAP LBFGS Newton FirstOrder Monitor "
         "IncompatibleKeys RuleError Progress Result Status clip_grad_norm_ clip_grad_value_ clip_grads_with_norm_ "
         "combined from_rule get_total_norm in_backward layer_decay minimize no_decay warmup"
     )

@@ -549,3 +549,74 @@ class RowwiseAdagrad(torch.optim.Optimizer):
                     multiplier = lr / (momentum1[idx].sqrt() + eps)
                     correction = 1 - lr * weight_decay if group["decoupled"] else 1
                     param[idx] = correction * weights - grad_buffer * multiplier
+
+
+class SOAP(torch.optim.Optimizer):
+    """Vyas et al. 2024 in the order of the authors' code, https://github.com/nikhilvyas/SOAP, one dimension at a time.
+
+    Everything is a whole matrix, and the momentum is in the parameter's own coordinates between steps, where the
+    authors' code puts it at the end of each step.
+    """
+
+    def __init__(self, params: Any, lr: float, betas: tuple[float, float], frequency: int, **options: Any) -> None:
+        merged = dict(lr=lr, betas=betas, frequency=frequency, shampoo_beta=None, eps=1e-8, weight_decay=0.01)
+        super().__init__(params, {**merged, "max_dim": 10000, "vectors": False, "flatten": False, **options})
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:
+        for group in self.param_groups:
+            for param in group["params"]:
+                if param.grad is not None:
+                    self._step(param, param.grad, self.state[param], group)
+
+    def _step(self, param: Any, g: Any, state: dict[str, Any], group: dict[str, Any]) -> None:
+        beta1, beta2 = group["betas"]
+        shampoo_beta = beta2 if group["shampoo_beta"] is None else group["shampoo_beta"]
+        shape = (g.shape[0], g[0].numel()) if group["flatten"] and g.dim() > 2 else g.shape
+        g = g.reshape(shape)
+        if not state:
+            has_factor = [size <= group["max_dim"] and (g.dim() > 1 or group["vectors"]) for size in shape]
+            state["t"] = 0
+            state["m"], state["v"] = torch.zeros_like(g), torch.zeros_like(g)
+            state["factors"] = [
+                torch.zeros(n, n, dtype=g.dtype) if has else None for n, has in zip(shape, has_factor, strict=True)
+            ]
+            self._average(state["factors"], g, shampoo_beta)
+            state["bases"] = [
+                None if factor is None else torch.linalg.eigh(factor)[1].flip(1) for factor in state["factors"]
+            ]
+            return
+        state["t"] += 1
+        t, bases = state["t"], state["bases"]
+        state["m"] = beta1 * state["m"] + (1 - beta1) * g
+        state["v"] = beta2 * state["v"] + (1 - beta2) * self._into(g, bases) ** 2
+        n = self._into(state["m"], bases) / (state["v"].sqrt() + group["eps"])
+        eta = group["lr"] * (1 - beta2**t) ** 0.5 / (1 - beta1**t)
+        param -= eta * self._out_of(n, bases).reshape(param.shape)
+        param -= group["lr"] * group["weight_decay"] * param
+        self._average(state["factors"], g, shampoo_beta)
+        if t % group["frequency"] == 0:
+            for k, factor in enumerate(state["factors"]):
+                if factor is not None:
+                    order = torch.diag(bases[k].T @ factor @ bases[k]).argsort(descending=True)
+                    state["v"] = state["v"].index_select(k, order)
+                    bases[k] = torch.linalg.qr(factor @ bases[k][:, order])[0]
+
+    @staticmethod
+    def _average(factors: list[Any], g: Any, beta: float) -> None:
+        for k, factor in enumerate(factors):
+            if factor is not None:
+                rows = g.movedim(k, 0).flatten(1) if g.dim() > 1 else g[:, None]
+                factor.copy_(beta * factor + (1 - beta) * rows @ rows.T)
+
+    @staticmethod
+    def _into(x: Any, bases: list[Any]) -> Any:
+        for k, basis in enumerate(bases):
+            x = x if basis is None else torch.tensordot(x, basis, dims=([k], [0])).movedim(-1, k)
+        return x
+
+    @staticmethod
+    def _out_of(x: Any, bases: list[Any]) -> Any:
+        for k, basis in enumerate(bases):
+            x = x if basis is None else torch.tensordot(x, basis, dims=([k], [1])).movedim(-1, k)
+        return x

@@ -9,7 +9,7 @@ Example:
     >>> model(torch.ones(2, 3)).sum().backward()
     >>> optimizer.step()
 
-``Adafactor``, ``Optimizer``, ``lr_scheduler``, ``swa_utils``, and where torch has them
+``Optimizer``, ``lr_scheduler``, ``swa_utils``, and where torch has them
 ``swap_in_optimizer_params_and_state`` (2.13) and ``functional`` (2.15), are torch's own, so that
 ``import descend as optim`` can replace ``from torch import optim``.
 """

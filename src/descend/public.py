@@ -1,12 +1,13 @@
 """The public names; ``descend`` itself imports them when one is first asked for."""
 
-from torch.optim import Adafactor, Optimizer, lr_scheduler, swa_utils
+from torch.optim import Optimizer, lr_scheduler, swa_utils
 
 from descend.backends.backend import RuleError
 from descend.checkpoint.matching import IncompatibleKeys
 from descend.core.groups import combined, no_decay
 from descend.core.layer_decay import layer_decay
 from descend.diagnostics.monitoring.monitor import Monitor
+from descend.first_order.adafactor import Adafactor
 from descend.first_order.adam import Adam, AdamW
 from descend.first_order.adam_variants import Adamax, NAdam, RAdam
 from descend.first_order.adopt import ADOPT
@@ -22,6 +23,7 @@ from descend.first_order.rowwise_adagrad import RowwiseAdagrad
 from descend.first_order.schedule_free import AdamWScheduleFree
 from descend.first_order.sgd import ASGD, SGD
 from descend.first_order.signs import Lion, Rprop
+from descend.first_order.soap import SOAP
 from descend.first_order.sparse_adam import SparseAdam
 from descend.first_order.squares import Adadelta, Adagrad, RMSprop
 from descend.norms.clip import clip_grad_norm_, clip_grad_value_, clip_grads_with_norm_, get_total_norm
@@ -37,6 +39,7 @@ __all__ = [
     "LBFGS",
     "MARS",
     "SGD",
+    "SOAP",
     "AdEMAMix",
     "Adadelta",
     "Adafactor",

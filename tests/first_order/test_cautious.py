@@ -203,8 +203,6 @@ def test_an_update_of_which_little_is_left_is_at_most_a_thousand_times_as_long()
         (AdamW, dict(lr=0.0, decay_by="schedule"), r"group\['max_lr'\] must be a number > 0, got 0.0"),
         (AdamW, dict(sparse="exact", cautious="decay"), "sparse='exact' cannot catch up with cautious='decay'"),
         (AdamW, dict(sparse="exact", decay_by="schedule"), "sparse='exact' cannot catch up with decay_by='schedule'"),
-        (RowwiseAdagrad, dict(cautious="update"), "its rule sees whole rows, .* leave out cautious"),
-        (RowwiseAdagrad, dict(ema=0.9), "its rule sees whole rows, .* leave out ema"),
     ],
     ids=str,
 )

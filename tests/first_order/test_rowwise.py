@@ -537,3 +537,46 @@ def test_damaged_sums_are_refused(damage: Callable[[Tensor], Tensor], match: str
         RuntimeError, match=r"sum of 0.weight has shape \(50, 8\), expected \(50, 1\). Nothing has moved"
     ):
         go_on(model, optimizer, range(1))
+
+
+# Options that wrap a rule.
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("sparse", [False, True])
+def test_decay_may_be_cautious(sparse: bool, backend: str) -> None:
+    (param,) = leaves([(40, 7)])
+    expected, sums = param.detach().clone(), torch.zeros(40, 1, dtype=DOUBLE)
+    optimizer = RowwiseAdagrad(
+        [param], lr=0.1, weight_decay=0.5, decoupled_weight_decay=True, cautious="decay", backend=backend
+    )
+    for seed in range(3):
+        param.grad = random_sparse((40, 7), 30, seed)
+        grad = param.grad.to_dense()
+        named = param.grad.coalesce().indices()[0] if sparse else torch.arange(40)
+        param.grad = param.grad if sparse else grad
+        optimizer.step()
+        sums[named] += grad[named].square().mean(1, keepdim=True)
+        update = -0.1 * grad[named] / (sums[named].sqrt() + 1e-8)
+        rows = expected[named]
+        expected[named] = rows + update - torch.where(update * rows > 0, 0.0, 0.05 * rows)
+    torch.testing.assert_close(param.detach(), expected, rtol=1e-13, atol=1e-14)
+    assert list(optimizer.state[param]) == ["sum"]
+
+
+def test_decay_may_follow_the_schedule() -> None:
+    (param,), (same,) = leaves([(9, 4)]), leaves([(9, 4)])
+    options = dict(lr=0.1, decoupled_weight_decay=True)
+    ours = RowwiseAdagrad([param], **options, weight_decay=0.2, decay_by="schedule")  # type: ignore[arg-type]
+    theirs = RowwiseAdagrad([same], **options, weight_decay=2.0)  # type: ignore[arg-type]
+    give([param], 0)
+    give([same], 0)
+    ours.step()
+    theirs.step()
+    torch.testing.assert_close(param.detach(), same.detach(), rtol=1e-14, atol=1e-15)
+
+
+@pytest.mark.parametrize("options", [dict(ema=0.9), dict(cautious="update"), dict(cautious="both")])
+def test_what_rows_have_no_numbers_for(options: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=r"RowwiseAdagrad: (ema|cautious)=.*(keeps one a row|needs sums of its own)"):
+        RowwiseAdagrad(leaves([(3, 4)]), decoupled_weight_decay=True, **options)

@@ -20,6 +20,7 @@ DELIBERATE = (
     ("*", "error", "`betas=(0.9,)`", "pairs"),
     ("*", "error", "`betas=(0.5, 0.9, 0.999)`", "pairs"),
     ("Rprop", "error", "`etas=(0.5, 1.2, 1.5)`", "pairs"),
+    ("Adafactor", "error", "`eps=-1.0`", "pairs"),
     ("Adam*", "error", "`betas=(0, 0.9)`", "whole-betas"),
     ("*", "method", "load_state_dict", "more-of-load-state-dict"),
     ("SGD", "error", "`lr=nan`", "nan-lr"),

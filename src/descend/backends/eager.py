@@ -48,7 +48,11 @@ def run(
         results = rule(first, scaled, *rest, *scalars)
     results = results if state else (results,)
     # A rule may keep the old parameter in its state: what is written first must not change it.
-    results = [value.clone() if any(value is old for old in (first, *rest)) else value for value in results]
+    old = (first, *rest)
+    results = [
+        value.clone() if any(value is each for each in old) and value is not own else value
+        for value, own in zip(results, old, strict=True)
+    ]
     for tensor, result in zip(written, results, strict=True):
         write(tensor, result, decision)
     if before is None:

@@ -57,6 +57,7 @@ METHODS = {
     "adadelta": Method("Adadelta", {}, state=2),
     "rprop": Method("Rprop", {}, state=2),
     "adagrad": Method("Adagrad", {}, state=1, peers=EVERY_PEER),
+    "rowwiseadagrad": Method("RowwiseAdagrad", {}, state=0, peers=EVERY_PEER, yardstick="Adagrad"),
     "rmsprop": Method("RMSprop", {}, state=1),
     "asgd": Method("ASGD", {}, state=1),
     "lion": Method("Lion", {}, state=1, peers=EVERY_PEER, yardstick="AdamW"),

@@ -108,6 +108,7 @@ class _Reading:
         self.who = type(optimizer).__name__
         self.missing: list[str] = []
         self.unexpected: list[str] = []
+        self._needs: dict[tuple[int, Any], set[str]] = {}  # by group and rule
 
     def __call__(self, state_dict: Mapping[str, Any]) -> tuple[LoadedGroups, LoadedState]:
         saved_groups = state_dict["param_groups"]
@@ -208,7 +209,6 @@ class _Reading:
         keys = [key for group in saved_groups for key in group["params"]]
         params = [param for group in groups for param in group["params"]]
         self._check_keys(params, keys, matching)
-        needed = [self._needed(group) for group in groups]
         unexpected = set(matching.unexpected)
         loaded: LoadedState = defaultdict(dict)
         for i, (param, source) in enumerate(zip(params, matching.sources, strict=True)):
@@ -220,8 +220,9 @@ class _Reading:
                 if not self._is_same_method(group, saved_groups[matching.saved.groups[source]], f"the group of {name}"):
                     raise _MisfitError
                 if keys[source] in saved_state:
-                    loaded[param] = self._param_state(param, group, needed[owner], saved_state[keys[source]], name)
-                    if table.NAMES.isdisjoint(signature(self.optimizer.method_of(group).rule_for(group)).state):
+                    loaded[param] = self._param_state(param, group, saved_state[keys[source]], name)
+                    rule = self.optimizer.method_of(group).rule_of(param, group)
+                    if table.NAMES.isdisjoint(signature(rule).state):
                         self._check_rows(loaded[param], name)
             except _MisfitError as error:
                 if self.strict:
@@ -261,17 +262,17 @@ class _Reading:
                 self.unexpected.append(f"state[{key!r}]")
 
     def _param_state(
-        self, param: Tensor, group: Mapping[str, Any], needed: set[str], saved: Mapping[str, Any], name: str
+        self, param: Tensor, group: Mapping[str, Any], saved: Mapping[str, Any], name: str
     ) -> dict[str, Any]:
         method = self.optimizer.method_of(group)
         if all(value is None for value in saved.values()) and not ("step" in saved and method.counts_steps):
             return dict(saved)
-        if lacking := sorted(key for key in needed if saved.get(key) is None):
+        if lacking := sorted(key for key in self._needed(param, group) if saved.get(key) is None):
             raise _MisfitError(
                 f"{self.who}: the loaded state of {name} lacks {listed(lacking)}, and has {listed(saved)}: is it "
                 "another optimizer's? strict=False leaves such state aside."
             )
-        names = signature(method.rule_for(group)).state
+        names = signature(method.rule_of(param, group)).state
         shapes = {key: method.state_shape(key, param, group) for key in names}
         return {key: self._entry(method, param, key, value, shapes.get(key), name) for key, value in saved.items()}
 
@@ -287,17 +288,22 @@ class _Reading:
                 "can bring up to date. Call settle() of the optimizer that made it before saving."
             )
 
-    def _needed(self, group: Mapping[str, Any]) -> set[str]:
-        """State that a group needs whatever its options; an option that was just turned on may add to it."""
+    def _needed(self, param: Tensor, group: Mapping[str, Any]) -> set[str]:
+        """State that a parameter needs whatever the options; an option that was just turned on may add to it."""
         method = self.optimizer.method_of(group)
-        needed = set(signature(method.rule_for(group)).state)
+        rule = method.rule_of(param, group)
+        if (known := self._needs.get((id(group), rule))) is not None:
+            return known
+        needed = set(signature(rule).state)
         for name in method.defaults:
             if isinstance(group[name], int | float):
                 with suppress(ValueError):  # options that the method refuses
-                    needed &= set(signature(method.rule_for({**group, name: 0})).state)
-        return needed.difference(method.optional_state).union(
+                    needed &= set(signature(method.rule_of(param, {**group, name: 0})).state)
+        needed = needed.difference(method.optional_state).union(
             method.scalar_state, ["step"] if method.counts_steps else []
         )
+        self._needs[id(group), rule] = needed
+        return needed
 
     def _entry(self, method: Method, param: Tensor, key: str, value: Any, shape: torch.Size | None, name: str) -> Any:
         """One entry of a state; ``shape``: what it must have if the rule uses it, else None."""

@@ -26,7 +26,9 @@ def check_kind(method: object, options: Mapping[str, Any], name: str) -> None:
         expected, is_right = "True or False", _converts(bool, value)
     elif isinstance(default, tuple):
         expected = f"{len(default)} numbers"
-        is_right = is_sequence(value, len(default)) and all(map(_is_number, value))
+        is_right = is_sequence(value, len(default)) and all(
+            _is_number(each) or each is start is None for each, start in zip(value, default, strict=True)
+        )
     else:
         expected, is_right = "a number", _is_number(value)
     if not is_right:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import weakref
 from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
-from typing import Any, ClassVar, Literal, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple, TypeAlias, cast
 
 import torch
 from torch import Tensor
@@ -77,6 +78,13 @@ class Method:
     def rule_for(self, group: Mapping[str, Any]) -> Callable[..., Any]:
         """The rule of a group, chosen by its options."""
         return self.rule
+
+    def rule_of(self, param: Tensor, group: Mapping[str, Any]) -> Callable[..., Any]:
+        """The rule of one parameter of a group. Default: the group's; another one may depend on the shape.
+
+        It takes the same scalars as the group's, and changes only when that does.
+        """
+        return self.rule_for(group)
 
     def scalars(self, group: Mapping[str, Any], step: float) -> tuple[Any, ...]:
         """The scalars of the rule, in its order, for a parameter's ``step``-th step (1 is the first).
@@ -202,7 +210,7 @@ class Method:
 
     def check_takes_rows(self, param: Tensor, group: Mapping[str, Any]) -> None:
         """Raise ``RuntimeError`` if the rule cannot update the rows that a sparse gradient names."""
-        takes = signature(self.rule_for(group))
+        takes = signature(self.rule_of(param, group))
         if takes.summed is not None:
             raise RuntimeError(
                 f"{type(self).__name__}: a rule that sums over a tensor cannot update single rows, but "
@@ -230,7 +238,7 @@ class Method:
 
         Default: the parameter's, and (rows, 1) if the rule is one of rows.
         """
-        return row_state_shape(param) if signature(self.rule_for(group)).kind == "row" else param.shape
+        return row_state_shape(param) if signature(self.rule_of(param, group)).kind == "row" else param.shape
 
     def state_spec(self, name: str, param: Tensor, group: Mapping[str, Any]) -> StateSpec:
         """How a new state tensor called ``name`` is made."""
@@ -252,3 +260,12 @@ def _names_rows(grad: Tensor | None) -> bool:
 def _sparsity(grad: Any) -> str:
     is_coo = grad.layout is torch.sparse_coo
     return f"{grad.sparse_dim()} sparse dimensions" if is_coo else f"layout {grad.layout}"
+
+
+# Finds a method and does not keep it alive; those of one method are equal.
+MethodRef: TypeAlias = Callable[[], Method]
+
+
+def ref_to(method: Method) -> MethodRef:
+    """A weak reference: an optimizer holds what it plans, and may be the method itself."""
+    return cast("MethodRef", weakref.ref(method))

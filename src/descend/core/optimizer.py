@@ -82,6 +82,7 @@ class MethodOptimizer(Method, Optimizer):
     _grad_norm: float | Tensor | None
     _skipped_steps: int
     _methods: dict[str, MethodOptimizer]  # that groups have, by name
+    _plain: StepOptions | None  # options that add nothing to the method
     _made_by: WeakIdKeyDictionary  # the name of the method that has made a parameter's state, if it has one
 
     # The fields of ``options``, for type checkers.
@@ -134,7 +135,7 @@ class MethodOptimizer(Method, Optimizer):
         """Set what neither copies nor pickles take along."""
         self.decisions, self._grad_norm, self._skipped_steps = {}, None, 0
         self.agreed_meshes, self.state_meshes = set(), {}
-        self._methods, self._made_by = {}, WeakIdKeyDictionary()
+        self._methods, self._plain, self._made_by = {}, None, WeakIdKeyDictionary()
 
     # Methods.
 
@@ -145,7 +146,14 @@ class MethodOptimizer(Method, Optimizer):
             ValueError: if there is no method of the group's name.
         """
         name = group.get("method")
-        return wrapped(self if name is None else self._method_called(name))
+        if name is not None:
+            return wrapped(self._method_called(name))
+        if self._plain is self.options:
+            return self
+        method = wrapped(self)
+        if method is self:
+            self._plain = self.options
+        return method
 
     def _method_called(self, name: Any) -> MethodOptimizer:
         """An optimizer of the class that groups call ``name``, which only describes."""

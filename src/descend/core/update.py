@@ -13,7 +13,7 @@ from torch import Tensor
 from descend.core.decision import Decision
 from descend.core.measures import Sample
 from descend.core.memory import wide
-from descend.core.method import Method
+from descend.core.method import MethodRef
 from descend.core.optimizer import MethodOptimizer
 
 
@@ -42,7 +42,7 @@ class Summed(NamedTuple):
     """Parameters that share a rule with sums, see ``ops.summing``.
 
     Attributes:
-        method: their method.
+        method: finds their method.
         rule: the rule.
         params: the parameters; if they are sharded, the DTensors, or what is cut.
         share: which ranks hold their parts; None for parameters that are not sharded.
@@ -54,7 +54,7 @@ class Summed(NamedTuple):
         take: takes the scalars that are formed of them, a row a parameter.
     """
 
-    method: Method
+    method: MethodRef
     rule: Callable[..., Any]
     params: Sequence[Tensor]
     share: Any

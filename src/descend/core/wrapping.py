@@ -66,8 +66,14 @@ class Wrapped(Method):
     # The rule and its scalars.
 
     def rule_for(self, group: Mapping[str, Any]) -> Callable[..., Any]:
+        return self._with_additions(self._inside.rule_for(self._view(group)), group)
+
+    def rule_of(self, param: Tensor, group: Mapping[str, Any]) -> Callable[..., Any]:
+        return self._with_additions(self._inside.rule_of(param, self._view(group)), group)
+
+    def _with_additions(self, rule: Callable[..., Any], group: Mapping[str, Any]) -> Callable[..., Any]:
         self._check(group)
-        rule, additions = self._inside.rule_for(self._view(group)), self._additions(group)
+        additions = self._additions(group)
         if additions == Additions():
             return rule
         return composed(rule, additions, self._inside.direction if self._cautious_update else None)

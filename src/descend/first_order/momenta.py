@@ -178,9 +178,6 @@ class Adan(FirstOrder):
         }
         super().__init__(params, defaults, **options)
 
-    def decay_of(self, group: Mapping[str, Any]) -> Decay | None:
-        return "decoupled" if group["no_prox"] else None
-
     def scalars(self, group: Mapping[str, Any], step: float) -> tuple[Any, ...]:
         lr, (beta1, beta2, beta3) = group["lr"], group["betas"]
         avg_lr, diff_lr = lr / (1 - beta1**step), lr * beta2 / (1 - beta2**step)

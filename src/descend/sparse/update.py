@@ -15,7 +15,7 @@ from descend.backends.cpu.threads import serial_in_forked_child
 from descend.core import memory
 from descend.core.measures import Sample, correction
 from descend.core.memory import wide
-from descend.core.method import Method
+from descend.core.method import MethodRef
 from descend.core.optimizer import MethodOptimizer
 from descend.core.signature import signature
 from descend.core.update import Update, signed
@@ -36,7 +36,7 @@ class SparseUpdate(Update):
         local: the plain tensor to update, with its gradient: this rank's part of a sharded parameter, else ``param``.
         share: which ranks hold the parts.
         group: the index of its group.
-        method: how the group is updated.
+        method: finds how the group is updated.
         rule: the rule to apply.
         meaning: what happens to rows that the gradient does not name: "all" (a gradient of zero), "touched"
             (nothing) or "exact" (a gradient of zero, when they are next read).
@@ -51,7 +51,7 @@ class SparseUpdate(Update):
         local: Tensor,
         share: Share | None,
         group: int,
-        method: Method,
+        method: MethodRef,
         rule: Any,
         meaning: str,
         backend: Backend,
@@ -66,7 +66,7 @@ class SparseUpdate(Update):
         assert local.grad is not None
         self._dtype = torch.promote_types(local.grad.dtype, torch.float32)  # sums need the digits
         state = optimizer.state_of(param)
-        dtypes = (param.dtype, self._dtype, *state_dtypes(method, param, rule, state))
+        dtypes = (param.dtype, self._dtype, *state_dtypes(method(), param, rule, state))
         self._rows = backend.rows(rule, len(signature(rule).given), dtypes, meaning == "all", local)
         self._scale = 1.0
         self._step: Any = 1.0
@@ -125,18 +125,18 @@ class SparseUpdate(Update):
 
     def may_count_on_device(self, optimizer: MethodOptimizer) -> bool:
         # The schedule of a table in exact mode is the host's.
-        return self._table is None and self._method.may_decide_on_device(optimizer.param_groups[self._group])
+        return self._table is None and self._method().may_decide_on_device(optimizer.param_groups[self._group])
 
     def set_scalars(self, optimizer: MethodOptimizer, scale: float) -> None:
-        self._scale, method = scale, self._method
+        self._scale, method = scale, self._method()
         group, state = optimizer.param_groups[self._group], optimizer.state_of(self._param)
         place = self.device if self.counts_on_device else CPU
         scalar_state = scalar_tensors(method, method.scalar_state, self._param, group, state, place)
-        if self.counts_on_device and self._method.counts_steps and isinstance(state.get("step"), Tensor):
+        if self.counts_on_device and self._method().counts_steps and isinstance(state.get("step"), Tensor):
             self._step = wide(state["step"]).to(place).reshape(()) + 1
         else:
             self._step = step_count(method, self._rule, state) + 1
-        scalars, next_state = self._method.scalars_and_state(group, self._step, scalar_state)
+        scalars, next_state = self._method().scalars_and_state(group, self._step, scalar_state)
         self._scalars = self.numbers(scalars)
         self._next_state = self.numbers(next_state)
 
@@ -148,15 +148,17 @@ class SparseUpdate(Update):
         if self._table is not None:
             self._table.ensure_state(optimizer, self._state)
             self._table.prepare(optimizer)
-        has_counter = self._method.counts_steps and not self._method.step_is_int and not self.counts_on_device
+        has_counter = self._method().counts_steps and not self._method().step_is_int and not self.counts_on_device
         self._counters = self._backend.scalar_state([self._state["step"]] if has_counter else [])
         if self.counts_on_device:
-            names = ("step", *self._method.scalar_state) if self._method.counts_steps else self._method.scalar_state
+            names = (
+                ("step", *self._method().scalar_state) if self._method().counts_steps else self._method().scalar_state
+            )
             self._on_device = self.decisions.scalar_state([[self._state[name] for name in names]], [0])
         self._own_memory = _spans(self._local, self._state)
 
     def run(self, optimizer: MethodOptimizer, sample: Sample | None = None) -> None:
-        if self._method.counts_steps:
+        if self._method().counts_steps:
             self.set_scalars(optimizer, self._scale)  # a parameter that is listed twice has taken a step since
         state, measures = [local_of(self._state[name]) for name in signature(self._rule).state], sample is not None
         if self._local.is_cpu:
@@ -185,12 +187,12 @@ class SparseUpdate(Update):
                 self._rows.run(self._local, state, self._scalars, scale, self._counters, mark, measures, self.decision)
                 self._table.end_step()
         if self.counts_on_device:
-            step = [self._step] if self._method.counts_steps else []
+            step = [self._step] if self._method().counts_steps else []
             self._on_device.write([[*step, *self._next_state]], self.decision)
         else:
-            for name, value in zip(self._method.scalar_state, self._next_state, strict=True):
+            for name, value in zip(self._method().scalar_state, self._next_state, strict=True):
                 self._state[name].fill_(value)
-        if self._method.counts_steps and self._method.step_is_int:
+        if self._method().counts_steps and self._method().step_is_int:
             optimizer.state_of(self._param)["step"] += 1
         if sample is not None:
             corrections = np.array([correction(self._rule, optimizer.param_groups[self._group], self._step)])

@@ -196,7 +196,7 @@ def checked_state(
                 f"{who}: {name} of {optimizer.name_of(param)} has shape {tuple(tensor.shape)}, "
                 f"expected {tuple(expected)}. Nothing has moved."
             )
-        follows = tensor.shape == param.shape or signature(method.rule_for(group)).kind == "row"
+        follows = tensor.shape == param.shape or signature(method.rule_of(param, group)).kind == "row"
         if follows and not same_layout(tensor, sharded := as_sharded(optimizer, param)):
             raise RuntimeError(
                 f"{who}: {name} of {optimizer.name_of(param)} has {layout_of(tensor)}, the parameter "

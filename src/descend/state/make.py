@@ -115,9 +115,9 @@ def init_state(optimizer: MethodOptimizer) -> None:
     """Make the state of all parameters that require gradients."""
     for group in optimizer.param_groups:
         method = optimizer.method_of(group)
-        rule = method.rule_for(group)
         for param in group["params"]:
             if param.requires_grad:
+                rule = method.rule_of(param, group)
                 state = dict.get(optimizer.state, param)
                 made = ensure_state(optimizer, param, rule, group, lazy=optimizer.options.sparse is not None)
                 if made and not method.counts_steps and (not state or type(state) is InitialState):

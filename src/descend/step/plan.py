@@ -15,7 +15,7 @@ from descend.backends import EAGER, FOREACH, available
 from descend.backends.cpu.probe import make_probe, same_objects
 from descend.core import memory
 from descend.core.measures import Sample
-from descend.core.method import Method
+from descend.core.method import MethodRef, ref_to
 from descend.core.optimizer import MethodOptimizer
 from descend.core.signature import Kind, Signature, signature
 from descend.core.update import Cell
@@ -60,7 +60,7 @@ class _Group(NamedTuple):
 
     number: int
     params: list[Tensor]
-    method: Method
+    method: MethodRef
     rule: Any
     is_graphed: bool
 
@@ -105,10 +105,7 @@ class Plan:
         if isinstance(self._state, State) and self._state.owner() is not optimizer:
             self._state.exposed = True  # two optimizers write it: neither knows of the other's steps
         self._groups = [
-            _Group(
-                index, list(params), method := optimizer.method_of(group), method.rule_for(group), _is_graphed(group)
-            )
-            for index, group, params in self._selected(optimizer.param_groups)
+            _planned(optimizer, index, group, params) for index, group, params in self._selected(optimizer.param_groups)
         ]
         listed = [param for group in self._groups for param in group.params]
         last = previous._locals if previous else None
@@ -121,7 +118,7 @@ class Plan:
             for param in planned.params:
                 if (not only_with_grad or param.grad is not None) and self._locals.is_here(param):
                     entries.append(self._entry(optimizer, tables, planned, param))
-        self._ending = [method for method in dict.fromkeys(group.method for group in self._groups) if method.ends_steps]
+        self._ending = [ref for ref in dict.fromkeys(group.method for group in self._groups) if ref().ends_steps]
         self._entries = _in_order_where_memory_is_shared(entries, self._locals)
         if self._requested not in ("auto", EAGER.name):
             self._refuse_another_backend(optimizer)
@@ -171,7 +168,7 @@ class Plan:
                 f"{name}: inside backward the sums over {optimizer.name_of(params[0].param)} cannot be reduced: its "
                 "gradient may come at another time on other ranks. Step after backward. Nothing has moved."
             )
-        if self._ranks.rounds > 1 and any(param.method.sums_over == "all" for param in params):
+        if self._ranks.rounds > 1 and any(param.method().sums_over == "all" for param in params):
             raise RuntimeError(
                 f"{name}: sums over all parameters need a device mesh that holds the ranks of all others. "
                 "Nothing has moved."
@@ -217,9 +214,10 @@ class Plan:
         return [(index, group, group["params"][offset : offset + 1]) for group in groups[index : index + 1]]
 
     def _entry(self, optimizer: MethodOptimizer, tables: Tables, planned: _Group, param: Tensor) -> Entry:
-        index, _, method, rule, differentiable = planned
+        index, _, method, _, differentiable = planned
         group = optimizer.param_groups[index]
-        method.check_param(param, group)
+        rule = method().rule_of(param, group)
+        method().check_param(param, group)
         optimizer.check_made_by(param, group)
         tables.check_dense(optimizer, param, group)
         state = dict.get(self._state, param) or {}
@@ -304,7 +302,7 @@ class Plan:
         for entry in self._entries:
             dtype = entry.param.dtype
             wide = torch.promote_types(dtype, torch.float32)
-            dtypes = (dtype, wide, *state_dtypes(entry.method, entry.param, entry.rule, entry.state))
+            dtypes = (dtype, wide, *state_dtypes(entry.method(), entry.param, entry.rule, entry.state))
             scalars = len(signature(entry.rule).given)
             rows = entry.backend.rows(entry.rule, scalars, dtypes, False, entry.local)
             rows.compile(optimizer.options.wants_norm, self._measures)
@@ -396,7 +394,7 @@ class Plan:
         """Make the state that is missing, and begin to watch all tensors. Needed once."""
         if self._has_state:
             return
-        reserve_state(optimizer, [(entry.method, entry.param, entry.rule) for entry in self._entries])
+        reserve_state(optimizer, [(entry.method(), entry.param, entry.rule) for entry in self._entries])
         for entry in self._entries:
             optimizer.note_made_by(entry.param, optimizer.param_groups[entry.group])
         cells: dict[Tensor, Cell] = {}
@@ -433,7 +431,8 @@ class Plan:
 
     def end_step(self, optimizer: MethodOptimizer) -> None:
         """Tell the methods that want to know it that the step has been taken."""
-        for method in self._ending:
+        for ending in self._ending:
+            method = ending()
             method.end_step([group for group in optimizer.param_groups if optimizer.method_of(group) is method])
 
     # Between steps.
@@ -450,10 +449,11 @@ class Plan:
             or torch.is_inference_mode_enabled() != self._is_inference
         ):
             return False
-        for (_, group, listed), (_, params, method, rule, is_graphed) in zip(groups, self._groups, strict=True):
+        for (_, group, listed), (_, params, planned, rule, is_graphed) in zip(groups, self._groups, strict=True):
+            method = optimizer.method_of(group)
             if (
                 not same_objects(listed, params)
-                or optimizer.method_of(group) is not method
+                or planned() is not method
                 or method.rule_for(group) is not rule
                 or _is_graphed(group) != is_graphed
             ):
@@ -494,6 +494,11 @@ class Plan:
             )
             for entry in self._entries
         ]
+
+
+def _planned(optimizer: MethodOptimizer, index: int, group: Mapping[str, Any], params: list[Tensor]) -> _Group:
+    method = optimizer.method_of(group)
+    return _Group(index, list(params), ref_to(method), method.rule_for(group), _is_graphed(group))
 
 
 def _is_graphed(group: Mapping[str, Any]) -> bool:

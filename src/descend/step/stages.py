@@ -9,7 +9,7 @@ import torch
 
 from descend.backends.backend import Backend
 from descend.core.measures import Sample
-from descend.core.method import Method
+from descend.core.method import MethodRef
 from descend.core.optimizer import MethodOptimizer
 from descend.core.update import Update
 from descend.distributed.gather import Cut, Exchange, NamedRows, Slabs, Transfers, bucketed
@@ -36,7 +36,7 @@ class Stage(NamedTuple):
 
 def make_updates(optimizer: MethodOptimizer, tables: Tables, entries: Sequence[Entry]) -> list[Update]:
     """Launches first, then sparse updates, then those that must keep the order of the groups."""
-    launched: dict[tuple[str, Method, Share | None, torch.device], tuple[Backend, list[Entry]]] = {}
+    launched: dict[tuple[str, MethodRef, Share | None, torch.device], tuple[Backend, list[Entry]]] = {}
     sparse: list[Update] = []
     in_order: list[Update] = []
     for entry in entries:

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from descend.core.method import Method
+from descend.core.method import MethodRef
 from descend.core.optimizer import MethodOptimizer
 from descend.core.signature import signature
 from descend.core.update import Summed, number
@@ -23,13 +23,13 @@ class SummedParam(NamedTuple):
     Attributes:
         param: the parameter.
         share: which ranks hold its parts; None if it is not sharded.
-        method: its method.
+        method: finds its method.
         rule: its rule.
     """
 
     param: Tensor
     share: Share | None
-    method: Method
+    method: MethodRef
     rule: Any
 
 
@@ -47,13 +47,13 @@ class Sums:
 
     def __init__(self, ranks: Ranks, params: Iterable[SummedParam], summed: Sequence[Summed]) -> None:
         self._ranks, self._summed = ranks, summed
-        self._totals: dict[tuple[Method, int], slice] = {}  # places of the totals of rules with as many sums
+        self._totals: dict[tuple[MethodRef, int], slice] = {}  # places of the totals of rules with as many sums
         self._places: dict[Tensor, slice] = {}  # of a parameter's sums among those exchanged over its mesh
         self._widths: dict[Any, int] = {}  # how many these are, by mesh
         self._width = 0  # of all totals
         for param, share, method, rule in params:
             count = signature(rule).sums
-            if method.sums_over == "all":
+            if method().sums_over == "all":
                 if (method, count) not in self._totals:
                     end = self._width + count + 1  # the last is the number of elements
                     self._totals[method, count], self._width = slice(self._width, end), end
@@ -66,12 +66,12 @@ class Sums:
         found = _on_host([each.sums(optimizer) for each in self._summed])
         totals = self._reduced(found) if self._width or self._widths else []
         for each, sums in zip(self._summed, found, strict=True):
-            method, count = each.method, len(signature(each.rule).formed)
+            method, count = each.method(), len(signature(each.rule).formed)
             formed = np.empty((len(sums), count))
             for index, members in each.members:
                 group = optimizer.param_groups[index]
                 if method.sums_over == "all":
-                    *total, numel = totals[self._totals[method, sums.shape[1]]]
+                    *total, numel = totals[self._totals[each.method, sums.shape[1]]]
                     values = [method.scalars_of_sums(group, total, round(numel))]
                 else:
                     rows = zip(sums[members].tolist(), each.numels[members].tolist(), strict=True)
@@ -88,7 +88,7 @@ class Sums:
         beside = {mesh: np.zeros(width) for mesh, width in self._widths.items()}
         shared: list[tuple[np.ndarray, Any, slice]] = []
         for each, sums in zip(self._summed, found, strict=True):
-            if each.method.sums_over == "all":
+            if each.method().sums_over == "all":
                 total = totals.setdefault(each.share, np.zeros(self._width))
                 total[self._totals[each.method, sums.shape[1]]] += [*sums.sum(axis=0), each.local_numel]
             elif each.share is not None and each.share.mesh in beside:
@@ -121,7 +121,7 @@ def _on_host(sums: Sequence[np.ndarray | Tensor]) -> list[np.ndarray]:
 
 def _wrong_count(summed: Summed, values: Sequence[Sequence[Any]]) -> TypeError:
     return TypeError(
-        f"{type(summed.method).__name__}: scalars_of_sums must return a tuple of "
+        f"{type(summed.method()).__name__}: scalars_of_sums must return a tuple of "
         f"{', '.join(signature(summed.rule).formed)} for the rule {summed.rule.__name__}, got "
         f"{next(map(len, values))} numbers. Nothing has moved."
     )

@@ -15,7 +15,7 @@ from descend.backends.backend import Backend, Launch, ScalarState
 from descend.core.decision import Decision
 from descend.core.measures import Sample, correction
 from descend.core.memory import wide
-from descend.core.method import Method
+from descend.core.method import MethodRef
 from descend.core.optimizer import MethodOptimizer
 from descend.core.signature import signature
 from descend.core.update import Cell, Summed, Update, number, signed
@@ -37,7 +37,7 @@ class Entry(NamedTuple):
         local: the plain tensor to update, with its gradient: this rank's part of a sharded parameter, else ``param``.
         share: which ranks hold the parts; None if it is not sharded.
         group: the index of its group.
-        method: how the group is updated.
+        method: finds how the group is updated.
         rule: the rule to apply.
         state: its state when the plan was made.
         backend: what runs the rule.
@@ -51,7 +51,7 @@ class Entry(NamedTuple):
     local: Tensor
     share: Share | None
     group: int
-    method: Method
+    method: MethodRef
     rule: Any
     state: Mapping[str, Any]
     backend: Backend
@@ -103,6 +103,7 @@ class LaunchUpdate(Update):
             _batch(optimizer, backend, rule, dtypes, members)
             for (rule, dtypes), members in _by_signature(entries).items()
         ]
+        self._has_scalar_state = bool(self._method().scalar_state)
         self._launches = [batch.launch for batch in self._batches]
         self.summed = [
             _summed(batch.entries, _sums_of(batch.launch), batch.launch.set_formed)
@@ -129,21 +130,22 @@ class LaunchUpdate(Update):
 
     def may_count_on_device(self, optimizer: MethodOptimizer) -> bool:
         groups = {row.group for batch in self._batches for row in batch.rows}
-        return all(self._method.may_decide_on_device(optimizer.param_groups[group]) for group in groups)
+        return all(self._method().may_decide_on_device(optimizer.param_groups[group]) for group in groups)
 
     def set_scalars(self, optimizer: MethodOptimizer, scale: float) -> None:
-        groups = optimizer.param_groups
+        groups, method = optimizer.param_groups, self._method()
         for launch, _, _, rows, _ in self._batches:
             for index, row in enumerate(rows):
                 group = groups[row.group]
                 step: Any = row.step + 1 if row.counter is None else wide(row.counter).reshape(()) + 1
-                scalars, next_state = self._method.scalars_and_state(group, step, row.state)
+                scalars, next_state = method.scalars_and_state(group, step, row.state)
                 launch.set_scalars(index, signed(scale, group), self.numbers(scalars))
                 row.next_state = tuple(self.numbers(next_state)) if next_state else ()
-                if self.counts_on_device and self._method.counts_steps:
+                if self.counts_on_device and method.counts_steps:
                     row.next_state = (step, *row.next_state)
 
     def make_state(self, optimizer: MethodOptimizer) -> None:
+        method = self._method()
         counters: list[Tensor] = []
         scalar_state: list[Tensor] = []
         place = self.device if self.counts_on_device else CPU
@@ -155,17 +157,15 @@ class LaunchUpdate(Update):
                 names = signature(entry.rule).state
                 tensors.append([local_of(state[name]) for name in names])
                 lazy_memory.commit(tensors[-1])
-                if self._method.counts_steps:
+                if method.counts_steps:
                     counters.append(state["step"])
                     names += ("step",)
                 row = rows[row_of[position]]
-                row.state = [state[name] for name in self._method.scalar_state]
-                if self.counts_on_device and self._method.counts_steps:
+                row.state = [state[name] for name in method.scalar_state]
+                if self.counts_on_device and method.counts_steps:
                     row.counter = state["step"]
                 scalar_state += row.state
-                self._state_tensors += [
-                    (entry.param, name, state[name]) for name in (*names, *self._method.scalar_state)
-                ]
+                self._state_tensors += [(entry.param, name, state[name]) for name in (*names, *method.scalar_state)]
                 if launch.addresses is not None:
                     self._cells[entry.local] = Cell(launch.addresses, position)
             launch.set_state(tensors)
@@ -178,7 +178,8 @@ class LaunchUpdate(Update):
 
     def _on_device(self, optimizer: MethodOptimizer) -> ScalarState:
         """The step counts and scalar state of all parameters, which rows of ``_next_rows`` follow."""
-        names = ("step", *self._method.scalar_state) if self._method.counts_steps else self._method.scalar_state
+        method = self._method()
+        names = ("step", *method.scalar_state) if method.counts_steps else method.scalar_state
         tensors, rows, first = [], [], 0
         for batch in self._batches:
             tensors += [[optimizer.state_of(entry.param)[name] for name in names] for entry in batch.entries]
@@ -195,7 +196,7 @@ class LaunchUpdate(Update):
         values: Any = _NONE
         if self.counts_on_device:
             values = [row.next_state for batch in self._batches for row in batch.rows]
-        elif self._method.scalar_state:
+        elif self._has_scalar_state:
             values = self._next_values()
         if sample is None:
             self._run_together(values, self.decision)
@@ -265,10 +266,10 @@ class SingleUpdate(Update):
     def may_count_on_device(self, optimizer: MethodOptimizer) -> bool:
         # The graph of a step that is left out would multiply its NaN by zero.
         group = optimizer.param_groups[self._entry.group]
-        return not self._differentiable and self._entry.method.may_decide_on_device(group)
+        return not self._differentiable and self._entry.method().may_decide_on_device(group)
 
     def set_scalars(self, optimizer: MethodOptimizer, scale: float) -> None:
-        self._scale, method = scale, self._entry.method
+        self._scale, method = scale, self._entry.method()
         group, state = optimizer.param_groups[self._entry.group], optimizer.state_of(self._entry.param)
         takes = signature(self._entry.rule)
         checked_state(optimizer, self._entry.param, self._entry.local, takes.state, group, state)
@@ -296,7 +297,7 @@ class SingleUpdate(Update):
         self._formed = tuple(values[0].tolist())
 
     def run(self, optimizer: MethodOptimizer, sample: Sample | None = None) -> None:
-        entry, method, differentiable = self._entry, self._entry.method, self._differentiable
+        entry, method, differentiable = self._entry, self._entry.method(), self._differentiable
         group = optimizer.param_groups[entry.group]
         with torch.set_grad_enabled(differentiable):
             step = self._step_count(optimizer) + 1
@@ -338,7 +339,7 @@ class SingleUpdate(Update):
         return self._entry.local.grad
 
     def _step_count(self, optimizer: MethodOptimizer) -> Any:
-        state, method = dict.get(optimizer.state, self._entry.param) or {}, self._entry.method
+        state, method = dict.get(optimizer.state, self._entry.param) or {}, self._entry.method()
         if self.counts_on_device and method.counts_steps and isinstance(state.get("step"), Tensor):
             return wide(state["step"]).to(self.device).reshape(())
         return step_count(method, self._entry.rule, state)
@@ -371,7 +372,7 @@ def _by_signature(entries: Sequence[Entry]) -> dict[Any, list[Entry]]:
     by_signature: defaultdict[Any, list[Entry]] = defaultdict(list)
     for entry in entries:
         grad = entry.local if entry.local.grad is None else entry.local.grad
-        dtypes = entry.param.dtype, grad.dtype, *state_dtypes(entry.method, entry.param, entry.rule, entry.state)
+        dtypes = entry.param.dtype, grad.dtype, *state_dtypes(entry.method(), entry.param, entry.rule, entry.state)
         by_signature[entry.rule, dtypes].append(entry)
     return by_signature
 
@@ -381,7 +382,7 @@ def _batch(
 ) -> _Batch:
     rows: dict[Any, _ScalarsRow] = {}
     keys = []
-    method = entries[0].method
+    method = entries[0].method()
     steps = step_counts(method, rule, [entry.state for entry in entries])
     for entry, step in zip(entries, steps, strict=True):
         group = optimizer.param_groups[entry.group]

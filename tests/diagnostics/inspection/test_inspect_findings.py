@@ -28,6 +28,19 @@ def test_healthy_state_is_silent(case: Case, whose: str, tmp_path: Path) -> None
     assert set(found) <= ({"decay"} if case.options.get("weight_decay") else set())
 
 
+def test_sums_of_rows_have_as_many_numbers_as_rows(tmp_path: Path) -> None:
+    net = model()
+    optimizer = descend.RowwiseAdagrad(net)
+    train(net, optimizer)
+    saved = {"model": net.state_dict(), "optimizer": optimizer.state_dict()}
+    examination, found = of(tmp_path / "state.pt", saved)
+    assert examination.saved.method == "RowwiseAdagrad"
+    assert not found
+    saved["optimizer"]["state"][0]["sum"] = torch.ones(7, 1)
+    _, found = of(tmp_path / "damaged.pt", saved)
+    assert where(found["shape"]) == ["0.weight"]
+
+
 def closures(optimizer: Any, net: torch.nn.Module, backward: bool) -> Callable[[], torch.Tensor]:
     data = torch.randn(16, 6)
 
@@ -54,7 +67,9 @@ def test_healthy_second_order_state_is_silent(make: Any, tmp_path: Path) -> None
         assert len(examination.saved.params[0].tensors["old_dirs"]) > 1
 
 
-@pytest.mark.parametrize("make", [torch.optim.Adafactor, torch.optim.Muon], ids=["Adafactor", "Muon"])
+@pytest.mark.parametrize(
+    "make", [torch.optim.Adafactor, torch.optim.Muon, descend.Adafactor, descend.SOAP], ids=lambda make: str(make)
+)
 def test_healthy_matrix_state_is_silent(make: Any, tmp_path: Path) -> None:
     net = model()
     optimizer = make([param for param in net.parameters() if param.dim() == 2])

@@ -16,13 +16,21 @@ from descend.backends.cpu.intrinsics import (
     scalars_loader,
     storer,
 )
-from descend.backends.cpu.kernels import AHEAD, OPTIONS, PREFETCHED, ROW, assembly, compiler_of, operations
+from descend.backends.cpu.kernels import AHEAD, OPTIONS, PREFETCHED, ROW, assembly, compiler_of, njit, operations
 from descend.backends.retarget import retarget
 
 # The numbers of a row are added many at a time, in an order that depends on the machine and the row's length alone.
 _OPTIONS: dict[str, Any] = {**OPTIONS, "fastmath": {*OPTIONS["fastmath"], "reassoc"}}
 
 _NUMBER: dict[torch.dtype, Any] = {torch.float32: np.float32, torch.float64: np.float64}
+
+
+def _exact_quotient(whole: int, part: int) -> int:
+    """``whole / part``, which is an integer; exact below 2**53, and faster than a division of integers."""
+    return int(np.float64(whole) / np.float64(part))
+
+
+quotient: Any = njit(_exact_quotient, error_model="numpy")  # no fastmath: a product with 1 / part would not be exact
 
 
 def row_update_kernel(rule: Any, part: Any, scalars: int, dtypes: tuple[torch.dtype, ...], compute: torch.dtype) -> str:
@@ -66,13 +74,14 @@ def row_update_kernel(rule: Any, part: Any, scalars: int, dtypes: tuple[torch.dt
                     pointers = elements_at(table, start, load_int(row, 2))
                     for i in range(0, min(length, PREFETCHED), line):
                         prefetch(pointers, i)
-                    row_in_table = start // (length // load_int(row, 5))
-                    prefetch_state(state_at(table + 16, row_in_table, row_in_table), 0)
+                    rows = load_int(row, 5)
+                    first_row = quotient(start, length if rows == 1 else quotient(length, rows))
+                    prefetch_state(state_at(table + 16, first_row, first_row), 0)
                 row = chunks + ROW * chunk
                 table, start, rows = addresses + 8 * tensors * load_int(row, 0), load_int(row, 1), load_int(row, 5)
-                width = load_int(row, 3) // rows
-                pointers = elements_at(table, start, load_int(row, 2))
-                state = state_at(table + 16, start // width, start // width)
+                width = load_int(row, 3) if rows == 1 else quotient(load_int(row, 3), rows)
+                pointers, first_row = elements_at(table, start, load_int(row, 2)), quotient(start, width)
+                state = state_at(table + 16, first_row, first_row)
                 scale_and_scalars = load_scalars(scalars_table, load_int(row, 4))
                 scale, rule_scalars = scale_and_scalars[0], scale_and_scalars[1:]
                 for place in range(rows):

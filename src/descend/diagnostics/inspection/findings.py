@@ -222,6 +222,9 @@ def _of_params(saved: SavedOptimizer) -> Iterator[tuple[str, Case]]:
         shapes = {name: param.tensors[name][0].shape for name in FULL_SHAPED if name in param.tensors}
         if param.weight is not None:
             shapes = {"the weight": param.weight.shape, **shapes}
+            rows = next(iter(param.weight.shape), 1)
+            if saved.method == "RowwiseAdagrad" and shapes.get("sum") == (rows, 1):
+                del shapes["sum"]
         if len(set(shapes.values())) > 1:
             yield "shape", Case(param.label, ", ".join(f"{name} {list(shape)}" for name, shape in shapes.items()))
     # If none has two dimensions, they were flattened to be sharded, and shapes say nothing.

@@ -32,7 +32,7 @@ FULL_SHAPED = (
     "z",
     "variance",
 )
-_OTHER_STATE = ("step", "eta", "mu", "mu_product", "row_var", "col_var", "row_step")
+_OTHER_STATE = ("step", "eta", "mu", "mu_product", "row_var", "col_var", "row_step", "factors", "bases")
 _FLAT_STATE = re.compile(rf"(?:(.*)\.)?state\.(.+)\.({'|'.join((*FULL_SHAPED, *_OTHER_STATE))})")
 _FLAT_OPTION = re.compile(r"(?:(.*)\.)?param_groups\.(.+)\.(\w+)")
 _SCALARS = {"step", "eta", "mu", "mu_product"}
@@ -47,6 +47,7 @@ _METHODS: tuple[tuple[str, set[str], set[str], set[str]], ...] = (
     ("Prodigy", {"exp_avg_sq", "p0"}, set(), set()),
     ("ADOPT", {"exp_avg_sq"}, {"clip_exp"}, set()),
     ("LAMB", {"exp_avg_sq"}, {"always_adapt"}, set()),
+    ("SOAP", {"exp_avg_sq"}, {"precondition_frequency"}, set()),
     ("NAdam", {"exp_avg_sq"}, {"momentum_decay"}, set()),
     ("AdamW", {"exp_avg_sq"}, {"amsgrad", "decoupled_weight_decay"}, set()),
     ("Adam", {"exp_avg_sq"}, {"amsgrad"}, set()),
@@ -57,6 +58,7 @@ _METHODS: tuple[tuple[str, set[str], set[str], set[str]], ...] = (
     ("Adadelta", {"acc_delta"}, set(), set()),
     ("RMSprop", {"square_avg"}, {"alpha"}, set()),
     ("Adagrad", {"sum"}, {"lr_decay"}, set()),
+    ("RowwiseAdagrad", {"sum"}, {"decoupled_weight_decay"}, set()),
     ("Rprop", {"prev", "step_size"}, set(), set()),
     ("ASGD", {"ax"}, set(), set()),
     ("Muon", {"momentum_buffer"}, {"ns_steps"}, set()),

@@ -39,7 +39,7 @@ def dead_rows(optimizer: MethodOptimizer, params: Mapping[str, Tensor]) -> dict[
             continue
         group = optimizer.group_of(param)
         method = optimizer.method_of(group)
-        takes = signature(method.rule_for(group)).state
+        takes = signature(method.rule_of(param, group)).state
         evidence = next((key for key in _EVIDENCE if key in takes and isinstance(state.get(key), Tensor)), None)
         if evidence is None or local_of(state[evidence]).dim() < 2:
             continue
