@@ -331,7 +331,8 @@ def _symmetric(
         else:
             torch.addmm(added[first:last, :last], a[first:last], b[:, :last], beta=beta, alpha=alpha, out=block)  # type: ignore[arg-type]
         if more is not None:
-            block.add_(more[first:last, :last], alpha=gamma)  # type: ignore[arg-type]
+            # Not with alpha: where a thread's vectors end, torch rounds in another order.
+            block.add_(_scaled(more[first:last, :last], gamma))
         result[:first, first:last] = result[first:last, :first].mT
     return result
 
