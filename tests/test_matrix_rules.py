@@ -13,7 +13,8 @@ from torch import Tensor
 from torch.optim._muon import _adjust_lr, _zeropower_via_newtonschulz
 
 from descend.core.signature import signature
-from descend.matrix_rules import COEFFICIENTS, iterations, lr_ratio, muon, normuon, orthogonalize, rows_of_pieces
+from descend.matrix_rules import lr_ratio, muon, normuon, rows_of_pieces
+from descend.newton_schulz import COEFFICIENTS, iterations, orthogonalize
 
 SETS = {"jordan": 5, "polar_express": 5, "cans": 7}  # with the iterations that each is used with
 # What the docstring of ``orthogonalize`` promises.
