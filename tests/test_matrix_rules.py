@@ -178,7 +178,7 @@ def test_bits_do_not_depend_on_threads(dtype: torch.dtype) -> None:
         for threads in (1, 2):
             torch.set_num_threads(threads)
             random = torch.Generator().manual_seed(0)
-            shapes = ((80, 300), (515, 520), (7, 5), (9, 64, 64))
+            shapes = ((80, 300), (7, 5), (9, 64, 64), *[(540, 1100)] * (dtype == torch.bfloat16))
             found.append([orthogonalize(torch.randn(shape, generator=random), dtype=dtype) for shape in shapes])
     finally:
         torch.set_num_threads(before)

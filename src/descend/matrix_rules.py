@@ -69,7 +69,7 @@ COEFFICIENTS: dict[str, tuple[Triple, ...]] = {
 # before the matrix is computed anew, in units of 1 / eps: less far when most of its eigenvalues are near one, for then
 # its norm, and with it the errors, are the root of its size larger.
 _GROWTH_AT_FIRST, _GROWTH_LATER = 1.5, 0.125
-_BLOCK, _BLOCKS = 128, 6  # rows of a product that are computed at once, so that half of a symmetric one is left out
+_BLOCK, _BLOCKS = 128, 4  # rows of a product that are computed at once, so that half of a symmetric one is left out
 
 
 # Orthogonalization.
@@ -331,7 +331,8 @@ def _symmetric(
         else:
             torch.addmm(added[first:last, :last], a[first:last], b[:, :last], beta=beta, alpha=alpha, out=block)  # type: ignore[arg-type]
         if more is not None:
-            block.add_(more[first:last, :last], alpha=gamma)  # type: ignore[arg-type]
+            # Not with alpha: where a thread's vectors end, torch rounds in another order.
+            block.add_(_scaled(more[first:last, :last], gamma))
         result[:first, first:last] = result[first:last, :first].mT
     return result
 
