@@ -133,8 +133,8 @@ def orthogonalize(
         ValueError: if the matrix has less than two dimensions, or ``coefficients`` or ``form`` is not one of those.
     Example:
         >>> orthogonalize(torch.tensor([[3.0, 0.0], [0.0, 0.0]]), "polar_express", steps=8)
-        tensor([[1., 0.],
-                [0., 0.]])
+        tensor([[1.0000, 0.0000],
+                [0.0000, 0.0000]])
 
     Source:
         Bernstein & Newhouse 2024, https://arxiv.org/abs/2409.20325; Jordan 2024,
