@@ -270,7 +270,7 @@ def _root_mean_square(values: Tensor, chunk: int = 4096) -> Tensor:
 
 # SOAP.
 
-PANEL = 256  # rows of a factor that one product updates
+BLOCK = 128  # largest part of a factor that is computed as if it were not symmetric; files depend on it
 
 
 @cache
@@ -278,7 +278,7 @@ def soap(max_precond_dim: int = 10000, precondition_1d: bool = False, flatten: b
     """SOAP: Vyas et al. 2024, Algorithm 3, https://arxiv.org/abs/2409.11321, in the order of its authors' code.
 
     Adam in the eigenbases of Shampoo's factors. ``factors`` holds, for each preconditioned dimension, the average of
-    the gradient's Gram matrix, see ``_panels``; ``bases`` holds its eigenvectors, one basis after the other. The
+    the gradient's Gram matrix, see ``_blocks``; ``bases`` holds its eigenvectors, one basis after the other. The
     moments are stored in these bases. In a parameter's first step (``starts``) only factors and bases begin. After a
     step that ``turns``, each basis takes a step of power iteration, and the moments follow it.
 
@@ -313,21 +313,35 @@ def soap(max_precond_dim: int = 10000, precondition_1d: bool = False, flatten: b
         if starts:
             return param, exp_avg, exp_avg_sq, factors, _eigenvectors(factors, shape, dims) if dims else bases
         old = _split(bases, shape, dims)
-        grad = _rotated(grad, old)
-        # Written in place to what has just been made: memory is what these operations wait for.
-        exp_avg = ((1 - gain1) * exp_avg.reshape(shape)).add_(grad, alpha=gain1)
-        exp_avg_sq = ((1 - gain2) * exp_avg_sq.reshape(shape)).addcmul_(grad, grad, value=gain2)
-        denom = exp_avg_sq.sqrt().add_(eps)
-        update = _rotated_back(torch.div(exp_avg, denom, out=denom), old).reshape(param.shape)
-        shrinkage = 1 - lr * weight_decay
-        param = (shrinkage * param).sub_(update, alpha=shrinkage * lr * bias2**0.5 / bias1)
+        flat = exp_avg if exp_avg.shape == shape else exp_avg.reshape(shape)
+        flat_sq = exp_avg_sq if exp_avg_sq.shape == shape else exp_avg_sq.reshape(shape)
+        averages = elementwise(_adam, flat, flat_sq, _rotated(grad, old), gain1, gain2, eps, replaces=2)
+        exp_avg, exp_avg_sq, direction = averages
+        update = _rotated_back(direction, old).reshape(param.shape)
+        param = elementwise(_shrunk, param, update, lr * bias2**0.5 / bias1, 1 - lr * weight_decay, replaces=1)
         if turns and dims:
             exp_avg = _rotated_back(exp_avg, old)
             exp_avg_sq, bases = _turned(exp_avg_sq, factors, old)
             exp_avg = _rotated(exp_avg, _split(bases, shape, dims))
-        return param, exp_avg.reshape(param.shape), exp_avg_sq.reshape(param.shape), factors, bases
+        if exp_avg.shape != param.shape:
+            exp_avg, exp_avg_sq = exp_avg.reshape(param.shape), exp_avg_sq.reshape(param.shape)
+        return param, exp_avg, exp_avg_sq, factors, bases
 
-    return of_matrices(rule, state=4)
+    return of_matrices(rule, state=4, overwrites=True)
+
+
+def _adam(
+    exp_avg: Tensor, exp_avg_sq: Tensor, grad: Tensor, gain1: float, gain2: float, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The averages, and the direction of a step before bias correction."""
+    exp_avg = (1 - gain1) * exp_avg + gain1 * grad
+    exp_avg_sq = (1 - gain2) * exp_avg_sq + gain2 * grad * grad
+    return exp_avg, exp_avg_sq, exp_avg / (sqrt(exp_avg_sq) + eps)
+
+
+def _shrunk(param: Tensor, update: Tensor, step_size: float, shrinkage: float) -> Tensor:
+    """The parameter after a step, then decayed: in the authors' code decay comes last."""
+    return shrinkage * (param - step_size * update)
 
 
 def preconditioned(
@@ -351,7 +365,7 @@ def preconditioned(
 
 def factors_size(shape: Sequence[int], dims: Sequence[int]) -> int:
     """How many numbers ``factors`` holds for the dimensions ``dims`` of a shape."""
-    return sum((stop - start) * (shape[dim] - start) for dim in dims for start, stop in _panels(shape[dim]))
+    return sum(len(rows) * len(columns) for dim in dims for rows, columns in _blocks(range(shape[dim])))
 
 
 def bases_size(shape: Sequence[int], dims: Sequence[int]) -> int:
@@ -359,43 +373,49 @@ def bases_size(shape: Sequence[int], dims: Sequence[int]) -> int:
     return sum(shape[dim] ** 2 for dim in dims)
 
 
-def _panels(size: int) -> Iterator[tuple[int, int]]:
-    """The rows of each panel of a factor. A factor is symmetric: a panel starts at the diagonal, at column ``start``.
+def _blocks(rows: range) -> Iterator[tuple[range, range]]:
+    """Rows and columns of the blocks of a symmetric matrix that are stored, one after the other.
 
-    So half of a large factor is neither stored nor computed. The panels lie one after the other.
+    Of the two blocks beside the diagonal only the upper one; those on the diagonal are cut again. So nearly half of a
+    large factor is neither stored nor computed, and the products are as large as can be.
     """
-    return ((start, min(start + PANEL, size)) for start in range(0, size, PANEL))
+    if len(rows) <= BLOCK:
+        yield rows, rows
+        return
+    upper, lower = rows[: len(rows) // 2], rows[len(rows) // 2 :]
+    yield upper, lower
+    yield from _blocks(upper)
+    yield from _blocks(lower)
 
 
-def _split_factors(factors: Tensor, shape: Shape, dims: tuple[int, ...]) -> Iterator[tuple[int, int, int, Tensor]]:
-    """Dimension, first and last row, and view of each panel."""
+def _split_factors(factors: Tensor, shape: Shape, dims: tuple[int, ...]) -> Iterator[tuple[int, slice, slice, Tensor]]:
+    """Dimension, rows, columns and view of each block."""
     offset = 0
     for dim in dims:
-        size = shape[dim]
-        for start, stop in _panels(size):
-            count = (stop - start) * (size - start)
-            yield dim, start, stop, factors[offset : offset + count].view(stop - start, size - start)
-            offset += count
+        for rows, columns in _blocks(range(shape[dim])):
+            block = factors[offset : offset + len(rows) * len(columns)].view(len(rows), len(columns))
+            yield dim, slice(rows.start, rows.stop), slice(columns.start, columns.stop), block
+            offset += block.numel()
 
 
 def _with_gram(factors: Tensor, grad: Tensor, dims: tuple[int, ...], gain: float) -> Tensor:
     """The factors after the gradient's Gram matrix of each dimension has been averaged in."""
     averaged = torch.empty_like(factors)
-    rows: dict[int, Tensor] = {dim: grad.movedim(dim, 0).reshape(grad.shape[dim], -1) for dim in dims}
+    vectors: dict[int, Tensor] = {dim: grad.movedim(dim, 0).reshape(grad.shape[dim], -1) for dim in dims}
     old = _split_factors(factors, tuple(grad.shape), dims)
     new = _split_factors(averaged, tuple(grad.shape), dims)
-    for (dim, start, stop, panel), (*_, out) in zip(old, new, strict=True):
-        these, those = rows[dim][start:stop], rows[dim][start:]
-        torch.addmm(panel, these, those.mT, beta=1 - gain, alpha=gain, out=out)
+    for (dim, rows, columns, block), (*_, out) in zip(old, new, strict=True):
+        torch.addmm(block, vectors[dim][rows], vectors[dim][columns].mT, beta=1 - gain, alpha=gain, out=out)
     return averaged
 
 
 def _whole_factors(factors: Tensor, shape: Shape, dims: tuple[int, ...]) -> dict[int, Tensor]:
     """Each dimension's factor as a symmetric matrix."""
     whole = {dim: factors.new_empty(shape[dim], shape[dim]) for dim in dims}
-    for dim, start, stop, panel in _split_factors(factors, shape, dims):
-        whole[dim][start:stop, start:] = panel
-        whole[dim][stop:, start:stop] = panel[:, stop - start :].mT
+    for dim, rows, columns, block in _split_factors(factors, shape, dims):
+        whole[dim][rows, columns] = block
+        if rows != columns:
+            whole[dim][columns, rows] = block.mT
     return whole
 
 
