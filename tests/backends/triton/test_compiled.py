@@ -94,7 +94,9 @@ def test_mixes_of_dtypes(mix: tuple[torch.dtype, ...], target: str, capsys: pyte
 @pytest.mark.parametrize("target", TARGETS)
 @pytest.mark.parametrize("mix", MIXES, ids=str)
 @pytest.mark.parametrize("rule", RULES, ids=lambda rule: rule.__name__)
-def test_rules_in_other_dtypes(rule: Any, mix: tuple[torch.dtype, ...], target: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_rules_in_other_dtypes(
+    rule: Any, mix: tuple[torch.dtype, ...], target: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert_good(rule, mix, target, capsys)
 
 
