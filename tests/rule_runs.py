@@ -18,7 +18,7 @@ from descend.core.signature import signature
 
 # Those of elements; functions that are parts of other rules left out.
 ALL = [rule for rule in vars(rules).values() if isinstance(rule, FunctionType) and rule.__module__ == rules.__name__]
-PARTS = [part for rule in ALL for part in (signature(rule).averaged, signature(rule).summed)]
+PARTS = [rules.first_average, *(part for rule in ALL for part in (signature(rule).averaged, signature(rule).summed))]
 RULES = [rule for rule in ALL if rule not in PARTS and signature(rule).kind == "element"]
 HALF, BRAIN, SINGLE, DOUBLE = torch.float16, torch.bfloat16, torch.float32, torch.float64
 FILL = 7.0
