@@ -73,7 +73,8 @@ def test_every_method_can_be_averaged_and_moves_as_without(case: Case) -> None:
 def test_weights_and_averages_are_exchanged_and_come_back_bit_for_bit(dtype: torch.dtype) -> None:
     params = [torch.randn(5, 3, dtype=dtype), torch.randn(3, 5, dtype=dtype).t(), torch.randn((), dtype=dtype)]
     params = [param.requires_grad_() for param in params]
-    optimizer = SGD(params, lr=0.5, ema=EMA, state_dtype=None if dtype.is_complex else torch.bfloat16)
+    state_dtype = None if dtype.is_complex else torch.bfloat16
+    optimizer = SGD(params, lr=0.5, ema=EMA, state_dtype=state_dtype, backend="eager")
     for param in params:
         param.grad = torch.randn_like(param)
     optimizer.step()
@@ -242,7 +243,8 @@ def test_checkpoints_by_name_contain_averages() -> None:
 
 @pytest.mark.parametrize("kind", [AdamW, Lion, SGD])
 def test_a_checkpoint_without_averages_begins_them_where_the_parameters_are(kind: Any) -> None:
-    options = dict(lr=0.1, momentum=0.9, dampening=0.5) if kind is SGD else dict(lr=0.1)
+    options: dict[str, Any] = dict(lr=0.1, backend="eager")
+    options |= dict(momentum=0.9, dampening=0.5) if kind is SGD else {}
     (plain,) = leaves([(33,)])
     optimizer = kind([plain], **options)
     give_grads([plain], 0)

@@ -141,7 +141,7 @@ def test_compiled_l2_regularization_is_part_of_the_gradient() -> None:
 
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
 def test_maximize_reverses_the_gradient_first(options: dict[str, Any]) -> None:
-    pair = Pair(Case(AdamW, torch.optim.AdamW, dict(lr=0.01, weight_decay=0.1)), options, maximize=True)
+    pair = Pair(Case(AdamW, torch.optim.AdamW, dict(lr=0.01, weight_decay=0.1)), options, "eager", maximize=True)
     for seed in range(3):
         pair.step(seed)
     pair.assert_equal()
@@ -155,7 +155,7 @@ def rule(param: Any, grad: Any, buffer: Any, lr: Any, shrink: Any) -> Any:
 def test_a_rule_that_decays_as_it_likes_is_asked_for_its_whole_update() -> None:
     kind = from_rule(rule, "Own", lr=0.1, shrink=0.2)
     (param,) = leaves([(33,)])
-    optimizer = kind([param], cautious="update")
+    optimizer = kind([param], cautious="update", backend="eager")
     buffer = torch.zeros_like(param)
     for seed in range(3):
         give_grads([param], seed)
@@ -169,7 +169,7 @@ def test_a_rule_that_decays_as_it_likes_is_asked_for_its_whole_update() -> None:
 
 def test_an_update_of_which_little_is_left_is_at_most_a_thousand_times_as_long() -> None:
     param = torch.zeros(4000, dtype=torch.float64, requires_grad=True)
-    optimizer = SGD([param], lr=1.0, momentum=1.0, cautious="update")
+    optimizer = SGD([param], lr=1.0, momentum=1.0, cautious="update", backend="eager")
     param.grad = torch.ones_like(param)
     optimizer.step()
     param.grad[1:] = -1e-3  # against the momentum
@@ -243,7 +243,7 @@ def test_methods_with_sums_of_their_own_can_be_averaged_and_not_cautious() -> No
     with pytest.raises(ValueError, match="the rule of Normalized needs sums or means of its own"):
         Normalized([torch.zeros(1)], cautious="update")
     (param,) = leaves([(5,)])
-    optimizer, old = Normalized([param], ema=0.5), param.detach().clone()
+    optimizer, old = Normalized([param], ema=0.5, backend="eager"), param.detach().clone()
     give_grads([param], 0)
     assert param.grad is not None
     optimizer.step()
@@ -273,13 +273,15 @@ def test_options_set_later_are_checked_before_anything_moves() -> None:
     optimizer.step()
 
 
-@pytest.mark.parametrize("backend", DENSE_BACKENDS)
-@pytest.mark.parametrize(("kind", "options"), [(AdamW, dict(lr=1e20, eps=1.0)), (SGD, dict(lr=1.0))], ids=str)
+SMALL = [(AdamW, dict(lr=1e20, eps=1.0), backend) for backend in DENSE_BACKENDS] + [(SGD, dict(lr=1.0), "eager")]
+
+
+@pytest.mark.parametrize(("kind", "options", "backend"), SMALL, ids=str)
 def test_agreement_does_not_depend_on_how_small_gradients_are(kind: Any, options: Any, backend: str) -> None:
     params = [torch.zeros(5, requires_grad=True) for _ in range(2)]
-    for param, cautious in zip(params, ("update", None), strict=True):
+    for param, cautious, runs in zip(params, ("update", None), (backend, "eager"), strict=True):
         param.grad = torch.tensor([1e-24, -1e-24, 2e-24, 1e-24, -3e-24])  # products of two are 0
-        kind([param], **options, cautious=cautious, backend=backend).step()
+        kind([param], **options, cautious=cautious, backend=runs).step()
     assert bool(params[1].all())
     torch.testing.assert_close(params[0], params[1], rtol=1e-6, atol=0)
 
@@ -440,9 +442,10 @@ def test_a_step_can_be_differentiated_unless_it_counts() -> None:
 def test_groups_may_have_other_methods() -> None:
     first, second = leaves([(7,), (7,)])
     groups = [dict(params=[first]), dict(params=[second], method="lion", lr=0.1, weight_decay=0.1)]
-    optimizer = AdamW(groups, cautious="decay", ema=0.5, decay_by="schedule")
+    options: dict[str, Any] = dict(cautious="decay", ema=0.5, decay_by="schedule", backend="eager")
+    optimizer = AdamW(groups, **options)
     (twin,) = leaves([(7,), (7,)])[1:]
-    other = Lion([twin], lr=0.1, weight_decay=0.1, cautious="decay", ema=0.5, decay_by="schedule")
+    other = Lion([twin], lr=0.1, weight_decay=0.1, **options)
     for seed in range(3):
         for each in (first, second, twin):
             give_grads([each], seed)

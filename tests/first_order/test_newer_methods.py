@@ -178,7 +178,7 @@ def test_prodigys_estimate_survives_a_checkpoint_whose_options_are_not_wanted() 
 
 def test_prodigys_start_keeps_the_parameters_digits() -> None:
     params = leaves([(6,)], torch.float32)
-    optimizer = Prodigy(params, state_dtype=torch.bfloat16)
+    optimizer = Prodigy(params, state_dtype=torch.bfloat16, backend="eager")
     give_grads(params, 0)
     before = params[0].detach().clone()
     optimizer.step()
