@@ -88,7 +88,7 @@ class LAMB(FirstOrder):
         scalars = 1 - beta1, 1 - beta2, group["eps"], group["weight_decay"], bias1, bias2
         return scalars if self.rule_for(group) is rules.lamb else (group["lr"], *scalars)
 
-    def scalars_of_rows(self, group: Mapping[str, Any], sums: np.ndarray, numels: np.ndarray) -> np.ndarray:
+    def scalars_of_rows(self, group: Mapping[str, Any], sums: np.ndarray, numels: np.ndarray) -> Any:
         norms, update_norms = np.sqrt(sums).T
         with np.errstate(divide="ignore", invalid="ignore"):  # of those that are not used, or not finite
             trust_ratios = np.minimum(norms, group["clamp_value"]) / update_norms

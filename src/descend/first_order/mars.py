@@ -79,7 +79,7 @@ class MARS(FirstOrder):
         bias1, bias2 = 1 - beta1**step, 1 - beta2**step
         return group["lr"], 1 - beta1, 1 - beta2, group["eps"], group["weight_decay"], bias1, bias2, correction
 
-    def scalars_of_rows(self, group: Mapping[str, Any], sums: np.ndarray, numels: np.ndarray) -> np.ndarray:
+    def scalars_of_rows(self, group: Mapping[str, Any], sums: np.ndarray, numels: np.ndarray) -> Any:
         return 1 / np.fmax(np.sqrt(sums), 1.0)
 
     def check_options(self, options: Mapping[str, Any]) -> None:

@@ -115,7 +115,7 @@ def _on_host(sums: Sequence[np.ndarray | Tensor]) -> list[np.ndarray]:
     return [arrays[id(each)] if isinstance(each, Tensor) else each for each in sums]
 
 
-def _rows(summed: Summed, values: Any, count: int) -> np.ndarray:
+def _rows(summed: Summed, values: Any, count: int) -> Any:
     """What a method has formed, as an array with a row a parameter, or one for all."""
     if not isinstance(values, np.ndarray):
         if {*map(len, values)} != {count}:
