@@ -17,7 +17,9 @@ All times are medians, in milliseconds; the first step of each contender, with i
 times are made comparable:
 
 - **Turns.** Contenders have parameters and state of their own, equal at the start, and take turns, see
-  ``descend.bench.clock``. Measuring the memory is a contender, too: ``a += s * b`` and ``a *= s`` by torch's threads.
+  ``descend.bench.clock``.
+- **Memory** is measured at the start, see ``descend.bench.bandwidth``. A step that is shown to be faster than memory
+  says that something else slowed the measurement down.
 - **Matrices as torch takes them.** torch's Muon refuses convolutions: it gets views of them, a row an output channel.
 - **Apart.** Where torch takes the same step in float32, the norm of the difference of the first updates is shown, as a
   part of their norm. torch rounds products to bfloat16; where ours are in float32, it is some percent.
@@ -44,6 +46,7 @@ from step import environment, parse_arguments, print_row
 from torch import Tensor
 
 import descend
+from descend.bench.bandwidth import measure
 from descend.bench.clock import Contender, Pace, Timing, interleave, keep_gradients
 from descend.bench.contenders import reallocate_gradients
 from descend.bench.methods import METHODS, OURS, bytes_moved
@@ -51,13 +54,7 @@ from descend.bench.shapes import SHAPES, Shape, Size, gpt2_sizes, resnet50_sizes
 
 TORCH, KOZISTR, HEAVYBALL = "torch", "pytorch_optimizer", "heavyball"
 PLAIN = "plain"
-MEMORY = {"add": 3, "scale": 2}
-"""Contenders that measure the memory, and how many arrays each reads or writes."""
-
 FLOAT32 = 4  # bytes
-LARGEST_PASS = 2**28
-"""Bytes of an array of theirs."""
-
 NEVER = 10**9
 
 # Names in pytorch-optimizer that are not ours.
@@ -104,18 +101,16 @@ class Case(NamedTuple):
         name: section, what is stepped, and what is special.
         sizes: of the parameters.
         builds: contender -> the optimizers that step given parameters, one after the other.
-        figures: of the times that came out.
+        figures: what is read from its times.
         dtype: of parameters, gradients and state.
-        moved: bytes of a step of ours; 0 if the memory is not timed.
         fresh: whether gradients are allocated anew before each step.
     """
 
     name: str
     sizes: Sequence[Size]
     builds: dict[str, Build]
-    figures: Callable[[dict[str, Timing]], list[Figure]]
+    figures: Callable[[Found], list[Figure]]
     dtype: torch.dtype = torch.float32
-    moved: int = 0
     fresh: bool = False
 
 
@@ -125,20 +120,25 @@ class Found(NamedTuple):
     Attributes:
         times: seconds of a step, by contender.
         first: of the first one, its constructor included.
+        memory: bytes per second of the memory.
         apart: the norm of the difference of torch's first update and ours, as a part of its norm; None without torch.
     """
 
     times: dict[str, Timing]
     first: dict[str, float]
+    memory: float
     apart: float | None
 
+    def ratio(self, peer: str) -> float:
+        """How many times the time of ours a step of the peer takes."""
+        return self.times[peer].median / self.times[OURS].median
 
-def times_faster(bound: float | None, *peers: str) -> Callable[[dict[str, Timing]], list[Figure]]:
+
+def times_faster(bound: float | None, *peers: str) -> Callable[[Found], list[Figure]]:
     """How many times faster ours is than the peers that were timed."""
 
-    def figures(times: dict[str, Timing]) -> list[Figure]:
-        ours = times[OURS].median
-        return [Figure(f"x {peer}", times[peer].median / ours, bound) for peer in peers if peer in times]
+    def figures(found: Found) -> list[Figure]:
+        return [Figure(f"x {peer}", found.ratio(peer), bound) for peer in peers if peer in found.times]
 
     return figures
 
@@ -186,7 +186,7 @@ def memory(quick: bool) -> Iterator[Case]:
         if name not in NOT_ELEMENTWISE:
             size = FLOAT32 * shape.numel
             moved = bytes_moved(size, method.state * size, clip=False, summed=method.summed)
-            yield Case(f"memory-{name}", shape.sizes, {OURS: _ours(name)}, partial(_part_of_memory, moved), moved=moved)
+            yield Case(f"memory-{name}", shape.sizes, {OURS: _ours(name)}, partial(_part_of_memory, moved))
 
 
 def small(quick: bool) -> Iterator[Case]:
@@ -266,17 +266,12 @@ def _soaps(frequency: int) -> dict[str, Build]:
     return {OURS: _one(descend.SOAP, common), KOZISTR: kozistrs, HEAVYBALL: heavyballs}
 
 
-def _part_of_memory(moved: int, times: dict[str, Timing]) -> list[Figure]:
-    return [Figure("of memory", moved / times[OURS].median / bandwidth(moved, times), 0.8)]
+def _part_of_memory(moved: int, found: Found) -> list[Figure]:
+    return [Figure("of memory", moved / found.times[OURS].median / found.memory, 0.8)]
 
 
-def bandwidth(moved: int, times: dict[str, Timing]) -> float:
-    """Bytes per second of the faster of the two contenders that measure the memory."""
-    return max(arrays * _pass_bytes(moved) / times[name].median for name, arrays in MEMORY.items())
-
-
-def _over_bytes(bytes_ratio: float, times: dict[str, Timing]) -> list[Figure]:
-    cost = times[OURS].median / times[PLAIN].median
+def _over_bytes(bytes_ratio: float, found: Found) -> list[Figure]:
+    cost = 1 / found.ratio(PLAIN)
     return [Figure("x plain", cost, None), Figure("over bytes", cost / bytes_ratio, 1.1, at_least=False)]
 
 
@@ -298,19 +293,14 @@ def values(sizes: tuple[Size, ...], dtype: torch.dtype) -> tuple[list[Tensor], l
     return params, grads
 
 
-def memory_contenders(moved: int) -> dict[str, Contender]:
-    """Passes over arrays as in ``descend.bench.bandwidth.measure``, which move no more than a step does."""
-    target, source = (torch.full((_pass_bytes(moved) // FLOAT32,), 1.0) for _ in range(2))
-    passes: tuple[Callable[[], object], ...] = (lambda: target.add_(source, alpha=1e-9)), (lambda: target.mul_(1.0))
-    return dict(zip(MEMORY, map(Contender, passes), strict=True))
+def run(case: Case, pace: Pace, memory: float) -> Found:
+    """Time one case, and give its tensors back.
 
-
-def _pass_bytes(moved: int) -> int:
-    return min(LARGEST_PASS, moved // max(MEMORY.values()))
-
-
-def run(case: Case, pace: Pace) -> Found:
-    """Time one case, and give its memory back."""
+    Args:
+        case: the case.
+        pace: rounds, and each contender's share of wall time.
+        memory: bytes per second of the memory.
+    """
     gc.freeze()  # else each collection, in a timed step too, walks through all of torch's objects
     starts, grads = values(tuple(case.sizes), case.dtype)
     contenders: dict[str, Contender] = {}
@@ -323,17 +313,13 @@ def run(case: Case, pace: Pace) -> Found:
         optimizers = build(params)
         take(optimizers)
         first[name] = time.perf_counter() - begin
-        if (
-            TORCH in case.builds and case.dtype is torch.float32
-        ):  # an update is less than bfloat16's digits of a parameter
+        if TORCH in case.builds and case.dtype is torch.float32:  # in bfloat16 parameters have too few digits
             ends[name] = [param.detach().clone() for param in params]
         prepare = partial(reallocate_gradients, params, grads) if case.fresh else keep_gradients
         contenders[name] = Contender(partial(take, optimizers), prepare)
     apart = _apart(starts, ends) if ends else None
     ends.clear()
-    if case.moved:
-        contenders |= memory_contenders(case.moved)
-    found = Found(interleave(contenders, Shape.of(case.sizes), pace), first, apart)
+    found = Found(interleave(contenders, Shape.of(case.sizes), pace), first, memory, apart)
     contenders.clear()
     gc.collect()  # gigabytes must not wait for it, should an optimizer be in a reference cycle
     return found
@@ -354,16 +340,13 @@ def _apart(starts: list[Tensor], ends: dict[str, list[Tensor]]) -> float:
 
 def report(case: Case, found: Found) -> list[Figure]:
     """Print what a case has shown: a line of figures, and one for each contender."""
-    figures = case.figures(found.times)
+    figures = case.figures(found)
     cells = [f"{figure.measured:.2f} {figure.what}" for figure in figures]
     if found.apart is not None:
         cells.append(f"{found.apart:.3f} apart")
-    if case.moved:
-        cells.append(f"{bandwidth(case.moved, found.times) / 1e9:.1f} GB/s")
     print(f"{case.name:<34}" + "   ".join(cells))
     for name, timing in found.times.items():
-        first = f"first {found.first[name] * 1e3:.1f}" if name in found.first else ""
-        print_row(f"    {name}", [f"{timing.median * 1e3:.3f}", f"   {first}"])
+        print_row(f"    {name}", [f"{timing.median * 1e3:.3f}", f"{found.first[name] * 1e3:.1f}"])
     return figures
 
 
@@ -389,7 +372,8 @@ def main() -> None:
     quick = arguments.quick
     pace = Pace(rounds=2, share=0.0) if quick else Pace(rounds=9, share=30.0)
     about = environment()
-    print(", ".join(f"{key} {value}" for key, value in about.items()))
+    memory_rate = measure(footprint=512 * 2**20).rate
+    print(", ".join(f"{key} {value}" for key, value in about.items()) + f", memory {memory_rate / 1e9:.1f} GB/s")
     for peer in (KOZISTR, HEAVYBALL):
         if find_spec(peer) is None:
             print(f"{peer} is not installed, and left out: pip install 'descend[bench]'.")
@@ -399,7 +383,7 @@ def main() -> None:
     for section in SECTIONS:
         for case in section(quick):
             if case.name in arguments.names:
-                found[case.name] = run(case, pace)
+                found[case.name] = run(case, pace, memory_rate)
                 figures[case.name] = report(case, found[case.name])
     report_figures(figures)
     if quick:
@@ -414,7 +398,8 @@ def main() -> None:
             }
             for name, each in found.items()
         }
-        arguments.json.write_text(json.dumps({"environment": about, "quick": quick, "cases": cases}, indent=2) + "\n")
+        everything = {"environment": about, "quick": quick, "memory_bytes_per_second": memory_rate, "cases": cases}
+        arguments.json.write_text(json.dumps(everything, indent=2) + "\n")
 
 
 if __name__ == "__main__":
