@@ -90,10 +90,10 @@ class LAMB(FirstOrder):
 
     def scalars_of_rows(self, group: Mapping[str, Any], sums: np.ndarray, numels: np.ndarray) -> Any:
         norms, update_norms = np.sqrt(sums).T
-        with np.errstate(divide="ignore", invalid="ignore"):  # of those that are not used, or not finite
+        with np.errstate(all="ignore"):  # norms of 0 are replaced below, and those that are not finite are no error
             trust_ratios = np.minimum(norms, group["clamp_value"]) / update_norms
-        trust_ratios[(norms == 0) | (update_norms == 0)] = 1.0
-        return number(group["lr"]) * trust_ratios[:, None]
+            trust_ratios[(norms == 0) | (update_norms == 0)] = 1.0
+            return number(group["lr"]) * trust_ratios[:, None]
 
     def check_options(self, options: Mapping[str, Any]) -> None:
         check_adam(self, options)
