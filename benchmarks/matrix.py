@@ -344,7 +344,7 @@ def report(case: Case, found: Found) -> list[Figure]:
     cells = [f"{figure.measured:.2f} {figure.what}" for figure in figures]
     if found.apart is not None:
         cells.append(f"{found.apart:.3f} apart")
-    print(f"{case.name:<34}" + "   ".join(cells))
+    print(f"{case.name:<34}" + "   ".join(cells), flush=True)
     for name, timing in found.times.items():
         print_row(f"    {name}", [f"{timing.median * 1e3:.3f}", f"{found.first[name] * 1e3:.1f}"])
     return figures
@@ -385,9 +385,10 @@ def main() -> None:
             if case.name in arguments.names:
                 found[case.name] = run(case, pace, memory_rate)
                 figures[case.name] = report(case, found[case.name])
-    report_figures(figures)
     if quick:
         print("\nQuick run: the shapes were cut down, so none of these times means anything.")
+    else:
+        report_figures(figures)
     if arguments.json:
         cases = {
             name: {
