@@ -370,7 +370,7 @@ def main() -> None:
         "muon-gpt2 or small-*-fresh",
     )
     quick = arguments.quick
-    pace = Pace(rounds=2, share=0.0) if quick else Pace(rounds=9, share=30.0)
+    pace = Pace(rounds=2, share=0.0) if quick else Pace(rounds=9, share=15.0)
     about = environment()
     memory_rate = measure(footprint=512 * 2**20).rate
     print(", ".join(f"{key} {value}" for key, value in about.items()) + f", memory {memory_rate / 1e9:.1f} GB/s")
