@@ -115,7 +115,7 @@ def test_steps_are_those_of_the_papers(case: Case, options: dict[str, Any], back
 
 
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
-@pytest.mark.parametrize("case", MATRIX_CASES, ids=str)
+@pytest.mark.parametrize("case", MATRIX_CASES[::2], ids=str)  # of each rule one
 def test_steps_of_matrices_are_those_of_the_papers(case: Case, options: dict[str, Any]) -> None:
     pair = Pair(case, options)
     for seed in range(3):
