@@ -1,63 +1,221 @@
-"""Time methods that see whole matrices against torch's, on the shapes of real models.
+"""Time the optimizers of whole matrices, the modern element-wise ones, and options of all, against others.
 
     python benchmarks/matrix.py [--only PATTERN] [--quick] [--json FILE]
 
-Each line is a case: seconds of a step, medians of interleaved turns (``descend.bench.clock``); how many times faster
-ours is than each peer; the first step of each, with what it compiles and the state it makes; and how far apart the
-first updates are, as a part of their norm. At last the figures that the project wants to reach.
+The sections; names of cases begin with theirs:
 
-On a machine that is busy with something else the figures are worthless. A new section is a function that yields cases,
-and a line in ``SECTIONS``.
+- ``muon``: the 48 hidden matrices of GPT-2, and those of ResNet-50, against torch.optim.Muon.
+- ``routed``: ResNet-50 in one Muon, AdamW inside, against torch's Muon beside its fused AdamW.
+- ``soap``: a block of GPT-2, a step between two changes of the bases and one with a change, against
+  pytorch-optimizer's and heavyball's SOAP. The 12 blocks are alike.
+- ``memory``: every element-wise method on all of GPT-2. The bytes that its step must move, over the memory's bandwidth,
+  are the least time; beside it, the part of the step's time that this is.
+- ``small``: every element-wise method on 1,000 tensors of 1,000, against the class of that name in pytorch-optimizer.
+- ``options``: what ``cautious`` and ``ema`` add to a step on all of GPT-2, beside what they add to its bytes.
+
+All times are medians, in milliseconds; the first step of each contender, with its constructor, is shown beside. How the
+times are made comparable:
+
+- **Turns.** Contenders have parameters and state of their own, equal at the start, and take turns, see
+  ``descend.bench.clock``.
+- **Memory** is measured at the start, see ``descend.bench.bandwidth``. A step that is shown to be faster than memory
+  says that something else slowed the measurement down.
+- **Matrices as torch takes them.** torch's Muon refuses convolutions: it gets views of them, a row an output channel.
+- **Apart.** Where torch takes the same step in float32, the norm of the difference of the first updates is shown, as a
+  part of their norm. torch rounds products to bfloat16; where ours are in float32, it is some percent.
+- **Gradients** stay the same tensors, or are allocated anew before each step, outside the clock: ``fresh``, and all of
+  ``soap``, as heavyball's steps take the gradients away.
+
+Peers that are not installed are left out: pip install 'descend[bench]'. On a machine that is busy with something else
+the figures are worthless.
 """
 
 from __future__ import annotations
 
-import argparse
+import gc
 import json
 import time
 from collections.abc import Callable, Iterator, Sequence
-from fnmatch import fnmatchcase
-from pathlib import Path
+from functools import lru_cache, partial
+from importlib import import_module
+from importlib.util import find_spec
 from typing import Any, NamedTuple
 
 import torch
+from step import environment, parse_arguments, print_row
 from torch import Tensor
 
 import descend
-from descend.bench.clock import Contender, Pace, Timing, interleave
-from descend.bench.shapes import Shape, Size, gpt2_sizes, resnet50_sizes
+from descend.bench.bandwidth import measure
+from descend.bench.clock import Contender, Pace, Timing, interleave, keep_gradients
+from descend.bench.contenders import reallocate_gradients
+from descend.bench.methods import METHODS, OURS, bytes_moved
+from descend.bench.shapes import SHAPES, Shape, Size, gpt2_sizes, resnet50_sizes
 
-OURS = "ours"
-TORCH = "torch"
+TORCH, KOZISTR, HEAVYBALL = "torch", "pytorch_optimizer", "heavyball"
+PLAIN = "plain"
+FLOAT32 = 4  # bytes
+NEVER = 10**9
+
+# Names in pytorch-optimizer that are not ours.
+THEIR_NAMES = {"adamax": "AdaMax", "lamb": "Lamb", "adamwschedulefree": "ScheduleFreeAdamW"}
+OTHERS = ("asgd",)  # whose class of this name there is another method
+NOT_ELEMENTWISE = ("rowwiseadagrad",)
+# Tensors as large as the parameter that an option moves in a step: read for sums, or read and written.
+OPTIONS: dict[str, tuple[dict[str, Any], int, int]] = {
+    "cautious-update": ({"cautious": "update"}, 2, 0),  # gradient and first average show the sign of a step
+    "cautious-decay": ({"cautious": "decay"}, 0, 0),
+    "ema": ({"ema": 0.999}, 0, 1),
+}
 
 Optimizers = list[torch.optim.Optimizer]
 Build = Callable[[list[Tensor]], Optimizers]
+
+
+class Figure(NamedTuple):
+    """A figure to reach.
+
+    Attributes:
+        what: is measured, in words.
+        measured: what came out.
+        bound: what is to come out, at least or at most; None if nothing is asked.
+        at_least: which of the two.
+    """
+
+    what: str
+    measured: float
+    bound: float | None
+    at_least: bool = True
+
+    @property
+    def is_reached(self) -> bool | None:
+        if self.bound is None:
+            return None
+        return self.measured >= self.bound if self.at_least else self.measured <= self.bound
 
 
 class Case(NamedTuple):
     """One line.
 
     Attributes:
-        name: section, model and dtype.
+        name: section, what is stepped, and what is special.
         sizes: of the parameters.
+        builds: contender -> the optimizers that step given parameters, one after the other.
+        figures: what is read from its times.
         dtype: of parameters, gradients and state.
-        builds: contender -> the optimizers that step the parameters, one after the other.
-        figure: how many times faster than torch ours is to be; None if nothing is asked.
+        fresh: whether gradients are allocated anew before each step.
     """
 
     name: str
     sizes: Sequence[Size]
-    dtype: torch.dtype
     builds: dict[str, Build]
-    figure: float | None = None
+    figures: Callable[[Found], list[Figure]]
+    dtype: torch.dtype = torch.float32
+    fresh: bool = False
 
 
 class Found(NamedTuple):
-    """What a case has shown: seconds of a step and of the first one, by contender; and how far apart updates are."""
+    """What a case has shown.
+
+    Attributes:
+        times: seconds of a step, by contender.
+        first: of the first one, its constructor included.
+        memory: bytes per second of the memory.
+        apart: the norm of the difference of torch's first update and ours, as a part of its norm; None without torch.
+    """
 
     times: dict[str, Timing]
     first: dict[str, float]
-    apart: float
+    memory: float
+    apart: float | None
+
+    def ratio(self, peer: str) -> float:
+        """How many times the time of ours a step of the peer takes."""
+        return self.times[peer].median / self.times[OURS].median
+
+
+def times_faster(bound: float | None, *peers: str) -> Callable[[Found], list[Figure]]:
+    """How many times faster ours is than the peers that were timed."""
+
+    def figures(found: Found) -> list[Figure]:
+        return [Figure(f"x {peer}", found.ratio(peer), bound) for peer in peers if peer in found.times]
+
+    return figures
+
+
+# The sections.
+
+
+def muon(quick: bool) -> Iterator[Case]:
+    gpt2 = gpt2_sizes(64, 1) if quick else gpt2_sizes()
+    builds: dict[str, Build] = {
+        OURS: lambda params: [descend.Muon(params)],
+        TORCH: lambda params: [torch.optim.Muon([_matrix_of(param) for param in params])],
+    }
+    for name, sizes, bound in (("gpt2", gpt2, 2.5), ("resnet50", _resnet50(quick), None)):
+        for dtype in (torch.float32, torch.bfloat16):
+            label = f"muon-{name}-{str(dtype).removeprefix('torch.')}"
+            hidden = [size for size in sizes if is_hidden(size)]
+            yield Case(label, hidden, builds, times_faster(bound, TORCH), dtype)
+
+
+def routed(quick: bool) -> Iterator[Case]:
+    def ours(params: list[Tensor]) -> Optimizers:
+        hidden, others = _routed(params)
+        groups: list[dict[str, Any]] = [dict(params=hidden), dict(params=others, method="adamw")]
+        return [descend.Muon(groups)]
+
+    def torchs(params: list[Tensor]) -> Optimizers:
+        hidden, others = _routed(params)
+        inside = torch.optim.Muon([_matrix_of(param) for param in hidden])
+        return [inside, torch.optim.AdamW(others, fused=True)]
+
+    yield Case("routed-resnet50", _resnet50(quick), {OURS: ours, TORCH: torchs}, times_faster(2.0, TORCH))
+
+
+def soap(quick: bool) -> Iterator[Case]:
+    block = [size for size in gpt2_sizes(16 if quick else 768, 1) if is_hidden(size)]
+    for name, frequency, bound in (("between", NEVER, 1.5), ("change", 1, None)):
+        builds = {who: build for who, build in _soaps(frequency).items() if who == OURS or find_spec(who)}
+        yield Case(f"soap-gpt2block-{name}", block, builds, times_faster(bound, KOZISTR, HEAVYBALL), fresh=True)
+
+
+def memory(quick: bool) -> Iterator[Case]:
+    shape = _cut(SHAPES["gpt2"], quick)
+    for name, method in METHODS.items():
+        if name not in NOT_ELEMENTWISE:
+            size = FLOAT32 * shape.numel
+            moved = bytes_moved(size, method.state * size, clip=False, summed=method.summed)
+            yield Case(f"memory-{name}", shape.sizes, {OURS: _ours(name)}, partial(_part_of_memory, moved))
+
+
+def small(quick: bool) -> Iterator[Case]:
+    shape = _cut(SHAPES["1000x1000"], quick)
+    theirs = import_module(KOZISTR) if find_spec(KOZISTR) else None
+    for name, method in METHODS.items():
+        their_class = getattr(theirs, THEIR_NAMES.get(name, method.name), None)
+        if name in (*NOT_ELEMENTWISE, *OTHERS) or (theirs is not None and their_class is None):
+            continue
+        builds = {OURS: _ours(name)}
+        if their_class is not None:
+            builds[KOZISTR] = _one(their_class, method.options)
+        for fresh in (False, True):
+            label = f"small-{name}-{'fresh' if fresh else 'fixed'}"
+            yield Case(label, shape.sizes, builds, times_faster(20.0, KOZISTR), fresh=fresh)
+
+
+def options(quick: bool) -> Iterator[Case]:
+    shape = _cut(SHAPES["gpt2"], quick)
+    for method in ("adamw", "lion"):
+        state = METHODS[method].state
+        plain = bytes_moved(FLOAT32, state * FLOAT32, clip=False)
+        for name, (extra, summed, averages) in OPTIONS.items():
+            with_it = bytes_moved(FLOAT32, (state + averages) * FLOAT32, clip=False, summed=summed)
+            builds = {OURS: _ours(method, **extra), PLAIN: _ours(method)}
+            yield Case(f"options-{method}-{name}", shape.sizes, builds, partial(_over_bytes, with_it / plain))
+
+
+SECTIONS = (muon, routed, soap, memory, small, options)
 
 
 def is_hidden(size: Size) -> bool:
@@ -65,38 +223,12 @@ def is_hidden(size: Size) -> bool:
     return len(size) >= 2 and size[0] not in (50257, 1024, 1000)
 
 
-def muon_alone(quick: bool) -> Iterator[Case]:
-    """The hidden matrices of GPT-2, which torch takes too; those of ResNet-50, which torch is given flattened."""
-    gpt2 = gpt2_sizes(64, 1) if quick else gpt2_sizes()
-    resnet = resnet50_sizes()[:12] if quick else resnet50_sizes()
-    builds: dict[str, Build] = {
-        OURS: lambda params: [descend.Muon(params)],
-        TORCH: lambda params: [torch.optim.Muon([_matrix_of(param) for param in params])],
-    }
-    for name, sizes, figure in (("gpt2", gpt2, 2.5), ("resnet50", resnet, None)):
-        for dtype in (torch.float32, torch.bfloat16):
-            label = f"muon-{name}-{str(dtype).removeprefix('torch.')}"
-            yield Case(label, [size for size in sizes if is_hidden(size)], dtype, builds, figure)
+def _resnet50(quick: bool) -> Sequence[Size]:
+    return resnet50_sizes()[:12] if quick else resnet50_sizes()
 
 
-def muon_beside_adamw(quick: bool) -> Iterator[Case]:
-    """All of ResNet-50 in one optimizer, against torch's Muon and its fused AdamW."""
-
-    def ours(params: list[Tensor]) -> Optimizers:
-        hidden, others = _routed(params)
-        groups: list[dict[str, Any]] = [dict(params=hidden, method="muon"), dict(params=others)]
-        return [descend.AdamW(groups)]
-
-    def torchs(params: list[Tensor]) -> Optimizers:
-        hidden, others = _routed(params)
-        muon = torch.optim.Muon([_matrix_of(param) for param in hidden])
-        return [muon, torch.optim.AdamW(others, fused=True)]
-
-    sizes = resnet50_sizes()[:12] if quick else resnet50_sizes()
-    yield Case("routed-resnet50-float32", sizes, torch.float32, {OURS: ours, TORCH: torchs}, 2.0)
-
-
-SECTIONS: tuple[Callable[[bool], Iterator[Case]], ...] = (muon_alone, muon_beside_adamw)
+def _cut(shape: Shape, quick: bool) -> Shape:
+    return shape.cut(tensors=16, rows=8) if quick else shape
 
 
 def _routed(params: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
@@ -111,90 +243,164 @@ def _matrix_of(param: Tensor) -> Tensor:
     return matrix
 
 
-def parameters(case: Case) -> list[Tensor]:
-    """Normal numbers with gradients like those of a network: a few directions, and noise. The same at each call."""
+def _one(kind: Callable[..., Any], options: dict[str, Any]) -> Build:
+    return lambda params: [kind(params, **options)]
+
+
+def _ours(name: str, **options: Any) -> Build:
+    return _one(getattr(descend, METHODS[name].name), METHODS[name].options | options)
+
+
+def _soaps(frequency: int) -> dict[str, Build]:
+    """All keep a factor for every dimension of a block of GPT-2; the first step finds its eigenvectors."""
+    common: dict[str, Any] = dict(lr=3e-3, betas=(0.95, 0.95), weight_decay=0.01, precondition_frequency=frequency)
+
+    def heavyballs(params: list[Tensor]) -> Optimizers:
+        heavyball = import_module(HEAVYBALL)
+        heavyball.utils.compile_mode = None  # compiling changes little: a step is products
+        return [heavyball.SOAP(params, **common, shampoo_beta=0.95, max_precond_dim=10000, use_precond_schedule=False)]
+
+    def kozistrs(params: list[Tensor]) -> Optimizers:
+        return [import_module(KOZISTR).SOAP(params, **common)]
+
+    return {OURS: _one(descend.SOAP, common), KOZISTR: kozistrs, HEAVYBALL: heavyballs}
+
+
+def _part_of_memory(moved: int, found: Found) -> list[Figure]:
+    return [Figure("of memory", moved / found.times[OURS].median / found.memory, 0.8)]
+
+
+def _over_bytes(bytes_ratio: float, found: Found) -> list[Figure]:
+    cost = 1 / found.ratio(PLAIN)
+    return [Figure("x plain", cost, None), Figure("over bytes", cost / bytes_ratio, 1.1, at_least=False)]
+
+
+# Timing.
+
+
+@lru_cache(maxsize=1)
+def values(sizes: tuple[Size, ...], dtype: torch.dtype) -> tuple[list[Tensor], list[Tensor]]:
+    """Parameters of normal numbers, and gradients like those of a network: a few directions, and noise."""
     random = torch.Generator().manual_seed(0)
-    params = []
-    for size in case.sizes:
-        param = torch.randn(size, generator=random).to(case.dtype).requires_grad_()
+    params, grads = [], []
+    for size in sizes:
+        params.append(torch.randn(size, generator=random).to(dtype))
         grad = torch.randn(size, generator=random)
         if len(size) > 1:
             rows = torch.randn(size[0], 4, generator=random)
             grad += (rows @ torch.randn(4, grad[0].numel(), generator=random)).view(size)
-        param.grad = grad.to(case.dtype)
-        params.append(param)
-    return params
+        grads.append(grad.to(dtype))
+    return params, grads
 
 
-def run(case: Case, pace: Pace) -> Found:
-    """Time one case."""
+def run(case: Case, pace: Pace, memory: float) -> Found:
+    """Time one case, and give its tensors back.
+
+    Args:
+        case: the case.
+        pace: rounds, and each contender's share of wall time.
+        memory: bytes per second of the memory.
+    """
+    gc.freeze()  # else each collection, in a timed step too, walks through all of torch's objects
+    starts, grads = values(tuple(case.sizes), case.dtype)
     contenders: dict[str, Contender] = {}
     first: dict[str, float] = {}
-    after: dict[str, list[Tensor]] = {}
-    before = parameters(case)
+    ends: dict[str, list[Tensor]] = {}
     for name, build in case.builds.items():
-        params = parameters(case)
+        params = [start.clone().requires_grad_() for start in starts]
+        reallocate_gradients(params, grads)
         begin = time.perf_counter()
         optimizers = build(params)
-        for optimizer in optimizers:
-            optimizer.step()
+        take(optimizers)
         first[name] = time.perf_counter() - begin
-        after[name] = [param.detach().clone() for param in params]
+        if TORCH in case.builds and case.dtype is torch.float32:  # in bfloat16 parameters have too few digits
+            ends[name] = [param.detach().clone() for param in params]
+        prepare = partial(reallocate_gradients, params, grads) if case.fresh else keep_gradients
+        contenders[name] = Contender(partial(take, optimizers), prepare)
+    apart = _apart(starts, ends) if ends else None
+    ends.clear()
+    found = Found(interleave(contenders, Shape.of(case.sizes), pace), first, memory, apart)
+    contenders.clear()
+    gc.collect()  # gigabytes must not wait for it, should an optimizer be in a reference cycle
+    return found
 
-        def step(optimizers: Optimizers = optimizers) -> None:
-            for optimizer in optimizers:
-                optimizer.step()
 
-        contenders[name] = Contender(step)
-    return Found(interleave(contenders, Shape.of(case.sizes), pace), first, _apart(before, after))
+def take(optimizers: Optimizers) -> None:
+    """One step of all of them."""
+    for optimizer in optimizers:
+        optimizer.step()
 
 
 @torch.no_grad()
-def _apart(before: list[Tensor], after: dict[str, list[Tensor]]) -> float:
-    """The norm of the difference of the first updates, as a part of their norm."""
-    pairs = zip(before, after[OURS], after[TORCH], strict=True)
-    moved = [(float((ours - theirs).norm()), float((theirs - old).norm())) for old, ours, theirs in pairs]
-    return float(sum(apart**2 for apart, _ in moved) ** 0.5 / sum(step**2 for _, step in moved) ** 0.5)
+def _apart(starts: list[Tensor], ends: dict[str, list[Tensor]]) -> float:
+    triples = zip(starts, ends[OURS], ends[TORCH], strict=True)
+    norms = [(float((ours - theirs).norm()), float((theirs - start).norm())) for start, ours, theirs in triples]
+    return float(sum(apart**2 for apart, _ in norms) ** 0.5 / sum(step**2 for _, step in norms) ** 0.5)
+
+
+def report(case: Case, found: Found) -> list[Figure]:
+    """Print what a case has shown: a line of figures, and one for each contender."""
+    figures = case.figures(found)
+    cells = [f"{figure.measured:.2f} {figure.what}" for figure in figures]
+    if found.apart is not None:
+        cells.append(f"{found.apart:.3f} apart")
+    print(f"{case.name:<34}" + "   ".join(cells), flush=True)
+    for name, timing in found.times.items():
+        print_row(f"    {name}", [f"{timing.median * 1e3:.3f}", f"{found.first[name] * 1e3:.1f}"])
+    return figures
+
+
+def report_figures(figures: dict[str, list[Figure]]) -> None:
+    """Print those to reach beside what was measured."""
+    print("\nFigures to reach\n")
+    print_row("case", ["measured", "bound", "reached"])
+    for name, of_case in figures.items():
+        for figure in of_case:
+            if figure.bound is not None:
+                sign = ">=" if figure.at_least else "<="
+                cells = [f"{figure.measured:.2f}", f"{sign} {figure.bound:g}", "yes" if figure.is_reached else "no"]
+                print_row(f"{name}, {figure.what}", cells)
 
 
 def main() -> None:
-    """Run the cases that were asked for."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--only", default="*", help="pattern of case names")
-    parser.add_argument("--quick", action="store_true", help="small shapes, few rounds: to see that it runs")
-    parser.add_argument("--json", type=Path, help="write the numbers to this file")
-    options = parser.parse_args()
-    pace = Pace(rounds=3, share=0.5) if options.quick else Pace(rounds=9, share=60.0)
-    cases = [case for section in SECTIONS for case in section(options.quick) if fnmatchcase(case.name, options.only)]
+    names = [case.name for section in SECTIONS for case in section(True)]
+    arguments = parse_arguments(
+        names,
+        "Time optimizers of matrices, modern ones and options, ours against others.",
+        "muon-gpt2 or small-*-fresh",
+    )
+    quick = arguments.quick
+    pace = Pace(rounds=2, share=0.0) if quick else Pace(rounds=9, share=15.0)
+    about = environment()
+    memory_rate = measure(footprint=512 * 2**20).rate
+    print(", ".join(f"{key} {value}" for key, value in about.items()) + f", memory {memory_rate / 1e9:.1f} GB/s")
+    for peer in (KOZISTR, HEAVYBALL):
+        if find_spec(peer) is None:
+            print(f"{peer} is not installed, and left out: pip install 'descend[bench]'.")
+    print("\nMilliseconds per step, and of the first.\n")
     found: dict[str, Found] = {}
-    print(f"{torch.get_num_threads()} threads, torch {torch.__version__}")
-    for case in cases:
-        result = found[case.name] = run(case, pace)
-        times = "  ".join(
-            f"{name} {timing.median * 1e3:9.2f} ms (first {result.first[name] * 1e3:.0f})"
-            for name, timing in result.times.items()
-        )
-        print(f"{case.name:26} {times}  {ratio(result):5.2f}x  apart {result.apart:.3f}", flush=True)
-    for case in cases:
-        if case.figure is not None:
-            is_reached = ratio(found[case.name]) >= case.figure
-            verdict = "reached" if is_reached else "missed"
-            print(f"{verdict:8} {case.name}: {ratio(found[case.name]):.2f}x, at least {case.figure}x is wanted")
-    if options.json is not None:
-        rows = {
+    figures: dict[str, list[Figure]] = {}
+    for section in SECTIONS:
+        for case in section(quick):
+            if case.name in arguments.names:
+                found[case.name] = run(case, pace, memory_rate)
+                figures[case.name] = report(case, found[case.name])
+    if quick:
+        print("\nQuick run: the shapes were cut down, so none of these times means anything.")
+    else:
+        report_figures(figures)
+    if arguments.json:
+        cases = {
             name: {
-                "seconds": {who: timing.median for who, timing in result.times.items()},
-                "first": result.first,
-                "apart": result.apart,
+                "seconds": {who: timing._asdict() for who, timing in each.times.items()},
+                "first": each.first,
+                "apart": each.apart,
+                "figures": [{**figure._asdict(), "reached": figure.is_reached} for figure in figures[name]],
             }
-            for name, result in found.items()
+            for name, each in found.items()
         }
-        options.json.write_text(json.dumps(rows, indent=1), encoding="utf-8")
-
-
-def ratio(result: Found) -> float:
-    """How many times faster ours is than torch's."""
-    return result.times[TORCH].median / result.times[OURS].median
+        everything = {"environment": about, "quick": quick, "memory_bytes_per_second": memory_rate, "cases": cases}
+        arguments.json.write_text(json.dumps(everything, indent=2) + "\n")
 
 
 if __name__ == "__main__":

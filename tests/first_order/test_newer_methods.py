@@ -6,6 +6,7 @@ import io
 import re
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from cases import BACKENDS, DENSE_BACKENDS, give_grads, leaves
@@ -234,3 +235,14 @@ def test_methods_with_sums_work_beside_adamw(method: str) -> None:
 def test_options_out_of_range(kind: Any, options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=re.escape(message)):
         kind(leaves(), **options)
+
+
+def test_trust_ratios_of_many_parameters_are_those_of_each() -> None:
+    optimizer = LAMB([torch.zeros(1, requires_grad=True)], lr=0.5, clamp_value=3.0)
+    [group] = optimizer.param_groups
+    sums = np.array([[4.0, 16.0], [25.0, 1.0], [0.0, 1.0], [1.0, 0.0], [np.inf, np.inf], [np.nan, 1.0]])
+    formed = optimizer.scalars_of_rows(group, sums, np.ones(6))
+    np.testing.assert_array_equal(formed, [[0.25], [1.5], [0.5], [0.5], [0.0], [np.nan]])
+    np.testing.assert_array_equal(
+        optimizer.scalars_of_rows({**group, "lr": 0.0}, sums[:4], np.ones(4)), np.zeros((4, 1))
+    )

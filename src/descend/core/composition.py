@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from typing import Any, Literal, NamedTuple, TypeAlias
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -172,14 +173,14 @@ class _Text:
         return [f"{grad} = {grad} + {self._decay} * {self._param}"] if self._additions.decay == "l2" else []
 
 
-def cautious_scale(agreeing: float, numel: int) -> float:
+def cautious_scale(agreeing: Any, numel: Any) -> Any:
     """What is left of a cautious update is multiplied by this: the inverse of its share, of at least 1/1000.
 
     Args:
-        agreeing: elements whose update agrees with the gradient.
+        agreeing: elements whose update agrees with the gradient; a number, or an array of them.
         numel: all elements.
     """
-    return 1 / max(agreeing / max(numel, 1), 1e-3)
+    return 1 / np.maximum(agreeing / np.maximum(numel, 1), 1e-3)
 
 
 def _scale_of(move: Tensor, grad: Tensor, stacked: int) -> Tensor:

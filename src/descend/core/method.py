@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, ClassVar, Literal, NamedTuple, TypeAlias, cast
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils._foreach_utils import _get_fused_kernels_supported_devices
@@ -107,6 +108,19 @@ class Method:
             numel: how many elements these are; a complex number is two.
         """
         return tuple(sums)
+
+    def scalars_of_rows(self, group: Mapping[str, Any], sums: np.ndarray, numels: np.ndarray) -> Any:
+        """``scalars_of_sums`` of many parameters of a group, a row each. Default: one after the other.
+
+        A method that computes with whole arrays saves a call a parameter. Not called with ``sums_over = "all"``.
+
+        Args:
+            group: the group of all of them.
+            sums: a row a parameter, float64.
+            numels: how many elements each has.
+        """
+        rows = zip(sums.tolist(), numels.tolist(), strict=True)
+        return [self.scalars_of_sums(group, row, numel) for row, numel in rows]
 
     def scalars_and_state(
         self, group: Mapping[str, Any], step: float, state: Sequence[Tensor]

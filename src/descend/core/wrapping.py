@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -91,6 +92,11 @@ class Wrapped(Method):
         if self._cautious_update:
             return (cautious_scale(sums[0], numel),)
         return self._inside.scalars_of_sums(self._view(group), sums, numel)
+
+    def scalars_of_rows(self, group: Mapping[str, Any], sums: np.ndarray, numels: np.ndarray) -> Any:
+        if self._cautious_update:
+            return cautious_scale(sums, numels[:, None])
+        return self._inside.scalars_of_rows(self._view(group), sums, numels)
 
     def _additions(self, group: Mapping[str, Any]) -> Additions:
         decays = self._cautious_update or self._cautious_decay

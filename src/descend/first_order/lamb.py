@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any
 
+import numpy as np
 import torch
 from typing_extensions import Unpack
 
@@ -13,6 +14,7 @@ from descend import rules
 from descend.core.checks import check_adam, check_not_negative
 from descend.core.groups import ParamsT
 from descend.core.options import Options
+from descend.core.update import number
 from descend.first_order.optimizer import FirstOrder
 
 
@@ -86,10 +88,12 @@ class LAMB(FirstOrder):
         scalars = 1 - beta1, 1 - beta2, group["eps"], group["weight_decay"], bias1, bias2
         return scalars if self.rule_for(group) is rules.lamb else (group["lr"], *scalars)
 
-    def scalars_of_sums(self, group: Mapping[str, Any], sums: Sequence[float], numel: int) -> tuple[Any, ...]:
-        norm, update_norm = map(math.sqrt, sums)
-        trust_ratio = min(norm, group["clamp_value"]) / update_norm if norm and update_norm else 1.0
-        return (group["lr"] * trust_ratio,)
+    def scalars_of_rows(self, group: Mapping[str, Any], sums: np.ndarray, numels: np.ndarray) -> Any:
+        norms, update_norms = np.sqrt(sums).T
+        with np.errstate(all="ignore"):  # norms of 0 are replaced below, and those that are not finite are no error
+            trust_ratios = np.minimum(norms, group["clamp_value"]) / update_norms
+            trust_ratios[(norms == 0) | (update_norms == 0)] = 1.0
+            return number(group["lr"]) * trust_ratios[:, None]
 
     def check_options(self, options: Mapping[str, Any]) -> None:
         check_adam(self, options)

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
 import torch
 from typing_extensions import Unpack
 
@@ -79,9 +79,8 @@ class MARS(FirstOrder):
         bias1, bias2 = 1 - beta1**step, 1 - beta2**step
         return group["lr"], 1 - beta1, 1 - beta2, group["eps"], group["weight_decay"], bias1, bias2, correction
 
-    def scalars_of_sums(self, group: Mapping[str, Any], sums: Sequence[float], numel: int) -> tuple[Any, ...]:
-        norm = math.sqrt(sums[0])
-        return (1 / norm if norm > 1 else 1.0,)
+    def scalars_of_rows(self, group: Mapping[str, Any], sums: np.ndarray, numels: np.ndarray) -> Any:
+        return 1 / np.fmax(np.sqrt(sums), 1.0)
 
     def check_options(self, options: Mapping[str, Any]) -> None:
         check_adam(self, options)

@@ -74,12 +74,8 @@ class Sums:
                     *total, numel = totals[self._totals[each.method, sums.shape[1]]]
                     values = [method.scalars_of_sums(group, total, round(numel))]
                 else:
-                    rows = zip(sums[members].tolist(), each.numels[members].tolist(), strict=True)
-                    values = [method.scalars_of_sums(group, row, numel) for row, numel in rows]
-                if {*map(len, values)} != {count}:
-                    raise _wrong_count(each, values)
-                flat = [float(number(value)) for row in values for value in row]
-                formed[members] = np.array(flat).reshape(-1, count)
+                    values = method.scalars_of_rows(group, sums[members], each.numels[members])
+                formed[members] = _rows(each, values, count)
             each.take(formed)
 
     def _reduced(self, found: Sequence[np.ndarray]) -> list[float]:
@@ -117,6 +113,15 @@ def _on_host(sums: Sequence[np.ndarray | Tensor]) -> list[np.ndarray]:
         for tensor, piece in zip(tensors, pieces, strict=True):
             arrays[id(tensor)] = piece.reshape(tensor.shape)
     return [arrays[id(each)] if isinstance(each, Tensor) else each for each in sums]
+
+
+def _rows(summed: Summed, values: Any, count: int) -> Any:
+    """What a method has formed, as an array with a row a parameter, or one for all."""
+    if not isinstance(values, np.ndarray):
+        if {*map(len, values)} != {count}:
+            raise _wrong_count(summed, values)
+        values = np.array([[float(number(value)) for value in row] for row in values])
+    return values
 
 
 def _wrong_count(summed: Summed, values: Sequence[Sequence[Any]]) -> TypeError:
