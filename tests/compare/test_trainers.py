@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import gc
 import threading
@@ -184,3 +185,28 @@ def test_muon_leaves_other_parameters_to_adamw() -> None:
     assert [param.shape for param in muon.param_groups[0]["params"]] == [(3, 4)]
     assert [param.shape for param in adamw.param_groups[0]["params"]] == [(9, 4), (3,)]
     assert (muon.param_groups[0]["lr"], adamw.param_groups[0]["lr"]) == (0.02, pytest.approx(2e-3))
+
+
+@pytest.mark.parametrize(("given", "lr"), [("muon", 2e-3), ("muon:adamw={'lr':0.5,'eps':1e-6}", 0.5)])
+def test_our_muon_has_adamw_inside(given: str, lr: float) -> None:
+    model = torch.nn.Sequential(torch.nn.Embedding(9, 4), torch.nn.Linear(4, 4), torch.nn.Linear(4, 3))
+    [spec] = specs.parse_all([given], rates(sgd=1.0, adam=2e-3))
+    assert isinstance(spec, specs.Spec)
+    [muon] = spec.build_for(model)
+    matrices, others = muon.param_groups[:2]
+    assert (matrices["param_names"], others["param_names"]) == (["1.weight"], ["0.weight", "2.weight"])
+    assert (matrices["lr"], others["method"], others["lr"]) == (0.02, "adamw", pytest.approx(lr))
+
+
+def test_averages_are_judged(full: Problem) -> None:
+    [spec] = specs.parse_all(["sgd:lr=1.0,ema=0.5"], {})
+    model = copy.deepcopy(full.model)
+    trainer = spec.trainer(model, full)
+    before = [param.detach().clone() for param in model.parameters()]
+    trainer.step(full.data.sample(0, torch.Generator().manual_seed(0)))
+    after = [param.detach().clone() for param in model.parameters()]
+    with trainer.evaluating():
+        for old, new, judged in zip(before, after, model.parameters(), strict=True):
+            torch.testing.assert_close(judged.detach(), (old + new) / 2)
+    for new, param in zip(after, model.parameters(), strict=True):
+        assert torch.equal(new, param.detach())

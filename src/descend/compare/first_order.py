@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from itertools import pairwise
 
 import torch
@@ -66,16 +66,20 @@ class FirstOrderTrainer:
 
     @contextmanager
     def evaluating(self) -> Iterator[None]:
-        """Inside, the model has the weights that it should be judged by: averages, for a schedule-free optimizer."""
-        averaging = [optimizer for optimizer in self.optimizers if isinstance(optimizer, descend.AdamWScheduleFree)]
+        """Inside, the model has the weights that it should be judged by: averages, where an optimizer keeps some."""
+        schedule_free = [optimizer for optimizer in self.optimizers if isinstance(optimizer, descend.AdamWScheduleFree)]
         # There and back again is not exact, and looking must not change anything.
-        weights = [(param, param.detach().clone()) for param in self._model.parameters()] if averaging else []
-        for optimizer in averaging:
+        weights = [(param, param.detach().clone()) for param in self._model.parameters()] if schedule_free else []
+        for optimizer in schedule_free:
             optimizer.eval()
         try:
-            yield
+            with ExitStack() as stack:
+                for each in self.optimizers:
+                    if isinstance(each, descend.FirstOrder) and each.options.ema is not None:
+                        stack.enter_context(each.averaged())
+                yield
         finally:
-            for optimizer in averaging:
+            for optimizer in schedule_free:
                 optimizer.train()
             for param, weight in weights:
                 param.data.copy_(weight)

@@ -63,7 +63,7 @@ class Spec:
         Raises:
             UsageError: if the optimizer rejects the model's parameters or its options.
         """
-        self.set_gradients(model)  # DistributedDataParallel looks at them
+        self.set_gradients(model, problem.way.takes_sparse)  # DistributedDataParallel looks at them
         wrapped = problem.way.wrap(model)
         optimizers = self.build_for(wrapped, problem.way.construct)
         return FirstOrderTrainer(wrapped, problem.task.loss, optimizers, self.max_norm)
@@ -97,13 +97,17 @@ class Spec:
 
     @property
     def is_sparse(self) -> bool:
-        """Whether the optimizer is meant for sparse gradients; all others get dense ones."""
+        """Whether the optimizer is meant for sparse gradients alone."""
         return self.options.get("sparse") is not None or self.optimizer.__name__ == "SparseAdam"
 
-    def set_gradients(self, model: nn.Module) -> None:
-        """Set the embeddings of ``model`` to sparse or dense gradients, as the optimizer needs them."""
+    def set_gradients(self, model: nn.Module, takes_sparse: bool = True) -> None:
+        """Set the embeddings of ``model`` to sparse or dense gradients, as the optimizer needs them.
+
+        RowwiseAdagrad takes both with the same results, so it gets sparse ones if ``takes_sparse``.
+        """
+        wants_sparse = self.is_sparse or (takes_sparse and issubclass(self.optimizer, descend.RowwiseAdagrad))
         for table in embeddings(model):
-            table.sparse = self.is_sparse
+            table.sparse = wants_sparse
 
     def build_for(self, model: nn.Module, construct: Construct = construct) -> list[Optimizer]:
         """Return the optimizers that train ``model``; its gradients must be as ``set_gradients`` sets them.
@@ -114,8 +118,8 @@ class Spec:
         """
         tables = [table.weight for table in embeddings(model)]
         if issubclass(self.optimizer, descend.Muon):
-            options = {"adamw": self._options_beside_muon(), **self.options}
-            return [replace(self, options=options).build(model, construct)]
+            inside = {**self._options_beside_muon(), **(self.options.get("adamw") or {})}
+            return [replace(self, options={**self.options, "adamw": inside}).build(model, construct)]
         if self.optimizer is torch.optim.Muon:
             own = [param for param in model.parameters() if param.ndim == 2 and not _is_among(param, tables)]
             others = [param for param in model.parameters() if not _is_among(param, own)]
@@ -263,7 +267,7 @@ def _defaults(optimizer: type[Optimizer]) -> dict[str, Any]:
 
 
 def _split(rest: str) -> list[str]:
-    return re.split(r",(?![^(\[]*[)\]])", rest)  # at commas outside brackets
+    return re.split(r",(?![^(\[{]*[)\]}])", rest)  # at commas outside brackets
 
 
 def _parse_options(text: str, rest: str, defaults: Mapping[str, Any] | None) -> dict[str, Any]:
