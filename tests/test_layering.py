@@ -16,7 +16,8 @@ ROOT = Path(descend.__file__).parent
 ARROWS = {
     "ops": set(),
     "rules": {"ops"},
-    "matrix_rules": {"ops"},
+    "newton_schulz": {"ops"},
+    "matrix_rules": {"newton_schulz", "ops"},
     "core": {"ops"},
     "backends": {"core", "ops"},
     "distributed": {"core"},
@@ -32,6 +33,7 @@ ARROWS = {
         "diagnostics",
         "distributed",
         "matrix_rules",
+        "newton_schulz",
         "ops",
         "rules",
         "sparse",

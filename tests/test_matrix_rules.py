@@ -13,7 +13,8 @@ from torch import Tensor
 from torch.optim._muon import _adjust_lr, _zeropower_via_newtonschulz
 
 from descend.core.signature import signature
-from descend.matrix_rules import COEFFICIENTS, iterations, lr_ratio, muon, normuon, orthogonalize, rows_of_pieces
+from descend.matrix_rules import lr_ratio, muon, normuon, rows_of_pieces
+from descend.newton_schulz import COEFFICIENTS, iterations, orthogonalize
 
 SETS = {"jordan": 5, "polar_express": 5, "cans": 7}  # with the iterations that each is used with
 # What the docstring of ``orthogonalize`` promises.
@@ -178,7 +179,7 @@ def test_bits_do_not_depend_on_threads(dtype: torch.dtype) -> None:
         for threads in (1, 2):
             torch.set_num_threads(threads)
             random = torch.Generator().manual_seed(0)
-            shapes = ((80, 300), (515, 520), (7, 5), (9, 64, 64))
+            shapes = ((80, 300), (7, 5), (9, 64, 64), *[(540, 1100)] * (dtype == torch.bfloat16))
             found.append([orthogonalize(torch.randn(shape, generator=random), dtype=dtype) for shape in shapes])
     finally:
         torch.set_num_threads(before)

@@ -16,6 +16,7 @@ from cases import assert_unmoved, give_grads, leaves, params_of, snapshot
 from torch import Tensor
 
 from descend import SOAP, AdamW, matrix_rules
+from descend.backends import matrix
 
 # So short that after a few gradients no factor has a null space, in which eigenvectors are a matter of rounding.
 SHAPES = ((7, 5), (5, 7), (1, 3), (3, 1), (4,), (), (4, 3, 2), (5, 2, 3, 3), (1, 1), (0, 5))
@@ -63,8 +64,9 @@ def test_trajectory_is_the_authors(ours: dict[str, Any], theirs: dict[str, Any])
         assert_close(params_of(one), params_of(other))
 
 
-def test_factors_of_several_panels_are_whole_gram_matrices(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(matrix_rules, "PANEL", 4)
+def test_factors_of_several_blocks_are_whole_gram_matrices(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(matrix_rules, "BLOCK", 4)
+    monkeypatch.setattr(matrix, "PIECE", 16)  # and elements of several pieces
     shapes = [(10, 7), (4, 9), (3, 8, 5)]
     options = {**OPTIONS, "betas": (0.9, 0.75)}
     one = SOAP(leaves(shapes), precondition_frequency=3, **options)
@@ -72,8 +74,8 @@ def test_factors_of_several_panels_are_whole_gram_matrices(monkeypatch: pytest.M
     run(one, range(10))
     run(other, range(10))
     assert_close(params_of(one), params_of(other))
-    # Rows 0-3 from column 0, rows 4-7 from column 4, rows 8-9 from column 8; then those of the second dimension.
-    assert one.state[params_of(one)[0]]["factors"].numel() == 4 * 10 + 4 * 6 + 2 * 2 + 4 * 7 + 3 * 3
+    # 10 rows: 5 x 5 beside the diagonal, then twice 2 x 3 beside it, 2 x 2 and 3 x 3 on it. 7 rows: 3 x 4 beside it.
+    assert one.state[params_of(one)[0]]["factors"].numel() == 25 + 2 * (6 + 4 + 9) + 12 + 9 + 16
 
 
 def test_first_step_moves_nothing_and_begins_the_bases() -> None:

@@ -35,6 +35,9 @@ DELIBERATE = (
     ("LBFGS", "error", "`lr=tensor(True)`", "options-of-lbfgs"),
     ("LBFGS", "error", "`history_size=True`", "options-of-lbfgs"),
     ("LBFGS", "error", "`line_search_fn='newton'`", "options-of-lbfgs"),
+    ("Muon", "error", "`eps=-1.0`", "eps-of-muon"),
+    ("Muon", "error", "parameters: *", "vectors-of-muon"),
+    ("Muon", "error", "step: a complex parameter", "vectors-of-muon"),
     *(BEFORE_2_15 if torch.__version__ < "2.15" else ()),
 )
 ABSENT = "absent"  # the sentence for classes of torch.optim that have no counterpart here

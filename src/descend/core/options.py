@@ -1,4 +1,4 @@
-"""The options that every element-wise optimizer takes beyond torch's arguments.
+"""The options that every first-order optimizer takes beyond torch's arguments.
 
 A new option is a field of ``StepOptions``, with what docstrings say of it; for type checkers, a key of ``Options`` and
 an annotation in ``Method``; and the place that uses it. Constructors, attributes, copies, pickles and the docstrings of

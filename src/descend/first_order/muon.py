@@ -9,13 +9,13 @@ import torch
 from torch import Tensor
 from typing_extensions import Unpack
 
-from descend import matrix_rules
+from descend import matrix_rules, newton_schulz
 from descend.core.checks import check_at_least_zero
 from descend.core.groups import ParamsT
 from descend.core.options import Options
 from descend.first_order.routing import RoutedOptimizer
 
-_JORDAN = matrix_rules.COEFFICIENTS["jordan"][0]
+_JORDAN = newton_schulz.COEFFICIENTS["jordan"][0]
 _ADJUSTMENTS = (None, "original", "match_rms_adamw", "spectral_unclamped")
 
 
@@ -42,7 +42,7 @@ class Muon(RoutedOptimizer):
         nesterov: look ahead. Default: True.
         ns_coefficients: of the Newton-Schulz iterations: three numbers; three for each iteration; or ``"jordan"``,
             ``"polar_express"``, or ``"cans"``, which is made for ``ns_steps=7``; see
-            ``descend.matrix_rules.orthogonalize``. Default: (3.4445, -4.775, 2.0315), Jordan's.
+            ``descend.newton_schulz.orthogonalize``. Default: (3.4445, -4.775, 2.0315), Jordan's.
         eps: smallest norm that a matrix is divided by, > 0. Default: 1e-7.
         ns_steps: number of iterations, in [0, 100). Default: 5.
         adjust_lr_fn: how ``lr`` depends on a matrix's shape: ``"original"``, ``"match_rms_adamw"`` or
@@ -135,7 +135,7 @@ class Muon(RoutedOptimizer):
                 f"Number of steps must be less than 100 for computational efficiency ({name}: ns_steps must be an "
                 f"integer in [0, 100), got {steps!r})"
             )
-        matrix_rules.iterations(options["ns_coefficients"], steps)
+        newton_schulz.iterations(options["ns_coefficients"], steps)
         super().check_group({**options, "ns_coefficients": _JORDAN})  # which may be more than three numbers
 
     def check_options(self, options: Mapping[str, Any]) -> None:

@@ -1,4 +1,4 @@
-"""The base of the element-wise optimizers: a method, and the engine that steps it."""
+"""The base of the first-order optimizers: a method, and the engine that steps it."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ from descend.step.take import compiled
 
 
 class FirstOrder(MethodOptimizer):
-    """Base of all element-wise optimizers: a subclass names a rule and forms its scalars.
+    """Base of all first-order optimizers: a subclass names a rule and forms its scalars.
 
     Args:
         params: a module, whose parameters then have names; or parameters, ``(name, parameter)`` pairs, or dicts that

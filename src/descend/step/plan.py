@@ -250,7 +250,8 @@ class Plan:
             raise RuntimeError(
                 f"{type(optimizer).__name__}: a rule of whole matrices cannot update shards, but "
                 f"{optimizer.name_of(param)} has {layout_of(as_sharded(optimizer, param))}: leave it unsharded "
-                "(Replicate, no shard_state), or use an element-wise optimizer for it. Nothing has moved."
+                "(Replicate, no shard_state), or give its group an element-wise method, such as 'adamw'. Nothing has "
+                "moved."
             )
 
     def _check_rows(self, optimizer: MethodOptimizer, param: Tensor, kind: Kind) -> None:
