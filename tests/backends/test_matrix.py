@@ -35,11 +35,31 @@ def trained(case: Case, params: list[Tensor], backend: str, **options: Any) -> A
 @pytest.mark.parametrize("options", [{}, dict(split=2), dict(stacked=True)], ids=str)
 def test_batches_of_small_matrices_are_the_same_matrices(case: Case, options: dict[str, Any]) -> None:
     shapes = [(4, 6, 5)] * 5 + [(4, 6, 6), (2, 6, 5)] + [(4, 6, 5)] * 2
-    ours, eager = (trained(case, leaves(shapes), backend, **options, max_norm=1.0) for backend in ("matrix", "eager"))
+    ours, eager = (
+        trained(case, leaves(shapes, torch.float32), backend, **options, max_norm=1.0)
+        for backend in ("matrix", "eager")
+    )
     for a, b in zip(params_of(ours), params_of(eager), strict=True):
         torch.testing.assert_close(a, b)
         for name, tensor in eager.state[b].items():
             torch.testing.assert_close(ours.state[a][name], tensor)
+
+
+@pytest.mark.parametrize("case", MATRIX_CASES, ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_a_step_does_not_depend_on_which_others_have_gradients(case: Case, dtype: torch.dtype) -> None:
+    shapes = [(4, 4)] * 3 + [(5, 2)] * 2
+    together = leaves(shapes, dtype)
+    trained(case, together, "matrix")
+    for position in range(5):
+        params = leaves(shapes, dtype)
+        optimizer = case.ours(params, **case.options, backend="matrix")
+        for seed in range(3):
+            give_grads(params, seed)
+            for other in (*params[:position], *params[position + 1 :]):
+                other.grad = None
+            optimizer.step()
+        assert torch.equal(params[position], together[position])
 
 
 def test_parameters_with_other_scalars_are_another_batch() -> None:

@@ -200,6 +200,50 @@ def test_a_checkpoint_of_another_method_is_refused_or_left_aside() -> None:
     assert float(other.state[params["a"]]["step"]) == 1
 
 
+@pytest.mark.parametrize("kept", [{}, dict(method="nadam")])
+def test_a_file_that_names_no_method_is_refused_if_its_options_are_anothers(kept: dict[str, Any]) -> None:
+    params = leaves()
+    saved = AdamW(params.items(), groups=[("a", dict(lr=0.1)), ("b", kept)])
+    give_grads(list(params.values()), 0)
+    saved.step()
+    other = AdamW(params.items(), groups=[("a", dict(method="lion")), ("b", kept)])
+    for hyperparameters in ("loaded", "current"):
+        with pytest.raises(ValueError, match=r"has 'eps', 'amsgrad', .*, which the method 'lion' has not"):
+            other.load_state_dict(saved.state_dict(), hyperparameters=hyperparameters)  # type: ignore[arg-type]
+    assert other.load_state_dict(saved.state_dict(), strict=False) == (["a"], ["a"])
+    assert other.param_groups[1]["lr"] == 1e-4
+    own = Lion(params.items())
+    own.load_state_dict(Lion(params.items(), lr=0.3).state_dict())
+    group = AdamW(params.items(), groups=[("?", dict(method="lion"))])
+    group.load_state_dict(own.state_dict())
+    assert group.param_groups[0]["lr"] == 0.3
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda each: pickle.loads(pickle.dumps(each))])
+def test_copies_know_which_method_has_made_a_state(copied: Any) -> None:
+    optimizer = mixed(leaves())
+    give_grads(params_of(optimizer), 0)
+    optimizer.step()
+    first, lion = optimizer.param_groups[:2]
+    first["params"], lion["params"] = lion["params"], first["params"]
+    other = copied(optimizer)
+    give_grads(params_of(other), 1)
+    with pytest.raises(RuntimeError, match="was made by lion, and its group has the method AdamW"):
+        other.step()
+
+
+def test_state_that_loading_keeps_is_still_of_the_method_that_has_made_it() -> None:
+    optimizer = mixed(leaves())
+    give_grads(params_of(optimizer), 0)
+    optimizer.step()
+    first, lion = optimizer.param_groups[:2]
+    first["params"], lion["params"] = lion["params"], first["params"]
+    empty = {"state": {}, "param_groups": [{"params": [0], "param_names": ["other"]}]}
+    optimizer.load_state_dict(empty, strict=False, hyperparameters="current")
+    with pytest.raises(RuntimeError, match="was made by lion, and its group has the method AdamW"):
+        optimizer.step()
+
+
 def test_a_group_whose_method_is_edited_needs_its_options_and_no_old_state() -> None:
     params = leaves()
     optimizer = mixed(params)
@@ -217,6 +261,28 @@ def test_a_group_whose_method_is_edited_needs_its_options_and_no_old_state() -> 
     del optimizer.state[params["a"]]
     optimizer.step()
     assert list(optimizer.state[params["a"]]) == ["step", "square_avg"]
+
+
+def test_a_method_that_is_deleted_or_a_class_is_refused() -> None:
+    optimizer = mixed(leaves())
+    give_grads(params_of(optimizer), 0)
+    optimizer.step()
+    lion = optimizer.param_groups[1]
+    lion["method"] = Lion
+    with pytest.raises(ValueError, match=r"group\['method'\] must be a text, 'lion' here, got <class"):
+        optimizer.step()
+    del lion["method"]
+    with pytest.raises(ValueError, match="a group with no method of its own lacks eps, amsgrad"):
+        optimizer.step()
+
+
+def test_the_name_of_the_class_itself_is_no_other_method() -> None:
+    optimizer = mixed(leaves())
+    give_grads(params_of(optimizer), 0)
+    optimizer.step()
+    optimizer.param_groups[0]["method"] = "adamw"
+    optimizer.step()
+    assert float(optimizer.state[optimizer.param_groups[0]["params"][0]]["step"]) == 2
 
 
 def test_a_parameter_that_moves_to_a_group_of_another_method_is_refused() -> None:
@@ -258,6 +324,35 @@ def test_what_a_method_has_not_is_refused_in_torchs_groups() -> None:
     with pytest.raises(ValueError, match="'eps', for a group, is no option of Lion"):
         optimizer.add_param_group({"params": [torch.zeros(2, requires_grad=True)], "method": "lion", "eps": 1e-3})
     assert len(optimizer.param_groups) == 1
+
+
+def test_groups_make_other_groups_and_optimizers() -> None:
+    params = leaves()
+    optimizer = mixed(params)
+    copied = {**optimizer.param_groups[2], "params": [torch.zeros(2, requires_grad=True)], "param_names": ["f"]}
+    optimizer.add_param_group(copied)
+    other = AdamW(optimizer.param_groups)
+    assert [group.get("method") for group in other.param_groups] == [
+        group.get("method") for group in optimizer.param_groups
+    ]
+    assert other.param_groups[5]["momentum"] == 0.9
+
+
+class Needy(FirstOrder):
+    def __init__(self, params: Any, lr: float) -> None:
+        super().__init__(params, {"lr": lr})
+
+
+def test_a_class_with_an_option_without_default_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"AdamW: a class that is the method of a group needs a default .* 'lr'"):
+        AdamW(leaves().items(), groups=[("a", dict(method=Needy, lr=0.1))])
+
+
+@pytest.mark.parametrize("method", [FirstOrder, "routedoptimizer"])
+def test_a_base_class_is_no_method(method: Any) -> None:
+    with pytest.raises(ValueError, match="rmsprop, rowwiseadagrad") as error:
+        AdamW(leaves().items(), groups=[("a", dict(method=method))])
+    assert ", routedoptimizer" not in str(error.value)
 
 
 def test_a_class_that_checkpoints_cannot_name_is_refused() -> None:
@@ -309,3 +404,16 @@ def test_init_state_makes_the_state_of_each_method() -> None:
     assert keys["c"] == ["square"]
     assert keys["d"] == ["step", "mu_product", "exp_avg", "exp_avg_sq"]
     assert keys["e"] == ["step", "exp_avg", "exp_avg_sq"]
+    twin = mixed(leaves())
+    for each in (optimizer, twin):
+        give_grads(params_of(each), 0)
+        each.step()
+    assert all(map(torch.equal, params_of(optimizer), params_of(twin)))
+    assert_same_bits(state_of(optimizer), state_of(twin))
+
+
+def test_init_state_makes_copies_of_parameters_without_a_graph() -> None:
+    optimizer = mixed(leaves(), ema=0.9)
+    optimizer.init_state()
+    assert not any(optimizer.state[param]["ema"].requires_grad for param in params_of(optimizer))
+    copy.deepcopy(optimizer)

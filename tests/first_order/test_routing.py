@@ -88,6 +88,9 @@ def test_routes_of_a_module() -> None:
         ("mixer.token_mixing.weight", "matrix"),
         ("decoder.score.weight", "matrix"),
         ("header.weight", "matrix"),
+        ("mlp.experts.gate_up_proj_bias", "bias"),
+        ("attention.relative_position_bias_table", "bias"),
+        ("mixer.A_log", "dynamics"),
     ],
 )
 def test_routes_by_name(name: str, reason: str) -> None:
@@ -107,10 +110,37 @@ def test_an_output_layer_that_is_tied_to_an_embedding_is_no_matrix() -> None:
         (nn.ModuleList([nn.Linear(3, 3), nn.Linear(3, 3)]), "linear"),  # a body without a head
         (nn.Sequential(*[nn.Sequential(nn.Linear(3, 3), nn.ReLU()) for _ in range(2)]), "linear"),
         (nn.Linear(3, 3), "output"),
+        (nn.Sequential(nn.Linear(3, 4), nn.Conv1d(4, 4, 3), nn.Conv1d(4, 2, 3)), "output"),
+        (nn.Sequential(nn.Embedding(5, 4), nn.MultiheadAttention(4, 2)), "linear"),
     ],
 )
-def test_the_last_linear_layer_makes_outputs_unless_it_is_one_of_many(model: nn.Module, reason: str) -> None:
+def test_the_last_layer_makes_outputs_unless_it_is_one_of_many(model: nn.Module, reason: str) -> None:
     assert [route for route in routes(model).values() if route.decays][-1].reason == reason
+
+
+def test_only_the_last_of_linear_layers_and_convolutions_makes_outputs() -> None:
+    model = nn.Sequential(nn.Conv1d(4, 4, 3), nn.Linear(3, 4), nn.Conv1d(4, 2, 3))
+    assert [route.reason for route in routes(model).values() if route.decays] == ["convolution", "linear", "output"]
+
+
+def test_a_complex_matrix_is_none_and_a_lazy_parameter_has_no_route_yet() -> None:
+    assert routes([("weight", torch.zeros(2, 2, dtype=torch.complex64))])["weight"] == (False, True, "complex", False)
+    with pytest.raises(ValueError, match="weight has no shape yet, which tells matrices apart: run the model once"):
+        Muon(nn.LazyLinear(3))
+
+
+@pytest.mark.parametrize(
+    ("adamw", "text"),
+    [
+        (dict(method="lion"), "Muon: adamw takes options of AdamW, and 'method' is none"),
+        (dict(lr_scale=0.5), "and 'lr_scale' is none"),
+        (3, "Muon: adamw must be a dict of AdamW's options, got 3"),
+        (dict(momentum=0.9), "'momentum', for adamw, is no option of AdamW"),
+    ],
+)
+def test_options_of_adamw_inside_are_checked(adamw: Any, text: str) -> None:
+    with pytest.raises(ValueError, match=text):
+        Muon(chars(), adamw=adamw)
 
 
 def chars(seed: int = 0) -> nn.Module:
@@ -146,7 +176,12 @@ def test_groups_override_and_keep_the_route() -> None:
     optimizer = Muon(
         chars(),
         lr=0.02,
-        groups=[("4.weight", dict(method="muon", lr=0.1)), ("1.*", dict(lr=0.5)), ("2.*", dict(method="lion"))],
+        groups=[
+            ("4.weight", dict(method="muon", lr=0.1)),
+            ("0.weight", dict(method=None)),
+            ("1.*", dict(lr=0.5)),
+            ("2.*", dict(method="lion")),
+        ],
     )
     found = {
         name: (group.get("method"), group["lr"], group["weight_decay"])
@@ -154,7 +189,7 @@ def test_groups_override_and_keep_the_route() -> None:
         for name in group["param_names"]
     }
     assert found == {
-        "0.weight": ("adamw", 1e-3, 1e-2),
+        "0.weight": (None, 0.02, 0.1),
         "3.bias": ("adamw", 1e-3, 0.0),
         "4.bias": ("adamw", 1e-3, 0.0),
         "3.weight": (None, 0.02, 0.1),

@@ -72,10 +72,12 @@ def test_run_resumed_from_a_folder_equals_an_uninterrupted_one(name: str, tmp_pa
 
 @pytest.mark.parametrize("name", ELEMENTWISE)
 def test_parameters_swapped_after_construction_are_the_ones_that_move(name: str) -> None:
-    optimizer = build(ELEMENTWISE[name], network(seed=1).parameters(), lr=0.01)
-    model, plain = network(), network()
+    first, model, plain = network(seed=1), network(), network()
+    optimizer = build(ELEMENTWISE[name], first.parameters(), lr=0.01)
     loss_of(model, 0).backward()
-    optimizer.param_groups[0]["params"] = list(model.parameters())  # as Accelerate does for FSDP
+    swapped = dict(zip(first.parameters(), model.parameters(), strict=True))
+    for group in optimizer.param_groups:  # as Accelerate does for FSDP
+        group["params"] = [swapped[param] for param in group["params"]]
     optimizer.step()
     loss_of(plain, 0).backward()
     build(ELEMENTWISE[name], plain.parameters(), lr=0.01).step()

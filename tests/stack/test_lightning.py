@@ -65,7 +65,9 @@ def fit(module: Training, folder: Path, epochs: int, resume: Path | None = None,
 
 
 @pytest.mark.parametrize("is_manual", [False, True], ids=["automatic", "manual"])
-@pytest.mark.parametrize("name", [name for name in ELEMENTWISE if name in TWINS])
+@pytest.mark.parametrize(
+    "name", [name for name in ELEMENTWISE if name in TWINS and name != "Muon"]
+)  # torch's takes no biases
 def test_lightning_trains_as_with_torch(name: str, is_manual: bool, tmp_path: Path) -> None:
     ours, theirs = (Training(kind, is_manual) for kind in TWINS[name])
     for module in (ours, theirs):

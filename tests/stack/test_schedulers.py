@@ -81,9 +81,10 @@ def test_scheduler_drives_ours_as_torchs(optimizer: str, name: str, tensor_lr: b
         return
     assert ours[0] == theirs[0]
     assert ours[3] == theirs[3]
-    # float64, nine steps
+    # float64, nine steps; torch's Muon multiplies in bfloat16
+    tolerance = 0.03 if optimizer == "Muon" else 1e-11
     for mine, his in zip(ours[1], theirs[1], strict=True):
-        torch.testing.assert_close(mine, his, rtol=1e-11, atol=1e-11)
+        torch.testing.assert_close(mine, his, rtol=tolerance, atol=tolerance)
     if optimizer != "LBFGS":
         assert_same_state(ours[2], theirs[2], rtol=1e-11, atol=1e-11)
 

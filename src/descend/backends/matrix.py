@@ -64,18 +64,26 @@ class MatrixBackend(eager.EagerBackend):
         params: Sequence[Tensor],
         rows: Sequence[int] | np.ndarray,
     ) -> MatrixLaunch:
-        return MatrixLaunch(rule, scalars, params, rows)
+        return MatrixLaunch(rule, scalars, dtypes, params, rows)
 
 
 class MatrixLaunch(eager.EagerLaunch):
     """See ``backend.Launch``."""
 
     def __init__(
-        self, rule: Callable[..., Any], scalars: int, params: Sequence[Tensor], rows: Sequence[int] | np.ndarray
+        self,
+        rule: Callable[..., Any],
+        scalars: int,
+        dtypes: tuple[torch.dtype, ...],
+        params: Sequence[Tensor],
+        rows: Sequence[int] | np.ndarray,
     ) -> None:
         super().__init__(rule, scalars, params, rows)
         self._stacked: Callable[[], Callable[..., Any]] | None = getattr(rule, "stacked", None)
-        self._batches = _batches(params, rows, self._stacked is not None)
+        # In float64, torch rounds products of stacks otherwise than single ones: results would depend on which other
+        # parameters have gradients, and on whether a plan is new.
+        may_stack = self._stacked is not None and torch.float64 not in dtypes
+        self._batches = _batches(params, rows, may_stack)
         self._overwrites: bool = getattr(rule, "overwrites", False)
         self._in_pieces = Pieces()
         self._on_pieces = rule

@@ -27,7 +27,7 @@ from descend.checkpoint.reading import (
 from descend.core import memory
 from descend.core.memory import as_real, row_state_shape
 from descend.core.method import Method
-from descend.core.optimizer import MethodOptimizer
+from descend.core.optimizer import MethodOptimizer, is_option
 from descend.core.signature import signature
 from descend.distributed.dtensors import (
     has_whole_rows,
@@ -143,6 +143,13 @@ class _Reading:
             ValueError: if they have not, and everything shall be loaded.
         """
         own = type(self.optimizer).__name__.lower()
+        if "method" not in saved and (foreign := self._foreign_options(group, saved)):
+            if self.strict:
+                raise ValueError(
+                    f"{self.who}: {what} of the loaded state dict has {listed(foreign)}, which the method "
+                    f"{group['method']!r} has not: is it another optimizer's? strict=False leaves it aside."
+                )
+            return False
         here, there = group.get("method", own), saved.get("method", group.get("method", own))
         if here != there and self.strict:
             raise ValueError(
@@ -150,6 +157,13 @@ class _Reading:
                 "strict=False leaves it aside, and its parameters begin anew."
             )
         return bool(here == there)
+
+    def _foreign_options(self, group: Mapping[str, Any], saved: Mapping[str, Any]) -> list[str]:
+        """Options of a saved group without a method that show it to be of another one than the group's."""
+        if "method" not in group:  # then both are the optimizer's own
+            return []
+        known = self.optimizer.method_of(group).defaults
+        return [key for key in options_of(saved) if key not in known and is_option(key)]
 
     def _load_options(
         self, group: dict[str, Any], saved: Mapping[str, Any], source: int, clone: Callable[[Tensor], Tensor]

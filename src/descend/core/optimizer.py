@@ -10,7 +10,7 @@ import sys
 from abc import abstractmethod
 from collections.abc import Iterable, Mapping
 from functools import reduce
-from typing import Any
+from typing import Any, ClassVar
 from weakref import WeakMethod
 
 import torch
@@ -75,6 +75,8 @@ class MethodOptimizer(Method, Optimizer):
             by itself. Copies and pickles leave them out.
     """
 
+    is_base: ClassVar[bool] = True  # of a class itself: others are made from it, and it is no method
+
     agreed_meshes: set[Any]
     state_meshes: dict[Any, Any]
     observer: Observer | None = None
@@ -128,7 +130,7 @@ class MethodOptimizer(Method, Optimizer):
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
-        if MethodOptimizer not in cls.__bases__ and str(cls.__module__).startswith(f"{__name__.partition('.')[0]}."):
+        if not vars(cls).get("is_base") and str(cls.__module__).startswith(f"{__name__.partition('.')[0]}."):
             _classes[cls.__name__.lower()] = cls
 
     def _begin(self) -> None:
@@ -160,19 +162,28 @@ class MethodOptimizer(Method, Optimizer):
         method = self._methods.get(name) if isinstance(name, str) else None
         if method is None:
             kind = self._class_called(name)
-            method = self._methods[_name_of(kind)] = kind([torch.zeros(0, 0, device="cpu")])  # type: ignore[call-arg]
+            method = self._methods[_name_of(kind)] = self._only_describing(kind)
             name_of = WeakMethod(self.name_of)
             method.name_of = lambda param: name_of()(param)  # type: ignore[method-assign, misc]
         method.options = self.options
         return method
+
+    def _only_describing(self, kind: type[MethodOptimizer]) -> MethodOptimizer:
+        try:
+            return kind([torch.zeros(0, 0, device="cpu")])  # type: ignore[call-arg]
+        except TypeError as error:
+            raise ValueError(
+                f"{type(self).__name__}: a class that is the method of a group needs a default for each of its "
+                f"options: {error}"
+            ) from error
 
     def _class_called(self, name: Any) -> type[MethodOptimizer]:
         kind = name
         if isinstance(name, str):
             module, _, path = name.partition(":")
             kind = _classes.get(name) or reduce(_attribute, path.split("."), sys.modules.get(module))
-        if not (isinstance(kind, type) and issubclass(kind, MethodOptimizer) and kind.is_for_groups):
-            names = [name for name, each in sorted(_classes.items()) if each.is_for_groups]
+        if not (isinstance(kind, type) and issubclass(kind, MethodOptimizer) and _may_be_a_method(kind)):
+            names = [name for name, each in sorted(_classes.items()) if _may_be_a_method(each)]
             raise ValueError(
                 f"{type(self).__name__}: method must be one of {', '.join(names)}, or a class made from FirstOrder, "
                 f"got {name!r}."
@@ -181,17 +192,23 @@ class MethodOptimizer(Method, Optimizer):
 
     def check_has_options(self, group: Mapping[str, Any]) -> None:
         """Raise ``ValueError`` if a group's method has been edited, and its options have not."""
-        if "method" in group:
-            method = self.method_of(group)
-            if lacking := [key for key in method.defaults if key not in group]:
-                raise ValueError(
-                    f"{type(self).__name__}: a group with method={group['method']!r} lacks {', '.join(lacking)}: give "
-                    "it the options of its method too. Nothing has moved."
-                )
+        name, own = group.get("method"), type(self).__name__
+        if not isinstance(name, str | None):
+            raise ValueError(
+                f"{own}: group['method'] must be a text, {_name_of(self._class_called(name))!r} here, got {name!r}. "
+                "Nothing has moved."
+            )
+        has_methods = "method" in group or self._methods
+        lacking = [key for key in self.method_of(group).defaults if key not in group] if has_methods else []
+        if lacking:
+            raise ValueError(
+                f"{own}: a group with {f'method={name!r}' if name else 'no method of its own'} lacks "
+                f"{', '.join(lacking)}: give it the options of its method too. Nothing has moved."
+            )
 
     def check_made_by(self, param: Tensor, group: Mapping[str, Any]) -> None:
         """Raise ``RuntimeError`` if another method than its group's has made the state of ``param``."""
-        name = group.get("method")
+        name = self._foreign_method(group)
         made_by = self._made_by.get(param) if self._made_by else None  # type: ignore[no-untyped-call]
         if made_by != name and self.state_of(param):
             own = type(self).__name__
@@ -202,10 +219,15 @@ class MethodOptimizer(Method, Optimizer):
 
     def note_made_by(self, param: Tensor, group: Mapping[str, Any]) -> None:
         """Remember which method has made the state of ``param``."""
-        if (name := group.get("method")) is not None:
+        if (name := self._foreign_method(group)) is not None:
             self._made_by[param] = name
         elif self._made_by:
             self._made_by.pop(param, None)  # type: ignore[no-untyped-call]
+
+    def _foreign_method(self, group: Mapping[str, Any]) -> str | None:
+        """The name of the group's method; None if that is this class."""
+        name = group.get("method")
+        return None if name is None or _classes.get(name) is type(self) else name
 
     def methods(self) -> list[tuple[Method, list[dict[str, Any]]]]:
         """Each method, and the groups that have it."""
@@ -226,7 +248,9 @@ class MethodOptimizer(Method, Optimizer):
         if (name := options.pop("method", None)) is None or (kind := self._class_called(name)) is type(self):
             return {**self.defaults, **options}
         method = self._method_called(_name_of(kind))
-        lacking = [key for key in options if key not in method.defaults and _owners(key)]
+        # Made from a group that exists: see ``add_param_group``.
+        kept = [key for key in _SCHEDULED if key in self.defaults]
+        lacking = [key for key in options if key not in (*method.defaults, *kept) and _owners(key)]
         if lacking:
             raise ValueError(f"{type(self).__name__}: {_no_option(lacking[0], method, 'a group')}")
         inherited = {key: self.defaults[key] for key in _INHERITED if key in self.defaults and key in method.defaults}
@@ -241,7 +265,8 @@ class MethodOptimizer(Method, Optimizer):
 
         Where there is an ``lr`` there may be an ``lr_scale``, see ``with_lr``.
         """
-        kind = self._class_called(options["method"]) if "method" in options else type(self)
+        name = options.get("method")
+        kind = type(self) if name is None else self._class_called(name)
         method = self if kind is type(self) else self._method_called(_name_of(kind))
         for key in options:
             is_scale = key == "lr_scale" and "lr" in method.defaults
@@ -354,6 +379,10 @@ for _field in dataclasses.fields(StepOptions):
     setattr(MethodOptimizer, _field.name, _Option(_field.name))
 
 
+def _may_be_a_method(kind: type[MethodOptimizer]) -> bool:
+    return kind.is_for_groups and not vars(kind).get("is_base")
+
+
 def _name_of(kind: type[MethodOptimizer]) -> str:
     """What groups call a class: a short name, or where it is found. It must be found there again."""
     name = kind.__name__.lower()
@@ -379,6 +408,11 @@ def _no_option(key: str, method: Method, where: str) -> str:
         f"{key!r}, for {where}, is no option of {type(method).__name__}.{having} There are "
         f"{', '.join(method.defaults)}."
     )
+
+
+def is_option(key: str) -> bool:
+    """Whether some class of this library has an option of this name."""
+    return bool(_owners(key))
 
 
 def _owners(option: str) -> list[str]:

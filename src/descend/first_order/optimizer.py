@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch._compile import _disable_dynamo
 from torch.optim import Optimizer
 from torch.optim import optimizer as torch_optimizer
+from torch.utils.weak import WeakIdKeyDictionary
 from typing_extensions import Unpack
 
 from descend.checkpoint import per_parameter
@@ -53,6 +54,7 @@ class FirstOrder(MethodOptimizer):
         if cls.__doc__:
             cls.__doc__ = with_sections(cls.__doc__, _shared_sections())
 
+    is_base = True
     _is_averaged = False  # whether the weights are their averages now
 
     @shows_options
@@ -387,6 +389,7 @@ class FirstOrder(MethodOptimizer):
         ours = ("skipped_steps", "grad_norm", "_patterns")
         # A process group cannot be copied; its mesh can, and finds the group by its name.
         options = {**vars(self.options), "shard_state": state_mesh(self)}
+        options["_made_by"] = list(self._made_by.items())  # type: ignore[no-untyped-call]
         return {**super().__getstate__(), **options, **{name: getattr(self, name) for name in ours}}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -397,7 +400,9 @@ class FirstOrder(MethodOptimizer):
         is_new = "_tables" not in self.__dict__
         if is_new:
             self._begin()
-        set_state(self, {key: value for key, value in state.items() if key not in {*options, *counts}})
+        before = {param: self.state_of(param) for param in dict.keys(self.__dict__.get("state", {}))}
+        apart = {*options, *counts, "_made_by"}
+        set_state(self, {key: value for key, value in state.items() if key not in apart})
         for name, value in counts.items():
             setattr(self, name, value)
         self.options = replace(self.__dict__.get("options", StepOptions()), **options)
@@ -413,7 +418,10 @@ class FirstOrder(MethodOptimizer):
                 group.setdefault(key, value)
             group.update(method.fixed_options)
             for param in group["params"]:
-                self.note_made_by(param, group)
+                if is_new or self.state_of(param) is not before.get(param):  # loaded, and not kept
+                    self.note_made_by(param, group)
+        if "_made_by" in state:
+            self._made_by = WeakIdKeyDictionary(state["_made_by"])
         if not isinstance(self.state, State):
             content, self.state = self.state, State.owned_by(self)
             self.state.update(content)  # counts as exposed: whoever made it may still hold it

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 from typing_extensions import Unpack
 
 from descend.core.groups import Groups, ParamsT, grouped, named
@@ -21,6 +22,8 @@ _EMBEDDING = re.compile(
     r"(\w*_)?(embed(ding)?s?|emb|wte|wpe)(_\w+)?|rel_pos\w*|pos(itional)?_enc\w*|positions?|relative_attention_bias"
 )
 _TOKEN = re.compile(r"(\w*_)?tokens?|pos|cls")
+_BIAS = re.compile(r"(\w*_)?bias(es)?(_\w+)?")  # gate_up_proj_bias, one row an expert
+_DYNAMICS = re.compile(r"A_logs?")  # of state space models: rates of decay
 _OUTPUT = re.compile(r"(\w+_)?head|classifier|logits|embed_out|unembed(ding)?|output_projection")
 _OUTPUT_ABOVE = re.compile(r"(\w+_)?heads?|classifier|score|proj_out")
 _CALLER = 7  # frames between a warning and whoever constructs the optimizer
@@ -62,7 +65,7 @@ def routes(params: nn.Module | Iterable[tuple[str, Tensor]]) -> dict[str, Route]
     """
     if not isinstance(params, nn.Module):
         return {name: _by_name(name, param) or _matrix(param, "expert" in name) for name, param in params}
-    head = _last_linear(params)
+    head = _output_layer(params)
     # A tied weight has several owners, and one name: it is an embedding if one of them is.
     owners: dict[Tensor, list[tuple[str, nn.Module]]] = {}
     for prefix, module in params.named_modules():
@@ -100,21 +103,29 @@ def _matrix(param: Tensor, is_stack: bool) -> Route:
 def _by_name(name: str, param: Tensor) -> Route | None:
     """The route that a name and the dimensions decide; None for what may be a matrix."""
     *modules, last = name.split(".")
+    if is_lazy(param):
+        raise ValueError(f"{name} has no shape yet, which tells matrices apart: run the model once before.")
     if param.ndim < 2:
         return Route(False, False, "bias" if "bias" in last else "vector" if param.ndim else "scalar")
+    if param.is_complex():
+        return Route(False, True, "complex")
     if modules and (_OUTPUT.fullmatch(modules[-1]) or _OUTPUT_ABOVE.fullmatch(modules[0])):
         return Route(False, True, "output")
     if any(map(_EMBEDDING.fullmatch, [*modules, last])) or _TOKEN.fullmatch(last):
         return Route(False, True, "embedding")
+    if _BIAS.fullmatch(last):
+        return Route(False, False, "bias")
+    if _DYNAMICS.fullmatch(last):
+        return Route(False, False, "dynamics")
     is_vector = param.numel() == max(param.shape)
     return Route(False, True, "vector") if is_vector else None
 
 
-def _last_linear(model: nn.Module) -> nn.Module | None:
-    """The last linear layer, if no repeated block contains it: it makes the outputs."""
+def _output_layer(model: nn.Module) -> nn.Module | None:
+    """The last linear layer or convolution, if no repeated block and no attention contains it."""
     found, path = None, []
     for name, module in model.named_modules():
-        if isinstance(module, nn.Linear):
+        if isinstance(module, (nn.Linear, *_CONVOLUTIONS)):
             found, path = module, name.split(".")
     holder = model
     for name in path[:-1]:
@@ -123,7 +134,7 @@ def _last_linear(model: nn.Module) -> nn.Module | None:
         if isinstance(holder, nn.ModuleList) or len(siblings) > 1:
             return None
         holder = child
-    return None if isinstance(holder, nn.ModuleList) else found
+    return None if isinstance(holder, nn.ModuleList | nn.MultiheadAttention) else found
 
 
 def routed(
@@ -214,15 +225,21 @@ class RoutedOptimizer(FirstOrder):
         adamw: options of AdamW inside, beside its own defaults.
     """
 
+    is_base = True
+
     adamw: Mapping[str, Any]
 
     def __init__(
         self, params: ParamsT, defaults: dict[str, Any], adamw: Mapping[str, Any] | None, **options: Unpack[Options]
     ) -> None:
+        if not isinstance(adamw, Mapping | None):
+            raise ValueError(f"{type(self).__name__}: adamw must be a dict of AdamW's options, got {adamw!r}.")
         self.adamw = dict(adamw or {})
         super().__init__(params, defaults, **options)
 
     def _sorted(self, params: ParamsT, groups: Groups | None) -> tuple[Any, dict[str, str]]:
+        if added := [key for key in ("method", "lr_scale") if key in self.adamw]:
+            raise ValueError(f"{type(self).__name__}: adamw takes options of AdamW, and {added[0]!r} is none.")
         self.check_names({"method": "adamw", **self.adamw}, "adamw")
         self.method_of({"method": "adamw"}).check_group(self.completed({"method": "adamw"}))
         return routed(type(self).__name__, params, groups, self.check_names)

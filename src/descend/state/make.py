@@ -111,6 +111,7 @@ def step_counts(method: Method, rule: Callable[..., Any], states: Sequence[Mappi
     ]
 
 
+@torch.no_grad()
 def init_state(optimizer: MethodOptimizer) -> None:
     """Make the state of all parameters that require gradients."""
     for group in optimizer.param_groups:
@@ -119,6 +120,8 @@ def init_state(optimizer: MethodOptimizer) -> None:
             if param.requires_grad:
                 rule = method.rule_of(param, group)
                 state = dict.get(optimizer.state, param)
+                if not state:
+                    optimizer.note_made_by(param, group)
                 made = ensure_state(optimizer, param, rule, group, lazy=optimizer.options.sparse is not None)
                 if made and not method.counts_steps and (not state or type(state) is InitialState):
                     dict.__setitem__(optimizer.state, param, InitialState(made))
