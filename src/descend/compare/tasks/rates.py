@@ -7,7 +7,7 @@ from collections.abc import Mapping
 # Each as a multiple of Adam's rate.
 LIKE_ADAM = {
     **dict.fromkeys(("adam", "adamw", "nadam", "radam", "sparseadam", "adamwschedulefree"), 1.0),
-    **dict.fromkeys(("adopt", "ademamix", "adan", "mars", "soap"), 1.0),  # their first steps are as long as Adam's
+    **dict.fromkeys(("adopt", "ademamix", "adan", "mars", "soap"), 1.0),  # their steps are about as long as Adam's
     "adamax": 2.0,  # as in Kingma & Ba 2015, whose defaults are 0.001 and 0.002
     "rmsprop": 0.5,  # its first steps are 1 / sqrt(1 - alpha) = 10 times Adam's
     "rprop": 0.5,  # of the first step only
