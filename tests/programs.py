@@ -36,7 +36,7 @@ def public_classes() -> dict[str, Any]:
 
 
 OURS = public_classes()
-ELEMENTWISE = {name: kind for name, kind in OURS.items() if name not in (*WITH_CLOSURE, "SparseAdam")}
+FIRST_ORDER = {name: kind for name, kind in OURS.items() if name not in (*WITH_CLOSURE, "SparseAdam")}
 TWINS = {name: (kind, getattr(torch.optim, name)) for name, kind in OURS.items() if hasattr(torch.optim, name)}
 
 

@@ -127,7 +127,7 @@ def test_state_loads_into_what_was_loaded_or_copied_before(name: str, first: str
     ](optimizer)
     for _ in range(2):
         twin.load_state_dict(optimizer.state_dict())
-    twin.add_param_group({"params": leaves([(2,)])})
+    twin.add_param_group({"params": leaves([(2, 2)])})
     assert twin.defaults == defaults  # torch adds "differentiable" to those of classes without it
     for group in twin.param_groups:
         assert {key: group[key] for key in group if key != "params"} == options | {
@@ -295,10 +295,10 @@ def test_integers_and_foreign_values_are_kept() -> None:
 
 @pytest.mark.parametrize("name", OURS)
 def test_what_a_program_keeps_in_the_state_beside_parameters_stays(name: str) -> None:
-    optimizer = build(OURS[name], leaves([(3,)]))
+    optimizer = build(OURS[name], leaves([(3, 1)]))
     optimizer.state["epochs"] = 3
     advance(optimizer, 0)
-    twin = build(OURS[name], leaves([(3,)]))
+    twin = build(OURS[name], leaves([(3, 1)]))
     twin.load_state_dict(MappingProxyType(optimizer.state_dict()))  # any mapping will do
     advance(twin, 1)
     assert twin.state["epochs"] == twin.state_dict()["state"]["epochs"] == 3

@@ -11,11 +11,11 @@ from typing import Any
 import pytest
 import torch
 from cases import assert_same_bits, give_grads, leaves, params_of, state_of
-from programs import ELEMENTWISE, OURS, TWINS, advance, build
+from programs import FIRST_ORDER, OURS, TWINS, advance, build
 from torch import Tensor
 
-FUSED = [name for name in ELEMENTWISE if name in TWINS and "fused" in inspect.signature(TWINS[name][1]).parameters]
-AMSGRAD = [name for name in ELEMENTWISE if "amsgrad" in inspect.signature(ELEMENTWISE[name]).parameters]
+FUSED = [name for name in FIRST_ORDER if name in TWINS and "fused" in inspect.signature(TWINS[name][1]).parameters]
+AMSGRAD = [name for name in FIRST_ORDER if "amsgrad" in inspect.signature(FIRST_ORDER[name]).parameters]
 
 
 def arguments_of(name: str) -> dict[str, Any]:
@@ -47,7 +47,7 @@ def test_fused_heeds_strides(name: str, layout: str) -> None:
 
 @pytest.mark.parametrize("name", AMSGRAD)
 def test_amsgrad_turned_on_in_mid_run_starts_with_a_maximum_of_zero(name: str) -> None:
-    optimizer = build(ELEMENTWISE[name], leaves([(3, 2)]))
+    optimizer = build(FIRST_ORDER[name], leaves([(3, 2)]))
     (param,) = params_of(optimizer)
     advance(optimizer, 0)
     optimizer.param_groups[0]["amsgrad"] = True
@@ -71,16 +71,16 @@ def test_loaded_state_is_not_shared(name: str) -> None:
         advance(target, seed)
     target.param_groups[0]["lr"] = 77.0
     after = state_of(source)
-    if name in ELEMENTWISE:
+    if name in FIRST_ORDER:
         assert_same_bits(after, before)
     assert str(after) == str(before)
     assert source.param_groups[0].get("lr") != 77.0
 
 
-@pytest.mark.parametrize("name", ELEMENTWISE)
+@pytest.mark.parametrize("name", FIRST_ORDER)
 def test_deepcopy_keeps_what_is_not_in_the_groups(name: str) -> None:
     options = dict(max_norm=0.5, nonfinite="skip", backend="eager", state_dtype=torch.float64)
-    optimizer = build(ELEMENTWISE[name], leaves([(3, 2)]), **options)
+    optimizer = build(FIRST_ORDER[name], leaves([(3, 2)]), **options)
     advance(optimizer, 0)
     twin = copy.deepcopy(optimizer)
     assert {key: getattr(twin, key) for key in options} == options
@@ -89,11 +89,11 @@ def test_deepcopy_keeps_what_is_not_in_the_groups(name: str) -> None:
     assert torch.equal(*params_of(optimizer), *params_of(twin))
 
 
-@pytest.mark.parametrize("name", ELEMENTWISE)
+@pytest.mark.parametrize("name", FIRST_ORDER)
 def test_float16_with_default_options_stays_finite(name: str) -> None:
     param = torch.linspace(-1, 1, 8).view(4, 2).half().requires_grad_()
     options = dict(d0=1e-2) if name == "Prodigy" else {}  # float16 rounds steps of 1e-6 away, and with them progress
-    optimizer = build(ELEMENTWISE[name], [param], **options)
+    optimizer = build(FIRST_ORDER[name], [param], **options)
     before = param.detach().clone()
     for grad in (1.0, 0.0, 1e-4, 1.0):  # ADOPT's first step moves nothing
         param.grad = torch.full_like(param, grad)
@@ -104,10 +104,10 @@ def test_float16_with_default_options_stays_finite(name: str) -> None:
     assert {value.dtype for value in optimizer.state[param].values() if isinstance(value, Tensor)} <= {torch.float32}
 
 
-@pytest.mark.parametrize("name", [name for name in ELEMENTWISE if "betas" in arguments_of(name)])
+@pytest.mark.parametrize("name", [name for name in FIRST_ORDER if "betas" in arguments_of(name)])
 def test_averages_of_bfloat16_decay_with_wider_state(name: str) -> None:
     param = torch.ones(4).bfloat16().requires_grad_()
-    optimizer = build(ELEMENTWISE[name], [param], state_dtype=torch.float32)
+    optimizer = build(FIRST_ORDER[name], [param], state_dtype=torch.float32)
     averages = []
     for step in range(20):
         param.grad = torch.full_like(param, 1.0 if step < 2 else 0.0)

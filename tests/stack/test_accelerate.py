@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from programs import ELEMENTWISE, Words, assert_same_model, bags, build, exact_adamw, loss_of, network
+from programs import FIRST_ORDER, Words, assert_same_model, bags, build, exact_adamw, loss_of, network
 from torch import nn
 
 with warnings.catch_warnings():
@@ -37,12 +37,12 @@ def train(accelerator: Any, model: nn.Module, optimizer: Any, scheduler: Any, se
             scheduler.step()
 
 
-@pytest.mark.parametrize("name", ELEMENTWISE)
+@pytest.mark.parametrize("name", FIRST_ORDER)
 def test_prepared_training_equals_plain_training(name: str) -> None:
-    run = prepared(ELEMENTWISE[name])
+    run = prepared(FIRST_ORDER[name])
     train(*run, range(6))
     model = network()
-    optimizer = build(ELEMENTWISE[name], model.parameters(), lr=0.01, max_norm=1.0)
+    optimizer = build(FIRST_ORDER[name], model.parameters(), lr=0.01, max_norm=1.0)
     scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=8)
     for seed in range(6):
         optimizer.zero_grad()
@@ -54,14 +54,14 @@ def test_prepared_training_equals_plain_training(name: str) -> None:
 
 
 def test_steps_wait_for_accumulated_gradients() -> None:
-    run = prepared(ELEMENTWISE["AdamW"], gradient_accumulation_steps=2)
+    run = prepared(FIRST_ORDER["AdamW"], gradient_accumulation_steps=2)
     train(*run, range(4))
     assert {float(state["step"]) for state in run[2].optimizer.state.values()} == {2.0}
 
 
-@pytest.mark.parametrize("name", ELEMENTWISE)
+@pytest.mark.parametrize("name", FIRST_ORDER)
 def test_run_resumed_from_a_folder_equals_an_uninterrupted_one(name: str, tmp_path: Path) -> None:
-    whole, first, second = (prepared(ELEMENTWISE[name]) for _ in range(3))
+    whole, first, second = (prepared(FIRST_ORDER[name]) for _ in range(3))
     train(*whole, range(8))
     train(*first, range(4))
     first[0].save_state(str(tmp_path / "half"))
@@ -70,17 +70,17 @@ def test_run_resumed_from_a_folder_equals_an_uninterrupted_one(name: str, tmp_pa
     assert_same_model(second[1], whole[1])
 
 
-@pytest.mark.parametrize("name", ELEMENTWISE)
+@pytest.mark.parametrize("name", FIRST_ORDER)
 def test_parameters_swapped_after_construction_are_the_ones_that_move(name: str) -> None:
     first, model, plain = network(seed=1), network(), network()
-    optimizer = build(ELEMENTWISE[name], first.parameters(), lr=0.01)
+    optimizer = build(FIRST_ORDER[name], first.parameters(), lr=0.01)
     loss_of(model, 0).backward()
     swapped = dict(zip(first.parameters(), model.parameters(), strict=True))
     for group in optimizer.param_groups:  # as Accelerate does for FSDP
         group["params"] = [swapped[param] for param in group["params"]]
     optimizer.step()
     loss_of(plain, 0).backward()
-    build(ELEMENTWISE[name], plain.parameters(), lr=0.01).step()
+    build(FIRST_ORDER[name], plain.parameters(), lr=0.01).step()
     assert_same_model(model, plain)
 
 
@@ -102,7 +102,7 @@ def test_exact_sparse_training_is_dense_training() -> None:
 
 
 def test_accelerate_clips() -> None:
-    accelerator, model, optimizer, _ = prepared(ELEMENTWISE["SGD"])
+    accelerator, model, optimizer, _ = prepared(FIRST_ORDER["SGD"])
     accelerator.backward(loss_of(model, 0))
     accelerator.clip_grad_norm_(model.parameters(), 1e-3)
     optimizer.step()

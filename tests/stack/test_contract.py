@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from cases import assert_same_bits, assert_same_state, give_grads, leaves, params_of, state_of
-from programs import ELEMENTWISE, OURS, TWINS, advance, assert_same_model, batch, build, loss_of, network
+from programs import FIRST_ORDER, OURS, TWINS, advance, assert_same_model, batch, build, loss_of, network
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
@@ -114,11 +114,11 @@ def test_zero_grad_clears_or_zeroes(name: str) -> None:
 # Programs.
 
 
-@pytest.mark.parametrize("name", ELEMENTWISE)
+@pytest.mark.parametrize("name", FIRST_ORDER)
 def test_compiled_programs_train_as_eager_ones(name: str) -> None:
     torch.compiler.reset()
     models = [network() for _ in range(3)]
-    optimizers = [build(ELEMENTWISE[name], model.parameters(), lr=0.01) for model in models]
+    optimizers = [build(FIRST_ORDER[name], model.parameters(), lr=0.01) for model in models]
     whole = torch.compile(models[1], backend="eager")
 
     @torch.compile(backend="eager")
@@ -137,12 +137,12 @@ def test_compiled_programs_train_as_eager_ones(name: str) -> None:
         assert_same_model(model, models[0])
 
 
-@pytest.mark.parametrize("name", ELEMENTWISE)
+@pytest.mark.parametrize("name", FIRST_ORDER)
 def test_functional_call_programs_train_as_modules(name: str) -> None:
     model, plain = network(), network()
     params = {key: value.detach().clone().requires_grad_() for key, value in model.named_parameters()}
     optimizer, other = (
-        build(ELEMENTWISE[name], given, lr=0.01) for given in (params.items(), plain.named_parameters())
+        build(FIRST_ORDER[name], given, lr=0.01) for given in (params.items(), plain.named_parameters())
     )
     for seed in range(3):
         inputs, classes = batch(seed)
@@ -180,7 +180,7 @@ def averaged_run(kind: Any, make_average: Callable[[nn.Module], AveragedModel]) 
     [AveragedModel, lambda model: AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.9), use_buffers=True)],
     ids=["mean", "ema"],
 )
-@pytest.mark.parametrize("name", [name for name in ELEMENTWISE if name in TWINS])
+@pytest.mark.parametrize("name", [name for name in FIRST_ORDER if name in TWINS])
 def test_averaged_models_follow_as_with_torch(name: str, make_average: Any) -> None:
     (model, average), (their_model, their_average) = (averaged_run(kind, make_average) for kind in TWINS[name])
     for ours, theirs in ((model, their_model), (average, their_average)):
@@ -211,18 +211,18 @@ def test_swapped_in_parameters_step_as_in_torch_and_the_others_stay(name: str) -
 
 
 @pytest.mark.parametrize("flatten", [False, True])
-@pytest.mark.parametrize("name", ELEMENTWISE)
+@pytest.mark.parametrize("name", FIRST_ORDER)
 def test_distributed_state_dict_round_trips(name: str, flatten: bool) -> None:
     options = StateDictOptions(flatten_optimizer_state_dict=flatten)
     model, other = network(), network()
-    optimizer = build(ELEMENTWISE[name], model.parameters(), lr=0.01)
+    optimizer = build(FIRST_ORDER[name], model.parameters(), lr=0.01)
     for seed in range(3):
         loss_of(model, seed).backward()
         optimizer.step()
         optimizer.zero_grad()
     saved = copy.deepcopy(get_optimizer_state_dict(model, optimizer, options=options))
     other.load_state_dict(model.state_dict())
-    fresh = build(ELEMENTWISE[name], other.parameters(), lr=0.01)
+    fresh = build(FIRST_ORDER[name], other.parameters(), lr=0.01)
     set_optimizer_state_dict(other, fresh, saved, options=options)
     assert_same_bits(state_of(fresh), state_of(optimizer))
     for seed in range(3, 5):
@@ -233,8 +233,8 @@ def test_distributed_state_dict_round_trips(name: str, flatten: bool) -> None:
     assert_same_model(other, model)
 
 
-@pytest.mark.parametrize("name", ELEMENTWISE)
+@pytest.mark.parametrize("name", FIRST_ORDER)
 def test_distributed_state_dict_of_a_fresh_optimizer_moves_nothing(name: str) -> None:
     model, before = network(), network()
-    get_optimizer_state_dict(model, build(ELEMENTWISE[name], model.parameters(), lr=0.01))
+    get_optimizer_state_dict(model, build(FIRST_ORDER[name], model.parameters(), lr=0.01))
     assert_same_model(model, before)

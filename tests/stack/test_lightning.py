@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from programs import ELEMENTWISE, OURS, TWINS, Words, assert_same_model, bags, batch, build, exact_adamw, network
+from programs import FIRST_ORDER, OURS, TWINS, Words, assert_same_model, bags, batch, build, exact_adamw, network
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -66,7 +66,7 @@ def fit(module: Training, folder: Path, epochs: int, resume: Path | None = None,
 
 @pytest.mark.parametrize("is_manual", [False, True], ids=["automatic", "manual"])
 @pytest.mark.parametrize(
-    "name", [name for name in ELEMENTWISE if name in TWINS and name != "Muon"]
+    "name", [name for name in FIRST_ORDER if name in TWINS and name != "Muon"]
 )  # torch's takes no biases
 def test_lightning_trains_as_with_torch(name: str, is_manual: bool, tmp_path: Path) -> None:
     ours, theirs = (Training(kind, is_manual) for kind in TWINS[name])
@@ -93,9 +93,9 @@ def test_clipping_in_the_step_is_what_lightning_does(tmp_path: Path) -> None:
     torch.testing.assert_close(inside.state_dict(), outside.state_dict(), rtol=1e-10, atol=1e-12)  # float64, 4 steps
 
 
-@pytest.mark.parametrize("name", ELEMENTWISE)
+@pytest.mark.parametrize("name", FIRST_ORDER)
 def test_resumed_run_equals_an_uninterrupted_one_bit_for_bit(name: str, tmp_path: Path) -> None:
-    whole, first, second = (Training(ELEMENTWISE[name], options={"max_norm": 1.0}) for _ in range(3))
+    whole, first, second = (Training(FIRST_ORDER[name], options={"max_norm": 1.0}) for _ in range(3))
     fit(whole, tmp_path, epochs=4)
     saved = tmp_path / "half.ckpt"
     fit(first, tmp_path, epochs=2).save_checkpoint(saved)

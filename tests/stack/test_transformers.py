@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from programs import ELEMENTWISE, TWINS, assert_same_model, build
+from programs import FIRST_ORDER, TWINS, assert_same_model, build
 from torch import Tensor
 
 from descend import AdamW
@@ -89,7 +89,7 @@ def test_trainer_makes_the_optimizer_of_a_class_it_is_given(tmp_path: Path) -> N
     assert all(float(state["step"]) == STEPS for state in optimizer.state.values())
 
 
-@pytest.mark.parametrize("name", [name for name in ELEMENTWISE if name in TWINS])
+@pytest.mark.parametrize("name", [name for name in FIRST_ORDER if name in TWINS])
 def test_trainer_trains_as_with_torch(name: str, tmp_path: Path) -> None:
     ours, theirs = (train(kind, tmp_path / kind.__module__).model for kind in TWINS[name])
     for (key, mine), his in zip(ours.named_parameters(), theirs.parameters(), strict=True):
@@ -98,9 +98,9 @@ def test_trainer_trains_as_with_torch(name: str, tmp_path: Path) -> None:
         torch.testing.assert_close(mine, his, rtol=1e-4, atol=1e-4, msg=key)  # float32, six steps of 0.01
 
 
-@pytest.mark.parametrize("name", ELEMENTWISE)
+@pytest.mark.parametrize("name", FIRST_ORDER)
 def test_trainer_resumed_from_a_folder_equals_an_uninterrupted_run(name: str, tmp_path: Path) -> None:
-    whole = train(ELEMENTWISE[name], tmp_path)
-    resumed = train(ELEMENTWISE[name], tmp_path / "other", resume=str(tmp_path / f"checkpoint-{STEPS // 2}"))
+    whole = train(FIRST_ORDER[name], tmp_path)
+    resumed = train(FIRST_ORDER[name], tmp_path / "other", resume=str(tmp_path / f"checkpoint-{STEPS // 2}"))
     assert resumed.state.global_step == STEPS
     assert_same_model(resumed.model, whole.model)
