@@ -25,7 +25,7 @@ test-gpu: $(READY)  ## the tests that need a GPU; skipped where torch sees none
 
 test-stack: $(READY)  ## with Lightning, Accelerate and transformers
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[stack]'
-	$(BIN)/python -m pytest --numprocesses auto --dist worksteal tests/stack
+	$(BIN)/python -m pytest --numprocesses auto --dist worksteal --ignore tests/stack/contract tests/stack
 
 test-torch: $(OTHER)/ready  ## tests and doctests against another torch: make test-torch TORCH=2.15.0
 	$(OTHER)/bin/python -m pytest

@@ -39,6 +39,13 @@ OURS = public_classes()
 FIRST_ORDER = {name: kind for name, kind in OURS.items() if name not in (*WITH_CLOSURE, "SparseAdam")}
 TWINS = {name: (kind, getattr(torch.optim, name)) for name, kind in OURS.items() if hasattr(torch.optim, name)}
 
+EXACT_TWINS = {name: kinds for name, kinds in TWINS.items() if name != "Muon"}  # torch's multiplies in bfloat16
+
+
+def params_for(kind: Any, model: nn.Module) -> Any:
+    """Return what a program gives an optimizer of its model: Muon sorts the parameters of a module."""
+    return model if issubclass(kind, descend.Muon) else model.parameters()
+
 
 def build(kind: Any, params: Any, **options: Any) -> Any:
     """Return an optimizer with its entry of ``OPTIONS``."""

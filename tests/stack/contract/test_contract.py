@@ -9,7 +9,19 @@ from typing import Any
 import pytest
 import torch
 from cases import assert_same_bits, assert_same_state, give_grads, leaves, params_of, state_of
-from programs import FIRST_ORDER, OURS, TWINS, advance, assert_same_model, batch, build, loss_of, network
+from programs import (
+    EXACT_TWINS,
+    FIRST_ORDER,
+    OURS,
+    TWINS,
+    advance,
+    assert_same_model,
+    batch,
+    build,
+    loss_of,
+    network,
+    params_for,
+)
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
@@ -81,7 +93,7 @@ def test_state_dict_hooks_run_once_and_may_replace(name: str) -> None:
 # Groups.
 
 
-@pytest.mark.parametrize("name", TWINS)
+@pytest.mark.parametrize("name", EXACT_TWINS)
 def test_group_added_in_mid_run_goes_on_as_in_torch(name: str) -> None:
     if name == "LBFGS":
         pytest.skip("torch's has one group")
@@ -118,7 +130,8 @@ def test_zero_grad_clears_or_zeroes(name: str) -> None:
 def test_compiled_programs_train_as_eager_ones(name: str) -> None:
     torch.compiler.reset()
     models = [network() for _ in range(3)]
-    optimizers = [build(FIRST_ORDER[name], model.parameters(), lr=0.01) for model in models]
+    kind = FIRST_ORDER[name]
+    optimizers = [build(kind, params_for(kind, model), lr=0.01) for model in models]
     whole = torch.compile(models[1], backend="eager")
 
     @torch.compile(backend="eager")
@@ -155,7 +168,7 @@ def test_functional_call_programs_train_as_modules(name: str) -> None:
         other.step()
     for key, value in plain.named_parameters():
         assert torch.equal(params[key], value)
-    assert optimizer.param_groups[0]["param_names"] == list(params)
+    assert sorted(name for group in optimizer.param_groups for name in group["param_names"]) == sorted(params)
 
 
 def averaged_run(kind: Any, make_average: Callable[[nn.Module], AveragedModel]) -> tuple[nn.Module, AveragedModel]:
@@ -180,7 +193,8 @@ def averaged_run(kind: Any, make_average: Callable[[nn.Module], AveragedModel]) 
     [AveragedModel, lambda model: AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.9), use_buffers=True)],
     ids=["mean", "ema"],
 )
-@pytest.mark.parametrize("name", [name for name in FIRST_ORDER if name in TWINS])
+# Behind BatchNorm the gradient of a bias is rounding alone, which Adafactor divides by its own size.
+@pytest.mark.parametrize("name", [name for name in FIRST_ORDER if name in EXACT_TWINS and name != "Adafactor"])
 def test_averaged_models_follow_as_with_torch(name: str, make_average: Any) -> None:
     (model, average), (their_model, their_average) = (averaged_run(kind, make_average) for kind in TWINS[name])
     for ours, theirs in ((model, their_model), (average, their_average)):
@@ -188,7 +202,7 @@ def test_averaged_models_follow_as_with_torch(name: str, make_average: Any) -> N
 
 
 @pytest.mark.skipif(torch.__version__ < "2.13", reason="new in torch 2.13")
-@pytest.mark.parametrize("name", [name for name in TWINS if name != "LBFGS"])  # torch's keeps a list of its own
+@pytest.mark.parametrize("name", [name for name in EXACT_TWINS if name != "LBFGS"])  # torch's keeps a list of its own
 def test_swapped_in_parameters_step_as_in_torch_and_the_others_stay(name: str) -> None:
     results = []
     for kind in TWINS[name]:
@@ -215,14 +229,15 @@ def test_swapped_in_parameters_step_as_in_torch_and_the_others_stay(name: str) -
 def test_distributed_state_dict_round_trips(name: str, flatten: bool) -> None:
     options = StateDictOptions(flatten_optimizer_state_dict=flatten)
     model, other = network(), network()
-    optimizer = build(FIRST_ORDER[name], model.parameters(), lr=0.01)
+    kind = FIRST_ORDER[name]
+    optimizer = build(kind, params_for(kind, model), lr=0.01)
     for seed in range(3):
         loss_of(model, seed).backward()
         optimizer.step()
         optimizer.zero_grad()
     saved = copy.deepcopy(get_optimizer_state_dict(model, optimizer, options=options))
     other.load_state_dict(model.state_dict())
-    fresh = build(FIRST_ORDER[name], other.parameters(), lr=0.01)
+    fresh = build(kind, params_for(kind, other), lr=0.01)
     set_optimizer_state_dict(other, fresh, saved, options=options)
     assert_same_bits(state_of(fresh), state_of(optimizer))
     for seed in range(3, 5):
@@ -236,5 +251,6 @@ def test_distributed_state_dict_round_trips(name: str, flatten: bool) -> None:
 @pytest.mark.parametrize("name", FIRST_ORDER)
 def test_distributed_state_dict_of_a_fresh_optimizer_moves_nothing(name: str) -> None:
     model, before = network(), network()
-    get_optimizer_state_dict(model, build(FIRST_ORDER[name], model.parameters(), lr=0.01))
+    kind = FIRST_ORDER[name]
+    get_optimizer_state_dict(model, build(kind, params_for(kind, model), lr=0.01))
     assert_same_model(model, before)
