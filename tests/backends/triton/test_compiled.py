@@ -91,7 +91,7 @@ def test_mixes_of_dtypes(mix: tuple[torch.dtype, ...], target: str, capsys: pyte
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("target", ["sm_90"])  # the others compile every rule in float32
 @pytest.mark.parametrize("mix", MIXES, ids=str)
 @pytest.mark.parametrize("rule", RULES, ids=lambda rule: rule.__name__)
 def test_rules_in_other_dtypes(
@@ -101,7 +101,7 @@ def test_rules_in_other_dtypes(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("target", ["sm_90"])
 @pytest.mark.parametrize("mix", [*product((HALF, BRAIN, SINGLE, DOUBLE), repeat=3)], ids=str)
 def test_every_mix(mix: tuple[torch.dtype, ...], target: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert_good(rules.adam_amsgrad, mix, target, capsys)  # the most tensors
