@@ -1,0 +1,204 @@
+"""How numbers lie in memory: as a dtype, or in a format that needs more than one tensor or more than a cast.
+
+A rule sees numbers in the compute dtype. A **format** says how a parameter or a state tensor is stored; kernels load
+and store through it.
+
+**8 bits.** A tensor of codes (uint8, in the shape of the parameter), and one of scales (float32), by the name of the
+state with ``_scale``. A row is one index of the first dimension; a tensor of one dimension is one row. Each row is cut
+into blocks of 256 numbers, the last of which may be shorter; so scales have the shape (rows, blocks), or (blocks,). A
+block's scale is its largest magnitude, and a number is the value of its code times the scale:
+
+    unsigned (256 codes)       0, then 255 values up to 1 with 4 bits of mantissa, 16 to an octave
+    signed (sign and 7 bits)   0, then 127 values up to 1 with 3 bits of mantissa, 8 to an octave
+
+Blocks do not cross rows, so that a step which touches some rows leaves the others alone, and rows may be sharded.
+
+**bfloat16 without stalling.** ``Rounded("stochastic")``: a bfloat16 tensor, rounded up or down at random, so that the
+expectation is exact. ``Rounded("compensated")``: what rounding to nearest has taken away is kept in an int16 tensor
+called ``compensation``: the bits of a float32 are the bits of the bfloat16, shifted left by 16, plus that integer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal, NamedTuple, TypeAlias
+
+import torch
+from torch import Tensor
+
+from descend.core.noise import Stream
+
+BLOCK = 256  # numbers that share a scale
+MIN_NUMEL = 4096  # smaller tensors are not worth it
+MIN_WIDTH = 16  # nor are shorter rows: each has a scale
+
+SCALE = "_scale"
+COMPENSATION = "compensation"
+
+ONE = 0x3F80_0000  # the bits of 1.0
+
+
+class Codec(NamedTuple):
+    """Numbers of 8 bits, in blocks that share a scale.
+
+    Attributes:
+        signed: whether numbers may be negative.
+        stochastic: whether they are rounded up or down at random, and not to the nearest.
+    """
+
+    signed: bool
+    stochastic: bool = False
+
+    @property
+    def mantissa(self) -> int:
+        """Bits of mantissa of a code."""
+        return 3 if self.signed else 4
+
+    @property
+    def largest(self) -> int:
+        """The code of 1, without the sign."""
+        return 127 if self.signed else 255
+
+
+class Rounded(NamedTuple):
+    """bfloat16, in which steps that are smaller than its digits are not lost."""
+
+    how: Literal["stochastic", "compensated"]
+
+
+Format: TypeAlias = torch.dtype | Codec | Rounded
+Formats: TypeAlias = tuple[Format, ...]  # of the parameter, the gradient and the state tensors of a rule
+
+
+def element_dtype(format: Format) -> torch.dtype:
+    """Dtype of the tensor that has an element for each number."""
+    if isinstance(format, Codec):
+        return torch.uint8
+    return torch.bfloat16 if isinstance(format, Rounded) else format
+
+
+def compute_dtype(formats: Formats) -> torch.dtype:
+    """What a rule computes in: float64 if any of its tensors is, else float32."""
+    return torch.float64 if torch.float64 in formats else torch.float32
+
+
+def is_plain(formats: Formats) -> bool:
+    """Whether all of them are dtypes."""
+    return all(isinstance(format, torch.dtype) for format in formats)
+
+
+def needs_noise(formats: Formats) -> bool:
+    """Whether anything is rounded at random."""
+    return any(
+        format.stochastic if isinstance(format, Codec) else format == Rounded("stochastic")
+        for format in formats
+        if not isinstance(format, torch.dtype)
+    )
+
+
+def stored_names(names: Sequence[str], formats: Formats) -> tuple[str, ...]:
+    """Names of all tensors that a parameter's state has: those of the rule's state, then what their formats add.
+
+    That is the compensation of the parameter, then scales in the order of the state. Launches get tensors in this
+    order.
+    """
+    added = [COMPENSATION] if formats[0] == Rounded("compensated") else []
+    scales = [name + SCALE for name, format in zip(names, formats[2:], strict=True) if isinstance(format, Codec)]
+    return (*names, *added, *scales)
+
+
+def stored_dtypes(formats: Formats) -> tuple[torch.dtype, ...]:
+    """Dtypes of the parameter, the gradient, and of what ``stored_names`` lists, in that order."""
+    added = [torch.int16] if formats[0] == Rounded("compensated") else []
+    scales = [torch.float32 for format in formats[2:] if isinstance(format, Codec)]
+    return (*map(element_dtype, formats), *added, *scales)
+
+
+def scale_shape(shape: torch.Size) -> torch.Size:
+    """Shape of the scales of a tensor of codes."""
+    rows, width = rows_and_width(shape)
+    blocks = -(-width // BLOCK)
+    return torch.Size([rows, blocks] if len(shape) > 1 else [blocks])
+
+
+def rows_and_width(shape: torch.Size) -> tuple[int, int]:
+    """How many rows a tensor of codes has, and how many numbers are in each."""
+    rows = shape[0] if len(shape) > 1 else 1
+    return rows, shape.numel() // max(rows, 1)
+
+
+# The reference: with torch's operations, on any device.
+
+
+def decode(codes: Tensor, scale: Tensor, codec: Codec) -> Tensor:
+    """The numbers that codes stand for: float32, in their shape."""
+    magnitude = codes.to(torch.int32) & codec.largest
+    bits = (magnitude << (23 - codec.mantissa)) + (ONE - (codec.largest << (23 - codec.mantissa)))
+    value = torch.where(magnitude == 0, 0.0, bits.view(torch.float32))
+    if codec.signed:
+        value = torch.where(codes >= 128, -value, value)
+    rows, width = rows_and_width(codes.shape)
+    blocks = scale.reshape(rows, -1)
+    return (value.reshape(rows, width) * blocks.repeat_interleave(BLOCK, 1)[:, :width]).reshape(codes.shape)
+
+
+def encode(numbers: Tensor, codec: Codec, noise: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Codes and scales of numbers.
+
+    A NaN or Inf makes its whole block NaN or Inf. Scales below 2**-126 are raised to it, but for that of zeros.
+
+    Args:
+        numbers: float32, of at least one dimension.
+        codec: how to encode.
+        noise: 16 bits for each number, in any integer dtype; only for a stochastic codec.
+    """
+    rows, width = rows_and_width(numbers.shape)
+    padded = torch.nn.functional.pad(numbers.reshape(rows, width), (0, -width % BLOCK)).view(rows, -1, BLOCK)
+    # As integers, magnitudes are in the same order, and NaN is the largest.
+    largest = (padded.view(torch.int32) & 0x7FFF_FFFF).amax(2).view(torch.float32)
+    scale = torch.where(largest > 0, largest.clamp(min=2.0**-126), largest)
+    # The inverse of a large scale would be denormal.
+    shrunk = torch.where(scale > 1, 0.25, 1.0)
+    inverse = torch.where(scale > 0, 1 / (scale * shrunk), 0.0)
+    unit = (padded.abs() * shrunk[..., None] * inverse[..., None]).reshape(rows, -1)[:, :width].reshape(numbers.shape)
+    shift = 23 - codec.mantissa
+    bits, offset = unit.view(torch.int32), (ONE >> shift) - codec.largest
+    smallest = torch.tensor((offset + 1) << shift, dtype=torch.int32).view(torch.float32).item()
+    if noise is None:
+        code = ((bits + (1 << (shift - 1))) >> shift) - offset
+        least = (unit >= smallest / 2).to(torch.int32)
+    else:
+        noise = noise.reshape(numbers.shape).to(torch.int32)
+        code = ((bits + (noise << (shift - 16))) >> shift) - offset
+        least = (unit * 65536 > noise * smallest).to(torch.int32)
+    code = torch.where(unit < smallest, least, code).clamp(max=codec.largest)
+    code = torch.where(torch.isnan(unit), codec.largest, code)
+    if codec.signed:
+        code = torch.where((numbers < 0) & (code > 0), code + 128, code)
+    return code.to(torch.uint8), scale.reshape(scale_shape(numbers.shape))
+
+
+def places(tensor: Tensor, stream: Stream) -> Tensor:
+    """The place of each element in its parameter, int64."""
+    count = tensor.numel()
+    return torch.arange(stream.place, stream.place + count, device=tensor.device).view(tensor.shape)
+
+
+def rounded_stochastically(numbers: Tensor, noise: Tensor) -> Tensor:
+    """float32 numbers as bfloat16: up or down, by 16 bits of noise for each. NaN and Inf stay what they are."""
+    bits = numbers.view(torch.int32)
+    finite = (bits & 0x7F80_0000) != 0x7F80_0000
+    moved = torch.where(finite, bits + noise.to(torch.int32), bits) & ~0xFFFF
+    return torch.where(torch.isnan(numbers), numbers, moved.view(torch.float32)).to(torch.bfloat16)
+
+
+def joined(high: Tensor, compensation: Tensor) -> Tensor:
+    """The float32 numbers whose bits lie in a bfloat16 tensor and its compensation."""
+    return ((high.view(torch.int16).to(torch.int32) << 16) + compensation.to(torch.int32)).view(torch.float32)
+
+
+def split(numbers: Tensor) -> tuple[Tensor, Tensor]:
+    """float32 numbers as bfloat16, half-way cases rounded away from zero, and the compensation."""
+    bits = torch.where(torch.isnan(numbers), 0x7FC0_0000, numbers.view(torch.int32))
+    high = (bits + 0x8000) >> 16
+    return high.to(torch.int16).view(torch.bfloat16), (bits - (high << 16)).to(torch.int16)

@@ -1,0 +1,70 @@
+"""Noise for stochastic rounding: 32 bits for each place of a tensor, from a hash of a counter.
+
+What an element gets depends on the seed, the parameter, its step and the element's place in the parameter, and on
+nothing else: not on threads, chunks or ranks. The same hash runs in every backend.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from torch import Tensor
+
+MASK32, MASK64 = 0xFFFF_FFFF, 0xFFFF_FFFF_FFFF_FFFF
+FIRST_MULTIPLIER, SECOND_MULTIPLIER = 0x7FEB_352D, 0x846C_A68B  # of "lowbias32", by C. Wellons
+GOLDEN32, GOLDEN64 = 0x9E37_79B9, 0x9E37_79B9_7F4A_7C15
+
+
+class Stream(NamedTuple):
+    """Where a parameter's noise comes from.
+
+    Attributes:
+        number: the parameter's number in its optimizer.
+        place: of its first element here; of shards, in the whole parameter.
+    """
+
+    number: int
+    place: int
+
+
+def mixed(x: int) -> int:
+    """A 64-bit hash of 64 bits: the finalizer of SplitMix64 (Steele, Lea & Flood 2014)."""
+    x = (x ^ (x >> 30)) * 0xBF58_476D_1CE4_E5B9 & MASK64
+    x = (x ^ (x >> 27)) * 0x94D0_49BB_1331_11EB & MASK64
+    return x ^ (x >> 31)
+
+
+def step_key(seed: int, step: int) -> int:
+    """64 bits for each step of all parameters that have taken as many."""
+    return mixed((mixed(seed & MASK64) + step * GOLDEN64) & MASK64)
+
+
+def words(key: int, number: int) -> tuple[int, int]:
+    """The two 32-bit words that one step of one parameter starts from."""
+    both = mixed((key + number * GOLDEN64) & MASK64)
+    return both & MASK32, both >> 32
+
+
+def noise(places: Tensor, key: int, number: int, pair: int) -> Tensor:
+    """32 bits for each of the ``places`` (int64): the reference, with torch's operations.
+
+    Args:
+        places: of the elements in their parameter; the lower 32 bits count.
+        key: see ``step_key``.
+        number: of the parameter.
+        pair: 0 for the parameter and its first state tensor, which take the lower and the upper 16 bits; 1 for the next
+            two; and so on.
+    """
+    first, second = words(key, number)
+    x = (places & MASK32) ^ first
+    x = x ^ (x >> 16)
+    x = x * FIRST_MULTIPLIER & MASK32
+    x = x ^ (x >> 15)
+    x = (x + second + pair * GOLDEN32) & MASK32
+    x = x * SECOND_MULTIPLIER & MASK32
+    return x ^ (x >> 16)
+
+
+def sixteen_bits(places: Tensor, key: int, number: int, column: int) -> Tensor:
+    """The 16 bits that ``column`` gets: 0 for the parameter, then 1, 2, ... for the state tensors of its rule."""
+    return (noise(places, key, number, column // 2) >> (16 * (column % 2))) & 0xFFFF
