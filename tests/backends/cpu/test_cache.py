@@ -44,7 +44,7 @@ def first(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
 
 
 def kernels(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in folder.iterdir()}
+    return {path.name: path.read_bytes() for path in folder.glob("*.o")}
 
 
 def test_second_process_finds_the_kernels(first: tuple[Path, str]) -> None:
