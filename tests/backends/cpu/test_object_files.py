@@ -314,6 +314,12 @@ def test_folder_that_is_a_file_is_no_error(folder: Path) -> None:
     assert folder.read_text() == "mine"
 
 
+def test_folder_below_a_file_is_no_error(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder.touch()
+    monkeypatch.setenv("DESCEND_CACHE_DIR", str(folder / "below"))
+    assert compiles(1)
+
+
 @pytest.mark.parametrize("name", ["../../out", "/out", "a" * 1000, "<lambda>"], ids=range(4))
 def test_any_name_makes_a_file_in_the_folder(name: str, folder: Path) -> None:
     assert compiles(1, name)
