@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from descend.checkpoint.formats import Losses, is_lossy, name_of, placed, wider
 from descend.checkpoint.matching import Hyperparameters, IncompatibleKeys, Match, Matching, check_choices, listed
 from descend.checkpoint.reading import (
     LoadedGroups,
@@ -25,6 +26,8 @@ from descend.checkpoint.reading import (
     unusable_is_value_error,
 )
 from descend.core import memory
+from descend.core.codecs import COMPENSATION, SCALE, Codec, Rounded, element_dtype, scale_shape
+from descend.core.coded import decoded, encoded, fault_of, negative_scale
 from descend.core.memory import as_real, row_state_shape
 from descend.core.method import Method
 from descend.core.optimizer import MethodOptimizer, is_option
@@ -41,8 +44,7 @@ from descend.distributed.dtensors import (
 )
 from descend.distributed.shard_state import as_sharded
 from descend.sparse import table
-from descend.state import lazy_memory
-from descend.state.container import InitialState
+from descend.state.container import InitialState, new_scales
 
 _SAVE_WHOLE = (
     "Save it with torch.distributed.checkpoint, or whole: get_optimizer_state_dict with "
@@ -105,9 +107,11 @@ class _Reading:
     ) -> None:
         self.optimizer, self.strict, self.match = optimizer, strict, match
         self.takes_options = hyperparameters == "loaded"
+        self._is_lazy = optimizer.options.sparse is not None
         self.who = type(optimizer).__name__
         self.missing: list[str] = []
         self.unexpected: list[str] = []
+        self._losses = Losses()
         self._needs: dict[tuple[int, Any], set[str]] = {}  # by group and rule
 
     def __call__(self, state_dict: Mapping[str, Any]) -> tuple[LoadedGroups, LoadedState]:
@@ -117,6 +121,7 @@ class _Reading:
             matching.require_all()
         groups = self._groups(saved_groups, matching)
         state = self._state(state_dict["state"], saved_groups, groups, matching)
+        self._losses.warn(self.who)
         return groups, state
 
     # Groups.
@@ -286,9 +291,32 @@ class _Reading:
                 f"{self.who}: the loaded state of {name} lacks {listed(lacking)}, and has {listed(saved)}: is it "
                 "another optimizer's? strict=False leaves such state aside."
             )
+        state: dict[str, Any] = {}
         names = signature(method.rule_of(param, group)).state
-        shapes = {key: method.state_shape(key, param, group) for key in names}
-        return {key: self._entry(method, param, key, value, shapes.get(key), name) for key, value in saved.items()}
+        scales = {key + SCALE: self._scale_of(key, saved, name) for key in names}
+        for key, value in saved.items():
+            if key in names and isinstance(value, Tensor):
+                state.update(self._rule_state(method, param, group, key, value, scales[key + SCALE], name))
+            elif key == COMPENSATION and key not in names:
+                state.update(self._compensation(method, param, value, name))
+            elif scales.get(key) is None and (key != "step" or method.counts_steps):
+                state[key] = self._entry(method, param, key, value, key in names, name)
+        return state
+
+    def _scale_of(self, key: str, saved: Mapping[str, Any], name: str) -> Tensor | None:
+        """The scales of saved state called ``key``; None if it is not coded.
+
+        Raises:
+            ValueError: if codes and scales do not belong together.
+        """
+        codes, scale = (value if isinstance(value, Tensor) else None for value in map(saved.get, (key, key + SCALE)))
+        fault = fault_of(key, codes, scale)
+        if fault is None and scale is not None:
+            _check_memory(local_of(scale), local_of(scale), f"{self.who}: the loaded {key + SCALE} of {name}")
+            fault = negative_scale(key, local_of(scale))
+        if fault is not None:
+            raise ValueError(f"{self.who}: the loaded state of {name}: {fault}.")
+        return scale
 
     def _check_rows(self, state: Mapping[str, Any], name: str) -> None:
         """Raise ``ValueError`` if the rows of a table are described wrongly, or are behind and would stay so."""
@@ -314,21 +342,17 @@ class _Reading:
                 with suppress(ValueError):  # options that the method refuses
                     needed &= set(signature(method.rule_of(param, {**group, name: 0})).state)
         needed = needed.difference(method.optional_state).union(
-            method.scalar_state, ["step"] if method.counts_steps else []
+            method.scalar_state, ["step"] if method.counts_steps and not method.counts_for_noise else []
         )
         self._needs[id(group), rule] = needed
         return needed
 
-    def _entry(self, method: Method, param: Tensor, key: str, value: Any, shape: torch.Size | None, name: str) -> Any:
-        """One entry of a state; ``shape``: what it must have if the rule uses it, else None."""
-        in_rule = shape is not None
+    def _entry(self, method: Method, param: Tensor, key: str, value: Any, in_rule: bool, name: str) -> Any:
+        """One entry of a state that is no tensor of the rule's."""
         what = f"{self.who}: the loaded {key} of {name}"
         if isinstance(value, Tensor) and value.dim() == 0:
             value = local_of(value)
-        param = as_sharded(self.optimizer, param)
-        if is_dtensor(param) and shape == row_state_shape(param) and has_whole_rows(param):
-            param = rows_of(param)
-        if key == "step" and method.counts_steps:
+        if key == "step":
             step = number_of(value, what, is_count=True)
             if not float(step).is_integer():
                 raise ValueError(f"{what} must be a whole number, got {float(step)}.")
@@ -341,42 +365,98 @@ class _Reading:
             if in_rule and value is not None:
                 raise ValueError(f"{what} must be a tensor, got {type(value).__name__}.")
             return copied(value, lambda tensor: tensor.detach().to(param.device, copy=True))
-        if value.is_sparse:  # as torch stores the momentum of sparse gradients
-            value = value.to_dense()
-        _check_memory(local_of(value), local_of(param), what)
-        if is_dtensor(param) and value.shape == param.shape and shape in (None, param.shape):
-            if in_rule and not is_dtensor(value):
-                self._check_sign(method, key, value, what)  # of the whole: every rank raises, or none
-            local, part = local_of(param), _part_for(param, value, what)
-            return like(param, self._tensor(method, local, key, part, local.shape if in_rule else None, what))
-        if is_dtensor(value):
-            if shape is not None and value.shape != shape:
-                raise self._misfit(what, value, shape)
-            raise ValueError(f"{what} has {layout_of(value)}, the parameter {layout_of(param)}. {_SAVE_WHOLE}")
-        return self._tensor(method, param, key, value, shape, what)
+        value, owner = value.to_dense() if value.is_sparse else value, as_sharded(self.optimizer, param)
+        if key.endswith(SCALE) and value.shape == scale_shape(owner.shape):
+            owner = new_scales(owner)  # of state that the rule would have with another option
+        owner = owner if value.shape == owner.shape else local_of(owner)
+        part = _part_for(owner, value, what)
+        return _in_place_of(owner, self._foreign(method, local_of(owner), key, part, what))
 
-    def _tensor(
-        self, method: Method, param: Tensor, key: str, value: Tensor, shape: torch.Size | None, what: str
-    ) -> Tensor:
-        """A tensor of a state; ``param`` and ``value`` are plain, or this rank's parts."""
-        in_rule = shape is not None
-        if not in_rule:
-            try:
-                of_table = table.loaded(key, value.detach(), param)
-            except ValueError as error:
-                raise ValueError(f"{what}: {error}") from None
-            if of_table is not None:
-                return of_table
+    def _foreign(self, method: Method, param: Tensor, key: str, value: Tensor, what: str) -> Tensor:
+        """A tensor that the rule does not know; ``param`` and ``value`` are plain, or this rank's parts."""
+        try:
+            of_table = table.loaded(key, value.detach(), param)
+        except ValueError as error:
+            raise ValueError(f"{what}: {error}") from None
+        if of_table is not None:
+            return of_table
         is_number = value.is_floating_point() or (value.is_complex() and param.is_complex())
-        if in_rule and not is_number:
-            raise ValueError(f"{what} must hold numbers as the parameter does ({param.dtype}), got {value.dtype}.")
-        if is_number and value.shape == (param.shape if shape is None else shape):
-            if in_rule:
-                self._check_sign(method, key, value, what)
-            return self._widened(method.dtype_of_state(key, param), param, value.detach())
-        if shape is not None:
-            raise self._misfit(what, value, shape)
+        if is_number and value.shape == param.shape:
+            return placed(value.detach(), wider(value, method.dtype_of_state(key, param)), param, self._is_lazy)
         return value.detach().to(param.device, copy=True)
+
+    def _rule_state(
+        self,
+        method: Method,
+        param: Tensor,
+        group: Mapping[str, Any],
+        key: str,
+        value: Tensor,
+        scale: Tensor | None,
+        name: str,
+    ) -> dict[str, Tensor]:
+        """State of the rule, as this optimizer would store it; no dtype is narrowed that was not asked for."""
+        what = f"{self.who}: the loaded {key} of {name}"
+        shape, owner = method.state_shape(key, param, group), as_sharded(self.optimizer, param)
+        format, codec = method.format_of_state(key, owner, group), method.codec_of(key)
+        if owner.shape != shape:
+            is_of_rows = shape == row_state_shape(owner) and has_whole_rows(owner)
+            owner = rows_of(owner) if is_dtensor(owner) and is_of_rows else local_of(owner)
+        value = (value.to_dense() if value.is_sparse else value).detach()  # torch's momentum of sparse gradients
+        _check_memory(local_of(value), local_of(owner), what)
+        if scale is None and not (value.is_floating_point() or (value.is_complex() and param.is_complex())):
+            raise ValueError(f"{what} must hold numbers as the parameter does ({param.dtype}), got {value.dtype}.")
+        if value.shape != shape:
+            raise self._misfit(what, value, shape)
+        if scale is not None and isinstance(format, Codec):
+            scales = _part_for(new_scales(owner), scale.detach(), f"{what}{SCALE}")
+            return self._coded(key, owner, _part_for(owner, value, what), scales)
+        if scale is not None:
+            was, value = "8 bits", _decoded(value, scale.detach(), codec, what)
+        else:
+            was = name_of(value.dtype)
+            if not is_dtensor(value):
+                self._check_sign(method, key, value, what)  # of the whole: every rank raises, or none
+        part, local = _part_for(owner, value, what), local_of(owner)
+        self._check_sign(method, key, part, what)
+        if isinstance(format, Codec):
+            codes, scales = encoded(part.to(local.device), format)
+            if is_lossy(part, decoded(codes, scales, format)):
+                self._losses.add(key, f"{was} -> 8 bits")
+            return self._coded(key, owner, codes, scales)
+        dtype, asked = element_dtype(format), self.optimizer.options.state_dtype_of(key)
+        stored = placed(part, dtype if dtype == asked else wider(part, dtype), local, self._is_lazy)
+        if wider(part, stored.dtype) != stored.dtype and is_lossy(part, stored):
+            self._losses.add(key, f"{was} -> {name_of(stored.dtype)}")
+        return {key: _in_place_of(owner, stored)}
+
+    def _coded(self, key: str, owner: Tensor, codes: Tensor, scales: Tensor) -> dict[str, Tensor]:
+        """State in 8 bits; ``codes`` and ``scales`` are plain, or this rank's parts."""
+        blocks = new_scales(owner)
+        return {
+            key: _in_place_of(owner, placed(codes, torch.uint8, local_of(owner), self._is_lazy)),
+            key + SCALE: _in_place_of(blocks, placed(scales, torch.float32, local_of(blocks), self._is_lazy)),
+        }
+
+    def _compensation(self, method: Method, param: Tensor, value: Any, name: str) -> dict[str, Any]:
+        """What rounding has taken from a bfloat16 parameter, if this optimizer uses it."""
+        what, is_ours = f"{self.who}: the loaded {COMPENSATION} of {name}", getattr(value, "dtype", None) == torch.int16
+        if method.format_of_param(param) != Rounded("compensated"):
+            if not is_ours:
+                return {COMPENSATION: self._entry(method, param, COMPENSATION, value, False, name)}
+            if local_of(value).any():
+                self._losses.add(COMPENSATION, "left out: it is for bfloat16 and rounding='compensated'")
+            return {}
+        if value is None:
+            return {}
+        if not is_ours:
+            raise ValueError(f"{what} must be a tensor of torch.int16, got {getattr(value, 'dtype', value)!r:.40}.")
+        owner = as_sharded(self.optimizer, param)
+        _check_memory(local_of(value), local_of(owner), what)
+        if value.shape != param.shape:
+            raise self._misfit(what, value, param.shape)
+        part = _part_for(owner, value.detach(), what)
+        return {COMPENSATION: _in_place_of(owner, placed(part, torch.int16, local_of(owner), self._is_lazy))}
 
     def _misfit(self, what: str, value: Tensor, shape: torch.Size) -> _MisfitError:
         hint = "" if self.optimizer.param_groups[0].get("param_names") else " Were the parameters in another order?"
@@ -387,33 +467,39 @@ class _Reading:
         if key in method.nonnegative_state and (smallest := _smallest(value)) < 0:
             raise ValueError(f"{what} must be >= 0, got {smallest}.")
 
-    def _widened(self, dtype: torch.dtype, param: Tensor, value: Tensor) -> Tensor:
-        if value.itemsize > 1:  # torch does not promote float8; every other dtype is wider
-            dtype = torch.promote_types(value.dtype, dtype)
-        if self.optimizer.options.sparse is not None and param.is_cpu and param.is_contiguous():
-            return lazy_memory.copied(value, dtype)
-        if value.shape != param.shape:
-            return value.to(param.device, dtype, copy=True)
-        # In the parameter's memory order, as kernels need it.
-        return torch.empty_like(param, dtype=dtype).copy_(value)
+
+def _decoded(codes: Tensor, scale: Tensor, codec: Codec, what: str) -> Tensor:
+    """The numbers of state in 8 bits, of a sharded one on the same ranks.
+
+    Raises:
+        ValueError: if codes and their scales do not lie on the same ranks.
+    """
+    if not same_layout(codes, scale) or local_of(scale).shape != scale_shape(local_of(codes).shape):
+        raise ValueError(f"{what} has {layout_of(codes)}, and its scales {layout_of(scale)}. {_SAVE_WHOLE}")
+    return _in_place_of(codes, decoded(local_of(codes), local_of(scale), codec))
 
 
-def _part_for(param: Any, value: Any, what: str) -> Tensor:
-    """This rank's part of a state tensor; ranks talk only if its layout is not that of the parameter.
+def _in_place_of(owner: Tensor, local: Tensor) -> Tensor:
+    """``local``, or the DTensor that it is a part of, as ``owner`` is."""
+    return like(owner, local) if is_dtensor(owner) else local
+
+
+def _part_for(owner: Any, value: Any, what: str) -> Tensor:
+    """What this rank has of a state tensor; ranks talk only if its layout is not that of its ``owner``.
 
     Raises:
         ValueError: if the part cannot be found.
     """
-    if same_layout(value, param):
+    if same_layout(value, owner):
         return local_of(value)
     if not is_dtensor(value):
         try:
-            return part_of(value, param)
+            return part_of(value, owner)
         except ValueError as error:
             raise ValueError(f"{what}: {error}.") from None
-    if value.device_mesh == param.device_mesh:
-        return local_of(value.detach().redistribute(param.device_mesh, param.placements))
-    raise ValueError(f"{what} has {layout_of(value)}, the parameter {layout_of(param)}. {_SAVE_WHOLE}")
+    if is_dtensor(owner) and value.device_mesh == owner.device_mesh:
+        return local_of(value.detach().redistribute(owner.device_mesh, owner.placements))
+    raise ValueError(f"{what} has {layout_of(value)}, the parameter {layout_of(owner)}. {_SAVE_WHOLE}")
 
 
 def _smallest(value: Tensor | float) -> float:

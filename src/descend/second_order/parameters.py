@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import math
-import sys
-import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -12,6 +10,7 @@ import torch
 from torch import Tensor
 from torch._C._nn import flatten_dense_tensors, unflatten_dense_tensors
 
+from descend.core.caller import warn_caller
 from descend.second_order.shared_space import full_of
 from descend.second_order.space import Space
 from descend.second_order.structure import Structure
@@ -306,44 +305,3 @@ class ClosureFunction:
                     "It must compute the loss anew at each call."
                 ) from error
             raise
-
-
-def warn_caller(text: str) -> None:
-    """Warn with the location of the first caller outside of this package and torch."""
-    level = 1
-    while sys._getframe(level).f_globals.get("__name__", "").split(".")[0] in ("descend", "torch"):
-        level += 1
-    warnings.warn(text, stacklevel=level + 1)
-
-
-def largest(flat: Tensor) -> float:
-    """Largest absolute entry of a vector; NaN if it holds one, 0 if it is empty."""
-    if not len(flat):
-        return 0.0
-    low, high = torch.aminmax(flat)
-    return float(max(-low.item(), high.item()))
-
-
-def _decays(point: FlatParameters, groups: ParamGroups, default: float) -> list[tuple[int, int, float]]:
-    """Start, stop and factor, in the flat vector, of entries with weight decay."""
-    decays = [(start, stop, float(g.get("weight_decay", default))) for g, start, stop in point.spans(groups)]
-    return [decay for decay in decays if decay[-1]]
-
-
-def _number(loss: Any, who: str) -> float:
-    must = f"{who}: the closure must return the loss, a real scalar tensor or number, got"
-    if loss is None:
-        raise TypeError(f"{must} None. Does it end with `return loss`?")
-    if isinstance(loss, Tensor):
-        loss = full_of(loss)
-        if loss.numel() != 1:
-            raise ValueError(f"{must} a tensor of shape {tuple(loss.shape)}. Reduce it, e.g. with .sum() or .mean().")
-        if loss.is_complex():
-            raise TypeError(f"{must} a {loss.dtype} tensor. Take a real number of it, e.g. .abs() or .real.")
-        return float(loss.detach())
-    try:
-        if isinstance(loss, str | bytes):
-            raise TypeError
-        return float(loss)
-    except (TypeError, ValueError):
-        raise TypeError(f"{must} {type(loss).__name__}.") from None
