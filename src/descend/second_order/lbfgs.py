@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from descend.core.caller import warn_caller
 from descend.core.checks import check_at_least_zero, check_kind
 from descend.core.groups import ParamsT, named
 from descend.second_order.closure_optimizer import ClosureOptimizer
