@@ -305,3 +305,36 @@ class ClosureFunction:
                     "It must compute the loss anew at each call."
                 ) from error
             raise
+
+
+def largest(flat: Tensor) -> float:
+    """Largest absolute entry of a vector; NaN if it holds one, 0 if it is empty."""
+    if not len(flat):
+        return 0.0
+    low, high = torch.aminmax(flat)
+    return float(max(-low.item(), high.item()))
+
+
+def _decays(point: FlatParameters, groups: ParamGroups, default: float) -> list[tuple[int, int, float]]:
+    """Start, stop and factor, in the flat vector, of entries with weight decay."""
+    decays = [(start, stop, float(g.get("weight_decay", default))) for g, start, stop in point.spans(groups)]
+    return [decay for decay in decays if decay[-1]]
+
+
+def _number(loss: Any, who: str) -> float:
+    must = f"{who}: the closure must return the loss, a real scalar tensor or number, got"
+    if loss is None:
+        raise TypeError(f"{must} None. Does it end with `return loss`?")
+    if isinstance(loss, Tensor):
+        loss = full_of(loss)
+        if loss.numel() != 1:
+            raise ValueError(f"{must} a tensor of shape {tuple(loss.shape)}. Reduce it, e.g. with .sum() or .mean().")
+        if loss.is_complex():
+            raise TypeError(f"{must} a {loss.dtype} tensor. Take a real number of it, e.g. .abs() or .real.")
+        return float(loss.detach())
+    try:
+        if isinstance(loss, str | bytes):
+            raise TypeError
+        return float(loss)
+    except (TypeError, ValueError):
+        raise TypeError(f"{must} {type(loss).__name__}.") from None
