@@ -286,14 +286,14 @@ class _Reading:
         method = self.optimizer.method_of(group)
         if all(value is None for value in saved.values()) and not ("step" in saved and method.counts_steps):
             return dict(saved)
+        names = signature(method.rule_of(param, group)).state
+        scales = {key + SCALE: self._scale_of(key, saved, param, name) for key in names}
         if lacking := sorted(key for key in self._needed(param, group) if saved.get(key) is None):
             raise _MisfitError(
                 f"{self.who}: the loaded state of {name} lacks {listed(lacking)}, and has {listed(saved)}: is it "
                 "another optimizer's? strict=False leaves such state aside."
             )
         state: dict[str, Any] = {}
-        names = signature(method.rule_of(param, group)).state
-        scales = {key + SCALE: self._scale_of(key, saved, name) for key in names}
         for key, value in saved.items():
             if key in names and isinstance(value, Tensor):
                 state.update(self._rule_state(method, param, group, key, value, scales[key + SCALE], name))
@@ -303,7 +303,7 @@ class _Reading:
                 state[key] = self._entry(method, param, key, value, key in names, name)
         return state
 
-    def _scale_of(self, key: str, saved: Mapping[str, Any], name: str) -> Tensor | None:
+    def _scale_of(self, key: str, saved: Mapping[str, Any], param: Tensor, name: str) -> Tensor | None:
         """The scales of saved state called ``key``; None if it is not coded.
 
         Raises:
@@ -312,7 +312,7 @@ class _Reading:
         codes, scale = (value if isinstance(value, Tensor) else None for value in map(saved.get, (key, key + SCALE)))
         fault = fault_of(key, codes, scale)
         if fault is None and scale is not None:
-            _check_memory(local_of(scale), local_of(scale), f"{self.who}: the loaded {key + SCALE} of {name}")
+            _check_memory(local_of(scale), local_of(param), f"{self.who}: the loaded {key + SCALE} of {name}")
             fault = negative_scale(key, local_of(scale))
         if fault is not None:
             raise ValueError(f"{self.who}: the loaded state of {name}: {fault}.")
@@ -369,6 +369,7 @@ class _Reading:
         if key.endswith(SCALE) and value.shape == scale_shape(owner.shape):
             owner = new_scales(owner)  # of state that the rule would have with another option
         owner = owner if value.shape == owner.shape else local_of(owner)
+        _check_memory(local_of(value), local_of(owner), what)
         part = _part_for(owner, value, what)
         return _in_place_of(owner, self._foreign(method, local_of(owner), key, part, what))
 

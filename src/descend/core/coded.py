@@ -50,6 +50,8 @@ def fault_of(name: str, codes: Form | None, scale: Form | None) -> str | None:
 
 def negative_scale(name: str, scale: Tensor) -> str | None:
     """The smallest negative scale, in words; None if there is none. NaN and Inf are those of their blocks."""
+    if scale.is_meta:
+        return None
     negative = scale[scale < 0]
     return f"{name}{SCALE} must be >= 0, got {float(negative.min()):g}" if negative.numel() else None
 
