@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 
-from descend.diagnostics.inspection.coded import Coded
 from descend.diagnostics.inspection.examination import ZERO_WITHOUT_GRADIENT, Examination, Measures
 from descend.diagnostics.inspection.optimizers import Param, SavedOptimizer
 from descend.diagnostics.inspection.state_names import FULL_SHAPED, NOT_NEGATIVE
@@ -337,8 +336,7 @@ def _of_zeros(param: Param, measures: Measures) -> Iterator[tuple[str, Case]]:
     if squares and average:
         lost, stored = squares.zeros - average.zeros, param.tensors["exp_avg_sq"][0]
         # In other types single squares vanish with gradients below 1e-22, which move nothing.
-        is_narrow = stored.dtype == torch.float16 or isinstance(stored, Coded)
-        if lost > (UNDERFLOW_SHARE * squares.numel if is_narrow else max(squares.numel - 1, 0)):
+        if lost > (UNDERFLOW_SHARE * squares.numel if stored.dtype == torch.float16 else max(squares.numel - 1, 0)):
             yield "underflow", Case(param.label, f"at least {lost:,} of {squares.numel:,} in {stored.format}")
             return
     if param.step == 0:
