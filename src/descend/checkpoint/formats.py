@@ -28,7 +28,7 @@ class Losses:
                 f"{name} of {count} parameter{'s' if count > 1 else ''} ({what})"
                 for (name, what), count in self._counts.items()
             )
-            warn_caller(f"{who}: the formats of its state cannot hold all that the loaded state dict says: {lost}.")
+            warn_caller(f"{who}: loading loses digits: {lost}.")
 
 
 def placed(value: Tensor, dtype: torch.dtype, param: Tensor, lazily: bool) -> Tensor:
