@@ -228,6 +228,14 @@ def test_codes_are_in_the_order_of_indices_whatever_the_strides(saved: Any) -> N
     back.load_state_dict(turned.state_dict())
     assert torch.equal(state_of(back)[0]["exp_avg"], decode(codes, scale, Codec(True)))
 
+    straight = AdamW([torch.zeros(shape, requires_grad=True)], state_dtype="8bit", backend="eager")
+    straight.load_state_dict(turned.state_dict())
+    for each in (straight, turned):
+        give_grads(params_of(each), 1)
+        each.step()
+    assert torch.equal(param, params_of(straight)[0])
+    assert_same_bits(state_of(turned), state_of(straight))
+
 
 def test_zeros_and_nan_are_no_loss() -> None:
     source = stepped(steps=0)
