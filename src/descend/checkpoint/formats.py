@@ -61,6 +61,6 @@ def is_lossy(saved: Tensor, kept: Tensor) -> bool:
     return not bool(((saved == kept) | saved.isnan()).all())
 
 
-def name_of(dtype: torch.dtype) -> str:
+def dtype_name(dtype: torch.dtype) -> str:
     """A dtype without the name of the package."""
     return str(dtype).removeprefix("torch.")

@@ -13,8 +13,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from descend.checkpoint.formats import Losses, is_lossy, name_of, placed, wider
+from descend.checkpoint.formats import Losses, dtype_name, is_lossy, placed, wider
 from descend.checkpoint.matching import Hyperparameters, IncompatibleKeys, Match, Matching, check_choices, listed
+from descend.checkpoint.parts import decoded_on_ranks, in_place_of, part_for
 from descend.checkpoint.reading import (
     LoadedGroups,
     LoadedState,
@@ -35,21 +36,13 @@ from descend.core.signature import signature
 from descend.distributed.dtensors import (
     has_whole_rows,
     is_dtensor,
-    layout_of,
     like,
     local_of,
-    part_of,
     rows_of,
-    same_layout,
 )
 from descend.distributed.shard_state import as_sharded
 from descend.sparse import table
 from descend.state.container import InitialState, new_scales
-
-_SAVE_WHOLE = (
-    "Save it with torch.distributed.checkpoint, or whole: get_optimizer_state_dict with "
-    "StateDictOptions(full_state_dict=True)."
-)
 
 
 class _MisfitError(ValueError):
@@ -310,13 +303,18 @@ class _Reading:
             ValueError: if codes and scales do not belong together.
         """
         codes, scale = (value if isinstance(value, Tensor) else None for value in map(saved.get, (key, key + SCALE)))
-        fault = fault_of(key, codes, scale)
-        if fault is None and scale is not None:
-            _check_memory(local_of(scale), local_of(param), f"{self.who}: the loaded {key + SCALE} of {name}")
-            fault = negative_scale(key, local_of(scale))
-        if fault is not None:
+        if fault := fault_of(key, codes, scale):
             raise ValueError(f"{self.who}: the loaded state of {name}: {fault}.")
+        if scale is not None:
+            _check_memory(local_of(scale), local_of(param), f"{self.who}: the loaded {key + SCALE} of {name}")
+            if not is_dtensor(scale):
+                self._check_scale(key, scale, name)
         return scale
+
+    def _check_scale(self, key: str, scale: Tensor, name: str) -> None:
+        """Raise ``ValueError`` for a negative scale; of sharded ones when ranks have nothing more to say."""
+        if fault := negative_scale(key, scale):
+            raise ValueError(f"{self.who}: the loaded state of {name}: {fault}.")
 
     def _check_rows(self, state: Mapping[str, Any], name: str) -> None:
         """Raise ``ValueError`` if the rows of a table are described wrongly, or are behind and would stay so."""
@@ -370,8 +368,8 @@ class _Reading:
             owner = new_scales(owner)  # of state that the rule would have with another option
         owner = owner if value.shape == owner.shape else local_of(owner)
         _check_memory(local_of(value), local_of(owner), what)
-        part = _part_for(owner, value, what)
-        return _in_place_of(owner, self._foreign(method, local_of(owner), key, part, what))
+        part = part_for(owner, value, what)
+        return in_place_of(owner, self._foreign(method, local_of(owner), key, part, what))
 
     def _foreign(self, method: Method, param: Tensor, key: str, value: Tensor, what: str) -> Tensor:
         """A tensor that the rule does not know; ``param`` and ``value`` are plain, or this rank's parts."""
@@ -410,16 +408,19 @@ class _Reading:
         if value.shape != shape:
             raise self._misfit(what, value, shape)
         if scale is not None and isinstance(format, Codec):
-            scales = _part_for(new_scales(owner), scale.detach(), f"{what}{SCALE}")
-            return self._coded(key, owner, _part_for(owner, value, what), scales)
+            codes, scales = part_for(owner, value, what), part_for(new_scales(owner), scale.detach(), what)
+            self._check_scale(key, scales, name)
+            return self._coded(key, owner, codes, scales)
         if scale is not None:
-            was, value = "8 bits", _decoded(value, scale.detach(), codec, what)
+            was, value = "8 bits", decoded_on_ranks(value, scale.detach(), codec, what)
         else:
-            was = name_of(value.dtype)
+            was = dtype_name(value.dtype)
             if not is_dtensor(value):
                 self._check_sign(method, key, value, what)  # of the whole: every rank raises, or none
-        part, local = _part_for(owner, value, what), local_of(owner)
+        part, local = part_for(owner, value, what), local_of(owner)
         self._check_sign(method, key, part, what)
+        if scale is not None:
+            self._check_scale(key, local_of(scale), name)
         if isinstance(format, Codec):
             codes, scales = encoded(part.to(local.device), format)
             if is_lossy(part, decoded(codes, scales, format)):
@@ -428,20 +429,21 @@ class _Reading:
         dtype, asked = element_dtype(format), self.optimizer.options.state_dtype_of(key)
         stored = placed(part, dtype if dtype == asked else wider(part, dtype), local, self._is_lazy)
         if wider(part, stored.dtype) != stored.dtype and is_lossy(part, stored):
-            self._losses.add(key, f"{was} -> {name_of(stored.dtype)}")
-        return {key: _in_place_of(owner, stored)}
+            self._losses.add(key, f"{was} -> {dtype_name(stored.dtype)}")
+        return {key: in_place_of(owner, stored)}
 
     def _coded(self, key: str, owner: Tensor, codes: Tensor, scales: Tensor) -> dict[str, Tensor]:
         """State in 8 bits; ``codes`` and ``scales`` are plain, or this rank's parts."""
         blocks = new_scales(owner)
         return {
-            key: _in_place_of(owner, placed(codes, torch.uint8, local_of(owner), self._is_lazy)),
-            key + SCALE: _in_place_of(blocks, placed(scales, torch.float32, local_of(blocks), self._is_lazy)),
+            key: in_place_of(owner, placed(codes, torch.uint8, local_of(owner), self._is_lazy)),
+            key + SCALE: in_place_of(blocks, placed(scales, torch.float32, local_of(blocks), self._is_lazy)),
         }
 
     def _compensation(self, method: Method, param: Tensor, value: Any, name: str) -> dict[str, Any]:
         """What rounding has taken from a bfloat16 parameter, if this optimizer uses it."""
-        what, is_ours = f"{self.who}: the loaded {COMPENSATION} of {name}", getattr(value, "dtype", None) == torch.int16
+        what = f"{self.who}: the loaded {COMPENSATION} of {name}"
+        is_ours = isinstance(value, Tensor) and value.dtype == torch.int16
         if method.format_of_param(param) != Rounded("compensated"):
             if not is_ours:
                 return {COMPENSATION: self._entry(method, param, COMPENSATION, value, False, name)}
@@ -456,8 +458,8 @@ class _Reading:
         _check_memory(local_of(value), local_of(owner), what)
         if value.shape != param.shape:
             raise self._misfit(what, value, param.shape)
-        part = _part_for(owner, value.detach(), what)
-        return {COMPENSATION: _in_place_of(owner, placed(part, torch.int16, local_of(owner), self._is_lazy))}
+        part = part_for(owner, value.detach(), what)
+        return {COMPENSATION: in_place_of(owner, placed(part, torch.int16, local_of(owner), self._is_lazy))}
 
     def _misfit(self, what: str, value: Tensor, shape: torch.Size) -> _MisfitError:
         hint = "" if self.optimizer.param_groups[0].get("param_names") else " Were the parameters in another order?"
@@ -467,40 +469,6 @@ class _Reading:
         """Raise ``ValueError`` for a negative value in state that no step makes negative."""
         if key in method.nonnegative_state and (smallest := _smallest(value)) < 0:
             raise ValueError(f"{what} must be >= 0, got {smallest}.")
-
-
-def _decoded(codes: Tensor, scale: Tensor, codec: Codec, what: str) -> Tensor:
-    """The numbers of state in 8 bits, of a sharded one on the same ranks.
-
-    Raises:
-        ValueError: if codes and their scales do not lie on the same ranks.
-    """
-    if not same_layout(codes, scale) or local_of(scale).shape != scale_shape(local_of(codes).shape):
-        raise ValueError(f"{what} has {layout_of(codes)}, and its scales {layout_of(scale)}. {_SAVE_WHOLE}")
-    return _in_place_of(codes, decoded(local_of(codes), local_of(scale), codec))
-
-
-def _in_place_of(owner: Tensor, local: Tensor) -> Tensor:
-    """``local``, or the DTensor that it is a part of, as ``owner`` is."""
-    return like(owner, local) if is_dtensor(owner) else local
-
-
-def _part_for(owner: Any, value: Any, what: str) -> Tensor:
-    """What this rank has of a state tensor; ranks talk only if its layout is not that of its ``owner``.
-
-    Raises:
-        ValueError: if the part cannot be found.
-    """
-    if same_layout(value, owner):
-        return local_of(value)
-    if not is_dtensor(value):
-        try:
-            return part_of(value, owner)
-        except ValueError as error:
-            raise ValueError(f"{what}: {error}.") from None
-    if is_dtensor(owner) and value.device_mesh == owner.device_mesh:
-        return local_of(value.detach().redistribute(owner.device_mesh, owner.placements))
-    raise ValueError(f"{what} has {layout_of(value)}, the parameter {layout_of(owner)}. {_SAVE_WHOLE}")
 
 
 def _smallest(value: Tensor | float) -> float:
