@@ -271,6 +271,19 @@ def test_zeros_of_tables_stay_uncommitted() -> None:
         assert is_lazy(content["exp_avg"]) == is_lazy(lazy_memory.zeros((2000, 700), torch.uint8))
 
 
+@pytest.mark.parametrize("wanted", ["8bit", None])
+def test_codes_of_state_that_an_option_has_turned_off_wait_for_it(wanted: Any) -> None:
+    source = stepped(amsgrad=True, state_dtype="8bit")
+    target = new(state_dtype=wanted)
+    target.load_state_dict(source.state_dict(), hyperparameters="current")
+    for name in ("max_exp_avg_sq", "max_exp_avg_sq_scale"):
+        assert torch.equal(state_of(target)[0][name], state_of(source)[0][name])
+    target.param_groups[0]["amsgrad"] = True
+    give_grads(params_of(target), 2)
+    target.step()
+    assert state_of(target)[0]["max_exp_avg_sq"].dtype == torch.uint8
+
+
 # Compensation and step counts.
 
 

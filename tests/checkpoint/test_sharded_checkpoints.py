@@ -368,6 +368,16 @@ def assert_codes_go_round() -> None:
                     its = decoded if index and placement is not None else expected
                     for name, value in its.state_dict()["state"][index].items():
                         assert torch.equal(whole(content[name]), value)
+    good = saved[str(Shard(0))]["state"]
+    scale = good[0]["exp_avg_scale"]
+    for bad, asked, message in (
+        (-scale, "8bit", "exp_avg_scale must be >= 0, got -"),
+        (-scale, torch.float32, "exp_avg_scale must be >= 0, got -"),
+        (whole(scale), torch.float32, "has placements .*, and its scales a plain tensor"),
+    ):
+        damaged = {**saved["plain"], "state": {**good, 0: {**good[0], "exp_avg_scale": bad}}}
+        with pytest.raises(ValueError, match=message):
+            made(Shard(0), asked).load_state_dict(damaged)
 
 
 def test_loaded_parts_are_copies_in_the_format_that_is_asked_for() -> None:
