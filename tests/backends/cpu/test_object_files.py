@@ -327,11 +327,13 @@ def test_any_name_makes_a_file_in_the_folder(name: str, folder: Path) -> None:
     assert len(files(folder)) == 1
 
 
-def test_platform_without_owners_caches(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_platform_without_owners_caches(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delattr(os, "geteuid", raising=False)
     monkeypatch.setattr(private_files, "_HAS_OWNERS", False)
+    monkeypatch.chdir(tmp_path)
     assert compiles(1)
     assert not compiles(1)
+    assert list(tmp_path.iterdir()) == [folder]
 
 
 def test_readers_see_whole_files_while_others_write(tmp_path: Path) -> None:

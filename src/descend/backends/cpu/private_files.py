@@ -76,7 +76,7 @@ def _open_locks(folder: Path) -> Iterator[int | None]:
     file = None
     with suppress(OSError), _open_folder(folder) as descriptor:
         if fcntl is not None:
-            file = _opener(descriptor)(LOCKS, os.O_RDWR | os.O_CREAT)
+            file = _opener(descriptor)(_name(folder / LOCKS), os.O_RDWR | os.O_CREAT)
     try:
         yield file
     finally:
