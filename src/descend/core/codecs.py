@@ -17,7 +17,8 @@ by four, and a quarter of them is the root. Bits of mantissa, in octaves below 1
     unsigned     5   4   3   2   1   0     then 2**-26 and 2**-28
     signed       4   3   2   1   0         then 2**-22 and 2**-24
 
-A number that is not zero has no code of zero if it is unsigned: what divides by the root of a square must not meet one.
+Numbers go to the nearest value; of those below the smallest, a quarter of it and more go to it, others to zero. An
+unsigned number that is not zero never goes there: what divides by the root of a square must not meet one.
 
 Blocks do not cross rows, so that a step which touches some rows leaves the others alone, and rows may be sharded.
 
@@ -188,7 +189,8 @@ def encode(numbers: Tensor, codec: Codec, noise: Tensor | None = None) -> tuple[
     else:
         noise = noise.reshape(rows, width).to(torch.float32)
         up = torch.nn.functional.pad(noise, (0, -width % BLOCK)).view(rows, -1, BLOCK) * 2.0**-16
-    code = (root + up).to(torch.int32) - 1
+    # The largest noise takes 256 to 257, which float32 rounds up to.
+    code = ((root + up).to(torch.int32) - 1).clamp(max=codec.largest)
     code = code.clamp(min=0) if codec.signed else torch.where(magnitude > 0, code.clamp(min=1), 0)
     if codec.signed:
         code = torch.where(padded.view(torch.int32) < 0, code + 128, code)
