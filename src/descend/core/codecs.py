@@ -17,8 +17,10 @@ by four, and a quarter of them is the root. Bits of mantissa, in octaves below 1
     unsigned     5   4   3   2   1   0     then 2**-26 and 2**-28
     signed       4   3   2   1   0         then 2**-22 and 2**-24
 
-Numbers go to the nearest value; of those below the smallest, a quarter of it and more go to it, others to zero. An
-unsigned number that is not zero never goes there: what divides by the root of a square must not meet one.
+Numbers go to the nearest value, or to one of the two beside them with the number as expectation. Where values are two
+octaves apart, the nearer one is that of fewer octaves; of numbers below the smallest value, a quarter of it and more go
+to it, others to zero. An unsigned number that is not zero never goes there: what divides by the root of a square must
+not meet a zero.
 
 Blocks do not cross rows, so that a step which touches some rows leaves the others alone, and rows may be sharded.
 
@@ -179,8 +181,8 @@ def encode(numbers: Tensor, codec: Codec, noise: Tensor | None = None) -> tuple[
     magnitude = padded.view(torch.int32) & MAGNITUDE
     largest = magnitude.amax(2)
     scale = torch.where(largest > 0, largest.clamp(min=SMALLEST_SCALE), 0).view(torch.float32)
-    # The inverse itself could be denormal.
-    inverse = torch.where(largest > 0, 4 / scale, 0.0)
+    # The inverse itself could be denormal; torch divides a number by a tensor with one.
+    inverse = torch.where(largest > 0, torch.full_like(scale, 4.0) / scale, 0.0)
     unit = magnitude.view(torch.float32) * inverse[..., None]
     unit = torch.where(unit < 4, unit, 4.0)  # of NaN, too
     root = ((unit.view(torch.int32) >> 2) + (codec.top - (FOUR >> 2))).view(torch.float32)
