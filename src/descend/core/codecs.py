@@ -8,19 +8,18 @@ state with ``_scale``. A row is one index of the first dimension; a tensor of on
 into blocks of 256 numbers, the last of which may be shorter; so scales have the shape (rows, blocks), or (blocks,). A
 block's scale is its largest magnitude, and a number is the value of its code times the scale.
 
-Values are finest near 1, and reach far down. Code 0 is 0; code ``c`` is a fourth power of ``(c + 1) / 256``, or, if
-numbers have a sign, of ``(c + 1) / 128``, where the upper bit is the sign and the other seven are ``c``. It is a power
-whose lines between powers of two are straight: the bits of a float32 are nearly its logarithm, so they are multiplied
-by four, and a quarter of them is the root. Bits of mantissa, in octaves below 1:
+Code 0 is 0. Of a signed number, the upper bit is the sign, also of zero, and the lower seven are the code. With ``y``
+for ``(code + 1) / 256``, signed ``(code + 1) / 128``, the value is the float32 whose bits are 4 times the bits of ``y``
+less 3 times the bits of 1. That is ``y**4`` in straight pieces, since the bits of a float are nearly its logarithm. So
+values are finest near 1 and reach far down. Bits of mantissa, in octaves below 1:
 
     octaves      4   4   4   4   4   4
     unsigned     5   4   3   2   1   0     then 2**-26 and 2**-28
     signed       4   3   2   1   0         then 2**-22 and 2**-24
 
-Numbers go to the nearest value, or to one of the two beside them with the number as expectation. Where values are two
-octaves apart, the nearer one is that of fewer octaves; of numbers below the smallest value, a quarter of it and more go
-to it, others to zero. An unsigned number that is not zero never goes there: what divides by the root of a square must
-not meet a zero.
+Numbers go to the nearest value; or, at random, to one of the two beside them, with the number as expectation. Between
+values that are two octaves apart the boundary is the power of two in the middle; below the smallest, a quarter of it.
+But an unsigned number that is not zero never becomes zero: AdamW divides by the root of its average square.
 
 Blocks do not cross rows, so that a step which touches some rows leaves the others alone, and rows may be sharded.
 
