@@ -11,8 +11,8 @@ the four lower bits of a code, its value is
 
     2**e * (2 + m / 8) - 2             e up to 15, or up to 7 if numbers have a sign, which is the upper bit then
 
-so that values are 0, 1/8, 2/8, ..., 2, 2 + 2/8, ..., 6, 6 + 4/8, ..., up to 126,974, or 494. They are evenly spaced near
-zero, and have five bits of precision in the other 15, or 7, octaves. The scale is what makes the block's largest
+so that values are 0, 1/8, 2/8, ..., 2, 2 + 2/8, ..., 6, 6 + 4/8, ..., up to 126,974, or 494. They are evenly spaced
+near zero, and have five bits of precision in the other 15, or 7, octaves. The scale is what makes the block's largest
 magnitude the largest value. Such codes are bits of a float32, but for an addition and a shift.
 
 A number that is not zero has no code of zero if it is unsigned: what divides by the root of a square must not meet one.

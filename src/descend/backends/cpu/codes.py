@@ -18,7 +18,7 @@ BYTE, I16, I32, I64, F32, F64 = (
     llvm_ir.FloatType(),
     llvm_ir.DoubleType(),
 )  # fmt: skip
-# The flag of operations that must round as torch's do. It keeps off the kernels' flags, which allow fused multiply-adds.
+# The flag of operations that must round as torch's do: it keeps off those of kernels, which allow fused multiply-adds.
 ROUNDED = ("nsz",)
 NAN = 0x7FC0_0000
 
@@ -56,7 +56,7 @@ def decoded(builder: Any, code: Any, scale: Any, codec: Codec) -> Any:
 
 
 def scale_of(builder: Any, largest: Any, codec: Codec) -> tuple[Any, Any, Any]:
-    """The scale of a block, from the bits of its largest magnitude, and the factor and the mask that ``encoded`` takes."""
+    """The scale of a block, from the bits of its largest magnitude, and the two numbers that ``encoded`` takes."""
     is_zero = builder.icmp_unsigned("==", largest, word(0))
     scale = builder.fmul(builder.bitcast(largest, F32), real(1 / codec.top), flags=ROUNDED)
     is_small = builder.fcmp_ordered("<", scale, real(SMALLEST_SCALE))

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import torch
 
-from descend.core.codecs import Codec, Formats, is_plain, needs_noise, stored_dtypes
+from descend.core.codecs import Codec, Formats, needs_noise, stored_dtypes
 
 
 class Columns(NamedTuple):
@@ -19,7 +19,7 @@ class Columns(NamedTuple):
         scales: for each column, that of its scales, or -1.
         width: the column with the row width, if there are codes; else -1.
         stream: the column with the stream's number, before that with its place, if there is noise; else -1.
-        count: how many columns there are.
+        size: how many columns there are.
     """
 
     formats: Formats
@@ -27,7 +27,7 @@ class Columns(NamedTuple):
     scales: tuple[int, ...]
     width: int
     stream: int
-    count: int
+    size: int
 
     @property
     def elements(self) -> tuple[torch.dtype, ...]:

@@ -6,7 +6,6 @@ another backend. Else a loop over each block would begin with a comparison of ev
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -203,7 +202,7 @@ def storer(columns: Columns, compute: torch.dtype) -> Any:
 
         def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
             memory, noise = _Memory(builder, columns), _noise(builder, columns, args[6], args[7], args[1])
-            found = []
+            found: list[Any] = []
             for position, (column, kind) in enumerate(zip(written, kinds, strict=True)):
                 format, value = columns.formats[column], args[2]
                 if isinstance(values, types.BaseTuple):
@@ -269,7 +268,7 @@ def buffer_of(columns: Columns) -> Any:
     @intrinsic
     def buffer(typing: Any) -> Any:
         def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-            address = cgutils.alloca_once(builder, llvm_ir.ArrayType(F32, BLOCK * len(columns.coded)))
+            address = cgutils.alloca_once(builder, llvm_ir.ArrayType(F32, max(BLOCK * len(columns.coded), 1)))
             address.align = 64
             return builder.ptrtoint(address, I64)
 
@@ -284,10 +283,10 @@ def words_loader(columns: Columns) -> Any:
     @intrinsic
     def load(typing: Any, row: Any, keys: Any, scalars_row: Any) -> Any:
         def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-            words: Sequence[Any] = [codes.word(0)] * 2
+            words = [codes.word(0)] * 2
             if columns.stream >= 0:
                 key = builder.load(element(builder, args[1], args[2], I64))
-                words = codes.noise_words(builder, key, _in_table(builder, args[0], columns.stream))
+                words = [*codes.noise_words(builder, key, _in_table(builder, args[0], columns.stream))]
             return pack(context, builder, words, types.uint32)
 
         return types.UniTuple(types.uint32, 2)(types.int64, types.int64, types.int64), generate
