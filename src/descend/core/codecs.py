@@ -15,7 +15,8 @@ so that values are 0, 1/8, 2/8, ..., 2, 2 + 2/8, ..., 6, 6 + 4/8, ..., up to 126
 near zero, and have five bits of precision in the other 15, or 7, octaves. The scale is what makes the block's largest
 magnitude the largest value. Such codes are bits of a float32, but for an addition and a shift.
 
-A number that is not zero has no code of zero if it is unsigned: what divides by the root of a square must not meet one.
+Numbers go to the nearest value; or, at random, to one of the two beside them, with the number as expectation. But an
+unsigned number that is not zero never becomes zero: AdamW divides by the root of its average square.
 
 Blocks do not cross rows, so that a step which touches some rows leaves the others alone, and rows may be sharded.
 
@@ -185,6 +186,7 @@ def encode(numbers: Tensor, codec: Codec, noise: Tensor | None = None) -> tuple[
     if noise is not None:
         noise = noise.reshape(rows, width).to(torch.int32)
         up = torch.nn.functional.pad(noise, (0, -width % BLOCK)).view(rows, -1, BLOCK) << (SHIFT - 16)
+    # Rounding takes the largest at most 5 units in the last place too far; the largest noise leaves 8.
     code = ((value + 2).view(torch.int32) - TWO + up) >> SHIFT
     if codec.signed:
         code = torch.where(padded.view(torch.int32) < 0, code | 128, code)

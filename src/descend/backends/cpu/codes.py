@@ -11,7 +11,7 @@ from typing import Any
 from llvmlite import ir as llvm_ir
 
 from descend.core.codecs import INFINITY, MAGNITUDE, SHIFT, SMALLEST_SCALE, TWO, Codec
-from descend.core.noise import FIRST_MULTIPLIER, GOLDEN32, GOLDEN64, MASK32, SECOND_MULTIPLIER
+from descend.core.noise import FIRST_MULTIPLIER, GOLDEN64, MASK32, second_multiplier
 
 BYTE, I16, I32, I64, F32, F64 = (
     *(llvm_ir.IntType(bits) for bits in (8, 16, 32, 64)),
@@ -163,7 +163,6 @@ class Noise:
         if self._first is None:  # the part that all pairs share
             x = builder.xor(builder.trunc(self._place, I32), first)
             x = builder.mul(builder.xor(x, builder.lshr(x, word(16))), word(FIRST_MULTIPLIER))
-            self._first = builder.xor(x, builder.lshr(x, word(15)))
-        x = builder.add(self._first, builder.add(second, word(pair * GOLDEN32)))
-        x = builder.mul(x, word(SECOND_MULTIPLIER))
+            self._first = builder.add(builder.xor(x, builder.lshr(x, word(15))), second)
+        x = builder.mul(self._first, word(second_multiplier(pair)))
         return builder.xor(x, builder.lshr(x, word(16)))
