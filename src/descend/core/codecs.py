@@ -178,9 +178,10 @@ def encode(numbers: Tensor, codec: Codec, noise: Tensor | None = None) -> tuple[
     # As integers, magnitudes are in the same order, and NaN is the largest.
     magnitude = padded.view(torch.int32) & MAGNITUDE
     largest = magnitude.amax(2)
-    scale = largest.view(torch.float32) * (1 / codec.top)
+    # Of tensors, divisions round to the nearest on every device; so encoding what was decoded changes nothing.
+    scale = largest.view(torch.float32) / torch.full_like(largest, codec.top, dtype=torch.float32)
     scale = torch.where(largest > 0, torch.where(scale < SMALLEST_SCALE, SMALLEST_SCALE, scale), 0.0)
-    inverse = torch.where(largest > 0, 1 / scale, 0.0)
+    inverse = torch.where(largest > 0, torch.ones_like(scale) / scale, 0.0)
     value = magnitude.view(torch.float32) * inverse[..., None]
     up: Tensor | int = 1 << (SHIFT - 1)
     if noise is not None:

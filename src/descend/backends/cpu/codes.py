@@ -58,7 +58,7 @@ def decoded(builder: Any, code: Any, scale: Any, codec: Codec) -> Any:
 def scale_of(builder: Any, largest: Any, codec: Codec) -> tuple[Any, Any, Any]:
     """The scale of a block, from the bits of its largest magnitude, and the two numbers that ``encoded`` takes."""
     is_zero = builder.icmp_unsigned("==", largest, word(0))
-    scale = builder.fmul(builder.bitcast(largest, F32), real(1 / codec.top), flags=ROUNDED)
+    scale = builder.fdiv(builder.bitcast(largest, F32), real(codec.top), flags=ROUNDED)
     is_small = builder.fcmp_ordered("<", scale, real(SMALLEST_SCALE))
     scale = builder.select(is_small, real(SMALLEST_SCALE), scale)
     inverse = builder.fdiv(real(1.0), scale, flags=ROUNDED)
