@@ -190,7 +190,7 @@ def encode(numbers: Tensor, codec: Codec, noise: Tensor | None = None) -> tuple[
     # Rounding takes the largest at most 5 units in the last place too far; the largest noise leaves 8.
     code = ((value + 2).view(torch.int32) - TWO + up) >> SHIFT
     if codec.signed:
-        code = torch.where(padded.view(torch.int32) < 0, code | 128, code)
+        code = torch.where(padded < 0, code | 128, code)
     else:
         code = torch.where(magnitude > 0, code.clamp(min=1), 0)
     code = torch.where((largest < INFINITY)[..., None], code, 0).reshape(rows, -1)[:, :width].reshape(numbers.shape)

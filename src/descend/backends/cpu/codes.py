@@ -88,8 +88,9 @@ def encoded(builder: Any, number: Any, inverse: Any, mask: Any, codec: Codec, no
     up = word(1 << (SHIFT - 1)) if noise is None else builder.shl(noise, word(SHIFT - 16))
     code = builder.lshr(builder.add(builder.sub(bits, word(TWO)), up), word(SHIFT))
     if codec.signed:
-        sign = builder.and_(builder.lshr(bits_of(builder, number), word(24)), builder.and_(mask, word(128)))
-        return builder.trunc(builder.or_(code, sign), BYTE)
+        is_negative = builder.fcmp_ordered("<", number, real(0.0))
+        sign = builder.and_(mask, word(128))
+        return builder.trunc(builder.select(is_negative, builder.or_(code, sign), code), BYTE)
     code = builder.select(builder.icmp_signed(">", code, word(1)), code, word(1))
     is_zero = builder.icmp_unsigned("==", builder.and_(bits_of(builder, number), mask), word(0))
     return builder.trunc(builder.select(is_zero, word(0), code), BYTE)
