@@ -27,6 +27,7 @@ called ``compensation``: the bits of a float32 are the bits of the bfloat16, shi
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Literal, NamedTuple, TypeAlias
 
@@ -47,7 +48,8 @@ COMPENSATION = "compensation"
 TWO, INFINITY = 0x4000_0000, 0x7F80_0000
 MAGNITUDE = 0x7FFF_FFFF
 SHIFT = 19  # of a code to where a float32 has its exponent
-SMALLEST_SCALE = 2.0**-126  # its inverse is finite
+NOISE_HALF = 1 << (SHIFT - 17)  # half of the last bit of noise is added: exact numbers do not move
+SMALLEST_SCALE = 2.0**-123  # the smallest value, an eighth of it, is not denormal
 
 
 class Codec(NamedTuple):
@@ -142,8 +144,9 @@ def is_worth_coding(tensor: Tensor) -> bool:
 
 def rows_and_width(shape: torch.Size) -> tuple[int, int]:
     """How many rows a tensor of codes has, and how many numbers are in each."""
-    rows = shape[0] if len(shape) > 1 else 1
-    return rows, shape.numel() // max(rows, 1)
+    if len(shape) < 2:
+        return 1, shape.numel()
+    return shape[0], math.prod(shape[1:])
 
 
 # The reference: with torch's operations, on any device.
@@ -158,15 +161,15 @@ def decode(codes: Tensor, scale: Tensor, codec: Codec) -> Tensor:
         bits, two = bits | sign, two | sign
     value = bits.view(torch.float32) - two.view(torch.float32)
     rows, width = rows_and_width(codes.shape)
-    blocks = scale.reshape(rows, -1)
+    blocks = scale.reshape(rows, -(-width // BLOCK))
     return (value.reshape(rows, width) * blocks.repeat_interleave(BLOCK, 1)[:, :width]).reshape(codes.shape)
 
 
 def encode(numbers: Tensor, codec: Codec, noise: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Codes and scales of numbers.
 
-    A NaN or Inf makes its whole block NaN: codes are 0 there. Scales below 2**-126 are raised to it, but for that of
-    zeros.
+    A NaN or Inf makes its whole block NaN: codes are 0 there, and the scale is NaN or Inf. Scales below 2**-123 are
+    raised to it, but for that of zeros; so no decoded number is denormal.
 
     Args:
         numbers: float32, of at least one dimension.
@@ -174,7 +177,8 @@ def encode(numbers: Tensor, codec: Codec, noise: Tensor | None = None) -> tuple[
         noise: 16 bits for each number, in any integer dtype; only for a stochastic codec.
     """
     rows, width = rows_and_width(numbers.shape)
-    padded = torch.nn.functional.pad(numbers.reshape(rows, width), (0, -width % BLOCK)).view(rows, -1, BLOCK)
+    padded = torch.nn.functional.pad(numbers.reshape(rows, width), (0, -width % BLOCK))
+    padded = padded.view(rows, padded.shape[1] // BLOCK, BLOCK)
     # As integers, magnitudes are in the same order, and NaN is the largest.
     magnitude = padded.view(torch.int32) & MAGNITUDE
     largest = magnitude.amax(2)
@@ -186,14 +190,14 @@ def encode(numbers: Tensor, codec: Codec, noise: Tensor | None = None) -> tuple[
     up: Tensor | int = 1 << (SHIFT - 1)
     if noise is not None:
         noise = noise.reshape(rows, width).to(torch.int32)
-        up = torch.nn.functional.pad(noise, (0, -width % BLOCK)).view(rows, -1, BLOCK) << (SHIFT - 16)
-    # Rounding takes the largest at most 5 units in the last place too far; the largest noise leaves 8.
+        up = torch.nn.functional.pad(noise, (0, -width % BLOCK)).view(padded.shape) << (SHIFT - 16) | NOISE_HALF
+    # What was decoded is now at most one unit in the last place away from where it was.
     code = ((value + 2).view(torch.int32) - TWO + up) >> SHIFT
     if codec.signed:
         code = torch.where(padded < 0, code | 128, code)
     else:
         code = torch.where(magnitude > 0, code.clamp(min=1), 0)
-    code = torch.where((largest < INFINITY)[..., None], code, 0).reshape(rows, -1)[:, :width].reshape(numbers.shape)
+    code = torch.where((largest < INFINITY)[..., None], code, 0).flatten(1)[:, :width].reshape(numbers.shape)
     return code.to(torch.uint8), scale.reshape(scale_shape(numbers.shape))
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from llvmlite import ir as llvm_ir
 
-from descend.core.codecs import INFINITY, MAGNITUDE, SHIFT, SMALLEST_SCALE, TWO, Codec
+from descend.core.codecs import INFINITY, MAGNITUDE, NOISE_HALF, SHIFT, SMALLEST_SCALE, TWO, Codec
 from descend.core.noise import FIRST_MULTIPLIER, GOLDEN64, MASK32, second_multiplier
 
 BYTE, I16, I32, I64, F32, F64 = (
@@ -85,8 +85,11 @@ def encoded(builder: Any, number: Any, inverse: Any, mask: Any, codec: Codec, no
     if codec.signed:
         value = builder.bitcast(builder.and_(bits_of(builder, value), builder.and_(mask, word(MAGNITUDE))), F32)
     bits = bits_of(builder, builder.fadd(value, real(2.0), flags=ROUNDED))
-    up = word(1 << (SHIFT - 1)) if noise is None else builder.shl(noise, word(SHIFT - 16))
-    code = builder.lshr(builder.add(builder.sub(bits, word(TWO)), up), word(SHIFT))
+    if noise is None:
+        bits = builder.add(bits, word((1 << (SHIFT - 1)) - TWO))
+    else:
+        bits = builder.add(builder.add(bits, word(NOISE_HALF - TWO)), builder.shl(noise, word(SHIFT - 16)))
+    code = builder.lshr(bits, word(SHIFT))
     if codec.signed:
         is_negative = builder.fcmp_ordered("<", number, real(0.0))
         sign = builder.and_(mask, word(128))
