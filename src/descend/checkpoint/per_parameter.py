@@ -40,6 +40,7 @@ from descend.distributed.dtensors import (
     same_layout,
 )
 from descend.distributed.shard_state import as_sharded
+from descend.offload.host_params import where_state_is
 from descend.sparse import table
 from descend.state import lazy_memory
 from descend.state.container import InitialState
@@ -325,7 +326,7 @@ class _Reading:
         what = f"{self.who}: the loaded {key} of {name}"
         if isinstance(value, Tensor) and value.dim() == 0:
             value = local_of(value)
-        param = as_sharded(self.optimizer, param)
+        param = where_state_is(self.optimizer, as_sharded(self.optimizer, param))
         if is_dtensor(param) and shape == row_state_shape(param) and has_whole_rows(param):
             param = rows_of(param)
         if key == "step" and method.counts_steps:

@@ -13,6 +13,7 @@ from descend.core.method import Method
 from descend.core.optimizer import MethodOptimizer
 from descend.core.signature import signature
 from descend.distributed.shard_state import as_sharded
+from descend.offload.host_params import where_state_is
 from descend.state.container import CPU, InitialState, new_tensor, scalar_tensor
 
 
@@ -48,7 +49,8 @@ def ensure_state(
     for name in names:
         if not isinstance(state.get(name), Tensor):
             sharded = as_sharded(optimizer, param)
-            state[name] = new_tensor(sharded, method.state_spec(name, sharded, group), lazy)
+            spec = method.state_spec(name, sharded, group)
+            state[name] = new_tensor(where_state_is(optimizer, sharded), spec, lazy)
     return state
 
 

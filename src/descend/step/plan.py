@@ -29,6 +29,7 @@ from descend.sparse.attach import Tables
 from descend.state.container import State, checked_state
 from descend.state.make import reserve_state, state_dtypes
 from descend.step.decide import Decider, counts_on_device
+from descend.step.offload import make_offloaded
 from descend.step.stages import Stage, make_stages, make_updates, run_stages
 from descend.step.sums import SummedParam, Sums
 from descend.step.updates import Entry
@@ -123,7 +124,9 @@ class Plan:
         if self._requested not in ("auto", EAGER.name):
             self._refuse_another_backend(optimizer)
         self._stages: list[Stage] = []
-        if self._locals.wholes():
+        if self._locals.hosts:
+            self._updates = make_offloaded(optimizer, tables, self._entries, self._locals.hosts)
+        elif self._locals.wholes():
             self._stages = make_stages(optimizer, tables, self._entries, self._locals)
             self._updates = [update for stage in self._stages for update in stage.updates]
         else:
@@ -143,7 +146,7 @@ class Plan:
     @property
     def waits(self) -> bool:
         """Whether the host waits for a device in each step."""
-        if self._sums is not None and self._is_on_devices:
+        if self._locals.hosts or (self._sums is not None and self._is_on_devices):
             return True
         asks = self._options.wants_norm or self._options.amp is not None or self._counts_on_device
         return asks and self.decider is None and not all(update.counts_on_device for update in self._updates)
@@ -226,6 +229,7 @@ class Plan:
         self._check_whole(optimizer, param, takes.kind, share)
         self._check_rows(optimizer, param, takes.kind)
         tensors = checked_state(optimizer, param, local, takes.state, group, state)
+        self._check_place(optimizer, param, group, tensors)
         sparse = optimizer.meaning_of_gradient(param, group)
         entry = Entry(param, local, share, index, method, rule, state, EAGER, "backend='eager'", sparse, in_order=False)
         if differentiable:
@@ -260,6 +264,29 @@ class Plan:
             raise RuntimeError(
                 f"{type(optimizer).__name__}: a rule of rows cannot update parts of rows, but "
                 f"{optimizer.name_of(param)} has {layout_of(sharded)}: shard its first dimension. Nothing has moved."
+            )
+
+    def _check_place(
+        self,
+        optimizer: MethodOptimizer,
+        param: Tensor,
+        group: Mapping[str, Any],
+        tensors: Sequence[tuple[str, Tensor]],
+    ) -> None:
+        """Raise ``RuntimeError`` if state is not where ``state_device`` says, or the step needs it elsewhere."""
+        who, local = type(optimizer).__name__, self._locals.of(param)
+        for name, tensor in tensors:
+            if tensor.device != local.device:
+                raise RuntimeError(
+                    f"{who}: {name} of {optimizer.name_of(param)} is on {tensor.device}, but with "
+                    f"state_device={optimizer.options.state_device!r} it must be on {local.device}: "
+                    "load_state_dict(state_dict()) moves it. Nothing has moved."
+                )
+        is_asked = [flag for flag in ("differentiable", "capturable") if group.get(flag)]
+        if local is not param and self._locals.hosts and is_asked:
+            raise RuntimeError(
+                f"{who}: with state_device='cpu' the host waits for gradients and steps {optimizer.name_of(param)} "
+                f"itself: leave out `{is_asked[0]}`, or state_device. Nothing has moved."
             )
 
     def _check_not_cut(self, optimizer: MethodOptimizer, param: Tensor) -> None:
@@ -406,7 +433,7 @@ class Plan:
             cells |= update.cells()
         listed = [param for group in self._groups for param in group.params]
         watched = [self._locals.of(param) for param in listed]
-        watched += self._locals.wholes()
+        watched += [*self._locals.wholes(), *self._locals.hosts.originals()]
         spans = np.concatenate([np.zeros((0, 2), np.int64), *(update.written() for update in self._updates)])
         written = spans[np.argsort(spans[:, 0])]
         tensors = [local_of(tensor) for _, _, tensor in self._tensors]
@@ -528,7 +555,9 @@ def _in_order_where_memory_is_shared(entries: Sequence[Entry], params: LocalPara
     for i, entry in enumerate(entries):
         state = [local_of(value) for value in entry.state.values() if isinstance(value, Tensor)]
         # What overlaps on another rank counts here too: all must take the same order.
-        local = entry.local if params.cut_of(entry.param) is None else entry.param
+        # So does what overlaps on a device, where copies in the host's memory stand for it.
+        is_itself = params.cut_of(entry.param) is None and params.hosts.bucket_of(entry.param) is None
+        local = entry.local if is_itself else entry.param
         for tensor, is_written in ((local, True), (local.grad, False), *((s, True) for s in state)):
             if tensor is not None and (span := memory.span(tensor)):
                 spans.append((*span, is_written, i))
