@@ -73,7 +73,7 @@ class Bucket:
         self.transfers: Transfers = optimizer.transfers.get(self.device) or transfers_to(self.device)
         optimizer.transfers[self.device] = self.transfers
         for param in params:
-            _check(optimizer, param)
+            check_param(optimizer, param)
             copy = optimizer.host_copies.get(param)  # type: ignore[no-untyped-call]
             if copy is None or not copy.fits(param):
                 copy = optimizer.host_copies[param] = HostCopy(param, self.transfers)
@@ -242,7 +242,7 @@ def _sparse_on_host(grad: Tensor) -> Tensor:
     return torch.sparse_coo_tensor(indices, values, grad.shape, device="cpu", check_invariants=False)
 
 
-def _check(optimizer: MethodOptimizer, param: Tensor) -> None:
+def check_param(optimizer: MethodOptimizer, param: Tensor) -> None:
     """Raise ``RuntimeError`` for a parameter that cannot have a copy in the host's memory, or get it back."""
     name, who = optimizer.name_of(param), type(optimizer).__name__
     if type(param) not in memory.PLAIN or param.layout is not torch.strided:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from descend.core.optimizer import MethodOptimizer
-from descend.offload.buckets import Bucket
+from descend.offload.buckets import Bucket, check_param
 
 # Large enough that copies reach the bandwidth of the bus, small enough that the first update begins early.
 BUCKET_BYTES = 32 * 2**20
@@ -28,9 +28,14 @@ def _is_on_device(param: Tensor) -> bool:
 
 
 def where_state_is(optimizer: MethodOptimizer, param: Tensor) -> Tensor:
-    """A tensor like ``param`` that is where its state is: if it is offloaded, memory of the host without values."""
+    """A tensor like ``param`` that is where its state is: if it is offloaded, memory of the host without values.
+
+    Raises:
+        RuntimeError: if it cannot be offloaded.
+    """
     if not is_offloaded(optimizer, param):
         return param
+    check_param(optimizer, param)
     with torch.inference_mode(False):
         return torch.empty_like(param.detach(), device="cpu")
 

@@ -84,6 +84,10 @@ class StreamTransfers(Transfers):
         to.copy_(source, non_blocking=True)
 
     def begin(self) -> None:
+        if self._device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+            raise RuntimeError(
+                "state_device='cpu': a step that waits for the device cannot be captured. Nothing has moved."
+            )
         now = self._current().record_event()
         self._down.wait_event(now)
         self._up.wait_event(now)
