@@ -21,10 +21,11 @@ class LateTransfers(Transfers):
 
     Attributes:
         downloaded, uploaded: numbers that have gone either way.
+        downloads: how often the host has asked for some.
     """
 
     def __init__(self) -> None:
-        self.downloaded = self.uploaded = 0
+        self.downloaded = self.uploaded = self.downloads = 0
         self._coming: list[list[tuple[Tensor, Tensor]]] = []
         self._going: list[Work] = []
         self._copies: list[tuple[Tensor, Tensor]] | None = None
@@ -49,7 +50,7 @@ class LateTransfers(Transfers):
         self._going.clear()
 
     def download(self, work: Work) -> Any:
-        self._copies = []
+        self._copies, self.downloads = [], self.downloads + 1
         work()
         self._coming.append(self._copies)
         self._copies = None

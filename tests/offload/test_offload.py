@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 import signal
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -103,6 +104,7 @@ def test_only_gradients_come_if_nobody_has_written() -> None:
         pair.step(seed)
         transfers.append((transfers_of(pair.ours).downloaded, transfers_of(pair.ours).uploaded))
     small = sum(numel for numel in numels if numel < 65_536)
+    assert transfers_of(pair.ours).downloads == 6  # two buckets
     first, *later = [down - before for (down, _), (before, _) in zip(transfers, [(0, 0), *transfers], strict=False)]
     assert first == 2 * sum(numels)
     assert later == [sum(numels) + small + 2] * 2  # two answers: nobody has written to the large ones
@@ -110,6 +112,42 @@ def test_only_gradients_come_if_nobody_has_written() -> None:
     pair.edit(lambda params: params[0].data.add_(1))
     pair.step(3)
     assert transfers_of(pair.ours).downloaded - transfers[-1][0] == later[0] + numels[0]
+    assert transfers_of(pair.ours).downloads == 9  # found out late
+    pair.edit(lambda params: params[0].detach().add_(1))
+    pair.step(4)
+    assert transfers_of(pair.ours).downloads == 11  # a version counter has told
+    pair.assert_equal()
+
+
+def test_a_parameter_may_become_another_tensor() -> None:
+    pair = Pair(SGD, lambda: leaves([(3, 2), (4,)], torch.float32), lr=0.1, backend="eager")
+    for seed, change in enumerate((lambda value: value, lambda value: value.double(), lambda value: value.float()[1:])):
+        for optimizer in pair.both:
+            for param in params_of(optimizer):
+                param.grad = None
+                param.data = change(param.data)
+        pair.step(seed)
+        pair.assert_equal()
+
+
+def test_the_host_looks_for_nothing_between_steps() -> None:
+    pair = Pair(AdamW, lr=0.01)
+    for seed in range(3):
+        for optimizer in pair.both:
+            give_grads(params_of(optimizer), seed)
+            optimizer.step()
+    flush(pair.both)
+    pair.assert_equal()
+
+
+def test_an_error_names_the_gradient_that_is_not_finite() -> None:
+    pair = Pair(SGD, lr=0.1, nonfinite="raise")
+    for optimizer in pair.both:
+        give_grads(params_of(optimizer), 0)
+        params_of(optimizer)[1].grad = torch.full((7, 5), torch.nan)
+        with pytest.raises(FloatingPointError, match=re.escape("gradient of param_groups[0]['params'][1]. Nothing")):
+            optimizer.step()
+    pair.step(0)
     pair.assert_equal()
 
 
@@ -214,6 +252,15 @@ def test_parameters_that_share_memory_are_stepped_in_order() -> None:
     pair = Pair(SGD, make, lr=0.1, momentum=0.9)
     for seed in range(3):
         pair.step(seed, grads)
+        pair.assert_equal()
+
+    def rows(params: list[Tensor], seed: int) -> None:
+        for param in params:
+            param.grad = torch.sparse_coo_tensor([[1, 3]], torch.ones(2), param.shape)
+
+    pair = Pair(AdamW, lambda: make()[::2], lr=0.1, sparse="touched")
+    for seed in range(3):
+        pair.step(seed, rows)
         pair.assert_equal()
 
 

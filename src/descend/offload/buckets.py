@@ -198,7 +198,6 @@ class Rows:
         """Bring the rows, and wait for them."""
         whole, rows = self._param.detach(), self._rows()
         received = self._transfers.empty_like(self._tensor[: len(rows)], whole.dtype)
-        self._transfers.begin()
 
         def work() -> None:
             self._transfers.copy(received, whole.index_select(0, rows.to(whole.device)))

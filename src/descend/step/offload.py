@@ -138,6 +138,8 @@ def _alone(optimizer: MethodOptimizer, bucket: Bucket, entry: Entry) -> Traffic:
 
         def bring_rows() -> None:
             bucket.touch([entry.local])
+            if entry.in_order:  # what shares its memory may have been updated
+                bucket.transfers.begin()
             rows.come()
 
         return Traffic(bucket.arrive, bring_rows, rows.leave)
