@@ -103,8 +103,7 @@ class LocalParams:
             else:
                 local.tensor.grad = self._local_grad(optimizer, param, grad)
         self._cuts.read(optimizer)
-        self.hosts.read(optimizer)
-        return is_same
+        return self.hosts.read(optimizer) and is_same
 
     def release(self) -> None:
         """Drop the gradients."""

@@ -84,6 +84,10 @@ class Bucket:
         self._asked: list[Tensor] = []
         self._answers: Tensor | None = None
 
+    def fits(self) -> bool:
+        """Whether all copies can still be those of their parameters."""
+        return all(copy.fits(param) for param, copy in self._copies.items())
+
     def tensor_of(self, param: Tensor) -> Tensor:
         """The copy of one of its parameters."""
         return self._copies[param].tensor

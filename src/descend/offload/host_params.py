@@ -74,19 +74,22 @@ class HostParams:
         """The parameters that are offloaded."""
         return list(self._places)
 
-    def read(self, optimizer: MethodOptimizer) -> None:
-        """Let the present gradients come. Once a step: they come once.
+    def read(self, optimizer: MethodOptimizer) -> bool:
+        """Let the present gradients come, once a step; False if a parameter has become another one than was copied.
 
         Raises:
-            RuntimeError: if one cannot be copied.
+            RuntimeError: if a gradient cannot be copied.
         """
         if self._is_read:
-            return
+            return True
+        if not all(bucket.fits() for bucket in self._buckets):
+            return False
         self._is_read = True
         for transfers in {id(bucket.transfers): bucket.transfers for bucket in self._buckets}.values():
             transfers.begin()
         for bucket in self._buckets:
             bucket.start(optimizer)
+        return True
 
     def release(self) -> None:
         """Drop the gradients."""
