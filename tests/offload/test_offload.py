@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.amp import GradScaler
 from two_devices import flush, pretend, step, transfers_of
 
-from descend import LAMB, SGD, AdamW, AdamWScheduleFree, FirstOrder, Muon, SparseAdam, in_backward
+from descend import LAMB, SGD, AdamW, AdamWScheduleFree, FirstOrder, Monitor, Muon, SparseAdam, in_backward
 from descend.offload import buckets
 
 SHAPES = [(260, 256), (7, 5), (), (0, 3), (66_000,), (3,)]  # two are large enough for fingerprints
@@ -327,6 +327,16 @@ def test_state_goes_to_an_optimizer_without_it_and_back() -> None:
     for seed in range(1, 3):
         crossed.step(seed)
     crossed.assert_equal()
+
+
+def test_a_monitor_sees_the_same() -> None:
+    pair = Pair(SGD, lambda: leaves([(6, 5), (4,)], torch.float32), lr=0.1, momentum=0.9, backend="eager")
+    monitors = [Monitor(optimizer, every=1, on=()) for optimizer in pair.both]
+    for seed in range(2):
+        pair.step(seed)
+    ours, plain = (monitor.read() for monitor in monitors)
+    assert len(plain["params"]) == 2
+    assert ours == plain
 
 
 def test_copies_and_pickles_go_on() -> None:

@@ -188,7 +188,7 @@ class Bucket:
 
 
 class Rows:
-    """Single rows of one parameter, named by its sparse gradient: they come and go when they are updated.
+    """The rows of one parameter that its sparse gradient names: they come and go when they are updated.
 
     Args:
         bucket: holds the parameter.
@@ -200,33 +200,29 @@ class Rows:
 
     def come(self) -> None:
         """Bring the rows, and wait for them."""
-        whole, rows = self._param.detach(), self._rows()
-        received = self._transfers.empty_like(self._tensor[: len(rows)], whole.dtype)
+        grad = self._tensor.grad
+        assert grad is not None
+        self._rows: Tensor = torch.unique(grad._indices()[0])
+        self._moved = self._transfers.empty_like(self._tensor[: len(self._rows)], self._tensor.dtype)
 
         def work() -> None:
-            self._transfers.copy(received, whole.index_select(0, rows.to(whole.device)))
+            self._rows_there = self._rows.to(self._param.device)
+            self._transfers.copy(self._moved, self._param.detach().index_select(0, self._rows_there))
 
         self._transfers.wait(self._transfers.download(work))
-        self._tensor.index_copy_(0, rows, received)
+        self._tensor.index_copy_(0, self._rows, self._moved)
 
     def leave(self) -> None:
         """Upload the rows."""
-        whole, rows = self._param.detach(), self._rows()
-        sent = self._transfers.empty_like(self._tensor[: len(rows)], whole.dtype)
-        torch.index_select(self._tensor, 0, rows, out=sent)
+        moved, rows = self._moved, self._rows_there
+        torch.index_select(self._tensor, 0, self._rows, out=moved)
 
         def work() -> None:
-            there = torch.empty_like(sent, device=whole.device)
-            self._transfers.copy(there, sent)
-            whole.index_copy_(0, rows.to(whole.device), there)
+            there = torch.empty_like(moved, device=rows.device)
+            self._transfers.copy(there, moved)
+            self._param.detach().index_copy_(0, rows, there)
 
         self._transfers.upload(work)
-
-    def _rows(self) -> Tensor:
-        grad = self._tensor.grad
-        assert grad is not None
-        rows: Tensor = torch.unique(grad._indices()[0])
-        return rows
 
 
 def _layout(param: Tensor) -> tuple[Any, ...]:

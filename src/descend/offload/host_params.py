@@ -54,7 +54,9 @@ class HostParams:
 
     def __init__(self, optimizer: MethodOptimizer, params: Iterable[Tensor]) -> None:
         self._is_read = False
-        offloaded = [param for param in dict.fromkeys(params) if is_offloaded(optimizer, param)]
+        offloaded: list[Tensor] = []
+        if optimizer.options.state_device is not None:
+            offloaded = [param for param in dict.fromkeys(params) if _is_on_device(param)]
         self._buckets = [Bucket(optimizer, members) for members in _bucketed(offloaded)]
         self._places = {param: bucket for bucket in self._buckets for param in bucket.params}
 

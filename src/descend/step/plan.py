@@ -460,7 +460,8 @@ class Plan:
         tensors = [local_of(tensor) for _, _, tensor in self._tensors]
         wrappers = [self._locals.wrapper_of(param) for param in listed]
         reads_cells = all(entry.local in cells for entry in self._entries if entry.share is not None)
-        wrappers = wrappers if reads_cells and not self._stages and self._locals.are_direct() else []
+        reads_alone = reads_cells and not self._stages and not self._locals.hosts
+        wrappers = wrappers if reads_alone and self._locals.are_direct() else []
         self._probe = make_probe(watched, [cells.get(param) for param in watched], tensors, written, wrappers)
         self._has_state = True
 
