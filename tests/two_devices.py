@@ -44,6 +44,11 @@ class LateTransfers(Transfers):
         self._copies.append((to, source))
         self.downloaded += to.numel()
 
+    @property
+    def is_idle(self) -> bool:
+        """Whether all downloads have arrived."""
+        return not self._coming
+
     def begin(self) -> None:
         for work in self._going:
             work()

@@ -271,6 +271,14 @@ def test_parameters_that_share_memory_are_stepped_in_order() -> None:
         pair.step(seed, grads)
         pair.assert_equal()
 
+    def overlap(params: list[Tensor]) -> None:
+        params[1].data = params[0].data[:2]
+
+    pair.edit(overlap)
+    for seed in range(3, 5):
+        pair.step(seed, grads)
+        pair.assert_equal()
+
     def rows(params: list[Tensor], seed: int) -> None:
         for param in params:
             param.grad = torch.sparse_coo_tensor([[1, 5]], torch.ones(2), param.shape)
@@ -437,6 +445,18 @@ def test_the_device_is_right_after_an_error(monkeypatch: pytest.MonkeyPatch) -> 
         patch.setattr(buckets.Bucket, "leave", lambda *arguments: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             pair.ours.step()
+    pair.step(1)
+    pair.assert_equal()
+
+
+def test_nothing_is_under_way_after_an_error() -> None:
+    pair = Pair(SGD, lr=0.1)
+    pair.step(0)
+    pair.ours.param_groups[0]["lr"] = "fast"
+    with pytest.raises(ValueError, match="learning rate"):
+        pair.ours.step()
+    assert transfers_of(pair.ours).is_idle  # gradients may be let go of
+    pair.ours.param_groups[0]["lr"] = 0.1
     pair.step(1)
     pair.assert_equal()
 
