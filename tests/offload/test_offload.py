@@ -359,14 +359,29 @@ def test_copies_and_pickles_go_on() -> None:
     assert all(map(torch.equal, params_of(again), params_of(pair.plain)))
 
 
-def test_state_of_another_device_is_made_and_loaded_on_the_cpu() -> None:
-    params = [torch.zeros(3, 2, device="meta", requires_grad=True)]  # stands for one that has values
-    optimizer = AdamW(params, state_device="cpu")
-    optimizer.init_state()
-    assert {value.device.type for value in optimizer.state[params[0]].values()} == {"cpu"}
-    optimizer.load_state_dict(optimizer.state_dict())
-    assert {value.device.type for value in optimizer.state[params[0]].values()} == {"cpu"}
-    params[0].grad = torch.zeros(3, 2, device="meta")
+@pytest.mark.parametrize(
+    ("dtype", "options"),
+    [
+        (torch.float32, dict(ema=0.5)),
+        (torch.float32, dict(state_dtype="8bit")),
+        (torch.bfloat16, dict(rounding="compensated")),
+    ],
+    ids=["plain", "8bit", "compensated"],
+)
+def test_state_of_another_device_is_made_and_loaded_on_the_cpu(dtype: torch.dtype, options: dict[str, Any]) -> None:
+    param = torch.zeros(64, 100, dtype=dtype, device="meta", requires_grad=True)  # stands for one that has values
+    optimizer = AdamW([param], state_device="cpu", **options)
+    if "ema" not in options:  # it starts as the values
+        optimizer.init_state()
+        assert {value.device.type for value in optimizer.state[param].values()} == {"cpu"}
+    twin = torch.zeros(64, 100, dtype=dtype, requires_grad=True)
+    saved = AdamW([twin], **options)
+    give_grads([twin], 0)
+    saved.step()
+    optimizer.load_state_dict(saved.state_dict())
+    assert_same_bits(state_of(optimizer), state_of(saved))
+    assert {value.device.type for value in optimizer.state[param].values()} == {"cpu"}
+    give_grads([param], 0)
     optimizer.state_device = None
     with pytest.raises(RuntimeError, match=r"load_state_dict.* moves it. Nothing has moved"):
         optimizer.step()
