@@ -198,6 +198,7 @@ def test_other_options_mean_what_they_do_without_it(backend: Any, options: dict[
     pair.assert_equal()
     pair.ours.state_device = None
     pair.step(6)
+    assert not pair.ours.host_copies  # pinned memory is dear
     pair.ours.state_device = "cpu"
     pair.step(7)
     pair.assert_equal()

@@ -195,6 +195,11 @@ class Rows:
         param: the parameter.
     """
 
+    # From ``come`` on.
+    _rows: Tensor
+    _rows_there: Tensor
+    _moved: Tensor
+
     def __init__(self, bucket: Bucket, param: Tensor) -> None:
         self._transfers, self._param, self._tensor = bucket.transfers, param, bucket.tensor_of(param)
 
@@ -202,7 +207,7 @@ class Rows:
         """Bring the rows, and wait for them."""
         grad = self._tensor.grad
         assert grad is not None
-        self._rows: Tensor = torch.unique(grad._indices()[0])
+        self._rows = torch.unique(grad._indices()[0])
         self._moved = self._transfers.empty_like(self._tensor[: len(self._rows)], self._tensor.dtype)
 
         def work() -> None:

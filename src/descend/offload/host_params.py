@@ -57,6 +57,8 @@ class HostParams:
         offloaded: list[Tensor] = []
         if optimizer.options.state_device is not None:
             offloaded = [param for param in dict.fromkeys(params) if _is_on_device(param)]
+        elif optimizer.host_copies:
+            optimizer.host_copies.clear()  # the option was turned off
         self._buckets = [Bucket(optimizer, members) for members in _bucketed(offloaded)]
         self._places = {param: bucket for bucket in self._buckets for param in bucket.params}
 

@@ -296,7 +296,7 @@ class Plan:
                     "load_state_dict(state_dict()) moves it. Nothing has moved."
                 )
         is_asked = [flag for flag in ("differentiable", "capturable") if group.get(flag)]
-        if local is not param and self._locals.hosts and is_asked:
+        if is_asked and self._locals.hosts.bucket_of(param) is not None:
             raise RuntimeError(
                 f"{who}: with state_device='cpu' the host waits for gradients and steps {optimizer.name_of(param)} "
                 f"itself: leave out `{is_asked[0]}`, or state_device. Nothing has moved."
