@@ -48,6 +48,7 @@ class LocalParams:
         self._reduced: dict[int, tuple[Tensor, Tensor]] = previous._reduced if previous else {}
         self._locals: dict[Tensor, _Local] = {param: _local(optimizer, param) for param in params if is_dtensor(param)}
         self._cuts, self.hosts = CutParams(optimizer, params), HostParams(optimizer, params)
+        self._has_any = bool(self._locals) or bool(self._cuts) or bool(self.hosts)
         self._types = {*map(type, self._locals)}
         self._specs = [local.spec for local in self._locals.values()]
         self._layouts = [*map(layout_in, self._specs)]
@@ -55,7 +56,7 @@ class LocalParams:
             self.read(optimizer)
 
     def __bool__(self) -> bool:
-        return bool(self._locals) or bool(self._cuts) or bool(self.hosts)
+        return self._has_any  # asked in every step
 
     def of(self, param: Tensor) -> Tensor:
         """The plain tensor of a parameter, which has its gradient."""
