@@ -7,13 +7,15 @@ from typing import Any
 import pytest
 import torch
 from ranks import on_ranks
+from sharded import place
 from torch import nn
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor, init_device_mesh
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from torch.distributed.tensor.placement_types import _StridedShard
 
-from descend.distributed.dtensors import part_of
+from descend.core.codecs import Codec, decode, encode
+from descend.distributed.dtensors import first_place, has_whole_blocks, part_of, same_layout, scales_of
 
 LAYOUTS: list[tuple[tuple[int, ...], list[Any]]] = [
     ((4,), [Shard(0)]),
@@ -35,6 +37,29 @@ def assert_parts_are_torchs(rank: int) -> None:
             dtensor = distribute_tensor(whole, mesh, placements, src_data_rank=None)
             assert torch.equal(part_of(whole, dtensor), dtensor.to_local()), (mesh_shape, placements, rows)
             assert torch.equal(part_of(whole.T, dtensor.T), dtensor.T.to_local()), (mesh_shape, placements, rows)
+            for each in (dtensor, dtensor.T):
+                numbered = part_of(torch.arange(3 * rows).reshape(each.shape), each)
+                assert not numbered.numel() or first_place(each) == numbered.flatten()[0], (
+                    mesh_shape,
+                    placements,
+                    rows,
+                )
+        assert_blocks_are_those_of_the_whole(mesh, placements)
+
+
+def assert_blocks_are_those_of_the_whole(mesh: Any, placements: list[Any]) -> None:
+    codec, whole = Codec(signed=True), torch.randn(5, 256, 4, generator=torch.Generator().manual_seed(0))
+    numbers, codes, scale = (place(each, mesh, *placements) for each in (whole, *encode(whole, codec)))
+    found = scales_of(codes)
+    assert has_whole_blocks(codes)
+    assert same_layout(found, scale)
+    assert (found.shape, found.stride(), found.dtype) == (scale.shape, scale.stride(), scale.dtype)
+    assert found.to_local().shape == scale.to_local().shape, (mesh.shape, placements)
+    here = codes.to_local(), scale.to_local()
+    assert all(map(torch.equal, encode(numbers.to_local(), codec), here)), (mesh.shape, placements)
+    assert decode(*here, codec).shape == here[0].shape
+    uneven = place(torch.zeros(5, 175, 4), mesh, *placements)
+    assert has_whole_blocks(uneven) == (Shard(1) not in placements)
 
 
 def assert_parts_of_modules(rank: int, width: int) -> None:

@@ -36,6 +36,7 @@ from descend.distributed.dtensors import (
     like,
     local_of,
     part_of,
+    redistributed,
     rows_of,
     same_layout,
 )
@@ -412,7 +413,7 @@ def _part_for(param: Any, value: Any, what: str) -> Tensor:
         except ValueError as error:
             raise ValueError(f"{what}: {error}.") from None
     if value.device_mesh == param.device_mesh:
-        return local_of(value.detach().redistribute(param.device_mesh, param.placements))
+        return local_of(redistributed(value.detach(), param.placements))
     raise ValueError(f"{what} has {layout_of(value)}, the parameter {layout_of(param)}. {_SAVE_WHOLE}")
 
 

@@ -20,6 +20,7 @@ called ``compensation``: the bits of a float32 are the bits of the bfloat16, shi
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Literal, NamedTuple, TypeAlias
 
@@ -123,8 +124,20 @@ def scale_shape(shape: torch.Size) -> torch.Size:
 
 def rows_and_width(shape: torch.Size) -> tuple[int, int]:
     """How many rows a tensor of codes has, and how many numbers are in each."""
-    rows = shape[0] if len(shape) > 1 else 1
-    return rows, shape.numel() // max(rows, 1)
+    if len(shape) < 2:
+        return 1, shape.numel()
+    return shape[0], math.prod(shape[1:])
+
+
+def keeps_blocks(shape: torch.Size, dim: int, parts: int) -> bool:
+    """Whether no block of a tensor of codes is cut, if the tensor is, along ``dim`` into ``parts``, as ``Shard`` does.
+
+    Any cut between rows keeps them. Within rows the parts must be equal, and each a contiguous piece of whole blocks;
+    then the parts of codes and scales match.
+    """
+    if parts == 1 or (dim == 0 and len(shape) > 1):
+        return True
+    return dim <= 1 and shape[dim] % parts == 0 and rows_and_width(shape)[1] % (parts * BLOCK) == 0
 
 
 # The reference: with torch's operations, on any device.
@@ -138,7 +151,7 @@ def decode(codes: Tensor, scale: Tensor, codec: Codec) -> Tensor:
     if codec.signed:
         value = torch.where(codes >= 128, -value, value)
     rows, width = rows_and_width(codes.shape)
-    blocks = scale.reshape(rows, -1)
+    blocks = scale.reshape(rows, -(-width // BLOCK))
     return (value.reshape(rows, width) * blocks.repeat_interleave(BLOCK, 1)[:, :width]).reshape(codes.shape)
 
 
@@ -153,14 +166,15 @@ def encode(numbers: Tensor, codec: Codec, noise: Tensor | None = None) -> tuple[
         noise: 16 bits for each number, in any integer dtype; only for a stochastic codec.
     """
     rows, width = rows_and_width(numbers.shape)
-    padded = torch.nn.functional.pad(numbers.reshape(rows, width), (0, -width % BLOCK)).view(rows, -1, BLOCK)
+    padded = torch.nn.functional.pad(numbers.reshape(rows, width), (0, -width % BLOCK))
+    padded = padded.view(rows, padded.shape[1] // BLOCK, BLOCK)
     # As integers, magnitudes are in the same order, and NaN is the largest.
     largest = (padded.view(torch.int32) & 0x7FFF_FFFF).amax(2).view(torch.float32)
     scale = torch.where(largest > 0, largest.clamp(min=2.0**-126), largest)
     # The inverse of a large scale would be denormal.
     shrunk = torch.where(scale > 1, 0.25, 1.0)
     inverse = torch.where(scale > 0, 1 / (scale * shrunk), 0.0)
-    unit = (padded.abs() * shrunk[..., None] * inverse[..., None]).reshape(rows, -1)[:, :width].reshape(numbers.shape)
+    unit = (padded.abs() * shrunk[..., None] * inverse[..., None]).flatten(1)[:, :width].reshape(numbers.shape)
     shift = 23 - codec.mantissa
     bits, offset = unit.view(torch.int32), (ONE >> shift) - codec.largest
     smallest = torch.tensor((offset + 1) << shift, dtype=torch.int32).view(torch.float32).item()

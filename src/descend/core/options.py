@@ -8,7 +8,7 @@ all optimizers follow.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal, TypeAlias, TypedDict, TypeVar, get_args
 
@@ -136,6 +136,12 @@ class StepOptions:
             "place. Default: None."
         ),
     )
+
+    @property
+    def may_have_codes(self) -> bool:
+        """Whether some state may be in 8 bits."""
+        asked = self.state_dtype
+        return "8bit" in (asked.values() if isinstance(asked, Mapping) else (asked,))
 
     @property
     def wants_norm(self) -> bool:

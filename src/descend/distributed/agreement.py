@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import re
 import zlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence, Set
 from types import MappingProxyType
 from typing import Any
 
@@ -98,7 +99,7 @@ def _parameters(optimizer: Optimizer, mesh: Any) -> Description:
 
 def _options(optimizer: Optimizer) -> Description:
     """The options of the step and of the groups."""
-    described = {name: repr(value) for name, value in _step_options(optimizer).items()}
+    described = {name: repr(_plain(value)) for name, value in _step_options(optimizer).items()}
     for index, group in enumerate(optimizer.param_groups):
         keys = _keys(optimizer, group)
         described |= {f"group {index}, {key}": repr(_plain(group[key])) for key in keys if key in group}
@@ -110,7 +111,7 @@ def _values(optimizer: Optimizer) -> list[list[Any]]:
     in_groups = (
         [_plain(group[key]) for key in _keys(optimizer, group) if key in group] for group in optimizer.param_groups
     )
-    return [[*_step_options(optimizer).values()], *in_groups]
+    return [[*map(_plain, _step_options(optimizer).values())], *in_groups]
 
 
 def _keys(optimizer: Optimizer, group: Mapping[str, Any]) -> Iterable[str]:
@@ -127,9 +128,14 @@ def _step_options(optimizer: Optimizer) -> Mapping[str, Any]:
 
 
 def _plain(value: Any) -> Any:
+    """A value that is written in the same way on all ranks: sets have another order in each process."""
     if isinstance(value, (list, tuple)):
         return tuple(map(number, value))
-    return number(value)
+    if isinstance(value, Set):
+        return tuple(sorted(map(repr, value)))
+    if isinstance(value, Mapping):
+        return tuple(sorted(map(repr, value.items())))
+    return (value.pattern, value.flags) if isinstance(value, re.Pattern) else number(value)
 
 
 def _digest(text: str, before: int = 0) -> int:
