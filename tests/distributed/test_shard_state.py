@@ -328,11 +328,10 @@ def test_dimension_with_the_better_balance_is_cut() -> None:
     dims = {(3, 5000): 1, (1, 9): 1, (3, 4): 0, (1, 1): 0, (5, 1000): 1, (2, 7, 3000): 2}
     assert {shape: dim_to_cut(torch.empty(shape), 4) for shape in dims} == dims
     assert dim_to_cut(torch.empty(32, 200).t(), 4) == 1  # the outermost in memory
-    # Blocks of 256 numbers of a row stay whole.
-    dims = {(3, 5000): 0, (3, 4096): 1, (3, 16, 512): 1, (3, 2, 4096): 0, (9, 5): 0, (1, 3): 1, (5000,): 0}
-    assert {shape: dim_to_cut(torch.empty(shape), 4, keeps=True) for shape in dims} == dims
-    assert dim_to_cut(torch.empty(32, 200).t(), 4, keeps=True) == 0
     assert dim_to_cut(torch.empty(()), 4) is dim_to_cut(torch.empty(0, 2), 4) is None
+    by_rows = torch.empty(3, 5000), torch.empty(1, 9), torch.empty(5000), torch.empty(32, 200).t()
+    assert [dim_to_cut(param, 4, by_rows=True) for param in by_rows] == [0] * 4
+    assert dim_to_cut(torch.empty(()), 4, by_rows=True) is None
 
 
 def state_bytes(rank: int) -> tuple[int, int, int]:

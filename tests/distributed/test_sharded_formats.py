@@ -19,7 +19,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from descend import AdamW
 
-# On two ranks: parts of 9 and 8 rows; a rank without any; with ``shard_state``, a second dimension that is cut.
+# On two ranks: parts of 9 and 8 rows; a rank without any; a second dimension that would balance better.
 SHAPES = {"wide": (17, 300), "single": (1, 5000), "deep": (9, 16, 32), "long": (5000,), "short": (3,)}
 FORMATS: dict[str, tuple[torch.dtype, dict[str, Any]]] = {
     "8bit": (torch.float32, dict(state_dtype="8bit")),
