@@ -232,8 +232,7 @@ class StepOptions:
                     f"{who}: sparse='exact' cannot catch up with {name}={value!r}: steps that rows miss would have no "
                     "closed form. Leave one of them out, or use 'touched'."
                 )
-        asked = self.state_dtype
-        if "8bit" in (asked.values() if isinstance(asked, Mapping) else (asked,)):
+        if self.may_have_codes:
             raise ValueError(f"{who}: sparse='exact' needs state of a floating dtype: with '8bit' use 'touched'.")
 
 

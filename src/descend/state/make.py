@@ -15,6 +15,7 @@ from descend.core.optimizer import MethodOptimizer
 from descend.core.signature import signature
 from descend.distributed.shard_state import as_sharded
 from descend.state.container import CPU, InitialState, new_state, new_tensor, scalar_tensor
+from descend.state.formats import check_blocks
 
 
 def ensure_state(
@@ -52,7 +53,9 @@ def ensure_state(
     for name in names:
         if not isinstance(state.get(name), Tensor):
             sharded = as_sharded(optimizer, param)
-            state.update(new_state(sharded, method.state_spec(name, sharded, group), lazy))
+            spec = method.state_spec(name, sharded, group)
+            check_blocks(optimizer, param, sharded, name, spec.format)
+            state.update(new_state(sharded, spec, lazy))
     if is_compensated and not isinstance(state.get(COMPENSATION), Tensor):
         spec = StateSpec(COMPENSATION, param.shape, torch.int16, 0)
         state[COMPENSATION] = new_tensor(as_sharded(optimizer, param), spec, lazy)
