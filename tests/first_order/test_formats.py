@@ -282,7 +282,7 @@ def test_options_of_a_step_do_what_they_do() -> None:
     # Adam's steps hardly depend on the scale of all gradients.
     clipped = run(max_norm=0.01)
     assert not torch.equal(clipped, plain)
-    torch.testing.assert_close(clipped, plain, rtol=0, atol=0.05)
+    assert (clipped - plain).abs().mean() < 0.01  # of three steps of 0.1
 
 
 def test_untouched_rows_keep_their_bits() -> None:
