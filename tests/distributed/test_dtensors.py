@@ -15,7 +15,7 @@ from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, 
 from torch.distributed.tensor.placement_types import _StridedShard
 
 from descend.core.codecs import Codec, decode, encode
-from descend.distributed.dtensors import first_place, has_whole_blocks, part_of, same_layout, scales_of
+from descend.distributed.dtensors import first_place, has_whole_blocks, part_of, redistributed, same_layout, scales_of
 
 LAYOUTS: list[tuple[tuple[int, ...], list[Any]]] = [
     ((4,), [Shard(0)]),
@@ -58,6 +58,9 @@ def assert_blocks_are_those_of_the_whole(mesh: Any, placements: list[Any]) -> No
     here = codes.to_local(), scale.to_local()
     assert all(map(torch.equal, encode(numbers.to_local(), codec), here)), (mesh.shape, placements)
     assert decode(*here, codec).shape == here[0].shape
+    compensation = torch.arange(-512, 768).to(torch.int16).view(5, 256)  # no backend sends int16
+    moved = redistributed(place(compensation, mesh, *placements), [Replicate()] * mesh.ndim)
+    assert torch.equal(moved.to_local(), compensation), (mesh.shape, placements)
     uneven = place(torch.zeros(5, 175, 4), mesh, *placements)
     assert has_whole_blocks(uneven) == (Shard(1) not in placements)
 

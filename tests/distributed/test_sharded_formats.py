@@ -118,6 +118,7 @@ def on_two(rank: int, folder: Path) -> dict[str, Any]:
             assert all(isinstance(tensor, DTensor) for tensor in sharded)
             if layout != "replicas of rows":
                 save(module, optimizer, folder / f"{how}, {layout}")
+    found["touched rows"] = touched_rows()
     found["columns"] = columns(line)
     found["data parallel"] = data_parallel(rank)
     return found
@@ -126,6 +127,24 @@ def on_two(rank: int, folder: Path) -> dict[str, Any]:
 def save(module: Module, optimizer: AdamW, folder: Path) -> None:
     parts = {"model": module.state_dict(), "optimizer": get_optimizer_state_dict(module, optimizer)}
     dcp.save(parts, checkpoint_id=folder)
+
+
+def touched_rows() -> list[str]:
+    """Sparse gradients of a table that is cut into rows."""
+
+    def stepped(**options: Any) -> tuple[Tensor, AdamW]:
+        table = nn.Parameter(numbers((41, 300), 0).bfloat16())
+        optimizer = AdamW([table], lr=0.01, sparse="touched", backend="eager", **FORMATS["stochastic"][1], **options)
+        for seed in range(2):
+            rows = torch.randint(41, (1, 9), generator=torch.Generator().manual_seed(seed))
+            table.grad = torch.sparse_coo_tensor(rows, numbers((9, 300), seed).bfloat16(), (41, 300))
+            optimizer.step()
+        return table, optimizer
+
+    (table, optimizer), (reference, other) = stepped(shard_state=dist.group.WORLD), stepped()
+    state = {name: whole(tensor) for name, tensor in optimizer.state[table].items()}
+    expected = {"table": reference, **other.state[reference]}
+    return [name for name, tensor in {"table": table, **state}.items() if not torch.equal(tensor, expected[name])]
 
 
 def columns(mesh: Any) -> list[bool]:
