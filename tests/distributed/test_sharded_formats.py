@@ -14,7 +14,11 @@ import torch.distributed.checkpoint as dcp
 from ranks import on_ranks
 from sharded import local, place, whole
 from torch import Tensor, nn
-from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_optimizer_state_dict,
+    set_optimizer_state_dict,
+)
 from torch.distributed.tensor import DTensor, Replicate, Shard, init_device_mesh
 from torch.nn.parallel import DistributedDataParallel
 
@@ -119,6 +123,7 @@ def on_two(rank: int, folder: Path) -> dict[str, Any]:
             if layout != "replicas of rows":
                 save(module, optimizer, folder / f"{how}, {layout}")
     found["touched rows"] = touched_rows()
+    found["whole state"] = whole_state_dict(puts["rows"][0])
     found["columns"] = columns(line)
     found["data parallel"] = data_parallel(rank)
     return found
@@ -145,6 +150,19 @@ def touched_rows() -> list[str]:
     state = {name: whole(tensor) for name, tensor in optimizer.state[table].items()}
     expected = {"table": reference, **other.state[reference]}
     return [name for name, tensor in {"table": table, **state}.items() if not torch.equal(tensor, expected[name])]
+
+
+def whole_state_dict(put: Put) -> list[str]:
+    """Codes and scales in torch's dictionaries of whole state."""
+    how, options = "8bit", StateDictOptions(full_state_dict=True)
+    (module, optimizer), (other, loading) = made(put, how), made(put, how)
+    train(module, optimizer, put, range(1))
+    taken = get_optimizer_state_dict(module, optimizer, options=options)
+    assert "DTensor" not in str(taken)
+    other.load_state_dict(module.state_dict())
+    set_optimizer_state_dict(other, loading, taken, options=options)
+    train(other, loading, put, range(1, 3))
+    return differences(other, loading, straight(how, 3))
 
 
 def columns(mesh: Any) -> list[bool]:
