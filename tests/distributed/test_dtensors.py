@@ -14,7 +14,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tenso
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from torch.distributed.tensor.placement_types import _StridedShard
 
-from descend.core.codecs import Codec, decode, encode
+from descend.core.codecs import Codec, decode, encode, keeps_blocks
 from descend.distributed.dtensors import first_place, has_whole_blocks, part_of, redistributed, same_layout, scales_of
 
 LAYOUTS: list[tuple[tuple[int, ...], list[Any]]] = [
@@ -38,12 +38,8 @@ def assert_parts_are_torchs(rank: int) -> None:
             assert torch.equal(part_of(whole, dtensor), dtensor.to_local()), (mesh_shape, placements, rows)
             assert torch.equal(part_of(whole.T, dtensor.T), dtensor.T.to_local()), (mesh_shape, placements, rows)
             for each in (dtensor, dtensor.T):
-                numbered = part_of(torch.arange(3 * rows).reshape(each.shape), each)
-                assert not numbered.numel() or first_place(each) == numbered.flatten()[0], (
-                    mesh_shape,
-                    placements,
-                    rows,
-                )
+                numbered = part_of(torch.arange(3 * rows).reshape(each.shape), each).flatten().tolist()
+                assert not numbered or first_place(each) == numbered[0], (mesh_shape, placements, rows)
         assert_blocks_are_those_of_the_whole(mesh, placements)
 
 
@@ -88,6 +84,20 @@ def assert_refused(rank: int) -> None:
 
 def test_part_is_what_torch_distributes() -> None:
     on_ranks(4, assert_parts_are_torchs)
+
+
+def test_cuts_that_keep_blocks() -> None:
+    kept = [
+        ((7, 3), 0, 4),
+        ((7, 512), 1, 2),
+        ((7, 3, 256), 1, 3),
+        ((7, 4, 5, 256), 1, 2),
+        ((1024,), 0, 4),
+        ((9, 9), 1, 1),
+    ]
+    cut = [((7, 511), 1, 2), ((7, 500), 1, 2), ((7, 768), 1, 2), ((7, 2, 512), 2, 2), ((1023,), 0, 4), ((1000,), 0, 4)]
+    assert all(keeps_blocks(torch.Size(shape), dim, parts) for shape, dim, parts in kept)
+    assert not any(keeps_blocks(torch.Size(shape), dim, parts) for shape, dim, parts in cut)
 
 
 @pytest.mark.parametrize("width", [4, 5, 7])

@@ -130,8 +130,8 @@ def _step_options(optimizer: Optimizer) -> Mapping[str, Any]:
 def _in_order(value: Any) -> Any:
     """An option that has the same ``repr`` on all ranks: sets are in another order in each process."""
     if isinstance(value, Mapping):
-        return dict(sorted(value.items()))
-    return sorted(value) if isinstance(value, Set) else value
+        return dict(sorted(value.items(), key=repr))
+    return sorted(value, key=repr) if isinstance(value, Set) else value
 
 
 def _plain(value: Any) -> Any:

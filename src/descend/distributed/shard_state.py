@@ -88,7 +88,7 @@ def dim_to_cut(param: Tensor, ranks: int, by_rows: bool = False) -> int | None:
         param: the parameter.
         ranks: how many parts there are.
         by_rows: whether the first dimension is cut in any case. Then blocks of numbers that share a scale stay whole,
-            and noise is that of one process. Default: False.
+            and noise is that of one process; a single row is all one rank's. Default: False.
     """
     if param.layout is not torch.strided or not param.dim() or not param.numel():
         return None
