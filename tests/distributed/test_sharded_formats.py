@@ -191,7 +191,11 @@ def columns(mesh: Any) -> list[bool]:
     with pytest.raises(RuntimeError, match=refusal):
         AdamW([("weight", nn.Parameter(put(numbers((8, 1000), 0))))], state_dtype="8bit").init_state()
     param, optimizer = stepped(put, 1000, float32_state="weight")
-    return [*is_same, optimizer.state[param]["exp_avg"].dtype == torch.float32]
+    single = nn.Parameter(place(torch.zeros(5000), mesh, Shard(0)))
+    vectors = AdamW([single], state_dtype="8bit")
+    vectors.init_state()
+    dtypes = optimizer.state[param]["exp_avg"].dtype, vectors.state[single]["exp_avg"].dtype
+    return [*is_same, dtypes == (torch.float32, torch.float32)]
 
 
 def data_parallel(rank: int) -> list[bytes]:
