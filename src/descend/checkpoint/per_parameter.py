@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from descend.checkpoint.formats import Losses, dtype_name, is_lossy, placed, wider
+from descend.checkpoint.formats import Losses, dtype_name, is_lossy, looks_coded, placed, wider
 from descend.checkpoint.matching import Hyperparameters, IncompatibleKeys, Match, Matching, check_choices, listed
 from descend.checkpoint.parts import decoded_on_ranks, in_place_of, part_for
 from descend.checkpoint.reading import (
@@ -27,7 +27,7 @@ from descend.checkpoint.reading import (
     unusable_is_value_error,
 )
 from descend.core import memory
-from descend.core.codecs import COMPENSATION, SCALE, Codec, Rounded, element_dtype, scale_shape
+from descend.core.codecs import COMPENSATION, MIN_NUMEL, SCALE, Codec, Rounded, element_dtype, scale_shape
 from descend.core.coded import decoded, encoded, fault_of, negative_scale
 from descend.core.memory import as_real, row_state_shape
 from descend.core.method import Method
@@ -398,7 +398,7 @@ class _Reading:
         """State of the rule, as this optimizer would store it; no dtype is narrowed that was not asked for."""
         what = f"{self.who}: the loaded {key} of {name}"
         shape, owner = method.state_shape(key, param, group), self._owner(param)
-        format, codec = method.format_of_state(key, owner, group), method.codec_of(key)
+        format, codec = method.format_of_state(key, param, group), method.codec_of(key)
         if owner.shape != shape:
             is_of_rows = shape == row_state_shape(owner) and has_whole_rows(owner)
             owner = rows_of(owner) if is_dtensor(owner) and is_of_rows else local_of(owner)
@@ -408,6 +408,12 @@ class _Reading:
             raise ValueError(f"{what} must hold numbers as the parameter does ({param.dtype}), got {value.dtype}.")
         if value.shape != shape:
             raise self._misfit(what, value, shape)
+        if scale is None and value.numel() >= MIN_NUMEL and looks_coded(local_of(value)):
+            raise ValueError(
+                f"{what} has only whole numbers from 0 to 255: codes of 8 bits, which torch.distributed.checkpoint has "
+                f"cast to {dtype_name(value.dtype)}? It takes no other formats than those of the checkpoint. Load into "
+                "an optimizer with the checkpoint's state_dtype; this one then loads its state_dict()."
+            )
         if scale is not None and isinstance(format, Codec):
             codes, scales = part_for(owner, value, what), part_for(new_scales(owner), scale.detach(), what)
             self._check_scale(key, scales, name)

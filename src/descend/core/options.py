@@ -182,6 +182,12 @@ class StepOptions:
         return asked.get(name) if isinstance(asked, Mapping) else asked
 
     @property
+    def may_have_codes(self) -> bool:
+        """Whether some state may be in 8 bits."""
+        asked = self.state_dtype
+        return "8bit" in (asked.values() if isinstance(asked, Mapping) else (asked,))
+
+    @property
     def wants_norm(self) -> bool:
         """Whether a step needs the norm of all gradients."""
         return self.max_norm is not None or self.nonfinite != "step"
@@ -244,8 +250,7 @@ class StepOptions:
                     f"{who}: sparse='exact' cannot catch up with {name}={value!r}: steps that rows miss would have no "
                     "closed form. Leave one of them out, or use 'touched'."
                 )
-        asked = self.state_dtype
-        if "8bit" in (asked.values() if isinstance(asked, Mapping) else (asked,)):
+        if self.may_have_codes:
             raise ValueError(f"{who}: sparse='exact' needs state of a floating dtype: with '8bit' use 'touched'.")
 
 

@@ -16,6 +16,7 @@ from descend.core.signature import signature
 from descend.distributed.shard_state import as_sharded
 from descend.offload.host_params import where_state_is
 from descend.state.container import CPU, InitialState, new_state, new_tensor, scalar_tensor
+from descend.state.formats import check_blocks
 
 
 def ensure_state(
@@ -53,7 +54,9 @@ def ensure_state(
     for name in names:
         if not isinstance(state.get(name), Tensor):
             sharded = as_sharded(optimizer, param)
-            spec = method.state_spec(name, sharded, group)
+            format = method.format_of_state(name, param, group)
+            check_blocks(optimizer, param, sharded, name, format)
+            spec = method.state_spec(name, sharded, group, format)
             state.update(new_state(where_state_is(optimizer, sharded), spec, lazy))
     if is_compensated and not isinstance(state.get(COMPENSATION), Tensor):
         spec = StateSpec(COMPENSATION, param.shape, torch.int16, 0)
