@@ -121,7 +121,7 @@ def test_numbers_go_to_the_nearest_value(codec: Codec) -> None:
     """Beside each middle of two values, and on it."""
     values = torch.tensor(VALUES[codec], dtype=torch.float64)
     middles = (values[:-1] + values[1:]) / 2
-    near = torch.cat([middles + (middles + 2) * step * 2.0**-20 for step in (-1, 0, 1)])
+    near = torch.cat([middles + (middles + 2) * step * 2.0**-21 for step in (-1, 0, 1)])
     rows = -(-len(near) // (BLOCK - 1))
     padded = torch.nn.functional.pad(near, (0, rows * (BLOCK - 1) - len(near))).reshape(rows, -1)
     units = torch.cat([torch.full((rows, 1), TOP[codec], dtype=torch.float64), padded], 1)
