@@ -36,7 +36,6 @@ import torch
 from torch import Tensor
 
 from descend.core.memory import PLAIN
-from descend.core.noise import Stream
 
 BLOCK = 256  # numbers that share a scale
 MIN_NUMEL = 4096  # smaller tensors are not worth it
@@ -212,12 +211,6 @@ def encode(numbers: Tensor, codec: Codec, noise: Tensor | None = None) -> tuple[
         code = torch.where(magnitude > 0, code.clamp(min=1), 0)
     code = torch.where((largest < INFINITY)[..., None], code, 0).flatten(1)[:, :width].reshape(numbers.shape)
     return code.to(torch.uint8), scale.reshape(scale_shape(numbers.shape))
-
-
-def places(tensor: Tensor, stream: Stream) -> Tensor:
-    """The place of each element in its parameter, int64."""
-    count = tensor.numel()
-    return torch.arange(stream.place, stream.place + count, device=tensor.device).view(tensor.shape)
 
 
 def rounded_stochastically(numbers: Tensor, noise: Tensor) -> Tensor:
