@@ -1,0 +1,155 @@
+"""Numbers in formats, as Triton compiles them: the same bits as the reference in ``core.codecs`` and ``core.noise``.
+
+How a tensor is stored is an integer: a sum of the flags below, or ``PLAIN``. The numbers at hand have the shape (blocks,
+256), or fewer columns where all rows are shorter; a row of them has one scale.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import triton.language as tl
+
+from descend.backends.triton.kernels import load, store
+from descend.core.codecs import FOUR, MAGNITUDE, ONE, SMALLEST_SCALE, Codec
+from descend.core.noise import FIRST_MULTIPLIER, GOLDEN32, MASK32, SECOND_MULTIPLIER
+
+PLAIN = 0
+RANDOM = 1  # rounded at random
+HALF = 2  # the upper half of a float32, as int16
+KEPT = 4  # with what rounding has taken away from it, as int16
+CODES = 8  # codes, and a scale a block
+SIGNED = 16  # codes that have a sign
+
+SIGNED_TOP, UNSIGNED_TOP = Codec(signed=True).top, Codec(signed=False).top
+NAN = 0x7FC0_0000
+
+
+def read(
+    pointer: Any,
+    beside: Any,
+    at: Any,
+    block: Any,
+    mask: Any,
+    present: Any,
+    HOW: tl.constexpr,
+    COMPUTE: tl.constexpr,
+) -> Any:
+    """Numbers in the dtype of the arithmetic; 0 where there are none.
+
+    Args:
+        pointer: to the first element.
+        beside: to the first element of its scales, or of its compensation.
+        at: which elements.
+        block: which blocks they are.
+        mask: which of the elements exist.
+        present: which of the blocks exist.
+        HOW: the format.
+        COMPUTE: the dtype.
+    """
+    if HOW & CODES:
+        codes = tl.load(pointer + at, mask, 0).to(tl.int32)
+        value = decode(codes, HOW & SIGNED) * tl.load(beside + block, present, 0.0)[:, None]
+    elif HOW & HALF:
+        value = tl.load(pointer + at, mask, 0).to(tl.int32) << 16
+        if HOW & KEPT:
+            value += tl.load(beside + at, mask, 0).to(tl.int32)
+        value = value.to(tl.float32, bitcast=True)
+    else:
+        value = load(pointer + at, mask, COMPUTE)
+    return value.to(COMPUTE)
+
+
+def write(
+    pointer: Any,
+    beside: Any,
+    at: Any,
+    block: Any,
+    mask: Any,
+    present: Any,
+    value: Any,
+    noise: Any,
+    HOW: tl.constexpr,
+) -> None:
+    """Store numbers.
+
+    Args:
+        pointer, beside, at, block, mask, present, HOW: see ``read``.
+        value: the numbers.
+        noise: 16 bits for each, uint32, if they are rounded at random.
+    """
+    if HOW & CODES:
+        codes, scale = encode(value.to(tl.float32), mask, noise, HOW & SIGNED, HOW & RANDOM)
+        tl.store(pointer + at, codes.to(tl.uint8), mask)
+        tl.store(beside + block, scale, present)
+    elif HOW & HALF:
+        value = value.to(tl.float32)
+        bits = tl.where(value == value, value.to(tl.int32, bitcast=True), NAN)
+        if HOW & KEPT:
+            high = (bits + 0x8000) >> 16
+            tl.store(beside + at, (bits - (high << 16)).to(tl.int16), mask)
+        else:
+            is_finite = (bits & 0x7F80_0000) != 0x7F80_0000
+            high = tl.where(is_finite, bits + noise.to(tl.int32), bits) >> 16
+        tl.store(pointer + at, high.to(tl.int16), mask)
+    else:
+        store(pointer + at, value, mask, pointer.dtype.element_ty)
+
+
+def decode(codes: Any, SIGNED: tl.constexpr) -> Any:
+    """The numbers that codes stand for, over their scale: float32. See ``core.codecs.decode``."""
+    LARGEST: tl.constexpr = 127 if SIGNED else 255
+    TOP: tl.constexpr = SIGNED_TOP if SIGNED else UNSIGNED_TOP
+    magnitude = codes & LARGEST
+    root = (magnitude + 1).to(tl.float32)
+    power = ((root.to(tl.int32, bitcast=True) - TOP) << 2) + ONE
+    power = tl.where(magnitude == 0, 0, power)
+    if SIGNED:
+        power |= (codes & 128) << 24
+    return power.to(tl.float32, bitcast=True)
+
+
+def encode(value: Any, mask: Any, noise: Any, SIGNED: tl.constexpr, IS_RANDOM: tl.constexpr) -> Any:
+    """Codes, int32, and scales. See ``core.codecs.encode``."""
+    TOP: tl.constexpr = SIGNED_TOP if SIGNED else UNSIGNED_TOP
+    bits = value.to(tl.int32, bitcast=True)
+    magnitude = tl.where(mask, bits & MAGNITUDE, 0)
+    # As integers, magnitudes are in the same order, and NaN is the largest.
+    top = largest(magnitude)
+    scale = tl.where(top > 0, tl.maximum(top, SMALLEST_SCALE), 0).to(tl.float32, bitcast=True)
+    inverse = tl.where(top > 0, tl.div_rn(tl.full((), 4, tl.float32), scale), 0.0)
+    unit = magnitude.to(tl.float32, bitcast=True) * inverse[:, None]
+    unit = tl.where(unit < 4, unit, 4.0)  # of NaN, too
+    root = ((unit.to(tl.int32, bitcast=True) >> 2) + (TOP - (FOUR >> 2))).to(tl.float32, bitcast=True)
+    up = noise.to(tl.float32) * 2.0**-16 if IS_RANDOM else 0.5
+    code = (root + up).to(tl.int32) - 1
+    if SIGNED:
+        code = tl.maximum(code, 0) + tl.where(bits < 0, 128, 0)
+    else:
+        code = tl.where(magnitude > 0, tl.maximum(code, 1), 0)
+    return code, scale
+
+
+def largest(x: Any) -> Any:
+    """The largest of each row of ``x``."""
+    return tl.max(x, 1)
+
+
+def largest_by_interpreter(x: Any) -> Any:
+    """The same, see ``kernels.added_by_interpreter``."""
+    return tl.reduce(x, 1, tl.standard._elementwise_max)
+
+
+def hashed(places: Any, first: Any) -> Any:
+    """What all noise of a place starts from, uint32; ``first`` of ``core.noise.words``."""
+    x = places ^ first
+    x ^= x >> 16
+    x *= FIRST_MULTIPLIER
+    return x ^ (x >> 15)
+
+
+def sixteen_bits(hashed: Any, second: Any, COLUMN: tl.constexpr) -> Any:
+    """See ``core.noise.sixteen_bits``; ``second`` of ``core.noise.words``."""
+    x = (hashed + second + (COLUMN // 2 * GOLDEN32 & MASK32)) * SECOND_MULTIPLIER
+    x ^= x >> 16
+    return (x >> (16 * (COLUMN % 2))) & 0xFFFF
