@@ -22,7 +22,7 @@ CODES = 8  # codes, and a scale a block
 SIGNED = 16  # codes that have a sign
 
 SIGNED_TOP, UNSIGNED_TOP = Codec(signed=True).top, Codec(signed=False).top
-NAN = 0x7FC0_0000
+INFINITY, NAN = 0x7F80_0000, 0x7FC0_0000
 
 
 def read(
@@ -69,6 +69,7 @@ def write(
     present: Any,
     value: Any,
     noise: Any,
+    COLUMN: tl.constexpr,
     HOW: tl.constexpr,
 ) -> None:
     """Store numbers.
@@ -76,21 +77,23 @@ def write(
     Args:
         pointer, beside, at, block, mask, present, HOW: see ``read``.
         value: the numbers.
-        noise: 16 bits for each, uint32, if they are rounded at random.
+        noise: of the places, see ``hashed``; and the second of ``core.noise.words``.
+        COLUMN: see ``core.noise.sixteen_bits``.
     """
+    bits = sixteen_bits(noise[0], noise[1], COLUMN) if HOW & RANDOM else 0
     if HOW & CODES:
-        codes, scale = encode(value.to(tl.float32), mask, noise, HOW & SIGNED, HOW & RANDOM)
+        codes, scale = encode(value.to(tl.float32), mask, bits, HOW & SIGNED, HOW & RANDOM)
         tl.store(pointer + at, codes.to(tl.uint8), mask)
         tl.store(beside + block, scale, present)
     elif HOW & HALF:
         value = value.to(tl.float32)
-        bits = tl.where(value == value, value.to(tl.int32, bitcast=True), NAN)
+        wide = tl.where(value == value, value.to(tl.int32, bitcast=True), NAN)
         if HOW & KEPT:
-            high = (bits + 0x8000) >> 16
-            tl.store(beside + at, (bits - (high << 16)).to(tl.int16), mask)
+            high = (wide + 0x8000) >> 16
+            tl.store(beside + at, (wide - (high << 16)).to(tl.int16), mask)
         else:
-            is_finite = (bits & 0x7F80_0000) != 0x7F80_0000
-            high = tl.where(is_finite, bits + noise.to(tl.int32), bits) >> 16
+            is_finite = (wide & INFINITY) != INFINITY
+            high = tl.where(is_finite, wide + bits.to(tl.int32), wide) >> 16
         tl.store(pointer + at, high.to(tl.int16), mask)
     else:
         store(pointer + at, value, mask, pointer.dtype.element_ty)
@@ -109,8 +112,8 @@ def decode(codes: Any, SIGNED: tl.constexpr) -> Any:
     return power.to(tl.float32, bitcast=True)
 
 
-def encode(value: Any, mask: Any, noise: Any, SIGNED: tl.constexpr, IS_RANDOM: tl.constexpr) -> Any:
-    """Codes, int32, and scales. See ``core.codecs.encode``."""
+def encode(value: Any, mask: Any, random: Any, SIGNED: tl.constexpr, IS_RANDOM: tl.constexpr) -> Any:
+    """Codes, int32, and scales; ``random`` has 16 bits for each number. See ``core.codecs.encode``."""
     TOP: tl.constexpr = SIGNED_TOP if SIGNED else UNSIGNED_TOP
     bits = value.to(tl.int32, bitcast=True)
     magnitude = tl.where(mask, bits & MAGNITUDE, 0)
@@ -121,7 +124,7 @@ def encode(value: Any, mask: Any, noise: Any, SIGNED: tl.constexpr, IS_RANDOM: t
     unit = magnitude.to(tl.float32, bitcast=True) * inverse[:, None]
     unit = tl.where(unit < 4, unit, 4.0)  # of NaN, too
     root = ((unit.to(tl.int32, bitcast=True) >> 2) + (TOP - (FOUR >> 2))).to(tl.float32, bitcast=True)
-    up = noise.to(tl.float32) * 2.0**-16 if IS_RANDOM else 0.5
+    up = random.to(tl.float32) * 2.0**-16 if IS_RANDOM else 0.5
     code = (root + up).to(tl.int32) - 1
     if SIGNED:
         code = tl.maximum(code, 0) + tl.where(bits < 0, 128, 0)
@@ -141,15 +144,15 @@ def largest_by_interpreter(x: Any) -> Any:
 
 
 def hashed(places: Any, first: Any) -> Any:
-    """What all noise of a place starts from, uint32; ``first`` of ``core.noise.words``."""
-    x = places ^ first
+    """What all noise of places starts from, uint32, with the first of ``core.noise.words``."""
+    x = places ^ first.to(tl.uint32)
     x ^= x >> 16
     x *= FIRST_MULTIPLIER
     return x ^ (x >> 15)
 
 
 def sixteen_bits(hashed: Any, second: Any, COLUMN: tl.constexpr) -> Any:
-    """See ``core.noise.sixteen_bits``; ``second`` of ``core.noise.words``."""
+    """Of ``hashed`` places, uint32, with the second of ``core.noise.words``. See ``core.noise.sixteen_bits``."""
     x = (hashed + second + (COLUMN // 2 * GOLDEN32 & MASK32)) * SECOND_MULTIPLIER
     x ^= x >> 16
     return (x >> (16 * (COLUMN % 2))) & 0xFFFF
