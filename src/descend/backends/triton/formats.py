@@ -1,7 +1,7 @@
 """Numbers in formats, as Triton compiles them: the same bits as the reference in ``core.codecs`` and ``core.noise``.
 
-How a tensor is stored is an integer: a sum of the flags below, or ``PLAIN``. The numbers at hand have the shape (blocks,
-256), or fewer columns where all rows are shorter; a row of them has one scale.
+How a tensor is stored is an integer: a sum of the flags below, or ``PLAIN``. The numbers at hand have the shape
+(blocks, 256), or fewer columns where all rows are shorter; those of a block share a scale.
 """
 
 from __future__ import annotations
@@ -80,20 +80,20 @@ def write(
         noise: of the places, see ``hashed``; and the second of ``core.noise.words``.
         COLUMN: see ``core.noise.sixteen_bits``.
     """
-    bits = sixteen_bits(noise[0], noise[1], COLUMN) if HOW & RANDOM else 0
+    random: Any = sixteen_bits(noise[0], noise[1], COLUMN) if HOW & RANDOM else 0
     if HOW & CODES:
-        codes, scale = encode(value.to(tl.float32), mask, bits, HOW & SIGNED, HOW & RANDOM)
+        codes, scale = encode(value.to(tl.float32), mask, random, HOW & SIGNED, HOW & RANDOM)
         tl.store(pointer + at, codes.to(tl.uint8), mask)
         tl.store(beside + block, scale, present)
     elif HOW & HALF:
         value = value.to(tl.float32)
-        wide = tl.where(value == value, value.to(tl.int32, bitcast=True), NAN)
+        bits = tl.where(value == value, value.to(tl.int32, bitcast=True), NAN)
         if HOW & KEPT:
-            high = (wide + 0x8000) >> 16
-            tl.store(beside + at, (wide - (high << 16)).to(tl.int16), mask)
+            high = (bits + 0x8000) >> 16
+            tl.store(beside + at, (bits - (high << 16)).to(tl.int16), mask)
         else:
-            is_finite = (wide & INFINITY) != INFINITY
-            high = tl.where(is_finite, wide + bits.to(tl.int32), wide) >> 16
+            is_finite = (bits & INFINITY) != INFINITY
+            high = tl.where(is_finite, bits + random.to(tl.int32), bits) >> 16
         tl.store(pointer + at, high.to(tl.int16), mask)
     else:
         store(pointer + at, value, mask, pointer.dtype.element_ty)
@@ -101,11 +101,9 @@ def write(
 
 def decode(codes: Any, SIGNED: tl.constexpr) -> Any:
     """The numbers that codes stand for, over their scale: float32. See ``core.codecs.decode``."""
-    LARGEST: tl.constexpr = 127 if SIGNED else 255
-    TOP: tl.constexpr = SIGNED_TOP if SIGNED else UNSIGNED_TOP
-    magnitude = codes & LARGEST
+    magnitude = codes & (127 if SIGNED else 255)
     root = (magnitude + 1).to(tl.float32)
-    power = ((root.to(tl.int32, bitcast=True) - TOP) << 2) + ONE
+    power = ((root.to(tl.int32, bitcast=True) - (SIGNED_TOP if SIGNED else UNSIGNED_TOP)) << 2) + ONE
     power = tl.where(magnitude == 0, 0, power)
     if SIGNED:
         power |= (codes & 128) << 24
@@ -114,7 +112,6 @@ def decode(codes: Any, SIGNED: tl.constexpr) -> Any:
 
 def encode(value: Any, mask: Any, random: Any, SIGNED: tl.constexpr, IS_RANDOM: tl.constexpr) -> Any:
     """Codes, int32, and scales; ``random`` has 16 bits for each number. See ``core.codecs.encode``."""
-    TOP: tl.constexpr = SIGNED_TOP if SIGNED else UNSIGNED_TOP
     bits = value.to(tl.int32, bitcast=True)
     magnitude = tl.where(mask, bits & MAGNITUDE, 0)
     # As integers, magnitudes are in the same order, and NaN is the largest.
@@ -123,7 +120,8 @@ def encode(value: Any, mask: Any, random: Any, SIGNED: tl.constexpr, IS_RANDOM: 
     inverse = tl.where(top > 0, tl.div_rn(tl.full((), 4, tl.float32), scale), 0.0)
     unit = magnitude.to(tl.float32, bitcast=True) * inverse[:, None]
     unit = tl.where(unit < 4, unit, 4.0)  # of NaN, too
-    root = ((unit.to(tl.int32, bitcast=True) >> 2) + (TOP - (FOUR >> 2))).to(tl.float32, bitcast=True)
+    offset = (SIGNED_TOP if SIGNED else UNSIGNED_TOP) - (FOUR >> 2)
+    root = ((unit.to(tl.int32, bitcast=True) >> 2) + offset).to(tl.float32, bitcast=True)
     up = random.to(tl.float32) * 2.0**-16 if IS_RANDOM else 0.5
     code = (root + up).to(tl.int32) - 1
     if SIGNED:

@@ -1,8 +1,9 @@
 """What Triton compiles for launches in formats: ``kernels`` once more, block by block.
 
 A tensor is cut into rows of equal width, and these into blocks of 256 numbers, of which the last of a row may be
-shorter. Where nothing has scales, a tensor is one row. A chunk is a row of four int64: which tensor, its row of scalars,
-its first block, how many. A row of addresses ends with the width, and the number and the place of the stream of noise.
+shorter. Where nothing has scales, a tensor is one row. A chunk is a row of four int64: which tensor, its row of
+scalars, its first block, how many. A row of addresses ends with the width, and the number and the place of the stream
+of noise.
 """
 
 from __future__ import annotations

@@ -11,7 +11,7 @@ import torch
 from descend.backends.triton import formats_kernel, library, tuning
 from descend.backends.triton.formats import CODES, HALF, KEPT, PLAIN, RANDOM, SIGNED
 from descend.backends.triton.library import Kernel, inlined, made, triton_type
-from descend.core.codecs import Codec, Format, Formats, Rounded, compute_dtype, stored_dtypes
+from descend.core.codecs import Codec, Format, Formats, Rounded, compute_dtype, is_plain, stored_dtypes
 from descend.core.signature import signature
 
 
@@ -118,6 +118,6 @@ def _tables(formats: Formats) -> dict[str, str]:
     return {"chunks": "*i64", "addresses": "*i64", "scalars": library.pointer_to(compute_dtype(formats))}
 
 
-def plain(formats: Formats) -> tuple[torch.dtype, ...]:
-    """Dtypes as the rule sees them: what it computes is checked in kernels for these."""
-    return (compute_dtype(formats),) * len(formats)
+def as_dtypes(formats: Formats) -> tuple[torch.dtype, ...]:
+    """Dtypes in whose kernels it is checked what a rule computes: the formats, or what the rule sees of them."""
+    return stored_dtypes(formats) if is_plain(formats) else (compute_dtype(formats),) * len(formats)

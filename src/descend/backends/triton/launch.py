@@ -14,7 +14,6 @@ from descend.backends.opened import Opened
 from descend.backends.triton import formats_library, library, tuning
 from descend.backends.triton.tables import Numbers, Table, constants, current, is_capturing, keep, uploaded
 from descend.core.codecs import (
-    BLOCK,
     Codec,
     Formats,
     compute_dtype,
@@ -46,7 +45,7 @@ class Pieces(NamedTuple):
         return cls(uploaded(chunks, device), chunks[:, 0])
 
     @property
-    def count(self) -> int:
+    def programs(self) -> int:
         return len(self.of_tensor)
 
 
@@ -91,7 +90,7 @@ class _Norm:
     """The two launches that sum squares: of each chunk, then of the chunks' sums, both in a fixed order."""
 
     def __init__(self, chunks: Chunks, column: int, dtype: torch.dtype) -> None:
-        device, count, interpreted = chunks.device, chunks.pieces.count, library.interprets()
+        device, count, interpreted = chunks.device, chunks.pieces.programs, library.interprets()
         self._sums = torch.empty(max(count, 1), dtype=torch.float64, device=device)
         self._result = torch.empty((), dtype=torch.float64, device=device)
         columns = chunks.addresses.shape[1]
@@ -112,14 +111,14 @@ class _Sums:
     def __init__(self, kernel: library.Kernel, pieces: Pieces, tensors: int, tables: Sequence[Tensor]) -> None:
         device, width = pieces.table.device, kernel.constants["SUMS"]
         totals = library.totals(width, library.interprets())
-        sums = torch.empty((max(pieces.count, 1), width), dtype=torch.float64, device=device)
+        sums = torch.empty((max(pieces.programs, 1), width), dtype=torch.float64, device=device)
         self._result = torch.zeros((tensors, width), dtype=torch.float64, device=device)
         of_tensor = np.bincount(pieces.of_tensor, minlength=tensors)
         spans = uploaded(np.stack([np.cumsum(of_tensor) - of_tensor, of_tensor], axis=1).astype(np.int64), device)
         self._launches = []
-        if pieces.count:
+        if pieces.programs:
             self._launches = [
-                kernel.bind(pieces.count, device, pieces.table, *tables, sums),
+                kernel.bind(pieces.programs, device, pieces.table, *tables, sums),
                 totals.bind(tensors, device, sums, spans, self._result),
             ]
 
@@ -206,8 +205,7 @@ class Launch:
         self, plain: Callable[..., library.Kernel], in_formats: Callable[..., library.Kernel], *arguments: Any
     ) -> library.Kernel:
         """A kernel of the rule for these formats, compiled; its arithmetic has been checked in one for dtypes."""
-        dtypes = self._dtypes if is_plain(self._formats) else formats_library.plain(self._formats)
-        kernel = plain(self._rule, *arguments, dtypes)
+        kernel = plain(self._rule, *arguments, formats_library.as_dtypes(self._formats))
         library.check(self._rule, kernel, self.device)
         if not is_plain(self._formats):
             kernel = in_formats(self._rule, *arguments, self._formats)
@@ -265,7 +263,7 @@ class Launch:
             if self._bound is None or self._bound_to is not values:
                 self._bind(values)
             before = [param.clone() for param, _ in self._opened()] if measures else []
-            if self._pieces.count:
+            if self._pieces.programs:
                 is_recorded = is_capturing(self.device)
                 self._chunks.upload(is_recorded)
                 self._scalars.upload(is_recorded)
@@ -283,7 +281,7 @@ class Launch:
         tables = [self._pieces.table, self._chunks.table.tensor, self._scalars.tensor, values]
         if self._keys is not None:
             tables.append(self._keys.tensor)
-        self._bound = self._kernel.bind(self._pieces.count, self.device, *tables)
+        self._bound = self._kernel.bind(self._pieces.programs, self.device, *tables)
         self._bound_to = values
 
     def _opened(self) -> list[tuple[Tensor, Sequence[Tensor]]]:

@@ -117,7 +117,7 @@ def _digest(code: CodeType) -> str:
 
 
 class _Plain(ast.NodeTransformer):
-    """Writes ``x: Any = y`` as ``x = y`` (constants of kernels stay as they are), and ``x ** 3``, for which Triton has no operator, as ``x * x * x``.
+    """Writes ``x: Any = y`` as ``x = y``, and ``x ** 3``, for which Triton has no operator, as ``x * x * x``.
 
     Numbers of modules and classes become literals: Triton's cache on disk does not see when they change.
 
@@ -150,8 +150,6 @@ class _Plain(ast.NodeTransformer):
 
     def visit_AnnAssign(self, node: ast.AnnAssign) -> ast.AST:
         self.generic_visit(node)
-        if ast.unparse(node.annotation) == _CONSTEXPR:
-            return node
         if node.value is None:
             return ast.copy_location(ast.Pass(), node)
         return ast.copy_location(ast.Assign([node.target], node.value), node)
