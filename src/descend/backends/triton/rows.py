@@ -109,8 +109,9 @@ class TouchedRows:
         return keys
 
     def _blocks(self) -> Blocks:
-        has_codes = any(isinstance(format, Codec) for format in self._formats)
-        return Blocks.of(self._length, self._compute, BLOCK if has_codes else tuning.COLUMNS)
+        if any(isinstance(format, Codec) for format in self._formats):
+            return Blocks.of(self._length, self._compute, BLOCK)  # with one scale
+        return Blocks.of(self._length, self._compute)
 
     def _entries_of(self, keys: Tensor, order: Tensor, values: Tensor) -> _Entries:
         gradient = Gradient(keys.dtype, self._grad_dtype, self._compute, are_aligned([values]), self._blocks())

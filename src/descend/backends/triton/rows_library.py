@@ -26,9 +26,15 @@ class Blocks(NamedTuple):
 
     @classmethod
     @cache
-    def of(cls, length: int, compute: torch.dtype, most: int = tuning.COLUMNS) -> Blocks:
-        """How to share rows of ``length`` numbers that are summed in ``compute``: at most so many columns a program."""
-        columns = min(triton.next_power_of_2(max(length, 1)), most)
+    def of(cls, length: int, compute: torch.dtype, most: int | None = None) -> Blocks:
+        """How to share rows of ``length`` numbers that are summed in ``compute``.
+
+        Args:
+            length: of a row.
+            compute: dtype of the sums.
+            most: columns that a program takes. Default: ``tuning.COLUMNS``.
+        """
+        columns = min(triton.next_power_of_2(max(length, 1)), most or tuning.COLUMNS)
         shortest, longest = tuning.TILE
         return cls(length, min(max(tuning.SUMMED // (columns * compute.itemsize), shortest), longest), columns)
 
