@@ -12,7 +12,7 @@ import triton.language as tl
 
 from descend.backends.triton.kernels import load, store
 from descend.core.codecs import FOUR, MAGNITUDE, ONE, SMALLEST_SCALE, Codec
-from descend.core.noise import FIRST_MULTIPLIER, GOLDEN32, MASK32, SECOND_MULTIPLIER
+from descend.core.noise import FIRST_MULTIPLIER, MASK32, SECOND_MULTIPLIER, second_multiplier
 
 PLAIN = 0
 RANDOM = 1  # rounded at random
@@ -22,6 +22,7 @@ CODES = 8  # codes, and a scale a block
 SIGNED = 16  # codes that have a sign
 
 SIGNED_TOP, UNSIGNED_TOP = Codec(signed=True).top, Codec(signed=False).top
+NEXT_MULTIPLIER = second_multiplier(1) - SECOND_MULTIPLIER  # the same from pair to pair
 INFINITY, NAN = 0x7F80_0000, 0x7FC0_0000
 
 
@@ -126,8 +127,8 @@ def encode(value: Any, mask: Any, random: Any, SIGNED: tl.constexpr, IS_RANDOM: 
     code = (root + up).to(tl.int32) - 1
     if SIGNED:
         code = tl.maximum(code, 0) + tl.where(bits < 0, 128, 0)
-    else:
-        code = tl.where(magnitude > 0, tl.maximum(code, 1), 0)
+    else:  # the largest noise takes 256 to 257, which float32 rounds up to
+        code = tl.where(magnitude > 0, tl.minimum(tl.maximum(code, 1), 255), 0)
     return code, scale
 
 
@@ -151,6 +152,6 @@ def hashed(places: Any, first: Any) -> Any:
 
 def sixteen_bits(hashed: Any, second: Any, COLUMN: tl.constexpr) -> Any:
     """Of ``hashed`` places, uint32, with the second of ``core.noise.words``. See ``core.noise.sixteen_bits``."""
-    x = (hashed + second + (COLUMN // 2 * GOLDEN32 & MASK32)) * SECOND_MULTIPLIER
+    x = (hashed + second) * ((SECOND_MULTIPLIER + COLUMN // 2 * NEXT_MULTIPLIER) & MASK32)
     x ^= x >> 16
     return (x >> (16 * (COLUMN % 2))) & 0xFFFF
