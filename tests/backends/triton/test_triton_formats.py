@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from cases import device
 from rule_runs import BRAIN, DOUBLE, SINGLE, Padded, values
 from sparse_cases import coo
 from sum_rules import trusted
@@ -274,6 +275,47 @@ def test_touched_rows_are_those_of_the_reference_bit_for_bit(formats: Formats, w
             tensor.view(torch.uint8).reshape(12, -1)[untouched] for tensor in (before.contiguous().view(-1), after)
         ]
         assert torch.equal(*rows_of)
+
+
+# On a GPU.
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    ("dtype", "options"),
+    [
+        (SINGLE, dict(state_dtype="8bit")),
+        (BRAIN, dict(state_dtype="8bit", rounding="stochastic")),
+        (BRAIN, dict(rounding="compensated")),
+    ],
+    ids=str,
+)
+def test_steps_on_a_gpu_are_those_on_the_cpu(dtype: torch.dtype, options: dict[str, Any]) -> None:
+    ends = []
+    for place, backend in ((device(), "triton"), (torch.device("cpu"), "eager")):
+        params = [numbers(shape, 1).to(place, dtype).requires_grad_() for shape in ((20, 300), (4100,), (9,))]
+        optimizer = AdamW(params, lr=0.01, backend=backend, **options)
+        for step in range(2):
+            for param in params:
+                param.grad = numbers(tuple(param.shape), step).to(place, dtype)
+            optimizer.step()
+        state = [value for param in params for value in optimizer.state[param].values()]
+        ends.append([tensor.detach().cpu() for tensor in (*params, *state)])
+    for ours, theirs in zip(*ends, strict=True):
+        if ours.dtype in (torch.uint8, BRAIN):  # products and sums are fused there: the last bit may be another
+            assert (ours != theirs).double().mean() < 2e-3
+        elif ours.dtype != torch.int16:
+            torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.gpu
+def test_a_graph_of_random_rounding_is_refused() -> None:
+    param = torch.ones(300, dtype=BRAIN, device=device(), requires_grad=True)
+    param.grad = torch.ones_like(param)
+    optimizer = AdamW([param], rounding="stochastic", capturable=True)
+    optimizer.step()
+    with pytest.raises(RuntimeError, match="cannot be captured"), torch.cuda.graph(torch.cuda.CUDAGraph()):
+        optimizer.step()
 
 
 # Compiled for a GPU that need not be there.

@@ -13,7 +13,8 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from descend.core.codecs import BLOCK, Codec, Formats, compute_dtype
+from descend.core import codecs
+from descend.core.codecs import Codec, Formats, compute_dtype
 
 THREADS = 128  # of a program
 BYTES = 16  # that a thread reads at once, of the narrowest tensor or of float64
@@ -60,7 +61,7 @@ def chunk_table(sizes: np.ndarray, rows: np.ndarray) -> np.ndarray:
 
 def block_table(sizes: np.ndarray, widths: np.ndarray, rows: np.ndarray) -> np.ndarray:
     """The same for tensors in formats, with rows of these widths: chunks of blocks. See ``formats_kernel``."""
-    return _cut(sizes // widths * -(-widths // BLOCK), rows, _chunk_length(sizes) // BLOCK)
+    return _cut(sizes // widths * -(-widths // codecs.BLOCK), rows, _chunk_length(sizes) // codecs.BLOCK)
 
 
 def _chunk_length(sizes: np.ndarray) -> int:
