@@ -84,6 +84,8 @@ def why_not_formats(param: Tensor, formats: Formats, stored: Sequence[tuple[str,
     has_codes = any(isinstance(format, Codec) for format in formats)
     if has_codes and not param.is_contiguous():
         return f"blocks of a parameter that is not contiguous (stride {param.stride()})"
+    if has_codes and param.dim() < 2 and param.grad is not None and param.grad.layout is not torch.strided:
+        return "single numbers of a block"
     for name, tensor in stored:
         if tensor.device != param.device:
             return f"{name}: on {tensor.device}"
