@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from descend.core.codecs import SCALE, Codec, Formats
 from descend.core.memory import PLAIN, row_width
 from descend.core.signature import signature
 
@@ -73,27 +72,18 @@ def why_not_rows(param: Tensor, state: Sequence[tuple[str, Tensor]]) -> str | No
     return why_not(param, None, state)
 
 
-def why_not_formats(param: Tensor, formats: Formats, stored: Sequence[tuple[str, Tensor]]) -> str | None:
-    """Why numbers of a parameter cannot be kept in formats, block by block; None if they can.
-
-    Args:
-        param: the parameter, which ``why_not`` or ``why_not_rows`` accepts.
-        formats: of the parameter, its gradient and its state.
-        stored: names and tensors of codes, scales and compensation.
-    """
-    has_codes = any(isinstance(format, Codec) for format in formats)
-    if has_codes and not param.is_contiguous():
-        return f"blocks of a parameter that is not contiguous (stride {param.stride()})"
-    if has_codes and param.dim() < 2 and param.grad is not None and param.grad.layout is not torch.strided:
-        return "single numbers of a block"
-    for name, tensor in stored:
+def why_not_formats(param: Tensor, stored: Sequence[tuple[str, Tensor]]) -> str | None:
+    """Why a parameter that ``why_not`` accepts cannot have codes, scales, compensation or noise; None if it can."""
+    if param.dim() < 2 and param.grad is not None and param.grad.layout is not torch.strided:
+        return "single numbers, which may share a block"
+    for name, tensor in (("", param), *stored):
+        # Blocks, and the places of noise, are in the logical order of elements.
+        if not tensor.is_contiguous():
+            return f"{name or 'formats that are no dtypes'}: not contiguous (stride {tensor.stride()})"
         if tensor.device != param.device:
             return f"{name}: on {tensor.device}"
-        if type(tensor) not in PLAIN or tensor.is_inference():
-            return f"{name}: a {type(tensor).__name__}" + ", an inference tensor" * tensor.is_inference()
-        in_order = tensor.is_contiguous() if name.endswith(SCALE) else _same_order(tensor, param)
-        if not in_order:
-            return f"{name}: stride {tensor.stride()} differs from the parameter's"
+        if type(tensor) not in PLAIN:
+            return f"{name}: a {type(tensor).__name__}"
     return None
 
 

@@ -73,7 +73,7 @@ class TritonBackend:
     def why_not_formats(
         self, rule: Callable[..., Any], param: Tensor, formats: Formats, stored: Sequence[tuple[str, Tensor]]
     ) -> str | None:
-        return supports.why_not_formats(param, formats, stored)
+        return supports.why_not_formats(param, stored)
 
     def launch(
         self,

@@ -11,7 +11,7 @@ from typing import Any
 import triton.language as tl
 
 from descend.backends.triton.kernels import load, store
-from descend.core.codecs import FOUR, MAGNITUDE, ONE, SMALLEST_SCALE, Codec
+from descend.core.codecs import INFINITY, MAGNITUDE, NOISE_HALF, SHIFT, SMALLEST_SCALE, TWO, Codec
 from descend.core.noise import FIRST_MULTIPLIER, MASK32, SECOND_MULTIPLIER, second_multiplier
 
 PLAIN = 0
@@ -23,7 +23,7 @@ SIGNED = 16  # codes that have a sign
 
 SIGNED_TOP, UNSIGNED_TOP = Codec(signed=True).top, Codec(signed=False).top
 NEXT_MULTIPLIER = second_multiplier(1) - SECOND_MULTIPLIER  # the same from pair to pair
-INFINITY, NAN = 0x7F80_0000, 0x7FC0_0000
+NAN = 0x7FC0_0000
 
 
 def read(
@@ -101,35 +101,28 @@ def write(
 
 
 def decode(codes: Any, SIGNED: tl.constexpr) -> Any:
-    """The numbers that codes stand for, over their scale: float32. See ``core.codecs.decode``."""
-    magnitude = codes & (127 if SIGNED else 255)
-    root = (magnitude + 1).to(tl.float32)
-    power = ((root.to(tl.int32, bitcast=True) - (SIGNED_TOP if SIGNED else UNSIGNED_TOP)) << 2) + ONE
-    power = tl.where(magnitude == 0, 0, power)
+    """The values of codes: float32. See ``core.codecs.decode``."""
+    bits, two = (codes & (127 if SIGNED else 255)) << SHIFT | TWO, codes * 0 + TWO
     if SIGNED:
-        power |= (codes & 128) << 24
-    return power.to(tl.float32, bitcast=True)
+        sign = (codes >> 7) << 31
+        bits, two = bits | sign, two | sign
+    return bits.to(tl.float32, bitcast=True) - two.to(tl.float32, bitcast=True)
 
 
 def encode(value: Any, mask: Any, random: Any, SIGNED: tl.constexpr, IS_RANDOM: tl.constexpr) -> Any:
     """Codes, int32, and scales; ``random`` has 16 bits for each number. See ``core.codecs.encode``."""
-    bits = value.to(tl.int32, bitcast=True)
-    magnitude = tl.where(mask, bits & MAGNITUDE, 0)
     # As integers, magnitudes are in the same order, and NaN is the largest.
-    top = largest(magnitude)
-    scale = tl.where(top > 0, tl.maximum(top, SMALLEST_SCALE), 0).to(tl.float32, bitcast=True)
-    inverse = tl.where(top > 0, tl.div_rn(tl.full((), 4, tl.float32), scale), 0.0)
-    unit = magnitude.to(tl.float32, bitcast=True) * inverse[:, None]
-    unit = tl.where(unit < 4, unit, 4.0)  # of NaN, too
-    offset = (SIGNED_TOP if SIGNED else UNSIGNED_TOP) - (FOUR >> 2)
-    root = ((unit.to(tl.int32, bitcast=True) >> 2) + offset).to(tl.float32, bitcast=True)
-    up = random.to(tl.float32) * 2.0**-16 if IS_RANDOM else 0.5
-    code = (root + up).to(tl.int32) - 1
-    if SIGNED:
-        code = tl.maximum(code, 0) + tl.where(bits < 0, 128, 0)
-    else:  # the largest noise takes 256 to 257, which float32 rounds up to
-        code = tl.where(magnitude > 0, tl.minimum(tl.maximum(code, 1), 255), 0)
-    return code, scale
+    magnitude = tl.where(mask, value.to(tl.int32, bitcast=True) & MAGNITUDE, 0)
+    top, one = largest(magnitude), tl.full((), 1, tl.float32)
+    scale = tl.div_rn(top.to(tl.float32, bitcast=True), one * (SIGNED_TOP if SIGNED else UNSIGNED_TOP))
+    scale = tl.where(top > 0, tl.where(scale < SMALLEST_SCALE, SMALLEST_SCALE, scale), 0.0)
+    inverse = tl.where(top > 0, tl.div_rn(one, scale), 0.0)
+    # The minimum changes nothing. Without it the product would be fused with the sum, and round otherwise.
+    unit = tl.minimum(magnitude.to(tl.float32, bitcast=True) * inverse[:, None], 2 * UNSIGNED_TOP)
+    up = random.to(tl.int32) << (SHIFT - 16) | NOISE_HALF if IS_RANDOM else 1 << (SHIFT - 1)
+    code = ((unit + 2).to(tl.int32, bitcast=True) - TWO + up) >> SHIFT
+    code = tl.where(value < 0, code | 128, code) if SIGNED else tl.where(magnitude > 0, tl.maximum(code, 1), 0)
+    return tl.where((top < INFINITY)[:, None], code, 0), scale
 
 
 def largest(x: Any) -> Any:
