@@ -19,6 +19,7 @@ class Machine:
         target: one of ``TARGETS``.
         capsys: what the assembler of CUDA has said.
     Attributes:
+        text: assembler's.
         registers: of a thread.
         spills: registers, or bytes, that did not fit.
         wide: how many loads and stores are of sixteen bytes.
@@ -35,6 +36,7 @@ class Machine:
             text, log = compiled.asm["ptx"], capsys.readouterr().out
             spills, registers = r"(\d+) bytes spill", r"Used (\d+) registers"
             wide = r"%s\.global\S*\.(?:v4\.b32|v2\.b64)", {"loads": "ld", "stores": "st"}
+        self.text = text
         assert re.search(spills, log), "the assembler says nothing of spills"
         self.spills = sum(map(int, re.findall(spills, log)))
         (self.registers,) = map(int, re.findall(registers, log))
