@@ -35,11 +35,11 @@ import torch
 from torch import Tensor
 
 from descend.core.memory import PLAIN
-from descend.core.noise import Stream
 
 BLOCK = 256  # numbers that share a scale
 MIN_NUMEL = 4096  # smaller tensors are not worth it
 MIN_WIDTH = 16  # nor are shorter rows: each has a scale
+MIN_VECTOR = 65_536  # nor are biases and weights of norms, which ranks could not cut along blocks
 
 SCALE = "_scale"
 COMPENSATION = "compensation"
@@ -137,9 +137,9 @@ def scale_shape(shape: torch.Size) -> torch.Size:
 
 def is_worth_coding(tensor: Tensor) -> bool:
     """Whether the state of a parameter is large enough for codes, and its blocks would lie whole on one rank."""
-    width = rows_and_width(tensor.shape)[1]
-    is_part = tensor.dim() < 2 and type(tensor) not in PLAIN
-    return tensor.numel() >= MIN_NUMEL and width >= MIN_WIDTH and not is_part
+    if tensor.dim() < 2:
+        return tensor.numel() >= MIN_VECTOR and type(tensor) in PLAIN
+    return tensor.numel() >= MIN_NUMEL and rows_and_width(tensor.shape)[1] >= MIN_WIDTH
 
 
 def rows_and_width(shape: torch.Size) -> tuple[int, int]:
@@ -147,6 +147,17 @@ def rows_and_width(shape: torch.Size) -> tuple[int, int]:
     if len(shape) < 2:
         return 1, shape.numel()
     return shape[0], math.prod(shape[1:])
+
+
+def keeps_blocks(shape: torch.Size, dim: int, parts: int) -> bool:
+    """Whether no block of a tensor of codes is cut, if the tensor is, along ``dim`` into ``parts``, as ``Shard`` does.
+
+    Any cut between rows keeps them. Within rows the parts must be equal, and each a contiguous piece of whole blocks;
+    then the parts of codes and scales match.
+    """
+    if parts == 1 or (dim == 0 and len(shape) > 1):
+        return True
+    return dim <= 1 and shape[dim] % parts == 0 and rows_and_width(shape)[1] % (parts * BLOCK) == 0
 
 
 # The reference: with torch's operations, on any device.
@@ -199,12 +210,6 @@ def encode(numbers: Tensor, codec: Codec, noise: Tensor | None = None) -> tuple[
         code = torch.where(magnitude > 0, code.clamp(min=1), 0)
     code = torch.where((largest < INFINITY)[..., None], code, 0).flatten(1)[:, :width].reshape(numbers.shape)
     return code.to(torch.uint8), scale.reshape(scale_shape(numbers.shape))
-
-
-def places(tensor: Tensor, stream: Stream) -> Tensor:
-    """The place of each element in its parameter, int64."""
-    count = tensor.numel()
-    return torch.arange(stream.place, stream.place + count, device=tensor.device).view(tensor.shape)
 
 
 def rounded_stochastically(numbers: Tensor, noise: Tensor) -> Tensor:

@@ -41,12 +41,12 @@ class Halves(FirstOrder):
 
 
 # Rows of one short block, of one block but for an element, of several, of more than a chunk; one dimension.
-SHAPES = [(300, 17), (30, 255), (20, 257), (5, 3, 341), (2, CHUNK + 100), (2 * CHUNK + 7,), (40, 256)]
+SHAPES = [(300, 17), (20, 255), (17, 257), (5, 3, 341), (2, CHUNK + 100), (CHUNK + 7,), (20, 256)]
 
 FORMATS: dict[str, dict[str, Any]] = {
     "8 bits": {"state_dtype": "8bit"},
     "8 bits of float64": {"state_dtype": "8bit", "dtype": torch.float64},
-    "all at random": {"state_dtype": "8bit", "rounding": "stochastic", "dtype": BRAIN},
+    "8 bits at random": {"state_dtype": "8bit", "rounding": "stochastic"},
     "bfloat16 at random": {"rounding": "stochastic", "dtype": BRAIN},
     "compensated": {"rounding": "compensated", "dtype": BRAIN, "state_dtype": {"exp_avg_sq": "8bit"}},
 }
@@ -84,11 +84,7 @@ def assert_equal_bits(ours: list[Tensor], theirs: list[Tensor]) -> None:
     assert len(ours) == len(theirs)
     for one, other in zip(ours, theirs, strict=True):
         assert one.dtype == other.dtype
-        assert (
-            one.numpy(force=True).tobytes() == other.numpy(force=True).tobytes()
-            if one.dtype != BRAIN
-            else (torch.equal(one.view(torch.int16), other.view(torch.int16)))
-        )
+        assert torch.equal(one.reshape(-1).view(torch.uint8), other.reshape(-1).view(torch.uint8))
 
 
 @pytest.mark.parametrize("options", FORMATS.values(), ids=FORMATS)
@@ -125,11 +121,11 @@ def test_numbers_that_are_not_finite_stay_in_their_block(number: float) -> None:
 def test_rows_are_stepped_as_eagerly_bit_for_bit(sparse: Any) -> None:
     found = []
     for backend in ("cpu", "eager"):
-        table = torch.randn(200, 600, generator=torch.Generator().manual_seed(0)).to(BRAIN).requires_grad_()
+        table = torch.randn(200, 600, generator=torch.Generator().manual_seed(0)).requires_grad_()
         optimizer = Halves([table], backend=backend, state_dtype="8bit", rounding="stochastic", sparse=sparse)
         for step in range(3):
             rows = torch.tensor([[5, 199, 7, 5, 0]]) if step else torch.tensor([[8, 7, 7]])
-            values = gradient((rows.shape[1], 600), step, BRAIN)
+            values = gradient((rows.shape[1], 600), step, SINGLE)
             table.grad = torch.sparse_coo_tensor(rows, values, table.shape)
             optimizer.step()
         state = optimizer.state[table]
@@ -225,7 +221,7 @@ on_x86 = pytest.mark.skipif(platform.machine().lower() not in ("x86_64", "amd64"
 
 @on_x86
 def test_both_passes_over_a_block_are_vectorised() -> None:
-    formats = (SINGLE, SINGLE, Codec(True), Codec(False, True))
+    formats = (SINGLE, SINGLE, Codec(True, True), Codec(False))
     made = object_files.machine_assembly(formats_kernel.update_kernel(rules.adamw, 7, formats, SINGLE))
     registers = "zmm" if "zmm" in made else "ymm" if "ymm" in made else "xmm"
     assert re.search(rf"^\s+v?sqrtps\s.*%{registers}", made, re.MULTILINE)
