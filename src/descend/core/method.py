@@ -246,7 +246,7 @@ class Method:
             raise RuntimeError(
                 f"{type(self).__name__}: {name} is kept in 8 bits, in blocks along the rows of {self.name_of(param)}, "
                 f"which has {param.dim()} dimensions and a gradient of {_sparsity(param.grad)}: make it sparse in the "
-                "first of several dimensions alone, or keep this state in float32 (float32_state)."
+                "first dimension alone, of at least two, or keep this state in float32 (float32_state)."
             )
         if takes.kind == "row" and not _names_rows(param.grad):
             raise RuntimeError(
