@@ -98,8 +98,8 @@ class SparseUpdate(Update):
         who, name = type(optimizer).__name__, optimizer.name_of
         if self._is_coded and (grad.sparse_dim() != 1 or grad.dim() == 1):
             raise RuntimeError(
-                f"{who}: state of {name(self._param)} is kept in 8 bits, in blocks along its rows, but its gradient, of "
-                f"{grad.sparse_dim()} sparse among {grad.dim()} dimensions, does not name rows. Make it dense, or "
+                f"{who}: state of {name(self._param)} is kept in 8 bits, in blocks along its rows, but its gradient of "
+                f"{grad.sparse_dim()} sparse among {grad.dim()} dimensions does not name rows. Make it dense, or "
                 "sparse in the first of several, or keep this state in float32 (float32_state). Nothing has moved."
             )
         indices, values = grad._indices().contiguous(), grad._values()
