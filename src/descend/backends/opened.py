@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from descend.core import codecs
-from descend.core.codecs import Codec, Format, Formats, Rounded
+from descend.core.codecs import COMPENSATED, Codec, Format, Formats
 from descend.core.noise import Stream, sixteen_bits
 
 
@@ -66,7 +66,7 @@ class Opened:
 
 def _adds(format: Format) -> bool:
     """Whether a format has a second tensor."""
-    return isinstance(format, Codec) or format == Rounded("compensated")
+    return isinstance(format, Codec) or format == COMPENSATED
 
 
 def _opened(format: Format, stored: Tensor, added: Tensor | None) -> Tensor:

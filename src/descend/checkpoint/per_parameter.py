@@ -27,7 +27,7 @@ from descend.checkpoint.reading import (
     unusable_is_value_error,
 )
 from descend.core import memory
-from descend.core.codecs import COMPENSATION, MIN_NUMEL, SCALE, Codec, Rounded, element_dtype, scale_shape
+from descend.core.codecs import COMPENSATED, COMPENSATION, MIN_NUMEL, SCALE, Codec, element_dtype, scale_shape
 from descend.core.coded import decoded, encoded, fault_of, negative_scale
 from descend.core.memory import as_real, row_state_shape
 from descend.core.method import Method
@@ -451,7 +451,7 @@ class _Reading:
         """What rounding has taken from a bfloat16 parameter, if this optimizer uses it."""
         what = f"{self.who}: the loaded {COMPENSATION} of {name}"
         is_ours = isinstance(value, Tensor) and value.dtype == torch.int16
-        if method.format_of_param(param) != Rounded("compensated"):
+        if method.format_of_param(param) != COMPENSATED:
             if not is_ours:
                 return {COMPENSATION: self._entry(method, param, COMPENSATION, value, False, name)}
             if local_of(value).any():

@@ -46,7 +46,7 @@ SCALE = "_scale"
 COMPENSATION = "compensation"
 
 # The bits of float32 numbers.
-TWO, INFINITY = 0x4000_0000, 0x7F80_0000
+TWO, INFINITY, NAN = 0x4000_0000, 0x7F80_0000, 0x7FC0_0000
 MAGNITUDE = 0x7FFF_FFFF
 SHIFT = 19  # of a code to where a float32 has its exponent
 NOISE_HALF = 1 << (SHIFT - 17)  # half of the last bit of noise is added: exact numbers do not move
@@ -81,6 +81,8 @@ class Rounded(NamedTuple):
     how: Literal["stochastic", "compensated"]
 
 
+STOCHASTIC, COMPENSATED = Rounded("stochastic"), Rounded("compensated")
+
 Format: TypeAlias = torch.dtype | Codec | Rounded
 Formats: TypeAlias = tuple[Format, ...]  # of the parameter, the gradient and the state tensors of a rule
 
@@ -104,11 +106,7 @@ def is_plain(formats: Formats) -> bool:
 
 def needs_noise(formats: Formats) -> bool:
     """Whether anything is rounded at random."""
-    return any(
-        format.stochastic if isinstance(format, Codec) else format == Rounded("stochastic")
-        for format in formats
-        if not isinstance(format, torch.dtype)
-    )
+    return any(format.stochastic if isinstance(format, Codec) else format == STOCHASTIC for format in formats)
 
 
 def stored_names(names: Sequence[str], formats: Formats) -> tuple[str, ...]:
@@ -117,14 +115,14 @@ def stored_names(names: Sequence[str], formats: Formats) -> tuple[str, ...]:
     That is the compensation of the parameter, then scales in the order of the state. Launches get tensors in this
     order.
     """
-    added = [COMPENSATION] if formats[0] == Rounded("compensated") else []
+    added = [COMPENSATION] if formats[0] == COMPENSATED else []
     scales = [name + SCALE for name, format in zip(names, formats[2:], strict=True) if isinstance(format, Codec)]
     return (*names, *added, *scales)
 
 
 def stored_dtypes(formats: Formats) -> tuple[torch.dtype, ...]:
     """Dtypes of the parameter, the gradient, and of what ``stored_names`` lists, in that order."""
-    added = [torch.int16] if formats[0] == Rounded("compensated") else []
+    added = [torch.int16] if formats[0] == COMPENSATED else []
     scales = [torch.float32 for format in formats[2:] if isinstance(format, Codec)]
     return (*map(element_dtype, formats), *added, *scales)
 
@@ -216,7 +214,7 @@ def encode(numbers: Tensor, codec: Codec, noise: Tensor | None = None) -> tuple[
 def rounded_stochastically(numbers: Tensor, noise: Tensor) -> Tensor:
     """float32 numbers as bfloat16: up or down, by 16 bits of noise for each. NaN and Inf stay what they are."""
     bits = numbers.view(torch.int32)
-    finite = (bits & 0x7F80_0000) != 0x7F80_0000
+    finite = (bits & INFINITY) != INFINITY
     moved = torch.where(finite, bits + noise.to(torch.int32), bits) & ~0xFFFF
     return torch.where(torch.isnan(numbers), numbers, moved.view(torch.float32)).to(torch.bfloat16)
 
@@ -228,6 +226,6 @@ def joined(high: Tensor, compensation: Tensor) -> Tensor:
 
 def split(numbers: Tensor) -> tuple[Tensor, Tensor]:
     """float32 numbers as bfloat16, half-way cases rounded away from zero, and the compensation."""
-    bits = torch.where(torch.isnan(numbers), 0x7FC0_0000, numbers.view(torch.int32))
+    bits = torch.where(torch.isnan(numbers), NAN, numbers.view(torch.int32))
     high = (bits + 0x8000) >> 16
     return high.to(torch.int16).view(torch.bfloat16), (bits - (high << 16)).to(torch.int16)

@@ -179,18 +179,28 @@ def members_of(who: str, names: Sequence[str], entries: Iterable[tuple[Pattern, 
     """
     rest, result = set(range(len(names))), []
     for pattern, _ in entries:
-        text = _text(pattern)
-        matched = [i for i, name in enumerate(names) if matches(pattern, name)]
-        absent = [] if isinstance(pattern, str | re.Pattern) else [name for name in pattern if name not in names]
-        for lacking in absent or ([] if matched else [text]):
-            near = difflib.get_close_matches(lacking, names, _SHOWN, cutoff=0)
-            raise ValueError(f"{who}: groups: {lacking!r} matches no parameter. Near names: {', '.join(near)}.")
-        members = [i for i in matched if i in rest]
+        members = [i for i in matched_by(f"{who}: groups", names, pattern) if i in rest]
         if not members:
-            raise ValueError(f"{who}: groups: all that {text!r} matches, earlier patterns take: move it before them.")
+            raise ValueError(
+                f"{who}: groups: all that {_text(pattern)!r} matches, earlier patterns take: move it before them."
+            )
         rest.difference_update(members)
         result.append(members)
     return result
+
+
+def matched_by(who: str, names: Sequence[str], pattern: Pattern) -> list[int]:
+    """The positions of the names that a pattern matches.
+
+    Raises:
+        ValueError: if it matches no name, or is a collection with one that no parameter has.
+    """
+    matched = [i for i, name in enumerate(names) if matches(pattern, name)]
+    absent = [] if isinstance(pattern, str | re.Pattern) else [name for name in pattern if name not in names]
+    for lacking in absent or ([] if matched else [_text(pattern)]):
+        near = difflib.get_close_matches(lacking, names, _SHOWN, cutoff=0)
+        raise ValueError(f"{who}: {lacking!r} matches no parameter. Near names: {', '.join(near)}.")
+    return matched
 
 
 def matches(pattern: Pattern, name: str) -> bool:

@@ -15,7 +15,7 @@ from torch.utils._foreach_utils import _get_fused_kernels_supported_devices
 
 from descend.core import codecs
 from descend.core.checks import check_kinds, check_lr
-from descend.core.codecs import Codec, Format, Rounded
+from descend.core.codecs import STOCHASTIC, Codec, Format, Rounded
 from descend.core.composition import Decay
 from descend.core.groups import matches
 from descend.core.memory import row_state_shape
@@ -299,7 +299,7 @@ class Method:
     def rounded(self, dtype: torch.dtype) -> Format:
         """How results are rounded to state of a dtype."""
         is_random = self.options.rounding == "stochastic" and dtype == torch.bfloat16
-        return Rounded("stochastic") if is_random else dtype
+        return STOCHASTIC if is_random else dtype
 
     def keeps_exact(self, name: str, group: Mapping[str, Any]) -> bool:
         """Whether the digits of state called ``name`` matter: it is a point or a step size rather than an average."""

@@ -12,6 +12,7 @@ from torch import Tensor
 
 MASK32, MASK64 = 0xFFFF_FFFF, 0xFFFF_FFFF_FFFF_FFFF
 FIRST_MULTIPLIER, SECOND_MULTIPLIER = 0x7FEB_352D, 0x846C_A68B  # of "lowbias32", by C. Wellons
+MIX1, MIX2 = 0xBF58_476D_1CE4_E5B9, 0x94D0_49BB_1331_11EB  # of SplitMix64
 GOLDEN64 = 0x9E37_79B9_7F4A_7C15
 
 
@@ -29,8 +30,8 @@ class Stream(NamedTuple):
 
 def mixed(x: int) -> int:
     """A 64-bit hash of 64 bits: the finalizer of SplitMix64 (Steele, Lea & Flood 2014)."""
-    x = (x ^ (x >> 30)) * 0xBF58_476D_1CE4_E5B9 & MASK64
-    x = (x ^ (x >> 27)) * 0x94D0_49BB_1331_11EB & MASK64
+    x = (x ^ (x >> 30)) * MIX1 & MASK64
+    x = (x ^ (x >> 27)) * MIX2 & MASK64
     return x ^ (x >> 31)
 
 

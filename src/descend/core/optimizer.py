@@ -19,7 +19,7 @@ from torch.optim import Optimizer
 from torch.utils.weak import WeakIdKeyDictionary
 
 from descend.core.decision import SKIPPED
-from descend.core.groups import Pattern, matches
+from descend.core.groups import Pattern, matched_by
 from descend.core.measures import Observer
 from descend.core.method import Method
 from descend.core.options import (
@@ -331,14 +331,15 @@ class MethodOptimizer(Method, Optimizer):
             )
 
     def _check_float32_state(self) -> None:
-        """Raise ``ValueError`` if ``float32_state`` names no parameter."""
+        """Raise ``ValueError`` if ``float32_state`` names no parameter, or one that there is not."""
         pattern = self.options.float32_state
         if pattern is None:
             return
+        who = f"{type(self).__name__}: float32_state"
         names = [name for group in self.param_groups for name in group.get("param_names", ())]
-        if not any(matches(pattern, name) for name in names):
-            has = f"none of {len(names)} names matches" if names else "the parameters have no names: give the model"
-            raise ValueError(f"{type(self).__name__}: float32_state={pattern!r}: {has}.")
+        if not names:
+            raise ValueError(f"{who}={pattern!r}: the parameters have no names: give the model.")
+        matched_by(who, names, pattern)
 
     def name_of(self, param: Tensor) -> str:
         """The parameter's name if it was given with one, else its position in the groups."""

@@ -17,7 +17,6 @@ from descend.core.codecs import Codec, Formats, needs_noise, stored_names
 from descend.core.measures import Sample, correction
 from descend.core.memory import wide
 from descend.core.method import MethodRef
-from descend.core.noise import step_key
 from descend.core.optimizer import MethodOptimizer
 from descend.core.signature import signature
 from descend.core.update import Update, signed
@@ -26,7 +25,7 @@ from descend.distributed.ranks import Share
 from descend.sparse.table import ROW_STEP, Table
 from descend.state import lazy_memory
 from descend.state.container import CPU
-from descend.state.formats import numbers_of, stream_of
+from descend.state.formats import key_of, streams_of
 from descend.state.make import ensure_state, scalar_tensors, step_count
 
 
@@ -75,7 +74,7 @@ class SparseUpdate(Update):
         self._is_noisy, given = needs_noise(formats), len(signature(rule).given)
         self._is_coded = any(isinstance(format, Codec) for format in formats)
         if self._is_noisy:
-            stream = stream_of(optimizer, param, numbers_of(optimizer))
+            (stream,) = streams_of(optimizer, [param])
             self._rows = backend.rows(rule, given, self._formats, meaning == "all", local, stream)
         else:
             self._rows = backend.rows(rule, given, self._formats, meaning == "all", local)
@@ -181,7 +180,7 @@ class SparseUpdate(Update):
         state, measures = [local_of(self._state[name]) for name in names], sample is not None
         noise = {}
         if self._is_noisy:
-            noise["noise_key"] = step_key(optimizer.options.rounding_seed, int(self._step))
+            noise["noise_key"] = key_of(optimizer, self._step)
         if self._local.is_cpu:
             written = state if self._table is None else [*state, self._state[ROW_STEP]]
             lazy_memory.commit_rows(written, self._rows.rows, self._n_rows, optimizer.options.state_pages)

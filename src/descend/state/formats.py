@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -10,7 +10,7 @@ from torch import Tensor
 
 from descend.core.codecs import BLOCK, SCALE, Codec, Format, Formats
 from descend.core.method import Method
-from descend.core.noise import Stream
+from descend.core.noise import Stream, step_key
 from descend.core.optimizer import MethodOptimizer
 from descend.core.signature import signature
 from descend.distributed.dtensors import first_place, has_whole_blocks, layout_of
@@ -74,14 +74,13 @@ def _format_of(
     return method.codec_of(name)
 
 
-def numbers_of(optimizer: MethodOptimizer) -> dict[Tensor, int]:
-    """The number of each parameter, over all groups."""
-    params = [param for group in optimizer.param_groups for param in group["params"]]
-    return {param: number for number, param in enumerate(params)}
+def key_of(optimizer: MethodOptimizer, step: Any) -> int:
+    """The key of the noise of a step; the first is 1."""
+    return step_key(optimizer.options.rounding_seed, int(step))
 
 
-def stream_of(optimizer: MethodOptimizer, param: Tensor, numbers: Mapping[Tensor, int]) -> Stream:
-    """Where the noise of a parameter comes from, given ``numbers_of`` the optimizer.
+def streams_of(optimizer: MethodOptimizer, params: Sequence[Tensor]) -> list[Stream]:
+    """Where the noise of each parameter comes from. They are numbered over all groups.
 
     A part that is contiguous in the whole parameter, such as some of its rows, has the noise that it would have there.
     Other parts count on from their first element, so that each rank has another noise; replicas have the same.
@@ -89,10 +88,14 @@ def stream_of(optimizer: MethodOptimizer, param: Tensor, numbers: Mapping[Tensor
     Raises:
         RuntimeError: if it is not known where this rank's part lies.
     """
-    try:
-        return Stream(numbers[param], first_place(as_sharded(optimizer, param)))
-    except ValueError as error:
-        raise RuntimeError(
-            f"{type(optimizer).__name__}: {optimizer.name_of(param)}: {error}, which rounding='stochastic' needs. "
-            "Nothing has moved."
-        ) from None
+    listed = (param for group in optimizer.param_groups for param in group["params"])
+    numbers, streams = {param: number for number, param in enumerate(listed)}, []
+    for param in params:
+        try:
+            streams.append(Stream(numbers[param], first_place(as_sharded(optimizer, param))))
+        except ValueError as error:
+            raise RuntimeError(
+                f"{type(optimizer).__name__}: {optimizer.name_of(param)}: {error}, which rounding='stochastic' needs. "
+                "Nothing has moved."
+            ) from None
+    return streams

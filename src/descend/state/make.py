@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from descend.core.codecs import COMPENSATION, Rounded
+from descend.core.codecs import COMPENSATED, COMPENSATION
 from descend.core.memory import wide
 from descend.core.method import Method, StateSpec
 from descend.core.optimizer import MethodOptimizer
@@ -38,7 +38,7 @@ def ensure_state(
         scalars_on: where the step count and the scalar state are. Default: the CPU.
     """
     method, names = optimizer.method_of(group), signature(rule).state
-    is_compensated = method.format_of_param(param) == Rounded("compensated")
+    is_compensated = method.format_of_param(param) == COMPENSATED
     if not names and not method.counts_steps and not is_compensated:
         return {}
     state = dict.get(optimizer.state, param)
@@ -67,7 +67,7 @@ def ensure_state(
 def reserve_state(optimizer: MethodOptimizer, params: Iterable[tuple[Method, Tensor, Callable[..., Any]]]) -> None:
     """Give parameters with these rules their places in ``optimizer.state``, in this order, whatever is made first."""
     for method, param, rule in params:
-        is_compensated = method.format_of_param(param) == Rounded("compensated")
+        is_compensated = method.format_of_param(param) == COMPENSATED
         if method.counts_steps or signature(rule).state or is_compensated:
             dict.setdefault(optimizer.state, param, {})
 

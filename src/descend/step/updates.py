@@ -13,7 +13,6 @@ from torch import Tensor
 from descend.backends import EAGER, eager
 from descend.backends.backend import Backend, Launch, ScalarState
 from descend.backends.opened import Noise
-from descend.core import noise
 from descend.core.codecs import Formats, needs_noise, stored_names
 from descend.core.decision import Decision
 from descend.core.measures import Sample, correction
@@ -28,7 +27,7 @@ from descend.distributed.ranks import Share
 from descend.norms import clip
 from descend.state import lazy_memory
 from descend.state.container import CPU, State, checked_state
-from descend.state.formats import numbers_of, stream_of
+from descend.state.formats import key_of, streams_of
 from descend.state.make import ensure_state, scalar_tensors, step_count, step_counts
 
 _NONE = np.zeros(0)
@@ -154,7 +153,7 @@ class LaunchUpdate(Update):
                 scalars, next_state = method.scalars_and_state(group, step, row.state)
                 launch.set_scalars(index, signed(scale, group), self.numbers(scalars))
                 if is_noisy:
-                    launch.set_noise(index, noise.step_key(optimizer.options.rounding_seed, int(step)))
+                    launch.set_noise(index, key_of(optimizer, step))
                 row.next_state = tuple(self.numbers(next_state)) if next_state else ()
                 if self.counts_on_device and method.counts_steps:
                     row.next_state = (step, *row.next_state)
@@ -298,7 +297,7 @@ class SingleUpdate(Update):
         if self.summed:
             self._given = scalars
         if self._stream is None and needs_noise(self._entry.formats):
-            self._stream = stream_of(optimizer, self._entry.param, numbers_of(optimizer))
+            (self._stream,) = streams_of(optimizer, [self._entry.param])
 
     def make_state(self, optimizer: MethodOptimizer) -> None:
         """The state is made when the update runs: another update of the step may share it."""
@@ -330,7 +329,7 @@ class SingleUpdate(Update):
             tensors = [local_of(state[name]) if entry.share else state[name] for name in entry.stored]
             bits = None
             if self._stream is not None:
-                bits = Noise(self._stream, noise.step_key(optimizer.options.rounding_seed, int(step)))
+                bits = Noise(self._stream, key_of(optimizer, step))
             scale, decision = signed(self._scale, group), self.decision
             if differentiable and decision is not None:  # the next step writes the values that the graph has seen
                 decision = decision._replace(values=decision.values.clone())
@@ -413,8 +412,7 @@ def _batch(optimizer: MethodOptimizer, backend: Backend, rule: Any, formats: For
     params = [entry.local for entry in entries]
     given = len(signature(rule).given)
     if needs_noise(formats):
-        numbers = numbers_of(optimizer)
-        streams = [stream_of(optimizer, entry.param, numbers) for entry in entries]
+        streams = streams_of(optimizer, [entry.param for entry in entries])
         launch = backend.launch(rule, given, formats, params, row_of, streams)
     else:
         launch = backend.launch(rule, given, formats, params, row_of)

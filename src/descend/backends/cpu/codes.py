@@ -10,8 +10,8 @@ from typing import Any
 
 from llvmlite import ir as llvm_ir
 
-from descend.core.codecs import INFINITY, MAGNITUDE, NOISE_HALF, SHIFT, SMALLEST_SCALE, TWO, Codec
-from descend.core.noise import FIRST_MULTIPLIER, GOLDEN64, MASK32, second_multiplier
+from descend.core.codecs import INFINITY, MAGNITUDE, NAN, NOISE_HALF, SHIFT, SMALLEST_SCALE, TWO, Codec
+from descend.core.noise import FIRST_MULTIPLIER, GOLDEN64, MASK32, MIX1, MIX2, second_multiplier
 
 BYTE, I16, I32, I64, F32, F64 = (
     *(llvm_ir.IntType(bits) for bits in (8, 16, 32, 64)),
@@ -20,7 +20,6 @@ BYTE, I16, I32, I64, F32, F64 = (
 )  # fmt: skip
 # The flag of operations that must round as torch's do: it keeps off those of kernels, which allow fused multiply-adds.
 ROUNDED = ("nsz",)
-NAN = 0x7FC0_0000
 
 
 def word(value: int) -> Any:
@@ -133,8 +132,8 @@ def noise_words(builder: Any, key: Any, number: Any) -> tuple[Any, Any]:
         return llvm_ir.Constant(I64, value)
 
     x = builder.add(key, builder.mul(number, long(GOLDEN64)))
-    x = builder.mul(builder.xor(x, builder.lshr(x, long(30))), long(0xBF58_476D_1CE4_E5B9))
-    x = builder.mul(builder.xor(x, builder.lshr(x, long(27))), long(0x94D0_49BB_1331_11EB))
+    x = builder.mul(builder.xor(x, builder.lshr(x, long(30))), long(MIX1))
+    x = builder.mul(builder.xor(x, builder.lshr(x, long(27))), long(MIX2))
     x = builder.xor(x, builder.lshr(x, long(31)))
     return builder.trunc(x, I32), builder.trunc(builder.lshr(x, long(32)), I32)
 

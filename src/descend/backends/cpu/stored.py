@@ -16,7 +16,7 @@ from descend.backends.cpu import codes
 from descend.backends.cpu.codes import BYTE, F32, I16, I64
 from descend.backends.cpu.columns import Columns
 from descend.backends.cpu.intrinsics import COMPUTED, STORED, element, intrinsic, narrow, pack, prefetch_line, widen
-from descend.core.codecs import BLOCK, Codec, Rounded
+from descend.core.codecs import BLOCK, COMPENSATED, STOCHASTIC, Codec
 
 _LLVM = {**STORED, torch.uint8: BYTE, torch.int16: I16}
 
@@ -165,7 +165,7 @@ def loader(columns: Columns, compute: torch.dtype, count: int | None = None) -> 
                 if isinstance(format, Codec):
                     scale = builder.extract_value(args[2], columns.coded.index(column))
                     value = codes.decoded(builder, value, scale, format)
-                elif format == Rounded("compensated"):
+                elif format == COMPENSATED:
                     value = codes.joined(builder, value, stored(len(columns.formats)))
                 else:
                     dtype = columns.elements[column]
@@ -220,11 +220,11 @@ def storer(columns: Columns, compute: torch.dtype) -> Any:
                     memory.store(f"buffer {column}", _buffer(builder, args[3], len(found)), args[4], value)
                     found.append(builder.select(builder.icmp_signed(">", bits, before), bits, before))
                     continue
-                if format == Rounded("compensated"):
+                if format == COMPENSATED:
                     value, compensation = codes.split(builder, value)
                     added = len(columns.formats)
                     memory.store(added, builder.extract_value(args[0], added), args[1], compensation)
-                elif format == Rounded("stochastic"):
+                elif format == STOCHASTIC:
                     value = codes.rounded_stochastically(builder, value, noise.sixteen_bits(position))
                 memory.store(column, builder.extract_value(args[0], column), args[1], value)
             return context.make_tuple(builder, largest, found)

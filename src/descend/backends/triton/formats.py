@@ -11,7 +11,7 @@ from typing import Any
 import triton.language as tl
 
 from descend.backends.triton.kernels import load, store
-from descend.core.codecs import INFINITY, MAGNITUDE, NOISE_HALF, SHIFT, SMALLEST_SCALE, TWO, Codec
+from descend.core.codecs import INFINITY, MAGNITUDE, NAN, NOISE_HALF, SHIFT, SMALLEST_SCALE, TWO, Codec
 from descend.core.noise import FIRST_MULTIPLIER, MASK32, SECOND_MULTIPLIER, second_multiplier
 
 PLAIN = 0
@@ -23,7 +23,6 @@ SIGNED = 16  # codes that have a sign
 
 SIGNED_TOP, UNSIGNED_TOP = Codec(signed=True).top, Codec(signed=False).top
 NEXT_MULTIPLIER = second_multiplier(1) - SECOND_MULTIPLIER  # the same from pair to pair
-NAN = 0x7FC0_0000
 
 
 def read(
