@@ -261,7 +261,7 @@ class Backend(Protocol):
     ) -> str | None:
         """Why it cannot run a rule on this parameter; None if it can. Without a rule: why it cannot sum its squares.
 
-        Of the state, it gets what exists and is stored as a dtype.
+        Of the state, it gets what exists and is not coded.
         """
 
     def why_not_rows(self, rule: Rule, param: Tensor, state: Sequence[tuple[str, Tensor]]) -> str | None:

@@ -44,16 +44,7 @@ def run(
     ``differentiable`` keeps the graph: what the rule saw is cloned first, so that writing does not invalidate it.
     """
     if not is_plain(formats):
-        opened = Opened(formats, param, state)
-        before = opened.param.clone() if measures else None
-        run(rule, opened.param, grad, opened.state, scalars, scale, False, False, decision)
-        opened.close(noise)
-        if before is None:
-            return None
-        stored = Opened(formats, param, state)
-        before, dense = _in_compute_dtype([before, grad if grad.layout == torch.strided else grad.to_dense()])
-        with torch.no_grad():
-            return measured_sums(before, dense, [stored.param, *stored.state], moments(rule))
+        return _run_opened(rule, param, grad, state, scalars, scale, measures, decision, formats, noise)
     if grad.layout != torch.strided:
         grad = grad.to_dense()
     written = [as_real(tensor) for tensor in (param, *state)]
@@ -97,6 +88,31 @@ def _by_rows(
     mean = numbers.sum(1, keepdim=True, dtype=widest(param.device)) / max(width, 1)
     results = rule(*tensors, *scalars, mean.to(param.dtype))
     return (results[0].reshape(param.shape), *results[1:]) if state else results.reshape(param.shape)
+
+
+def _run_opened(
+    rule: Callable[..., Any],
+    param: Tensor,
+    grad: Tensor,
+    state: Sequence[Tensor],
+    scalars: Sequence[Any],
+    scale: float,
+    measures: bool,
+    decision: Decision | None,
+    formats: Formats,
+    noise: Noise | None,
+) -> Tensor | None:
+    """``run``, where not everything is stored as a dtype. What is measured is what has been stored."""
+    opened = Opened(formats, param, state)
+    before = opened.param.clone() if measures else None
+    run(rule, opened.param, grad, opened.state, scalars, scale, decision=decision)
+    opened.close(noise)
+    if before is None:
+        return None
+    stored = Opened(formats, param, state)
+    before, dense = _in_compute_dtype([before, grad if grad.layout == torch.strided else grad.to_dense()])
+    with torch.no_grad():
+        return measured_sums(before, dense, [stored.param, *stored.state], moments(rule))
 
 
 def sums(

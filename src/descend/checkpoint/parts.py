@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor
 
 from descend.core.codecs import Codec, scale_shape
-from descend.core.coded import decoded
+from descend.core.saved_codes import decoded
 from descend.distributed.dtensors import is_dtensor, layout_of, like, local_of, part_of, redistributed, same_layout
 
 _SAVE_WHOLE = (

@@ -28,10 +28,10 @@ from descend.checkpoint.reading import (
 )
 from descend.core import memory
 from descend.core.codecs import COMPENSATED, COMPENSATION, MIN_NUMEL, SCALE, Codec, element_dtype, scale_shape
-from descend.core.coded import decoded, encoded, fault_of, negative_scale
 from descend.core.memory import as_real, row_state_shape
 from descend.core.method import Method
 from descend.core.optimizer import MethodOptimizer, is_option
+from descend.core.saved_codes import decoded, encoded, fault_of, negative_scale
 from descend.core.signature import signature
 from descend.distributed.dtensors import (
     has_whole_rows,
@@ -404,16 +404,10 @@ class _Reading:
             owner = rows_of(owner) if is_dtensor(owner) and is_of_rows else local_of(owner)
         value = (value.to_dense() if value.is_sparse else value).detach()  # torch's momentum of sparse gradients
         _check_memory(local_of(value), local_of(owner), what)
-        if scale is None and not (value.is_floating_point() or (value.is_complex() and param.is_complex())):
-            raise ValueError(f"{what} must hold numbers as the parameter does ({param.dtype}), got {value.dtype}.")
+        if scale is None:
+            _check_numbers(value, param, what)
         if value.shape != shape:
             raise self._misfit(what, value, shape)
-        if scale is None and value.numel() >= MIN_NUMEL and looks_coded(local_of(value)):
-            raise ValueError(
-                f"{what} has only whole numbers from 0 to 255: codes of 8 bits, which torch.distributed.checkpoint has "
-                f"cast to {dtype_name(value.dtype)}? It takes no other formats than those of the checkpoint. Load into "
-                "an optimizer with the checkpoint's state_dtype; this one then loads its state_dict()."
-            )
         if scale is not None and isinstance(format, Codec):
             codes, scales = part_for(owner, value, what), part_for(new_scales(owner), scale.detach(), what)
             self._check_scale(key, scales, name)
@@ -489,6 +483,18 @@ def _smallest(value: Tensor | float) -> float:
     if type(value) not in memory.PLAIN or value.is_meta or value.itemsize == 1 or not value.numel():
         return 0.0
     return float(as_real(value.detach()).amin())
+
+
+def _check_numbers(value: Tensor, param: Tensor, what: str) -> None:
+    """Raise ``ValueError`` for state that is not coded, and holds no numbers, or codes that something has cast."""
+    if not (value.is_floating_point() or (value.is_complex() and param.is_complex())):
+        raise ValueError(f"{what} must hold numbers as the parameter does ({param.dtype}), got {value.dtype}.")
+    if value.numel() >= MIN_NUMEL and looks_coded(local_of(value)):
+        raise ValueError(
+            f"{what} has only whole numbers from 0 to 255: codes of 8 bits, which torch.distributed.checkpoint has "
+            f"cast to {dtype_name(value.dtype)}? It takes no other formats than those of the checkpoint. Load into "
+            "an optimizer with the checkpoint's state_dtype; this one then loads its state_dict()."
+        )
 
 
 def _check_memory(value: Tensor, param: Tensor, what: str) -> None:

@@ -290,14 +290,14 @@ class Method:
         """How new state called ``name`` of a parameter is stored."""
         if _is_to_be_coded(self, name, param, group):
             return self.codec_of(name)
-        return self.rounded(self.dtype_of_state(name, param))
+        return self.format_of_dtype(self.dtype_of_state(name, param))
 
     def codec_of(self, name: str) -> Codec:
         """How state called ``name`` is stored in 8 bits."""
         return Codec(name not in self.nonnegative_state, self.options.rounding == "stochastic")
 
-    def rounded(self, dtype: torch.dtype) -> Format:
-        """How results are rounded to state of a dtype."""
+    def format_of_dtype(self, dtype: torch.dtype) -> Format:
+        """How state of a dtype is stored: as that, or rounded at random."""
         is_random = self.options.rounding == "stochastic" and dtype == torch.bfloat16
         return STOCHASTIC if is_random else dtype
 

@@ -161,8 +161,8 @@ class Wrapped(Method):
     def codec_of(self, name: str) -> Codec:
         return self._inside.codec_of(name)
 
-    def rounded(self, dtype: torch.dtype) -> Format:
-        return self._inside.rounded(dtype)
+    def format_of_dtype(self, dtype: torch.dtype) -> Format:
+        return self._inside.format_of_dtype(dtype)
 
     def dtype_of_state(self, name: str, param: Tensor) -> torch.dtype:
         if not self._is_ema(name):

@@ -63,7 +63,7 @@ def _format_of(
 ) -> Format:
     """How state that exists is stored."""
     if tensor.dtype != torch.uint8:
-        return method.rounded(tensor.dtype)
+        return method.format_of_dtype(tensor.dtype)
     scale = state.get(name + SCALE)
     if not isinstance(scale, Tensor) or scale.dtype != torch.float32:
         found = f"{name + SCALE} of dtype {scale.dtype}" if isinstance(scale, Tensor) else f"no {name + SCALE}"

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from descend.backends import EAGER, FOREACH, available
+from descend.backends.backend import Backend
 from descend.backends.cpu.probe import make_probe, same_objects
 from descend.core import memory
 from descend.core.codecs import Codec, Formats, is_plain, stored_names
@@ -244,17 +245,13 @@ class Plan:
             self._check_not_cut(optimizer, param)
             self._check_no_sums(optimizer, param, takes)
             return entry._replace(local=param, share=None, reason="differentiable=True", in_order=True)
+        return self._routed(entry, tensors)
+
+    def _routed(self, entry: Entry, tensors: Sequence[tuple[str, Tensor]]) -> Entry:
+        """The entry with the first backend that can run it; ``tensors`` of its state, those that exist."""
         reason = None  # of a compiled backend, whichever of the others runs it then
-        uncoded = {n for n, format in zip(takes.state, formats[2:], strict=True) if not isinstance(format, Codec)}
-        plain = [(name, tensor) for name, tensor in tensors if name in uncoded]
-        stored = [(name, tensor) for name, tensor in tensors if name not in uncoded]
-        for backend in available(self._requested, takes.kind):
-            if sparse:
-                why_not = backend.why_not_rows(rule, local, plain)
-            else:
-                why_not = backend.why_not(rule, local, local.grad, plain)
-            if why_not is None and not is_plain(formats):
-                why_not = backend.why_not_formats(rule, local, formats, stored)
+        for backend in available(self._requested, signature(entry.rule).kind):
+            why_not = _why_not(backend, entry, tensors)
             if why_not is None:
                 return entry._replace(backend=backend, reason=reason if backend is FOREACH else None)
             if reason is None or (reason.startswith("on ") and backend is not FOREACH):
@@ -565,6 +562,21 @@ def _waited_for(numbers: Sequence[float | Tensor]) -> list[float]:
             tensors[each.device].append(each)
     known = {device: iter(torch.stack(found).tolist()) for device, found in tensors.items()}
     return [next(known[each.device]) if isinstance(each, Tensor) else each for each in numbers]
+
+
+def _why_not(backend: Backend, entry: Entry, tensors: Sequence[tuple[str, Tensor]]) -> str | None:
+    """Why a backend cannot run an entry; None if it can."""
+    rule, local, formats = entry.rule, entry.local, entry.formats
+    pairs = zip(signature(rule).state, formats[2:], strict=True)
+    uncoded = {name for name, format in pairs if not isinstance(format, Codec)}
+    state = [(name, tensor) for name, tensor in tensors if name in uncoded]
+    if entry.sparse:
+        reason = backend.why_not_rows(rule, local, state)
+    else:
+        reason = backend.why_not(rule, local, local.grad, state)
+    if reason is not None or is_plain(formats):
+        return reason
+    return backend.why_not_formats(rule, local, formats, [pair for pair in tensors if pair[0] not in uncoded])
 
 
 def _in_order_where_memory_is_shared(entries: Sequence[Entry], params: LocalParams) -> list[Entry]:

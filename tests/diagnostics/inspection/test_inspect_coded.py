@@ -14,7 +14,7 @@ from cases import CASES, leaves, params_of
 from inspecting import inspected, of, trained
 
 from descend.command.cli import main
-from descend.core import coded
+from descend.core import saved_codes
 from descend.core.codecs import Codec, decode, encode
 from descend.diagnostics.inspection.state_names import NOT_NEGATIVE
 
@@ -32,7 +32,7 @@ def in_8_bits(state: dict[str, Any]) -> dict[str, Any]:
 
 @pytest.mark.parametrize("piece", [1 << 20, 3])
 def test_numbers_are_those_that_codes_stand_for(piece: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(coded, "PIECE", piece)
+    monkeypatch.setattr(saved_codes, "PIECE", piece)
     state = in_8_bits(trained())
     examination, found = of(tmp_path / "state.pt", state)
     assert not found

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from descend.core.codecs import SCALE, Codec
-from descend.core.coded import decoded, fault_of, negative_scale
+from descend.core.saved_codes import decoded, fault_of, negative_scale
 from descend.diagnostics.inspection.state_names import FULL_SHAPED, NOT_NEGATIVE
 from descend.diagnostics.inspection.stored import Stored
 
