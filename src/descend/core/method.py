@@ -241,11 +241,12 @@ class Method:
                 f"{type(self).__name__}: a rule of whole matrices cannot update single rows, but {self.name_of(param)} "
                 "has a sparse gradient: make it dense."
             )
-        if not _names_rows(param.grad) and (name := _coded_state(self, param, group)):
+        cuts_blocks = param.grad is not None and (param.dim() < 2 or not _names_rows(param.grad))
+        if cuts_blocks and (name := _coded_state(self, param, group)):
             raise RuntimeError(
                 f"{type(self).__name__}: {name} is kept in 8 bits, in blocks along the rows of {self.name_of(param)}, "
-                f"whose gradient is of {_sparsity(param.grad)}: make it sparse in the first dimension alone, or keep "
-                "this state in float32 (float32_state)."
+                f"which has {param.dim()} dimensions and a gradient of {_sparsity(param.grad)}: make it sparse in the "
+                "first dimension alone, of at least two, or keep this state in float32 (float32_state)."
             )
         if takes.kind == "row" and not _names_rows(param.grad):
             raise RuntimeError(
