@@ -15,7 +15,6 @@ from torch import Tensor
 
 from descend.core import codecs
 from descend.core.codecs import BLOCK, Codec, Rounded, decode, encode, joined, rounded_stochastically, split
-from descend.core.noise import Stream
 
 SIGNED, UNSIGNED = Codec(signed=True), Codec(signed=False)
 TOP = {SIGNED: 494.0, UNSIGNED: 126_974.0}
@@ -320,7 +319,3 @@ def test_formats_list_what_they_store() -> None:
     assert codecs.needs_noise(coded)
     assert not codecs.needs_noise((Rounded("compensated"), torch.float32, SIGNED))
     assert codecs.needs_noise((torch.float32, torch.float32, SIGNED, Codec(signed=False, stochastic=True)))
-
-
-def test_places_count_from_the_start_of_the_parameter() -> None:
-    assert codecs.places(torch.zeros(2, 3), Stream(number=4, place=100)).tolist() == [[100, 101, 102], [103, 104, 105]]
