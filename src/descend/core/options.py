@@ -25,8 +25,7 @@ Cautious: TypeAlias = Literal["update", "decay", "both"]
 DecayBy: TypeAlias = Literal["lr", "schedule", "lr_squared"]
 StateDevice: TypeAlias = Literal["cpu"]
 Rounding: TypeAlias = Literal["nearest", "stochastic", "compensated"]
-EightBits: TypeAlias = Literal["8bit"]
-StateDtype: TypeAlias = torch.dtype | EightBits
+StateDtype: TypeAlias = torch.dtype | Literal["8bit"]
 
 BACKENDS: list[str] = list(get_args(BackendName))  # ``backends.register`` appends to it
 STATE_DTYPES: tuple[StateDtype, ...] = (torch.float16, torch.bfloat16, torch.float32, torch.float64, "8bit")

@@ -58,10 +58,6 @@ def _in_table(builder: Any, row: Any, column: int) -> Any:
     return builder.load(element(builder, row, _constant(column), I64))
 
 
-def _kinds(kind: Any, count: int) -> Any:
-    return types.BaseTuple.from_types((kind,) * count)
-
-
 def elements_at(columns: Columns) -> Any:
     """The address of a chunk in each column with elements; the gradient has an offset of its own."""
 
@@ -121,7 +117,8 @@ def scales_loader(columns: Columns) -> Any:
             scales = [builder.load(element(builder, address, args[1], F32)) for address in addresses]
             return context.make_tuple(builder, signature.return_type, scales)
 
-        return _kinds(types.float32, len(columns.coded))(types.int64, types.int64), generate
+        kind = types.BaseTuple.from_types((types.float32,) * len(columns.coded))
+        return kind(types.int64, types.int64), generate
 
     return load
 
