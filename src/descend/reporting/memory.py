@@ -12,7 +12,7 @@ from torch import Tensor
 def tensors(value: object) -> Iterator[Tensor]:
     """Yield the plain tensors on this rank in nested mappings and lists, such as L-BFGS's pairs.
 
-    A subclass that wraps tensors yields those: a DTensor this rank's shard, torchao's states of 8 bits codes and scales.
+    A subclass that wraps tensors yields those: a DTensor this rank's shard, torchao's 8-bit states codes and scales.
     """
     if isinstance(value, Tensor):
         wrapper: Any = value
