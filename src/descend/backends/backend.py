@@ -9,7 +9,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from descend.core.codecs import Formats
 from descend.core.decision import Decision
+from descend.core.noise import Stream
 
 Rule: TypeAlias = Callable[..., Any]
 
@@ -22,11 +24,8 @@ class Declined(RuleError):  # noqa: N818
     """The same, found out late: ``why_not`` gives this reason from now on, and another backend takes the rule."""
 
 
-Dtypes: TypeAlias = tuple[torch.dtype, ...]  # of the parameter, the gradient and the state tensors
-
-
 class Launch(Protocol):
-    """One rule on many tensors of equal dtypes. ``Backend.together`` runs it."""
+    """One rule on many tensors of equal formats. ``Backend.together`` runs it."""
 
     @property
     def addresses(self) -> np.ndarray | None:
@@ -41,7 +40,7 @@ class Launch(Protocol):
         """
 
     def set_state(self, tensors: Sequence[Sequence[Tensor]]) -> None:
-        """Take the state tensors, one sequence a parameter."""
+        """Take the tensors that ``codecs.stored_names`` lists, one sequence a parameter."""
 
     def set_scalars(self, row: int, scale: float, scalars: Sequence[float | Tensor]) -> None:
         """Set a row of the scalars table: what the gradient is multiplied by, and the rule's scalars.
@@ -50,6 +49,9 @@ class Launch(Protocol):
 
         Tensors of shape () on the launch's device stay there: they are read when the launch runs.
         """
+
+    def set_noise(self, row: int, key: int) -> None:
+        """Set the 64 bits that all noise of a row of scalars comes from, see ``core.noise``; if there is noise."""
 
     def sums(self) -> np.ndarray | Tensor:
         """What the part of a rule with sums gives, summed in float64 over each parameter: a row a parameter.
@@ -134,18 +136,20 @@ class Rows(Protocol):
         mark: tuple[Tensor, int] | None,
         measures: bool = False,
         decision: Decision | None = None,
+        noise_key: int = 0,
     ) -> None:
         """Apply the rule to the gradient times ``scale``.
 
         Args:
             param: the parameter.
-            state: its state tensors.
+            state: the tensors that ``codecs.stored_names`` lists.
             scalars: of the rule; tensors of shape () stay on their device.
             scale: what the gradient is multiplied by.
             counters: a ``ScalarState`` of this backend; one is added to each of its tensors.
             mark: int32, the step each row is current at; and the step that the updated rows are current at now.
             measures: whether ``measured`` will be asked.
             decision: by what else the gradient is multiplied, and whether anything moves.
+            noise_key: see ``Launch.set_noise``.
         """
 
     def measured(self) -> np.ndarray | Tensor:
@@ -255,22 +259,44 @@ class Backend(Protocol):
     def why_not(
         self, rule: Rule | None, param: Tensor, grad: Tensor | None, state: Sequence[tuple[str, Tensor]]
     ) -> str | None:
-        """Why it cannot run a rule on this parameter; None if it can. Without a rule: why it cannot sum its squares."""
+        """Why it cannot run a rule on this parameter; None if it can. Without a rule: why it cannot sum its squares.
+
+        Of the state, it gets what exists and is stored as a dtype.
+        """
 
     def why_not_rows(self, rule: Rule, param: Tensor, state: Sequence[tuple[str, Tensor]]) -> str | None:
         """Why it cannot run a rule on single rows of this parameter; None if it can."""
 
+    def why_not_formats(
+        self, rule: Rule, param: Tensor, formats: Formats, stored: Sequence[tuple[str, Tensor]]
+    ) -> str | None:
+        """Why it cannot store what a rule returns in these formats; None if it can. Asked if not all are dtypes.
+
+        Args:
+            rule: the rule.
+            param: the parameter.
+            formats: of the parameter, the gradient and the state of the rule.
+            stored: names and tensors of codes, scales and compensation, those that exist.
+        """
+
     def launch(
-        self, rule: Rule, scalars: int, dtypes: Dtypes, params: Sequence[Tensor], rows: Sequence[int] | np.ndarray
+        self,
+        rule: Rule,
+        scalars: int,
+        formats: Formats,
+        params: Sequence[Tensor],
+        rows: Sequence[int] | np.ndarray,
+        streams: Sequence[Stream] = (),
     ) -> Launch:
         """Prepare to apply ``rule`` to the gradients of ``params``. Compiles nothing.
 
         Args:
             rule: the function to apply.
             scalars: how many scalars it is given; those that are formed of sums are not counted.
-            dtypes: of parameters, gradients and state.
+            formats: of parameters, gradients and state.
             params: the parameters, all on one device.
             rows: for each parameter, its row in the scalars table.
+            streams: where the noise of each parameter comes from; left out unless ``codecs.needs_noise``.
         """
 
     def scalar_state(self, tensors: Sequence[Tensor]) -> ScalarState:
@@ -291,10 +317,14 @@ class Backend(Protocol):
         each launch's ``measured`` tells afterwards what the step was like. A decision may leave all of it out.
         """
 
-    def rows(self, rule: Rule, scalars: int, dtypes: Dtypes, all_rows: bool, param: Tensor) -> Rows:
+    def rows(
+        self, rule: Rule, scalars: int, formats: Formats, all_rows: bool, param: Tensor, stream: Stream | None = None
+    ) -> Rows:
         """Prepare to apply ``rule`` to rows of ``param``. Compiles nothing."""
 
-    def catch_up(self, with_state: Rule, without_state: Rule, scalars: int, dtypes: Dtypes, param: Tensor) -> CatchUp:
+    def catch_up(
+        self, with_state: Rule, without_state: Rule, scalars: int, dtypes: tuple[torch.dtype, ...], param: Tensor
+    ) -> CatchUp:
         """Prepare to catch up with two rules; ``dtypes`` of ``param`` and the state. Compiles nothing."""
 
     def sum_of_squares(self, tensors: Sequence[Tensor]) -> float | Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -10,9 +11,12 @@ import torch
 from torch import Tensor
 
 from descend.backends.backend import Decisions
+from descend.backends.opened import Noise, Opened
+from descend.core.codecs import Formats, is_plain
 from descend.core.decision import SKIPPED, Decision, judge
 from descend.core.measures import COLUMNS, moments
 from descend.core.memory import as_real, row_count, wide, widest
+from descend.core.noise import Stream
 from descend.core.signature import averaged_part, signature
 
 _NO_MEMORY = np.zeros((0, 2), np.int64)
@@ -28,12 +32,22 @@ def run(
     differentiable: bool = False,
     measures: bool = False,
     decision: Decision | None = None,
+    formats: Formats = (),
+    noise: Noise | None = None,
 ) -> Tensor | None:
     """Apply ``rule`` to one parameter and write the results in place. Return what was measured, if it was.
+
+    What is not stored as a dtype is opened first and stored again afterwards; ``state`` is what ``codecs.stored_names``
+    lists then.
 
     Arithmetic is in float32, or wider where a tensor is; complex numbers are pairs of real ones, as in torch.
     ``differentiable`` keeps the graph: what the rule saw is cloned first, so that writing does not invalidate it.
     """
+    if not is_plain(formats):
+        opened = Opened(formats, param, state)
+        measured = run(rule, opened.param, grad, opened.state, scalars, scale, False, measures, decision)
+        opened.close(noise)
+        return measured
     if grad.layout != torch.strided:
         grad = grad.to_dense()
     written = [as_real(tensor) for tensor in (param, *state)]
@@ -86,6 +100,7 @@ def sums(
     state: Sequence[Tensor],
     scalars: Sequence[Any],
     scale: float,
+    formats: Formats = (),
 ) -> Tensor:
     """What the part of a rule with sums returns, each number summed over the tensor: float64, or the widest dtype.
 
@@ -94,6 +109,9 @@ def sums(
     part = signature(rule).summed
     assert part is not None
     with torch.no_grad():
+        if not is_plain(formats):
+            opened = Opened(formats, param, state)
+            param, state = opened.param, opened.state
         grad, first, *rest = _in_compute_dtype([as_real(tensor) for tensor in (grad, param, *state)])
         results = part(first, grad if scale == 1 else grad * scale, *rest, *scalars)
         results = results if isinstance(results, tuple) else (results,)
@@ -133,6 +151,8 @@ def run_rows(
     scale: float = 1.0,
     measures: bool = False,
     decision: Decision | None = None,
+    formats: Formats = (),
+    noise: Noise | None = None,
 ) -> Tensor | None:
     """Apply ``rule`` to the rows of ``param`` and of the state tensors that ``index`` names, each once.
 
@@ -146,6 +166,8 @@ def run_rows(
         scale: of the gradient.
         measures: whether to return what was measured.
         decision: see ``run``.
+        formats: see ``run``.
+        noise: see ``run``.
     """
     # Not seen by autograd: rows may be brought up to date between a forward pass and its backward pass.
     tables = [tensor.data for tensor in (param, *state)]
@@ -153,7 +175,8 @@ def run_rows(
     aligned = [
         x.view(-1, *[1] * (as_real(first).dim() - 1)) if isinstance(x, Tensor) and x.dim() == 1 else x for x in scalars
     ]
-    sums = run(rule, first, first if grad is None else grad, rest, aligned, scale, measures=measures, decision=decision)
+    grad = first if grad is None else grad
+    sums = run(rule, first, grad, rest, aligned, scale, False, measures, decision, formats, noise)
     for table, rows in zip(tables, (first, *rest), strict=True):
         table[index] = rows
     return sums
@@ -206,15 +229,21 @@ class EagerBackend:
     def why_not_rows(self, rule: Callable[..., Any], param: Tensor, state: Sequence[tuple[str, Tensor]]) -> str | None:
         return None
 
+    def why_not_formats(
+        self, rule: Callable[..., Any], param: Tensor, formats: Formats, stored: Sequence[tuple[str, Tensor]]
+    ) -> str | None:
+        return None
+
     def launch(
         self,
         rule: Callable[..., Any],
         scalars: int,
-        dtypes: tuple[torch.dtype, ...],
+        formats: Formats,
         params: Sequence[Tensor],
         rows: Sequence[int] | np.ndarray,
+        streams: Sequence[Stream] = (),
     ) -> EagerLaunch:
-        return EagerLaunch(rule, scalars, params, rows)
+        return EagerLaunch(rule, scalars, formats, params, rows, streams)
 
     def scalar_state(self, tensors: Sequence[Tensor]) -> EagerScalarState:
         return EagerScalarState(tensors)
@@ -241,11 +270,12 @@ class EagerBackend:
         self,
         rule: Callable[..., Any],
         scalars: int,
-        dtypes: tuple[torch.dtype, ...],
+        formats: Formats,
         all_rows: bool,
         param: Tensor,
+        stream: Stream | None = None,
     ) -> EagerRows:
-        return EagerRows(rule, all_rows)
+        return EagerRows(rule, formats, all_rows, stream)
 
     def catch_up(
         self,
@@ -267,9 +297,17 @@ class EagerLaunch:
     addresses = None
 
     def __init__(
-        self, rule: Callable[..., Any], scalars: int, params: Sequence[Tensor], rows: Sequence[int] | np.ndarray
+        self,
+        rule: Callable[..., Any],
+        scalars: int,
+        formats: Formats,
+        params: Sequence[Tensor],
+        rows: Sequence[int] | np.ndarray,
+        streams: Sequence[Stream] = (),
     ) -> None:
         self._rule, self._n_given, self._params, self._rows = rule, scalars, params, rows
+        self._formats, self._streams = formats, streams
+        self._keys: dict[int, int] = {}
         self._formed: Sequence[Sequence[float]] = [()] * len(params)
         self._state: Sequence[Sequence[Tensor]] = ()
         self._scalars: dict[int, tuple[float, Sequence[float | Tensor]]] = {}
@@ -286,12 +324,15 @@ class EagerLaunch:
             raise ValueError(f"the rule takes {self._n_given} scalars, got {len(scalars)}.")
         self._scalars[row] = scale, scalars
 
+    def set_noise(self, row: int, key: int) -> None:
+        self._keys[row] = key
+
     def sums(self) -> Tensor:
         found = []
         for param, row, state in zip(self._params, self._rows, self._state, strict=True):
             scale, scalars = self._scalars[row]
             assert param.grad is not None
-            found.append(sums(self._rule, param, param.grad, state, scalars, scale))
+            found.append(sums(self._rule, param, param.grad, state, scalars, scale, self._formats))
         return torch.stack(found)
 
     def set_formed(self, values: np.ndarray) -> None:
@@ -309,11 +350,16 @@ class EagerLaunch:
     def run(self, measures: bool, decision: Decision | None) -> None:
         """Apply the rule to one parameter after the other."""
         self._measured.clear()
-        for param, row, state, own in zip(self._params, self._rows, self._state, self._formed, strict=True):
+        for i, (param, row, state, own) in enumerate(
+            zip(self._params, self._rows, self._state, self._formed, strict=True)
+        ):
             scale, scalars = self._scalars[row]
             assert param.grad is not None
             scalars = (*scalars, *own)
-            measured = run(self._rule, param, param.grad, state, scalars, scale, measures=measures, decision=decision)
+            noise = Noise(self._streams[i], self._keys[row]) if self._streams else None
+            measured = run(
+                self._rule, param, param.grad, state, scalars, scale, False, measures, decision, self._formats, noise
+            )
             if measured is not None:
                 self._measured.append(measured)
 
@@ -368,8 +414,10 @@ class DeviceScalarState:
 class EagerRows:
     """See ``backend.Rows``."""
 
-    def __init__(self, rule: Callable[..., Any], all_rows: bool) -> None:
-        self._rule, self._all_rows = rule, all_rows
+    def __init__(
+        self, rule: Callable[..., Any], formats: Formats, all_rows: bool, stream: Stream | None = None
+    ) -> None:
+        self._rule, self._formats, self._all_rows, self._stream = rule, formats, all_rows, stream
         self._grad: Tensor | None = None
         self._sizes: tuple[int, ...] = ()
 
@@ -418,16 +466,22 @@ class EagerRows:
         mark: tuple[Tensor, int] | None,
         measures: bool = False,
         decision: Decision | None = None,
+        noise_key: int = 0,
     ) -> None:
         assert self._grad is not None
+        noise = Noise(self._stream, noise_key) if self._stream is not None else None
         with torch.no_grad():
-            sums = None
+            sums, formats = None, self._formats
             if self._all_rows:
-                sums = run(self._rule, param, self._grad, state, scalars, scale, measures=measures, decision=decision)
+                sums = run(
+                    self._rule, param, self._grad, state, scalars, scale, False, measures, decision, formats, noise
+                )
             elif self._grad._nnz():
-                index = tuple(self._grad.indices())
+                index, values = tuple(self._grad.indices()), self._grad.values()
+                if noise is not None:
+                    noise = noise.of_rows(torch.from_numpy(self.rows).to(param.device), math.prod(values.shape[1:]))
                 sums = run_rows(
-                    self._rule, param, index, self._grad.values(), state, scalars, scale, measures, decision
+                    self._rule, param, index, values, state, scalars, scale, measures, decision, formats, noise
                 )
             self._measured = param.new_zeros(len(COLUMNS), dtype=widest(param.device)) if sums is None else sums
             if mark is not None:

@@ -19,9 +19,11 @@ from descend.backends import eager, supports
 from descend.backends.backend import Decisions
 from descend.backends.cpu import launch, library, threads
 from descend.backends.tensor_list import TensorList, Tensors, on_lists
+from descend.core.codecs import Formats, element_dtype
 from descend.core.decision import Decision
 from descend.core.measures import moments
 from descend.core.memory import PLAIN, as_real, widest
+from descend.core.noise import Stream
 from descend.core.signature import signature
 
 # Elements that a rule sees at a time: what it computes on its way has several times their size. On a device that is a
@@ -80,15 +82,21 @@ class ForeachBackend(eager.EagerBackend):
     def why_not_rows(self, rule: Callable[..., Any], param: Tensor, state: Sequence[tuple[str, Tensor]]) -> str | None:
         return self.why_not(rule, param, None, state)
 
+    def why_not_formats(
+        self, rule: Callable[..., Any], param: Tensor, formats: Formats, stored: Sequence[tuple[str, Tensor]]
+    ) -> str | None:
+        return "formats that are no dtypes"
+
     def launch(
         self,
         rule: Callable[..., Any],
         scalars: int,
-        dtypes: tuple[torch.dtype, ...],
+        formats: Formats,
         params: Sequence[Tensor],
         rows: Sequence[int] | np.ndarray,
+        streams: Sequence[Stream] = (),
     ) -> ForeachLaunch:
-        return ForeachLaunch(rule, scalars, dtypes, params, rows)
+        return ForeachLaunch(rule, scalars, formats, params, rows)
 
     def scalar_state(self, tensors: Sequence[Tensor]) -> Any:
         if tensors and all(map(_is_host_number, tensors)):
@@ -106,13 +114,14 @@ class ForeachLaunch(eager.EagerLaunch):
         self,
         rule: Callable[..., Any],
         scalars: int,
-        dtypes: tuple[torch.dtype, ...],
+        formats: Formats,
         params: Sequence[Tensor],
         rows: Sequence[int] | np.ndarray,
     ) -> None:
-        super().__init__(rule, scalars, params, rows)
+        super().__init__(rule, scalars, formats, params, rows)
         assert isinstance(rule, FunctionType)
         self._on_lists, self._moments = on_lists(rule), moments(rule)
+        dtypes = [element_dtype(format) for format in formats]  # which are dtypes
         self._is_complex = dtypes[0].is_complex
         self._compute = reduce(torch.promote_types, (dtype.to_real() for dtype in dtypes), torch.float32)
         self._elements = CPU_ELEMENTS if params[0].is_cpu else ELEMENTS

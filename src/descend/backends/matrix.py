@@ -16,8 +16,10 @@ from descend.backends import eager
 from descend.backends.cpu.backend import CpuBackend
 from descend.backends.foreach import sums_on_device
 from descend.backends.retarget import retarget
+from descend.core.codecs import Formats, is_plain
 from descend.core.decision import Decision
 from descend.core.memory import PLAIN
+from descend.core.noise import Stream
 from descend.core.signature import signature
 from descend.ops import elementwise
 
@@ -60,11 +62,12 @@ class MatrixBackend(eager.EagerBackend):
         self,
         rule: Callable[..., Any],
         scalars: int,
-        dtypes: tuple[torch.dtype, ...],
+        formats: Formats,
         params: Sequence[Tensor],
         rows: Sequence[int] | np.ndarray,
+        streams: Sequence[Stream] = (),
     ) -> MatrixLaunch:
-        return MatrixLaunch(rule, scalars, dtypes, params, rows)
+        return MatrixLaunch(rule, scalars, formats, params, rows, streams)
 
 
 class MatrixLaunch(eager.EagerLaunch):
@@ -74,15 +77,16 @@ class MatrixLaunch(eager.EagerLaunch):
         self,
         rule: Callable[..., Any],
         scalars: int,
-        dtypes: tuple[torch.dtype, ...],
+        formats: Formats,
         params: Sequence[Tensor],
         rows: Sequence[int] | np.ndarray,
+        streams: Sequence[Stream] = (),
     ) -> None:
-        super().__init__(rule, scalars, params, rows)
+        super().__init__(rule, scalars, formats, params, rows, streams)
         self._stacked: Callable[[], Callable[..., Any]] | None = getattr(rule, "stacked", None)
         # In float64, torch rounds products of stacks otherwise than single ones: results would depend on which other
         # parameters have gradients, and on whether a plan is new.
-        may_stack = self._stacked is not None and torch.float64 not in dtypes
+        may_stack = self._stacked is not None and torch.float64 not in formats
         self._batches = _batches(params, rows, may_stack)
         self._overwrites: bool = getattr(rule, "overwrites", False)
         self._in_pieces = Pieces()
@@ -99,8 +103,11 @@ class MatrixLaunch(eager.EagerLaunch):
         return eager.sums_of_squares(grads)
 
     def run(self, measures: bool, decision: Decision | None) -> None:
-        """Apply the rule to one batch after the other; a measured step, to one parameter after the other."""
-        if measures:
+        """Apply the rule to one batch after the other.
+
+        To one parameter after the other, if the step is measured or not everything is stored as a dtype.
+        """
+        if measures or not is_plain(self._formats):
             super().run(measures, decision)
             return
         for members in self._batches:

@@ -26,6 +26,7 @@ from typing import Literal, NamedTuple, TypeAlias
 import torch
 from torch import Tensor
 
+from descend.core.memory import PLAIN
 from descend.core.noise import Stream
 
 BLOCK = 256  # numbers that share a scale
@@ -119,6 +120,13 @@ def scale_shape(shape: torch.Size) -> torch.Size:
     rows, width = rows_and_width(shape)
     blocks = -(-width // BLOCK)
     return torch.Size([rows, blocks] if len(shape) > 1 else [blocks])
+
+
+def is_worth_coding(tensor: Tensor) -> bool:
+    """Whether the state of a parameter is large enough for codes, and its blocks would lie whole on one rank."""
+    width = rows_and_width(tensor.shape)[1]
+    is_part = tensor.dim() < 2 and type(tensor) not in PLAIN
+    return tensor.numel() >= MIN_NUMEL and width >= MIN_WIDTH and not is_part
 
 
 def rows_and_width(shape: torch.Size) -> tuple[int, int]:

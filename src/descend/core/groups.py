@@ -151,15 +151,24 @@ def entries_of(who: str, groups: Iterable[Any]) -> list[tuple[Pattern, Mapping[s
     entries = []
     for entry in groups:
         pattern, values = entry if isinstance(entry, tuple | list) and len(entry) == 2 else (entry, None)
-        is_bytes = isinstance(pattern, bytes) or isinstance(getattr(pattern, "pattern", None), bytes)
-        is_pattern = isinstance(pattern, str | re.Pattern | Collection) and not is_bytes
-        if not (is_pattern and isinstance(values, Mapping)):
+        if not (_is_pattern(pattern) and isinstance(values, Mapping)):
             raise ValueError(
                 f"{who}: groups takes pairs of a pattern (text, regular expression or names) and a dict of options, "
                 f"got {entry!r}."
             )
         entries.append((pattern, values))
     return entries
+
+
+def check_pattern(who: str, pattern: Any) -> None:
+    """Raise ``ValueError`` for what is no pattern."""
+    if not _is_pattern(pattern):
+        raise ValueError(f"{who} must be a pattern (text, regular expression or names), got {pattern!r}.")
+
+
+def _is_pattern(pattern: Any) -> bool:
+    is_bytes = isinstance(pattern, bytes) or isinstance(getattr(pattern, "pattern", None), bytes)
+    return isinstance(pattern, str | re.Pattern | Collection) and not is_bytes
 
 
 def members_of(who: str, names: Sequence[str], entries: Iterable[tuple[Pattern, Any]]) -> list[list[int]]:
@@ -171,7 +180,7 @@ def members_of(who: str, names: Sequence[str], entries: Iterable[tuple[Pattern, 
     rest, result = set(range(len(names))), []
     for pattern, _ in entries:
         text = _text(pattern)
-        matched = [i for i, name in enumerate(names) if _matches(pattern, name)]
+        matched = [i for i, name in enumerate(names) if matches(pattern, name)]
         absent = [] if isinstance(pattern, str | re.Pattern) else [name for name in pattern if name not in names]
         for lacking in absent or ([] if matched else [text]):
             near = difflib.get_close_matches(lacking, names, _SHOWN, cutoff=0)
@@ -184,7 +193,8 @@ def members_of(who: str, names: Sequence[str], entries: Iterable[tuple[Pattern, 
     return result
 
 
-def _matches(pattern: Pattern, name: str) -> bool:
+def matches(pattern: Pattern, name: str) -> bool:
+    """Whether a pattern is for the parameter called ``name``."""
     if isinstance(pattern, str):
         return fnmatchcase(name, pattern)
     if isinstance(pattern, re.Pattern):

@@ -13,26 +13,29 @@ import torch
 from torch import Tensor
 from torch.utils._foreach_utils import _get_fused_kernels_supported_devices
 
+from descend.core import codecs
 from descend.core.checks import check_kinds, check_lr
+from descend.core.codecs import Codec, Format, Rounded
 from descend.core.composition import Decay
+from descend.core.groups import matches
 from descend.core.memory import row_state_shape
 from descend.core.options import StepOptions
 from descend.core.signature import signature
 
 
 class StateSpec(NamedTuple):
-    """One tensor of a parameter's state, before it is made.
+    """State of one name, before it is made.
 
     Attributes:
         name: its key in the state.
         shape: its shape.
-        dtype: its dtype when it is new.
+        format: how it is stored when it is new.
         start: what it starts as: a number, or a tensor of this shape.
     """
 
     name: str
     shape: torch.Size
-    dtype: torch.dtype
+    format: Format
     start: Any
 
 
@@ -49,6 +52,8 @@ class Method:
     step_is_int: ClassVar[bool] = False  # torch's SparseAdam counts in a Python int, all others in a tensor
     scalar_state: ClassVar[tuple[str, ...]] = ()  # state that is one number a parameter, see ``scalars_and_state``
     nonnegative_state: ClassVar[tuple[str, ...]] = ()  # a file in which such state is negative is damaged
+    exact_state: ClassVar[tuple[str, ...]] = ()  # no averages, so "8bit" alone leaves it in float32
+    counts_for_noise: ClassVar[bool] = False  # counts steps, but ``scalars`` asks only which is the first
     group_state: ClassVar[tuple[str, ...]] = ()  # keys of a group that steps change: state, and no options
     sums_over: ClassVar[Literal["param", "all"]] = "param"  # what a rule with sums adds up, see ``scalars_of_sums``
     takes_sparse: ClassVar[bool] = False  # without being told what a sparse gradient means
@@ -162,7 +167,8 @@ class Method:
     def may_decide_on_device(self, group: Mapping[str, Any]) -> bool:
         """Whether a step of ``group`` may be left out without the host knowing: the host counts nothing then."""
         sums = signature(self.rule_for(group)).summed is not None  # the host forms scalars of them
-        return not self.step_is_int and not sums and not self.ends_steps
+        is_random = self.options.rounding == "stochastic"  # the host makes a key of each step
+        return not self.step_is_int and not sums and not self.ends_steps and not is_random
 
     def check_options(self, options: Mapping[str, Any]) -> None:
         """Raise ``ValueError`` if a group's options are out of range."""
@@ -235,6 +241,12 @@ class Method:
                 f"{type(self).__name__}: a rule of whole matrices cannot update single rows, but {self.name_of(param)} "
                 "has a sparse gradient: make it dense."
             )
+        if not _names_rows(param.grad) and (name := self._coded_state(param, group)):
+            raise RuntimeError(
+                f"{type(self).__name__}: {name} is kept in 8 bits, in blocks along the rows of {self.name_of(param)}, "
+                f"whose gradient is of {_sparsity(param.grad)}: make it sparse in the first dimension alone, or keep "
+                "this state in float32 (float32_state)."
+            )
         if takes.kind == "row" and not _names_rows(param.grad):
             raise RuntimeError(
                 f"{type(self).__name__}: a rule of rows needs gradients that are sparse in the first dimension alone, "
@@ -255,15 +267,58 @@ class Method:
         return row_state_shape(param) if signature(self.rule_of(param, group)).kind == "row" else param.shape
 
     def state_spec(self, name: str, param: Tensor, group: Mapping[str, Any]) -> StateSpec:
-        """How a new state tensor called ``name`` is made."""
-        shape, dtype = self.state_shape(name, param, group), self.dtype_of_state(name, param)
-        return StateSpec(name, shape, dtype, self.initial_state(name, param, group))
+        """How new state called ``name`` is made."""
+        shape, format = self.state_shape(name, param, group), self.format_of_state(name, param, group)
+        return StateSpec(name, shape, format, self.initial_state(name, param, group))
 
     def dtype_of_state(self, name: str, param: Tensor) -> torch.dtype:
-        """Dtype of a new state tensor called ``name``."""
+        """Dtype of new state called ``name``, where it is not coded."""
         if not param.is_floating_point():
             return param.dtype
-        return self.options.state_dtype or (torch.float32 if param.dtype == torch.float16 else param.dtype)
+        asked = self.options.state_dtype_of(name)
+        if isinstance(asked, torch.dtype):
+            return asked
+        is_narrow = param.dtype == torch.float16 or asked == "8bit"
+        return torch.promote_types(param.dtype, torch.float32) if is_narrow else param.dtype
+
+    def format_of_param(self, param: Tensor) -> Format:
+        """How results are stored in a parameter."""
+        rounding = self.options.rounding
+        return param.dtype if rounding == "nearest" or param.dtype != torch.bfloat16 else Rounded(rounding)
+
+    def format_of_state(self, name: str, param: Tensor, group: Mapping[str, Any]) -> Format:
+        """How new state called ``name`` is stored."""
+        if self._is_to_be_coded(name, param, group):
+            return self.codec_of(name)
+        return self.rounded(self.dtype_of_state(name, param))
+
+    def codec_of(self, name: str) -> Codec:
+        """How state called ``name`` is stored in 8 bits."""
+        return Codec(name not in self.nonnegative_state, self.options.rounding == "stochastic")
+
+    def rounded(self, dtype: torch.dtype) -> Format:
+        """How results are rounded to state of a dtype."""
+        is_random = self.options.rounding == "stochastic" and dtype == torch.bfloat16
+        return Rounded("stochastic") if is_random else dtype
+
+    def keeps_exact(self, name: str, group: Mapping[str, Any]) -> bool:
+        """Whether the digits of state called ``name`` matter: it is a point or a step size rather than an average."""
+        return name in self.exact_state
+
+    def _is_to_be_coded(self, name: str, param: Tensor, group: Mapping[str, Any]) -> bool:
+        options = self.options
+        if options.state_dtype_of(name) != "8bit" or not param.is_floating_point():
+            return False
+        if self.keeps_exact(name, group) and not isinstance(options.state_dtype, Mapping):
+            return False
+        if self.state_shape(name, param, group) != param.shape or not codecs.is_worth_coding(param):
+            return False
+        return options.float32_state is None or not matches(options.float32_state, self.name_of(param))
+
+    def _coded_state(self, param: Tensor, group: Mapping[str, Any]) -> str | None:
+        """The name of new state that is coded; None if there is none."""
+        names = signature(self.rule_of(param, group)).state
+        return next((name for name in names if isinstance(self.format_of_state(name, param, group), Codec)), None)
 
 
 def _names_rows(grad: Tensor | None) -> bool:

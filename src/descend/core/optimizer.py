@@ -19,6 +19,7 @@ from torch.optim import Optimizer
 from torch.utils.weak import WeakIdKeyDictionary
 
 from descend.core.decision import SKIPPED
+from descend.core.groups import Pattern, matches
 from descend.core.measures import Observer
 from descend.core.method import Method
 from descend.core.options import (
@@ -29,7 +30,9 @@ from descend.core.options import (
     Cautious,
     DecayBy,
     Nonfinite,
+    Rounding,
     Sparse,
+    StateDtype,
     StatePages,
     StepOptions,
 )
@@ -91,7 +94,10 @@ class MethodOptimizer(Method, Optimizer):
     max_norm: float | None
     nonfinite: Nonfinite
     backend: BackendName
-    state_dtype: torch.dtype | None
+    state_dtype: StateDtype | Mapping[str, StateDtype] | None
+    float32_state: Pattern | None
+    rounding: Rounding
+    rounding_seed: int
     sparse: Sparse | None
     amp: Amp | None
     state_pages: StatePages
@@ -311,10 +317,21 @@ class MethodOptimizer(Method, Optimizer):
         """Raise ``ValueError`` if one of ``options`` is out of range, or not one this optimizer has."""
         name = type(self).__name__
         self.options.check(name)
+        self._check_float32_state()
         if self.options.sparse == "exact" and not any(method.catch_up_rules for method, _ in self.methods()):
             raise ValueError(
                 f"{name}: sparse='exact' is for Adam and AdamW, whose missed steps have a closed form; try 'touched'."
             )
+
+    def _check_float32_state(self) -> None:
+        """Raise ``ValueError`` if ``float32_state`` names no parameter."""
+        pattern = self.options.float32_state
+        if pattern is None:
+            return
+        names = [name for group in self.param_groups for name in group.get("param_names", ())]
+        if not any(matches(pattern, name) for name in names):
+            has = f"none of {len(names)} names matches" if names else "the parameters have no names: give the model"
+            raise ValueError(f"{type(self).__name__}: float32_state={pattern!r}: {has}.")
 
     def name_of(self, param: Tensor) -> str:
         """The parameter's name if it was given with one, else its position in the groups."""

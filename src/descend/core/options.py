@@ -8,13 +8,13 @@ all optimizers follow.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal, TypeAlias, TypedDict, TypeVar, get_args
 
 import torch
 
-from descend.core.groups import Groups
+from descend.core.groups import Groups, Pattern, check_pattern
 
 Nonfinite: TypeAlias = Literal["step", "skip", "raise"]
 BackendName: TypeAlias = Literal["auto", "eager", "foreach", "cpu", "triton", "matrix"]
@@ -23,9 +23,12 @@ Amp: TypeAlias = Literal["fused"]
 StatePages: TypeAlias = Literal["auto", "touched", "all"]
 Cautious: TypeAlias = Literal["update", "decay", "both"]
 DecayBy: TypeAlias = Literal["lr", "schedule", "lr_squared"]
+Rounding: TypeAlias = Literal["nearest", "stochastic", "compensated"]
+EightBits: TypeAlias = Literal["8bit"]
+StateDtype: TypeAlias = torch.dtype | EightBits
 
 BACKENDS: list[str] = list(get_args(BackendName))  # ``backends.register`` appends to it
-STATE_DTYPES = (None, torch.float16, torch.bfloat16, torch.float32, torch.float64)
+STATE_DTYPES: tuple[StateDtype, ...] = (torch.float16, torch.bfloat16, torch.float32, torch.float64, "8bit")
 
 
 class Options(TypedDict, total=False):
@@ -34,7 +37,10 @@ class Options(TypedDict, total=False):
     max_norm: float | None
     nonfinite: Nonfinite
     backend: BackendName
-    state_dtype: torch.dtype | None
+    state_dtype: StateDtype | Mapping[str, StateDtype] | None
+    float32_state: Pattern | None
+    rounding: Rounding
+    rounding_seed: int
     sparse: Sparse | None
     groups: Groups | None
     amp: Amp | None
@@ -75,11 +81,35 @@ class StepOptions:
             '``"eager"``. Default: the environment variable ``DESCEND_BACKEND``, else ``"auto"``.'
         ),
     )
-    state_dtype: torch.dtype | None = field(
+    state_dtype: StateDtype | Mapping[str, StateDtype] | None = field(
         default=None,
         metadata=_says(
-            "dtype of new state of real parameters. Default: the parameter's, but float32 for float16, where squares "
-            "of gradients underflow."
+            'how new state of real parameters is stored: a dtype; ``"8bit"``, one byte a number and a scale for every '
+            "256, where a tensor is large and its state averages; or a dict of these by the name of the state. "
+            "Default: the parameter's dtype, but float32 for float16, where squares of gradients underflow."
+        ),
+    )
+    float32_state: Pattern | None = field(
+        default=None,
+        metadata=_says(
+            'names of parameters whose state ``"8bit"`` leaves in float32: a glob, a compiled regular expression or a '
+            "collection of names. Default: None."
+        ),
+    )
+    rounding: Rounding = field(
+        default="nearest",
+        metadata=_says(
+            'how results are rounded to bfloat16 and to 8 bits. ``"nearest"``, which loses steps that are small '
+            'against a parameter; ``"stochastic"``, up or down at random, so that none is lost on average; '
+            '``"compensated"``, to nearest, and bfloat16 parameters keep what was lost in two more bytes of state: '
+            'they train as if they were float32. Default: ``"nearest"``.'
+        ),
+    )
+    rounding_seed: int = field(
+        default=0,
+        metadata=_says(
+            'seed of ``rounding="stochastic"``, whose noise depends on this, a parameter\'s number, its step and the '
+            "place in it alone. Default: 0."
         ),
     )
     sparse: Sparse | None = field(
@@ -137,6 +167,11 @@ class StepOptions:
         ),
     )
 
+    def state_dtype_of(self, name: str) -> StateDtype | None:
+        """What is asked for the state called ``name``; None for the default."""
+        asked = self.state_dtype
+        return asked.get(name) if isinstance(asked, Mapping) else asked
+
     @property
     def wants_norm(self) -> bool:
         """Whether a step needs the norm of all gradients."""
@@ -153,7 +188,7 @@ class StepOptions:
         allowed: dict[str, tuple[Any, ...]] = {
             "nonfinite": get_args(Nonfinite),
             "backend": tuple(BACKENDS),
-            "state_dtype": STATE_DTYPES,
+            "rounding": get_args(Rounding),
             "sparse": (None, *get_args(Sparse)),
             "amp": (None, *get_args(Amp)),
             "state_pages": get_args(StatePages),
@@ -163,6 +198,17 @@ class StepOptions:
         for name, values in allowed.items():
             if (value := getattr(self, name)) not in values:
                 raise ValueError(f"{who}: {name} must be one of {values}, got {value!r}.")
+        by_name = self.state_dtype if isinstance(self.state_dtype, Mapping) else {"": self.state_dtype}
+        for name, asked in by_name.items():
+            if asked not in (None, *STATE_DTYPES):
+                raise ValueError(
+                    f"{who}: state_dtype must be one of {(None, *STATE_DTYPES)}, or a dict of these by the name of the "
+                    f"state, got {asked!r}{f' for {name!r}' if name else ''}."
+                )
+        if self.float32_state is not None:
+            check_pattern(f"{who}: float32_state", self.float32_state)
+        if not isinstance(self.rounding_seed, int) or isinstance(self.rounding_seed, bool):
+            raise ValueError(f"{who}: rounding_seed must be an integer, got {self.rounding_seed!r}.")
         if self.ema is not None and not (
             isinstance(self.ema, int | float) and not isinstance(self.ema, bool) and 0 <= self.ema < 1
         ):
@@ -173,12 +219,16 @@ class StepOptions:
     def _check_exact(self, who: str) -> None:
         if self.shard_state is not None:
             raise ValueError(f"{who}: sparse='exact' keeps whole tables on every rank; with shard_state use 'touched'.")
-        for name, default in (("cautious", None), ("decay_by", "lr"), ("ema", None)):
+        others = (("cautious", None), ("decay_by", "lr"), ("ema", None), ("rounding", "nearest"))
+        for name, default in others:
             if (value := getattr(self, name)) != default:
                 raise ValueError(
                     f"{who}: sparse='exact' cannot catch up with {name}={value!r}: steps that rows miss would have no "
                     "closed form. Leave one of them out, or use 'touched'."
                 )
+        asked = self.state_dtype
+        if "8bit" in (asked.values() if isinstance(asked, Mapping) else (asked,)):
+            raise ValueError(f"{who}: sparse='exact' needs state of a floating dtype: with '8bit' use 'touched'.")
 
 
 DOCUMENTATION: dict[str, str] = {

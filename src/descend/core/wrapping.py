@@ -1,4 +1,4 @@
-"""Methods made of methods: what the options ``cautious``, ``decay_by`` and ``ema`` add to any of them."""
+"""Methods made of methods: what the options ``cautious``, ``decay_by``, ``ema`` and ``rounding`` add to any of them."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from descend.core.codecs import Format
 from descend.core.composition import Additions, Decay, cautious_scale, composed
 from descend.core.method import Method, StateSpec
 from descend.core.options import StepOptions
@@ -23,7 +24,8 @@ _SAID = tuple(name for name, kind in Method.__annotations__.items() if str(kind)
 def wrapped(method: Method) -> Method:
     """``method`` with what its options add; itself if that is nothing. The same object while the options are."""
     options = method.options
-    if options.cautious is None and options.ema is None and options.decay_by == "lr":
+    counts_more = options.rounding == "stochastic" and not method.counts_steps
+    if options.cautious is None and options.ema is None and options.decay_by == "lr" and not counts_more:
         return method
     known: Wrapped | None = vars(method).get("_wrapped")
     if known is None or known.options is not options:
@@ -59,6 +61,8 @@ class Wrapped(Method):
         self._has_ema = self.options.ema is not None
         if self._has_ema:
             self.optional_state = (*self.optional_state, "ema")  # type: ignore[misc] # of this object
+        if self.options.rounding == "stochastic" and not self.counts_steps:
+            self.counts_steps = self.counts_for_noise = True  # type: ignore[misc]
 
     @property
     def kind(self) -> type[Method]:
@@ -81,11 +85,13 @@ class Wrapped(Method):
         return composed(rule, additions, self._inside.direction if self._cautious_update else None)
 
     def scalars(self, group: Mapping[str, Any], step: float) -> tuple[Any, ...]:
+        step = self._step_inside(step)
         return (*self._inside.scalars(self._view(group), step), *self._added(group, step))
 
     def scalars_and_state(
         self, group: Mapping[str, Any], step: float, state: Sequence[Tensor]
     ) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
+        step = self._step_inside(step)
         scalars, next_state = self._inside.scalars_and_state(self._view(group), step, state)
         return (*scalars, *self._added(group, step)), next_state
 
@@ -103,6 +109,10 @@ class Wrapped(Method):
         decays = self._cautious_update or self._cautious_decay
         decay = self._inside.decay_of(group) if decays else None
         return Additions(decay, self._cautious_update, self._cautious_decay and decay == "decoupled", self._has_ema)
+
+    def _step_inside(self, step: Any) -> Any:
+        """The step as the method inside counts."""
+        return min(step, 2.0) if self.counts_for_noise else step
 
     def _view(self, group: Mapping[str, Any]) -> Mapping[str, Any]:
         """The group as the method inside sees it."""
@@ -142,11 +152,17 @@ class Wrapped(Method):
     def state_spec(self, name: str, param: Tensor, group: Mapping[str, Any]) -> StateSpec:
         return (super() if self._is_ema(name) else self._inside).state_spec(name, param, group)  # type: ignore[union-attr]
 
+    def format_of_state(self, name: str, param: Tensor, group: Mapping[str, Any]) -> Format:
+        return (super() if self._is_ema(name) else self._inside).format_of_state(name, param, group)  # type: ignore[union-attr]
+
     def dtype_of_state(self, name: str, param: Tensor) -> torch.dtype:
         if not self._is_ema(name):
             return self._inside.dtype_of_state(name, param)
         # In half precision, what a step adds to an average is lost to rounding.
         return torch.promote_types(param.dtype, torch.float32)
+
+    def keeps_exact(self, name: str, group: Mapping[str, Any]) -> bool:
+        return self._is_ema(name) or self._inside.keeps_exact(name, group)
 
     def _is_ema(self, name: str) -> bool:
         return self._has_ema and name == "ema"

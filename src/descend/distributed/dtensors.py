@@ -12,8 +12,10 @@ import sys
 from operator import attrgetter
 from typing import Any
 
+import torch
 from torch import Tensor
 
+from descend.core.codecs import scale_shape
 from descend.core.memory import PLAIN, row_state_shape
 
 
@@ -58,6 +60,29 @@ def rows_of(dtensor: Any) -> Tensor:
     rows, spec = local.new_empty(row_state_shape(local)), copy.copy(dtensor._spec)
     spec.tensor_meta = spec.tensor_meta._replace(shape=row_state_shape(dtensor), stride=(1, 1))
     return type(dtensor)(rows, spec, requires_grad=False)  # type: ignore[no-any-return]
+
+
+def scales_of(dtensor: Any) -> Tensor:
+    """A DTensor of zeros for the scales of state in 8 bits, on the ranks that have the codes."""
+    local = local_of(dtensor)
+    shape, spec = scale_shape(dtensor.shape), copy.copy(dtensor._spec)
+    stride = (shape[1], 1) if len(shape) > 1 else (1,)
+    spec.tensor_meta = spec.tensor_meta._replace(shape=shape, stride=stride, dtype=torch.float32)
+    scales = local.new_zeros(scale_shape(local.shape), dtype=torch.float32)
+    return type(dtensor)(scales, spec, requires_grad=False)  # type: ignore[no-any-return]
+
+
+def first_place(tensor: Any) -> int:
+    """The place of this rank's first element in the whole tensor, in row-major order; 0 for a plain tensor."""
+    if not is_dtensor(tensor):
+        return 0
+    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+    _, offsets = compute_local_shape_and_global_offset(tensor.shape, tensor.device_mesh, tensor.placements)
+    place = 0
+    for size, offset in zip(tensor.shape, offsets, strict=True):
+        place = place * size + offset
+    return place
 
 
 def has_whole_rows(tensor: Any) -> bool:

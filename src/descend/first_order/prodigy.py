@@ -13,7 +13,6 @@ from typing_extensions import Unpack
 from descend import rules
 from descend.core.checks import check_adam, check_not_negative
 from descend.core.groups import ParamsT
-from descend.core.method import StateSpec
 from descend.core.options import Options
 from descend.first_order.optimizer import FirstOrder
 
@@ -60,6 +59,7 @@ class Prodigy(FirstOrder):
 
     rule = staticmethod(rules.prodigy)
     nonnegative_state = ("exp_avg_sq",)
+    exact_state = ("s", "p0")
     sums_over = "all"
     group_state = ("d", "d_max", "d_numerator", "k")
     _sums: Sequence[float] | None = None  # of the present step
@@ -129,10 +129,10 @@ class Prodigy(FirstOrder):
     def initial_state(self, name: str, param: Tensor, group: Mapping[str, Any]) -> Any:
         return param if name == "p0" else 0.0
 
-    def state_spec(self, name: str, param: Tensor, group: Mapping[str, Any]) -> StateSpec:
-        spec = super().state_spec(name, param, group)
+    def dtype_of_state(self, name: str, param: Tensor) -> torch.dtype:
+        dtype = super().dtype_of_state(name, param)
         # The distance from p0 is what counts, so p0 has all digits of the parameter.
-        return spec._replace(dtype=torch.promote_types(spec.dtype, param.dtype)) if name == "p0" else spec
+        return torch.promote_types(dtype, param.dtype) if name == "p0" else dtype
 
     def check_options(self, options: Mapping[str, Any]) -> None:
         check_adam(self, options)

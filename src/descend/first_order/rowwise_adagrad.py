@@ -88,7 +88,10 @@ class RowwiseAdagrad(FirstOrder):
 
     def dtype_of_state(self, name: str, param: torch.Tensor) -> torch.dtype:
         # Sums of half precision would soon stop to grow, and they are few numbers.
-        return self.options.state_dtype or torch.promote_types(param.dtype.to_real(), torch.float32)
+        asked = self.options.state_dtype_of(name)
+        if isinstance(asked, torch.dtype):
+            return asked
+        return torch.promote_types(param.dtype.to_real(), torch.float32)
 
     def meaning_of_sparse(self, param: torch.Tensor, group: Mapping[str, Any]) -> str:
         self.check_takes_rows(param, group)

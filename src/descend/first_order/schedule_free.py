@@ -65,6 +65,7 @@ class AdamWScheduleFree(FirstOrder):
 
     rule = staticmethod(rules.schedule_free_adamw)
     nonnegative_state = ("exp_avg_sq",)
+    exact_state = ("z",)
     counts_steps = False  # each group counts, as in the original: its parameters share one average
     is_for_groups = False  # train() and eval() are about all parameters
     state_follows_param = True

@@ -152,6 +152,7 @@ class ASGD(FirstOrder):
     state_follows_param = True
     scalar_state = ("eta", "mu")
     nonnegative_state = ("eta", "mu")
+    exact_state = ("ax",)
     capturable_needs = "params, mus, etas, and state_steps"
 
     def __init__(

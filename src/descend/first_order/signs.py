@@ -110,6 +110,7 @@ class Rprop(FirstOrder):
 
     rule = staticmethod(rules.rprop)
     nonnegative_state = ("step_size",)
+    exact_state = ("prev", "step_size")
     decay = "none"
 
     def __init__(

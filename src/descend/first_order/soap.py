@@ -112,7 +112,7 @@ class SOAP(FirstOrder):
 
     def dtype_of_state(self, name: str, param: torch.Tensor) -> torch.dtype:
         dtype = super().dtype_of_state(name, param)
-        is_free = name not in ("factors", "bases") and self.options.state_dtype is not None
+        is_free = name not in ("factors", "bases") and self.options.state_dtype_of(name) is not None
         return dtype if is_free else torch.promote_types(dtype, torch.float32)
 
     def may_decide_on_device(self, group: Mapping[str, Any]) -> bool:

@@ -181,6 +181,10 @@ class RMSprop(FirstOrder):
             return rules.rmsprop_centered_momentum if group["centered"] else rules.rmsprop_momentum
         return rules.rmsprop_centered if group["centered"] else rules.rmsprop
 
+    def keeps_exact(self, name: str, group: Mapping[str, Any]) -> bool:
+        # The variance is a difference of these two.
+        return bool(group["centered"]) and name in ("square_avg", "grad_avg")
+
     def scalars(self, group: Mapping[str, Any], step: float) -> tuple[Any, ...]:
         scalars = group["lr"], 1 - group["alpha"], group["eps"], group["weight_decay"]
         return (*scalars, group["momentum"]) if group["momentum"] > 0 else scalars

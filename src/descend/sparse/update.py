@@ -13,9 +13,11 @@ from torch import Tensor
 from descend.backends.backend import Backend
 from descend.backends.cpu.threads import serial_in_forked_child
 from descend.core import memory
+from descend.core.codecs import Formats, needs_noise, stored_names
 from descend.core.measures import Sample, correction
 from descend.core.memory import wide
 from descend.core.method import MethodRef
+from descend.core.noise import step_key
 from descend.core.optimizer import MethodOptimizer
 from descend.core.signature import signature
 from descend.core.update import Update, signed
@@ -24,7 +26,8 @@ from descend.distributed.ranks import Share
 from descend.sparse.table import ROW_STEP, Table
 from descend.state import lazy_memory
 from descend.state.container import CPU
-from descend.state.make import ensure_state, scalar_tensors, state_dtypes, step_count
+from descend.state.formats import numbers_of, stream_of
+from descend.state.make import ensure_state, scalar_tensors, step_count
 
 
 class SparseUpdate(Update):
@@ -42,6 +45,7 @@ class SparseUpdate(Update):
             (nothing) or "exact" (a gradient of zero, when they are next read).
         backend: runs the rule.
         table: the parameter's rows, for "exact".
+        formats: of the parameter, its gradient and its state.
     """
 
     def __init__(
@@ -56,6 +60,7 @@ class SparseUpdate(Update):
         meaning: str,
         backend: Backend,
         table: Table | None,
+        formats: Formats,
     ) -> None:
         self.params, self.share = [local], share
         self._param, self._local, self._group, self._rule = param, local, group, rule
@@ -66,8 +71,13 @@ class SparseUpdate(Update):
         assert local.grad is not None
         self._dtype = torch.promote_types(local.grad.dtype, torch.float32)  # sums need the digits
         state = optimizer.state_of(param)
-        dtypes = (param.dtype, self._dtype, *state_dtypes(method(), param, rule, state))
-        self._rows = backend.rows(rule, len(signature(rule).given), dtypes, meaning == "all", local)
+        self._formats = (formats[0], self._dtype, *formats[2:])
+        self._is_noisy, given = needs_noise(formats), len(signature(rule).given)
+        if self._is_noisy:
+            stream = stream_of(optimizer, param, numbers_of(optimizer))
+            self._rows = backend.rows(rule, given, self._formats, meaning == "all", local, stream)
+        else:
+            self._rows = backend.rows(rule, given, self._formats, meaning == "all", local)
         self._scale = 1.0
         self._step: Any = 1.0
         self._scalars: list[float | Tensor] = []
@@ -160,7 +170,11 @@ class SparseUpdate(Update):
     def run(self, optimizer: MethodOptimizer, sample: Sample | None = None) -> None:
         if self._method().counts_steps:
             self.set_scalars(optimizer, self._scale)  # a parameter that is listed twice has taken a step since
-        state, measures = [local_of(self._state[name]) for name in signature(self._rule).state], sample is not None
+        names = stored_names(signature(self._rule).state, self._formats)
+        state, measures = [local_of(self._state[name]) for name in names], sample is not None
+        noise = {}
+        if self._is_noisy:
+            noise["noise_key"] = step_key(optimizer.options.rounding_seed, int(self._step))
         if self._local.is_cpu:
             written = state if self._table is None else [*state, self._state[ROW_STEP]]
             lazy_memory.commit_rows(written, self._rows.rows, self._n_rows, optimizer.options.state_pages)
@@ -178,6 +192,7 @@ class SparseUpdate(Update):
                 None,
                 measures,
                 self.decision,
+                **noise,
             )
         else:
             with self._table.lock:

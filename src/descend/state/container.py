@@ -14,9 +14,10 @@ import torch
 from torch import Tensor
 
 from descend.backends.cpu.threads import serial_in_forked_child
-from descend.core import memory
+from descend.core import codecs, memory
+from descend.core.codecs import COMPENSATION, SCALE, Codec
 from descend.core.memory import as_real, row_state_shape, widest
-from descend.core.method import StateSpec
+from descend.core.method import Method, StateSpec
 from descend.core.optimizer import MethodOptimizer
 from descend.core.signature import signature
 from descend.distributed.dtensors import (
@@ -27,6 +28,7 @@ from descend.distributed.dtensors import (
     local_of,
     rows_of,
     same_layout,
+    scales_of,
 )
 from descend.distributed.shard_state import as_sharded
 from descend.state import lazy_memory
@@ -125,6 +127,40 @@ def updatable_tensors() -> Iterator[None]:
 
 
 @updatable_tensors()
+def new_state(param: Tensor, spec: StateSpec, lazy: bool = False) -> dict[str, Tensor]:
+    """The tensors of new state, by name: one, or codes and scales.
+
+    Args:
+        param: the parameter, or what ``as_sharded`` made of it.
+        spec: what to make.
+        lazy: whether zeros lie in lazily committed memory.
+    """
+    name, codec = spec.name, spec.format
+    if not isinstance(codec, Codec):
+        return {name: new_tensor(param, spec, lazy)}
+    if isinstance(spec.start, Tensor) or spec.start != 0:
+        numbers = new_tensor(param, spec._replace(format=torch.float32))
+        local_codes, local_scales = codecs.encode(local_of(numbers), codec)
+        codes, scales = new_tensor(param, spec._replace(format=torch.uint8, start=0)), new_scales(param)
+        local_of(codes).copy_(local_codes)
+        local_of(scales).copy_(local_scales)
+        return {name: codes, name + SCALE: scales}
+    codes = new_tensor(param, spec._replace(format=torch.uint8), lazy)
+    return {name: codes, name + SCALE: new_scales(param, lazy)}
+
+
+def new_scales(param: Tensor, lazy: bool = False) -> Tensor:
+    """Scales of zeros, for the state of a parameter."""
+    if is_dtensor(param):
+        return scales_of(param)
+    shape = codecs.scale_shape(param.shape)
+    if lazy and param.is_cpu:
+        return lazy_memory.zeros(shape, torch.float32)
+    with serial_in_forked_child():
+        return torch.zeros(shape, device=param.device, dtype=torch.float32)
+
+
+@updatable_tensors()
 def new_tensor(param: Tensor, spec: StateSpec, lazy: bool = False) -> Tensor:
     """A new state tensor, in the memory order of ``param`` where it has its shape.
 
@@ -142,15 +178,15 @@ def new_tensor(param: Tensor, spec: StateSpec, lazy: bool = False) -> Tensor:
     if is_dtensor(param) and spec.shape == row_state_shape(param) and has_whole_rows(param):
         rows = rows_of(param)
         return like(rows, new_tensor(local_of(rows), spec._replace(shape=local_of(rows).shape), lazy))
-    start = spec.start
+    start, dtype = spec.start, codecs.element_dtype(spec.format)
     is_zero = not isinstance(start, Tensor) and start == 0
     if lazy and is_zero and param.is_cpu and param.is_contiguous():
-        return lazy_memory.zeros(spec.shape, spec.dtype)
+        return lazy_memory.zeros(spec.shape, dtype)
     with serial_in_forked_child():
         if spec.shape == param.shape:
-            tensor = torch.zeros_like(param, dtype=spec.dtype, memory_format=torch.preserve_format)
+            tensor = torch.zeros_like(param, dtype=dtype, memory_format=torch.preserve_format)
         else:
-            tensor = torch.zeros(spec.shape, dtype=spec.dtype, device=param.device)
+            tensor = torch.zeros(spec.shape, dtype=dtype, device=param.device)
         if isinstance(start, Tensor):
             start = as_real(start)
             as_real(tensor).copy_(start.reshape(()) if start.numel() == 1 else start)
@@ -173,7 +209,7 @@ def checked_state(
         optimizer: the optimizer.
         param: the parameter.
         local: the plain tensor that is updated, with its gradient.
-        names: of the state tensors.
+        names: of the state tensors, as ``codecs.stored_names`` lists them.
         group: the parameter's group.
         state: the parameter's state.
 
@@ -190,13 +226,14 @@ def checked_state(
         )
     tensors = [(name, state[name]) for name in names if isinstance(state.get(name), Tensor)]
     for name, tensor in tensors:
-        expected = method.state_shape(name, param, group)
+        expected = _expected_shape(method, name, param, group)
         if tensor.shape != expected:
             raise RuntimeError(
                 f"{who}: {name} of {optimizer.name_of(param)} has shape {tuple(tensor.shape)}, "
                 f"expected {tuple(expected)}. Nothing has moved."
             )
-        follows = tensor.shape == param.shape or signature(method.rule_of(param, group)).kind == "row"
+        is_scale = name.endswith(SCALE) and tensor.shape != param.shape
+        follows = is_scale or tensor.shape == param.shape or signature(method.rule_of(param, group)).kind == "row"
         if follows and not same_layout(tensor, sharded := as_sharded(optimizer, param)):
             raise RuntimeError(
                 f"{who}: {name} of {optimizer.name_of(param)} has {layout_of(tensor)}, the parameter "
@@ -222,6 +259,14 @@ def checked_state(
             continue
         raise RuntimeError(f"{who}: {optimizer.name_of(param)}: {name} {reason}. Use a clone. Nothing has moved.")
     return tensors
+
+
+def _expected_shape(method: Method, name: str, param: Tensor, group: Mapping[str, Any]) -> torch.Size:
+    """Shape of a tensor of a state: of its rule's, or what formats add to that."""
+    names = signature(method.rule_of(param, group)).state
+    if name in names or name == "ema":
+        return method.state_shape(name, param, group)
+    return param.shape if name == COMPENSATION else codecs.scale_shape(param.shape)
 
 
 def _is_expanded(tensor: Tensor) -> bool:

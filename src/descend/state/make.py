@@ -8,12 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from descend.core.codecs import COMPENSATION, Rounded
 from descend.core.memory import wide
-from descend.core.method import Method
+from descend.core.method import Method, StateSpec
 from descend.core.optimizer import MethodOptimizer
 from descend.core.signature import signature
 from descend.distributed.shard_state import as_sharded
-from descend.state.container import CPU, InitialState, new_tensor, scalar_tensor
+from descend.state.container import CPU, InitialState, new_state, new_tensor, scalar_tensor
 
 
 def ensure_state(
@@ -35,7 +36,8 @@ def ensure_state(
         scalars_on: where the step count and the scalar state are. Default: the CPU.
     """
     method, names = optimizer.method_of(group), signature(rule).state
-    if not names and not method.counts_steps:
+    is_compensated = method.format_of_param(param) == Rounded("compensated")
+    if not names and not method.counts_steps and not is_compensated:
         return {}
     state = dict.get(optimizer.state, param)
     if state is None or type(state) is InitialState:
@@ -43,19 +45,25 @@ def ensure_state(
         dict.__setitem__(optimizer.state, param, state)
     if method.step_is_int:
         state.setdefault("step", 0)
+    if method.counts_for_noise:  # the state may be of a run that did not count
+        state.setdefault("step", step_count(method, rule, state))
     scalars = scalar_names(method)
     state.update(zip(scalars, scalar_tensors(method, scalars, param, group, state, scalars_on), strict=True))
     for name in names:
         if not isinstance(state.get(name), Tensor):
             sharded = as_sharded(optimizer, param)
-            state[name] = new_tensor(sharded, method.state_spec(name, sharded, group), lazy)
+            state.update(new_state(sharded, method.state_spec(name, sharded, group), lazy))
+    if is_compensated and not isinstance(state.get(COMPENSATION), Tensor):
+        spec = StateSpec(COMPENSATION, param.shape, torch.int16, 0)
+        state[COMPENSATION] = new_tensor(as_sharded(optimizer, param), spec, lazy)
     return state
 
 
 def reserve_state(optimizer: MethodOptimizer, params: Iterable[tuple[Method, Tensor, Callable[..., Any]]]) -> None:
     """Give parameters with these rules their places in ``optimizer.state``, in this order, whatever is made first."""
     for method, param, rule in params:
-        if method.counts_steps or signature(rule).state:
+        is_compensated = method.format_of_param(param) == Rounded("compensated")
+        if method.counts_steps or signature(rule).state or is_compensated:
             dict.setdefault(optimizer.state, param, {})
 
 
@@ -76,27 +84,19 @@ def scalar_tensors(
     return [scalar_tensor(state, name, method.initial_state(name, param, group), device) for name in names]
 
 
-def state_dtypes(
-    method: Method, param: Tensor, rule: Callable[..., Any], state: Mapping[str, Any]
-) -> tuple[torch.dtype, ...]:
-    """Dtypes of the rule's state tensors: of those in ``state``, and of those still to be made."""
-    tensors = ((name, state.get(name)) for name in signature(rule).state)
-    return tuple(
-        tensor.dtype if isinstance(tensor, Tensor) else method.dtype_of_state(name, param) for name, tensor in tensors
-    )
-
-
 def step_count(method: Method, rule: Callable[..., Any], state: Mapping[str, Any]) -> float:
     """Number of steps a parameter has taken; without ``counts_steps``, 0 before the first and 1 after."""
-    if method.counts_steps:
+    if method.counts_steps and not (method.counts_for_noise and "step" not in state):
         return float(state.get("step", 0.0))
     names = [name for name in signature(rule).state if name not in method.optional_state]
+    if method.counts_for_noise and not names:
+        return 0.0
     return float(type(state) is not InitialState and all(isinstance(state.get(name), Tensor) for name in names))
 
 
 def step_counts(method: Method, rule: Callable[..., Any], states: Sequence[Mapping[str, Any]]) -> list[float]:
     """The same of many parameters. Counts on a device are read together: each wait costs as much as all of them."""
-    counts: list[Any] = [state.get("step", 0.0) if method.counts_steps else None for state in states]
+    counts: list[Any] = [state.get("step") if method.counts_steps else None for state in states]
     on_device: dict[torch.device, list[int]] = {}
     for i, count in enumerate(counts):
         if isinstance(count, Tensor) and count.device != CPU and count.numel() == 1:

@@ -14,6 +14,7 @@ from torch import Tensor
 from descend.backends import EAGER, FOREACH, available
 from descend.backends.cpu.probe import make_probe, same_objects
 from descend.core import memory
+from descend.core.codecs import Codec, Formats, is_plain, stored_names
 from descend.core.measures import Sample
 from descend.core.method import MethodRef, ref_to
 from descend.core.optimizer import MethodOptimizer
@@ -27,7 +28,8 @@ from descend.distributed.shard_state import as_sharded, state_mesh
 from descend.norms import clip
 from descend.sparse.attach import Tables
 from descend.state.container import State, checked_state
-from descend.state.make import reserve_state, state_dtypes
+from descend.state.formats import formats_of
+from descend.state.make import reserve_state
 from descend.step.decide import Decider, counts_on_device
 from descend.step.stages import Stage, make_stages, make_updates, run_stages
 from descend.step.sums import SummedParam, Sums
@@ -225,19 +227,30 @@ class Plan:
         local, share = self._locals.of(param), self._locals.share_of(param)
         self._check_whole(optimizer, param, takes.kind, share)
         self._check_rows(optimizer, param, takes.kind)
-        tensors = checked_state(optimizer, param, local, takes.state, group, state)
+        grad_dtype = local.dtype if local.grad is None else local.grad.dtype
+        formats = formats_of(optimizer, param, grad_dtype, rule, group, state)
+        names = stored_names(takes.state, formats)
+        tensors = checked_state(optimizer, param, local, names, group, state)
         sparse = optimizer.meaning_of_gradient(param, group)
-        entry = Entry(param, local, share, index, method, rule, state, EAGER, "backend='eager'", sparse, in_order=False)
+        entry = Entry(
+            param, local, share, index, method, rule, state, EAGER, "backend='eager'", formats, sparse, in_order=False
+        )
         if differentiable:
+            self._check_plain(optimizer, param, formats)
             self._check_not_cut(optimizer, param)
             self._check_no_sums(optimizer, param, takes)
             return entry._replace(local=param, share=None, reason="differentiable=True", in_order=True)
         reason = None  # of a compiled backend, whichever of the others runs it then
+        uncoded = {n for n, format in zip(takes.state, formats[2:], strict=True) if not isinstance(format, Codec)}
+        plain = [(name, tensor) for name, tensor in tensors if name in uncoded]
+        stored = [(name, tensor) for name, tensor in tensors if name not in uncoded]
         for backend in available(self._requested, takes.kind):
             if sparse:
-                why_not = backend.why_not_rows(rule, local, tensors)
+                why_not = backend.why_not_rows(rule, local, plain)
             else:
-                why_not = backend.why_not(rule, local, local.grad, tensors)
+                why_not = backend.why_not(rule, local, local.grad, plain)
+            if why_not is None and not is_plain(formats):
+                why_not = backend.why_not_formats(rule, local, formats, stored)
             if why_not is None:
                 return entry._replace(backend=backend, reason=reason if backend is FOREACH else None)
             if reason is None or (reason.startswith("on ") and backend is not FOREACH):
@@ -268,6 +281,15 @@ class Plan:
             raise RuntimeError(
                 f"{type(optimizer).__name__}: a step that other ranks take a part of cannot be differentiated: leave "
                 "out `differentiable`, or shard_state. Nothing has moved."
+            )
+
+    def _check_plain(self, optimizer: MethodOptimizer, param: Tensor, formats: Formats) -> None:
+        """Raise ``RuntimeError`` if autograd could not follow how a step that is to be differentiated is stored."""
+        if not is_plain(formats):
+            raise RuntimeError(
+                f"{type(optimizer).__name__}: a step whose results are kept in 8 bits, or rounded at random or with "
+                f"compensation, cannot be differentiated ({optimizer.name_of(param)}): leave out `differentiable`, or "
+                "state_dtype and rounding. Nothing has moved."
             )
 
     def _check_no_sums(self, optimizer: MethodOptimizer, param: Tensor, takes: Signature) -> None:
@@ -301,11 +323,10 @@ class Plan:
     def compile_rows(self, optimizer: MethodOptimizer) -> None:
         """Compile, or load from disk, what steps with sparse gradients would call."""
         for entry in self._entries:
-            dtype = entry.param.dtype
-            wide = torch.promote_types(dtype, torch.float32)
-            dtypes = (dtype, wide, *state_dtypes(entry.method(), entry.param, entry.rule, entry.state))
+            param, _, *state = entry.formats
+            wide = torch.promote_types(entry.param.dtype, torch.float32)
             scalars = len(signature(entry.rule).given)
-            rows = entry.backend.rows(entry.rule, scalars, dtypes, False, entry.local)
+            rows = entry.backend.rows(entry.rule, scalars, (param, wide, *state), False, entry.local)
             rows.compile(optimizer.options.wants_norm, self._measures)
 
     def read(self, optimizer: MethodOptimizer) -> None:

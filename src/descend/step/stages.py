@@ -53,6 +53,7 @@ def make_updates(optimizer: MethodOptimizer, tables: Tables, entries: Sequence[E
                 entry.sparse,
                 entry.backend,
                 table,
+                entry.formats,
             )
             (in_order if entry.in_order else sparse).append(update)
         elif entry.in_order:

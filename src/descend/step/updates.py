@@ -12,6 +12,9 @@ from torch import Tensor
 
 from descend.backends import EAGER, eager
 from descend.backends.backend import Backend, Launch, ScalarState
+from descend.backends.opened import Noise
+from descend.core import noise
+from descend.core.codecs import Formats, needs_noise, stored_names
 from descend.core.decision import Decision
 from descend.core.measures import Sample, correction
 from descend.core.memory import wide
@@ -24,7 +27,8 @@ from descend.distributed.ranks import Share
 from descend.norms import clip
 from descend.state import lazy_memory
 from descend.state.container import CPU, State, checked_state
-from descend.state.make import ensure_state, scalar_tensors, state_dtypes, step_count, step_counts
+from descend.state.formats import numbers_of, stream_of
+from descend.state.make import ensure_state, scalar_tensors, step_count, step_counts
 
 _NONE = np.zeros(0)
 
@@ -42,6 +46,7 @@ class Entry(NamedTuple):
         state: its state when the plan was made.
         backend: what runs the rule.
         reason: why no compiled backend runs it; None if one does.
+        formats: how the parameter, its gradient and its state are stored.
         sparse: what its gradient means, if that is sparse: "all", "touched" or "exact".
         in_order: whether it must be updated by itself, in the order of the groups.
         shares_memory: whether another tensor of the step, or the parameter itself once more, is what it changes.
@@ -56,9 +61,15 @@ class Entry(NamedTuple):
     state: Mapping[str, Any]
     backend: Backend
     reason: str | None
+    formats: Formats
     sparse: str | None
     in_order: bool
     shares_memory: bool = False
+
+    @property
+    def stored(self) -> tuple[str, ...]:
+        """Names of the tensors of its state, in the order in which backends take them."""
+        return stored_names(signature(self.rule).state, self.formats)
 
 
 class _ScalarsRow:
@@ -100,8 +111,8 @@ class LaunchUpdate(Update):
     def __init__(self, optimizer: MethodOptimizer, backend: Backend, entries: Sequence[Entry]) -> None:
         self._method, self._backend, self.decisions = entries[0].method, backend, backend.decisions
         self._batches = [
-            _batch(optimizer, backend, rule, dtypes, members)
-            for (rule, dtypes), members in _by_signature(entries).items()
+            _batch(optimizer, backend, rule, formats, members)
+            for (rule, formats), members in _by_signature(entries).items()
         ]
         self._has_scalar_state = bool(self._method().scalar_state)
         self._launches = [batch.launch for batch in self._batches]
@@ -134,12 +145,15 @@ class LaunchUpdate(Update):
 
     def set_scalars(self, optimizer: MethodOptimizer, scale: float) -> None:
         groups, method = optimizer.param_groups, self._method()
-        for launch, _, _, rows, _ in self._batches:
+        for launch, _, entries, rows, _ in self._batches:
+            is_noisy = needs_noise(entries[0].formats)
             for index, row in enumerate(rows):
                 group = groups[row.group]
                 step: Any = row.step + 1 if row.counter is None else wide(row.counter).reshape(()) + 1
                 scalars, next_state = method.scalars_and_state(group, step, row.state)
                 launch.set_scalars(index, signed(scale, group), self.numbers(scalars))
+                if is_noisy:
+                    launch.set_noise(index, noise.step_key(optimizer.options.rounding_seed, int(step)))
                 row.next_state = tuple(self.numbers(next_state)) if next_state else ()
                 if self.counts_on_device and method.counts_steps:
                     row.next_state = (step, *row.next_state)
@@ -154,7 +168,7 @@ class LaunchUpdate(Update):
             for position, entry in enumerate(entries):
                 group = optimizer.param_groups[entry.group]
                 state = ensure_state(optimizer, entry.param, entry.rule, group, scalars_on=place)
-                names = signature(entry.rule).state
+                names = entry.stored
                 tensors.append([local_of(state[name]) for name in names])
                 lazy_memory.commit(tensors[-1])
                 if method.counts_steps:
@@ -272,7 +286,7 @@ class SingleUpdate(Update):
         self._scale, method = scale, self._entry.method()
         group, state = optimizer.param_groups[self._entry.group], optimizer.state_of(self._entry.param)
         takes = signature(self._entry.rule)
-        checked_state(optimizer, self._entry.param, self._entry.local, takes.state, group, state)
+        checked_state(optimizer, self._entry.param, self._entry.local, self._entry.stored, group, state)
         place = self.device if self.counts_on_device else CPU
         scalar_state = scalar_tensors(method, method.scalar_state, self._entry.param, group, state, place)
         scalars, next_state = method.scalars_and_state(group, self._step_count(optimizer) + 1, scalar_state)
@@ -289,9 +303,9 @@ class SingleUpdate(Update):
         """Over what the parameter is before any of the step's updates has run."""
         entry, group = self._entry, optimizer.param_groups[self._entry.group]
         state = ensure_state(optimizer, entry.param, entry.rule, group)
-        tensors = [local_of(state[name]) if entry.share else state[name] for name in signature(entry.rule).state]
+        tensors = [local_of(state[name]) if entry.share else state[name] for name in entry.stored]
         given, scale = self.numbers(self._given), signed(self._scale, group)
-        return eager.sums(entry.rule, entry.local, self._grad, tensors, given, scale)[None]
+        return eager.sums(entry.rule, entry.local, self._grad, tensors, given, scale, entry.formats)[None]
 
     def _take_formed(self, values: np.ndarray) -> None:
         self._formed = tuple(values[0].tolist())
@@ -309,7 +323,8 @@ class SingleUpdate(Update):
             scalars, next_state = method.scalars_and_state(group, step, seen)
             if not differentiable:
                 scalars, next_state = tuple(self.numbers(scalars)), tuple(self.numbers(next_state))
-            tensors = [local_of(state[name]) if entry.share else state[name] for name in signature(entry.rule).state]
+            tensors = [local_of(state[name]) if entry.share else state[name] for name in entry.stored]
+            bits = _noise(optimizer, entry, step) if needs_noise(entry.formats) else None
             scale, decision = signed(self._scale, group), self.decision
             if differentiable and decision is not None:  # the next step writes the values that the graph has seen
                 decision = decision._replace(values=decision.values.clone())
@@ -325,6 +340,8 @@ class SingleUpdate(Update):
                 differentiable,
                 measures=sample is not None,
                 decision=decision,
+                formats=entry.formats,
+                noise=bits,
             )
             for tensor, value in zip(scalar_state, next_state, strict=True):
                 eager.write(tensor, eager.as_tensor(value, tensor).reshape(()), decision)
@@ -343,6 +360,12 @@ class SingleUpdate(Update):
         if self.counts_on_device and method.counts_steps and isinstance(state.get("step"), Tensor):
             return wide(state["step"]).to(self.device).reshape(())
         return step_count(method, self._entry.rule, state)
+
+
+def _noise(optimizer: MethodOptimizer, entry: Entry, step: Any) -> Noise:
+    """The noise of one step of one parameter."""
+    key = noise.step_key(optimizer.options.rounding_seed, int(step))
+    return Noise(stream_of(optimizer, entry.param, numbers_of(optimizer)), key)
 
 
 def _summed(
@@ -371,15 +394,11 @@ def _sums_of(launch: Launch) -> Callable[[MethodOptimizer], np.ndarray | Tensor]
 def _by_signature(entries: Sequence[Entry]) -> dict[Any, list[Entry]]:
     by_signature: defaultdict[Any, list[Entry]] = defaultdict(list)
     for entry in entries:
-        grad = entry.local if entry.local.grad is None else entry.local.grad
-        dtypes = entry.param.dtype, grad.dtype, *state_dtypes(entry.method(), entry.param, entry.rule, entry.state)
-        by_signature[entry.rule, dtypes].append(entry)
+        by_signature[entry.rule, entry.formats].append(entry)
     return by_signature
 
 
-def _batch(
-    optimizer: MethodOptimizer, backend: Backend, rule: Any, dtypes: tuple[torch.dtype, ...], entries: list[Entry]
-) -> _Batch:
+def _batch(optimizer: MethodOptimizer, backend: Backend, rule: Any, formats: Formats, entries: list[Entry]) -> _Batch:
     rows: dict[Any, _ScalarsRow] = {}
     keys = []
     method = entries[0].method()
@@ -392,5 +411,11 @@ def _batch(
     index = {key: row for row, key in enumerate(rows)}
     row_of = np.array([index[key] for key in keys])
     params = [entry.local for entry in entries]
-    launch = backend.launch(rule, len(signature(rule).given), dtypes, params, row_of)
+    given = len(signature(rule).given)
+    if needs_noise(formats):
+        numbers = numbers_of(optimizer)
+        streams = [stream_of(optimizer, entry.param, numbers) for entry in entries]
+        launch = backend.launch(rule, given, formats, params, row_of, streams)
+    else:
+        launch = backend.launch(rule, given, formats, params, row_of)
     return _Batch(launch, [entry.param for entry in entries], entries, list(rows.values()), row_of)

@@ -16,7 +16,9 @@ from descend.backends.cpu import threads
 from descend.backends.cpu.launch import CHUNK, ChunkTable, Launch, ScalarState
 from descend.backends.cpu.rows import StaleRows, TouchedRows
 from descend.backends.cpu.versions import Versions
+from descend.core.codecs import Formats, stored_dtypes
 from descend.core.decision import Decision
+from descend.core.noise import Stream
 from descend.core.signature import signature
 
 _NO_SCALARS = np.zeros(0)
@@ -44,15 +46,21 @@ class CpuBackend:
             return _why_not_device(param) or supports.why_not_by_rows(rule, CHUNK, param, None, state)
         return supports.why_not_kind(rule) or _why_not_device(param) or supports.why_not_rows(param, state)
 
+    def why_not_formats(
+        self, rule: Callable[..., Any], param: Tensor, formats: Formats, stored: Sequence[tuple[str, Tensor]]
+    ) -> str | None:
+        return "formats that are no dtypes"
+
     def launch(
         self,
         rule: Callable[..., Any],
         scalars: int,
-        dtypes: tuple[torch.dtype, ...],
+        formats: Formats,
         params: Sequence[Tensor],
         rows: Sequence[int] | np.ndarray,
+        streams: Sequence[Stream] = (),
     ) -> Launch:
-        return Launch(rule, scalars, dtypes, params, rows)
+        return Launch(rule, scalars, stored_dtypes(formats), params, rows)
 
     def scalar_state(self, tensors: Sequence[Tensor]) -> ScalarState:
         return ScalarState(tensors)
@@ -86,11 +94,12 @@ class CpuBackend:
         self,
         rule: Callable[..., Any],
         scalars: int,
-        dtypes: tuple[torch.dtype, ...],
+        formats: Formats,
         all_rows: bool,
         param: Tensor,
+        stream: Stream | None = None,
     ) -> TouchedRows:
-        return TouchedRows(rule, scalars, dtypes, all_rows)
+        return TouchedRows(rule, scalars, stored_dtypes(formats), all_rows)
 
     def catch_up(
         self,

@@ -177,6 +177,9 @@ class Launch(ChunkTable):
     def set_scalars(self, row: int, scale: float, scalars: Sequence[float | Tensor]) -> None:
         self._given[row] = (scale, *scalars)
 
+    def set_noise(self, row: int, key: int) -> None:
+        raise NotImplementedError
+
     def set_state(self, tensors: Sequence[Sequence[Tensor]]) -> None:
         """Store the addresses of the state tensors, one sequence for each parameter."""
         for row, state in zip(self.addresses, tensors, strict=True):

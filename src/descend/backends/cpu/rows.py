@@ -192,6 +192,7 @@ class TouchedRows:
         mark: tuple[Tensor, int] | None,
         measures: bool = False,
         decision: Decision | None = None,
+        noise_key: int = 0,
     ) -> None:
         assert decision is None  # this backend reads none
         self._scalars[0] = (scale, *scalars)

@@ -19,7 +19,9 @@ from descend.backends.backend import DeviceScalarState as OnDevice
 from descend.backends.cpu.launch import ScalarState
 from descend.backends.cpu.threads import CallSequence
 from descend.backends.cpu.versions import Versions
+from descend.core.codecs import Formats, stored_dtypes
 from descend.core.decision import Decision
+from descend.core.noise import Stream
 
 if TYPE_CHECKING:
     from descend.backends.triton.launch import Launch
@@ -68,17 +70,23 @@ class TritonBackend:
     def why_not_rows(self, rule: Callable[..., Any], param: Tensor, state: Sequence[tuple[str, Tensor]]) -> str | None:
         return _why_not_device(param) or _why_not_rule(rule) or supports.why_not_rows(param, state)
 
+    def why_not_formats(
+        self, rule: Callable[..., Any], param: Tensor, formats: Formats, stored: Sequence[tuple[str, Tensor]]
+    ) -> str | None:
+        return "formats that are no dtypes"
+
     def launch(
         self,
         rule: Callable[..., Any],
         scalars: int,
-        dtypes: tuple[torch.dtype, ...],
+        formats: Formats,
         params: Sequence[Tensor],
         rows: Sequence[int] | np.ndarray,
+        streams: Sequence[Stream] = (),
     ) -> Launch:
         from descend.backends.triton.launch import Launch
 
-        return Launch(rule, scalars, dtypes, params, rows)
+        return Launch(rule, scalars, stored_dtypes(formats), params, rows)
 
     def scalar_state(self, tensors: Sequence[Tensor]) -> ScalarState:
         return ScalarState(tensors)
@@ -111,13 +119,14 @@ class TritonBackend:
         self,
         rule: Callable[..., Any],
         scalars: int,
-        dtypes: tuple[torch.dtype, ...],
+        formats: Formats,
         all_rows: bool,
         param: Tensor,
+        stream: Stream | None = None,
     ) -> TouchedRows:
         from descend.backends.triton.rows import TouchedRows
 
-        return TouchedRows(rule, scalars, dtypes, all_rows, param)
+        return TouchedRows(rule, scalars, stored_dtypes(formats), all_rows, param)
 
     def catch_up(
         self,

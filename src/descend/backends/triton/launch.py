@@ -153,6 +153,9 @@ class Launch:
             if wants_norm:
                 self._chunks.compile_norm(1, self._dtypes[1])
 
+    def set_noise(self, row: int, key: int) -> None:
+        raise NotImplementedError
+
     def set_state(self, tensors: Sequence[Sequence[Tensor]]) -> None:
         self._state = tensors
         for row, state in zip(self.addresses, tensors, strict=True):

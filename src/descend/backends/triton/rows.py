@@ -163,6 +163,7 @@ class TouchedRows:
         mark: tuple[Tensor, int] | None,
         measures: bool = False,
         decision: Decision | None = None,
+        noise_key: int = 0,
     ) -> None:
         tensors = tuple(tensor.detach() for tensor in (param, *state))
         with current(self._device), torch.no_grad():

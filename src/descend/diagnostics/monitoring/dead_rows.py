@@ -8,6 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from descend.core.codecs import SCALE, decode
 from descend.core.optimizer import MethodOptimizer
 from descend.core.signature import signature
 from descend.distributed.dtensors import local_of
@@ -44,6 +45,8 @@ def dead_rows(optimizer: MethodOptimizer, params: Mapping[str, Tensor]) -> dict[
         if evidence is None or local_of(state[evidence]).dim() < 2:
             continue
         tensor, start = local_of(state[evidence]), method.initial_state(evidence, param, group)
+        if tensor.dtype == torch.uint8:
+            tensor = decode(tensor, local_of(state[evidence + SCALE]), method.codec_of(evidence))
         is_dead = (tensor.flatten(1) == torch.as_tensor(start, device=tensor.device)).all(1)
         found[name] = DeadRows(int(is_dead.sum()), len(is_dead))
     return found

@@ -1,0 +1,66 @@
+"""How a parameter and its state are stored: as the state is, or will be when it is made."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from descend.core.codecs import SCALE, Format, Formats
+from descend.core.method import Method
+from descend.core.noise import Stream
+from descend.core.optimizer import MethodOptimizer
+from descend.core.signature import signature
+from descend.distributed.dtensors import first_place
+from descend.distributed.shard_state import as_sharded
+
+
+def formats_of(
+    optimizer: MethodOptimizer,
+    param: Tensor,
+    grad: torch.dtype,
+    rule: Callable[..., Any],
+    group: Mapping[str, Any],
+    state: Mapping[str, Any],
+) -> Formats:
+    """Formats of a parameter, its gradient and the state of its rule.
+
+    Raises:
+        RuntimeError: if there are codes without scales.
+    """
+    method, formats = optimizer.method_of(group), []
+    for name in signature(rule).state:
+        if isinstance(tensor := state.get(name), Tensor):
+            formats.append(_format_of(optimizer, method, name, tensor, param, state))
+        else:
+            formats.append(method.format_of_state(name, as_sharded(optimizer, param), group))
+    return (method.format_of_param(param), grad, *formats)
+
+
+def _format_of(
+    optimizer: MethodOptimizer, method: Method, name: str, tensor: Tensor, param: Tensor, state: Mapping[str, Any]
+) -> Format:
+    """How state that exists is stored."""
+    if tensor.dtype != torch.uint8:
+        return method.rounded(tensor.dtype)
+    scale = state.get(name + SCALE)
+    if not isinstance(scale, Tensor) or scale.dtype != torch.float32:
+        found = f"{name + SCALE} of dtype {scale.dtype}" if isinstance(scale, Tensor) else f"no {name + SCALE}"
+        raise RuntimeError(
+            f"{type(optimizer).__name__}: {name} of {optimizer.name_of(param)} is in 8 bits, which need float32 "
+            f"scales, but there is {found}. Load the state again, or delete it to begin anew. Nothing has moved."
+        )
+    return method.codec_of(name)
+
+
+def numbers_of(optimizer: MethodOptimizer) -> dict[Tensor, int]:
+    """The number of each parameter, over all groups."""
+    params = [param for group in optimizer.param_groups for param in group["params"]]
+    return {param: number for number, param in enumerate(params)}
+
+
+def stream_of(optimizer: MethodOptimizer, param: Tensor, numbers: Mapping[Tensor, int]) -> Stream:
+    """Where the noise of a parameter comes from, given ``numbers_of`` the optimizer."""
+    return Stream(numbers[param], first_place(as_sharded(optimizer, param)))
