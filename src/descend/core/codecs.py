@@ -6,10 +6,18 @@ and store through it.
 **8 bits.** A tensor of codes (uint8, in the shape of the parameter), and one of scales (float32), by the name of the
 state with ``_scale``. A row is one index of the first dimension; a tensor of one dimension is one row. Each row is cut
 into blocks of 256 numbers, the last of which may be shorter; so scales have the shape (rows, blocks), or (blocks,). A
-block's scale is its largest magnitude, and a number is the value of its code times the scale:
+block's scale is its largest magnitude, and a number is the value of its code times the scale.
 
-    unsigned (256 codes)       0, then 255 values up to 1 with 4 bits of mantissa, 16 to an octave
-    signed (sign and 7 bits)   0, then 127 values up to 1 with 3 bits of mantissa, 8 to an octave
+Values are finest near 1, and reach far down. Code 0 is 0; code ``c`` is a fourth power of ``(c + 1) / 256``, or, if
+numbers have a sign, of ``(c + 1) / 128``, where the upper bit is the sign and the other seven are ``c``. It is a power
+whose lines between powers of two are straight: the bits of a float32 are nearly its logarithm, so they are multiplied
+by four, and a quarter of them is the root. Bits of mantissa, in octaves below 1:
+
+    octaves      4   4   4   4   4   4
+    unsigned     5   4   3   2   1   0     then 2**-26 and 2**-28
+    signed       4   3   2   1   0         then 2**-22 and 2**-24
+
+A number that is not zero has no code of zero if it is unsigned: what divides by the root of a square must not meet one.
 
 Blocks do not cross rows, so that a step which touches some rows leaves the others alone, and rows may be sharded.
 
@@ -36,7 +44,10 @@ MIN_WIDTH = 16  # nor are shorter rows: each has a scale
 SCALE = "_scale"
 COMPENSATION = "compensation"
 
-ONE = 0x3F80_0000  # the bits of 1.0
+# The bits of float32 numbers.
+ONE, FOUR = 0x3F80_0000, 0x4080_0000
+MAGNITUDE = 0x7FFF_FFFF
+SMALLEST_SCALE = 0x0100_0000  # 2**-125: four times its inverse is finite
 
 
 class Codec(NamedTuple):
@@ -51,14 +62,14 @@ class Codec(NamedTuple):
     stochastic: bool = False
 
     @property
-    def mantissa(self) -> int:
-        """Bits of mantissa of a code."""
-        return 3 if self.signed else 4
-
-    @property
     def largest(self) -> int:
         """The code of 1, without the sign."""
         return 127 if self.signed else 255
+
+    @property
+    def top(self) -> int:
+        """The bits of the float32 that is one more than ``largest``."""
+        return 0x4300_0000 if self.signed else 0x4380_0000
 
 
 class Rounded(NamedTuple):
@@ -141,8 +152,9 @@ def rows_and_width(shape: torch.Size) -> tuple[int, int]:
 def decode(codes: Tensor, scale: Tensor, codec: Codec) -> Tensor:
     """The numbers that codes stand for: float32, in their shape."""
     magnitude = codes.to(torch.int32) & codec.largest
-    bits = (magnitude << (23 - codec.mantissa)) + (ONE - (codec.largest << (23 - codec.mantissa)))
-    value = torch.where(magnitude == 0, 0.0, bits.view(torch.float32))
+    root = (magnitude + 1).to(torch.float32)
+    power = ((root.view(torch.int32) - codec.top) << 2) + ONE
+    value = torch.where(magnitude == 0, 0.0, power.view(torch.float32))
     if codec.signed:
         value = torch.where(codes >= 128, -value, value)
     rows, width = rows_and_width(codes.shape)
@@ -153,7 +165,7 @@ def decode(codes: Tensor, scale: Tensor, codec: Codec) -> Tensor:
 def encode(numbers: Tensor, codec: Codec, noise: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Codes and scales of numbers.
 
-    A NaN or Inf makes its whole block NaN or Inf. Scales below 2**-126 are raised to it, but for that of zeros.
+    A NaN or Inf makes its whole block NaN or Inf. Scales below 2**-125 are raised to it, but for that of zeros.
 
     Args:
         numbers: float32, of at least one dimension.
@@ -163,26 +175,24 @@ def encode(numbers: Tensor, codec: Codec, noise: Tensor | None = None) -> tuple[
     rows, width = rows_and_width(numbers.shape)
     padded = torch.nn.functional.pad(numbers.reshape(rows, width), (0, -width % BLOCK)).view(rows, -1, BLOCK)
     # As integers, magnitudes are in the same order, and NaN is the largest.
-    largest = (padded.view(torch.int32) & 0x7FFF_FFFF).amax(2).view(torch.float32)
-    scale = torch.where(largest > 0, largest.clamp(min=2.0**-126), largest)
-    # The inverse of a large scale would be denormal.
-    shrunk = torch.where(scale > 1, 0.25, 1.0)
-    inverse = torch.where(scale > 0, 1 / (scale * shrunk), 0.0)
-    unit = (padded.abs() * shrunk[..., None] * inverse[..., None]).reshape(rows, -1)[:, :width].reshape(numbers.shape)
-    shift = 23 - codec.mantissa
-    bits, offset = unit.view(torch.int32), (ONE >> shift) - codec.largest
-    smallest = torch.tensor((offset + 1) << shift, dtype=torch.int32).view(torch.float32).item()
+    magnitude = padded.view(torch.int32) & MAGNITUDE
+    largest = magnitude.amax(2)
+    scale = torch.where(largest > 0, largest.clamp(min=SMALLEST_SCALE), 0).view(torch.float32)
+    # The inverse itself could be denormal.
+    inverse = torch.where(largest > 0, 4 / scale, 0.0)
+    unit = magnitude.view(torch.float32) * inverse[..., None]
+    unit = torch.where(unit < 4, unit, 4.0)  # of NaN, too
+    root = ((unit.view(torch.int32) >> 2) + (codec.top - (FOUR >> 2))).view(torch.float32)
     if noise is None:
-        code = ((bits + (1 << (shift - 1))) >> shift) - offset
-        least = (unit >= smallest / 2).to(torch.int32)
+        up: Tensor | float = 0.5
     else:
-        noise = noise.reshape(numbers.shape).to(torch.int32)
-        code = ((bits + (noise << (shift - 16))) >> shift) - offset
-        least = (unit * 65536 > noise * smallest).to(torch.int32)
-    code = torch.where(unit < smallest, least, code).clamp(max=codec.largest)
-    code = torch.where(torch.isnan(unit), codec.largest, code)
+        noise = noise.reshape(rows, width).to(torch.float32)
+        up = torch.nn.functional.pad(noise, (0, -width % BLOCK)).view(rows, -1, BLOCK) * 2.0**-16
+    code = (root + up).to(torch.int32) - 1
+    code = code.clamp(min=0) if codec.signed else torch.where(magnitude > 0, code.clamp(min=1), 0)
     if codec.signed:
-        code = torch.where((numbers < 0) & (code > 0), code + 128, code)
+        code = torch.where(padded.view(torch.int32) < 0, code + 128, code)
+    code = code.reshape(rows, -1)[:, :width].reshape(numbers.shape)
     return code.to(torch.uint8), scale.reshape(scale_shape(numbers.shape))
 
 
