@@ -52,7 +52,7 @@ def test_averages_have_all_digits_of_their_parameters(dtype: torch.dtype) -> Non
     optimizer = AdamW([param], ema=0.5, state_dtype=None if dtype.is_complex else torch.bfloat16)
     (group,) = optimizer.param_groups
     spec = optimizer.method_of(group).state_spec("ema", param, group)
-    assert spec.dtype == torch.promote_types(dtype, torch.float32)
+    assert spec.format == torch.promote_types(dtype, torch.float32)
     assert spec.shape == param.shape
     assert spec.start is param
     if not dtype.is_complex:

@@ -241,7 +241,7 @@ class Method:
                 f"{type(self).__name__}: a rule of whole matrices cannot update single rows, but {self.name_of(param)} "
                 "has a sparse gradient: make it dense."
             )
-        if not _names_rows(param.grad) and (name := self._coded_state(param, group)):
+        if not _names_rows(param.grad) and (name := _coded_state(self, param, group)):
             raise RuntimeError(
                 f"{type(self).__name__}: {name} is kept in 8 bits, in blocks along the rows of {self.name_of(param)}, "
                 f"whose gradient is of {_sparsity(param.grad)}: make it sparse in the first dimension alone, or keep "
@@ -288,7 +288,7 @@ class Method:
 
     def format_of_state(self, name: str, param: Tensor, group: Mapping[str, Any]) -> Format:
         """How new state called ``name`` is stored."""
-        if self._is_to_be_coded(name, param, group):
+        if _is_to_be_coded(self, name, param, group):
             return self.codec_of(name)
         return self.rounded(self.dtype_of_state(name, param))
 
@@ -305,20 +305,23 @@ class Method:
         """Whether the digits of state called ``name`` matter: it is a point or a step size rather than an average."""
         return name in self.exact_state
 
-    def _is_to_be_coded(self, name: str, param: Tensor, group: Mapping[str, Any]) -> bool:
-        options = self.options
-        if options.state_dtype_of(name) != "8bit" or not param.is_floating_point():
-            return False
-        if self.keeps_exact(name, group) and not isinstance(options.state_dtype, Mapping):
-            return False
-        if self.state_shape(name, param, group) != param.shape or not codecs.is_worth_coding(param):
-            return False
-        return options.float32_state is None or not matches(options.float32_state, self.name_of(param))
 
-    def _coded_state(self, param: Tensor, group: Mapping[str, Any]) -> str | None:
-        """The name of new state that is coded; None if there is none."""
-        names = signature(self.rule_of(param, group)).state
-        return next((name for name in names if isinstance(self.format_of_state(name, param, group), Codec)), None)
+def _is_to_be_coded(method: Method, name: str, param: Tensor, group: Mapping[str, Any]) -> bool:
+    """Whether new state is stored in 8 bits."""
+    options = method.options
+    if options.state_dtype_of(name) != "8bit" or not param.is_floating_point():
+        return False
+    if method.keeps_exact(name, group) and not isinstance(options.state_dtype, Mapping):
+        return False
+    if method.state_shape(name, param, group) != param.shape or not codecs.is_worth_coding(param):
+        return False
+    return options.float32_state is None or not matches(options.float32_state, method.name_of(param))
+
+
+def _coded_state(method: Method, param: Tensor, group: Mapping[str, Any]) -> str | None:
+    """The name of new state that is coded; None if there is none."""
+    names = signature(method.rule_of(param, group)).state
+    return next((name for name in names if isinstance(method.format_of_state(name, param, group), Codec)), None)
 
 
 def _names_rows(grad: Tensor | None) -> bool:

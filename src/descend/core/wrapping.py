@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from descend.core.codecs import Format
+from descend.core.codecs import Codec, Format
 from descend.core.composition import Additions, Decay, cautious_scale, composed
 from descend.core.method import Method, StateSpec
 from descend.core.options import StepOptions
@@ -154,6 +154,15 @@ class Wrapped(Method):
 
     def format_of_state(self, name: str, param: Tensor, group: Mapping[str, Any]) -> Format:
         return (super() if self._is_ema(name) else self._inside).format_of_state(name, param, group)  # type: ignore[union-attr]
+
+    def format_of_param(self, param: Tensor) -> Format:
+        return self._inside.format_of_param(param)
+
+    def codec_of(self, name: str) -> Codec:
+        return self._inside.codec_of(name)
+
+    def rounded(self, dtype: torch.dtype) -> Format:
+        return self._inside.rounded(dtype)
 
     def dtype_of_state(self, name: str, param: Tensor) -> torch.dtype:
         if not self._is_ema(name):
