@@ -41,7 +41,7 @@ class Row(NamedTuple):
 
     @property
     def bytes_per_number(self) -> float:
-        """Bytes of state for each number of the parameters, on this rank."""
+        """``state_bytes / numbers``: what this rank keeps, for each number of the whole parameters."""
         return self.state_bytes / self.numbers if self.numbers else 0.0
 
 

@@ -44,6 +44,6 @@ def _storage(tensor: Tensor) -> tuple[int, int]:
     """Address and size of the memory behind it."""
     try:
         storage = tensor.untyped_storage()
-        return storage.data_ptr(), storage.nbytes()
+        return storage.data_ptr() or id(tensor), storage.nbytes()
     except (NotImplementedError, RuntimeError):  # a device or a layout without storage
         return id(tensor), tensor.nbytes
