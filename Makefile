@@ -5,13 +5,17 @@ READY := .venv/ready
 TORCH ?= 2.15.0
 OTHER = .venv-torch-$(TORCH)
 
-.PHONY: demo test test-all test-kernels test-gpu test-stack test-torch mutate check docs docs-serve figures parity bench clean
+.PHONY: demo test test-files test-docstrings test-all test-kernels test-gpu test-stack test-torch mutate check docs docs-serve figures parity bench clean
 
 demo: $(READY)  ## train a small network on handwritten digits with four optimizers, each at its best learning rate of five
 	$(BIN)/descend compare digits --tune --seeds 3 --steps 120
 
-test: $(READY)  ## tests and doctests
+test: test-files test-docstrings  ## tests and doctests
+
+test-files: $(READY)
 	$(BIN)/python -m pytest --numprocesses auto --dist worksteal
+
+test-docstrings: $(READY)
 	$(BIN)/python -m pytest --doctest-modules --pyargs descend
 
 test-all: $(READY)  ## also every combination of dtypes

@@ -18,6 +18,7 @@ import torch
 import torch.distributed as dist
 
 MOST = 4  # ranks
+PRELOADED = ["torch.distributed.fsdp", "torch.distributed.tensor", "torch._dynamo", "descend.public"]
 TIMEOUT = 60.0  # seconds until ranks that wait for each other give up; a case gets a little more
 
 
@@ -81,15 +82,22 @@ _pool: list[tuple[Any, Connection]] = []
 
 def _workers() -> list[tuple[Any, Connection]]:
     if not _pool:
+        # Importing torch takes seconds: all ranks but the first are forked from one process that has done it. The first
+        # is new, so that sets of strings have another order on it than on the others, as on ranks of real programs.
         spawn = multiprocessing.get_context("spawn")
-        for _ in range(MOST):
+        can_fork = "forkserver" in multiprocessing.get_all_start_methods()
+        others = multiprocessing.get_context("forkserver") if can_fork else spawn
+        if can_fork:
+            others.set_forkserver_preload(PRELOADED)
+        for rank in range(MOST):
             here, there = spawn.Pipe()
-            process = spawn.Process(target=_work, args=(there, list(sys.path)), daemon=True)
+            context: Any = others if rank else spawn
+            process = context.Process(target=_work, args=(there, list(sys.path)), daemon=True)
             process.start()
             there.close()
             _pool.append((process, here))
         atexit.register(stop)
-        for _, connection in _pool:  # importing torch takes seconds, and timeouts of tests may be short
+        for _, connection in _pool:  # timeouts of tests may be short
             connection.recv()
     return _pool
 

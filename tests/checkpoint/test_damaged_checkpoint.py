@@ -389,3 +389,27 @@ def test_whatever_is_put_anywhere_is_refused_or_works(case: Case, names: bool) -
                     step(optimizer, 2)
                     step(optimizer, 3)
     assert refused > 100
+
+
+def test_whatever_is_put_into_state_in_8_bits_is_refused_or_works() -> None:
+    options: dict[str, Any] = dict(state_dtype="8bit", rounding="compensated", backend="eager")
+
+    def made(seed: int) -> AdamW:
+        optimizer = AdamW(leaves([(64, 64)], torch.bfloat16), **options)
+        step(optimizer, seed)
+        return optimizer
+
+    good, refused = copy.deepcopy(made(0).state_dict()), 0
+    for key in good["state"][0]:
+        for junk in JUNK:
+            optimizer, saved = made(1), copy.deepcopy(good)
+            put(saved, (*STATE, key), junk())
+            before = copy.deepcopy((optimizer.state_dict(), params_of(optimizer)))
+            try:
+                optimizer.load_state_dict(saved)
+            except (TypeError, ValueError):
+                refused += 1
+                assert same((optimizer.state_dict(), params_of(optimizer)), before), (key, junk())
+            else:
+                step(optimizer, 2)
+    assert refused > 90

@@ -8,6 +8,7 @@ import pickle
 import signal
 import threading
 from collections.abc import Iterable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -315,22 +316,71 @@ def assert_state_is_copied(rank: int) -> None:
         saved,
         {**saved, "state": {0: {k: v.full_tensor() if v.dim() else v for k, v in saved["state"][0].items()}}},
     ):
-        copy = AdamW([("weight", param)], state_dtype=torch.float32)
-        copy.load_state_dict(wide)
-        for name in ("exp_avg", "exp_avg_sq"):
-            mine, its = copy.state[param][name], wide["state"][0][name]
-            local = its.to_local() if isinstance(its, DTensor) else its
-            assert mine.dtype == torch.float64  # never narrowed
-            assert mine.to_local().untyped_storage().data_ptr() != local.untyped_storage().data_ptr()
-            assert torch.equal(whole(mine), whole(its))
+        for asked in (None, torch.float32):
+            copy = AdamW([("weight", param)], state_dtype=asked)
+            with nullcontext() if asked is None else pytest.warns(UserWarning, match="float64 -> float32"):
+                copy.load_state_dict(wide)
+            for name in ("exp_avg", "exp_avg_sq"):
+                mine, its = copy.state[param][name], wide["state"][0][name]
+                local = its.to_local() if isinstance(its, DTensor) else its
+                assert mine.dtype == (asked or torch.float64)
+                assert mine.to_local().untyped_storage().data_ptr() != local.untyped_storage().data_ptr()
+                assert torch.equal(whole(mine), whole(its).to(mine.dtype))
     narrow = {**saved, "state": {0: {key: value.float() for key, value in saved["state"][0].items()}}}
     optimizer.load_state_dict(narrow)
     loaded = optimizer.state[param]["exp_avg"]
     assert loaded.dtype == loaded.to_local().dtype == torch.float64
     assert torch.equal(whole(loaded), whole(narrow["state"][0]["exp_avg"]).double())
+    assert_codes_go_round()
 
 
-def test_loaded_parts_are_widened_copies() -> None:
+def assert_codes_go_round() -> None:
+    """State in 8 bits goes from any layout to any other, and to and from float32."""
+    mesh, random = init_device_mesh("cpu", (dist.get_world_size(),)), torch.Generator().manual_seed(0)
+    values = [torch.randn(shape, generator=random) for shape in ((33, 150), (9000,))]
+
+    def made(placement: Any = None, state_dtype: Any = "8bit") -> AdamW:
+        params = [
+            value.clone() if placement is None else distribute_tensor(value, mesh, [placement]) for value in values
+        ]
+        return AdamW([nn.Parameter(param) for param in params], state_dtype=state_dtype, backend="eager")
+
+    plain = made()
+    for param, value in zip(plain.param_groups[0]["params"], values, strict=True):
+        param.grad = value.cos()
+    plain.step()
+    decoded = made(state_dtype=torch.float32)
+    decoded.load_state_dict(plain.state_dict())
+    saved = {"plain": plain.state_dict(), "decoded": decoded.state_dict()}
+    for placement in (Replicate(), Shard(0)):
+        sharded = made(placement)
+        sharded.load_state_dict(saved["plain"])
+        saved[str(placement)] = sharded.state_dict()
+    for source in saved.values():
+        for placement in (Shard(0), Replicate(), None):
+            if placement is None and isinstance(source["state"][0]["exp_avg"], DTensor):
+                continue
+            for asked, expected in (("8bit", plain), (torch.float32, decoded)):
+                optimizer = made(placement, asked)
+                optimizer.load_state_dict(source)  # loses nothing, so warns of nothing
+                for index, content in enumerate(optimizer.state.values()):
+                    # One-dimensional codes could have a block on two ranks.
+                    its = decoded if index and placement is not None else expected
+                    for name, value in its.state_dict()["state"][index].items():
+                        assert torch.equal(whole(content[name]), value)
+    good = saved[str(Shard(0))]["state"]
+    scale = good[0]["exp_avg_scale"]
+    for bad, asked, message in (
+        (-scale, "8bit", "exp_avg_scale must be >= 0, got -"),
+        (-scale, torch.float32, "exp_avg_scale must be >= 0, got -"),
+        (whole(scale), torch.float32, "has placements .*, and its scales a plain tensor"),
+    ):
+        damaged = {**saved["plain"], "state": {**good, 0: {**good[0], "exp_avg_scale": bad}}}
+        with pytest.raises(ValueError, match=message):
+            made(Shard(0), asked).load_state_dict(damaged)
+
+
+def test_loaded_parts_are_copies_in_the_format_that_is_asked_for() -> None:
     on_ranks(2, assert_state_is_copied)
 
 

@@ -56,4 +56,4 @@ def test_averages_have_all_digits_of_their_parameters(dtype: torch.dtype) -> Non
     assert spec.shape == param.shape
     assert spec.start is param
     if not dtype.is_complex:
-        assert optimizer.method_of(group).state_spec("exp_avg", param, group).dtype == torch.bfloat16
+        assert optimizer.method_of(group).state_spec("exp_avg", param, group).format == torch.bfloat16

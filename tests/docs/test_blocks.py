@@ -11,11 +11,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from doc_pages import PAGES, ROOT, name_of, python_blocks
 
 import descend
+from descend.core import codecs
 
 WITH_BLOCKS = [page for page in PAGES if python_blocks(page)]
 CLAIM = re.compile(r"^ *print\(.*\n((?: *# .*\n?)+)", re.MULTILINE)
@@ -68,6 +70,16 @@ def check_sparse(names: dict[str, Any], text: str) -> None:
     assert names["largest"] > 0
 
 
+def check_state_in_8_bits(names: dict[str, Any], text: str) -> None:
+    codes, scale = torch.arange(256, dtype=torch.uint8), torch.tensor([3.7])
+    for signed in (True, False):
+        numbers = codecs.decode(codes, scale, codecs.Codec(signed))
+        assert np.array_equal(names["decode"](codes.numpy(), scale.numpy(), signed), numbers.numpy())
+    params, compensation = codecs.split(numbers)
+    bits = params.view(torch.int16).numpy().view(np.uint16)
+    assert np.array_equal(names["joined"](bits, compensation.numpy()), numbers.numpy())
+
+
 def check_groups(names: dict[str, Any], text: str) -> None:
     assert len(names["optimizer"].param_groups) == 3
 
@@ -75,6 +87,7 @@ def check_groups(names: dict[str, Any], text: str) -> None:
 CHECKS: dict[str, Callable[[dict[str, Any], str], None]] = {
     "README.md": check_readme,
     "docs/groups.md": check_groups,
+    "docs/reference/state-in-8-bits.md": check_state_in_8_bits,
     "docs/second_order.md": check_second_order,
     "docs/sparse.md": check_sparse,
     "docs/training.md": check_training,

@@ -13,7 +13,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from descend.checkpoint.formats import Losses, dtype_name, is_lossy, placed, wider
 from descend.checkpoint.matching import Hyperparameters, IncompatibleKeys, Match, Matching, check_choices, listed
+from descend.checkpoint.parts import decoded_on_ranks, in_place_of, part_for
 from descend.checkpoint.reading import (
     LoadedGroups,
     LoadedState,
@@ -25,6 +27,8 @@ from descend.checkpoint.reading import (
     unusable_is_value_error,
 )
 from descend.core import memory
+from descend.core.codecs import COMPENSATION, SCALE, Codec, Rounded, element_dtype, scale_shape
+from descend.core.coded import decoded, encoded, fault_of, negative_scale
 from descend.core.memory import as_real, row_state_shape
 from descend.core.method import Method
 from descend.core.optimizer import MethodOptimizer, is_option
@@ -32,22 +36,13 @@ from descend.core.signature import signature
 from descend.distributed.dtensors import (
     has_whole_rows,
     is_dtensor,
-    layout_of,
     like,
     local_of,
-    part_of,
     rows_of,
-    same_layout,
 )
 from descend.distributed.shard_state import as_sharded
 from descend.sparse import table
-from descend.state import lazy_memory
-from descend.state.container import InitialState
-
-_SAVE_WHOLE = (
-    "Save it with torch.distributed.checkpoint, or whole: get_optimizer_state_dict with "
-    "StateDictOptions(full_state_dict=True)."
-)
+from descend.state.container import InitialState, new_scales
 
 
 class _MisfitError(ValueError):
@@ -105,9 +100,11 @@ class _Reading:
     ) -> None:
         self.optimizer, self.strict, self.match = optimizer, strict, match
         self.takes_options = hyperparameters == "loaded"
+        self._is_lazy = optimizer.options.sparse is not None
         self.who = type(optimizer).__name__
         self.missing: list[str] = []
         self.unexpected: list[str] = []
+        self._losses = Losses()
         self._needs: dict[tuple[int, Any], set[str]] = {}  # by group and rule
 
     def __call__(self, state_dict: Mapping[str, Any]) -> tuple[LoadedGroups, LoadedState]:
@@ -117,6 +114,7 @@ class _Reading:
             matching.require_all()
         groups = self._groups(saved_groups, matching)
         state = self._state(state_dict["state"], saved_groups, groups, matching)
+        self._losses.warn(self.who)
         return groups, state
 
     # Groups.
@@ -281,14 +279,42 @@ class _Reading:
         method = self.optimizer.method_of(group)
         if all(value is None for value in saved.values()) and not ("step" in saved and method.counts_steps):
             return dict(saved)
+        names = signature(method.rule_of(param, group)).state
+        scales = {key + SCALE: self._scale_of(key, saved, param, name) for key in names}
         if lacking := sorted(key for key in self._needed(param, group) if saved.get(key) is None):
             raise _MisfitError(
                 f"{self.who}: the loaded state of {name} lacks {listed(lacking)}, and has {listed(saved)}: is it "
                 "another optimizer's? strict=False leaves such state aside."
             )
-        names = signature(method.rule_of(param, group)).state
-        shapes = {key: method.state_shape(key, param, group) for key in names}
-        return {key: self._entry(method, param, key, value, shapes.get(key), name) for key, value in saved.items()}
+        state: dict[str, Any] = {}
+        for key, value in saved.items():
+            if key in names and isinstance(value, Tensor):
+                state.update(self._rule_state(method, param, group, key, value, scales[key + SCALE], name))
+            elif key == COMPENSATION and key not in names:
+                state.update(self._compensation(method, param, value, name))
+            elif scales.get(key) is None and (key != "step" or method.counts_steps):
+                state[key] = self._entry(method, param, key, value, key in names, name)
+        return state
+
+    def _scale_of(self, key: str, saved: Mapping[str, Any], param: Tensor, name: str) -> Tensor | None:
+        """The scales of saved state called ``key``; None if it is not coded.
+
+        Raises:
+            ValueError: if codes and scales do not belong together.
+        """
+        codes, scale = (value if isinstance(value, Tensor) else None for value in map(saved.get, (key, key + SCALE)))
+        if fault := fault_of(key, codes, scale):
+            raise ValueError(f"{self.who}: the loaded state of {name}: {fault}.")
+        if scale is not None:
+            _check_memory(local_of(scale), local_of(param), f"{self.who}: the loaded {key + SCALE} of {name}")
+            if not is_dtensor(scale):
+                self._check_scale(key, scale, name)
+        return scale
+
+    def _check_scale(self, key: str, scale: Tensor, name: str) -> None:
+        """Raise ``ValueError`` for a negative scale; of sharded ones when ranks have nothing more to say."""
+        if fault := negative_scale(key, scale):
+            raise ValueError(f"{self.who}: the loaded state of {name}: {fault}.")
 
     def _check_rows(self, state: Mapping[str, Any], name: str) -> None:
         """Raise ``ValueError`` if the rows of a table are described wrongly, or are behind and would stay so."""
@@ -314,21 +340,17 @@ class _Reading:
                 with suppress(ValueError):  # options that the method refuses
                     needed &= set(signature(method.rule_of(param, {**group, name: 0})).state)
         needed = needed.difference(method.optional_state).union(
-            method.scalar_state, ["step"] if method.counts_steps else []
+            method.scalar_state, ["step"] if method.counts_steps and not method.counts_for_noise else []
         )
         self._needs[id(group), rule] = needed
         return needed
 
-    def _entry(self, method: Method, param: Tensor, key: str, value: Any, shape: torch.Size | None, name: str) -> Any:
-        """One entry of a state; ``shape``: what it must have if the rule uses it, else None."""
-        in_rule = shape is not None
+    def _entry(self, method: Method, param: Tensor, key: str, value: Any, in_rule: bool, name: str) -> Any:
+        """One entry of a state that is no tensor of the rule's."""
         what = f"{self.who}: the loaded {key} of {name}"
         if isinstance(value, Tensor) and value.dim() == 0:
             value = local_of(value)
-        param = as_sharded(self.optimizer, param)
-        if is_dtensor(param) and shape == row_state_shape(param) and has_whole_rows(param):
-            param = rows_of(param)
-        if key == "step" and method.counts_steps:
+        if key == "step":
             step = number_of(value, what, is_count=True)
             if not float(step).is_integer():
                 raise ValueError(f"{what} must be a whole number, got {float(step)}.")
@@ -341,42 +363,103 @@ class _Reading:
             if in_rule and value is not None:
                 raise ValueError(f"{what} must be a tensor, got {type(value).__name__}.")
             return copied(value, lambda tensor: tensor.detach().to(param.device, copy=True))
-        if value.is_sparse:  # as torch stores the momentum of sparse gradients
-            value = value.to_dense()
-        _check_memory(local_of(value), local_of(param), what)
-        if is_dtensor(param) and value.shape == param.shape and shape in (None, param.shape):
-            if in_rule and not is_dtensor(value):
-                self._check_sign(method, key, value, what)  # of the whole: every rank raises, or none
-            local, part = local_of(param), _part_for(param, value, what)
-            return like(param, self._tensor(method, local, key, part, local.shape if in_rule else None, what))
-        if is_dtensor(value):
-            if shape is not None and value.shape != shape:
-                raise self._misfit(what, value, shape)
-            raise ValueError(f"{what} has {layout_of(value)}, the parameter {layout_of(param)}. {_SAVE_WHOLE}")
-        return self._tensor(method, param, key, value, shape, what)
+        value, owner = value.to_dense() if value.is_sparse else value, as_sharded(self.optimizer, param)
+        if key.endswith(SCALE) and value.shape == scale_shape(owner.shape):
+            owner = new_scales(owner)  # of state that the rule would have with another option
+        owner = owner if value.shape == owner.shape else local_of(owner)
+        _check_memory(local_of(value), local_of(owner), what)
+        part = part_for(owner, value, what)
+        return in_place_of(owner, self._foreign(method, local_of(owner), key, part, what))
 
-    def _tensor(
-        self, method: Method, param: Tensor, key: str, value: Tensor, shape: torch.Size | None, what: str
-    ) -> Tensor:
-        """A tensor of a state; ``param`` and ``value`` are plain, or this rank's parts."""
-        in_rule = shape is not None
-        if not in_rule:
-            try:
-                of_table = table.loaded(key, value.detach(), param)
-            except ValueError as error:
-                raise ValueError(f"{what}: {error}") from None
-            if of_table is not None:
-                return of_table
+    def _foreign(self, method: Method, param: Tensor, key: str, value: Tensor, what: str) -> Tensor:
+        """A tensor that the rule does not know; ``param`` and ``value`` are plain, or this rank's parts."""
+        try:
+            of_table = table.loaded(key, value.detach(), param)
+        except ValueError as error:
+            raise ValueError(f"{what}: {error}") from None
+        if of_table is not None:
+            return of_table
         is_number = value.is_floating_point() or (value.is_complex() and param.is_complex())
-        if in_rule and not is_number:
-            raise ValueError(f"{what} must hold numbers as the parameter does ({param.dtype}), got {value.dtype}.")
-        if is_number and value.shape == (param.shape if shape is None else shape):
-            if in_rule:
-                self._check_sign(method, key, value, what)
-            return self._widened(method.dtype_of_state(key, param), param, value.detach())
-        if shape is not None:
-            raise self._misfit(what, value, shape)
+        if is_number and value.shape == param.shape:
+            return placed(value.detach(), wider(value, method.dtype_of_state(key, param)), param, self._is_lazy)
         return value.detach().to(param.device, copy=True)
+
+    def _rule_state(
+        self,
+        method: Method,
+        param: Tensor,
+        group: Mapping[str, Any],
+        key: str,
+        value: Tensor,
+        scale: Tensor | None,
+        name: str,
+    ) -> dict[str, Tensor]:
+        """State of the rule, as this optimizer would store it; no dtype is narrowed that was not asked for."""
+        what = f"{self.who}: the loaded {key} of {name}"
+        shape, owner = method.state_shape(key, param, group), as_sharded(self.optimizer, param)
+        format, codec = method.format_of_state(key, owner, group), method.codec_of(key)
+        if owner.shape != shape:
+            is_of_rows = shape == row_state_shape(owner) and has_whole_rows(owner)
+            owner = rows_of(owner) if is_dtensor(owner) and is_of_rows else local_of(owner)
+        value = (value.to_dense() if value.is_sparse else value).detach()  # torch's momentum of sparse gradients
+        _check_memory(local_of(value), local_of(owner), what)
+        if scale is None and not (value.is_floating_point() or (value.is_complex() and param.is_complex())):
+            raise ValueError(f"{what} must hold numbers as the parameter does ({param.dtype}), got {value.dtype}.")
+        if value.shape != shape:
+            raise self._misfit(what, value, shape)
+        if scale is not None and isinstance(format, Codec):
+            codes, scales = part_for(owner, value, what), part_for(new_scales(owner), scale.detach(), what)
+            self._check_scale(key, scales, name)
+            return self._coded(key, owner, codes, scales)
+        if scale is not None:
+            was, value = "8 bits", decoded_on_ranks(value, scale.detach(), codec, what)
+        else:
+            was = dtype_name(value.dtype)
+            if not is_dtensor(value):
+                self._check_sign(method, key, value, what)  # of the whole: every rank raises, or none
+        part, local = part_for(owner, value, what), local_of(owner)
+        self._check_sign(method, key, part, what)
+        if scale is not None:
+            self._check_scale(key, local_of(scale), name)
+        if isinstance(format, Codec):
+            codes, scales = encoded(part.to(local.device), format)
+            if is_lossy(part, decoded(codes, scales, format)):
+                self._losses.add(key, f"{was} -> 8 bits")
+            return self._coded(key, owner, codes, scales)
+        dtype, asked = element_dtype(format), self.optimizer.options.state_dtype_of(key)
+        stored = placed(part, dtype if dtype == asked else wider(part, dtype), local, self._is_lazy)
+        if wider(part, stored.dtype) != stored.dtype and is_lossy(part, stored):
+            self._losses.add(key, f"{was} -> {dtype_name(stored.dtype)}")
+        return {key: in_place_of(owner, stored)}
+
+    def _coded(self, key: str, owner: Tensor, codes: Tensor, scales: Tensor) -> dict[str, Tensor]:
+        """State in 8 bits; ``codes`` and ``scales`` are plain, or this rank's parts."""
+        blocks = new_scales(owner)
+        return {
+            key: in_place_of(owner, placed(codes, torch.uint8, local_of(owner), self._is_lazy)),
+            key + SCALE: in_place_of(blocks, placed(scales, torch.float32, local_of(blocks), self._is_lazy)),
+        }
+
+    def _compensation(self, method: Method, param: Tensor, value: Any, name: str) -> dict[str, Any]:
+        """What rounding has taken from a bfloat16 parameter, if this optimizer uses it."""
+        what = f"{self.who}: the loaded {COMPENSATION} of {name}"
+        is_ours = isinstance(value, Tensor) and value.dtype == torch.int16
+        if method.format_of_param(param) != Rounded("compensated"):
+            if not is_ours:
+                return {COMPENSATION: self._entry(method, param, COMPENSATION, value, False, name)}
+            if local_of(value).any():
+                self._losses.add(COMPENSATION, "left out: it is for bfloat16 and rounding='compensated'")
+            return {}
+        if value is None:
+            return {}
+        if not is_ours:
+            raise ValueError(f"{what} must be a tensor of torch.int16, got {getattr(value, 'dtype', value)!r:.40}.")
+        owner = as_sharded(self.optimizer, param)
+        _check_memory(local_of(value), local_of(owner), what)
+        if value.shape != param.shape:
+            raise self._misfit(what, value, param.shape)
+        part = part_for(owner, value.detach(), what)
+        return {COMPENSATION: in_place_of(owner, placed(part, torch.int16, local_of(owner), self._is_lazy))}
 
     def _misfit(self, what: str, value: Tensor, shape: torch.Size) -> _MisfitError:
         hint = "" if self.optimizer.param_groups[0].get("param_names") else " Were the parameters in another order?"
@@ -386,34 +469,6 @@ class _Reading:
         """Raise ``ValueError`` for a negative value in state that no step makes negative."""
         if key in method.nonnegative_state and (smallest := _smallest(value)) < 0:
             raise ValueError(f"{what} must be >= 0, got {smallest}.")
-
-    def _widened(self, dtype: torch.dtype, param: Tensor, value: Tensor) -> Tensor:
-        if value.itemsize > 1:  # torch does not promote float8; every other dtype is wider
-            dtype = torch.promote_types(value.dtype, dtype)
-        if self.optimizer.options.sparse is not None and param.is_cpu and param.is_contiguous():
-            return lazy_memory.copied(value, dtype)
-        if value.shape != param.shape:
-            return value.to(param.device, dtype, copy=True)
-        # In the parameter's memory order, as kernels need it.
-        return torch.empty_like(param, dtype=dtype).copy_(value)
-
-
-def _part_for(param: Any, value: Any, what: str) -> Tensor:
-    """This rank's part of a state tensor; ranks talk only if its layout is not that of the parameter.
-
-    Raises:
-        ValueError: if the part cannot be found.
-    """
-    if same_layout(value, param):
-        return local_of(value)
-    if not is_dtensor(value):
-        try:
-            return part_of(value, param)
-        except ValueError as error:
-            raise ValueError(f"{what}: {error}.") from None
-    if value.device_mesh == param.device_mesh:
-        return local_of(value.detach().redistribute(param.device_mesh, param.placements))
-    raise ValueError(f"{what} has {layout_of(value)}, the parameter {layout_of(param)}. {_SAVE_WHOLE}")
 
 
 def _smallest(value: Tensor | float) -> float:

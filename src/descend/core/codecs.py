@@ -8,16 +8,18 @@ state with ``_scale``. A row is one index of the first dimension; a tensor of on
 into blocks of 256 numbers, the last of which may be shorter; so scales have the shape (rows, blocks), or (blocks,). A
 block's scale is its largest magnitude, and a number is the value of its code times the scale.
 
-Values are finest near 1, and reach far down. Code 0 is 0; code ``c`` is a fourth power of ``(c + 1) / 256``, or, if
-numbers have a sign, of ``(c + 1) / 128``, where the upper bit is the sign and the other seven are ``c``. It is a power
-whose lines between powers of two are straight: the bits of a float32 are nearly its logarithm, so they are multiplied
-by four, and a quarter of them is the root. Bits of mantissa, in octaves below 1:
+Code 0 is 0. Of a signed number, the upper bit is the sign, also of zero, and the lower seven are the code. With ``y``
+for ``(code + 1) / 256``, signed ``(code + 1) / 128``, the value is the float32 whose bits are 4 times the bits of ``y``
+less 3 times the bits of 1. That is ``y**4`` in straight pieces, since the bits of a float are nearly its logarithm. So
+values are finest near 1 and reach far down. Bits of mantissa, in octaves below 1:
 
     octaves      4   4   4   4   4   4
     unsigned     5   4   3   2   1   0     then 2**-26 and 2**-28
     signed       4   3   2   1   0         then 2**-22 and 2**-24
 
-A number that is not zero has no code of zero if it is unsigned: what divides by the root of a square must not meet one.
+Numbers go to the nearest value; or, at random, to one of the two beside them, with the number as expectation. Between
+values that are two octaves apart the boundary is the power of two in the middle; below the smallest, a quarter of it.
+But an unsigned number that is not zero never becomes zero: AdamW divides by the root of its average square.
 
 Blocks do not cross rows, so that a step which touches some rows leaves the others alone, and rows may be sharded.
 
@@ -178,8 +180,8 @@ def encode(numbers: Tensor, codec: Codec, noise: Tensor | None = None) -> tuple[
     magnitude = padded.view(torch.int32) & MAGNITUDE
     largest = magnitude.amax(2)
     scale = torch.where(largest > 0, largest.clamp(min=SMALLEST_SCALE), 0).view(torch.float32)
-    # The inverse itself could be denormal.
-    inverse = torch.where(largest > 0, 4 / scale, 0.0)
+    # The inverse itself could be denormal; torch divides a number by a tensor with one.
+    inverse = torch.where(largest > 0, torch.full_like(scale, 4.0) / scale, 0.0)
     unit = magnitude.view(torch.float32) * inverse[..., None]
     unit = torch.where(unit < 4, unit, 4.0)  # of NaN, too
     root = ((unit.view(torch.int32) >> 2) + (codec.top - (FOUR >> 2))).view(torch.float32)
@@ -188,7 +190,8 @@ def encode(numbers: Tensor, codec: Codec, noise: Tensor | None = None) -> tuple[
     else:
         noise = noise.reshape(rows, width).to(torch.float32)
         up = torch.nn.functional.pad(noise, (0, -width % BLOCK)).view(rows, -1, BLOCK) * 2.0**-16
-    code = (root + up).to(torch.int32) - 1
+    # The largest noise takes 256 to 257, which float32 rounds up to.
+    code = ((root + up).to(torch.int32) - 1).clamp(max=codec.largest)
     code = code.clamp(min=0) if codec.signed else torch.where(magnitude > 0, code.clamp(min=1), 0)
     if codec.signed:
         code = torch.where(padded.view(torch.int32) < 0, code + 128, code)

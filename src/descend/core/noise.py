@@ -12,7 +12,7 @@ from torch import Tensor
 
 MASK32, MASK64 = 0xFFFF_FFFF, 0xFFFF_FFFF_FFFF_FFFF
 FIRST_MULTIPLIER, SECOND_MULTIPLIER = 0x7FEB_352D, 0x846C_A68B  # of "lowbias32", by C. Wellons
-GOLDEN32, GOLDEN64 = 0x9E37_79B9, 0x9E37_79B9_7F4A_7C15
+GOLDEN64 = 0x9E37_79B9_7F4A_7C15
 
 
 class Stream(NamedTuple):
@@ -45,6 +45,12 @@ def words(key: int, number: int) -> tuple[int, int]:
     return both & MASK32, both >> 32
 
 
+def second_multiplier(pair: int) -> int:
+    """What the last product of a pair of columns is with. The hash up to there is the same for all pairs."""
+    # Two sums of the same number with different constants would be correlated after one product.
+    return (SECOND_MULTIPLIER + pair * 0x9E37_79B8) & MASK32
+
+
 def noise(places: Tensor, key: int, number: int, pair: int) -> Tensor:
     """32 bits for each of the ``places`` (int64): the reference, with torch's operations.
 
@@ -60,8 +66,8 @@ def noise(places: Tensor, key: int, number: int, pair: int) -> Tensor:
     x = x ^ (x >> 16)
     x = x * FIRST_MULTIPLIER & MASK32
     x = x ^ (x >> 15)
-    x = (x + second + pair * GOLDEN32) & MASK32
-    x = x * SECOND_MULTIPLIER & MASK32
+    x = (x + second) & MASK32
+    x = x * second_multiplier(pair) & MASK32
     return x ^ (x >> 16)
 
 

@@ -357,9 +357,9 @@ class FirstOrder(MethodOptimizer):
     ) -> IncompatibleKeys | None:
         """Load a dictionary returned by ``state_dict``, of this library or of torch.
 
-        Everything is copied. A state tensor gets the wider of its saved dtype and the dtype this optimizer would use;
-        integers keep theirs. Flags that choose how to run (``foreach``, ``fused``, ``capturable``, ``differentiable``)
-        are not taken from the dictionary.
+        Everything is copied. State gets the format that ``state_dtype`` asks for, and a warning says what that loses;
+        without ``state_dtype``, the wider of its saved dtype and that of new state. Flags that choose how to run
+        (``foreach``, ``fused``, ``capturable``, ``differentiable``) are not taken from the dictionary.
 
         Args:
             state_dict: the dictionary.

@@ -10,12 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from descend.core.caller import warn_caller
 from descend.core.checks import check_at_least_zero, check_kind
 from descend.core.groups import ParamsT, named
 from descend.second_order.closure_optimizer import ClosureOptimizer
 from descend.second_order.modern_lbfgs import modern_step
 from descend.second_order.parameter_bounds import flat_bounds
-from descend.second_order.parameters import ClosureFunction, Evaluation, FlatParameters, warn_caller
+from descend.second_order.parameters import ClosureFunction, Evaluation, FlatParameters
 from descend.second_order.result import MESSAGES, Solver, Status
 from descend.second_order.sharded_parameters import flat_parameters
 from descend.second_order.torch_lbfgs import LBFGSOptions, LineSearchFn, Memory, TorchSteps, check_lbfgs

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import math
-import sys
-import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -12,6 +10,7 @@ import torch
 from torch import Tensor
 from torch._C._nn import flatten_dense_tensors, unflatten_dense_tensors
 
+from descend.core.caller import warn_caller
 from descend.second_order.shared_space import full_of
 from descend.second_order.space import Space
 from descend.second_order.structure import Structure
@@ -306,14 +305,6 @@ class ClosureFunction:
                     "It must compute the loss anew at each call."
                 ) from error
             raise
-
-
-def warn_caller(text: str) -> None:
-    """Warn with the location of the first caller outside of this package and torch."""
-    level = 1
-    while sys._getframe(level).f_globals.get("__name__", "").split(".")[0] in ("descend", "torch"):
-        level += 1
-    warnings.warn(text, stacklevel=level + 1)
 
 
 def largest(flat: Tensor) -> float:

@@ -44,7 +44,7 @@ def first(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
 
 
 def kernels(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in folder.iterdir()}
+    return {path.name: path.read_bytes() for path in folder.glob("*.o")}
 
 
 def test_second_process_finds_the_kernels(first: tuple[Path, str]) -> None:
@@ -71,21 +71,19 @@ DAMAGES = [lambda content: b"", lambda content: b"{}\nnonsense", lambda content:
 def test_damaged_files_are_compiled_again(first: tuple[Path, str], tmp_path: Path) -> None:
     folder, printed = first
     intact = kernels(folder)
-    assert len(intact) >= len(DAMAGES)  # each kind of damage is done to a file of its own
-    for (name, content), damage in zip(intact.items(), itertools.cycle(DAMAGES), strict=False):
-        (tmp_path / name).write_bytes(damage(content))
+    damages = dict(
+        zip((name for name in intact if not name.startswith("probe")), itertools.cycle(DAMAGES), strict=False)
+    )
+    assert len(damages) >= len(DAMAGES)  # each kind of damage is done to a file of its own; the probe takes long
+    for name, content in intact.items():
+        (tmp_path / name).write_bytes(damages[name](content) if name in damages else content)
     assert run(STEP, tmp_path) == printed
     assert kernels(tmp_path).keys() == intact.keys()
     assert run(STEP, tmp_path) == printed.replace("True ", "False ")
 
 
-def test_folder_that_cannot_be_written_is_no_error(first: tuple[Path, str], tmp_path: Path) -> None:
-    blocked = tmp_path / "a file"
-    blocked.touch()
-    assert run(STEP, blocked / "below") == first[1]
-
-
 def test_without_a_home_the_kernels_work(first: tuple[Path, str]) -> None:
+    """Nor is there a folder for them: below a device none can be made."""
     assert run(STEP, Path(), DESCEND_CACHE_DIR="", HOME="", XDG_CACHE_HOME="/dev/null/none") == first[1]
 
 
@@ -114,7 +112,9 @@ EDITS = [
 ]
 
 
-def test_edited_rule_is_compiled_again_and_found_again(tmp_path: Path) -> None:
+def test_edited_rule_is_compiled_again_and_found_again(first: tuple[Path, str], tmp_path: Path) -> None:
+    for name, content in kernels(first[0]).items():  # so that only the rules are compiled
+        (tmp_path / name).write_bytes(content)
     codes = [RULE.format(**{**PLAIN, **change}) for change, _ in EDITS]
     expected = "\n".join(str(end) for _, end in EDITS)
     assert run("\n".join(codes), tmp_path) == expected

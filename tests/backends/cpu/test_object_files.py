@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import ctypes
 import hashlib
+import multiprocessing
 import os
 import subprocess
 import sys
+import time
 import warnings
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
+from processes import needs_fork
 
 from descend.backends.cpu import object_files, private_files
 
@@ -106,10 +110,15 @@ def compiles(number: int, name: str = "kernel") -> bool:
 
 def file_of(number: int, folder: Path) -> Path:
     """The file of a kernel that was not in ``folder`` before."""
-    before = set(folder.glob("*"))
+    before = files(folder) if folder.exists() else set()
     assert compiles(number)
-    (path,) = set(folder.iterdir()) - before
+    (path,) = files(folder) - before
     return path
+
+
+def files(folder: Path) -> set[Path]:
+    """What is in the folder, without the file that locks are taken of."""
+    return set(folder.iterdir()) - {folder / private_files.LOCKS}
 
 
 def test_file_of_another_kernel_is_compiled_again(folder: Path) -> None:
@@ -200,7 +209,7 @@ def test_folder_that_others_may_write_is_not_used(mode: int, folder: Path) -> No
     for number in (1, 2):
         with pytest.warns(UserWarning, match=f"{folder} can be written by other users.*chmod go-w"):
             assert compiles(number)
-    assert len(list(folder.iterdir())) == 1
+    assert len(files(folder)) == 1
     folder.chmod(0o755)
     assert not compiles(1)
 
@@ -245,7 +254,7 @@ def test_folder_of_another_user_is_not_used(folder: Path, give_away: Callable[[P
     for number in (1, 2):
         with pytest.warns(UserWarning, match=f"{folder} belongs to user .* set DESCEND_CACHE_DIR"):
             assert compiles(number)
-    assert len(list(folder.iterdir())) == 1
+    assert len(files(folder)) == 1
 
 
 @needs_owners
@@ -287,7 +296,7 @@ def test_relative_folder_is_in_the_working_directory(tmp_path: Path, monkeypatch
     monkeypatch.setenv("DESCEND_CACHE_DIR", "kernels")
     assert compiles(1)
     assert not compiles(1)
-    assert len(list((tmp_path / "kernels").iterdir())) == 1
+    assert len(files(tmp_path / "kernels")) == 1
 
 
 @pytest.mark.parametrize("base", ["", "relative"])
@@ -305,18 +314,26 @@ def test_folder_that_is_a_file_is_no_error(folder: Path) -> None:
     assert folder.read_text() == "mine"
 
 
+def test_folder_below_a_file_is_no_error(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder.touch()
+    monkeypatch.setenv("DESCEND_CACHE_DIR", str(folder / "below"))
+    assert compiles(1)
+
+
 @pytest.mark.parametrize("name", ["../../out", "/out", "a" * 1000, "<lambda>"], ids=range(4))
 def test_any_name_makes_a_file_in_the_folder(name: str, folder: Path) -> None:
     assert compiles(1, name)
     assert not compiles(1, name)
-    assert len(list(folder.iterdir())) == 1
+    assert len(files(folder)) == 1
 
 
-def test_platform_without_owners_caches(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_platform_without_owners_caches(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delattr(os, "geteuid", raising=False)
     monkeypatch.setattr(private_files, "_HAS_OWNERS", False)
+    monkeypatch.chdir(tmp_path)
     assert compiles(1)
     assert not compiles(1)
+    assert list(tmp_path.iterdir()) == [folder]
 
 
 def test_readers_see_whole_files_while_others_write(tmp_path: Path) -> None:
@@ -348,4 +365,82 @@ def test_failed_write_leaves_no_file(error: type[BaseException], folder: Path, m
     else:
         with pytest.raises(KeyboardInterrupt):
             compiles(2)
-    assert list(folder.iterdir()) == [path]
+    assert files(folder) == {path}
+
+
+# Processes that need the same kernel at the same time.
+
+needs_locks = pytest.mark.skipif(private_files.fcntl is None, reason="files cannot be locked here")
+
+
+def in_another(work: Callable[[], Any]) -> Any:
+    """A forked process that does ``work``, started."""
+    process = multiprocessing.get_context("fork").Process(target=work)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # of forks in processes with threads, from Python 3.12 on
+        process.start()
+    return process
+
+
+def wait_for(path: Path) -> None:
+    for _ in range(3000):
+        if path.exists():
+            return
+        time.sleep(0.01)
+    raise AssertionError(f"{path} has not come")
+
+
+@needs_fork
+@needs_locks
+def test_another_process_waits_for_its_kernel_and_no_other(folder: Path, tmp_path: Path) -> None:
+    def enter_both() -> None:
+        for number in (8, 7):
+            with private_files.alone(folder, number):
+                (tmp_path / str(number)).touch()
+
+    with private_files.alone(folder, 7):
+        process = in_another(enter_both)
+        wait_for(tmp_path / "8")
+        time.sleep(0.2)
+        assert not (tmp_path / "7").exists()
+    process.join()
+    assert (tmp_path / "7").exists()
+
+
+@needs_fork
+@needs_locks
+def test_kernel_that_another_process_has_compiled_meanwhile_is_loaded(folder: Path, tmp_path: Path) -> None:
+    """Both need it at once: the one that waits finds it."""
+    made = tmp_path / "made"
+
+    def compile_slowly() -> str:
+        (tmp_path / "begun").touch()
+        wait_for(made)
+        return STORE.format(number=1)
+
+    object_files._loaded.pop("1", None)
+    process = in_another(lambda: object_files.load("kernel", "1", compile_slowly))
+    wait_for(tmp_path / "begun")
+    with ThreadPoolExecutor(1) as pool:
+        found = pool.submit(compiles, 1)
+        time.sleep(0.2)
+        made.touch()
+        assert not found.result()
+    process.join()
+
+
+@needs_fork
+@needs_locks
+def test_process_that_hangs_holds_nobody_up(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def hang() -> None:
+        with private_files.alone(folder, 7):
+            (tmp_path / "held").touch()
+            time.sleep(60)
+
+    monkeypatch.setattr(private_files, "PATIENCE", 0.1)
+    process = in_another(hang)
+    wait_for(tmp_path / "held")
+    with private_files.alone(folder, 7):
+        assert process.is_alive()
+    process.kill()
+    process.join()

@@ -17,6 +17,7 @@ A kernel receives the address of seven int64 arguments, see ``launch.ChunkCall``
 from __future__ import annotations
 
 import math
+from functools import partial
 from typing import Any
 
 import numba
@@ -45,7 +46,8 @@ from descend.backends.cpu.intrinsics import (
 )
 from descend.backends.retarget import retarget
 
-njit: Any = numba.njit
+# Wrappers would make these functions callable from Python, which nobody does; they take a third of the time.
+njit: Any = partial(numba.njit, no_cpython_wrapper=True, no_cfunc_wrapper=True)
 
 # With Python's own division check nothing would vectorise; these flags keep NaN and Inf exact.
 OPTIONS: dict[str, Any] = {"error_model": "numpy", "fastmath": {"contract", "nsz", "arcp"}}
@@ -54,8 +56,6 @@ _SUM_OPTIONS: dict[str, Any] = {"error_model": "numpy", "fastmath": {"contract",
 ROW = 48  # bytes of a row of the chunk table
 AHEAD = 8  # chunks between a prefetch and its use
 PREFETCHED = 256  # elements of a chunk that are prefetched; the processor prefetches the rest of a long chunk itself
-
-_ENTRY_OPTIONS = {"no_cpython_wrapper": True, "no_cfunc_wrapper": True}
 
 
 def _literals_as(number: Any) -> Any:
@@ -271,7 +271,7 @@ def loop_kernel(function: Any, arrays: int) -> str:
 def assembly(kernel: Any, options: dict[str, Any]) -> str:
     """LLVM assembly of ``kernel`` behind a plain C entry point."""
     signature = types.void(types.int64)
-    compiled = njit(signature, **options, **_ENTRY_OPTIONS)(kernel)
+    compiled = njit(signature, **options)(kernel)
     ((arguments, overload),) = compiled.overloads.items()
     name = overload.fndesc.llvm_func_name
     # Numba's calling convention: pointers to the result and to an exception come first.

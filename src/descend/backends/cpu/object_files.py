@@ -48,15 +48,25 @@ def load(name: str, key: str, compile_to_llvm: Callable[[], str]) -> int:
             path = cache_directory() / f"{_readable(name)}-{digest[:40]}.o"
             object_code = _unpack(full_key, private_files.read(path) or b"")
             if object_code is None:
-                module = llvm.parse_assembly(compile_to_llvm())
-                symbols = _called_symbols(module)
-                object_code = _target_machine().emit_object(module)
-                private_files.write(path, _pack(full_key, object_code, symbols))
+                # Ranks of one machine need the same kernels at the same time: one of them compiles each.
+                with private_files.alone(path.parent, int(digest[:15], 16)):
+                    object_code = _unpack(full_key, private_files.read(path) or b"")
+                    if object_code is None:
+                        object_code = _compile(full_key, path, compile_to_llvm)
             engine.add_object_file(llvm.ObjectFileRef.from_data(object_code))
             engine.finalize_object()
             _engines.append(engine)
             _loaded[key] = engine.get_function_address(ENTRY)
         return _loaded[key]
+
+
+def _compile(full_key: str, path: Path, compile_to_llvm: Callable[[], str]) -> bytes:
+    """The object code of a function, now also in the file ``path``."""
+    module = llvm.parse_assembly(compile_to_llvm())
+    symbols = _called_symbols(module)
+    object_code: bytes = _target_machine().emit_object(module)
+    private_files.write(path, _pack(full_key, object_code, symbols))
+    return object_code
 
 
 def _readable(name: str) -> str:

@@ -10,12 +10,20 @@ from __future__ import annotations
 
 import os
 import stat
+import time
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+try:
+    import fcntl
+except ImportError:  # Windows: processes do not wait for each other there
+    fcntl = None  # type: ignore[assignment]
+
 LARGEST = 1 << 24  # bytes read of a file; a kernel has some 10,000
+LOCKS = "locks"  # a file of no bytes: each number that is locked is the place of a byte
+PATIENCE = 60.0  # seconds; a process that was stopped while it held a lock holds nobody up for longer
 
 _HAS_OWNERS = hasattr(os, "geteuid")
 # Opening a symbolic link fails, and opening a FIFO does not wait for somebody to write.
@@ -48,6 +56,44 @@ def write(path: Path, content: bytes) -> None:
             with suppress(OSError):
                 os.unlink(temporary, dir_fd=folder)
             raise
+
+
+@contextmanager
+def alone(folder: Path, number: int) -> Iterator[None]:
+    """Wait until no other process is in here with the same folder and number, at most ``PATIENCE``.
+
+    Do not wait where the folder cannot be written or trusted, or files cannot be locked.
+    """
+    with _open_locks(folder) as file:
+        if file is not None:
+            _lock(file, number)
+        yield
+
+
+@contextmanager
+def _open_locks(folder: Path) -> Iterator[int | None]:
+    """The descriptor of the file ``LOCKS``, or None. The end of a process, too, gives its locks back."""
+    file = None
+    with suppress(OSError), _open_folder(folder) as descriptor:
+        if fcntl is not None:
+            file = _opener(descriptor)(_name(folder / LOCKS), os.O_RDWR | os.O_CREAT)
+    try:
+        yield file
+    finally:
+        if file is not None:
+            os.close(file)
+
+
+def _lock(file: int, number: int) -> None:
+    end = time.monotonic() + PATIENCE
+    while time.monotonic() < end:
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, number)
+            return
+        except (BlockingIOError, PermissionError):  # EAGAIN or EACCES: somebody has it
+            time.sleep(0.01)
+        except OSError:
+            return
 
 
 @contextmanager

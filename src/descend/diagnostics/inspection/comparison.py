@@ -122,9 +122,9 @@ def _change(old: Param, new: Param) -> Change:
             else:
                 change.other.append(f"{name}: {len(was[name])} tensors became {len(now[name])}")
             continue
-        dtypes = [str(tensors[0].dtype).removeprefix("torch.") for tensors in (was[name], now[name])]
-        if dtypes[0] != dtypes[1]:
-            change.other.append(f"{name} {dtypes[0]} -> {dtypes[1]}")
+        formats = [tensors[0].format for tensors in (was[name], now[name])]
+        if formats[0] != formats[1]:
+            change.other.append(f"{name} {formats[0]} -> {formats[1]}")
         relative = _relative(was[name], now[name])
         if relative is not None:
             change.relative[name] = relative

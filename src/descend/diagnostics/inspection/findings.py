@@ -11,7 +11,8 @@ from typing import Any
 import torch
 
 from descend.diagnostics.inspection.examination import ZERO_WITHOUT_GRADIENT, Examination, Measures
-from descend.diagnostics.inspection.optimizers import FULL_SHAPED, Param, SavedOptimizer
+from descend.diagnostics.inspection.optimizers import Param, SavedOptimizer
+from descend.diagnostics.inspection.state_names import FULL_SHAPED, NOT_NEGATIVE
 from descend.diagnostics.inspection.stored import exact, number, shown
 
 # Shares of the elements of a tensor (for eps, also of its group) from which on something is reported.
@@ -20,25 +21,11 @@ STUCK_SHARE = 0.5
 UNDERFLOW_SHARE = 0.01
 SUBNORMAL_SHARE = 0.01
 
-_NOT_NEGATIVE = (
-    "exp_avg_sq",
-    "max_exp_avg_sq",
-    "exp_inf",
-    "square_avg",
-    "acc_delta",
-    "sum",
-    "step_size",
-    "row_var",
-    "col_var",
-    "exp_avg_sq_row",
-    "exp_avg_sq_col",
-    "variance",
-)
-
 # Of each kind: whether it is wrong (or only worth knowing), what it is, and what follows from it.
 KINDS = {
     "nonfinite": (True, "NaN or Inf", "Every later step keeps them: go back to an earlier checkpoint."),
     "negative": (True, "Negative state, where none can be", "Its square root is NaN: the file was damaged or edited."),
+    "codes": (True, "State in 8 bits cannot be decoded", "Loading refuses it: the file was damaged or edited."),
     "option": (True, "An option is out of range", "No optimizer would accept it."),
     "empty": (
         True,
@@ -230,6 +217,8 @@ def _of_params(saved: SavedOptimizer) -> Iterator[tuple[str, Case]]:
     # If none has two dimensions, they were flattened to be sharded, and shapes say nothing.
     shapes_tell = any(len(param.shape or ()) > 1 for param in params)
     for param in params:
+        for fault in param.faults:
+            yield "codes", Case(param.label, fault)
         decay = number(saved.groups[param.group or 0].get("weight_decay"))
         if decay and _is_bias_or_norm(param, shapes_tell):
             yield "decay", Case(param.label, f"weight_decay={decay:g}")
@@ -312,7 +301,7 @@ def _of_values(param: Param, measures: Measures) -> Iterator[tuple[str, Case]]:
                 "nonfinite",
                 Case(param.label, f"{label}{numbers.nans:,} NaN, {numbers.infs:,} Inf of {numbers.numel:,}"),
             )
-        if name in _NOT_NEGATIVE and numbers.negatives:
+        if name in NOT_NEGATIVE and numbers.negatives:
             detail = f"{label}{numbers.negatives:,} of {numbers.numel:,}, smallest {numbers.smallest:.3g}"
             yield "negative", Case(param.label, detail)
         alive = numbers.numel - numbers.zeros - numbers.nans - numbers.infs
@@ -321,8 +310,8 @@ def _of_values(param: Param, measures: Measures) -> Iterator[tuple[str, Case]]:
     yield from _of_zeros(param, measures)
     for name, (still, alive, beta) in measures.stuck.items():
         if still > STUCK_SHARE * alive:
-            dtype = str(param.tensors[name][0].dtype).removeprefix("torch.")
-            detail = f"{name}: {still:,} of {alive:,} in {dtype} are the same after a decay by {beta:g}"
+            stored = param.tensors[name][0].format
+            detail = f"{name}: {still:,} of {alive:,} in {stored} are the same after a decay by {beta:g}"
             yield "stuck", Case(param.label, detail)
 
 
@@ -345,11 +334,10 @@ def _of_zeros(param: Param, measures: Measures) -> Iterator[tuple[str, Case]]:
     squares = measures.statistics.get("exp_avg_sq")
     average = measures.statistics.get("exp_avg")
     if squares and average:
-        lost, dtype = squares.zeros - average.zeros, param.tensors["exp_avg_sq"][0].dtype
+        lost, stored = squares.zeros - average.zeros, param.tensors["exp_avg_sq"][0]
         # In other types single squares vanish with gradients below 1e-22, which move nothing.
-        if lost > (UNDERFLOW_SHARE * squares.numel if dtype == torch.float16 else max(squares.numel - 1, 0)):
-            name = str(dtype).removeprefix("torch.")
-            yield "underflow", Case(param.label, f"at least {lost:,} of {squares.numel:,} in {name}")
+        if lost > (UNDERFLOW_SHARE * squares.numel if stored.dtype == torch.float16 else max(squares.numel - 1, 0)):
+            yield "underflow", Case(param.label, f"at least {lost:,} of {squares.numel:,} in {stored.format}")
             return
     if param.step == 0:
         return

@@ -7,32 +7,27 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from descend.core.codecs import COMPENSATION, SCALE
+from descend.diagnostics.inspection.coded import paired
+from descend.diagnostics.inspection.state_names import FULL_SHAPED
 from descend.diagnostics.inspection.stored import Stored, number
 from descend.reporting.errors import UsageError
 
 _DEPTH = 8  # of dictionaries in dictionaries that are looked into
 _WRAPPERS = re.compile(r"(?:module|_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
-# State that has the parameter's shape.
-FULL_SHAPED = (
-    "exp_avg",
-    "exp_avg_sq",
-    "max_exp_avg_sq",
-    "exp_avg_slow",
-    "exp_avg_diff",
-    "previous_grad",
-    "exp_inf",
-    "momentum_buffer",
-    "square_avg",
-    "acc_delta",
-    "grad_avg",
-    "sum",
-    "prev",
-    "step_size",
-    "ax",
-    "z",
-    "variance",
+_OTHER_STATE = (
+    "step",
+    "eta",
+    "mu",
+    "mu_product",
+    "row_var",
+    "col_var",
+    "row_step",
+    "factors",
+    "bases",
+    COMPENSATION,
+    *(name + SCALE for name in FULL_SHAPED),
 )
-_OTHER_STATE = ("step", "eta", "mu", "mu_product", "row_var", "col_var", "row_step", "factors", "bases")
 _FLAT_STATE = re.compile(rf"(?:(.*)\.)?state\.(.+)\.({'|'.join((*FULL_SHAPED, *_OTHER_STATE))})")
 _FLAT_OPTION = re.compile(r"(?:(.*)\.)?param_groups\.(.+)\.(\w+)")
 _SCALARS = {"step", "eta", "mu", "mu_product"}
@@ -79,7 +74,8 @@ class Param:
         key: its key in the state dictionary.
         group: index of its group; None if it is in no group.
         scalars: the step count and other single numbers.
-        tensors: the other state by name; several tensors for a history.
+        tensors: the other state by name; several tensors for a history; state in 8 bits without its scales.
+        faults: what is wrong with state in 8 bits.
         weight: the parameter itself, if the checkpoint has it.
     """
 
@@ -90,6 +86,7 @@ class Param:
     has_state: bool
     scalars: dict[str, float] = field(default_factory=dict)
     tensors: dict[str, list[Stored]] = field(default_factory=dict)
+    faults: list[str] = field(default_factory=list)
     weight: Stored | None = None
 
     @property
@@ -229,6 +226,7 @@ def _param(key: Any, name: str | None, group: int | None, state: Any, who: str) 
             param.tensors[str(entry)] = [value]
         elif isinstance(value, list) and (history := [item for item in value if isinstance(item, Stored)]):
             param.tensors[str(entry)] = history
+    param.tensors, param.faults = paired(param.tensors)
     return param
 
 

@@ -170,7 +170,7 @@ def _of_optimizer(examination: Examination, findings: list[Finding]) -> dict[str
                 "state": {
                     name: {
                         "shape": list(tensors[0].shape),
-                        "dtype": str(tensors[0].dtype).removeprefix("torch."),
+                        "dtype": tensors[0].format,
                         "tensors": len(tensors),
                         **(asdict(numbers) if (numbers := measures.statistics.get(name)) else {}),
                     }

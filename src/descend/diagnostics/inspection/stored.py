@@ -39,6 +39,11 @@ class Stored:
     def nbytes(self) -> int:
         return self.numel * self.dtype.itemsize
 
+    @property
+    def format(self) -> str:
+        """How its numbers are stored, in a word."""
+        return str(self.dtype).removeprefix("torch.")
+
     def read(self) -> Tensor | None:
         """The values as a dense tensor of real or complex numbers, None if there are none."""
         if self.load is None:

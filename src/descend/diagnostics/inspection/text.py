@@ -12,7 +12,7 @@ from descend.diagnostics.inspection.files import Checkpoint
 from descend.diagnostics.inspection.findings import Finding
 from descend.diagnostics.inspection.optimizers import Param, SavedOptimizer
 from descend.diagnostics.inspection.statistics import Statistics
-from descend.diagnostics.inspection.stored import exact, shown
+from descend.diagnostics.inspection.stored import Stored, exact, shown
 
 _UNITS = ("B", "KiB", "MiB", "GiB", "TiB")
 _NAMED = 4  # places that a finding lists in text
@@ -159,8 +159,8 @@ def _write_finding(page: Page, finding: Finding) -> None:
 
 def _write_param(page: Page, param: Param, measures: Measures) -> None:
     every = [tensor for tensors in param.everything.values() for tensor in tensors]
-    same = len({(tensor.shape, tensor.dtype) for tensor in every}) == 1
-    head = [_kind(every[0].shape, every[0].dtype)] if same else []
+    same = len({(tensor.shape, tensor.format) for tensor in every}) == 1
+    head = [_kind(every[0])] if same else []
     head += [f"{name}={exact(value)}" for name, value in param.scalars.items()]
     if param.group is not None:
         head.append(f"group {param.group}")
@@ -168,7 +168,7 @@ def _write_param(page: Page, param: Param, measures: Measures) -> None:
     rows = []
     for name, tensors in param.everything.items():
         label = name if len(tensors) == 1 else f"{name} x{len(tensors)}"
-        label = label if same else f"{label} {_kind(tensors[0].shape, tensors[0].dtype)}"
+        label = label if same else f"{label} {_kind(tensors[0])}"
         rows.append((label, *_cells(measures.statistics.get(name))))
     if not page.table([_HEADS, *rows], 2):
         for label, *cells in rows:
@@ -191,8 +191,8 @@ def _quantiles(values: Sequence[float]) -> str:
     return f"1%: {low}, median: {median}, 99%: {high}"
 
 
-def _kind(shape: tuple[int, ...], dtype: object) -> str:
-    return f"{list(shape)} {str(dtype).removeprefix('torch.')}"
+def _kind(tensor: Stored) -> str:
+    return f"{list(tensor.shape)} {tensor.format}"
 
 
 def _order(examination: Examination, findings: Sequence[Finding]) -> list[int]:
