@@ -227,7 +227,7 @@ def main() -> None:
     reached = figures(found)
     if quick:
         print("\nQuick run: the shapes were cut down, so none of these times means anything.")
-    else:
+    elif reached:
         report_figures(reached)
     if arguments.json:
         everything = {
