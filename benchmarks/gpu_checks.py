@@ -666,6 +666,33 @@ def mixed_devices(place: Place) -> str:
     return f"CPU and {count} GPU(s) differ by {worst:.1g} at most"
 
 
+def offloaded(place: Place) -> str:
+    """State stays in the host's memory; the device gets what float64 computes, edits of parameters included."""
+    place.needs_cuda("parameters on a device")
+    sizes = [(300, 300), (7,), (3_000_000,)]
+    values = [place.draw(*size) for size in sizes]
+    params = place.leaves(values, F32)
+    exact = [param.detach().cpu().double().requires_grad_() for param in params]
+    optimizer = descend.AdamW(params, lr=0.01, max_norm=1.0, state_device="cpu")
+    reference = torch.optim.AdamW(exact, lr=0.01, foreach=False)
+    for step in range(5):
+        grads = [place.draw(*size).float() for size in sizes]
+        give(params, grads)
+        give(exact, grads)
+        if step == 3:
+            for param in (*params, *exact):
+                param.data.mul_(0.5)  # no version counter tells
+        torch.nn.utils.clip_grad_norm_(exact, 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        reference.step()
+    places = {value.device.type for state in optimizer.state.values() for value in state.values()}
+    if places != {"cpu"}:
+        raise WrongError(f"state is on {', '.join(sorted(places))}")
+    worst = max(within("offloaded", distance(*pair), 1e-5) for pair in zip(params, exact, strict=True))
+    return f"differs by {worst:.1g} at most"
+
+
 def streams(place: Place) -> str:
     """A step in another stream comes after what that stream was given."""
     place.needs_cuda("streams")
@@ -843,6 +870,7 @@ CHECKS: dict[str, Callable[[Place], str]] = {
     "sparse-exact": sparse_exact,
     "deterministic": deterministic,
     "devices": mixed_devices,
+    "offloaded": offloaded,
     "streams": streams,
     "checkpoints": checkpoints,
     "no-waiting": no_waiting,

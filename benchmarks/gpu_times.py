@@ -9,7 +9,8 @@ How the times are made comparable:
   sets of them that together they exceed the second-level cache several times; a step takes the next set.
 - **Turns.** All contenders of a case take turns, who goes first rotates, and medians are reported. The first step,
   which makes state and perhaps compiles, is reported apart.
-- **The floor** is what a step must read and write, over the bandwidth of a large copy within the device's memory.
+- **The floor** is what a step must read and write, over the bandwidth of a large copy within the device's memory; if
+  its state is in the host's memory, what it must send one way, over the bandwidth of a copy from pinned memory.
 
 A case that does not fit into the device's memory is left out, or loses its hungriest contender.
 """
@@ -111,11 +112,13 @@ class Case(NamedTuple):
         shape: of ``SHAPES``; for tables, how rows are looked up.
         dtype: of parameters, gradients and state.
         clip: whether gradients are clipped to a norm of 1.
+        offload: whether state is in the host's memory.
     """
 
     shape: str
     dtype: str
     clip: bool = False
+    offload: bool = False
 
     @property
     def is_sparse(self) -> bool:
@@ -125,7 +128,8 @@ class Case(NamedTuple):
     def name(self) -> str:
         if self.is_sparse:
             return f"sparseadam-{self.dtype}-10Mx64-{self.shape}"
-        return f"adamw-{self.dtype}-{self.shape}-{'clip' if self.clip else 'plain'}"
+        kind = "offloaded" if self.offload else "clip" if self.clip else "plain"
+        return f"adamw-{self.dtype}-{self.shape}-{kind}"
 
 
 # In order of importance: what the time does not suffice for is left out at the end.
@@ -135,6 +139,7 @@ CASES = (
     *(Case(lookups, "float32") for lookups in ("uniform", "zipf")),
     *(Case("1B", "bfloat16", clip) for clip in (False, True)),
     *(Case(shape, dtype, clip) for shape in ("gpt2", "llama-1b") for dtype in DTYPES for clip in (False, True)),
+    Case("gpt2", "float32", offload=True),
     Case("1000x1000", "bfloat16", clip=True),
     *(Case(shape, dtype, clip) for shape in ("124M", "1M") for dtype in DTYPES for clip in (False, True)),
 )
@@ -391,6 +396,53 @@ def time_dense(
     return Result(case, len(sizes), numbers, sets, moved, moved / clock.bandwidth, times, note)
 
 
+def time_offloaded(case: Case, plan: Plan, clock: Clock) -> Result:
+    """Time steps of AdamW with state in the host's memory, against torch's fused one there between two copies.
+
+    Raises:
+        LeftOutError: if parameters and gradients do not fit into the memory.
+    """
+    sizes, dtype = plan.sizes(case.shape), DTYPES[case.dtype]
+    numbers, is_cuda = sum(map(math.prod, sizes)), clock.device.type == "cuda"
+    size, free = numbers * dtype.itemsize, free_memory(clock.device)
+    if 2 * size > free:
+        raise LeftOutError(f"needs {2 * size / 2**30:.0f} GiB, {free / 2**30:.0f} GiB may be taken")
+    params = [torch.randn(each, dtype=dtype, device=clock.device).mul_(0.02).requires_grad_() for each in sizes]
+    for param in params:
+        param.grad = torch.randn_like(param).mul_(1e-3)
+
+    def one_after_the_other(number: int) -> Callable[[], object]:
+        copies = [torch.empty_like(param, device="cpu", pin_memory=is_cuda).copy_(param.detach()) for param in params]
+        for copy in copies:
+            copy.grad = torch.empty_like(copy, pin_memory=is_cuda)
+        inner = torch.optim.AdamW(copies, fused=True)
+        grads = [copy.grad for copy in copies if copy.grad is not None]
+
+        @torch.no_grad()
+        def step() -> None:
+            for grad, param in zip(grads, params, strict=True):
+                assert param.grad is not None
+                grad.copy_(param.grad, non_blocking=True)
+            clock.synchronize()
+            inner.step()
+            for copy, param in zip(copies, params, strict=True):
+                param.copy_(copy, non_blocking=True)
+
+        return step
+
+    contenders = {
+        OURS: Contender(lambda number: descend.AdamW(params, state_device="cpu").step),
+        TORCH: Contender(one_after_the_other),
+    }
+    times = time_contenders(contenders, 1, plan, clock)
+    source = torch.empty(min(size, COPY), dtype=torch.uint8, pin_memory=is_cuda)
+    there = torch.empty_like(source, device=clock.device)
+    seconds = statistics.median(clock.elapsed(lambda: there.copy_(source, non_blocking=True)) for _ in range(5))
+    return Result(
+        case, len(sizes), numbers, 1, size, size * seconds / len(source), times, "floor: one way over the bus"
+    )
+
+
 def draw_lookups(lookups: str, rows: int, shape: tuple[int, int], device: torch.device) -> Tensor:
     """Row numbers, int64: uniform, or the row of rank r with a probability proportional to r**-1.2."""
     if lookups == "uniform":
@@ -444,6 +496,8 @@ def time_case(case: Case, plan: Plan, clock: Clock, backend: BackendName) -> Res
     """Time one case."""
     if case.is_sparse:
         return time_sparse(case, plan, clock, backend)
+    if case.offload:
+        return time_offloaded(case, plan, clock)
     with suppress(torch.cuda.OutOfMemoryError):
         return time_dense(case, plan, clock, backend)
     return time_dense(case, plan, clock, backend, (OURS, FUSED))._replace(note="foreach left out: out of memory")

@@ -23,7 +23,17 @@ from descend.bench.clock import Timing
 
 SCRIPT = Path(gpu.__file__)
 HAS_TRITON = find_spec("triton") is not None
-NEED_CUDA = {"large", "capture", "training", "devices", "streams", "no-waiting", "no-allocation", "host-cost"}
+NEED_CUDA = {
+    "large",
+    "capture",
+    "training",
+    "devices",
+    "offloaded",
+    "streams",
+    "no-waiting",
+    "no-allocation",
+    "host-cost",
+}
 
 
 def place() -> Place:

@@ -147,6 +147,36 @@ def test_distributed_checkpoint_has_all_of_it(flatten: bool, makes: str, tmp_pat
     assert_same_bits(state_of(loading), state_of(saving))
 
 
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+def test_codes_that_a_distributed_checkpoint_has_cast_are_refused(tmp_path: Path) -> None:
+    def loaded(module: nn.Module, optimizer: Any) -> Any:
+        optimizer.init_state()
+        dcp.load(into := {"o": get_optimizer_state_dict(module, optimizer)}, checkpoint_id=tmp_path, no_dist=True)
+        set_optimizer_state_dict(module, optimizer, into["o"])
+        return optimizer
+
+    module = model()
+    saving = AdamW(module.named_parameters(), state_dtype="8bit", backend="eager")
+    give_grads(params_of(saving), 0)
+    saving.step()
+    dcp.save({"o": get_optimizer_state_dict(module, saving)}, checkpoint_id=tmp_path, no_dist=True)
+    for dtype in (torch.float32, torch.bfloat16):
+        with pytest.raises(ValueError, match=r"exp_avg of 0.weight has only whole numbers from 0 to 255: codes"):
+            loaded(other := model(), AdamW(other.named_parameters(), state_dtype=dtype))
+    cured = AdamW(model().named_parameters(), state_dtype=torch.float32)
+    cured.load_state_dict(loaded(other := model(), AdamW(other.named_parameters(), state_dtype="8bit")).state_dict())
+    weights = cured.state[params_of(cured)[0]], saving.state[params_of(saving)[0]]
+    assert torch.equal(*(numbers(content, "exp_avg") for content in weights))
+
+
+def test_whole_numbers_alone_are_no_codes() -> None:
+    optimizer = new(SGD, momentum=0.5, lr=1.0)
+    for param in params_of(optimizer):
+        param.grad = torch.arange(param.numel()).remainder(12).view_as(param).float()
+    optimizer.step()
+    new(SGD, momentum=0.5, lr=1.0).load_state_dict(optimizer.state_dict())
+
+
 # Conversions.
 
 FORMATS: list[Any] = [None, "8bit", torch.float32, torch.float64, torch.bfloat16, {"exp_avg": "8bit"}]

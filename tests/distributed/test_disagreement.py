@@ -157,6 +157,9 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "weight_decay": dict(weight_decay=0.1),
     "max_norm": dict(max_norm=1.0),
     "nonfinite": dict(nonfinite="raise"),
+    "state_dtype": dict(state_dtype="8bit"),
+    "rounding": dict(rounding="stochastic"),
+    "rounding_seed": dict(rounding_seed=1),
 }
 EXPECTED = {
     "shape": "parameter 0: (5,) torch.float32 (Shard(dim=0),) and (6,) torch.float32 (Shard(dim=0),)",
@@ -167,6 +170,9 @@ EXPECTED = {
     "weight_decay": "group 0, weight_decay: 0.0 and 0.1",
     "max_norm": "max_norm: None and 1.0",
     "nonfinite": "nonfinite: 'step' and 'raise'",
+    "state_dtype": "state_dtype: None and '8bit'",
+    "rounding": "rounding: 'nearest' and 'stochastic'",
+    "rounding_seed": "rounding_seed: 0 and 1",
 }
 
 

@@ -329,6 +329,9 @@ def test_dimension_with_the_better_balance_is_cut() -> None:
     assert {shape: dim_to_cut(torch.empty(shape), 4) for shape in dims} == dims
     assert dim_to_cut(torch.empty(32, 200).t(), 4) == 1  # the outermost in memory
     assert dim_to_cut(torch.empty(()), 4) is dim_to_cut(torch.empty(0, 2), 4) is None
+    by_rows = torch.empty(3, 5000), torch.empty(1, 9), torch.empty(5000), torch.empty(32, 200).t()
+    assert [dim_to_cut(param, 4, by_rows=True) for param in by_rows] == [0] * 4
+    assert dim_to_cut(torch.empty(()), 4, by_rows=True) is None
 
 
 def state_bytes(rank: int) -> tuple[int, int, int]:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 import descend
 from descend import AdamW, FirstOrder, from_rule
-from descend.core.codecs import COMPENSATION, MIN_NUMEL, MIN_WIDTH, SCALE, Codec, decode, joined
+from descend.core.codecs import COMPENSATION, MIN_NUMEL, MIN_VECTOR, MIN_WIDTH, SCALE, Codec, decode, joined
 
 ROWS, WIDTH = 16, 300  # a block of 256 and one of 44 in each row
 EXACT = {  # state that averages nothing
@@ -163,8 +163,8 @@ def test_state_is_coded_by_name_by_size_and_by_pattern() -> None:
         assert formats(state_dtype="8bit", float32_state=pattern) == [torch.float32, torch.float32]
     assert formats(state_dtype="8bit", float32_state="bias") == [torch.uint8, torch.uint8]
     for shape, is_coded in {
-        (MIN_NUMEL,): True,
-        (MIN_NUMEL - 1,): False,
+        (MIN_VECTOR,): True,
+        (MIN_VECTOR - 1,): False,
         (MIN_NUMEL // MIN_WIDTH, MIN_WIDTH): True,
         (MIN_NUMEL, MIN_WIDTH - 1): False,
         (2, 3, MIN_NUMEL): True,

@@ -4,16 +4,13 @@ from __future__ import annotations
 
 import copy
 import signal
-import sys
-from collections.abc import Callable, Iterator
-from itertools import count
-from pathlib import Path
-from types import FrameType
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
 from cases import BACKENDS, leaves
+from interrupting import interrupted_everywhere
 from sum_rules import Estimated
 from torch import Tensor, nn
 
@@ -21,37 +18,7 @@ import descend
 from descend import SGD, AdamW, AdamWScheduleFree, NAdam, Rprop, warmup
 from descend.core.interrupts import DeferredSignals
 
-OURS = str(Path(descend.__file__).parent)
 SHAPES = [(7, 5), (3,), (), (33_000,)]  # the last one for several threads
-
-
-class CtrlC:
-    """Sends SIGINT when so many lines of the library have run in the block."""
-
-    def __init__(self, line: int) -> None:
-        self.lines_left = line
-
-    def __enter__(self) -> CtrlC:
-        sys.settrace(self._trace)
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        sys.settrace(None)
-
-    def _trace(self, frame: FrameType, event: str, argument: Any) -> Any:
-        if (
-            not frame.f_code.co_filename.startswith(OURS) or frame.f_code.co_name == "__del__"
-        ):  # Python ignores it there
-            return None
-        if event == "line":
-            self.lines_left -= 1
-            if self.lines_left == 0:
-                signal.raise_signal(signal.SIGINT)
-        return self._trace
-
-    @property
-    def was_sent(self) -> bool:
-        return self.lines_left <= 0
 
 
 @pytest.fixture(autouse=True)
@@ -59,24 +26,6 @@ def python_handles_ctrl_c() -> Iterator[None]:
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
     signal.signal(signal.SIGINT, before)
-
-
-def interrupted_everywhere(work: Callable[[], Any], stride: int = 1) -> Iterator[bool]:
-    """Run ``work`` again and again, with Ctrl-C after 1, 1 + stride, ... lines, until it gets to its end without one.
-
-    Yields whether Ctrl-C was let through.
-    """
-    for line in count(1, stride):
-        was_raised = False
-        try:
-            with CtrlC(line) as ctrl_c:
-                work()
-        except KeyboardInterrupt:
-            was_raised = True
-        assert torch.is_grad_enabled()
-        yield was_raised
-        if not ctrl_c.was_sent:
-            return
 
 
 def set_grads(params: list[Tensor]) -> None:

@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 
 from descend.core.caller import warn_caller
+from descend.core.codecs import BLOCK
+from descend.core.memory import PLAIN
 from descend.state import lazy_memory
 
 
@@ -59,6 +61,19 @@ def is_lossy(saved: Tensor, kept: Tensor) -> bool:
         return False
     saved = saved.to(kept.device)
     return not bool(((saved == kept) | saved.isnan()).all())
+
+
+def looks_coded(numbers: Tensor) -> bool:
+    """Whether floating-point numbers look like codes that something has cast: whole, up to 255, and of many kinds.
+
+    torch.distributed.checkpoint casts what it reads to the dtype of what it reads into, and says nothing.
+    """
+    if type(numbers) not in PLAIN or numbers.is_meta or not numbers.is_floating_point() or numbers.itemsize == 1:
+        return False
+    for some in (numbers.reshape(-1)[:BLOCK], numbers):  # the first few tell of nearly all
+        if not bool(((some == some.round()) & (some >= 0) & (some <= 255)).all()):
+            return False
+    return int(torch.bincount(numbers.to(torch.uint8).reshape(-1)).count_nonzero()) > 16
 
 
 def dtype_name(dtype: torch.dtype) -> str:

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from descend.core.codecs import Codec, scale_shape
 from descend.core.coded import decoded
-from descend.distributed.dtensors import is_dtensor, layout_of, like, local_of, part_of, same_layout
+from descend.distributed.dtensors import is_dtensor, layout_of, like, local_of, part_of, redistributed, same_layout
 
 _SAVE_WHOLE = (
     "Save it with torch.distributed.checkpoint, or whole: get_optimizer_state_dict with "
@@ -46,5 +46,5 @@ def part_for(owner: Any, value: Any, what: str) -> Tensor:
         except ValueError as error:
             raise ValueError(f"{what}: {error}.") from None
     if is_dtensor(owner) and value.device_mesh == owner.device_mesh:
-        return local_of(value.detach().redistribute(owner.device_mesh, owner.placements))
+        return local_of(redistributed(value.detach(), owner.placements))
     raise ValueError(f"{what} has {layout_of(value)}, the parameter {layout_of(owner)}. {_SAVE_WHOLE}")

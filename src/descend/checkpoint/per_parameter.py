@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from descend.checkpoint.formats import Losses, dtype_name, is_lossy, placed, wider
+from descend.checkpoint.formats import Losses, dtype_name, is_lossy, looks_coded, placed, wider
 from descend.checkpoint.matching import Hyperparameters, IncompatibleKeys, Match, Matching, check_choices, listed
 from descend.checkpoint.parts import decoded_on_ranks, in_place_of, part_for
 from descend.checkpoint.reading import (
@@ -27,7 +27,7 @@ from descend.checkpoint.reading import (
     unusable_is_value_error,
 )
 from descend.core import memory
-from descend.core.codecs import COMPENSATION, SCALE, Codec, Rounded, element_dtype, scale_shape
+from descend.core.codecs import COMPENSATION, MIN_NUMEL, SCALE, Codec, Rounded, element_dtype, scale_shape
 from descend.core.coded import decoded, encoded, fault_of, negative_scale
 from descend.core.memory import as_real, row_state_shape
 from descend.core.method import Method
@@ -41,6 +41,7 @@ from descend.distributed.dtensors import (
     rows_of,
 )
 from descend.distributed.shard_state import as_sharded
+from descend.offload.host_params import where_state_is
 from descend.sparse import table
 from descend.state.container import InitialState, new_scales
 
@@ -362,8 +363,8 @@ class _Reading:
         if not isinstance(value, Tensor):
             if in_rule and value is not None:
                 raise ValueError(f"{what} must be a tensor, got {type(value).__name__}.")
-            return copied(value, lambda tensor: tensor.detach().to(param.device, copy=True))
-        value, owner = value.to_dense() if value.is_sparse else value, as_sharded(self.optimizer, param)
+            return copied(value, lambda tensor: tensor.detach().to(self._owner(param).device, copy=True))
+        value, owner = value.to_dense() if value.is_sparse else value, self._owner(param)
         if key.endswith(SCALE) and value.shape == scale_shape(owner.shape):
             owner = new_scales(owner)  # of state that the rule would have with another option
         owner = owner if value.shape == owner.shape else local_of(owner)
@@ -396,8 +397,8 @@ class _Reading:
     ) -> dict[str, Tensor]:
         """State of the rule, as this optimizer would store it; no dtype is narrowed that was not asked for."""
         what = f"{self.who}: the loaded {key} of {name}"
-        shape, owner = method.state_shape(key, param, group), as_sharded(self.optimizer, param)
-        format, codec = method.format_of_state(key, owner, group), method.codec_of(key)
+        shape, owner = method.state_shape(key, param, group), self._owner(param)
+        format, codec = method.format_of_state(key, param, group), method.codec_of(key)
         if owner.shape != shape:
             is_of_rows = shape == row_state_shape(owner) and has_whole_rows(owner)
             owner = rows_of(owner) if is_dtensor(owner) and is_of_rows else local_of(owner)
@@ -407,6 +408,12 @@ class _Reading:
             raise ValueError(f"{what} must hold numbers as the parameter does ({param.dtype}), got {value.dtype}.")
         if value.shape != shape:
             raise self._misfit(what, value, shape)
+        if scale is None and value.numel() >= MIN_NUMEL and looks_coded(local_of(value)):
+            raise ValueError(
+                f"{what} has only whole numbers from 0 to 255: codes of 8 bits, which torch.distributed.checkpoint has "
+                f"cast to {dtype_name(value.dtype)}? It takes no other formats than those of the checkpoint. Load into "
+                "an optimizer with the checkpoint's state_dtype; this one then loads its state_dict()."
+            )
         if scale is not None and isinstance(format, Codec):
             codes, scales = part_for(owner, value, what), part_for(new_scales(owner), scale.detach(), what)
             self._check_scale(key, scales, name)
@@ -454,12 +461,16 @@ class _Reading:
             return {}
         if not is_ours:
             raise ValueError(f"{what} must be a tensor of torch.int16, got {getattr(value, 'dtype', value)!r:.40}.")
-        owner = as_sharded(self.optimizer, param)
+        owner = self._owner(param)
         _check_memory(local_of(value), local_of(owner), what)
         if value.shape != param.shape:
             raise self._misfit(what, value, param.shape)
         part = part_for(owner, value.detach(), what)
         return {COMPENSATION: in_place_of(owner, placed(part, torch.int16, local_of(owner), self._is_lazy))}
+
+    def _owner(self, param: Tensor) -> Tensor:
+        """A tensor that lies where the state of ``param`` is to lie: on the ranks, and in the host's memory."""
+        return where_state_is(self.optimizer, as_sharded(self.optimizer, param))
 
     def _misfit(self, what: str, value: Tensor, shape: torch.Size) -> _MisfitError:
         hint = "" if self.optimizer.param_groups[0].get("param_names") else " Were the parameters in another order?"

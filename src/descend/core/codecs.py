@@ -30,6 +30,7 @@ called ``compensation``: the bits of a float32 are the bits of the bfloat16, shi
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Literal, NamedTuple, TypeAlias
 
@@ -42,6 +43,7 @@ from descend.core.noise import Stream
 BLOCK = 256  # numbers that share a scale
 MIN_NUMEL = 4096  # smaller tensors are not worth it
 MIN_WIDTH = 16  # nor are shorter rows: each has a scale
+MIN_VECTOR = 65_536  # nor are biases and weights of norms, which ranks could not cut along blocks
 
 SCALE = "_scale"
 COMPENSATION = "compensation"
@@ -137,15 +139,27 @@ def scale_shape(shape: torch.Size) -> torch.Size:
 
 def is_worth_coding(tensor: Tensor) -> bool:
     """Whether the state of a parameter is large enough for codes, and its blocks would lie whole on one rank."""
-    width = rows_and_width(tensor.shape)[1]
-    is_part = tensor.dim() < 2 and type(tensor) not in PLAIN
-    return tensor.numel() >= MIN_NUMEL and width >= MIN_WIDTH and not is_part
+    if tensor.dim() < 2:
+        return tensor.numel() >= MIN_VECTOR and type(tensor) in PLAIN
+    return tensor.numel() >= MIN_NUMEL and rows_and_width(tensor.shape)[1] >= MIN_WIDTH
 
 
 def rows_and_width(shape: torch.Size) -> tuple[int, int]:
     """How many rows a tensor of codes has, and how many numbers are in each."""
-    rows = shape[0] if len(shape) > 1 else 1
-    return rows, shape.numel() // max(rows, 1)
+    if len(shape) < 2:
+        return 1, shape.numel()
+    return shape[0], math.prod(shape[1:])
+
+
+def keeps_blocks(shape: torch.Size, dim: int, parts: int) -> bool:
+    """Whether no block of a tensor of codes is cut, if the tensor is, along ``dim`` into ``parts``, as ``Shard`` does.
+
+    Any cut between rows keeps them. Within rows the parts must be equal, and each a contiguous piece of whole blocks;
+    then the parts of codes and scales match.
+    """
+    if parts == 1 or (dim == 0 and len(shape) > 1):
+        return True
+    return dim <= 1 and shape[dim] % parts == 0 and rows_and_width(shape)[1] % (parts * BLOCK) == 0
 
 
 # The reference: with torch's operations, on any device.
@@ -160,7 +174,7 @@ def decode(codes: Tensor, scale: Tensor, codec: Codec) -> Tensor:
     if codec.signed:
         value = torch.where(codes >= 128, -value, value)
     rows, width = rows_and_width(codes.shape)
-    blocks = scale.reshape(rows, -1)
+    blocks = scale.reshape(rows, -(-width // BLOCK))
     return (value.reshape(rows, width) * blocks.repeat_interleave(BLOCK, 1)[:, :width]).reshape(codes.shape)
 
 
@@ -175,7 +189,8 @@ def encode(numbers: Tensor, codec: Codec, noise: Tensor | None = None) -> tuple[
         noise: 16 bits for each number, in any integer dtype; only for a stochastic codec.
     """
     rows, width = rows_and_width(numbers.shape)
-    padded = torch.nn.functional.pad(numbers.reshape(rows, width), (0, -width % BLOCK)).view(rows, -1, BLOCK)
+    padded = torch.nn.functional.pad(numbers.reshape(rows, width), (0, -width % BLOCK))
+    padded = padded.view(rows, padded.shape[1] // BLOCK, BLOCK)
     # As integers, magnitudes are in the same order, and NaN is the largest.
     magnitude = padded.view(torch.int32) & MAGNITUDE
     largest = magnitude.amax(2)
@@ -189,13 +204,13 @@ def encode(numbers: Tensor, codec: Codec, noise: Tensor | None = None) -> tuple[
         up: Tensor | float = 0.5
     else:
         noise = noise.reshape(rows, width).to(torch.float32)
-        up = torch.nn.functional.pad(noise, (0, -width % BLOCK)).view(rows, -1, BLOCK) * 2.0**-16
+        up = torch.nn.functional.pad(noise, (0, -width % BLOCK)).view(padded.shape) * 2.0**-16
     # The largest noise takes 256 to 257, which float32 rounds up to.
     code = ((root + up).to(torch.int32) - 1).clamp(max=codec.largest)
     code = code.clamp(min=0) if codec.signed else torch.where(magnitude > 0, code.clamp(min=1), 0)
     if codec.signed:
         code = torch.where(padded.view(torch.int32) < 0, code + 128, code)
-    code = code.reshape(rows, -1)[:, :width].reshape(numbers.shape)
+    code = code.flatten(1)[:, :width].reshape(numbers.shape)
     return code.to(torch.uint8), scale.reshape(scale_shape(numbers.shape))
 
 

@@ -266,10 +266,9 @@ class Method:
         """
         return row_state_shape(param) if signature(self.rule_of(param, group)).kind == "row" else param.shape
 
-    def state_spec(self, name: str, param: Tensor, group: Mapping[str, Any]) -> StateSpec:
-        """How new state called ``name`` is made."""
-        shape, format = self.state_shape(name, param, group), self.format_of_state(name, param, group)
-        return StateSpec(name, shape, format, self.initial_state(name, param, group))
+    def state_spec(self, name: str, param: Tensor, group: Mapping[str, Any], format: Format) -> StateSpec:
+        """How new state called ``name`` is made, in a format; ``param`` may be a part of the parameter."""
+        return StateSpec(name, self.state_shape(name, param, group), format, self.initial_state(name, param, group))
 
     def dtype_of_state(self, name: str, param: Tensor) -> torch.dtype:
         """Dtype of new state called ``name``, where it is not coded."""
@@ -287,7 +286,7 @@ class Method:
         return param.dtype if rounding == "nearest" or param.dtype != torch.bfloat16 else Rounded(rounding)
 
     def format_of_state(self, name: str, param: Tensor, group: Mapping[str, Any]) -> Format:
-        """How new state called ``name`` is stored."""
+        """How new state called ``name`` of a parameter is stored."""
         if _is_to_be_coded(self, name, param, group):
             return self.codec_of(name)
         return self.rounded(self.dtype_of_state(name, param))
@@ -314,6 +313,8 @@ def _is_to_be_coded(method: Method, name: str, param: Tensor, group: Mapping[str
     if method.keeps_exact(name, group) and not isinstance(options.state_dtype, Mapping):
         return False
     if method.state_shape(name, param, group) != param.shape or not codecs.is_worth_coding(param):
+        return False
+    if options.shard_state is not None and param.dim() < 2:  # parts would not end where blocks do
         return False
     return options.float32_state is None or not matches(options.float32_state, method.name_of(param))
 

@@ -32,6 +32,7 @@ from descend.core.options import (
     Nonfinite,
     Rounding,
     Sparse,
+    StateDevice,
     StateDtype,
     StatePages,
     StepOptions,
@@ -73,6 +74,8 @@ class MethodOptimizer(Method, Optimizer):
         skipped_steps: steps left out by ``nonfinite="skip"``.
         agreed_meshes: device meshes whose ranks have been found to have the same optimizer.
         state_meshes: the device mesh of each ``shard_state`` that has been used.
+        host_copies: with ``state_device``, the ``offload.buckets.HostCopy`` of each parameter that has been stepped.
+        transfers: the ``offload.transfers.Transfers`` to each of their devices.
         observer: is told of each step; copies and pickles leave it out.
         decisions: numbers of the ``Decision`` of each place where one is taken: a device, and a parameter if it steps
             by itself. Copies and pickles leave them out.
@@ -82,6 +85,8 @@ class MethodOptimizer(Method, Optimizer):
 
     agreed_meshes: set[Any]
     state_meshes: dict[Any, Any]
+    host_copies: WeakIdKeyDictionary
+    transfers: dict[torch.device, Any]
     observer: Observer | None = None
     decisions: dict[Any, Tensor]
     _grad_norm: float | Tensor | None
@@ -102,6 +107,7 @@ class MethodOptimizer(Method, Optimizer):
     amp: Amp | None
     state_pages: StatePages
     shard_state: Any
+    state_device: StateDevice | None
     cautious: Cautious | None
     decay_by: DecayBy
     ema: float | None
@@ -143,6 +149,7 @@ class MethodOptimizer(Method, Optimizer):
         """Set what neither copies nor pickles take along."""
         self.decisions, self._grad_norm, self._skipped_steps = {}, None, 0
         self.agreed_meshes, self.state_meshes = set(), {}
+        self.host_copies, self.transfers = WeakIdKeyDictionary(), {}
         self._methods, self._plain, self._made_by = {}, None, WeakIdKeyDictionary()
 
     # Methods.

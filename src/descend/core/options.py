@@ -23,6 +23,7 @@ Amp: TypeAlias = Literal["fused"]
 StatePages: TypeAlias = Literal["auto", "touched", "all"]
 Cautious: TypeAlias = Literal["update", "decay", "both"]
 DecayBy: TypeAlias = Literal["lr", "schedule", "lr_squared"]
+StateDevice: TypeAlias = Literal["cpu"]
 Rounding: TypeAlias = Literal["nearest", "stochastic", "compensated"]
 EightBits: TypeAlias = Literal["8bit"]
 StateDtype: TypeAlias = torch.dtype | EightBits
@@ -46,6 +47,7 @@ class Options(TypedDict, total=False):
     amp: Amp | None
     state_pages: StatePages
     shard_state: Any
+    state_device: StateDevice | None
     cautious: Cautious | None
     decay_by: DecayBy
     ema: float | None
@@ -142,6 +144,13 @@ class StepOptions:
             "DistributedDataParallel: each keeps and updates the state of its part (ZeRO-1). Default: None."
         ),
     )
+    state_device: StateDevice | None = field(
+        default=None,
+        metadata=_says(
+            '``"cpu"``: the state of parameters on a device stays in the host\'s memory, where copies of them are '
+            "stepped while gradients come and parameters go. Default: None, where the parameters are."
+        ),
+    )
     # These three make one method of another, see ``core/wrapping.py``.
     cautious: Cautious | None = field(
         default=None,
@@ -173,6 +182,12 @@ class StepOptions:
         return asked.get(name) if isinstance(asked, Mapping) else asked
 
     @property
+    def may_have_codes(self) -> bool:
+        """Whether some state may be in 8 bits."""
+        asked = self.state_dtype
+        return "8bit" in (asked.values() if isinstance(asked, Mapping) else (asked,))
+
+    @property
     def wants_norm(self) -> bool:
         """Whether a step needs the norm of all gradients."""
         return self.max_norm is not None or self.nonfinite != "step"
@@ -192,6 +207,7 @@ class StepOptions:
             "sparse": (None, *get_args(Sparse)),
             "amp": (None, *get_args(Amp)),
             "state_pages": get_args(StatePages),
+            "state_device": (None, *get_args(StateDevice)),
             "cautious": (None, *get_args(Cautious)),
             "decay_by": get_args(DecayBy),
         }
@@ -215,10 +231,18 @@ class StepOptions:
             raise ValueError(f"{who}: ema must be a number in [0, 1), or None for no average, got {self.ema!r}.")
         if self.sparse == "exact":
             self._check_exact(who)
+        if self.state_device is not None and self.shard_state is not None:
+            raise ValueError(
+                f"{who}: state_device={self.state_device!r} and shard_state cannot be combined: leave one of them out."
+            )
 
     def _check_exact(self, who: str) -> None:
         if self.shard_state is not None:
             raise ValueError(f"{who}: sparse='exact' keeps whole tables on every rank; with shard_state use 'touched'.")
+        if self.state_device is not None:
+            raise ValueError(
+                f"{who}: sparse='exact' keeps its tables beside the parameters; with state_device use 'touched'."
+            )
         others = (("cautious", None), ("decay_by", "lr"), ("ema", None), ("rounding", "nearest"))
         for name, default in others:
             if (value := getattr(self, name)) != default:
@@ -226,8 +250,7 @@ class StepOptions:
                     f"{who}: sparse='exact' cannot catch up with {name}={value!r}: steps that rows miss would have no "
                     "closed form. Leave one of them out, or use 'touched'."
                 )
-        asked = self.state_dtype
-        if "8bit" in (asked.values() if isinstance(asked, Mapping) else (asked,)):
+        if self.may_have_codes:
             raise ValueError(f"{who}: sparse='exact' needs state of a floating dtype: with '8bit' use 'touched'.")
 
 

@@ -149,8 +149,8 @@ class Wrapped(Method):
     def state_shape(self, name: str, param: Tensor, group: Mapping[str, Any]) -> torch.Size:
         return param.shape if self._is_ema(name) else self._inside.state_shape(name, param, group)
 
-    def state_spec(self, name: str, param: Tensor, group: Mapping[str, Any]) -> StateSpec:
-        return (super() if self._is_ema(name) else self._inside).state_spec(name, param, group)  # type: ignore[union-attr]
+    def state_spec(self, name: str, param: Tensor, group: Mapping[str, Any], format: Format) -> StateSpec:
+        return (super() if self._is_ema(name) else self._inside).state_spec(name, param, group, format)  # type: ignore[union-attr]
 
     def format_of_state(self, name: str, param: Tensor, group: Mapping[str, Any]) -> Format:
         return (super() if self._is_ema(name) else self._inside).format_of_state(name, param, group)  # type: ignore[union-attr]

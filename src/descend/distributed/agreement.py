@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence, Set
 from types import MappingProxyType
 from typing import Any
 
@@ -31,13 +31,17 @@ class Agreement:
     def __init__(self, ranks: Ranks) -> None:
         self._ranks = ranks
         self._digests: dict[Any, int] = {}  # of the parameters on each mesh, which stay the same
+        self._options: Any = None  # of the step, and what describes them: they are replaced, and not edited
+        self._description = ""
 
     def numbers(self, optimizer: Optimizer, more: Description = NOTHING) -> dict[Any, list[float]]:
         """What to sum over each mesh; ``more`` is what the ranks must agree about in this step only."""
         for mesh in self._ranks.meshes:
             if mesh not in self._digests:
                 self._digests[mesh] = _digest(repr(_parameters(optimizer, mesh)))
-        options = repr(_values(optimizer)) + "".join(more.values())
+        if isinstance(optimizer, MethodOptimizer) and self._options is not optimizer.options:
+            self._options, self._description = optimizer.options, repr(_step_options(optimizer))
+        options = self._description + repr(_values(optimizer)) + "".join(more.values())
         return {mesh: _bytes_and_squares(_digest(options, digest)) for mesh, digest in self._digests.items()}
 
     def check(self, optimizer: Optimizer, sums: Mapping[Any, Sequence[float]], more: Description = NOTHING) -> None:
@@ -106,11 +110,8 @@ def _options(optimizer: Optimizer) -> Description:
 
 
 def _values(optimizer: Optimizer) -> list[list[Any]]:
-    """What ``_options`` describes, without the words: a step has time for no more."""
-    in_groups = (
-        [_plain(group[key]) for key in _keys(optimizer, group) if key in group] for group in optimizer.param_groups
-    )
-    return [[*_step_options(optimizer).values()], *in_groups]
+    """The options of the groups, without the words: a step has time for no more."""
+    return [[_plain(group[key]) for key in _keys(optimizer, group) if key in group] for group in optimizer.param_groups]
 
 
 def _keys(optimizer: Optimizer, group: Mapping[str, Any]) -> Iterable[str]:
@@ -123,7 +124,14 @@ def _keys(optimizer: Optimizer, group: Mapping[str, Any]) -> Iterable[str]:
 def _step_options(optimizer: Optimizer) -> Mapping[str, Any]:
     """The options that are in no group, but for the process group itself."""
     options = vars(optimizer.options) if isinstance(optimizer, MethodOptimizer) else {}
-    return {name: value for name, value in options.items() if name != "shard_state"}
+    return {name: _in_order(value) for name, value in options.items() if name != "shard_state"}
+
+
+def _in_order(value: Any) -> Any:
+    """An option that has the same ``repr`` on all ranks: sets are in another order in each process."""
+    if isinstance(value, Mapping):
+        return dict(sorted(value.items(), key=repr))
+    return sorted(value, key=repr) if isinstance(value, Set) else value
 
 
 def _plain(value: Any) -> Any:

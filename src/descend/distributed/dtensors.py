@@ -9,13 +9,15 @@ from __future__ import annotations
 import copy
 import math
 import sys
+from collections import Counter
+from collections.abc import Sequence
 from operator import attrgetter
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from descend.core.codecs import scale_shape
+from descend.core.codecs import keeps_blocks, scale_shape
 from descend.core.memory import PLAIN, row_state_shape
 
 
@@ -54,40 +56,44 @@ def like(dtensor: Any, local: Tensor, placements: tuple[Any, ...] | None = None)
     return type(dtensor)(local, spec, requires_grad=False)  # type: ignore[no-any-return]
 
 
+def beside(dtensor: Any, local: Tensor, shape: torch.Size) -> Tensor:
+    """A DTensor on ``local``, of another shape than ``dtensor``, but of its mesh and placements.
+
+    The parts of both must match: rows to rows, say.
+    """
+    spec = copy.copy(dtensor._spec)
+    stride = tuple(math.prod(shape[dim + 1 :]) for dim in range(len(shape)))
+    spec.tensor_meta = spec.tensor_meta._replace(shape=shape, stride=stride, dtype=local.dtype)
+    return type(dtensor)(local, spec, requires_grad=False)  # type: ignore[no-any-return]
+
+
 def rows_of(dtensor: Any) -> Tensor:
     """A DTensor of one number, not initialized, for each row of another, on the ranks that have the row."""
     local = local_of(dtensor)
-    rows, spec = local.new_empty(row_state_shape(local)), copy.copy(dtensor._spec)
-    spec.tensor_meta = spec.tensor_meta._replace(shape=row_state_shape(dtensor), stride=(1, 1))
-    return type(dtensor)(rows, spec, requires_grad=False)  # type: ignore[no-any-return]
+    return beside(dtensor, local.new_empty(row_state_shape(local)), row_state_shape(dtensor))
 
 
 def scales_of(dtensor: Any) -> Tensor:
     """A DTensor of zeros for the scales of state in 8 bits, on the ranks that have the codes."""
     local = local_of(dtensor)
-    shape, spec = scale_shape(dtensor.shape), copy.copy(dtensor._spec)
-    stride = (shape[1], 1) if len(shape) > 1 else (1,)
-    spec.tensor_meta = spec.tensor_meta._replace(shape=shape, stride=stride, dtype=torch.float32)
     scales = local.new_zeros(scale_shape(local.shape), dtype=torch.float32)
-    return type(dtensor)(scales, spec, requires_grad=False)  # type: ignore[no-any-return]
-
-
-def first_place(tensor: Any) -> int:
-    """The place of this rank's first element in the whole tensor, in row-major order; 0 for a plain tensor."""
-    if not is_dtensor(tensor):
-        return 0
-    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
-
-    _, offsets = compute_local_shape_and_global_offset(tensor.shape, tensor.device_mesh, tensor.placements)
-    place = 0
-    for size, offset in zip(tensor.shape, offsets, strict=True):
-        place = place * size + offset
-    return place
+    return beside(dtensor, scales, scale_shape(dtensor.shape))
 
 
 def has_whole_rows(tensor: Any) -> bool:
     """Whether no row of a tensor is cut: of a DTensor, each is on one rank, or whole on several."""
     return not is_dtensor(tensor) or all(getattr(placement, "dim", 0) == 0 for placement in tensor.placements)
+
+
+def has_whole_blocks(tensor: Any) -> bool:
+    """Whether no block of numbers that share a scale is cut, see ``codecs.keeps_blocks``. The same on every rank."""
+    if not is_dtensor(tensor):
+        return True
+    parts: Counter[int] = Counter()
+    for mesh_dim, placement in enumerate(tensor.placements):
+        if (dim := getattr(placement, "dim", None)) is not None:
+            parts[dim] = (parts[dim] or 1) * tensor.device_mesh.size(mesh_dim)
+    return all(keeps_blocks(tensor.shape, dim, count) for dim, count in parts.items())
 
 
 def part_of(whole: Tensor, dtensor: Any) -> Tensor:
@@ -96,21 +102,42 @@ def part_of(whole: Tensor, dtensor: Any) -> Tensor:
     Raises:
         ValueError: if the placements do not tell where the part lies.
     """
-    local, coordinate = local_of(dtensor), dtensor.device_mesh.get_coordinate()
-    if coordinate is None:  # this rank is not in the mesh
-        return whole.new_empty(local.shape)
+    if not is_here(dtensor):
+        return whole.new_empty(local_of(dtensor).shape)
     part = whole
-    for mesh_dim in _order_of_cuts(dtensor):
-        dim, ranks = dtensor.placements[mesh_dim].dim, dtensor.device_mesh.size(mesh_dim)
-        size = part.shape[dim]
-        each = -(-size // ranks)  # as torch.chunk does it: the last parts are smaller, or empty
-        start = min(each * coordinate[mesh_dim], size)
-        part = part.narrow(dim, start, min(each, size - start))
-    if part.shape != local.shape:
+    for dim, start, length in _cuts(dtensor):
+        part = part.narrow(dim, start, length)
+    if part.shape != (here := local_of(dtensor).shape):
         raise ValueError(
-            f"{layout_of(dtensor)} make a part of shape {tuple(part.shape)} here, but it has shape {tuple(local.shape)}"
+            f"{layout_of(dtensor)} make a part of shape {tuple(part.shape)} here, but it has shape {tuple(here)}"
         )
     return part
+
+
+def first_place(tensor: Any) -> int:
+    """The index, in the whole tensor in row-major order, of the first element that this rank holds; nothing is sent.
+
+    Replicas have the same. It is 0 for a plain tensor, and on ranks that hold nothing.
+
+    Raises:
+        ValueError: if the placements do not tell where the part lies.
+    """
+    if not is_dtensor(tensor) or not is_here(tensor):
+        return 0
+    return sum(start * math.prod(tensor.shape[dim + 1 :]) for dim, start, _ in _cuts(tensor))
+
+
+def _cuts(dtensor: Any) -> list[tuple[int, int, int]]:
+    """Dimension, start and length of each cut that makes this rank's part: of what the cuts before it have left."""
+    coordinate, shape, cuts = dtensor.device_mesh.get_coordinate(), list(dtensor.shape), []
+    for mesh_dim in _order_of_cuts(dtensor):
+        dim, ranks = dtensor.placements[mesh_dim].dim, dtensor.device_mesh.size(mesh_dim)
+        size = shape[dim]
+        each = -(-size // ranks)  # as torch.chunk does it: the last parts are smaller, or empty
+        start = min(each * coordinate[mesh_dim], size)
+        shape[dim] = min(each, size - start)
+        cuts.append((dim, start, shape[dim]))
+    return cuts
 
 
 def _order_of_cuts(dtensor: Any) -> list[int]:
@@ -128,6 +155,16 @@ def _order_of_cuts(dtensor: Any) -> list[int]:
             raise ValueError(f"parts cannot be found by {layout_of(dtensor)}")
         earlier.insert(pieces.index(factor), mesh_dim)
     return [mesh_dim for dim in cuts.values() for mesh_dim in dim]
+
+
+def redistributed(dtensor: Any, placements: Sequence[Any]) -> Any:
+    """A DTensor with other placements on the same mesh. No collective sends int16, so that travels as bytes."""
+    if dtensor.dtype != torch.int16:
+        return dtensor.redistribute(dtensor.device_mesh, placements)
+    local = local_of(dtensor).contiguous()
+    sent = beside(dtensor, local.unsqueeze(-1).view(torch.uint8), torch.Size([*dtensor.shape, 2]))
+    moved = sent.redistribute(dtensor.device_mesh, placements)  # type: ignore[attr-defined]
+    return beside(moved, local_of(moved).contiguous().view(torch.int16).squeeze(-1), dtensor.shape)
 
 
 layout_in = attrgetter("mesh", "placements", "shard_order")  # in the spec of a DTensor

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from abc import ABC, abstractmethod
 from collections import defaultdict, deque
 from collections.abc import Iterable, Sequence
@@ -13,7 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from descend.core.optimizer import MethodOptimizer
-from descend.distributed.dtensors import local_of
+from descend.distributed.dtensors import local_of, redistributed
 from descend.distributed.shard_state import as_sharded, part, state_mesh
 
 # As in DistributedDataParallel: a collective of this size costs far more than its latency, and an update of this size
@@ -288,7 +289,8 @@ def whole_of(dtensor: Any, to: int) -> Tensor | None:
     """
     mesh, placement = dtensor.device_mesh, dtensor.placements[0]
     if mesh.ndim > 1 or not placement.is_shard() or not dtensor.numel():
-        whole: Tensor = dtensor.full_tensor()
+        replicate = sys.modules["torch.distributed.tensor"].Replicate()
+        whole = local_of(redistributed(dtensor, [replicate] * mesh.ndim))
         return whole.to("cpu", copy=True) if mesh.get_rank() == to else None
     ranks, local, dim, size = mesh.size(), local_of(dtensor).detach(), placement.dim, dtensor.shape[placement.dim]
     is_here = mesh.get_local_rank() == to

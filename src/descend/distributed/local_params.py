@@ -16,21 +16,25 @@ from descend.distributed.dtensors import is_dtensor, is_here, layout_in, layout_
 from descend.distributed.gather import Cut
 from descend.distributed.partial_sums import is_partial, reduced
 from descend.distributed.ranks import Share, share_of
+from descend.offload.host_params import HostParams
 
 
 class LocalParams:
     """For each sharded parameter among some, a plain tensor on the memory of this rank's part of it.
 
     It has the local gradient after ``read``, until ``release``. Sharded are DTensors, and with ``shard_state`` the
-    parameters that every rank has whole. Any other stands for itself.
+    parameters that every rank has whole. With ``state_device``, a copy in the host's memory stands for a parameter on a
+    device. Any other stands for itself.
 
     Args:
         optimizer: the optimizer.
         params: the parameters.
         previous: of the last step; what it has reduced for this one is not reduced again. Default: None.
         reads: whether to read the gradients, which may need other ranks. Default: True.
+    Attributes:
+        hosts: the copies in the host's memory.
     Raises:
-        RuntimeError: if a parameter is a partial sum.
+        RuntimeError: if a parameter is a partial sum, or cannot have a copy in the host's memory.
     """
 
     def __init__(
@@ -43,7 +47,8 @@ class LocalParams:
         self._is_read = False
         self._reduced: dict[int, tuple[Tensor, Tensor]] = previous._reduced if previous else {}
         self._locals: dict[Tensor, _Local] = {param: _local(optimizer, param) for param in params if is_dtensor(param)}
-        self._cuts = CutParams(optimizer, params)
+        self._cuts, self.hosts = CutParams(optimizer, params), HostParams(optimizer, params)
+        self._has_any = bool(self._locals) or bool(self._cuts) or bool(self.hosts)
         self._types = {*map(type, self._locals)}
         self._specs = [local.spec for local in self._locals.values()]
         self._layouts = [*map(layout_in, self._specs)]
@@ -51,12 +56,14 @@ class LocalParams:
             self.read(optimizer)
 
     def __bool__(self) -> bool:
-        return bool(self._locals) or bool(self._cuts)
+        return self._has_any  # asked in every step
 
     def of(self, param: Tensor) -> Tensor:
         """The plain tensor of a parameter, which has its gradient."""
         local = self._locals.get(param) if self._locals else None
-        return self._cuts.of(param) if local is None else local.tensor
+        if local is not None:
+            return local.tensor
+        return self.hosts.of(param) if self.hosts else self._cuts.of(param)
 
     def share_of(self, param: Tensor) -> Share | None:
         """Which ranks hold its elements."""
@@ -97,7 +104,7 @@ class LocalParams:
             else:
                 local.tensor.grad = self._local_grad(optimizer, param, grad)
         self._cuts.read(optimizer)
-        return is_same
+        return self.hosts.read(optimizer) and is_same
 
     def release(self) -> None:
         """Drop the gradients."""
@@ -107,6 +114,7 @@ class LocalParams:
             for local in self._locals.values():
                 local.tensor.grad = None
             self._cuts.release()
+            self.hosts.release()
 
     def wrapper_of(self, param: Tensor) -> Wrapper | None:
         """What a probe must know to find the local gradient by itself."""

@@ -58,7 +58,8 @@ def as_sharded(optimizer: MethodOptimizer, param: Tensor) -> Tensor:
     mesh = state_mesh(optimizer)
     if mesh is None or type(param) not in PLAIN or is_dtensor(param):
         return param
-    dim = dim_to_cut(param, mesh.size())
+    options = optimizer.options
+    dim = dim_to_cut(param, mesh.size(), options.may_have_codes or options.rounding == "stochastic")
     if dim is None:
         return param
     from torch.distributed.tensor import DTensor, Shard
@@ -78,13 +79,21 @@ def part(size: int, ranks: int, rank: int) -> tuple[int, int]:
     return min(each * rank, size), min(each * (rank + 1), size)
 
 
-def dim_to_cut(param: Tensor, ranks: int) -> int | None:
+def dim_to_cut(param: Tensor, ranks: int, by_rows: bool = False) -> int | None:
     """The dimension along which a parameter is cut; None if it stays whole. The same on every rank.
 
     Parts along the outermost dimension in memory are dense, as kernels need it. It is left only for a better balance.
+
+    Args:
+        param: the parameter.
+        ranks: how many parts there are.
+        by_rows: whether the first dimension is cut in any case. Then blocks of numbers that share a scale stay whole,
+            and noise is that of one process; a single row is all one rank's. Default: False.
     """
     if param.layout is not torch.strided or not param.dim() or not param.numel():
         return None
+    if by_rows:
+        return 0
     strides = param.stride()
     dims = sorted(range(param.dim()), key=lambda dim: (param.shape[dim] == 1, -strides[dim]))
     if param.numel() <= SMALL or _excess(param.shape[dims[0]], ranks) <= MOST_EXCESS:

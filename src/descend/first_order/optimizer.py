@@ -337,7 +337,8 @@ class FirstOrder(MethodOptimizer):
         """The whole state of an optimizer with ``shard_state`` in torch's format, on one rank. All ranks must call it.
 
         ``load_state_dict`` takes it on any number of ranks, as do torch's optimizers. The state travels bucket by
-        bucket: the other ranks need memory for one bucket.
+        bucket: the other ranks need memory for one bucket. What ``rounding="compensated"`` keeps is gathered too. It is
+        int16, which neither gloo nor NCCL sends: torch's ``full_state_dict=True`` raises ``RuntimeError`` for it.
 
         Args:
             to: the rank, in the process group of ``shard_state``, that receives it. Default: 0.

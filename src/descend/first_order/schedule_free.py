@@ -124,7 +124,7 @@ class AdamWScheduleFree(FirstOrder):
                 beta1 = group["betas"][0]
                 weight = 1 - beta1 if train else 1 - 1 / beta1  # y = x + (1 - beta1) (z - x), solved for x
                 for part, z in pairs:
-                    part.copy_(part + weight * (z - part))
+                    part.copy_(part + weight * (z.to(part.device) - part))
                 group["train_mode"] = train
             moved = [param for group in groups for param in group["params"] if "z" in self.state_of(param)]
             torch.autograd.graph.increment_version([param for param in moved if is_dtensor(param)])

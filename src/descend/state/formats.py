@@ -8,12 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from descend.core.codecs import SCALE, Format, Formats
+from descend.core.codecs import BLOCK, SCALE, Codec, Format, Formats
 from descend.core.method import Method
 from descend.core.noise import Stream
 from descend.core.optimizer import MethodOptimizer
 from descend.core.signature import signature
-from descend.distributed.dtensors import first_place
+from descend.distributed.dtensors import first_place, has_whole_blocks, layout_of
 from descend.distributed.shard_state import as_sharded
 
 
@@ -28,15 +28,34 @@ def formats_of(
     """Formats of a parameter, its gradient and the state of its rule.
 
     Raises:
-        RuntimeError: if there are codes without scales.
+        RuntimeError: if there are codes without scales, or ranks hold parts of blocks.
     """
-    method, formats = optimizer.method_of(group), []
+    method, sharded, formats = optimizer.method_of(group), as_sharded(optimizer, param), []
     for name in signature(rule).state:
         if isinstance(tensor := state.get(name), Tensor):
             formats.append(_format_of(optimizer, method, name, tensor, param, state))
         else:
-            formats.append(method.format_of_state(name, as_sharded(optimizer, param), group))
+            formats.append(method.format_of_state(name, param, group))
+        check_blocks(optimizer, param, sharded, name, formats[-1])
     return (method.format_of_param(param), grad, *formats)
+
+
+def check_blocks(optimizer: MethodOptimizer, param: Tensor, sharded: Tensor, name: str, format: Format) -> None:
+    """Raise ``RuntimeError`` if ranks would hold parts of the blocks of the state called ``name``.
+
+    Args:
+        optimizer: the optimizer.
+        param: the parameter.
+        sharded: what ``as_sharded`` made of it.
+        name: of the state.
+        format: how the state is stored.
+    """
+    if isinstance(format, Codec) and not has_whole_blocks(sharded):
+        raise RuntimeError(
+            f"{type(optimizer).__name__}: {name} of {optimizer.name_of(param)} is kept in 8 bits, in blocks of {BLOCK} "
+            f"numbers of a row, but has {layout_of(sharded)}, which cut such blocks: keep it in float32 "
+            "(float32_state), or shard the first dimension. Nothing has moved."
+        )
 
 
 def _format_of(
@@ -62,5 +81,18 @@ def numbers_of(optimizer: MethodOptimizer) -> dict[Tensor, int]:
 
 
 def stream_of(optimizer: MethodOptimizer, param: Tensor, numbers: Mapping[Tensor, int]) -> Stream:
-    """Where the noise of a parameter comes from, given ``numbers_of`` the optimizer."""
-    return Stream(numbers[param], first_place(as_sharded(optimizer, param)))
+    """Where the noise of a parameter comes from, given ``numbers_of`` the optimizer.
+
+    A part that is contiguous in the whole parameter, such as some of its rows, has the noise that it would have there.
+    Other parts count on from their first element, so that each rank has another noise; replicas have the same.
+
+    Raises:
+        RuntimeError: if it is not known where this rank's part lies.
+    """
+    try:
+        return Stream(numbers[param], first_place(as_sharded(optimizer, param)))
+    except ValueError as error:
+        raise RuntimeError(
+            f"{type(optimizer).__name__}: {optimizer.name_of(param)}: {error}, which rounding='stochastic' needs. "
+            "Nothing has moved."
+        ) from None

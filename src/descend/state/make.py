@@ -14,7 +14,9 @@ from descend.core.method import Method, StateSpec
 from descend.core.optimizer import MethodOptimizer
 from descend.core.signature import signature
 from descend.distributed.shard_state import as_sharded
+from descend.offload.host_params import where_state_is
 from descend.state.container import CPU, InitialState, new_state, new_tensor, scalar_tensor
+from descend.state.formats import check_blocks
 
 
 def ensure_state(
@@ -52,10 +54,13 @@ def ensure_state(
     for name in names:
         if not isinstance(state.get(name), Tensor):
             sharded = as_sharded(optimizer, param)
-            state.update(new_state(sharded, method.state_spec(name, sharded, group), lazy))
+            format = method.format_of_state(name, param, group)
+            check_blocks(optimizer, param, sharded, name, format)
+            spec = method.state_spec(name, sharded, group, format)
+            state.update(new_state(where_state_is(optimizer, sharded), spec, lazy))
     if is_compensated and not isinstance(state.get(COMPENSATION), Tensor):
         spec = StateSpec(COMPENSATION, param.shape, torch.int16, 0)
-        state[COMPENSATION] = new_tensor(as_sharded(optimizer, param), spec, lazy)
+        state[COMPENSATION] = new_tensor(where_state_is(optimizer, as_sharded(optimizer, param)), spec, lazy)
     return state
 
 

@@ -31,6 +31,7 @@ from descend.state.container import State, checked_state
 from descend.state.formats import formats_of
 from descend.state.make import reserve_state
 from descend.step.decide import Decider, counts_on_device
+from descend.step.offload import make_offloaded
 from descend.step.stages import Stage, make_stages, make_updates, run_stages
 from descend.step.sums import SummedParam, Sums
 from descend.step.updates import Entry
@@ -125,7 +126,9 @@ class Plan:
         if self._requested not in ("auto", EAGER.name):
             self._refuse_another_backend(optimizer)
         self._stages: list[Stage] = []
-        if self._locals.wholes():
+        if self._locals.hosts:
+            self._updates = make_offloaded(optimizer, tables, self._entries, self._locals.hosts)
+        elif self._locals.wholes():
             self._stages = make_stages(optimizer, tables, self._entries, self._locals)
             self._updates = [update for stage in self._stages for update in stage.updates]
         else:
@@ -145,7 +148,7 @@ class Plan:
     @property
     def waits(self) -> bool:
         """Whether the host waits for a device in each step."""
-        if self._sums is not None and self._is_on_devices:
+        if self._locals.hosts or (self._sums is not None and self._is_on_devices):
             return True
         asks = self._options.wants_norm or self._options.amp is not None or self._counts_on_device
         return asks and self.decider is None and not all(update.counts_on_device for update in self._updates)
@@ -231,6 +234,7 @@ class Plan:
         formats = formats_of(optimizer, param, grad_dtype, rule, group, state)
         names = stored_names(takes.state, formats)
         tensors = checked_state(optimizer, param, local, names, group, state)
+        self._check_place(optimizer, param, group, tensors)
         sparse = optimizer.meaning_of_gradient(param, group)
         entry = Entry(
             param, local, share, index, method, rule, state, EAGER, "backend='eager'", formats, sparse, in_order=False
@@ -273,6 +277,29 @@ class Plan:
             raise RuntimeError(
                 f"{type(optimizer).__name__}: a rule of rows cannot update parts of rows, but "
                 f"{optimizer.name_of(param)} has {layout_of(sharded)}: shard its first dimension. Nothing has moved."
+            )
+
+    def _check_place(
+        self,
+        optimizer: MethodOptimizer,
+        param: Tensor,
+        group: Mapping[str, Any],
+        tensors: Sequence[tuple[str, Tensor]],
+    ) -> None:
+        """Raise ``RuntimeError`` if state is not where ``state_device`` says, or the step needs it elsewhere."""
+        who, local = type(optimizer).__name__, self._locals.of(param)
+        for name, tensor in tensors:
+            if tensor.device != local.device:
+                raise RuntimeError(
+                    f"{who}: {name} of {optimizer.name_of(param)} is on {tensor.device}, but with "
+                    f"state_device={optimizer.options.state_device!r} it must be on {local.device}: "
+                    "load_state_dict(state_dict()) moves it. Nothing has moved."
+                )
+        is_asked = [flag for flag in ("differentiable", "capturable") if group.get(flag)]
+        if is_asked and self._locals.hosts.bucket_of(param) is not None:
+            raise RuntimeError(
+                f"{who}: with state_device='cpu' the host waits for gradients and steps {optimizer.name_of(param)} "
+                f"itself: leave out `{is_asked[0]}`, or state_device. Nothing has moved."
             )
 
     def _check_not_cut(self, optimizer: MethodOptimizer, param: Tensor) -> None:
@@ -427,13 +454,14 @@ class Plan:
             cells |= update.cells()
         listed = [param for group in self._groups for param in group.params]
         watched = [self._locals.of(param) for param in listed]
-        watched += self._locals.wholes()
+        watched += [*self._locals.wholes(), *self._locals.hosts.originals()]
         spans = np.concatenate([np.zeros((0, 2), np.int64), *(update.written() for update in self._updates)])
         written = spans[np.argsort(spans[:, 0])]
         tensors = [local_of(tensor) for _, _, tensor in self._tensors]
         wrappers = [self._locals.wrapper_of(param) for param in listed]
         reads_cells = all(entry.local in cells for entry in self._entries if entry.share is not None)
-        wrappers = wrappers if reads_cells and not self._stages and self._locals.are_direct() else []
+        reads_alone = reads_cells and not self._stages and not self._locals.hosts
+        wrappers = wrappers if reads_alone and self._locals.are_direct() else []
         self._probe = make_probe(watched, [cells.get(param) for param in watched], tensors, written, wrappers)
         self._has_state = True
 
@@ -549,7 +577,9 @@ def _in_order_where_memory_is_shared(entries: Sequence[Entry], params: LocalPara
     for i, entry in enumerate(entries):
         state = [local_of(value) for value in entry.state.values() if isinstance(value, Tensor)]
         # What overlaps on another rank counts here too: all must take the same order.
-        local = entry.local if params.cut_of(entry.param) is None else entry.param
+        # So does what overlaps on a device, where copies in the host's memory stand for it.
+        is_itself = params.cut_of(entry.param) is None and params.hosts.bucket_of(entry.param) is None
+        local = entry.local if is_itself else entry.param
         for tensor, is_written in ((local, True), (local.grad, False), *((s, True) for s in state)):
             if tensor is not None and (span := memory.span(tensor)):
                 spans.append((*span, is_written, i))

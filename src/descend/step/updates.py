@@ -19,6 +19,7 @@ from descend.core.decision import Decision
 from descend.core.measures import Sample, correction
 from descend.core.memory import wide
 from descend.core.method import MethodRef
+from descend.core.noise import Stream
 from descend.core.optimizer import MethodOptimizer
 from descend.core.signature import signature
 from descend.core.update import Cell, Summed, Update, number, signed
@@ -271,6 +272,7 @@ class SingleUpdate(Update):
         has_sums = signature(entry.rule).summed is not None
         self.summed = [_summed([entry], self._sums, self._take_formed)] if has_sums else []
         self._formed: tuple[float, ...] = ()
+        self._stream: Stream | None = None  # of its noise, if it needs any; from ``set_scalars`` on
 
     def sum_of_squares(self) -> float | Tensor:
         norm = clip.norm([self._grad], 2.0)
@@ -295,6 +297,8 @@ class SingleUpdate(Update):
                 float(number(value))  # raises for what cannot be used, before anything moves
         if self.summed:
             self._given = scalars
+        if self._stream is None and needs_noise(self._entry.formats):
+            self._stream = stream_of(optimizer, self._entry.param, numbers_of(optimizer))
 
     def make_state(self, optimizer: MethodOptimizer) -> None:
         """The state is made when the update runs: another update of the step may share it."""
@@ -324,7 +328,9 @@ class SingleUpdate(Update):
             if not differentiable:
                 scalars, next_state = tuple(self.numbers(scalars)), tuple(self.numbers(next_state))
             tensors = [local_of(state[name]) if entry.share else state[name] for name in entry.stored]
-            bits = _noise(optimizer, entry, step) if needs_noise(entry.formats) else None
+            bits = None
+            if self._stream is not None:
+                bits = Noise(self._stream, noise.step_key(optimizer.options.rounding_seed, int(step)))
             scale, decision = signed(self._scale, group), self.decision
             if differentiable and decision is not None:  # the next step writes the values that the graph has seen
                 decision = decision._replace(values=decision.values.clone())
@@ -360,12 +366,6 @@ class SingleUpdate(Update):
         if self.counts_on_device and method.counts_steps and isinstance(state.get("step"), Tensor):
             return wide(state["step"]).to(self.device).reshape(())
         return step_count(method, self._entry.rule, state)
-
-
-def _noise(optimizer: MethodOptimizer, entry: Entry, step: Any) -> Noise:
-    """The noise of one step of one parameter."""
-    key = noise.step_key(optimizer.options.rounding_seed, int(step))
-    return Noise(stream_of(optimizer, entry.param, numbers_of(optimizer)), key)
 
 
 def _summed(
