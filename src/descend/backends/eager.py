@@ -45,9 +45,15 @@ def run(
     """
     if not is_plain(formats):
         opened = Opened(formats, param, state)
-        measured = run(rule, opened.param, grad, opened.state, scalars, scale, False, measures, decision)
+        before = opened.param.clone() if measures else None
+        run(rule, opened.param, grad, opened.state, scalars, scale, False, False, decision)
         opened.close(noise)
-        return measured
+        if before is None:
+            return None
+        stored = Opened(formats, param, state)
+        before, dense = _in_compute_dtype([before, grad if grad.layout == torch.strided else grad.to_dense()])
+        with torch.no_grad():
+            return measured_sums(before, dense, [stored.param, *stored.state], moments(rule))
     if grad.layout != torch.strided:
         grad = grad.to_dense()
     written = [as_real(tensor) for tensor in (param, *state)]

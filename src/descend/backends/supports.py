@@ -72,6 +72,19 @@ def why_not_rows(param: Tensor, state: Sequence[tuple[str, Tensor]]) -> str | No
     return why_not(param, None, state)
 
 
+def why_not_formats(param: Tensor, stored: Sequence[tuple[str, Tensor]]) -> str | None:
+    """Why a parameter that ``why_not`` accepts cannot have codes, scales, compensation or noise; None if it can."""
+    for name, tensor in (("", param), *stored):
+        # Blocks, and the places of noise, are in the logical order of elements.
+        if not tensor.is_contiguous():
+            return f"{name or 'formats that are no dtypes'}: not contiguous (stride {tensor.stride()})"
+        if tensor.device != param.device:
+            return f"{name}: on {tensor.device}"
+        if type(tensor) not in PLAIN:
+            return f"{name}: a {type(tensor).__name__}"
+    return None
+
+
 def _unsuitable(tensor: Tensor) -> str | None:
     if type(tensor) not in PLAIN:
         return f"a {type(tensor).__name__}"

@@ -6,20 +6,17 @@ and store through it.
 **8 bits.** A tensor of codes (uint8, in the shape of the parameter), and one of scales (float32), by the name of the
 state with ``_scale``. A row is one index of the first dimension; a tensor of one dimension is one row. Each row is cut
 into blocks of 256 numbers, the last of which may be shorter; so scales have the shape (rows, blocks), or (blocks,). A
-block's scale is its largest magnitude, and a number is the value of its code times the scale.
+number is the value of its code times the scale of its block. With exponent ``e`` and mantissa ``m``, the upper bits and
+the four lower bits of a code, its value is
 
-Code 0 is 0. Of a signed number, the upper bit is the sign, also of zero, and the lower seven are the code. With ``y``
-for ``(code + 1) / 256``, signed ``(code + 1) / 128``, the value is the float32 whose bits are 4 times the bits of ``y``
-less 3 times the bits of 1. That is ``y**4`` in straight pieces, since the bits of a float are nearly its logarithm. So
-values are finest near 1 and reach far down. Bits of mantissa, in octaves below 1:
+    2**e * (2 + m / 8) - 2             e up to 15, or up to 7 if numbers have a sign, which is the upper bit then
 
-    octaves      4   4   4   4   4   4
-    unsigned     5   4   3   2   1   0     then 2**-26 and 2**-28
-    signed       4   3   2   1   0         then 2**-22 and 2**-24
+so that values are 0, 1/8, 2/8, ..., 2, 2 + 2/8, ..., 6, 6 + 4/8, ..., up to 126,974, or 494. They are evenly spaced
+near zero, and have five bits of precision in the other 15, or 7, octaves. The scale is what makes the block's largest
+magnitude the largest value. Such codes are bits of a float32, but for an addition and a shift.
 
-Numbers go to the nearest value; or, at random, to one of the two beside them, with the number as expectation. Between
-values that are two octaves apart the boundary is the power of two in the middle; below the smallest, a quarter of it.
-But an unsigned number that is not zero never becomes zero: AdamW divides by the root of its average square.
+Numbers go to the nearest value; or, at random, to one of the two beside them, with the number as expectation. But an
+unsigned number that is not zero never becomes zero: AdamW divides by the root of its average square.
 
 Blocks do not cross rows, so that a step which touches some rows leaves the others alone, and rows may be sharded.
 
@@ -38,7 +35,6 @@ import torch
 from torch import Tensor
 
 from descend.core.memory import PLAIN
-from descend.core.noise import Stream
 
 BLOCK = 256  # numbers that share a scale
 MIN_NUMEL = 4096  # smaller tensors are not worth it
@@ -49,9 +45,11 @@ SCALE = "_scale"
 COMPENSATION = "compensation"
 
 # The bits of float32 numbers.
-ONE, FOUR = 0x3F80_0000, 0x4080_0000
+TWO, INFINITY = 0x4000_0000, 0x7F80_0000
 MAGNITUDE = 0x7FFF_FFFF
-SMALLEST_SCALE = 0x0100_0000  # 2**-125: four times its inverse is finite
+SHIFT = 19  # of a code to where a float32 has its exponent
+NOISE_HALF = 1 << (SHIFT - 17)  # half of the last bit of noise is added: exact numbers do not move
+SMALLEST_SCALE = 2.0**-123  # the smallest value, an eighth of it, is not denormal
 
 
 class Codec(NamedTuple):
@@ -67,13 +65,13 @@ class Codec(NamedTuple):
 
     @property
     def largest(self) -> int:
-        """The code of 1, without the sign."""
+        """The largest code, without the sign."""
         return 127 if self.signed else 255
 
     @property
-    def top(self) -> int:
-        """The bits of the float32 that is one more than ``largest``."""
-        return 0x4300_0000 if self.signed else 0x4380_0000
+    def top(self) -> float:
+        """The value of the largest code."""
+        return 494.0 if self.signed else 126_974.0
 
 
 class Rounded(NamedTuple):
@@ -167,12 +165,12 @@ def keeps_blocks(shape: torch.Size, dim: int, parts: int) -> bool:
 
 def decode(codes: Tensor, scale: Tensor, codec: Codec) -> Tensor:
     """The numbers that codes stand for: float32, in their shape."""
-    magnitude = codes.to(torch.int32) & codec.largest
-    root = (magnitude + 1).to(torch.float32)
-    power = ((root.view(torch.int32) - codec.top) << 2) + ONE
-    value = torch.where(magnitude == 0, 0.0, power.view(torch.float32))
+    wide = codes.to(torch.int32)
+    bits, two = (wide & codec.largest) << SHIFT | TWO, torch.full_like(wide, TWO)
     if codec.signed:
-        value = torch.where(codes >= 128, -value, value)
+        sign = (wide >> 7) << 31
+        bits, two = bits | sign, two | sign
+    value = bits.view(torch.float32) - two.view(torch.float32)
     rows, width = rows_and_width(codes.shape)
     blocks = scale.reshape(rows, -(-width // BLOCK))
     return (value.reshape(rows, width) * blocks.repeat_interleave(BLOCK, 1)[:, :width]).reshape(codes.shape)
@@ -181,7 +179,8 @@ def decode(codes: Tensor, scale: Tensor, codec: Codec) -> Tensor:
 def encode(numbers: Tensor, codec: Codec, noise: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Codes and scales of numbers.
 
-    A NaN or Inf makes its whole block NaN or Inf. Scales below 2**-125 are raised to it, but for that of zeros.
+    A NaN or Inf makes its whole block NaN: codes are 0 there, and the scale is NaN or Inf. Scales below 2**-123 are
+    raised to it, but for that of zeros; so no decoded number is denormal.
 
     Args:
         numbers: float32, of at least one dimension.
@@ -194,30 +193,23 @@ def encode(numbers: Tensor, codec: Codec, noise: Tensor | None = None) -> tuple[
     # As integers, magnitudes are in the same order, and NaN is the largest.
     magnitude = padded.view(torch.int32) & MAGNITUDE
     largest = magnitude.amax(2)
-    scale = torch.where(largest > 0, largest.clamp(min=SMALLEST_SCALE), 0).view(torch.float32)
-    # The inverse itself could be denormal; torch divides a number by a tensor with one.
-    inverse = torch.where(largest > 0, torch.full_like(scale, 4.0) / scale, 0.0)
-    unit = magnitude.view(torch.float32) * inverse[..., None]
-    unit = torch.where(unit < 4, unit, 4.0)  # of NaN, too
-    root = ((unit.view(torch.int32) >> 2) + (codec.top - (FOUR >> 2))).view(torch.float32)
-    if noise is None:
-        up: Tensor | float = 0.5
-    else:
-        noise = noise.reshape(rows, width).to(torch.float32)
-        up = torch.nn.functional.pad(noise, (0, -width % BLOCK)).view(padded.shape) * 2.0**-16
-    # The largest noise takes 256 to 257, which float32 rounds up to.
-    code = ((root + up).to(torch.int32) - 1).clamp(max=codec.largest)
-    code = code.clamp(min=0) if codec.signed else torch.where(magnitude > 0, code.clamp(min=1), 0)
+    # Of tensors, divisions round to the nearest on every device; so encoding what was decoded changes nothing.
+    scale = largest.view(torch.float32) / torch.full_like(largest, codec.top, dtype=torch.float32)
+    scale = torch.where(largest > 0, torch.where(scale < SMALLEST_SCALE, SMALLEST_SCALE, scale), 0.0)
+    inverse = torch.where(largest > 0, torch.ones_like(scale) / scale, 0.0)
+    value = magnitude.view(torch.float32) * inverse[..., None]
+    up: Tensor | int = 1 << (SHIFT - 1)
+    if noise is not None:
+        noise = noise.reshape(rows, width).to(torch.int32)
+        up = torch.nn.functional.pad(noise, (0, -width % BLOCK)).view(padded.shape) << (SHIFT - 16) | NOISE_HALF
+    # What was decoded is now at most one unit in the last place away from where it was.
+    code = ((value + 2).view(torch.int32) - TWO + up) >> SHIFT
     if codec.signed:
-        code = torch.where(padded.view(torch.int32) < 0, code + 128, code)
-    code = code.flatten(1)[:, :width].reshape(numbers.shape)
+        code = torch.where(padded < 0, code | 128, code)
+    else:
+        code = torch.where(magnitude > 0, code.clamp(min=1), 0)
+    code = torch.where((largest < INFINITY)[..., None], code, 0).flatten(1)[:, :width].reshape(numbers.shape)
     return code.to(torch.uint8), scale.reshape(scale_shape(numbers.shape))
-
-
-def places(tensor: Tensor, stream: Stream) -> Tensor:
-    """The place of each element in its parameter, int64."""
-    count = tensor.numel()
-    return torch.arange(stream.place, stream.place + count, device=tensor.device).view(tensor.shape)
 
 
 def rounded_stochastically(numbers: Tensor, noise: Tensor) -> Tensor:

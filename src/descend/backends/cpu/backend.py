@@ -16,7 +16,7 @@ from descend.backends.cpu import threads
 from descend.backends.cpu.launch import CHUNK, ChunkTable, Launch, ScalarState
 from descend.backends.cpu.rows import StaleRows, TouchedRows
 from descend.backends.cpu.versions import Versions
-from descend.core.codecs import Formats, stored_dtypes
+from descend.core.codecs import Formats
 from descend.core.decision import Decision
 from descend.core.noise import Stream
 from descend.core.signature import signature
@@ -49,7 +49,9 @@ class CpuBackend:
     def why_not_formats(
         self, rule: Callable[..., Any], param: Tensor, formats: Formats, stored: Sequence[tuple[str, Tensor]]
     ) -> str | None:
-        return "formats that are no dtypes"
+        if signature(rule).kind == "row":
+            return "formats that are no dtypes, in a rule of rows"
+        return supports.why_not_formats(param, stored)
 
     def launch(
         self,
@@ -60,7 +62,7 @@ class CpuBackend:
         rows: Sequence[int] | np.ndarray,
         streams: Sequence[Stream] = (),
     ) -> Launch:
-        return Launch(rule, scalars, stored_dtypes(formats), params, rows)
+        return Launch(rule, scalars, formats, params, rows, streams)
 
     def scalar_state(self, tensors: Sequence[Tensor]) -> ScalarState:
         return ScalarState(tensors)
@@ -99,7 +101,7 @@ class CpuBackend:
         param: Tensor,
         stream: Stream | None = None,
     ) -> TouchedRows:
-        return TouchedRows(rule, scalars, stored_dtypes(formats), all_rows)
+        return TouchedRows(rule, scalars, formats, all_rows, stream)
 
     def catch_up(
         self,

@@ -18,15 +18,15 @@ intrinsic: Any = numba.extending.intrinsic
 
 _BYTE, _I16, _I32, _I64 = (llvm_ir.IntType(bits) for bits in (8, 16, 32, 64))
 _F16, _F32, _F64 = llvm_ir.HalfType(), llvm_ir.FloatType(), llvm_ir.DoubleType()
-_STORED = {torch.float16: _F16, torch.bfloat16: _I16, torch.float32: _F32, torch.float64: _F64}
+STORED = {torch.float16: _F16, torch.bfloat16: _I16, torch.float32: _F32, torch.float64: _F64}
 COMPUTED: dict[Any, Any] = {torch.float32: types.float32, torch.float64: types.float64}
 
 
-def _element(builder: Any, address: Any, index: Any, stored: Any) -> Any:
+def element(builder: Any, address: Any, index: Any, stored: Any) -> Any:
     return builder.gep(builder.inttoptr(address, stored.as_pointer()), [index])
 
 
-def _widen(builder: Any, value: Any, dtype: torch.dtype, computed: Any) -> Any:
+def widen(builder: Any, value: Any, dtype: torch.dtype, computed: Any) -> Any:
     """From the stored dtype to the compute dtype."""
     if dtype == torch.bfloat16:  # the upper half of a float32
         bits = builder.shl(builder.zext(value, _I32), llvm_ir.Constant(_I32, 16))
@@ -34,9 +34,9 @@ def _widen(builder: Any, value: Any, dtype: torch.dtype, computed: Any) -> Any:
     return value if value.type == computed else builder.fpext(value, computed)
 
 
-def _narrow(builder: Any, value: Any, dtype: torch.dtype) -> Any:
+def narrow(builder: Any, value: Any, dtype: torch.dtype) -> Any:
     """From the compute dtype to the stored one. Round to nearest even; NaN stays NaN."""
-    stored = _STORED[dtype]
+    stored = STORED[dtype]
     if value.type == _F64 and dtype.itemsize == 2:  # by way of float32, as in torch: no instruction does it directly
         value = builder.fptrunc(value, _F32)
     if dtype != torch.bfloat16:
@@ -49,14 +49,14 @@ def _narrow(builder: Any, value: Any, dtype: torch.dtype) -> Any:
     return builder.trunc(builder.lshr(bits, llvm_ir.Constant(_I32, 16)), _I16)
 
 
-def _pack(context: Any, builder: Any, values: list[Any], kind: Any) -> Any:
+def pack(context: Any, builder: Any, values: list[Any], kind: Any) -> Any:
     return context.make_tuple(builder, types.UniTuple(kind, len(values)), values)
 
 
 @intrinsic
 def load_int(typing: Any, address: Any, index: Any) -> Any:
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        return builder.load(_element(builder, args[0], args[1], _I64))
+        return builder.load(element(builder, args[0], args[1], _I64))
 
     return types.int64(types.int64, types.int64), generate
 
@@ -66,7 +66,7 @@ def load_word(typing: Any, address: Any, index: Any) -> Any:
     """A 32-bit integer, widened."""
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        return builder.sext(builder.load(_element(builder, args[0], args[1], _I32)), _I64)
+        return builder.sext(builder.load(element(builder, args[0], args[1], _I32)), _I64)
 
     return types.int64(types.int64, types.int64), generate
 
@@ -76,7 +76,7 @@ def store_word(typing: Any, address: Any, index: Any, value: Any) -> Any:
     """The lower half of an integer, as 32 bits."""
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        builder.store(builder.trunc(args[2], _I32), _element(builder, args[0], args[1], _I32))
+        builder.store(builder.trunc(args[2], _I32), element(builder, args[0], args[1], _I32))
         return context.get_dummy_value()
 
     return types.void(types.int64, types.int64, types.int64), generate
@@ -85,7 +85,7 @@ def store_word(typing: Any, address: Any, index: Any, value: Any) -> Any:
 @intrinsic
 def load_double(typing: Any, address: Any, index: Any) -> Any:
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        return builder.load(_element(builder, args[0], args[1], _F64))
+        return builder.load(element(builder, args[0], args[1], _F64))
 
     return types.float64(types.int64, types.int64), generate
 
@@ -93,7 +93,7 @@ def load_double(typing: Any, address: Any, index: Any) -> Any:
 @intrinsic
 def store_double(typing: Any, address: Any, index: Any, value: Any) -> Any:
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        builder.store(args[2], _element(builder, args[0], args[1], _F64))
+        builder.store(args[2], element(builder, args[0], args[1], _F64))
         return context.get_dummy_value()
 
     return types.void(types.int64, types.int64, types.float64), generate
@@ -114,7 +114,7 @@ def adder(count: int) -> Any:
                 value = context.cast(builder, value, given, types.float64)
                 total = builder.extract_value(args[0], position)
                 sums.append(builder.fadd(total, value, flags=("reassoc", "nsz", "contract")))
-            return _pack(context, builder, sums, types.float64)
+            return pack(context, builder, sums, types.float64)
 
         return kind(kind, values), generate
 
@@ -128,7 +128,7 @@ def store_doubles(typing: Any, address: Any, index: Any, values: Any) -> Any:
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         for position in range(len(values)):
             index = builder.add(args[1], llvm_ir.Constant(_I64, position))
-            builder.store(builder.extract_value(args[2], position), _element(builder, args[0], index, _F64))
+            builder.store(builder.extract_value(args[2], position), element(builder, args[0], index, _F64))
         return context.get_dummy_value()
 
     return types.void(types.int64, types.int64, values), generate
@@ -153,11 +153,11 @@ def chunk_addresses(dtypes: tuple[torch.dtype, ...]) -> Any:
         def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
             starts = []
             for column, dtype in enumerate(dtypes):
-                base = builder.load(_element(builder, args[0], llvm_ir.Constant(_I64, column), _I64))
+                base = builder.load(element(builder, args[0], llvm_ir.Constant(_I64, column), _I64))
                 elements = args[2] if column == 1 else args[1]
                 size = llvm_ir.Constant(_I64, dtype.itemsize)
                 starts.append(builder.add(base, builder.mul(elements, size)))
-            return _pack(context, builder, starts, types.int64)
+            return pack(context, builder, starts, types.int64)
 
         return types.UniTuple(types.int64, len(dtypes))(types.int64, types.int64, types.int64), generate
 
@@ -174,16 +174,16 @@ def loader(dtypes: tuple[torch.dtype, ...], compute: torch.dtype) -> Any:
             values = []
             for column, dtype in enumerate(dtypes):
                 address = builder.extract_value(args[0], column)
-                value = builder.load(_element(builder, address, args[1], _STORED[dtype]))
-                values.append(_widen(builder, value, dtype, _STORED[compute]))
-            return _pack(context, builder, values, kind)
+                value = builder.load(element(builder, address, args[1], STORED[dtype]))
+                values.append(widen(builder, value, dtype, STORED[compute]))
+            return pack(context, builder, values, kind)
 
         return types.UniTuple(kind, len(dtypes))(addresses, types.int64), generate
 
     return load
 
 
-def _prefetch(builder: Any, pointer: Any) -> None:
+def prefetch_line(builder: Any, pointer: Any) -> None:
     """Prefetch the cache line at ``pointer`` into the second-level cache, for reading.
 
     The second level allows more outstanding requests than the first (measured: rows in 0.7 ms instead of 1.1 ms).
@@ -200,7 +200,7 @@ def prefetch_word(typing: Any, address: Any, index: Any) -> Any:
     """Prefetch what ``load_word`` will read."""
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        _prefetch(builder, _element(builder, args[0], args[1], _I32))
+        prefetch_line(builder, element(builder, args[0], args[1], _I32))
         return context.get_dummy_value()
 
     return types.void(types.int64, types.int64), generate
@@ -213,7 +213,7 @@ def prefetcher(dtypes: tuple[torch.dtype, ...]) -> Any:
     def prefetch(typing: Any, addresses: Any, index: Any) -> Any:
         def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
             for column, dtype in enumerate(dtypes):
-                _prefetch(builder, _element(builder, builder.extract_value(args[0], column), args[1], _STORED[dtype]))
+                prefetch_line(builder, element(builder, builder.extract_value(args[0], column), args[1], STORED[dtype]))
             return context.get_dummy_value()
 
         return types.void(addresses, types.int64), generate
@@ -229,8 +229,8 @@ def scalars_loader(count: int, compute: torch.dtype) -> Any:
         def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
             first = builder.mul(args[1], llvm_ir.Constant(_I64, count))
             indices = [builder.add(first, llvm_ir.Constant(_I64, i)) for i in range(count)]
-            values = [builder.load(_element(builder, args[0], i, _STORED[compute])) for i in indices]
-            return _pack(context, builder, values, COMPUTED[compute])
+            values = [builder.load(element(builder, args[0], i, STORED[compute])) for i in indices]
+            return pack(context, builder, values, COMPUTED[compute])
 
         return types.UniTuple(COMPUTED[compute], count)(types.int64, types.int64), generate
 
@@ -247,7 +247,7 @@ def arrays_loader(count: int) -> Any:
             arrays = []
             for position in range(count):
                 address, length = (
-                    builder.load(_element(builder, args[0], llvm_ir.Constant(_I64, 2 * position + i), _I64))
+                    builder.load(element(builder, args[0], llvm_ir.Constant(_I64, 2 * position + i), _I64))
                     for i in (0, 1)
                 )
                 array = arrayobj.make_array(kind)(context, builder)
@@ -256,7 +256,7 @@ def arrays_loader(count: int) -> Any:
                     array, builder.inttoptr(address, _F64.as_pointer()), [length], [size], size, None
                 )
                 arrays.append(array._getvalue())
-            return _pack(context, builder, arrays, kind)
+            return pack(context, builder, arrays, kind)
 
         return types.UniTuple(kind, count)(types.int64), generate
 
@@ -281,8 +281,8 @@ def storer(dtypes: tuple[torch.dtype, ...], compute: torch.dtype) -> Any:
                     value = builder.extract_value(value, position)
                 value = context.cast(builder, value, kind, target)
                 address = builder.extract_value(args[0], column)
-                pointer = _element(builder, address, args[1], _STORED[dtypes[column]])
-                builder.store(_narrow(builder, value, dtypes[column]), pointer)
+                pointer = element(builder, address, args[1], STORED[dtypes[column]])
+                builder.store(narrow(builder, value, dtypes[column]), pointer)
             return context.get_dummy_value()
 
         return types.void(addresses, types.int64, values), generate
@@ -293,7 +293,7 @@ def storer(dtypes: tuple[torch.dtype, ...], compute: torch.dtype) -> Any:
 @intrinsic
 def store_int(typing: Any, address: Any, index: Any, value: Any) -> Any:
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        builder.store(args[2], _element(builder, args[0], args[1], _I64))
+        builder.store(args[2], element(builder, args[0], args[1], _I64))
         return context.get_dummy_value()
 
     return types.void(types.int64, types.int64, types.int64), generate

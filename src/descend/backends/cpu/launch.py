@@ -11,8 +11,11 @@ import torch
 from torch import Tensor
 
 from descend.backends.cpu import library, object_files, threads
+from descend.backends.cpu.columns import columns_of
+from descend.core.codecs import Formats, compute_dtype, rows_and_width, scale_shape
 from descend.core.measures import COLUMNS, moments
 from descend.core.memory import row_width
+from descend.core.noise import Stream
 from descend.core.signature import signature
 
 # Elements in a chunk: small enough to balance the threads, large enough that claiming a chunk costs nothing. Norms are
@@ -28,12 +31,13 @@ class ChunkCall:
     """The arguments of a compiled loop over chunks, in the order that ``kernels`` and ``measures_kernel`` list."""
 
     def __init__(self) -> None:
-        self._arguments = array("q", bytes(104))
+        self._arguments = array("q", bytes(112))
         self._address = self._arguments.buffer_info()[0]
         self._held: dict[int, np.ndarray] = {}
         self._elements = 0
         self._sums: np.ndarray | None = None
         self._measured = self._scratch = np.zeros((0, len(COLUMNS)))
+        self._keys = np.zeros(0, np.uint64)
 
     def describe(
         self, chunks: np.ndarray, count: int, addresses: np.ndarray, scalars: np.ndarray, elements: int
@@ -45,6 +49,10 @@ class ChunkCall:
             if self._held.get(position) is not table:  # asking an array for its address takes a microsecond
                 self._held[position] = table
                 self._arguments[position] = table.ctypes.data
+
+    def set_keys(self, keys: np.ndarray) -> None:
+        """Set the table of what noise comes from: 64 bits for each row of scalars."""
+        self._keys, self._arguments[13] = keys, keys.ctypes.data
 
     def run(self, kernel: int) -> None:
         """Call a compiled loop."""
@@ -93,7 +101,7 @@ class ChunkTable(ChunkCall):
         width: number of columns. The caller fills in those after ``columns``.
         rows: for each row of tensors, its row in the scalars table.
         scalars: the scalars table.
-        widths: for each row of tensors, the elements that must stay together, if some must. Default: None.
+        widths: for each row of tensors, the width of its rows, if chunks must not cut them at will. Default: None.
     """
 
     def __init__(
@@ -127,70 +135,83 @@ class ChunkTable(ChunkCall):
 
 
 class Launch(ChunkTable):
-    """One kernel call for all parameters that share a rule and dtypes, see ``backend.Launch``.
+    """One kernel call for all parameters that share a rule and formats, see ``backend.Launch``.
 
     Args:
         rule: the function to apply.
         scalars: how many scalars it is given.
-        dtypes: of the parameter, the gradient and the state tensors.
+        formats: of the parameter, the gradient and the state tensors.
         params: the parameters; gradients in their layout.
         rows: for each parameter, its row in the scalars table.
+        streams: where the noise of each parameter comes from, if there is noise.
     """
 
     def __init__(
         self,
         rule: Any,
         scalars: int,
-        dtypes: tuple[torch.dtype, ...],
+        formats: Formats,
         params: Sequence[Tensor],
         rows: Sequence[int] | np.ndarray,
+        streams: Sequence[Stream] = (),
     ) -> None:
-        self._compute = torch.float64 if torch.float64 in dtypes else torch.float32
+        self._compute, columns = compute_dtype(formats), columns_of(formats)
         self._given = table = np.zeros((max(rows) + 1, scalars + 1), NUMPY[self._compute])
-        self._rows, takes = rows, signature(rule)
+        self._rows, takes = np.asarray(rows, np.int64), signature(rule)
         self._has_sums = takes.summed is not None
         if self._has_sums:  # each parameter has scalars of its own beside those that it is given
             table = np.zeros((len(rows), 1 + len(takes.scalars)), table.dtype)
             rows = np.arange(len(rows))
         grads = [param if param.grad is None else param.grad for param in params]
-        widths = None
-        if takes.kind == "row":
-            widths = np.array([max(row_width(param), 1) for param in params], np.int64)
-        super().__init__([params, grads], len(dtypes), rows, table, widths)
-        self._state_sizes = self._sizes if widths is None else self._sizes // widths
-        self._rule, self._dtypes = rule, dtypes
+        is_of_rows, is_coded = takes.kind == "row", bool(columns.coded)
+        width_of = row_width if is_of_rows else lambda param: rows_and_width(param.shape)[1]
+        widths = np.array([max(width_of(param), 1) for param in params], np.int64)
+        super().__init__([params, grads], columns.size, rows, table, widths if is_of_rows or is_coded else None)
+        self._rule, self._formats, self._columns = rule, formats, columns
         self._update = self._measures = self._summing = 0
+        # How many elements are in each column that has an address.
+        self._numels = np.repeat(self._sizes[:, None], len(columns.dtypes), axis=1)
+        if is_of_rows:
+            self._numels[:, 2:] = (self._sizes // widths)[:, None]
+        if is_coded:
+            self.addresses[:, columns.width] = widths
+            self._numels[:, len(columns.elements) :] = [[scale_shape(param.shape).numel()] for param in params]
+        if columns.stream >= 0:
+            self.set_keys(np.zeros(len(table), np.uint64))
+            for row, stream in enumerate(streams):
+                self.addresses[row, columns.stream : columns.stream + 2] = stream
 
     def compile(self, wants_norm: bool, measures: bool = False) -> None:
-        self._update = library.update(self._rule, self.scalars.shape[1] - 1, self._dtypes, self._compute)
+        self._update = library.update(self._rule, self.scalars.shape[1] - 1, self._formats, self._compute)
         if self._has_sums:
-            self._summing = library.sums(self._rule, self._dtypes, self._compute)
+            self._summing = library.sums(self._rule, self._formats, self._compute)
         for dtype in (torch.float32, torch.get_default_dtype()):
             library.scalar_state(dtype)
         if measures:
-            self._measures = library.measures(self._dtypes, self._compute, moments(self._rule))
+            self._measures = library.measures(self._formats, self._compute, moments(self._rule))
         library.sequence()
         library.versions()
         if wants_norm:
-            library.sums_of_squares(self._dtypes[1], 1, len(self._dtypes))
+            library.sums_of_squares(self._columns.dtypes[1], 1, self._columns.size)
 
     def set_scalars(self, row: int, scale: float, scalars: Sequence[float | Tensor]) -> None:
         self._given[row] = (scale, *scalars)
 
     def set_noise(self, row: int, key: int) -> None:
-        raise NotImplementedError
+        self._keys[self._rows == row if self._has_sums else row] = key
 
     def set_state(self, tensors: Sequence[Sequence[Tensor]]) -> None:
-        """Store the addresses of the state tensors, one sequence for each parameter."""
+        """Store the addresses of what ``codecs.stored_names`` lists, one sequence for each parameter."""
+        end = len(self._columns.dtypes)
         for row, state in zip(self.addresses, tensors, strict=True):
-            row[2:] = [tensor.data_ptr() for tensor in state]
+            row[2:end] = [tensor.data_ptr() for tensor in state]
 
     def written(self) -> np.ndarray:
         """First and last (exclusive) addresses of the memory that an update writes, shape (n, 2)."""
-        columns = [column for column in range(len(self._dtypes)) if column != 1]
+        dtypes = self._columns.dtypes
+        columns = [column for column in range(len(dtypes)) if column != 1]
         starts = self.addresses[:, columns]
-        sizes = np.stack([self._sizes if column == 0 else self._state_sizes for column in columns], axis=1)
-        ends = starts + sizes * np.array([self._dtypes[column].itemsize for column in columns])
+        ends = starts + self._numels[:, columns] * np.array([dtypes[column].itemsize for column in columns])
         spans = np.stack([starts.ravel(), ends.ravel()], axis=1)
         return spans[spans[:, 0] < spans[:, 1]]
 
@@ -214,7 +235,7 @@ class Launch(ChunkTable):
 
     def sum_of_squares(self, column: int = 1, dtype: torch.dtype | None = None) -> float:
         """Of all gradients."""
-        return super().sum_of_squares(column, dtype or self._dtypes[1])
+        return super().sum_of_squares(column, dtype or self._columns.dtypes[1])
 
 
 class ScalarState:
@@ -274,14 +295,21 @@ def chunk_table(sizes: np.ndarray, rows: np.ndarray, widths: np.ndarray | None =
     Args:
         sizes: the number of elements of each.
         rows: the row of scalars of each.
-        widths: how many elements of each must stay together, at most ``CHUNK``: chunks are of whole rows then, and have
-            their number in the last column. Default: one, and chunks are for rules of elements.
+        widths: the width of the rows of each, in which chunks are of whole rows, and have their number in the last
+            column. Longer rows than ``CHUNK`` are cut like tensors. Default: None, and chunks are cut anywhere.
     """
-    most = np.full_like(sizes, CHUNK) if widths is None else CHUNK // widths * widths
-    counts = -(-sizes // most)
+    stretches, most = sizes, np.full_like(sizes, CHUNK)
+    if widths is not None:
+        stretches, most = (
+            np.where(widths > CHUNK, widths, sizes),
+            np.where(widths > CHUNK, CHUNK, CHUNK // widths * widths),
+        )
+    per_stretch = -(-stretches // most)
+    counts = np.where(sizes > 0, sizes // np.maximum(stretches, 1) * per_stretch, 0)
     tensor = np.repeat(np.arange(len(sizes)), counts)
-    first = np.cumsum(counts) - counts
-    offset = (np.arange(counts.sum()) - first[tensor]) * most[tensor]
-    length = np.minimum(sizes[tensor] - offset, most[tensor])
+    number = np.arange(counts.sum()) - (np.cumsum(counts) - counts)[tensor]
+    stretch, piece = np.divmod(number, per_stretch[tensor])
+    offset = stretch * stretches[tensor] + piece * most[tensor]
+    length = np.minimum(stretches[tensor] - piece * most[tensor], most[tensor])
     times = np.ones_like(tensor) if widths is None else length // widths[tensor]
     return np.ascontiguousarray(np.stack([tensor, offset, offset, length, rows[tensor], times], axis=1))

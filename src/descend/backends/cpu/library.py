@@ -15,6 +15,7 @@ from descend import ops
 from descend.backends.backend import RuleError
 from descend.backends.cpu import object_files
 from descend.backends.retarget import fingerprint
+from descend.core.codecs import Formats, element_dtype, is_plain
 from descend.core.measures import COLUMNS
 from descend.core.signature import signature
 
@@ -22,17 +23,20 @@ _OPS = {getattr(ops, name): name for name in ops.__all__}
 
 
 @cache
-def update(rule: FunctionType, scalars: int, dtypes: tuple[torch.dtype, ...], compute: torch.dtype) -> int:
-    """The loop that applies ``rule`` to the chunks of tensors of ``dtypes`` (parameter, gradient, state)."""
+def update(rule: FunctionType, scalars: int, formats: Formats, compute: torch.dtype) -> int:
+    """The loop that applies ``rule`` to the chunks of tensors in ``formats`` (parameter, gradient, state)."""
     part: Any = signature(rule).averaged
-    key = f"update|{_sources()}|{_described(rule)}|{part and _described(part)}|{scalars}|{dtypes}|{compute}"
+    key = f"update|{_sources()}|{_described(rule)}|{part and _described(part)}|{scalars}|{formats}|{compute}"
 
     def compile_update() -> str:
-        from descend.backends.cpu import kernels, row_rule_kernel
+        from descend.backends.cpu import formats_kernel, kernels, row_rule_kernel
 
+        dtypes = tuple(map(element_dtype, formats))
         try:
             if part is not None:
                 return row_rule_kernel.row_update_kernel(rule, part, scalars, dtypes, compute)
+            if not is_plain(formats):
+                return formats_kernel.update_kernel(rule, scalars, formats, compute)
             return kernels.update_kernel(rule, scalars, dtypes, compute)
         except Exception as error:  # Numba raises many kinds, all of them about the rule
             raise RuleError(_explain(rule, error)) from error
@@ -41,21 +45,21 @@ def update(rule: FunctionType, scalars: int, dtypes: tuple[torch.dtype, ...], co
 
 
 @cache
-def measures(dtypes: tuple[torch.dtype, ...], compute: torch.dtype, moments: tuple[int, int] | None) -> int:
+def measures(formats: Formats, compute: torch.dtype, moments: tuple[int, int] | None) -> int:
     """The loop that runs another one, and sums up what ``core.measures.COLUMNS`` lists."""
 
     def compile_measures() -> str:
         from descend.backends.cpu import measures_kernel
 
-        return measures_kernel.measures_kernel(dtypes, compute, moments)
+        return measures_kernel.measures_kernel(formats, compute, moments)
 
-    key = f"measures|{_sources()}|{COLUMNS}|{dtypes}|{compute}|{moments}"
+    key = f"measures|{_sources()}|{COLUMNS}|{formats}|{compute}|{moments}"
     return object_files.load("measures", key, compile_measures)
 
 
 @cache
-def sums(rule: FunctionType, dtypes: tuple[torch.dtype, ...], compute: torch.dtype) -> int:
-    """The loop that sums what the part of ``rule`` returns over the chunks of tensors of ``dtypes``."""
+def sums(rule: FunctionType, formats: Formats, compute: torch.dtype) -> int:
+    """The loop that sums what the part of ``rule`` returns over the chunks of tensors in ``formats``."""
     takes = signature(rule)
     part: Any = takes.summed
     given, scalars = len(takes.given), len(takes.scalars)
@@ -64,11 +68,11 @@ def sums(rule: FunctionType, dtypes: tuple[torch.dtype, ...], compute: torch.dty
         from descend.backends.cpu import sums_kernel
 
         try:
-            return sums_kernel.sums_kernel(part, given, scalars, takes.sums, dtypes, compute)
+            return sums_kernel.sums_kernel(part, given, scalars, takes.sums, formats, compute)
         except Exception as error:  # Numba raises many kinds, all of them about the part
             raise RuleError(_explain(part, error)) from error
 
-    key = f"sums|{_sources()}|{_described(part)}|{given}|{scalars}|{takes.sums}|{dtypes}|{compute}"
+    key = f"sums|{_sources()}|{_described(part)}|{given}|{scalars}|{takes.sums}|{formats}|{compute}"
     return object_files.load(part.__name__, key, compile_sums)
 
 
@@ -167,18 +171,26 @@ def _described(rule: FunctionType) -> str:
 @cache
 def _sources() -> str:
     """A digest of the code that writes kernels: an edit there invalidates every cached kernel."""
-    folder = files("descend.backends")
     kernels = (
+        "codes",
+        "columns",
+        "formats_kernel",
         "intrinsics",
         "kernels",
         "measures_kernel",
         "probe_kernel",
         "row_rule_kernel",
         "rows_kernel",
+        "stored",
         "sums_kernel",
     )
-    names = (*(f"cpu/{name}.py" for name in kernels), "retarget.py")
-    texts = [folder.joinpath(name).read_bytes() for name in names]
+    names = (
+        *(f"backends/cpu/{name}.py" for name in kernels),
+        "backends/retarget.py",
+        "core/codecs.py",
+        "core/noise.py",
+    )
+    texts = [files("descend").joinpath(name).read_bytes() for name in names]
     return hashlib.sha256(b"".join(texts)).hexdigest()
 
 

@@ -16,9 +16,13 @@ import torch
 from torch import Tensor
 
 from descend.backends.cpu import library, object_files, threads
+from descend.backends.cpu.columns import columns_of
 from descend.backends.cpu.launch import CHUNK, NUMPY, ChunkCall, ScalarState, chunk_table
+from descend.core.codecs import Formats, compute_dtype, element_dtype
 from descend.core.decision import Decision
 from descend.core.measures import moments
+from descend.core.memory import row_width
+from descend.core.noise import Stream
 from descend.core.signature import signature
 
 BLOCK = 64  # duplicates summed in sequence; more of one row are split, for threads and for precision
@@ -78,23 +82,27 @@ class TouchedRows:
     Args:
         rule: the function to apply.
         scalars: how many scalars it takes.
-        dtypes: of the parameter, the gradient's values and the state tensors.
+        formats: of the parameter, the gradient's values and the state tensors.
         all_rows: whether untouched rows are updated too, with a gradient of zero.
+        stream: where the parameter's noise comes from, if there is noise.
     """
 
-    def __init__(self, rule: Any, scalars: int, dtypes: tuple[torch.dtype, ...], all_rows: bool) -> None:
-        self._compute = torch.float64 if torch.float64 in dtypes else torch.float32
+    def __init__(self, rule: Any, scalars: int, formats: Formats, all_rows: bool, stream: Stream | None = None) -> None:
+        self._compute, self._columns, dtype = compute_dtype(formats), columns_of(formats), element_dtype(formats[1])
         self._scalars = np.zeros((1, 1 + scalars), NUMPY[self._compute])
-        self._rule, self._n_scalars, self._dtypes, self._all_rows = rule, scalars, dtypes, all_rows
-        self._is_of_rows = signature(rule).kind == "row"
+        self._rule, self._n_scalars, self._formats, self._all_rows = rule, scalars, formats, all_rows
+        self._keeps_rows_whole = signature(rule).kind == "row" or bool(self._columns.coded)
         self._update = self._measures = self._sums = 0
-        self._addresses = np.zeros((3, len(dtypes)), np.int64)
-        self._call = ChunkCall()
+        self._addresses, self._dtype = np.zeros((3, self._columns.size), np.int64), dtype
+        self._call, self._keys = ChunkCall(), np.zeros(1, np.uint64)
+        self._call.set_keys(self._keys)
+        if stream is not None:
+            self._addresses[:, self._columns.stream : self._columns.stream + 2] = stream
         self._arguments = _Arguments("touched", 27)
         self._arguments.array[13], self._arguments.array[14] = CHUNK, BLOCK
         self._sum_arguments = _Arguments("sums", 9)
         self._buffer = np.empty(0, np.int64)
-        self._zeros = np.zeros(CHUNK if all_rows else 0, NUMPY[dtypes[1]])
+        self._zeros = np.zeros(CHUNK if all_rows else 0, NUMPY[dtype])
         self._addresses[_ZERO, 1] = self._zeros.ctypes.data
         self._reserved = (-1, -1)
         self._tables = self._buffer, self._buffer
@@ -108,15 +116,15 @@ class TouchedRows:
         return len(self.rows)
 
     def compile(self, wants_norm: bool, measures: bool = False) -> None:
-        self._update = library.update(self._rule, self._n_scalars, self._dtypes, self._compute)
+        self._update = library.update(self._rule, self._n_scalars, self._formats, self._compute)
         if measures:
-            self._measures = library.measures(self._dtypes, self._compute, moments(self._rule))
-        self._sums = library.rows("sums", self._dtypes[1])
+            self._measures = library.measures(self._formats, self._compute, moments(self._rule))
+        self._sums = library.rows("sums", self._dtype)
         for name in ("touched", "mark"):
             library.rows(name)
         library.sequence()
         if wants_norm:
-            library.sums_of_squares(self._dtypes[1], 1, len(self._dtypes))
+            library.sums_of_squares(self._dtype, 1, self._columns.size)
 
     def read(
         self, indices: Tensor, values: Tensor, sizes: tuple[int, ...], steps: Tensor | None, step: int
@@ -159,7 +167,7 @@ class TouchedRows:
 
     def _sum(self, given: int, nnz: int, length: int, slots: int, n_sums: int, n_sums_of_sums: int) -> None:
         """Sum the values of rows that have duplicates."""
-        count = -(-slots * length * self._dtypes[1].itemsize // 8)
+        count = -(-slots * length * self._dtype.itemsize // 8)
         if len(self._buffer) < count:
             self._buffer = np.empty(count + count // 4, np.int64)
             self._addresses[_SUMMED, 1] = self._sum_arguments.array[6] = self._buffer.ctypes.data
@@ -173,14 +181,14 @@ class TouchedRows:
     def _gaps(self, total: int, length: int) -> np.ndarray:
         """Chunks of the untouched rows; all of them read the same zeros."""
         begins, ends = np.r_[0, self.rows + 1] * length, np.r_[self.rows, total] * length
-        widths = np.full_like(begins, max(length, 1)) if self._is_of_rows else None
+        widths = np.full_like(begins, max(length, 1)) if self._keeps_rows_whole else None
         chunks = chunk_table(ends - begins, np.zeros(len(begins), np.int64), widths)
         chunks[:, 1] += begins[chunks[:, 0]]
         chunks[:, 0], chunks[:, 2] = _ZERO, 0
         return chunks
 
     def sum_of_squares(self) -> float:
-        return self._call.sum_of_squares(1, self._dtypes[1])
+        return self._call.sum_of_squares(1, self._dtype)
 
     def run(
         self,
@@ -195,11 +203,13 @@ class TouchedRows:
         noise_key: int = 0,
     ) -> None:
         assert decision is None  # this backend reads none
-        self._scalars[0] = (scale, *scalars)
+        self._scalars[0], self._keys[0] = (scale, *scalars), noise_key
         pointers = [param.data_ptr(), *(tensor.data_ptr() for tensor in state)]
         if pointers != self._pointers:
             self._pointers = pointers
-            self._addresses[:, 0], self._addresses[:, 2:] = pointers[0], pointers[1:]
+            self._addresses[:, 0], self._addresses[:, 2 : 1 + len(pointers)] = pointers[0], pointers[1:]
+            if self._columns.coded:
+                self._addresses[:, self._columns.width] = row_width(param)
         update = self._call.measured_call(self._measures, self._update) if measures else self._call.call(self._update)
         calls = [update]
         if mark is not None:
