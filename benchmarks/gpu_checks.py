@@ -344,6 +344,49 @@ def dtypes(place: Place) -> str:
     return f"{len(done)} mixes, {worst:.2g} roundings at most" + "".join(left_out)
 
 
+FORMATS: dict[str, tuple[torch.dtype, dict[str, Any]]] = {
+    "8 bits": (F32, dict(state_dtype="8bit")),
+    "8 bits at random": (BF16, dict(state_dtype="8bit", rounding="stochastic")),
+    "compensated": (BF16, dict(state_dtype=F32, rounding="compensated")),
+}
+
+
+def formats(place: Place) -> str:
+    """Numbers in formats, dense and in touched rows: as in the eager backend on the CPU, where nothing is fused.
+
+    A result that is rounded otherwise there may become another code, or another bfloat16: of one number in thousands.
+    """
+    shapes = [(16, 300), (7,)] + ([] if place.is_quick else [(70_001,), (999, 1000), (300, 64, 3, 3)])
+    most, rows = 0.0, 16 if place.is_quick else 4000
+    for name, (dtype, options) in FORMATS.items():
+        values, table = [place.draw(*shape) for shape in shapes], place.draw(rows, 272)
+        sides = []
+        for device, backend in ((place.device, place.backend), (torch.device("cpu"), "eager")):
+            params = [value.to(device, dtype, copy=True).requires_grad_() for value in (*values, table)]
+            optimizer = descend.AdamW(params, lr=0.01, sparse="touched", backend=backend, **options)
+            sides.append((params, optimizer))
+        for _ in range(1 if place.is_quick else 3):
+            grads = [place.draw(*shape) for shape in shapes]
+            touched, of_rows = torch.randperm(rows, generator=place.random)[: rows // 4], place.draw(rows // 4, 272)
+            for params, optimizer in sides:
+                give(params[:-1], grads)
+                params[-1].grad = coo(touched, of_rows, params[-1])
+                optimizer.step()
+        for ours, theirs in zip(*(_stored(*side) for side in sides), strict=True):
+            if ours.dtype in (torch.uint8, BF16):
+                differing = float((ours != theirs).double().mean())
+                most = max(most, within(f"{name}: numbers of {ours.dtype} that differ", differing, 2e-3))
+            elif ours.dtype != torch.int16:  # the last digits of a parameter
+                within(f"{name}: {ours.dtype}", distance(ours, theirs), 2e-3)
+    return f"{len(FORMATS)} formats, at most {most:.1g} of the numbers differ from the CPU's"
+
+
+def _stored(params: Sequence[Tensor], optimizer: torch.optim.Optimizer) -> list[Tensor]:
+    """All parameters and their state, on the CPU."""
+    state = [value for param in params for value in optimizer.state[param].values()]
+    return [tensor.detach().cpu() for tensor in (*params, *state)]
+
+
 def odd_sizes(place: Place) -> str:
     """Sizes around those of vectors, blocks and chunks."""
     sizes = SIZES if place.is_quick else (*SIZES, *MORE_SIZES)
@@ -858,6 +901,7 @@ CHECKS: dict[str, Callable[[Place], str]] = {
     "rules": rules,
     "own-rule": own_rule,
     "dtypes": dtypes,
+    "formats": formats,
     "odd-sizes": odd_sizes,
     "unaligned": unaligned,
     "clipping": clipping,

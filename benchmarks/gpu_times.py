@@ -34,6 +34,7 @@ import descend
 from descend.bench.clock import Timing
 from descend.bench.methods import bytes_moved
 from descend.bench.shapes import Size, gpt2_sizes
+from descend.core.codecs import BLOCK
 from descend.core.options import BackendName
 
 OURS, FUSED, FOREACH, TORCH = "ours", "fused", "foreach", "torch"
@@ -105,19 +106,31 @@ FULL = Plan(shrink=1, seconds=3.0, fewest=5, most=60, warm=10)
 QUICK = Plan(shrink=1_000_000, seconds=0.0, fewest=1, most=1, warm=1)
 
 
+STORED: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "8bit": dict(state_dtype="8bit"),
+    "stochastic": dict(rounding="stochastic"),
+    "8bit-stochastic": dict(state_dtype="8bit", rounding="stochastic"),
+}
+STATE_IN_8_BITS = 2 * (1 + 4 / BLOCK)
+"""Bytes of state of a number whose two averages are in 8 bits."""
+
+
 class Case(NamedTuple):
     """One line of the table.
 
     Attributes:
         shape: of ``SHAPES``; for tables, how rows are looked up.
-        dtype: of parameters, gradients and state.
+        dtype: of parameters, gradients and, unless ``stored`` says otherwise, state.
         clip: whether gradients are clipped to a norm of 1.
+        stored: how ours keeps numbers, of ``STORED``; its peers know only dtypes.
         offload: whether state is in the host's memory.
     """
 
     shape: str
     dtype: str
     clip: bool = False
+    stored: str = "plain"
     offload: bool = False
 
     @property
@@ -128,7 +141,7 @@ class Case(NamedTuple):
     def name(self) -> str:
         if self.is_sparse:
             return f"sparseadam-{self.dtype}-10Mx64-{self.shape}"
-        kind = "offloaded" if self.offload else "clip" if self.clip else "plain"
+        kind = "offloaded" if self.offload else "clip" if self.clip else self.stored
         return f"adamw-{self.dtype}-{self.shape}-{kind}"
 
 
@@ -139,6 +152,8 @@ CASES = (
     *(Case(lookups, "float32") for lookups in ("uniform", "zipf")),
     *(Case("1B", "bfloat16", clip) for clip in (False, True)),
     *(Case(shape, dtype, clip) for shape in ("gpt2", "llama-1b") for dtype in DTYPES for clip in (False, True)),
+    *(Case(shape, "float32", stored="8bit") for shape in ("1B", "gpt2")),
+    *(Case("llama-1b", "bfloat16", stored=stored) for stored in ("stochastic", "8bit-stochastic")),
     Case("gpt2", "float32", offload=True),
     Case("1000x1000", "bfloat16", clip=True),
     *(Case(shape, dtype, clip) for shape in ("124M", "1M") for dtype in DTYPES for clip in (False, True)),
@@ -342,13 +357,15 @@ def free_memory(device: torch.device) -> int:
     return min(MEMORY, int(0.95 * torch.cuda.mem_get_info(device)[0]))
 
 
-def _adamw(name: str, clip: bool, backend: BackendName, params: Sequence[Tensor]) -> Callable[[], object]:
+def _adamw(name: str, case: Case, backend: BackendName, params: Sequence[Tensor]) -> Callable[[], object]:
     """The step of an AdamW."""
-    options: dict[str, Any] = {} if not clip else dict(max_norm=1.0)
+    options: dict[str, Any] = dict(STORED[case.stored])
+    if case.clip:
+        options["max_norm"] = 1.0
     if name == OURS:
         return descend.AdamW(params, **options, backend=backend).step
     step = torch.optim.AdamW(params, **{name: True}).step  # type: ignore[arg-type]
-    if not clip:
+    if not case.clip:
         return step
 
     def clip_and_step() -> None:
@@ -389,10 +406,11 @@ def time_dense(
         all_params.append(params)
 
     def made(name: str, number: int) -> Callable[[], object]:
-        return _adamw(name, case.clip, backend, all_params[number])
+        return _adamw(name, case, backend, all_params[number])
 
     times = time_contenders({name: Contender(partial(made, name)) for name in names}, sets, plan, clock)
-    moved = bytes_moved(bytes_of_one, 2 * bytes_of_one, case.clip)
+    state_bytes = STATE_IN_8_BITS * numbers if case.stored.startswith("8bit") else 2 * bytes_of_one
+    moved = bytes_moved(bytes_of_one, round(state_bytes), case.clip)
     return Result(case, len(sizes), numbers, sets, moved, moved / clock.bandwidth, times, note)
 
 

@@ -61,3 +61,11 @@ def test_one_that_could_be_counted_on_the_device_says_how(weight: Tensor) -> Non
 def test_one_that_waits_cannot(weight: Tensor) -> None:
     with pytest.raises(RuntimeError, match="SGD: a step that waits for the device cannot be captured"):
         check_capture(SGD([weight]), waits=True)
+
+
+def test_one_that_rounds_at_random_cannot(weight: Tensor) -> None:
+    optimizer = AdamW([weight], rounding="stochastic")
+    optimizer.param_groups[0]["capturable"] = True
+    with pytest.raises(RuntimeError, match=r"AdamW: a step with rounding='stochastic' cannot be captured.* has moved"):
+        check_capture(optimizer, waits=False)
+    check_capture(SGD([weight], rounding="compensated"), waits=False)

@@ -13,7 +13,7 @@ from torch import Tensor
 from descend.backends.backend import Backend
 from descend.backends.cpu.threads import serial_in_forked_child
 from descend.core import memory
-from descend.core.codecs import Formats, needs_noise, stored_names
+from descend.core.codecs import Codec, Formats, needs_noise, stored_names
 from descend.core.measures import Sample, correction
 from descend.core.memory import wide
 from descend.core.method import MethodRef
@@ -73,6 +73,7 @@ class SparseUpdate(Update):
         state = optimizer.state_of(param)
         self._formats = (formats[0], self._dtype, *formats[2:])
         self._is_noisy, given = needs_noise(formats), len(signature(rule).given)
+        self._is_coded = any(isinstance(format, Codec) for format in formats)
         if self._is_noisy:
             stream = stream_of(optimizer, param, numbers_of(optimizer))
             self._rows = backend.rows(rule, given, self._formats, meaning == "all", local, stream)
@@ -95,6 +96,12 @@ class SparseUpdate(Update):
         grad = self._local.grad
         assert grad is not None
         who, name = type(optimizer).__name__, optimizer.name_of
+        if self._is_coded and (grad.sparse_dim() != 1 or grad.dim() == 1):
+            raise RuntimeError(
+                f"{who}: state of {name(self._param)} is kept in 8 bits, in blocks along its rows, but its gradient of "
+                f"{grad.sparse_dim()} sparse among {grad.dim()} dimensions does not name rows. Make it dense, or "
+                "sparse in the first of several, or keep this state in float32 (float32_state). Nothing has moved."
+            )
         indices, values = grad._indices().contiguous(), grad._values()
         if memory.is_freed(values) or memory.is_freed(indices):
             raise RuntimeError(

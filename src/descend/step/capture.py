@@ -31,6 +31,11 @@ def check_capture(optimizer: MethodOptimizer, waits: bool) -> None:
     if not is_capturing():
         return
     name = type(optimizer).__name__
+    if optimizer.options.rounding == "stochastic":
+        raise RuntimeError(
+            f"{name}: a step with rounding='stochastic' cannot be captured: every replay would round with the noise of "
+            "this one. Take it outside of the graph, or choose rounding='compensated'. Nothing has moved."
+        )
     # Without a step count every replay is right, as with torch's SGD, which has no such option either.
     counts_nothing = {method: not method.counts_steps and not method.ends_steps for method, _ in optimizer.methods()}
     if not all(group.get("capturable", counts_nothing[optimizer.method_of(group)]) for group in optimizer.param_groups):

@@ -16,12 +16,12 @@ from descend.core.signature import signature
 
 triton = pytest.importorskip("triton")
 
+from machine_code import TARGETS, Machine  # noqa: E402
 from triton import knobs  # noqa: E402
 from triton.backends.compiler import GPUTarget  # noqa: E402
 
 from descend.backends.triton import library, rows_library, tuning  # noqa: E402
 
-TARGETS = {"sm_80": ("cuda", 80, 32), "sm_90": ("cuda", 90, 32), "gfx942": ("hip", "gfx942", 64)}
 MIXES = [(BRAIN, BRAIN, BRAIN), (BRAIN, BRAIN, SINGLE), (SINGLE, BRAIN, BRAIN), (HALF, HALF, SINGLE), (DOUBLE,) * 3]
 
 
@@ -32,37 +32,6 @@ def empty_cache(tmp_path: Path) -> Any:
         knobs.cache.dir = str(tmp_path)
         knobs.nvidia.dump_ptxas_log = True
         yield
-
-
-class Machine:
-    """A kernel's machine code.
-
-    Args:
-        kernel: to compile.
-        target: one of ``TARGETS``.
-        capsys: what the assembler of CUDA has said.
-    Attributes:
-        registers: of a thread.
-        spills: registers, or bytes, that did not fit.
-        wide: how many loads and stores are of sixteen bytes.
-    """
-
-    def __init__(self, kernel: Any, target: str, capsys: pytest.CaptureFixture[str]) -> None:
-        compiled = kernel.compile_for(GPUTarget(*TARGETS[target]))
-        if target == "gfx942":
-            text = log = compiled.asm["amdgcn"]
-            # Scalar registers that do not fit go to lanes of vector registers, not to memory.
-            spills, registers = r"vgpr_spill_count:\s*(\d+)", r"\.vgpr_count:\s*(\d+)"
-            wide = r"(?:global|buffer|flat)_%s_dwordx4", {"loads": "load", "stores": "store"}
-        else:
-            text, log = compiled.asm["ptx"], capsys.readouterr().out
-            spills, registers = r"(\d+) bytes spill", r"Used (\d+) registers"
-            wide = r"%s\.global\S*\.(?:v4\.b32|v2\.b64)", {"loads": "ld", "stores": "st"}
-        assert re.search(spills, log), "the assembler says nothing of spills"
-        self.spills = sum(map(int, re.findall(spills, log)))
-        (self.registers,) = map(int, re.findall(registers, log))
-        pattern, names = wide
-        self.wide = {kind: len(re.findall(pattern % name, text)) for kind, name in names.items()}
 
 
 def assert_good(rule: Any, mix: tuple[torch.dtype, ...], target: str, capsys: pytest.CaptureFixture[str]) -> None:

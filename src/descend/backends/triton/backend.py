@@ -19,7 +19,7 @@ from descend.backends.backend import DeviceScalarState as OnDevice
 from descend.backends.cpu.launch import ScalarState
 from descend.backends.cpu.threads import CallSequence
 from descend.backends.cpu.versions import Versions
-from descend.core.codecs import Formats, stored_dtypes
+from descend.core.codecs import Formats
 from descend.core.decision import Decision
 from descend.core.noise import Stream
 
@@ -56,7 +56,7 @@ class TritonDecisions:
 
 
 class TritonBackend:
-    """Rules compiled by Triton: one launch for all tensors of equal dtypes."""
+    """Rules compiled by Triton: one launch for all tensors of equal formats."""
 
     name = "triton"
     is_atomic = False
@@ -73,7 +73,7 @@ class TritonBackend:
     def why_not_formats(
         self, rule: Callable[..., Any], param: Tensor, formats: Formats, stored: Sequence[tuple[str, Tensor]]
     ) -> str | None:
-        return "formats that are no dtypes"
+        return supports.why_not_formats(param, stored)
 
     def launch(
         self,
@@ -86,7 +86,7 @@ class TritonBackend:
     ) -> Launch:
         from descend.backends.triton.launch import Launch
 
-        return Launch(rule, scalars, stored_dtypes(formats), params, rows)
+        return Launch(rule, scalars, formats, params, rows, streams)
 
     def scalar_state(self, tensors: Sequence[Tensor]) -> ScalarState:
         return ScalarState(tensors)
@@ -126,7 +126,7 @@ class TritonBackend:
     ) -> TouchedRows:
         from descend.backends.triton.rows import TouchedRows
 
-        return TouchedRows(rule, scalars, stored_dtypes(formats), all_rows, param)
+        return TouchedRows(rule, scalars, formats, all_rows, param, stream)
 
     def catch_up(
         self,

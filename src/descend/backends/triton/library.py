@@ -22,12 +22,15 @@ from triton.backends.compiler import GPUTarget
 
 from descend.backends.backend import Declined
 from descend.backends.retarget import retarget
-from descend.backends.triton import audit, kernels, operations, source, tuning
+from descend.backends.triton import audit, formats, kernels, operations, source, tuning
+from descend.core.codecs import compute_dtype
 from descend.core.signature import signature
 
 _NAMES = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32", torch.float64: "fp64"}
 _TORCH = {name: dtype for dtype, name in _NAMES.items()}
 _TYPES = {name: tl.dtype(name) for name in _NAMES.values()}
+_NAMES |= {torch.int16: "i16", torch.uint8: "u8"}
+_TYPES |= {"i16": tl.int16, "u8": tl.uint8}
 
 # Pointers that are beginnings of allocations, and therefore multiples of 16. Others may lead into the midst of one.
 _ALLOCATIONS = ("chunks", "addresses", "scalars", "sums")
@@ -200,10 +203,8 @@ def sums(rule: Any, dtypes: tuple[torch.dtype, ...]) -> Kernel:
 @cache
 def _sums(rule: FunctionType, dtypes: tuple[torch.dtype, ...], interpreted: bool) -> Kernel:
     takes, compute = signature(rule), compute_dtype(dtypes)
-    if not isinstance(takes.summed, FunctionType):
-        raise TypeError("its part is not a function made by def")
     constants = {
-        "PART": inlined(takes.summed, compute),
+        "PART": inlined(part_of(rule), compute),
         "DTYPES": tuple(map(triton_type, dtypes)),
         "COMPUTE": triton_type(compute),
         "SCALARS": len(takes.scalars),
@@ -213,6 +214,18 @@ def _sums(rule: FunctionType, dtypes: tuple[torch.dtype, ...], interpreted: bool
     }
     pointers = {"chunks": "*i64", "addresses": "*i64", "scalars": f"*{_NAMES[compute]}", "sums": "*fp64"}
     return Kernel(made(kernels.sums, interpreted), pointers, constants, checks_rule=True)
+
+
+def part_of(rule: FunctionType) -> FunctionType:
+    """What is summed before a rule is applied.
+
+    Raises:
+        TypeError: if that is no plain function.
+    """
+    part = signature(rule).summed
+    if not isinstance(part, FunctionType):
+        raise TypeError("its part is not a function made by def")
+    return part
 
 
 @cache
@@ -227,7 +240,11 @@ def made(function: FunctionType, interpreted: bool) -> Any:
     """What Triton makes of a kernel."""
     bound = _operations(torch.float64, interpreted)
     if interpreted:
-        bound = {**bound, kernels.added: _jitted(kernels.added_by_interpreter)}
+        bound = {
+            **bound,
+            kernels.added: _jitted(kernels.added_by_interpreter),
+            formats.largest: _jitted(formats.largest_by_interpreter),
+        }
     return _jitted(function, bound)
 
 
@@ -318,11 +335,6 @@ def _operations(compute: torch.dtype, interpreted: bool) -> dict[Any, Any]:
 
 def _jitted(function: Any, ops: Mapping[Any, Any] | None = None) -> Any:
     return retarget(function, ops or {}, source.jitted)
-
-
-def compute_dtype(dtypes: tuple[torch.dtype, ...]) -> torch.dtype:
-    """The dtype of the arithmetic."""
-    return torch.float64 if torch.float64 in dtypes else torch.float32
 
 
 def triton_type(dtype: torch.dtype) -> Any:

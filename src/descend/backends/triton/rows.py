@@ -18,11 +18,14 @@ from torch import Tensor
 from descend.backends.cpu import threads
 from descend.backends.cpu.launch import ScalarState
 from descend.backends.eager import measured_sums
-from descend.backends.triton import library, rows_library, tuning
+from descend.backends.opened import Opened
+from descend.backends.triton import formats_library, library, rows_library, tuning
 from descend.backends.triton.rows_library import Blocks, Gradient
 from descend.backends.triton.tables import Numbers, constants, current, is_capturing, keep, uploaded
+from descend.core.codecs import BLOCK, Codec, Formats, compute_dtype, element_dtype, is_plain
 from descend.core.decision import Decision
 from descend.core.measures import moments
+from descend.core.noise import Stream, words
 
 
 class TouchedRows:
@@ -31,37 +34,49 @@ class TouchedRows:
     Args:
         rule: the function to apply.
         scalars: how many scalars the rule takes.
-        dtypes: of the parameter, the gradient's values and the state tensors.
+        formats: of the parameter, the gradient's values and the state.
         all_rows: whether untouched rows are updated too: the gradient is then made dense.
         param: the parameter.
+        stream: where its noise comes from, if there is noise.
     """
 
-    def __init__(self, rule: Any, scalars: int, dtypes: tuple[torch.dtype, ...], all_rows: bool, param: Tensor) -> None:
-        self._rule, self._n_scalars, self._dtypes, self._all_rows = rule, scalars, dtypes, all_rows
+    def __init__(
+        self,
+        rule: Any,
+        scalars: int,
+        formats: Formats,
+        all_rows: bool,
+        param: Tensor,
+        stream: Stream | None = None,
+    ) -> None:
+        self._rule, self._n_scalars, self._formats, self._all_rows = rule, scalars, formats, all_rows
+        self._stream, self._grad_dtype = stream or Stream(0, 0), element_dtype(formats[1])
         self._device, self._sizes, self._length = param.device, tuple(param.shape[:1]), math.prod(param.shape[1:])
-        self._compute, self._are_aligned = library.compute_dtype(dtypes), are_aligned([param])
+        self._compute, self._are_aligned = compute_dtype(formats), are_aligned([param])
         self._scalars = Numbers(1, 1 + scalars, self._compute, self._device)
         self._buffers = {"in_range": torch.ones(1, dtype=torch.int8, device=self._device)}
-        empty = [torch.empty(0, dtype=dtype, device=self._device) for dtype in (torch.int32, torch.int64, dtypes[1])]
+        empty = [
+            torch.empty(0, dtype=dtype, device=self._device) for dtype in (torch.int32, torch.int64, self._grad_dtype)
+        ]
         self._nothing = self._entries_of(*empty)
         self._named = self._entries = self._nothing
         self._measured = self._nothing.carries
 
     def compile(self, wants_norm: bool, measures: bool = False) -> None:
         keys, interpreted = _key_dtype(self._sizes), library.interprets()
-        gradient = Gradient(keys, self._dtypes[1], self._compute, True, self._blocks())
+        gradient = Gradient(keys, self._grad_dtype, self._compute, True, self._blocks())
         kernels = [rows_library.keys(1, keys, interpreted), rows_library.carry(gradient, interpreted)]
         kernels += [rows_library.squares(gradient, interpreted), library.total(interpreted)] * wants_norm
         kernels += [rows_library.sums(gradient, True, interpreted)] * self._all_rows
         kernels += [rows_library.sums(gradient, False, interpreted)] * measures
         with current(self._device):
             kernel = self._update(gradient, self._are_aligned)
-            rows_library.check(self._rule, kernel, self._n_scalars, self._dtypes, self._device)
+            rows_library.check(self._rule, kernel, self._n_scalars, self._formats, self._device)
             for kernel in kernels:
                 kernel.compile(self._device)
 
     def _update(self, gradient: Gradient, are_aligned: bool) -> library.Kernel:
-        return rows_library.update(self._rule, self._n_scalars, self._dtypes, gradient, are_aligned)
+        return rows_library.update(self._rule, self._n_scalars, self._formats, gradient, are_aligned)
 
     def read(
         self, indices: Tensor, values: Tensor, sizes: tuple[int, ...], steps: Tensor | None, step: int
@@ -94,10 +109,12 @@ class TouchedRows:
         return keys
 
     def _blocks(self) -> Blocks:
+        if any(isinstance(format, Codec) for format in self._formats):
+            return Blocks.of(self._length, self._compute, BLOCK)  # with one scale
         return Blocks.of(self._length, self._compute)
 
     def _entries_of(self, keys: Tensor, order: Tensor, values: Tensor) -> _Entries:
-        gradient = Gradient(keys.dtype, self._dtypes[1], self._compute, are_aligned([values]), self._blocks())
+        gradient = Gradient(keys.dtype, self._grad_dtype, self._compute, are_aligned([values]), self._blocks())
         carries = self._buffer("carries", gradient.blocks.numbers(len(keys)), self._compute)
         return _Entries(keys, order, values, carries, gradient)
 
@@ -118,7 +135,7 @@ class TouchedRows:
 
     def _summed(self, rows: int, by_key: bool) -> Tensor:
         """The summed gradients among ``rows`` rows of zeros, see ``rows_kernel.sums``."""
-        sums = torch.zeros(rows, self._length, dtype=self._dtypes[1], device=self._device)
+        sums = torch.zeros(rows, self._length, dtype=self._grad_dtype, device=self._device)
         if self._entries.programs:
             kernel = rows_library.sums(self._entries.gradient, by_key, library.interprets())
             kernel.bind(self._entries.programs, self._device, sums, *self._entries.arguments())()
@@ -168,7 +185,7 @@ class TouchedRows:
         tensors = tuple(tensor.detach() for tensor in (param, *state))
         with current(self._device), torch.no_grad():
             self._entries = self._entries.apart_from(tensors)
-            before = self._at_heads(tensors[0]) if measures else None
+            before = self._at_heads(tensors)[0] if measures else None
             if self._entries.programs:
                 self._scalars.set(0, (scale, *scalars))
                 self._scalars.upload(is_capturing(self._device))
@@ -176,21 +193,31 @@ class TouchedRows:
                 steps, step = (values, 0) if mark is None else mark
                 self._are_aligned = are_aligned(tensors)
                 kernel = self._update(self._entries.gradient, self._are_aligned)
+                noise = () if is_plain(self._formats) else (self._stream.place, *words(noise_key, self._stream.number))
                 kernel.bind(
-                    self._entries.programs, self._device, tensors, self._scalars.tensor, values, steps, step,
-                    *self._entries.arguments(),
+                    self._entries.programs, self._device, self._as_read(tensors), self._scalars.tensor, values, steps,
+                    step, *noise, *self._entries.arguments(),
                 )()  # fmt: skip
             if before is not None:
                 grad = self._summed(len(before), by_key=False).to(self._compute)
-                written = [self._at_heads(tensor) for tensor in tensors]
-                self._measured = measured_sums(before, grad, written, moments(self._rule))[None]
+                self._measured = measured_sums(before, grad, self._at_heads(tensors), moments(self._rule))[None]
         threads.CallSequence(counters.add_one_calls()).run()
 
-    def _at_heads(self, tensor: Tensor) -> Tensor:
-        """The rows of a tensor at the heads; zeros where a sorted entry is no head."""
+    def _as_read(self, tensors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        """The parameter and its state in the dtypes that kernels read."""
+        if is_plain(self._formats):
+            return tensors
+        dtypes = formats_library.Stored.of(self._formats).without_gradient().dtypes
+        return tuple(tensor.view(dtype) for tensor, dtype in zip(tensors, dtypes, strict=True))
+
+    def _at_heads(self, tensors: Sequence[Tensor]) -> list[Tensor]:
+        """The rows of the parameter and its state at the heads; zeros where a sorted entry is no head."""
         heads, keys = self._entries.are_heads(), self._entries.keys.clamp(min=0).long()
-        rows = tensor.reshape(math.prod(self._sizes), self._length)[keys]
-        return torch.where(heads[:, None], rows, 0).to(self._compute)
+        param, *state = (tensor.reshape(math.prod(self._sizes), -1)[keys] for tensor in tensors)
+        if not is_plain(self._formats):
+            opened = Opened(self._formats, param, state)
+            param, state = opened.param, opened.state
+        return [torch.where(heads[:, None], rows, 0).to(self._compute) for rows in (param, *state)]
 
     def measured(self) -> Tensor:
         return self._measured
@@ -246,7 +273,7 @@ class StaleRows:
     ) -> None:
         self._with_state, self._without_state = with_state, without_state
         self._n_scalars, self._dtypes = scalars, dtypes
-        self._device, self._compute = param.device, library.compute_dtype(dtypes)
+        self._device, self._compute = param.device, compute_dtype(dtypes)
         self._blocks = Blocks.of(math.prod(param.shape[1:]), self._compute)
         self._which: Tensor | None = None
 

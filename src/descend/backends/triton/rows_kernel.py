@@ -16,6 +16,7 @@ from typing import Any
 
 import triton.language as tl
 
+from descend.backends.triton.formats import hashed, read, write
 from descend.backends.triton.kernels import added
 
 
@@ -231,6 +232,62 @@ def update(
     if len(tensors) == 1:
         results = (results,)
     store(tensors, at, results, mask)
+    if (step > 0) & (tl.program_id(0) % BLOCKS == 0):
+        tl.store(mark + key, (key * 0 + step).to(tl.int32), mask=is_head)
+
+
+def update_in_formats(
+    tensors: Any,
+    scalars: Any,
+    decision: Any,
+    mark: Any,
+    step: Any,
+    place: Any,
+    first_word: Any,
+    second_word: Any,
+    keys: Any,
+    order: Any,
+    values: Any,
+    carries: Any,
+    count: Any,
+    RULE: tl.constexpr,
+    HOWS: tl.constexpr,
+    BESIDE: tl.constexpr,
+    SCALARS: tl.constexpr,
+    LENGTH: tl.constexpr,
+    BLOCKS: tl.constexpr,
+    TILE: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    GROUP: tl.constexpr,
+) -> None:
+    """The same in formats, where a block of columns has a scale.
+
+    Args:
+        tensors: the parameter and all tensors of its state; halves of float32 as int16.
+        place: of the first element, in the noise.
+        first_word, second_word: of the noise, see ``core.noise.words``.
+        HOWS: formats of the parameter and the state of the rule, see ``formats``.
+        BESIDE: for each of these, which of the tensors has its scales or its compensation; itself if it has none.
+    """
+    column = columns(BLOCKS, COLUMNS)
+    i, key, is_head = heads(keys, count, BLOCKS, TILE)
+    grad = summed(i, key, is_head, keys, order, values, carries, count, LENGTH, BLOCKS, TILE, COLUMNS, GROUP)
+    grad *= (tl.load(scalars).to(tl.float64) * tl.load(decision)).to(grad.dtype)
+    is_head = tl.where(tl.load(decision + 1) != 0, is_head, False)
+    at, block = key[:, None] * LENGTH + column[None, :], key * BLOCKS + tl.program_id(0) % BLOCKS
+    mask = is_head[:, None] & (column < LENGTH)[None, :]
+    rows: Any = ()
+    for n in tl.static_range(len(HOWS)):
+        rows += (read(tensors[n], tensors[BESIDE[n]], at, block, mask, is_head, HOWS[n], grad.dtype),)
+    numbers: Any = ()
+    for n in tl.static_range(SCALARS):
+        numbers += (tl.load(scalars + (n + 1)),)
+    results = RULE(rows[0], grad, *rows[1:], *numbers)
+    if len(HOWS) == 1:
+        results = (results,)
+    noise = hashed((place + at).to(tl.uint32), first_word), second_word.to(tl.uint32)
+    for n in tl.static_range(len(HOWS)):
+        write(tensors[n], tensors[BESIDE[n]], at, block, mask, is_head, results[n], noise, n, HOWS[n])
     if (step > 0) & (tl.program_id(0) % BLOCKS == 0):
         tl.store(mark + key, (key * 0 + step).to(tl.int32), mask=is_head)
 

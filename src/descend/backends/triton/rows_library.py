@@ -9,8 +9,9 @@ from typing import Any, NamedTuple
 import torch
 import triton
 
-from descend.backends.triton import library, rows_kernel, tuning
-from descend.backends.triton.library import Kernel, Signature, compute_dtype, inlined, made, pointer_to, triton_type
+from descend.backends.triton import formats_library, library, rows_kernel, tuning
+from descend.backends.triton.library import Kernel, Signature, inlined, made, pointer_to, triton_type
+from descend.core.codecs import Formats, compute_dtype, is_plain
 
 _FOUND = ("which", "found", "seen", "places", "scalars")  # allocations of ``StaleRows``
 _KEYS = {torch.int32: "*i32", torch.int64: "*i64"}
@@ -25,11 +26,17 @@ class Blocks(NamedTuple):
 
     @classmethod
     @cache
-    def of(cls, length: int, compute: torch.dtype) -> Blocks:
-        """How to share rows of ``length`` numbers that are summed in ``compute``."""
-        columns = min(triton.next_power_of_2(max(length, 1)), tuning.COLUMNS)
-        fewest, most = tuning.TILE
-        return cls(length, min(max(tuning.SUMMED // (columns * compute.itemsize), fewest), most), columns)
+    def of(cls, length: int, compute: torch.dtype, most: int | None = None) -> Blocks:
+        """How to share rows of ``length`` numbers that are summed in ``compute``.
+
+        Args:
+            length: of a row.
+            compute: dtype of the sums.
+            most: columns that a program takes. Default: ``tuning.COLUMNS``.
+        """
+        columns = min(triton.next_power_of_2(max(length, 1)), most or tuning.COLUMNS)
+        shortest, longest = tuning.TILE
+        return cls(length, min(max(tuning.SUMMED // (columns * compute.itemsize), shortest), longest), columns)
 
     @property
     def across(self) -> int:
@@ -118,44 +125,32 @@ def squares(gradient: Gradient, interpreted: bool) -> Kernel:
     return Kernel(made(rows_kernel.squares, interpreted), pointers, constants, gradient.aligned())
 
 
-def update(
-    rule: FunctionType,
-    scalars: int,
-    dtypes: tuple[torch.dtype, ...],
-    gradient: Gradient,
-    are_aligned: bool,
-) -> Kernel:
-    """The kernel that applies a rule to rows, see ``rows_kernel.update``.
+def update(rule: FunctionType, scalars: int, formats: Formats, gradient: Gradient, are_aligned: bool) -> Kernel:
+    """The kernel that applies a rule to rows, see ``rows_kernel.update`` and ``rows_kernel.update_in_formats``.
 
     Args:
         rule: the function to apply.
         scalars: how many scalars it takes.
-        dtypes: of the parameter, the gradient and the state.
+        formats: of the parameter, the gradient and the state.
         gradient: how it is read.
         are_aligned: whether parameter and state begin at multiples of sixteen bytes.
     Raises:
         Declined: if the rule cannot be made a kernel.
     """
-    return library.declining(_update, rule, scalars, dtypes, gradient, are_aligned)
+    return library.declining(_update, rule, scalars, formats, gradient, are_aligned)
 
 
 @cache
 def _update(
-    rule: FunctionType,
-    scalars: int,
-    dtypes: tuple[torch.dtype, ...],
-    gradient: Gradient,
-    are_aligned: bool,
-    interpreted: bool,
+    rule: FunctionType, scalars: int, formats: Formats, gradient: Gradient, are_aligned: bool, interpreted: bool
 ) -> Kernel:
-    param, _, *state = dtypes
+    stored = formats_library.Stored.of(formats).without_gradient()
     pointers: Signature = {
-        "tensors": tuple(map(pointer_to, (param, *state))),
+        "tensors": tuple(map(pointer_to, stored.dtypes)),
         "scalars": pointer_to(gradient.compute),
         "decision": "*fp64",
         "mark": "*i32",
         "step": "i32",
-        **gradient.arguments(),
     }
     constants = {
         "RULE": inlined(rule, gradient.compute),
@@ -164,7 +159,12 @@ def _update(
         "GROUP": tuning.CARRIES,
     }
     aligned = (*gradient.aligned(), "tensors") if are_aligned else gradient.aligned()
-    return Kernel(made(rows_kernel.update, interpreted), pointers, constants, aligned)
+    if is_plain(formats):
+        return Kernel(made(rows_kernel.update, interpreted), {**pointers, **gradient.arguments()}, constants, aligned)
+    noise = dict.fromkeys(("place", "first_word", "second_word"), "i64")
+    constants = {"RULE": constants.pop("RULE"), "HOWS": stored.hows, "BESIDE": stored.beside, **constants}
+    kernel = made(rows_kernel.update_in_formats, interpreted)
+    return Kernel(kernel, {**pointers, **noise, **gradient.arguments()}, constants, aligned)
 
 
 @cache
@@ -239,18 +239,17 @@ def _catch_up(
     )
 
 
-def check(
-    rule: FunctionType, kernel: Kernel, scalars: int, dtypes: tuple[torch.dtype, ...], device: torch.device
-) -> None:
+def check(rule: FunctionType, kernel: Kernel, scalars: int, formats: Formats, device: torch.device) -> None:
     """Compile the kernel of a rule. Raise ``Declined`` if it cannot be compiled for the device.
 
     Args:
         rule: the rule.
         kernel: its kernel.
         scalars: how many scalars it takes.
-        dtypes: of a parameter, its gradient and state.
+        formats: of a parameter, its gradient and state.
         device: the device.
     """
+    dtypes = formats_library.as_dtypes(formats)
     library.check(rule, library.update(rule, scalars, dtypes), device)  # what a rule computes is checked there
     if device.type != "cpu":  # the interpreter compiles nothing
         library.check(rule, kernel, device)

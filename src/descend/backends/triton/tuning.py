@@ -13,6 +13,9 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
+from descend.core import codecs
+from descend.core.codecs import Codec, Formats, compute_dtype
+
 THREADS = 128  # of a program
 BYTES = 16  # that a thread reads at once, of the narrowest tensor or of float64
 REGISTERS = 128  # of a thread, at most; tests compile every rule and look
@@ -38,15 +41,40 @@ def block(dtypes: Sequence[torch.dtype]) -> int:
     return THREADS * BYTES // (max(sizes) if max(sizes) == 8 else min(sizes))
 
 
+def blocks(formats: Formats) -> int:
+    """Blocks of 256 numbers that a program has under way.
+
+    Eight numbers a thread, so that sixteen bytes of what is not coded are read at once. Where codes are rounded at
+    random, or arithmetic is in float64, registers suffice for four.
+    """
+    are_random = any(isinstance(format, Codec) and format.stochastic for format in formats)
+    return 2 if are_random or compute_dtype(formats) == torch.float64 else 4
+
+
 def chunk_table(sizes: np.ndarray, rows: np.ndarray) -> np.ndarray:
     """Cut tensors of these sizes into chunks; ``rows`` holds each tensor's row of scalars. See ``kernels``.
 
     The length of chunks depends on the sizes alone, and so do the bits of a norm.
     """
+    return _cut(sizes, rows, _chunk_length(sizes))
+
+
+def block_table(sizes: np.ndarray, widths: np.ndarray, rows: np.ndarray) -> np.ndarray:
+    """The same for tensors in formats, with rows of these widths: chunks of blocks. See ``formats_kernel``."""
+    return _cut(sizes // widths * -(-widths // codecs.BLOCK), rows, _chunk_length(sizes) // codecs.BLOCK)
+
+
+def _chunk_length(sizes: np.ndarray) -> int:
+    """Elements of a chunk."""
     fewest, most = CHUNK
     length = fewest
     while length < most and sizes.sum() >= 2 * length * PROGRAMS:
         length *= 2
+    return length
+
+
+def _cut(sizes: np.ndarray, rows: np.ndarray, length: int) -> np.ndarray:
+    """Chunks of so many elements, or blocks."""
     counts = -(-sizes // length)
     tensor = np.repeat(np.arange(len(sizes)), counts)
     first = np.cumsum(counts) - counts
