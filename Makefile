@@ -65,10 +65,11 @@ figures: $(READY)  ## compute the figures and numbers of docs/learn, five minute
 	$(BIN)/python examples/learn_clipping.py
 	$(BIN)/python examples/learn_sparse.py
 
-bench: $(READY)  ## speed against torch.optim and others, about forty minutes; evaluations against SciPy, about twenty
+bench: $(READY)  ## speed against torch.optim and others, about fifty minutes; evaluations against SciPy, about twenty
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[bench]'
 	$(BIN)/python benchmarks/step.py
 	$(BIN)/python benchmarks/matrix.py
+	$(BIN)/python benchmarks/memory.py
 	$(BIN)/python benchmarks/sparse.py
 	$(BIN)/python benchmarks/in_backward.py
 	$(BIN)/python benchmarks/monitor.py

@@ -78,7 +78,8 @@ def draw_curves(task: str, best: dict[str, tuple[float, list[dict[int, float]]]]
         axes.fill_between(
             steps, [min(found) for found in each], [max(found) for found in each], color=color, alpha=0.15
         )
-        axes.plot(steps, list(map(median, each)), color=color, label=f"{label}, lr {rate:g}")
+        name = label if "lr=" in label else f"{label}, lr {rate:g}"
+        axes.plot(steps, list(map(median, each)), color=color, label=name)
     axes.legend(loc="upper right", fontsize="small")
     save(figure, path)
 

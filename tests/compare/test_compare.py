@@ -12,6 +12,7 @@ import pytest
 import torch
 from compared import compare, read
 
+import descend
 from descend.command.cli import main
 from descend.compare import specs, train
 from descend.compare.tasks.catalog import SUMMARIES, find_task
@@ -87,6 +88,24 @@ def test_clipping_of_torch_optimizers_is_a_part_of_its_own(tmp_path: Path) -> No
     assert "norm" not in ours["parts"]
 
 
+def test_parameters_in_another_dtype(tmp_path: Path) -> None:
+    _, (single, ours, torchs) = compare(
+        tmp_path / "out", "digits", "adamw", "adamw:dtype=bfloat16", "torch.adamw:dtype=bfloat16", steps=4
+    )
+    numbers = sum(param.numel() for param in find_task("digits").model().parameters())
+    assert [run["parameters"] for run in (single, ours, torchs)] == 3 * [numbers]
+    steps = 4 * 8  # a step count for each tensor
+    assert [run["state_bytes"] for run in (single, ours, torchs)] == [
+        [8 * numbers + steps],
+        *2 * [[4 * numbers + steps]],
+    ]
+    assert ours["losses"] == pytest.approx(single["losses"], rel=0.02)
+    assert ours["losses"] == pytest.approx(torchs["losses"], rel=0.02)
+    assert ours["losses"] != single["losses"]
+    rounded = torch.tensor(ours["losses"]).bfloat16().tolist()
+    assert ours["losses"] != rounded  # the loss has more digits
+
+
 def test_divergence_is_never_a_number(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     _, (wild, hopeless, tame) = compare(
         tmp_path / "out", "digits", "sgd:lr=1e30", "sgd:lr=100", "sgd", steps=50, batch_size=64
@@ -146,6 +165,8 @@ BAD = {
     "digits --optimizer adamw:lr=-1": ["adamw:lr=-1", "Invalid learning rate"],
     "digits --optimizer sgd --optimizer torch.adamw:lr=-1": ["torch.adamw:lr=-1", "Invalid learning rate"],
     "digits --optimizer adamw:backend=gpu": ["'gpu'", "eager"],
+    "digits --optimizer adamw:dtype=int8": ["adamw:dtype=int8", "dtype must be bfloat16"],
+    "digits --optimizer torch.adamw:dtype=half8": ["torch.adamw:dtype=half8", "'half8'"],
     "digits --steps 0": ["--steps", "'0'"],
     "digits --steps many": ["--steps", "'many'"],
     "digits --seed -1": ["--seed", "'-1'"],
@@ -281,6 +302,14 @@ SPECS: dict[str, tuple[type[torch.optim.Optimizer], dict[str, Any]]] = {
     "torch.adamw:lr=1,betas=(0.8,0.9),eps=0": (torch.optim.AdamW, {"lr": 1, "betas": (0.8, 0.9), "eps": 0}),
     "torch.adamw:betas=[0.8,0.9],lr=1": (torch.optim.AdamW, {"betas": [0.8, 0.9], "lr": 1}),
     "torch.muon:adjust_lr_fn=original": (torch.optim.Muon, {"adjust_lr_fn": "original"}),
+    "adamw:lr=1,dtype=bfloat16,rounding=stochastic,rounding_seed=3": (
+        descend.AdamW,
+        {"lr": 1, "rounding": "stochastic", "rounding_seed": 3},
+    ),
+    "adamw:lr=1,state_dtype={'exp_avg':'8bit','exp_avg_sq':'float32'}": (
+        descend.AdamW,
+        {"lr": 1, "state_dtype": {"exp_avg": "8bit", "exp_avg_sq": torch.float32}},
+    ),
 }
 
 
@@ -296,6 +325,15 @@ def test_spec_takes_the_options_of_descend() -> None:
     optimizer: Any = spec.build([torch.nn.Parameter(torch.ones(2))])
     found = (optimizer.backend, optimizer.max_norm, optimizer.nonfinite, optimizer.state_dtype)
     assert found == ("eager", 1.0, "skip", torch.bfloat16)
+
+
+@pytest.mark.parametrize("value", ["8bit", "{'exp_avg':'8bit'}"])
+def test_spec_takes_state_in_8_bits(value: str) -> None:
+    [spec] = specs.parse_all([f"adamw:lr=1,state_dtype={value}"], LR)
+    param = torch.nn.Parameter(torch.ones(16, 300))
+    optimizer: Any = spec.build([param])
+    optimizer.init_state()
+    assert optimizer.state[param]["exp_avg"].dtype == torch.uint8
 
 
 @pytest.mark.parametrize(

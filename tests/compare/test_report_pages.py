@@ -92,9 +92,17 @@ def test_hostile_names_stay_text() -> None:
 
 
 def test_numbers_of_the_page_are_those_of_the_runs() -> None:
-    one = run("adamw", test_losses=[0.3, 0.1234], test_metrics=[0.5, 0.875], state_bytes=[1500])
+    one = run("adamw", test_losses=[0.3, 0.1234], test_metrics=[0.5, 0.875], state_bytes=[1500], parameters=400)
     text = Reader(content.report_page(comparison(), [one])).text
-    for number in (f"{one.final_loss:.4g}", "0.1234", "87.5%", "1.5 kB", "2026-01-02", "batch_size 64"):
+    for number in (
+        f"{one.final_loss:.4g}",
+        "0.1234",
+        "87.5%",
+        "1.5 kB",
+        "3.75 B",
+        "2026-01-02",
+        "batch_size 64",
+    ):
         assert number in text
     assert "task_file" not in text
 

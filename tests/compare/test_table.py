@@ -32,6 +32,7 @@ def made(label: str, seed: int, status: str = "finished", loss: float = 0.25) ->
         test_metrics=[0.9],
         state_bytes=[12_000],
         ranks=[{"first_step_seconds": 0.5, "optimizer_seconds": 1e-4, "state_bytes": 12_000}],
+        parameters=5_900,
     )
 
 
@@ -63,6 +64,7 @@ def test_wide_terminal_has_every_column() -> None:
     assert "Not shown" not in text
     assert "100 us" in text
     assert "12 kB" in text
+    assert "2.03 B" in text
 
 
 def test_hidden_columns_are_named() -> None:

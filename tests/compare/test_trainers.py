@@ -137,6 +137,8 @@ REFUSED = {
     "adam:steps=0+lbfgs": ["after how many steps"],
     "adam:steps=3,stepz=3+lbfgs": ["'stepz'"],
     "adam:steps=3+lbfg": ["'lbfg'", "did you mean lbfgs"],
+    "adam:steps=3,dtype=float32+lbfgs": ["dtype is for an optimizer alone"],
+    "lbfgs:dtype=float32": ["'dtype'"],
     "minimize.bfg": ["did you mean minimize.bfgs"],
     "lbfgs:max_norm=1": ["'max_norm'"],
     "lbfgs:history_size=0": ["lbfgs:history_size=0", "history_size must be"],

@@ -38,12 +38,12 @@ def table_of(optimizer: AdamW) -> list[str]:
 def test_summary_is_a_table(capsys: pytest.CaptureFixture[str]) -> None:
     optimizer = summarized()
     assert table_of(optimizer) == [
-        "group  pattern                           parameters  numbers  state  options that differ",
-        "    0  -                                          1       24    0 B",
-        "    1  *.bias                                     5       22    0 B  weight_decay=0.0",
-        "    2  .*norm.*                                   2        8    0 B  lr=0.5",
-        "    3  0.linear.weight, 1.linear.weight           2       32    0 B",
-        "total                                            10       86    0 B",
+        "group  pattern                           parameters  numbers  state  per number  formats  options that differ",
+        "    0  -                                          1       24    0 B           -  -",
+        "    1  *.bias                                     5       22    0 B           -  -        weight_decay=0.0",
+        "    2  .*norm.*                                   2        8    0 B           -  -        lr=0.5",
+        "    3  0.linear.weight, 1.linear.weight           2       32    0 B           -  -",
+        "total                                            10       86    0 B           -  -",
     ]
     give_grads(params_of(optimizer)[1:6], 0)
     optimizer.step()
@@ -51,7 +51,8 @@ def test_summary_is_a_table(capsys: pytest.CaptureFixture[str]) -> None:
     rows = optimizer.summary()
     assert capsys.readouterr().out.splitlines() == table_of(optimizer)
     assert [row.state_bytes for row in rows] == [0, 22 * 2 * 4 + 5 * 4, 0, 0]
-    assert rows[1] == (1, "*.bias", 5, 22, 196, {"weight_decay": 0.0})
+    assert rows[1] == (1, "*.bias", 5, 22, 196, {"weight_decay": 0.0}, {"float32": 176})
+    assert rows[1].bytes_per_number == 196 / 22
     optimizer.param_groups[0]["lr"] = torch.tensor(0.25)
     optimizer.param_groups[1]["betas"] = (0.5, 0.5)
     assert [set(row.options) for row in optimizer.summary()] == [{"lr"}, {"weight_decay", "betas"}, {"lr"}, set()]
@@ -66,6 +67,39 @@ def test_summary_shows_sizes_readably(numbers: int, shown: str) -> None:
     text = "\n".join(table_of(optimizer))
     assert f"{numbers:,}" in text
     assert shown in text
+
+
+@pytest.mark.parametrize(
+    ("options", "bits", "formats"),
+    [
+        (dict(state_dtype="8bit"), 32, {"8bit": 2 * (4100 + 4 * 20), "float32": 2 * 4 * 5}),
+        (dict(state_dtype={"exp_avg": torch.bfloat16}), 32, {"float32": 4 * 4105, "bfloat16": 2 * 4105}),
+        (dict(rounding="compensated"), 16, {"bfloat16": 2 * 2 * 4105, "compensation": 2 * 4105}),
+    ],
+    ids=lambda value: "",
+)
+def test_summary_shows_formats_and_bytes_per_number(
+    options: dict[str, Any], bits: int, formats: dict[str, int]
+) -> None:
+    dtype = {16: torch.bfloat16, 32: torch.float32}[bits]
+    sizes = [(20, 205), (5,)]  # the second is too small for codes
+    optimizer = AdamW([torch.zeros(size, dtype=dtype, requires_grad=True) for size in sizes], **options)
+    optimizer.init_state()
+    text = io.StringIO()
+    [row] = optimizer.summary(text)
+    assert row.formats == formats
+    assert row.state_bytes == sum(formats.values()) + 2 * 4  # the step counts
+    each = f"{row.state_bytes / 4105:.2f} B  {', '.join(formats)}"
+    assert [each in line for line in text.getvalue().splitlines()] == [False, True, True]
+
+
+def test_summary_counts_memory_that_tensors_share_once() -> None:
+    optimizer = AdamW([torch.zeros(100, requires_grad=True)])
+    both = torch.zeros(2, 100)
+    state = {"step": torch.tensor(1.0), "exp_avg": both[0], "exp_avg_sq": both[1]}
+    optimizer.load_state_dict(optimizer.state_dict() | {"state": {0: state}})
+    optimizer.state[optimizer.param_groups[0]["params"][0]].update(exp_avg=both[0], exp_avg_sq=both[1])
+    assert optimizer.summary(io.StringIO())[0].state_bytes == both.nbytes + 4
 
 
 def test_summary_does_not_count_as_a_look_at_the_state() -> None:

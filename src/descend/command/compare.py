@@ -15,7 +15,8 @@ from descend.reporting.errors import UsageError, require
 TASK = f"{', '.join(SUMMARIES)}; or the path of a file that defines a task."
 OPTIMIZER = (
     "NAME or NAME:key=value,key=value; give one for each optimizer; [bold]--list[/bold] shows the names. Values are "
-    "Python literals. The default lr is the task's. Default: optimizers that suit the task."
+    "Python literals; [bold]dtype=bfloat16[/bold] is of the model's parameters. The default lr is the task's. Default: "
+    "optimizers that suit the task."
 )
 SWEEP = (
     "Vary an option: [bold]lr=1e-4..1e-1:7[/bold] takes seven values evenly spaced in the logarithm, "

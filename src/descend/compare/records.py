@@ -72,6 +72,7 @@ class Run:
         test_metrics: the metric on held-out data then.
         state_bytes: memory of the optimizer's state, by rank; None where it is not known: of a solver, which keeps its
             own, of a run that failed in its first step, and of a rank that was not heard of.
+        parameters: numbers in all parameters of the model, on all ranks together; None of a run that did not begin.
         ranks: by rank, "first_step_seconds", "optimizer_seconds" (the median of the other steps) and "state_bytes";
             None for what is not known.
         helper: full name of a second optimizer for parameters that the first does not take.
@@ -100,6 +101,7 @@ class Run:
     test_losses: Sequence[float] = field(default_factory=list)
     test_metrics: Sequence[float] = field(default_factory=list)
     state_bytes: Sequence[int | None] = ()
+    parameters: int | None = None
     ranks: Sequence[Mapping[str, float | None]] = ()
     helper: str | None = None
     tuning: bool = False

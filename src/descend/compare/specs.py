@@ -4,7 +4,7 @@
 ``torch.optim``; ``lbfgs``, ``newton`` and ``torch.lbfgs`` too, which take one iteration a step (torch's, and L-BFGS on
 batches, five) unless ``max_iter`` says otherwise. ``minimize.l-bfgs``, ``scipy.newton-cg``, ``sklearn.lbfgs``: methods
 of ``descend.minimize``, of ``scipy.optimize.minimize`` and of scikit-learn's ``LogisticRegression``.
-``adam:steps=300+lbfgs``: one after another.
+``adam:steps=300+lbfgs``: one after another. ``adamw:dtype=bfloat16``: the model's parameters are in that dtype.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ from descend.compare.closures import CLASSES, DEFAULTS, ClosureSpec
 from descend.compare.contestant import Contestant, full_name
 from descend.compare.first_order import FirstOrderTrainer
 from descend.compare.parallel import Construct, Params, construct
+from descend.compare.precision import convert_
 from descend.compare.problem import Problem
 from descend.compare.scipy_solvers import SciPy
 from descend.compare.sklearn_solvers import ScikitLearn
@@ -49,6 +50,7 @@ class Spec:
         optimizer: the class.
         options: keyword arguments of the class, ``lr`` included unless the class's own default is used.
         max_norm: largest norm of the gradients, for a class that has no such option: torch's function clips them.
+        dtype: of the model's parameters; None for the task's.
     """
 
     label: str
@@ -56,6 +58,7 @@ class Spec:
     optimizer: type[Optimizer]
     options: Mapping[str, Any]
     max_norm: float | None = None
+    dtype: torch.dtype | None = None
 
     def trainer(self, model: nn.Module, problem: Problem) -> Trainer:
         """Return what trains ``model`` in place, a copy of ``problem.model``.
@@ -63,6 +66,8 @@ class Spec:
         Raises:
             UsageError: if the optimizer rejects the model's parameters or its options.
         """
+        if self.dtype is not None:
+            convert_(model, self.dtype)
         self.set_gradients(model, problem.way.takes_sparse)  # DistributedDataParallel looks at them
         wrapped = problem.way.wrap(model)
         optimizers = self.build_for(wrapped, problem.way.construct)
@@ -223,6 +228,8 @@ def _parse_chain(text: str, label: str, lr: Mapping[str, float]) -> Contestant:
     stages.append(_parse(parts[-1], parts[-1], lr))
     if any(stage.is_sparse for stage in stages):
         raise UsageError(f"--optimizer {text}: sparse gradients are for an optimizer alone.")
+    if any(isinstance(stage, Spec) and stage.dtype for stage in stages):
+        raise UsageError(f"--optimizer {text}: dtype is for an optimizer alone.")
     return ChainSpec(label, text, stages, steps)
 
 
@@ -239,6 +246,9 @@ def _parse(text: str, label: str, lr: Mapping[str, float]) -> Contestant:
     options = _parse_options(text, rest, _defaults(optimizer)) if colon else {}
     if name in CLASSES:
         return ClosureSpec(label, text, optimizer, {**DEFAULTS[name], **options})
+    dtype = options.pop("dtype", None)
+    if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+        raise UsageError(f"--optimizer {text}: dtype must be bfloat16 or another float format, got {dtype!r}.")
     max_norm = None
     if not issubclass(optimizer, descend.FirstOrder):
         max_norm = options.pop("max_norm", None)
@@ -247,7 +257,7 @@ def _parse(text: str, label: str, lr: Mapping[str, float]) -> Contestant:
     family = name.removeprefix("torch.")
     if "lr" not in options and family in lr:
         options["lr"] = lr[family] if family in ("muon", "normuon") else _scaled(lr[family], options.get("momentum"))
-    return Spec(label, text, optimizer, options, max_norm)
+    return Spec(label, text, optimizer, options, max_norm, dtype)
 
 
 def _scaled(lr: float, momentum: Any) -> float:
@@ -263,7 +273,7 @@ def _defaults(optimizer: type[Optimizer]) -> dict[str, Any]:
         shared = inspect.signature(descend.FirstOrder).parameters.values()
         parameters += [parameter for parameter in shared if parameter.kind is parameter.KEYWORD_ONLY]
     defaults = {p.name: p.default for p in parameters if p.kind is not p.VAR_KEYWORD}
-    return defaults if optimizer in CLASSES.values() else {"max_norm": None, **defaults}
+    return defaults if optimizer in CLASSES.values() else {"max_norm": None, "dtype": None, **defaults}
 
 
 def _split(rest: str) -> list[str]:
@@ -290,10 +300,14 @@ def _parse_options(text: str, rest: str, defaults: Mapping[str, Any] | None) -> 
 def _parse_value(text: str) -> Any:
     if text.lower() in WORDS:
         return WORDS[text.lower()]
-    dtype = getattr(torch, text.removeprefix("torch."), None)
-    if isinstance(dtype, torch.dtype):
-        return dtype
     try:
-        return ast.literal_eval(text)
+        value = ast.literal_eval(text)
     except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
-        return text
+        value = text
+    return {key: _dtype_or(each) for key, each in value.items()} if isinstance(value, dict) else _dtype_or(value)
+
+
+def _dtype_or(value: Any) -> Any:
+    """Return the dtype that a string names; anything else as it is."""
+    dtype = getattr(torch, value.removeprefix("torch."), None) if isinstance(value, str) else None
+    return dtype if isinstance(dtype, torch.dtype) else value

@@ -127,6 +127,7 @@ def columns(comparison: Comparison, found: Sequence[Row]) -> list[Column]:
         Column(f"optimizer\nfirst step{ranks}", lambda row: _range("first_step_seconds", row.timed), 6),
         Column("whole\nrun", lambda row: _middle([run.seconds[-1] for run in row.timed if run.seconds], seconds), 4),
         Column(f"state{ranks}", lambda row: _range("state_bytes", row.runs[:1], size), 3),
+        Column(f"state per\nparameter{ranks}", _state_per_parameter, 3),
     ]
     if any(run.evaluations and run.evaluations[-1] != len(run.losses) for run in runs):
         result.append(Column("gradients", lambda row: f"{max(_gradients(run) for run in row.runs):,}", 3))
@@ -278,6 +279,11 @@ def _range(name: str, runs: Sequence[Run], show: Callable[[float], str] = second
         return "-"
     least, most = show(min(values)), show(max(values))
     return most if least == most else f"{least}\nto {most}"
+
+
+def _state_per_parameter(row: Row) -> str:
+    parameters = row.runs[0].parameters
+    return _range("state_bytes", row.runs[:1], lambda count: size(count / parameters)) if parameters else "-"
 
 
 def _difference(row: Row) -> str:

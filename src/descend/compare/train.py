@@ -6,13 +6,11 @@ import copy
 import gc
 import math
 import time
-from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from statistics import median
 from typing import Any
 
 import torch
-from torch import Tensor
 from torch.optim import Optimizer
 
 from descend.compare.contestant import Contestant, full_name
@@ -20,6 +18,7 @@ from descend.compare.problem import Problem
 from descend.compare.ranks import Outcome
 from descend.compare.records import HOPELESS, WINDOW, Run
 from descend.compare.trainer import Trainer
+from descend.reporting.memory import memory
 
 WARM_STEPS = 3  # a table that settles rows compiles one kernel a step
 WARM_SECONDS = 2.0
@@ -100,6 +99,7 @@ def _train(
     model = copy.deepcopy(problem.model)
     trainer = spec.trainer(model, problem)
     run.options = {**_options(trainer), **spec.options}
+    run.parameters = sum(param.numel() for param in model.parameters())
     run.helper = full_name(type(trainer.optimizers[1])) if len(trainer.optimizers) > 1 else None
     torch.manual_seed(problem.seed)  # a model may draw from it: dropout
     generator = torch.Generator().manual_seed(problem.seed)
@@ -193,19 +193,6 @@ def _options(trainer: Trainer) -> dict[str, Any]:
 
 
 def _state_bytes(optimizer: Optimizer) -> int:
-    """Return the bytes of this rank's memory behind all state tensors; shared storage counts once."""
+    """Return the bytes of this rank's memory behind all state tensors."""
     # ZeroRedundancyOptimizer keeps this rank's share in an optimizer of its own.
-    tensors = _tensors(getattr(optimizer, "optim", optimizer).state)
-    # A DTensor has no memory of its own.
-    local = (tensor.to_local() if hasattr(tensor, "to_local") else tensor for tensor in tensors)
-    storages = {storage.data_ptr(): storage.nbytes() for storage in (tensor.untyped_storage() for tensor in local)}
-    return sum(storages.values())
-
-
-def _tensors(value: object) -> Iterator[Tensor]:
-    """Yield the tensors in nested mappings and lists, such as L-BFGS's pairs."""
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, Mapping | list | tuple | deque):
-        for item in value.values() if isinstance(value, Mapping) else value:
-            yield from _tensors(item)
+    return memory(getattr(optimizer, "optim", optimizer).state)

@@ -59,11 +59,11 @@ class Muon(RoutedOptimizer):
         >>> nn = torch.nn
         >>> model = nn.Sequential(nn.Embedding(9, 4), nn.Linear(4, 4), nn.LayerNorm(4), nn.Linear(4, 9))
         >>> rows = Muon(model, lr=0.02, adamw=dict(lr=3e-3)).summary()
-        group  pattern                parameters  numbers  state  options that differ
-            0  (linear)                        1       16    0 B
-            1  (embedding), (output)           2       72    0 B  method=adamw
-            2  (bias), (norm)                  4       21    0 B  method=adamw, weight_decay=0.0
-        total                                  7      109    0 B
+        group  pattern                parameters  numbers  state  per number  formats  options that differ
+            0  (linear)                        1       16    0 B           -  -
+            1  (embedding), (output)           2       72    0 B           -  -        method=adamw
+            2  (bias), (norm)                  4       21    0 B           -  -        method=adamw, weight_decay=0.0
+        total                                  7      109    0 B           -  -
         >>> weight = torch.ones(2, 2, requires_grad=True)
         >>> optimizer = Muon([weight], lr=0.1, weight_decay=0.0, ns_coefficients="polar_express", ns_steps=8)
         >>> (weight * torch.tensor([[3.0, 0.0], [0.0, 4.0]])).sum().backward()

@@ -299,11 +299,13 @@ class FirstOrder(MethodOptimizer):
             The rows of the table.
         Example:
             >>> from descend import AdamW
-            >>> rows = AdamW(torch.nn.Linear(2, 3), groups=[("bias", dict(weight_decay=0))]).summary()
-            group  pattern  parameters  numbers  state  options that differ
-                0  -                 1        6    0 B
-                1  bias              1        3    0 B  weight_decay=0
-            total                    2        9    0 B
+            >>> optimizer = AdamW(torch.nn.Linear(2, 3), groups=[("bias", dict(weight_decay=0))])
+            >>> optimizer.init_state()
+            >>> rows = optimizer.summary()
+            group  pattern  parameters  numbers  state  per number  formats  options that differ
+                0  -                 1        6   52 B      8.67 B  float32
+                1  bias              1        3   28 B      9.33 B  float32  weight_decay=0
+            total                    2        9   80 B      8.89 B  float32
         """
         return summarize(self, self._patterns, file)
 

@@ -17,6 +17,7 @@ from descend.compare.results.series import (
     held_out_metric,
     is_finite,
     state_bytes,
+    state_per_parameter,
     window,
 )
 from descend.compare.results.verdict import SEEDS, findings
@@ -218,7 +219,9 @@ def _state(series: Sequence[Series]) -> list[Block]:
     for one in series:
         count = one.best.median(state_bytes)
         if count is not None:
-            drawn.append(bars.Bar(one, {"state": count}, size(count)))
+            each = one.best.median(state_per_parameter)
+            words = size(count) if each is None else f"{size(count)} ({size(each)} a parameter)"
+            drawn.append(bars.Bar(one, {"state": count}, words))
     if not drawn:
         return []
     if not any(bar.length for bar in drawn):
@@ -235,6 +238,7 @@ def _numbers(comparison: Comparison, series: Sequence[Series]) -> list[Block]:
     show_metric = number if comparison.metric_is_error else _share
     headings = ["optimizer", "lr", "seeds", "result", "held-out loss", *([f"held-out {metric}"] if metric else [])]
     headings += ["training loss", "steps", "evaluations", "total time", "time of a step", "in the optimizer", "state"]
+    headings.append("state per parameter")
     rows, marks = [], []
     for one in series:
         for setting in one.settings:
@@ -255,6 +259,7 @@ def _numbers(comparison: Comparison, series: Sequence[Series]) -> list[Block]:
                     seconds(sum(parts.values())) if parts else "-",
                     seconds(parts["optimizer"]) if "optimizer" in parts else "-",
                     _spread(setting, state_bytes, size),
+                    _spread(setting, state_per_parameter, size),
                 ]
             )
             marks.append(one.index)

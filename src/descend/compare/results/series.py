@@ -55,6 +55,12 @@ def state_bytes(run: Run) -> int | None:
     return max((count for count in run.state_bytes if count is not None), default=None)
 
 
+def state_per_parameter(run: Run) -> float | None:
+    """Return ``state_bytes`` for each number of the model's parameters; None if either is not known."""
+    count = state_bytes(run)
+    return None if count is None or not run.parameters else count / run.parameters
+
+
 @dataclass(frozen=True)
 class Setting:
     """One optimizer with one learning rate.
