@@ -182,10 +182,29 @@ def test_state_is_coded_by_name_by_size_and_by_pattern() -> None:
 def test_state_that_is_named_is_coded_whatever_it_is() -> None:
     model, optimizer = trained(descend.AdamWScheduleFree, 1, state_dtype={"z": "8bit"})
     assert optimizer.state[model.weight]["z"].dtype == torch.uint8
+    before = model.weight.detach().clone()
+    optimizer.eval()  # reads z outside of steps
+    assert 0 < (model.weight - before).abs().max() < 0.1
     model, optimizer = trained(descend.RMSprop, 1, state_dtype="8bit", centered=True)
     dtypes = {name: value.dtype for name, value in optimizer.state[model.weight].items()}
     assert dtypes["momentum_buffer"] == torch.uint8  # but not what the variance is the difference of
     assert dtypes["square_avg"] == dtypes["grad_avg"] == torch.float32
+
+
+def test_compensated_weights_go_to_their_average_and_back() -> None:
+    model, optimizer = trained(descend.AdamWScheduleFree, 3, torch.bfloat16, rounding="compensated")
+    state = optimizer.state[model.weight]
+    before = joined(model.weight.detach(), state[COMPENSATION])
+    optimizer.eval()
+    optimizer.train()
+    after = joined(model.weight.detach(), state[COMPENSATION])
+    torch.testing.assert_close(after, before, rtol=1e-6, atol=1e-6)
+
+
+def test_averages_of_weights_are_never_coded() -> None:
+    for asked in ("8bit", {"ema": "8bit"}):
+        model, optimizer = trained(AdamW, 1, state_dtype=asked, ema=0.5)
+        assert optimizer.state[model.weight]["ema"].dtype == torch.float32
 
 
 def test_state_that_does_not_start_at_zero_is_encoded() -> None:

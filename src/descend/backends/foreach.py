@@ -85,7 +85,7 @@ class ForeachBackend(eager.EagerBackend):
     def why_not_formats(
         self, rule: Callable[..., Any], param: Tensor, formats: Formats, stored: Sequence[tuple[str, Tensor]]
     ) -> str | None:
-        return "formats that are no dtypes"
+        return "state in 8 bits, or rounding"
 
     def launch(
         self,

@@ -77,7 +77,7 @@ def why_not_formats(param: Tensor, stored: Sequence[tuple[str, Tensor]]) -> str 
     for name, tensor in (("", param), *stored):
         # Blocks, and the places of noise, are in the logical order of elements.
         if not tensor.is_contiguous():
-            return f"{name or 'formats that are no dtypes'}: not contiguous (stride {tensor.stride()})"
+            return f"{name or '8 bits or rounding'}: not contiguous (stride {tensor.stride()})"
         if tensor.device != param.device:
             return f"{name}: on {tensor.device}"
         if type(tensor) not in PLAIN:

@@ -103,7 +103,7 @@ class StepOptions:
             'how results are rounded to bfloat16 and to 8 bits. ``"nearest"``, which loses steps that are small '
             'against a parameter; ``"stochastic"``, up or down at random, so that none is lost on average; '
             '``"compensated"``, to nearest, and bfloat16 parameters keep what was lost in two more bytes of state: '
-            'they train as if they were float32. Default: ``"nearest"``.'
+            'both together are a float32. Default: ``"nearest"``.'
         ),
     )
     rounding_seed: int = field(

@@ -153,7 +153,9 @@ class Wrapped(Method):
         return (super() if self._is_ema(name) else self._inside).state_spec(name, param, group, format)  # type: ignore[union-attr]
 
     def format_of_state(self, name: str, param: Tensor, group: Mapping[str, Any]) -> Format:
-        return (super() if self._is_ema(name) else self._inside).format_of_state(name, param, group)  # type: ignore[union-attr]
+        if self._is_ema(name):  # whatever ``state_dtype`` says: it takes the place of the weights
+            return self.dtype_of_state(name, param)
+        return self._inside.format_of_state(name, param, group)
 
     def format_of_param(self, param: Tensor) -> Format:
         return self._inside.format_of_param(param)
@@ -171,7 +173,7 @@ class Wrapped(Method):
         return torch.promote_types(param.dtype, torch.float32)
 
     def keeps_exact(self, name: str, group: Mapping[str, Any]) -> bool:
-        return self._is_ema(name) or self._inside.keeps_exact(name, group)
+        return self._inside.keeps_exact(name, group)
 
     def _is_ema(self, name: str) -> bool:
         return self._has_ema and name == "ema"

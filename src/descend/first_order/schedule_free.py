@@ -10,6 +10,7 @@ from typing_extensions import Unpack
 
 from descend import rules
 from descend.core.checks import check_adam, check_not_negative
+from descend.core.codecs import COMPENSATED, COMPENSATION, SCALE, decode, joined, split
 from descend.core.groups import ParamsT
 from descend.core.interrupts import DeferredSignals
 from descend.core.options import Options
@@ -123,20 +124,32 @@ class AdamWScheduleFree(FirstOrder):
                     continue
                 beta1 = group["betas"][0]
                 weight = 1 - beta1 if train else 1 - 1 / beta1  # y = x + (1 - beta1) (z - x), solved for x
-                for part, z in pairs:
-                    part.copy_(part + weight * (z.to(part.device) - part))
+                for part, z, compensation in pairs:
+                    y = part if compensation is None else joined(part, compensation.to(part.device))
+                    y = y + weight * (z.to(part.device) - y)
+                    if compensation is not None:
+                        y, lost = split(y)
+                        compensation.copy_(lost)
+                    part.copy_(y)
                 group["train_mode"] = train
             moved = [param for group in groups for param in group["params"] if "z" in self.state_of(param)]
             torch.autograd.graph.increment_version([param for param in moved if is_dtensor(param)])
             gather_params(self, moved)
 
-    def _parts(self, group: Mapping[str, Any]) -> list[tuple[torch.Tensor, torch.Tensor]]:
-        """This rank's part of each parameter of a group, and of its z."""
+    def _parts(self, group: Mapping[str, Any]) -> list[tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]]:
+        """This rank's part of each parameter of a group, the numbers of its z, and its compensation, if it has one."""
         pairs = []
         for param in group["params"]:
             part = local_of(as_sharded(self, param))
-            state = checked_state(self, param, part, ("z",), group, self.state_of(param))
-            pairs += [(part, local_of(z)) for _, z in state]
+            names = ["z", "z" + SCALE]
+            if self.format_of_param(param) == COMPENSATED:
+                names.append(COMPENSATION)
+            tensors = checked_state(self, param, part, names, group, self.state_of(param))
+            state = {name: local_of(tensor) for name, tensor in tensors}
+            if (z := state.get("z")) is not None:
+                if (scale := state.get("z" + SCALE)) is not None:
+                    z = decode(z, scale, self.codec_of("z"))
+                pairs.append((part, z, state.get(COMPENSATION)))
         return pairs
 
     def scalars(self, group: Mapping[str, Any], step: float) -> tuple[Any, ...]:

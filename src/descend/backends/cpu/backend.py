@@ -50,7 +50,7 @@ class CpuBackend:
         self, rule: Callable[..., Any], param: Tensor, formats: Formats, stored: Sequence[tuple[str, Tensor]]
     ) -> str | None:
         if signature(rule).kind == "row":
-            return "formats that are no dtypes, in a rule of rows"
+            return "rounding, in a rule of rows"
         return supports.why_not_formats(param, stored)
 
     def launch(
