@@ -229,6 +229,20 @@ def test_rules_of_users_are_coded() -> None:
     assert 0 < (model.weight - exact.weight).norm() <= 0.1 * (exact.weight - start).norm()
 
 
+def test_squares_of_users_never_become_zero() -> None:
+    def squares(param: Any, grad: Any, square: Any) -> Any:
+        return param, square + grad * grad
+
+    param = torch.zeros(64, 64, requires_grad=True)
+    param.grad = torch.logspace(-4, 0, 64).repeat(64, 1)
+    for names, has_zeros in (([], True), (["square"], False)):
+        optimizer = from_rule(squares, "Squares", nonnegative_state=names)([param], backend="eager", state_dtype="8bit")
+        optimizer.step()
+        assert bool((optimizer.state[param]["square"] == 0).any()) == has_zeros
+    with pytest.raises(ValueError, match=r"must be among the state of Squares, .*, got \['mean'\]\."):
+        from_rule(squares, "Squares", nonnegative_state=["mean"])
+
+
 @pytest.mark.parametrize("kind", [AdamW, descend.SGD], ids=lambda kind: kind.__name__)
 @pytest.mark.parametrize("rounding", ["nearest", "stochastic", "compensated"])
 def test_a_resumed_run_is_the_run_that_was_not_stopped(kind: Any, rounding: str) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any, Literal
 
 from descend.core.docstrings import with_sections
@@ -13,7 +13,12 @@ from descend.first_order.optimizer import FirstOrder
 
 
 def from_rule(
-    rule: Callable[..., Any], name: str, *, sums_over: Literal["param", "all"] = "param", **defaults: Any
+    rule: Callable[..., Any],
+    name: str,
+    *,
+    sums_over: Literal["param", "all"] = "param",
+    nonnegative_state: Collection[str] = (),
+    **defaults: Any,
 ) -> type[FirstOrder]:
     """A complete optimizer class from a rule.
 
@@ -26,12 +31,15 @@ def from_rule(
         name: name of the class. To pickle its optimizers, assign the class to this name in the rule's module.
         sums_over: what a sum is taken over: ``"param"``, each parameter by itself, or ``"all"`` that have a gradient.
             Default: ``"param"``.
+        nonnegative_state: names of state that no step makes negative, such as averages of squares. With
+            ``state_dtype="8bit"`` it has codes without a sign, of which a number that is not zero never gets zero. Such
+            state is refused in a file in which it is negative. Default: none.
         defaults: defaults of the numbers; they override those in the rule's signature. Default of ``lr``: 1e-3.
     Returns:
         A subclass of ``FirstOrder``: ``Class(params, lr=..., ..., max_norm=None, nonfinite="step", ...)``.
     Raises:
-        ValueError: if ``sums_over`` is something else; if a number has no default, or has the name of an option that
-            every optimizer has; or if a default belongs to no number.
+        ValueError: if ``sums_over`` is something else; if ``nonnegative_state`` names what is no state; if a number has
+            no default, or has the name of an option that every optimizer has; or if a default belongs to no number.
     Example:
         >>> import torch
         >>> from descend.ops import sign
@@ -49,6 +57,10 @@ def from_rule(
     options = [number for number in takes.given if number != "step"]
     if sums_over not in ("param", "all"):
         raise ValueError(f"from_rule: sums_over must be 'param' or 'all', got {sums_over!r}.")
+    if absent := set(nonnegative_state) - set(takes.state):
+        raise ValueError(
+            f"from_rule: nonnegative_state must be among the state of {name}, {takes.state}, got {sorted(absent)}."
+        )
     if reserved := {"params", "maximize", *Options.__annotations__}.intersection(options):
         raise ValueError(f"from_rule: {name} cannot have a number called {sorted(reserved)}: every optimizer has one.")
     values = {"lr": 1e-3, **takes.defaults, **defaults}
@@ -83,5 +95,6 @@ def from_rule(
         "rule": staticmethod(rule),
         "counts_steps": "step" in takes.given,
         "sums_over": sums_over,
+        "nonnegative_state": tuple(nonnegative_state),
     }
     return type(name, (FirstOrder,), members)
