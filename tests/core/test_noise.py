@@ -13,16 +13,16 @@ COUNT = 1 << 16
 PLACES = torch.arange(COUNT)
 
 
-def by_hand(place: int, key: int, number: int, pair: int) -> int:
+def by_hand(place: int, key: int, number: int, four: int) -> int:
     """Return the 32 bits of one place, in Python's integers."""
     state = (key + number * GOLDEN64) % 2**64
     state = (state ^ state >> 30) * 0xBF58476D1CE4E5B9 % 2**64
     state = (state ^ state >> 27) * 0x94D049BB133111EB % 2**64
     state ^= state >> 31
-    x = place % 2**32 ^ state % 2**32
+    x = (place + state) % 2**32
     x = (x ^ x >> 16) * 0x7FEB352D % 2**32
     x = (x ^ x >> 15) + (state >> 32)
-    x = x % 2**32 * (0x846CA68B + pair * 0x9E3779B8) % 2**32
+    x = x % 2**32 * (0x846CA68B + four * 0x9E3779B8) % 2**32
     return x ^ x >> 16
 
 
@@ -43,17 +43,19 @@ def test_noise_has_known_values() -> None:
     key = step_key(seed=3, step=17)
     places = [0, 1, 255, 65536, 2**31, 2**32 - 1, 2**32 + 5, 2**40]
     for number in (0, 1, 9999):
-        for pair in range(3):
-            expected = [by_hand(place, key, number, pair) for place in places]
-            assert noise.noise(torch.tensor(places), key, number, pair).tolist() == expected
+        for four in range(3):
+            expected = [by_hand(place, key, number, four) for place in places]
+            assert noise.noise(torch.tensor(places), key, number, four).tolist() == expected
     assert (step_key(0, 1), step_key(-1, 1)) == (16294208416658607535, 11923130667873509210)
-    assert noise.noise(torch.tensor([0, 1, 2]), step_key(0, 1), 0, 0).tolist() == [691272643, 2320291837, 3650157313]
+    assert noise.noise(torch.tensor([0, 1, 2]), step_key(0, 1), 0, 0).tolist() == [691272643, 2640032286, 3680754266]
 
 
-def test_columns_get_half_of_a_word_each() -> None:
-    word = noise.noise(PLACES[:100], 5, 6, 1)
-    assert torch.equal(sixteen_bits(PLACES[:100], 5, 6, 2), word & 0xFFFF)
-    assert torch.equal(sixteen_bits(PLACES[:100], 5, 6, 3), word >> 16)
+def test_columns_get_two_bytes_of_a_word_each() -> None:
+    places = PLACES[:100]
+    for four in range(2):
+        a, b, c, d = noise.noise(places, 5, 6, four).to(torch.int32).view(torch.uint8).view(-1, 4).long().unbind(1)
+        for column, (low, high) in enumerate([(c, d), (a, b), (b, c), (d, a)]):
+            assert torch.equal(sixteen_bits(places, 5, 6, 4 * four + column), low + 256 * high)
 
 
 def test_a_place_has_the_same_noise_in_every_chunk() -> None:
@@ -64,7 +66,7 @@ def test_a_place_has_the_same_noise_in_every_chunk() -> None:
 
 
 def variants() -> dict[str, Tensor]:
-    """Return noise of neighbouring counters, keys, numbers and pairs."""
+    """Return noise of neighbouring counters, keys, numbers and columns."""
     key = step_key(0, 1)
     return {
         "first": noise.noise(PLACES, key, 0, 0),
@@ -73,8 +75,8 @@ def variants() -> dict[str, Tensor]:
         "next step": noise.noise(PLACES, step_key(0, 2), 0, 0),
         "next seed": noise.noise(PLACES, step_key(1, 1), 0, 0),
         "next number": noise.noise(PLACES, key, 1, 0),
-        "next pair": noise.noise(PLACES, key, 0, 1),
-        "third pair": noise.noise(PLACES, key, 0, 2),
+        "next word": noise.noise(PLACES, key, 0, 1),
+        "third word": noise.noise(PLACES, key, 0, 2),
     }
 
 
@@ -90,13 +92,15 @@ def test_noise_is_uniform() -> None:
 
 
 def test_noise_of_neighbours_is_uncorrelated() -> None:
-    """In both halves, and between them: five standard deviations of 65,536 independent pairs."""
+    """In both halves, between them, and in other columns: five standard deviations of 65,536 independent pairs."""
     halves = {
         (name, half): ((word >> (16 * half)) & 0xFFFF).double() - 32767.5
         for name, word in variants().items()
         for half in range(2)
     }
-    for first in [("first", 0), ("first", 1)]:
+    for column in (2, 3):
+        halves["first", column] = sixteen_bits(PLACES, step_key(0, 1), 0, column).double() - 32767.5
+    for first in [("first", part) for part in range(4)]:
         for second in halves.keys() - {first}:
             correlation = halves[first] @ halves[second] / (halves[first].norm() * halves[second].norm())
             assert abs(correlation.item()) < 5 / COUNT**0.5, (first, second)

@@ -46,32 +46,40 @@ def words(key: int, number: int) -> tuple[int, int]:
     return both & MASK32, both >> 32
 
 
-def second_multiplier(pair: int) -> int:
-    """What the last product of a pair of columns is with. The hash up to there is the same for all pairs."""
+def second_multiplier(four: int) -> int:
+    """What the last product is with, for the columns that share a word. The hash up to there is the same for all."""
     # Two sums of the same number with different constants would be correlated after one product.
-    return (SECOND_MULTIPLIER + pair * 0x9E37_79B8) & MASK32
+    return (SECOND_MULTIPLIER + four * 0x9E37_79B8) & MASK32
 
 
-def noise(places: Tensor, key: int, number: int, pair: int) -> Tensor:
+def noise(places: Tensor, key: int, number: int, four: int) -> Tensor:
     """32 bits for each of the ``places`` (int64): the reference, with torch's operations.
 
     Args:
         places: of the elements in their parameter; the lower 32 bits count.
         key: see ``step_key``.
         number: of the parameter.
-        pair: 0 for the parameter and its first state tensor, which take the lower and the upper 16 bits; 1 for the next
-            two; and so on.
+        four: which columns share them: 0 for the parameter and its first three state tensors, 1 for the next four,
+            and so on.
     """
     first, second = words(key, number)
-    x = (places & MASK32) ^ first
+    x = (places + first) & MASK32
     x = x ^ (x >> 16)
     x = x * FIRST_MULTIPLIER & MASK32
     x = x ^ (x >> 15)
     x = (x + second) & MASK32
-    x = x * second_multiplier(pair) & MASK32
+    x = x * second_multiplier(four) & MASK32
     return x ^ (x >> 16)
 
 
 def sixteen_bits(places: Tensor, key: int, number: int, column: int) -> Tensor:
-    """The 16 bits that ``column`` gets: 0 for the parameter, then 1, 2, ... for the state tensors of its rule."""
-    return (noise(places, key, number, column // 2) >> (16 * (column % 2))) & 0xFFFF
+    """The 16 bits that ``column`` gets: 0 for the parameter, then 1, 2, ... for the state tensors of its rule.
+
+    Four columns share a word: its upper and lower half, and those of the word rotated by 8 bits. Each half is uniform,
+    so every column is rounded without bias. But columns of one element are not independent: the upper byte of one is
+    the lower byte of another. More columns than four get another word.
+    """
+    word = noise(places, key, number, column // 4)
+    if column % 4 >= 2:
+        word = word << 8 | word >> 24
+    return (word if column % 2 else word >> 16) & 0xFFFF

@@ -6,16 +6,19 @@ import platform
 import re
 from typing import Any
 
+import numba
 import numpy as np
 import pytest
 import torch
+from numba.core import types
 from torch import Tensor
 
 from descend import LAMB, AdamW, FirstOrder, Monitor, rules
-from descend.backends.cpu import formats_kernel, launch, object_files
+from descend.backends.cpu import codes, formats_kernel, launch, object_files
+from descend.backends.cpu.intrinsics import intrinsic, pack
 from descend.backends.cpu.launch import CHUNK, Launch, chunk_table
 from descend.core.codecs import BLOCK, Codec, Rounded, scale_shape
-from descend.core.noise import Stream
+from descend.core.noise import Stream, sixteen_bits, words
 from descend.ops import abs
 
 SINGLE, BRAIN = torch.float32, torch.bfloat16
@@ -97,6 +100,24 @@ def test_compiled_steps_are_the_eager_ones_bit_for_bit(options: dict[str, Any], 
     assert_equal_bits(trained(Halves, "cpu", threads=2, **options)[0], reference)
     monkeypatch.setattr(launch, "CHUNK", 2 * BLOCK)
     assert_equal_bits(trained(Halves, "cpu", threads=2, **options)[0], reference)
+
+
+def test_every_column_has_its_noise() -> None:
+    @intrinsic
+    def all_bits(typing: Any, place: Any, first: Any, second: Any) -> Any:
+        def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+            noise = codes.Noise(builder, args[1:], args[0])
+            return pack(context, builder, [noise.sixteen_bits(column) for column in range(6)], types.uint32)
+
+        return types.UniTuple(types.uint32, 6)(types.uint32, types.uint32, types.uint32), generate
+
+    @numba.njit("(uint32, uint32, uint32)")
+    def read(place: Any, first: Any, second: Any) -> Any:
+        return all_bits(place, first, second)
+
+    for place in (0, 1, 2**31 + 5, 2**32 - 1):
+        expected = [sixteen_bits(torch.tensor(place), 7, 8, column).item() for column in range(6)]
+        assert list(read(place, *words(7, 8))) == expected
 
 
 @pytest.mark.parametrize("number", [torch.nan, -torch.inf])

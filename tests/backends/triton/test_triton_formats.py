@@ -141,6 +141,21 @@ def test_results_are_those_of_the_reference_bit_for_bit(formats: Formats, offset
         assert ours.is_intact()
 
 
+def decayed(param, grad, a, b, c, d):
+    """Products only, so that nothing is fused."""
+    return 0.7 * param, 0.7 * a, 0.7 * b, 0.7 * c, 0.7 * d
+
+
+@pytest.mark.usefixtures("interpreter")
+def test_every_column_has_its_noise() -> None:
+    formats = (RANDOM, BRAIN, *[RANDOM] * 4)
+    stored, theirs = (Stored(formats, (2, 512), 0) for _ in range(2))
+    noise = Noise(STREAM._replace(number=0), KEY)
+    eager.run(decayed, theirs.param, theirs.grad, theirs.state, (), 0.5, formats=formats, noise=noise)
+    run(decayed, formats, [stored])
+    assert all(map(torch.equal, bits(stored.written), bits(theirs.written)))
+
+
 @pytest.mark.usefixtures("interpreter")
 def test_blocks_of_nan_of_inf_and_of_zeros() -> None:
     formats = (KEPT, BRAIN, SIGNED)

@@ -139,12 +139,12 @@ def noise_words(builder: Any, key: Any, number: Any) -> tuple[Any, Any]:
 
 
 class Noise:
-    """The noise of one element, as it is asked for: two columns share a hash.
+    """The noise of one element, as it is asked for: four columns share a hash.
 
     Args:
         builder: emits the instructions.
         words: see ``noise_words``.
-        place: of the element, 64 bits.
+        place: of the element, its lower 32 bits.
     """
 
     def __init__(self, builder: Any, words: Sequence[Any], place: Any) -> None:
@@ -154,18 +154,19 @@ class Noise:
 
     def sixteen_bits(self, column: int) -> Any:
         """What ``core.noise.sixteen_bits`` gives, 32 bits wide."""
-        builder, pair = self._builder, column // 2
-        if pair not in self._hashes:
-            self._hashes[pair] = self._hash(pair)
-        if column % 2:
-            return builder.lshr(self._hashes[pair], word(16))
-        return builder.and_(self._hashes[pair], word(0xFFFF))
+        builder, four = self._builder, column // 4
+        if four not in self._hashes:
+            self._hashes[four] = self._hash(four)
+        bits = self._hashes[four]
+        if column % 4 >= 2:
+            bits = builder.or_(builder.shl(bits, word(8)), builder.lshr(bits, word(24)))
+        return builder.and_(bits, word(0xFFFF)) if column % 2 else builder.lshr(bits, word(16))
 
-    def _hash(self, pair: int) -> Any:
+    def _hash(self, four: int) -> Any:
         builder, (first, second) = self._builder, self._words
-        if self._first is None:  # the part that all pairs share
-            x = builder.xor(builder.trunc(self._place, I32), first)
+        if self._first is None:  # the part that all columns share
+            x = builder.add(self._place, first)
             x = builder.mul(builder.xor(x, builder.lshr(x, word(16))), word(FIRST_MULTIPLIER))
             self._first = builder.add(builder.xor(x, builder.lshr(x, word(15))), second)
-        x = builder.mul(self._first, word(second_multiplier(pair)))
+        x = builder.mul(self._first, word(second_multiplier(four)))
         return builder.xor(x, builder.lshr(x, word(16)))

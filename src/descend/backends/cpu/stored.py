@@ -13,7 +13,7 @@ from llvmlite import ir as llvm_ir
 from numba.core import cgutils, errors, types
 
 from descend.backends.cpu import codes
-from descend.backends.cpu.codes import BYTE, F32, I16, I64
+from descend.backends.cpu.codes import BYTE, F32, I16, I32, I64
 from descend.backends.cpu.columns import Columns
 from descend.backends.cpu.intrinsics import COMPUTED, STORED, element, intrinsic, narrow, pack, prefetch_line, widen
 from descend.core.codecs import BLOCK, COMPENSATED, STOCHASTIC, Codec
@@ -310,4 +310,5 @@ def _noise(builder: Any, columns: Columns, words: Any, place: Any, index: Any) -
     if columns.stream < 0:
         return None
     both = [builder.extract_value(words, i) for i in (0, 1)]
-    return codes.Noise(builder, both, builder.add(place, index))
+    # Of a sum of 64 bits, places would fill twice as many registers as numbers do.
+    return codes.Noise(builder, both, builder.add(builder.trunc(place, I32), builder.trunc(index, I32)))

@@ -22,7 +22,7 @@ CODES = 8  # codes, and a scale a block
 SIGNED = 16  # codes that have a sign
 
 SIGNED_TOP, UNSIGNED_TOP = Codec(signed=True).top, Codec(signed=False).top
-NEXT_MULTIPLIER = second_multiplier(1) - SECOND_MULTIPLIER  # the same from pair to pair
+NEXT_MULTIPLIER = second_multiplier(1) - SECOND_MULTIPLIER  # the same from word to word
 
 
 def read(
@@ -136,7 +136,7 @@ def largest_by_interpreter(x: Any) -> Any:
 
 def hashed(places: Any, first: Any) -> Any:
     """What all noise of places starts from, uint32, with the first of ``core.noise.words``."""
-    x = places ^ first.to(tl.uint32)
+    x = places + first.to(tl.uint32)
     x ^= x >> 16
     x *= FIRST_MULTIPLIER
     return x ^ (x >> 15)
@@ -144,6 +144,8 @@ def hashed(places: Any, first: Any) -> Any:
 
 def sixteen_bits(hashed: Any, second: Any, COLUMN: tl.constexpr) -> Any:
     """Of ``hashed`` places, uint32, with the second of ``core.noise.words``. See ``core.noise.sixteen_bits``."""
-    x = (hashed + second) * ((SECOND_MULTIPLIER + COLUMN // 2 * NEXT_MULTIPLIER) & MASK32)
+    x = (hashed + second) * ((SECOND_MULTIPLIER + COLUMN // 4 * NEXT_MULTIPLIER) & MASK32)
     x ^= x >> 16
-    return (x >> (16 * (COLUMN % 2))) & 0xFFFF
+    if COLUMN % 4 >= 2:
+        x = (x << 8) | (x >> 24)
+    return x & 0xFFFF if COLUMN % 2 else x >> 16
