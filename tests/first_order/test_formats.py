@@ -418,3 +418,12 @@ def test_codes_without_scales_are_refused() -> None:
         with pytest.raises(RuntimeError, match=message):
             damaged.step()
         assert torch.equal(param, before)
+
+
+def test_compensation_of_another_dtype_is_refused() -> None:
+    model, optimizer = trained(AdamW, 1, torch.bfloat16, rounding="compensated")
+    before = model.weight.detach().clone()
+    optimizer.state[model.weight][COMPENSATION] = torch.zeros(ROWS, WIDTH, dtype=torch.uint8)
+    with pytest.raises(RuntimeError, match=r"compensation of weight must be torch\.int16, got torch\.uint8\."):
+        optimizer.step()
+    assert torch.equal(model.weight, before)
