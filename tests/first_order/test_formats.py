@@ -346,6 +346,19 @@ def test_what_cannot_be_is_said_before_anything_moves() -> None:
     assert not param.any()
 
 
+def test_compensation_of_another_dtype_is_refused() -> None:
+    param = torch.ones(64, 80, dtype=torch.bfloat16).requires_grad_()
+    optimizer = AdamW([param], rounding="compensated")
+    param.grad = torch.ones_like(param)
+    optimizer.step()
+    before, compensation = param.detach().clone(), optimizer.state[param][COMPENSATION]
+    for dtype in (torch.int8, torch.float32):  # kernels would write behind the end, or take other bits
+        optimizer.state[param][COMPENSATION] = compensation.to(dtype)
+        with pytest.raises(RuntimeError, match=rf"compensation .* must be torch.int16, got {dtype}\."):
+            optimizer.step()
+    assert torch.equal(param.detach(), before)
+
+
 def test_codes_without_scales_are_refused() -> None:
     model, optimizer = trained(AdamW, 1, state_dtype="8bit")
     before = model.weight.detach().clone()

@@ -221,8 +221,13 @@ def rounded_stochastically(numbers: Tensor, noise: Tensor) -> Tensor:
 
 
 def joined(high: Tensor, compensation: Tensor) -> Tensor:
-    """The float32 numbers whose bits lie in a bfloat16 tensor and its compensation."""
-    return ((high.view(torch.int16).to(torch.int32) << 16) + compensation.to(torch.int32)).view(torch.float32)
+    """The float32 numbers whose bits lie in a bfloat16 tensor and its compensation.
+
+    The parameter may have been written since. Its old compensation is at most half a digit then; but bits below those
+    of a zero would be NaN.
+    """
+    bits, low = high.view(torch.int16).to(torch.int32) << 16, compensation.to(torch.int32)
+    return (bits + torch.where(bits & MAGNITUDE == 0, low.clamp(min=0), low)).view(torch.float32)
 
 
 def split(numbers: Tensor) -> tuple[Tensor, Tensor]:

@@ -232,6 +232,11 @@ def checked_state(
                 f"{who}: {name} of {optimizer.name_of(param)} has shape {tuple(tensor.shape)}, "
                 f"expected {tuple(expected)}. Nothing has moved."
             )
+        if name == COMPENSATION and tensor.dtype != torch.int16:
+            raise RuntimeError(
+                f"{who}: {name} of {optimizer.name_of(param)} must be torch.int16, got {tensor.dtype}. Load the state "
+                "again, or delete it to begin anew. Nothing has moved."
+            )
         is_scale = name.endswith(SCALE) and tensor.shape != param.shape
         follows = is_scale or tensor.shape == param.shape or signature(method.rule_of(param, group)).kind == "row"
         if follows and not same_layout(tensor, sharded := as_sharded(optimizer, param)):

@@ -99,6 +99,19 @@ def test_compiled_steps_are_the_eager_ones_bit_for_bit(options: dict[str, Any], 
     assert_equal_bits(trained(Halves, "cpu", threads=2, **options)[0], reference)
 
 
+def test_a_compensated_parameter_may_be_set_to_zero_between_steps() -> None:
+    found = []
+    for backend in ("eager", "cpu"):
+        tensors, optimizer = trained(Halves, backend, **FORMATS["compensated"])
+        params = tensors[: len(SHAPES)]
+        for param in params:
+            param.mul_(0.0)  # zeros of both signs, above any compensation
+        optimizer.step()
+        assert all(bool(param.isfinite().all()) for param in params[:1])
+        found.append([tensor.clone() for tensor in tensors])
+    assert_equal_bits(*found)
+
+
 @pytest.mark.parametrize("number", [torch.nan, -torch.inf])
 def test_numbers_that_are_not_finite_stay_in_their_block(number: float) -> None:
     found = []
