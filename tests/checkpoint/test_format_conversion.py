@@ -24,7 +24,7 @@ from descend.core.codecs import Codec, decode, encode
 from descend.state import lazy_memory
 
 # Rows of 150 numbers are a block that is not full; rows of 300 are two blocks; the last is too small for codes.
-SHAPES = [(33, 150), (17, 300), (9000,), (5,)]
+SHAPES = [(33, 150), (17, 300), (65_600,), (5,)]
 CODED = slice(0, 3)
 CODECS = {"exp_avg": Codec(True), "exp_avg_sq": Codec(False), "momentum_buffer": Codec(True), "sum": Codec(False)}
 
@@ -68,7 +68,7 @@ def test_state_dict_has_codes_scales_and_compensation_as_they_are(tmp_path: Path
         averages = dict.fromkeys(("exp_avg", "exp_avg_sq"), torch.uint8 if is_coded else torch.float32)
         scales = {f"{name}_scale": torch.float32 for name in averages} if is_coded else {}
         assert dtypes == {"step": torch.float32, **averages, **scales, "compensation": torch.int16}
-        blocks = {(33, 150): (33, 1), (17, 300): (17, 2), (9000,): (36,)}
+        blocks = {(33, 150): (33, 1), (17, 300): (17, 2), (65_600,): (257,)}
         for name in scales:
             assert content[name].shape == blocks[SHAPES[key]]
         assert all(value.is_contiguous() for value in content.values())

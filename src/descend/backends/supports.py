@@ -74,8 +74,6 @@ def why_not_rows(param: Tensor, state: Sequence[tuple[str, Tensor]]) -> str | No
 
 def why_not_formats(param: Tensor, stored: Sequence[tuple[str, Tensor]]) -> str | None:
     """Why a parameter that ``why_not`` accepts cannot have codes, scales, compensation or noise; None if it can."""
-    if param.dim() < 2 and param.grad is not None and param.grad.layout is not torch.strided:
-        return "single numbers, which may share a block"
     for name, tensor in (("", param), *stored):
         # Blocks, and the places of noise, are in the logical order of elements.
         if not tensor.is_contiguous():

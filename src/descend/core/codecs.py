@@ -11,12 +11,13 @@ the four lower bits of a code, its value is
 
     2**e * (2 + m / 8) - 2             e up to 15, or up to 7 if numbers have a sign, which is the upper bit then
 
-so that values are 0, 1/8, 2/8, ..., 2, 2 + 2/8, ..., 6, 6 + 4/8, ..., up to 126,974, or 494. They are evenly spaced
-near zero, and have five bits of precision in the other 15, or 7, octaves. The scale is what makes the block's largest
-magnitude the largest value. Such codes are bits of a float32, but for an addition and a shift.
+so that values are 0, 1/8, 2/8, ..., 2, 2 + 2/8, ..., 6, 6 + 4/8, ..., up to 126,974, or 494: evenly spaced up to 2,
+and 3 to 8 % apart from 6 on. The scale is the block's largest magnitude divided by the largest value. Such codes are
+bits of a float32, but for an addition and a shift.
 
 Numbers go to the nearest value; or, at random, to one of the two beside them, with the number as expectation. But an
-unsigned number that is not zero never becomes zero: AdamW divides by the root of its average square.
+unsigned number that is not zero never becomes zero: AdamW divides by the root of its average square. Numbers that have
+been decoded are encoded to themselves, at random, too.
 
 Blocks do not cross rows, so that a step which touches some rows leaves the others alone, and rows may be sharded.
 

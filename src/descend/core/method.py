@@ -241,13 +241,6 @@ class Method:
                 f"{type(self).__name__}: a rule of whole matrices cannot update single rows, but {self.name_of(param)} "
                 "has a sparse gradient: make it dense."
             )
-        cuts_blocks = param.grad is not None and (param.dim() < 2 or not _names_rows(param.grad))
-        if cuts_blocks and (name := _coded_state(self, param, group)):
-            raise RuntimeError(
-                f"{type(self).__name__}: {name} is kept in 8 bits, in blocks along the rows of {self.name_of(param)}, "
-                f"which has {param.dim()} dimensions and a gradient of {_sparsity(param.grad)}: make it sparse in the "
-                "first dimension alone, of at least two, or keep this state in float32 (float32_state)."
-            )
         if takes.kind == "row" and not _names_rows(param.grad):
             raise RuntimeError(
                 f"{type(self).__name__}: a rule of rows needs gradients that are sparse in the first dimension alone, "
@@ -318,12 +311,6 @@ def _is_to_be_coded(method: Method, name: str, param: Tensor, group: Mapping[str
     if options.shard_state is not None and param.dim() < 2:  # parts would not end where blocks do
         return False
     return options.float32_state is None or not matches(options.float32_state, method.name_of(param))
-
-
-def _coded_state(method: Method, param: Tensor, group: Mapping[str, Any]) -> str | None:
-    """The name of new state that is coded; None if there is none."""
-    names = signature(method.rule_of(param, group)).state
-    return next((name for name in names if isinstance(method.format_of_state(name, param, group), Codec)), None)
 
 
 def _names_rows(grad: Tensor | None) -> bool:
