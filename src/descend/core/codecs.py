@@ -29,7 +29,7 @@ called ``compensation``: the bits of a float32 are the bits of the bfloat16, shi
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from functools import cache
 from typing import Literal, NamedTuple, TypeAlias
 
 import torch
@@ -97,11 +97,13 @@ def compute_dtype(formats: Formats) -> torch.dtype:
     return torch.float64 if torch.float64 in formats else torch.float32
 
 
+@cache  # plans ask for each parameter
 def is_plain(formats: Formats) -> bool:
     """Whether all of them are dtypes."""
     return all(isinstance(format, torch.dtype) for format in formats)
 
 
+@cache
 def needs_noise(formats: Formats) -> bool:
     """Whether anything is rounded at random."""
     return any(
@@ -111,7 +113,8 @@ def needs_noise(formats: Formats) -> bool:
     )
 
 
-def stored_names(names: Sequence[str], formats: Formats) -> tuple[str, ...]:
+@cache
+def stored_names(names: tuple[str, ...], formats: Formats) -> tuple[str, ...]:
     """Names of all tensors that a parameter's state has: those of the rule's state, then what their formats add.
 
     That is the compensation of the parameter, then scales in the order of the state. Launches get tensors in this

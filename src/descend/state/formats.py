@@ -30,27 +30,26 @@ def formats_of(
     Raises:
         RuntimeError: if there are codes without scales, or ranks hold parts of blocks.
     """
-    method, sharded, formats = optimizer.method_of(group), as_sharded(optimizer, param), []
+    method, formats = optimizer.method_of(group), []
     for name in signature(rule).state:
         if isinstance(tensor := state.get(name), Tensor):
             formats.append(_format_of(optimizer, method, name, tensor, param, state))
         else:
             formats.append(method.format_of_state(name, param, group))
-        check_blocks(optimizer, param, sharded, name, formats[-1])
+        check_blocks(optimizer, param, name, formats[-1])
     return (method.format_of_param(param), grad, *formats)
 
 
-def check_blocks(optimizer: MethodOptimizer, param: Tensor, sharded: Tensor, name: str, format: Format) -> None:
+def check_blocks(optimizer: MethodOptimizer, param: Tensor, name: str, format: Format) -> None:
     """Raise ``RuntimeError`` if ranks would hold parts of the blocks of the state called ``name``.
 
     Args:
         optimizer: the optimizer.
         param: the parameter.
-        sharded: what ``as_sharded`` made of it.
         name: of the state.
         format: how the state is stored.
     """
-    if isinstance(format, Codec) and not has_whole_blocks(sharded):
+    if isinstance(format, Codec) and not has_whole_blocks(sharded := as_sharded(optimizer, param)):
         raise RuntimeError(
             f"{type(optimizer).__name__}: {name} of {optimizer.name_of(param)} is kept in 8 bits, in blocks of {BLOCK} "
             f"numbers of a row, but has {layout_of(sharded)}, which cut such blocks: keep it in float32 "

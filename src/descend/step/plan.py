@@ -245,9 +245,11 @@ class Plan:
             self._check_no_sums(optimizer, param, takes)
             return entry._replace(local=param, share=None, reason="differentiable=True", in_order=True)
         reason = None  # of a compiled backend, whichever of the others runs it then
-        uncoded = {n for n, format in zip(takes.state, formats[2:], strict=True) if not isinstance(format, Codec)}
-        plain = [(name, tensor) for name, tensor in tensors if name in uncoded]
-        stored = [(name, tensor) for name, tensor in tensors if name not in uncoded]
+        plain, stored = tensors, []
+        if not is_plain(formats):
+            uncoded = {n for n, format in zip(takes.state, formats[2:], strict=True) if not isinstance(format, Codec)}
+            plain = [(name, tensor) for name, tensor in tensors if name in uncoded]
+            stored = [(name, tensor) for name, tensor in tensors if name not in uncoded]
         for backend in available(self._requested, takes.kind):
             if sparse:
                 why_not = backend.why_not_rows(rule, local, plain)
