@@ -302,6 +302,13 @@ def test_compensated_bfloat16_holds_every_float32() -> None:
     assert torch.equal(high[known & ~half_way], numbers[known & ~half_way].to(torch.bfloat16))
 
 
+def test_a_parameter_that_was_set_to_zero_has_no_bits_below_it() -> None:
+    zeros = torch.tensor([0.0, -0.0, 0.0, -0.0]).to(torch.bfloat16)
+    numbers = joined(zeros, torch.tensor([-1, -32768, 5, 7], dtype=torch.int16))
+    expected = torch.tensor([0, -(2**31), 5, 7 - 2**31], dtype=torch.int32)
+    assert torch.equal(numbers.view(torch.int32), expected)
+
+
 def test_formats_list_what_they_store() -> None:
     names = ("exp_avg", "exp_avg_sq")
     plain = (torch.bfloat16, torch.float32, torch.bfloat16, torch.float64)

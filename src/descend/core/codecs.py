@@ -29,7 +29,7 @@ called ``compensation``: the bits of a float32 are the bits of the bfloat16, shi
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from functools import cache
 from typing import Literal, NamedTuple, TypeAlias
 
 import torch
@@ -99,17 +99,20 @@ def compute_dtype(formats: Formats) -> torch.dtype:
     return torch.float64 if torch.float64 in formats else torch.float32
 
 
+@cache  # plans ask for each parameter
 def is_plain(formats: Formats) -> bool:
     """Whether all of them are dtypes."""
     return all(isinstance(format, torch.dtype) for format in formats)
 
 
+@cache
 def needs_noise(formats: Formats) -> bool:
     """Whether anything is rounded at random."""
     return any(format.stochastic if isinstance(format, Codec) else format == STOCHASTIC for format in formats)
 
 
-def stored_names(names: Sequence[str], formats: Formats) -> tuple[str, ...]:
+@cache
+def stored_names(names: tuple[str, ...], formats: Formats) -> tuple[str, ...]:
     """Names of all tensors that a parameter's state has: those of the rule's state, then what their formats add.
 
     That is the compensation of the parameter, then scales in the order of the state. Launches get tensors in this
@@ -220,8 +223,13 @@ def rounded_stochastically(numbers: Tensor, noise: Tensor) -> Tensor:
 
 
 def joined(high: Tensor, compensation: Tensor) -> Tensor:
-    """The float32 numbers whose bits lie in a bfloat16 tensor and its compensation."""
-    return ((high.view(torch.int16).to(torch.int32) << 16) + compensation.to(torch.int32)).view(torch.float32)
+    """The float32 numbers whose bits lie in a bfloat16 tensor and its compensation.
+
+    The parameter may have been written since. Its old compensation is at most half a digit then; but bits below those
+    of a zero would be NaN.
+    """
+    bits, low = high.view(torch.int16).to(torch.int32) << 16, compensation.to(torch.int32)
+    return (bits + torch.where(bits & MAGNITUDE == 0, low.clamp(min=0), low)).view(torch.float32)
 
 
 def split(numbers: Tensor) -> tuple[Tensor, Tensor]:

@@ -126,7 +126,6 @@ def updatable_tensors() -> Iterator[None]:
         yield
 
 
-@updatable_tensors()
 def new_state(param: Tensor, spec: StateSpec, lazy: bool = False) -> dict[str, Tensor]:
     """The tensors of new state, by name: one, or codes and scales.
 
@@ -135,9 +134,14 @@ def new_state(param: Tensor, spec: StateSpec, lazy: bool = False) -> dict[str, T
         spec: what to make.
         lazy: whether zeros lie in lazily committed memory.
     """
-    name, codec = spec.name, spec.format
-    if not isinstance(codec, Codec):
-        return {name: new_tensor(param, spec, lazy)}
+    if isinstance(spec.format, Codec):
+        return _new_codes(param, spec, spec.format, lazy)
+    return {spec.name: new_tensor(param, spec, lazy)}
+
+
+@updatable_tensors()
+def _new_codes(param: Tensor, spec: StateSpec, codec: Codec, lazy: bool) -> dict[str, Tensor]:
+    name = spec.name
     if isinstance(spec.start, Tensor) or spec.start != 0:
         numbers = new_tensor(param, spec._replace(format=torch.float32))
         local_codes, local_scales = codecs.encode(local_of(numbers), codec)
@@ -231,6 +235,11 @@ def checked_state(
             raise RuntimeError(
                 f"{who}: {name} of {optimizer.name_of(param)} has shape {tuple(tensor.shape)}, "
                 f"expected {tuple(expected)}. Nothing has moved."
+            )
+        if name == COMPENSATION and tensor.dtype != torch.int16:
+            raise RuntimeError(
+                f"{who}: {name} of {optimizer.name_of(param)} must be torch.int16, got {tensor.dtype}. Load the state "
+                "again, or delete it to begin anew. Nothing has moved."
             )
         is_scale = name.endswith(SCALE) and tensor.shape != param.shape
         follows = is_scale or tensor.shape == param.shape or signature(method.rule_of(param, group)).kind == "row"

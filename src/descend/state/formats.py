@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from descend.core.codecs import BLOCK, COMPENSATED, COMPENSATION, SCALE, Codec, Format, Formats
+from descend.core.codecs import BLOCK, SCALE, Codec, Format, Formats
 from descend.core.method import Method
 from descend.core.noise import Stream, step_key
 from descend.core.optimizer import MethodOptimizer
@@ -28,36 +28,28 @@ def formats_of(
     """Formats of a parameter, its gradient and the state of its rule.
 
     Raises:
-        RuntimeError: if there are codes without scales, compensation of another dtype, or ranks hold parts of blocks.
+        RuntimeError: if there are codes without scales, or ranks hold parts of blocks.
     """
-    method, sharded = optimizer.method_of(group), as_sharded(optimizer, param)
-    param_format, formats = method.format_of_param(param), []
-    added = state.get(COMPENSATION)
-    if param_format == COMPENSATED and isinstance(added, Tensor) and added.dtype != torch.int16:
-        raise RuntimeError(
-            f"{type(optimizer).__name__}: {COMPENSATION} of {optimizer.name_of(param)} must be torch.int16, got "
-            f"{added.dtype}. Load the state again, or delete it to begin anew. Nothing has moved."
-        )
+    method, formats = optimizer.method_of(group), []
     for name in signature(rule).state:
         if isinstance(tensor := state.get(name), Tensor):
             formats.append(_format_of(optimizer, method, name, tensor, param, state))
         else:
             formats.append(method.format_of_state(name, param, group))
-        check_blocks(optimizer, param, sharded, name, formats[-1])
-    return (param_format, grad, *formats)
+        check_blocks(optimizer, param, name, formats[-1])
+    return (method.format_of_param(param), grad, *formats)
 
 
-def check_blocks(optimizer: MethodOptimizer, param: Tensor, sharded: Tensor, name: str, format: Format) -> None:
+def check_blocks(optimizer: MethodOptimizer, param: Tensor, name: str, format: Format) -> None:
     """Raise ``RuntimeError`` if ranks would hold parts of the blocks of the state called ``name``.
 
     Args:
         optimizer: the optimizer.
         param: the parameter.
-        sharded: what ``as_sharded`` made of it.
         name: of the state.
         format: how the state is stored.
     """
-    if isinstance(format, Codec) and not has_whole_blocks(sharded):
+    if isinstance(format, Codec) and not has_whole_blocks(sharded := as_sharded(optimizer, param)):
         raise RuntimeError(
             f"{type(optimizer).__name__}: {name} of {optimizer.name_of(param)} is kept in 8 bits, in blocks of {BLOCK} "
             f"numbers of a row, but has {layout_of(sharded)}, which cut such blocks: keep it in float32 "

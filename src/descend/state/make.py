@@ -55,7 +55,7 @@ def ensure_state(
         if not isinstance(state.get(name), Tensor):
             sharded = as_sharded(optimizer, param)
             format = method.format_of_state(name, param, group)
-            check_blocks(optimizer, param, sharded, name, format)
+            check_blocks(optimizer, param, name, format)
             spec = method.state_spec(name, sharded, group, format)
             state.update(new_state(where_state_is(optimizer, sharded), spec, lazy))
     if is_compensated and not isinstance(state.get(COMPENSATION), Tensor):

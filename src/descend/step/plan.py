@@ -567,16 +567,19 @@ def _waited_for(numbers: Sequence[float | Tensor]) -> list[float]:
 def _why_not(backend: Backend, entry: Entry, tensors: Sequence[tuple[str, Tensor]]) -> str | None:
     """Why a backend cannot run an entry; None if it can."""
     rule, local, formats = entry.rule, entry.local, entry.formats
-    pairs = zip(signature(rule).state, formats[2:], strict=True)
-    uncoded = {name for name, format in pairs if not isinstance(format, Codec)}
-    state = [(name, tensor) for name, tensor in tensors if name in uncoded]
+    state, stored = tensors, []
+    if not is_plain(formats):
+        pairs = zip(signature(rule).state, formats[2:], strict=True)
+        uncoded = {name for name, format in pairs if not isinstance(format, Codec)}
+        state = [(name, tensor) for name, tensor in tensors if name in uncoded]
+        stored = [(name, tensor) for name, tensor in tensors if name not in uncoded]
     if entry.sparse:
         reason = backend.why_not_rows(rule, local, state)
     else:
         reason = backend.why_not(rule, local, local.grad, state)
     if reason is not None or is_plain(formats):
         return reason
-    return backend.why_not_formats(rule, local, formats, [pair for pair in tensors if pair[0] not in uncoded])
+    return backend.why_not_formats(rule, local, formats, stored)
 
 
 def _in_order_where_memory_is_shared(entries: Sequence[Entry], params: LocalParams) -> list[Entry]:

@@ -120,6 +120,19 @@ def test_every_column_has_its_noise() -> None:
         assert list(read(place, *words(7, 8))) == expected
 
 
+def test_a_compensated_parameter_may_be_set_to_zero_between_steps() -> None:
+    found = []
+    for backend in ("eager", "cpu"):
+        tensors, optimizer = trained(Halves, backend, **FORMATS["compensated"])
+        params = tensors[: len(SHAPES)]
+        for param in params:
+            param.mul_(0.0)  # zeros of both signs, above any compensation
+        optimizer.step()
+        assert all(bool(param.isfinite().all()) for param in params[:1])
+        found.append([tensor.clone() for tensor in tensors])
+    assert_equal_bits(*found)
+
+
 @pytest.mark.parametrize("number", [torch.nan, -torch.inf])
 def test_numbers_that_are_not_finite_stay_in_their_block(number: float) -> None:
     found = []

@@ -111,10 +111,11 @@ def upper_half(builder: Any, bits: Any) -> Any:
 
 
 def joined(builder: Any, high: Any, compensation: Any) -> Any:
-    """The float32 whose bits lie in a bfloat16 and its compensation."""
-    return builder.bitcast(
-        builder.add(builder.shl(builder.zext(high, I32), word(16)), builder.sext(compensation, I32)), F32
-    )
+    """The float32 whose bits lie in a bfloat16 and its compensation, see ``core.codecs.joined``."""
+    bits, low = builder.shl(builder.zext(high, I32), word(16)), builder.sext(compensation, I32)
+    is_zero = builder.icmp_unsigned("==", builder.and_(bits, word(MAGNITUDE)), word(0))
+    is_below = builder.and_(is_zero, builder.icmp_signed("<", low, word(0)))
+    return builder.bitcast(builder.add(bits, builder.select(is_below, word(0), low)), F32)
 
 
 def split(builder: Any, number: Any) -> tuple[Any, Any]:

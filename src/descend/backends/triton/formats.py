@@ -53,7 +53,8 @@ def read(
     elif HOW & HALF:
         value = tl.load(pointer + at, mask, 0).to(tl.int32) << 16
         if HOW & KEPT:
-            value += tl.load(beside + at, mask, 0).to(tl.int32)
+            low = tl.load(beside + at, mask, 0).to(tl.int32)
+            value += tl.where((value & MAGNITUDE) == 0, tl.maximum(low, 0), low)  # see core.codecs.joined
         value = value.to(tl.float32, bitcast=True)
     else:
         value = load(pointer + at, mask, COMPUTE)
