@@ -427,3 +427,37 @@ def test_compensation_of_another_dtype_is_refused() -> None:
     with pytest.raises(RuntimeError, match=r"compensation of weight must be torch\.int16, got torch\.uint8\."):
         optimizer.step()
     assert torch.equal(model.weight, before)
+
+
+def test_scales_go_with_the_codes() -> None:
+    model, optimizer = trained(AdamW, 1, state_dtype="8bit")
+    optimizer.state_dtype = None
+    del optimizer.state[model.weight]["exp_avg"]
+    give_grads(model, 1)
+    optimizer.step()
+    state = optimizer.state[model.weight]
+    assert "exp_avg_scale" not in state
+    assert state["exp_avg_sq"].dtype == torch.uint8
+    optimizer.load_state_dict(optimizer.state_dict())
+
+
+def test_state_called_like_scales_is_no_scale() -> None:
+    def two(param: Any, grad: Any, v: Any, v_scale: Any, lr: float = 0.1) -> Any:
+        v = 0.5 * v + grad
+        return param - lr * v, v, v_scale + 1
+
+    model, optimizer = trained(from_rule(two, "Two", lr=0.1), 3, state_dtype="8bit")
+    state = optimizer.state[model.weight]
+    assert state["v"].dtype == torch.float32
+    assert state["v_scale"].dtype == torch.uint8
+    assert state.keys() == {"v", "v_scale", "v_scale_scale"}
+
+
+def test_a_step_count_that_noise_cannot_be_made_of_is_refused() -> None:
+    model, optimizer = trained(AdamW, 1, torch.bfloat16, rounding="stochastic")
+    before = model.weight.detach().clone()
+    optimizer.state[model.weight]["step"].fill_(math.nan)
+    give_grads(model, 1)
+    with pytest.raises(ValueError, match=r"needs the step count, which must be finite, got nan\."):
+        optimizer.step()
+    assert torch.equal(model.weight, before)

@@ -308,6 +308,8 @@ def _is_to_be_coded(method: Method, name: str, param: Tensor, group: Mapping[str
         return False
     if method.state_shape(name, param, group) != param.shape or not codecs.is_worth_coding(param):
         return False
+    if name + codecs.SCALE in signature(method.rule_of(param, group)).state:  # whose name scales would take
+        return False
     if options.shard_state is not None and param.dim() < 2:  # parts would not end where blocks do
         return False
     return options.float32_state is None or not matches(options.float32_state, method.name_of(param))

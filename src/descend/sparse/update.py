@@ -71,6 +71,7 @@ class SparseUpdate(Update):
         self._dtype = torch.promote_types(local.grad.dtype, torch.float32)  # sums need the digits
         state = optimizer.state_of(param)
         self._formats = (formats[0], self._dtype, *formats[2:])
+        self._noise: dict[str, int] = {}
         self._is_noisy, given = needs_noise(formats), len(signature(rule).given)
         self._is_coded = any(isinstance(format, Codec) for format in formats)
         if self._is_noisy:
@@ -155,6 +156,8 @@ class SparseUpdate(Update):
         scalars, next_state = self._method().scalars_and_state(group, self._step, scalar_state)
         self._scalars = self.numbers(scalars)
         self._next_state = self.numbers(next_state)
+        if self._is_noisy:
+            self._noise = {"noise_key": key_of(optimizer, self._step)}
 
     def make_state(self, optimizer: MethodOptimizer) -> None:
         group = optimizer.param_groups[self._group]
@@ -178,9 +181,6 @@ class SparseUpdate(Update):
             self.set_scalars(optimizer, self._scale)  # a parameter that is listed twice has taken a step since
         names = stored_names(signature(self._rule).state, self._formats)
         state, measures = [local_of(self._state[name]) for name in names], sample is not None
-        noise = {}
-        if self._is_noisy:
-            noise["noise_key"] = key_of(optimizer, self._step)
         if self._local.is_cpu:
             written = state if self._table is None else [*state, self._state[ROW_STEP]]
             lazy_memory.commit_rows(written, self._rows.rows, self._n_rows, optimizer.options.state_pages)
@@ -198,7 +198,7 @@ class SparseUpdate(Update):
                 None,
                 measures,
                 self.decision,
-                **noise,
+                **self._noise,
             )
         else:
             with self._table.lock:

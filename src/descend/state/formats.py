@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -74,7 +75,16 @@ def _format_of(
 
 
 def key_of(optimizer: MethodOptimizer, step: Any) -> int:
-    """The key of the noise of a step; the first is 1."""
+    """The key of the noise of a step; the first is 1.
+
+    Raises:
+        ValueError: if the step count has been set to NaN or Inf.
+    """
+    if not math.isfinite(step):
+        raise ValueError(
+            f"{type(optimizer).__name__}: rounding='stochastic' needs the step count, which must be finite, got "
+            f"{float(step)}. Nothing has moved."
+        )
     return step_key(optimizer.options.rounding_seed, int(step))
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from descend.core.codecs import COMPENSATED, COMPENSATION
+from descend.core.codecs import COMPENSATED, COMPENSATION, SCALE
 from descend.core.memory import wide
 from descend.core.method import Method, StateSpec
 from descend.core.optimizer import MethodOptimizer
@@ -57,6 +57,8 @@ def ensure_state(
             format = method.format_of_state(name, param, group)
             check_blocks(optimizer, param, name, format)
             spec = method.state_spec(name, sharded, group, format)
+            if name + SCALE not in names:
+                state.pop(name + SCALE, None)  # of codes that were here
             state.update(new_state(where_state_is(optimizer, sharded), spec, lazy))
     if is_compensated and not isinstance(state.get(COMPENSATION), Tensor):
         spec = StateSpec(COMPENSATION, param.shape, torch.int16, 0)

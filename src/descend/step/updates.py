@@ -296,8 +296,10 @@ class SingleUpdate(Update):
                 float(number(value))  # raises for what cannot be used, before anything moves
         if self.summed:
             self._given = scalars
-        if self._stream is None and needs_noise(self._entry.formats):
-            (self._stream,) = streams_of(optimizer, [self._entry.param])
+        if needs_noise(self._entry.formats):
+            key_of(optimizer, self._step_count(optimizer) + 1)
+            if self._stream is None:
+                (self._stream,) = streams_of(optimizer, [self._entry.param])
 
     def make_state(self, optimizer: MethodOptimizer) -> None:
         """The state is made when the update runs: another update of the step may share it."""
