@@ -204,7 +204,7 @@ def test_edits_of_the_state_are_noticed() -> None:
 
 
 def test_rows_of_several_sparse_dimensions_are_numbered_through() -> None:
-    rows = EagerRows(rules.sgd, all_rows=False)
+    rows = EagerRows(rules.sgd, (torch.float32, torch.float32), all_rows=False)
     rows.read(torch.tensor([[2, 0, 2, 1], [3, 1, 3, 0]]), torch.ones(4, 5), (3, 4), None, 0)
     assert rows.rows.tolist() == [1, 4, 11]
 
