@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from descend.backends.backend import Decisions
+from descend.backends.cpu.threads import serial_in_forked_child
 from descend.backends.opened import Noise, Opened
 from descend.core.codecs import Formats, is_plain
 from descend.core.decision import SKIPPED, Decision, judge
@@ -22,6 +23,7 @@ from descend.core.signature import averaged_part, signature
 _NO_MEMORY = np.zeros((0, 2), np.int64)
 
 
+@serial_in_forked_child()
 def run(
     rule: Callable[..., Any],
     param: Tensor,
@@ -115,6 +117,7 @@ def _run_opened(
         return measured_sums(before, dense, [stored.param, *stored.state], moments(rule))
 
 
+@serial_in_forked_child()
 def sums(
     rule: Callable[..., Any],
     param: Tensor,
@@ -279,7 +282,7 @@ class EagerBackend:
         measures: bool = False,
     ) -> Callable[[Any, Decision | None], None]:
         def run(values: Any, decision: Decision | None = None) -> None:
-            with torch.no_grad():
+            with torch.no_grad(), serial_in_forked_child():
                 torch.autograd.graph.increment_version(params)
                 for launch in launches:
                     launch.run(measures, decision)
@@ -574,6 +577,7 @@ class EagerCatchUp:
         return torch.from_numpy(by_step).to(widest(self._steps.device)).to(self._steps.device)[self._position]
 
 
+@serial_in_forked_child()
 def sums_of_squares(tensors: Sequence[Tensor]) -> float | Tensor:
     """Of all tensors together: on the CPU a number, on a device of shape (), and nothing waits for it."""
     sums = [_sum_of_squares(tensor) for tensor in tensors]

@@ -156,6 +156,23 @@ def test_forked_child_makes_its_first_state(kind: Any) -> None:
 
 @needs_fork
 @pytest.mark.usefixtures("forking")
+@pytest.mark.parametrize("options", [{"backend": "foreach"}, {"backend": "eager", "state_dtype": "8bit"}], ids=str)
+def test_forked_child_steps_with_operations_of_torch(options: Any) -> None:
+    torch.set_num_threads(2)
+    optimizer, straight = (AdamW(leaves(LARGE, torch.float32), max_norm=1.0, **options) for _ in range(2))
+    for one in (optimizer, straight):
+        take_steps(one, range(2))
+    straight.step()
+
+    def arrives() -> bool:
+        optimizer.step()
+        return equal(params_of(optimizer), params_of(straight))
+
+    assert in_child(arrives)
+
+
+@needs_fork
+@pytest.mark.usefixtures("forking")
 def test_forked_workers_of_multiprocessing_step() -> None:
     torch.set_num_threads(2)
     optimizer, straight = (AdamW(leaves(LARGE, torch.float32)) for _ in range(2))
