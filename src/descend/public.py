@@ -30,7 +30,7 @@ from descend.norms.clip import clip_grad_norm_, clip_grad_value_, clip_grads_wit
 from descend.second_order.lbfgs import LBFGS
 from descend.second_order.minimize import minimize
 from descend.second_order.newton import Newton
-from descend.second_order.result import Progress, Result, Status
+from descend.second_order.solvers.result import Progress, Result, Status
 
 __all__ = [
     "ADOPT",

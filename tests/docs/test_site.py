@@ -10,7 +10,7 @@ import pytest
 from doc_pages import ROOT
 
 from descend import rules
-from descend.second_order.trust_region import DenseModel
+from descend.second_order.mathematics.trust_region import DenseModel
 
 pytest.importorskip("latex2mathml")
 
@@ -37,7 +37,7 @@ def test_formulas_become_mathml(hooks: ModuleType) -> None:
 def test_functions_are_quoted_from_the_source(hooks: ModuleType) -> None:
     page = hooks.with_quotations("[source: adamw](../../src/descend/rules.py)", "learn/weight-decay.md")
     assert page == f'```python title="src/descend/rules.py"\n{inspect.getsource(rules.adamw).rstrip()}\n```'
-    path = ROOT / "src" / "descend" / "second_order" / "trust_region.py"
+    path = ROOT / "src" / "descend" / "second_order" / "mathematics" / "trust_region.py"
     assert hooks.definition(path, "DenseModel.step").startswith("def step(self, radius: float)")
     assert hooks.definition(path, "DenseModel.step") in inspect.cleandoc(inspect.getsource(DenseModel))
     with pytest.raises(LookupError, match=r"rules\.py defines no adamw2\."):

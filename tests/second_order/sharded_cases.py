@@ -15,7 +15,7 @@ from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, 
 
 import descend
 from descend.distributed.dtensors import is_dtensor
-from descend.second_order.shared_space import full_of
+from descend.second_order.problem.shared_space import full_of
 
 ROWS = 24  # of data: as many for each of 1, 2, 3 or 4 ranks
 

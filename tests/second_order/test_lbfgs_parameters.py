@@ -21,8 +21,8 @@ from lbfgs_cases import (
 from torch import Tensor, nn
 
 from descend.second_order.lbfgs import LBFGS
-from descend.second_order.parameter_bounds import flat_bounds
-from descend.second_order.parameters import FlatParameters
+from descend.second_order.problem.parameter_bounds import flat_bounds
+from descend.second_order.problem.parameters import FlatParameters
 
 # Parameters.
 

@@ -36,7 +36,7 @@ from torch import Tensor, nn
 
 import descend
 from descend import Status, minimize
-from descend.second_order import directions
+from descend.second_order.mathematics import directions
 
 # Results.
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from descend import Newton, Status, minimize
-from descend.second_order import objective
+from descend.second_order.problem import objective
 
 SOLVERS = pytest.mark.parametrize("solver", ["cholesky", "cg"])
 METHODS = pytest.mark.parametrize("method", ["newton", "newton-cg"])

@@ -26,7 +26,7 @@ from torch.distributed.tensor import DTensor, Partial, Shard, distribute_tensor
 
 import descend
 from descend.distributed.dtensors import is_dtensor
-from descend.second_order.shared_space import full_of
+from descend.second_order.problem.shared_space import full_of
 
 
 def assert_fits(fits: list[Fit], expected: Fit, rtol: float) -> None:

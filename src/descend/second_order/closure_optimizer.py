@@ -19,9 +19,9 @@ from descend.checkpoint.reading import restore, set_state, unusable_is_value_err
 from descend.core.undecorated import undecorated
 from descend.distributed.agreement import check_agreement
 from descend.second_order import flat_checkpoint
-from descend.second_order.parameters import FlatParameters
-from descend.second_order.result import Result, Solver, Status, result_of
-from descend.second_order.sharded_parameters import flat_parameters
+from descend.second_order.problem.parameters import FlatParameters
+from descend.second_order.problem.sharded_parameters import flat_parameters
+from descend.second_order.solvers.result import Result, Solver, Status, result_of
 
 
 class ClosureOptimizer(Optimizer, ABC):

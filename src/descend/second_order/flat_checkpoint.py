@@ -12,8 +12,8 @@ from torch import Tensor
 
 from descend.checkpoint.matching import Listing, Matching
 from descend.checkpoint.reading import copied, number_of, options_of, unusable_is_value_error
-from descend.second_order.parameters import FlatParameters, ParamGroups
-from descend.second_order.sharded_parameters import flat_parameters
+from descend.second_order.problem.parameters import FlatParameters, ParamGroups
+from descend.second_order.problem.sharded_parameters import flat_parameters
 
 _MEMORY = ("n_iter", "d", "t", "old_dirs", "old_stps", "ro", "H_diag", "prev_flat_grad", "prev_loss")
 _LISTS = ("old_dirs", "old_stps", "ro", "al")

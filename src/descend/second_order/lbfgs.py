@@ -14,12 +14,12 @@ from descend.core.caller import warn_caller
 from descend.core.checks import check_at_least_zero, check_kind
 from descend.core.groups import ParamsT, named
 from descend.second_order.closure_optimizer import ClosureOptimizer
-from descend.second_order.modern_lbfgs import modern_step
-from descend.second_order.parameter_bounds import flat_bounds
-from descend.second_order.parameters import ClosureFunction, Evaluation, FlatParameters
-from descend.second_order.result import MESSAGES, Solver, Status
-from descend.second_order.sharded_parameters import flat_parameters
-from descend.second_order.torch_lbfgs import LBFGSOptions, LineSearchFn, Memory, TorchSteps, check_lbfgs
+from descend.second_order.problem.parameter_bounds import flat_bounds
+from descend.second_order.problem.parameters import ClosureFunction, Evaluation, FlatParameters
+from descend.second_order.problem.sharded_parameters import flat_parameters
+from descend.second_order.solvers.modern_lbfgs import modern_step
+from descend.second_order.solvers.result import MESSAGES, Solver, Status
+from descend.second_order.solvers.torch_lbfgs import LBFGSOptions, LineSearchFn, Memory, TorchSteps, check_lbfgs
 
 HAS_MAXIMIZE = "maximize" in inspect.signature(torch.optim.LBFGS).parameters  # from torch 2.14
 RANDOM_CHECKS = 10  # steps whose first evaluation is compared with the last one of the step before

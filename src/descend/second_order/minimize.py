@@ -5,25 +5,19 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable
-from typing import Any, Generic, Literal, TypeAlias, get_args
+from typing import Any, Literal, TypeAlias, get_args
 
 import torch
-from torch import Tensor, nn
-from torch.utils import _pytree as pytree
+from torch import Tensor
 
-from descend.distributed.dtensors import is_dtensor
-from descend.second_order.box import CompactHessian, bounded_descent
-from descend.second_order.descent import line_search_descent
-from descend.second_order.directions import CompactInverse, DenseInverse, Steepest
-from descend.second_order.newton_descent import PAIRS, DenseNewton, NewtonCG, trust_region_descent
-from descend.second_order.objective import CG_INSTEAD, Curved, FunctionObjective, Point, check_dense_fits
-from descend.second_order.parameter_objective import ParameterObjective
-from descend.second_order.parameters import FlatParameters
-from descend.second_order.result import MESSAGES, Progress, Result, Status, X, result_of
-from descend.second_order.run import Run
-from descend.second_order.sharded_parameters import flat_parameters
-from descend.second_order.shared_space import full_of
-from descend.second_order.structure import Structure
+from descend.second_order.flat_problem import FlatProblem
+from descend.second_order.mathematics.directions import CompactInverse, DenseInverse, Steepest
+from descend.second_order.problem.objective import CG_INSTEAD, Curved, check_dense_fits
+from descend.second_order.solvers.box import CompactHessian, bounded_descent
+from descend.second_order.solvers.descent import line_search_descent
+from descend.second_order.solvers.newton_descent import PAIRS, DenseNewton, NewtonCG, trust_region_descent
+from descend.second_order.solvers.result import MESSAGES, Progress, Result, Status, X, result_of
+from descend.second_order.solvers.run import Run
 
 MinimizeMethod: TypeAlias = Literal["gd", "bfgs", "l-bfgs", "newton-cg", "newton"]
 METHODS = get_args(MinimizeMethod)
@@ -105,7 +99,7 @@ def minimize(
     _check_options(method, bounds, history_size, tol, max_iter, max_eval)
     _check_functions(method, fun=fun, jac=jac, hvp=hvp, callback=callback)
     with torch.inference_mode(False), torch.no_grad():
-        problem = _Problem(fun, x0, bounds, jac, hvp, needs_curvature=method in ("newton", "newton-cg"))
+        problem = FlatProblem(WHO, fun, x0, bounds, jac, hvp, needs_curvature=method in ("newton", "newton-cg"))
         run = Run(
             problem.objective,
             tol=default_tolerance(problem.structure.eps) if tol is None else tol,
@@ -119,128 +113,6 @@ def minimize(
             problem.set_parameters(run)
     x = problem.tree_of(run.best.x)
     return result_of(run, status, MESSAGES[status], x, problem.split_tree, began=began)
-
-
-class _Problem(Generic[X]):
-    """The function, start and bounds of ``minimize``, as an objective of a flat vector."""
-
-    def __init__(
-        self,
-        fun: Callable[[X], Any],
-        x0: Any,
-        bounds: Any,
-        jac: Callable[[X], Any] | bool | None,
-        hvp: Callable[[X, X], Any] | None,
-        needs_curvature: bool,
-    ) -> None:
-        self.tree: Any = list(x0) if hasattr(x0, "__next__") else x0  # module.parameters() can be read only once
-        self.structure = structure = Structure(self.tree, WHO)
-        flat_bounds = None if bounds is None else _flat_bounds(bounds, structure)
-        self.parameters: FlatParameters | None = None
-        self.objective: Curved
-        is_sharded = any(map(is_dtensor, structure.leaves))
-        self.is_in_place = all(isinstance(leaf, nn.Parameter) for leaf in structure.leaves)
-        if is_sharded or self.is_in_place:
-            if len({id(leaf) for leaf in structure.leaves}) < len(structure.leaves):
-                raise ValueError(f"{WHO}: x0 must hold each parameter once, got one twice. Remove the duplicate.")
-            if jac is not None or hvp is not None:
-                kind = "DTensors" if is_sharded else "nn.Parameter"
-                instead = "Leave" if is_sharded else "Detach x0, or leave"
-                raise ValueError(
-                    f"{WHO}: jac and hvp are functions of values, but x0 is made of {kind}, which are set in "
-                    f"place. {instead} jac and hvp out."
-                )
-            if not self.is_in_place:
-                self._copy_leaves()
-            self.parameters = flat_parameters([{"params": structure.leaves}], WHO)
-            if flat_bounds is not None:
-                flat_bounds = self.parameters.narrow(flat_bounds[0]), self.parameters.narrow(flat_bounds[1])
-            self.start = self.parameters.gather()
-            self.objective = ParameterObjective(
-                f"{WHO}: fun",
-                lambda: fun(self.tree),
-                self.parameters,
-                needs_curvature=needs_curvature,
-                bounds=flat_bounds,
-            )
-        else:
-            self.start = structure.flatten(structure.leaves).clone()
-            self.objective = FunctionObjective(
-                WHO, fun, structure, jac=jac, hvp=hvp, needs_curvature=needs_curvature, bounds=flat_bounds
-            )
-        if flat_bounds is not None:
-            self.start.clamp_(*flat_bounds)
-
-    def _copy_leaves(self) -> None:
-        """Sharded values are optimized in place, in copies that require gradients."""
-        self.structure.leaves = [leaf.detach().clone().requires_grad_() for leaf in self.structure.leaves]
-        self.tree = self.structure.tree_of(self.structure.leaves)
-
-    def split_tree(self, x: Tensor) -> Any:
-        """The structure of a flat vector, with tensors of its own."""
-        return (
-            self.structure.unflatten(x) if self.parameters is None else self.structure.tree_of(self.parameters.split(x))
-        )
-
-    def set_parameters(self, run: Run) -> None:
-        """Set parameters to the best point seen."""
-        if self.parameters is not None:
-            self.parameters.scatter_(run.best.x if run.history else self.start)
-
-    def tree_of(self, x: Tensor) -> X:
-        """The structure of a flat vector; the parameters themselves, which have been set to it."""
-        tree: X = self.tree if self.is_in_place else self.split_tree(x)
-        return tree
-
-    def reporter(self, callback: Callable[[Progress], Any]) -> Callable[[Run, Point], bool]:
-        """The user's callback as a ``Run`` calls it. What the callback writes to is a copy, or is restored."""
-
-        def report(run: Run, point: Point) -> bool:
-            if not isinstance(self.objective, ParameterObjective):
-                return call(run, point)
-            self.objective.move_to(point.x)
-            before = self.objective.point.gather()
-            is_stopped = call(run, point)
-            is_same = torch.equal(before, self.objective.point.gather())
-            if self.objective.space.largest(not is_same):
-                self.objective.forget_x()
-            return is_stopped
-
-        def call(run: Run, point: Point) -> bool:
-            progress = Progress(
-                x=self.tree_of(point.x.clone()),
-                fun=point.value,
-                grad=self.split_tree(point.grad.clone()),
-                grad_norm=point.norm,
-                n_iter=run.n_iter,
-                n_eval=run.objective.n_eval,
-                n_hvp=run.objective.n_hvp,
-            )
-            try:
-                with torch.enable_grad():
-                    return bool(callback(progress))
-            except StopIteration:
-                return True
-
-        return report
-
-
-def _flat_bounds(bounds: Any, structure: Structure) -> tuple[Tensor, Tensor]:
-    if not (isinstance(bounds, tuple | list) and len(bounds) == 2):
-        raise ValueError(f"{WHO}: bounds must be (lower, upper), got {bounds!r}.")
-    if any(dtype.is_complex for dtype in structure.dtypes):
-        raise ValueError(f"{WHO}: complex numbers have no order, so x0 cannot have bounds if it is complex.")
-    lower, upper = pytree.tree_map(lambda end: full_of(end) if isinstance(end, Tensor) else end, tuple(bounds))
-    lower = structure.bound(lower, -math.inf, f"{WHO}: the lower bound")
-    upper = structure.bound(upper, math.inf, f"{WHO}: the upper bound")
-    is_wrong = ~(lower <= upper) | (lower == math.inf) | (upper == -math.inf)
-    if bool(is_wrong.any()):
-        worst = int(is_wrong.long().argmax())
-        raise ValueError(
-            f"{WHO}: bounds must have lower <= upper, lower < inf and upper > -inf, without NaN, got {lower[worst]:g} "
-            f"and {upper[worst]:g} at position {worst} of the flattened x0."
-        )
-    return lower, upper
 
 
 def _check_options(

@@ -8,13 +8,19 @@ from typing import Any, Literal, TypeAlias, get_args
 from descend.core.checks import check_at_least_zero, check_kind
 from descend.core.groups import ParamsT, named
 from descend.second_order.closure_optimizer import ClosureOptimizer
-from descend.second_order.directions import CompactInverse
-from descend.second_order.newton_descent import PAIRS, DenseNewton, NewtonCG, TrustRegionMethod, trust_region_descent
-from descend.second_order.objective import CG_INSTEAD, check_dense_fits
-from descend.second_order.parameter_objective import ParameterObjective
-from descend.second_order.parameters import FlatParameters
-from descend.second_order.result import MESSAGES, Solver, Status
-from descend.second_order.run import Run
+from descend.second_order.mathematics.directions import CompactInverse
+from descend.second_order.problem.objective import CG_INSTEAD, check_dense_fits
+from descend.second_order.problem.parameter_objective import ParameterObjective
+from descend.second_order.problem.parameters import FlatParameters
+from descend.second_order.solvers.newton_descent import (
+    PAIRS,
+    DenseNewton,
+    NewtonCG,
+    TrustRegionMethod,
+    trust_region_descent,
+)
+from descend.second_order.solvers.result import MESSAGES, Solver, Status
+from descend.second_order.solvers.run import Run
 
 NewtonSolver: TypeAlias = Literal["auto", "cholesky", "cg"]
 SOLVERS = get_args(NewtonSolver)

@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from descend.distributed.dtensors import is_dtensor
-from descend.second_order.space import SAMPLE, Array, Space, length, to_floats
+from descend.second_order.mathematics.space import SAMPLE, Array, Space, length, to_floats
 
 # Its name from torch 2.13 on, where the old one warns.
 _all_gather_single = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor

@@ -10,13 +10,13 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from descend.second_order.directions import CompactInverse
-from descend.second_order.objective import Curved, Point
-from descend.second_order.quartic import first_minimum
-from descend.second_order.result import Status
-from descend.second_order.run import PATIENCE, Run
-from descend.second_order.space import Space
-from descend.second_order.trust_region import CGPath, DenseModel, End, TrialStep, steihaug
+from descend.second_order.mathematics.directions import CompactInverse
+from descend.second_order.mathematics.quartic import first_minimum
+from descend.second_order.mathematics.space import Space
+from descend.second_order.mathematics.trust_region import CGPath, DenseModel, End, TrialStep, steihaug
+from descend.second_order.problem.objective import Curved, Point
+from descend.second_order.solvers.result import Status
+from descend.second_order.solvers.run import PATIENCE, Run
 
 ACCEPTED = 1e-4  # ratio of actual to predicted decrease from which a step is accepted
 GOOD, POOR = 0.75, 0.25  # ratios above and below which the radius grows and shrinks

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from descend.second_order.space import SAMPLE, Array, Space
+from descend.second_order.mathematics.space import SAMPLE, Array, Space
 
 SHORT = 2**13  # elements in a history for which NumPy is faster, and starts no threads of its own
 LARGE = 2**17  # elements in a history that no longer fits in a cache

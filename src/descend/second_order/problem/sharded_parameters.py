@@ -12,8 +12,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from descend.distributed.dtensors import is_dtensor, layout_of, like, local_of, part_of, same_layout
-from descend.second_order.parameters import FlatParameters, ParamGroups
-from descend.second_order.shared_space import SharedSpace, all_gather, mesh_of
+from descend.second_order.problem.parameters import FlatParameters, ParamGroups
+from descend.second_order.problem.shared_space import SharedSpace, all_gather, mesh_of
 
 
 class Replicas(NamedTuple):

@@ -18,10 +18,10 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from descend.core.checks import check_at_least_zero, check_lr
-from descend.second_order.parameters import ClosureFunction, Evaluation, FlatParameters, largest
-from descend.second_order.result import Iteration, Status
-from descend.second_order.space import Space
-from descend.second_order.torch_line_search import LinePoint, Scalar, strong_wolfe
+from descend.second_order.mathematics.space import Space
+from descend.second_order.mathematics.torch_line_search import LinePoint, Scalar, strong_wolfe
+from descend.second_order.problem.parameters import ClosureFunction, Evaluation, FlatParameters, largest
+from descend.second_order.solvers.result import Iteration, Status
 
 LineSearchFn: TypeAlias = Literal["strong_wolfe", "hager_zhang"]
 LINE_SEARCHES = (None, *get_args(LineSearchFn))

@@ -9,9 +9,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from descend.second_order.line_search import Outcome, Search, hager_zhang
-from descend.second_order.objective import Objective, Point
-from descend.second_order.result import Iteration, Status
+from descend.second_order.mathematics.line_search import Outcome, Search, hager_zhang
+from descend.second_order.problem.objective import Objective, Point
+from descend.second_order.solvers.result import Iteration, Status
 
 NOISE = 10.0  # units in the last place that a value may be off by
 C1 = 1e-4  # fraction of the predicted decrease that is progress

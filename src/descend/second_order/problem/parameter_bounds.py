@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from descend.second_order.parameters import FlatParameters, ParamGroups
-from descend.second_order.shared_space import full_of
+from descend.second_order.problem.parameters import FlatParameters, ParamGroups
+from descend.second_order.problem.shared_space import full_of
 
 
 def flat_bounds(point: FlatParameters, groups: ParamGroups, bounds: Any, who: str) -> tuple[Tensor, Tensor] | None:

@@ -13,8 +13,8 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from descend.second_order import line_search
-from descend.second_order.line_search import Outcome, Search, Trial, hager_zhang
+from descend.second_order.mathematics import line_search
+from descend.second_order.mathematics.line_search import Outcome, Search, Trial, hager_zhang
 
 Phi = line_search.Phi
 STARTS = (1e-3, 1e-1, 1e1, 1e3)

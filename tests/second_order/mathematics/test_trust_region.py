@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from descend.second_order.trust_region import CGPath, DenseModel, End, TrialStep, steihaug
+from descend.second_order.mathematics.trust_region import CGPath, DenseModel, End, TrialStep, steihaug
 
 DTYPES = pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
 BOTH_REGIONS = pytest.mark.parametrize("preconditioned", [False, True])

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from descend.second_order.structure import Structure
+from descend.second_order.problem.structure import Structure
 
 WHO = "solve"
 

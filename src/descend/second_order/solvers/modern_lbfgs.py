@@ -7,14 +7,14 @@ from typing import Any
 
 from torch import Tensor
 
-from descend.second_order.box import CompactHessian, bounded_descent
-from descend.second_order.descent import line_search_descent
-from descend.second_order.directions import CompactInverse
-from descend.second_order.parameter_objective import ClosureObjective
-from descend.second_order.parameters import ClosureFunction, Evaluation, FlatParameters
-from descend.second_order.result import Status
-from descend.second_order.run import Run
-from descend.second_order.torch_lbfgs import LBFGSOptions
+from descend.second_order.mathematics.directions import CompactInverse
+from descend.second_order.problem.parameter_objective import ClosureObjective
+from descend.second_order.problem.parameters import ClosureFunction, Evaluation, FlatParameters
+from descend.second_order.solvers.box import CompactHessian, bounded_descent
+from descend.second_order.solvers.descent import line_search_descent
+from descend.second_order.solvers.result import Status
+from descend.second_order.solvers.run import Run
+from descend.second_order.solvers.torch_lbfgs import LBFGSOptions
 
 
 def modern_step(

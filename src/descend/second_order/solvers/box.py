@@ -9,12 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from descend.second_order.descent import SearchDirection, first_step, repeat_searches
-from descend.second_order.directions import Pair, learn_diagonal_, measure
-from descend.second_order.objective import Point
-from descend.second_order.result import Status
-from descend.second_order.run import Run
-from descend.second_order.space import Array, Space
+from descend.second_order.mathematics.directions import Pair, learn_diagonal_, measure
+from descend.second_order.mathematics.space import Array, Space
+from descend.second_order.problem.objective import Point
+from descend.second_order.solvers.descent import SearchDirection, first_step, repeat_searches
+from descend.second_order.solvers.result import Status
+from descend.second_order.solvers.run import Run
 
 INNER_ITERATIONS = 30  # projected Newton steps on the model; a few usually do
 ACCURACY = 1e-2  # of the model's projected gradient, relative to its start

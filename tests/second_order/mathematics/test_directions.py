@@ -23,9 +23,8 @@ from direction_cases import (
 )
 from torch import Tensor
 
-from descend.second_order import directions
-from descend.second_order.box import CompactHessian
-from descend.second_order.directions import (
+from descend.second_order.mathematics import directions
+from descend.second_order.mathematics.directions import (
     LEAST_COSINE,
     SPREAD,
     CompactInverse,
@@ -34,6 +33,7 @@ from descend.second_order.directions import (
     learn_diagonal_,
     modified_secant_factor,
 )
+from descend.second_order.solvers.box import CompactHessian
 
 # What is done with NumPy where it is small, with tensors where it is larger, and row by row where it is large.
 PATHS = {"numpy": {}, "tensor": dict(SHORT=0), "large": dict(SHORT=0, LARGE=0)}

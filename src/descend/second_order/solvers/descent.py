@@ -9,11 +9,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from descend.second_order.directions import Directions, Learner, Pair, modified_secant_factor
-from descend.second_order.line_search import Outcome
-from descend.second_order.objective import Point
-from descend.second_order.result import Status
-from descend.second_order.run import Run, Step
+from descend.second_order.mathematics.directions import Directions, Learner, Pair, modified_secant_factor
+from descend.second_order.mathematics.line_search import Outcome
+from descend.second_order.problem.objective import Point
+from descend.second_order.solvers.result import Status
+from descend.second_order.solvers.run import Run, Step
 
 MIN_CURVATURE = 1e-8  # of the slope's rise along a step, relative, for the pair to be learned
 VISIBLE = 1e3  # a failed step that predicted a decrease of fewer times the noise failed through rounding

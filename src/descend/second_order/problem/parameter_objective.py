@@ -9,9 +9,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from descend.second_order.objective import CG_INSTEAD, Curved, Objective, Point, check_dense_fits, dense_hessian, scalar
-from descend.second_order.parameters import ClosureFunction, Evaluation, FlatParameters
-from descend.second_order.shared_space import full_of
+from descend.second_order.problem.objective import (
+    CG_INSTEAD,
+    Curved,
+    Objective,
+    Point,
+    check_dense_fits,
+    dense_hessian,
+    scalar,
+)
+from descend.second_order.problem.parameters import ClosureFunction, Evaluation, FlatParameters
+from descend.second_order.problem.shared_space import full_of
 
 
 class ClosureObjective(Objective):

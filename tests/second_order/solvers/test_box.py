@@ -10,7 +10,7 @@ import torch
 from direction_cases import CPU, DTYPES, NUMEL, RTOL, Array, Pair, assert_near, double, one_thread, pairs, random  # noqa: F401
 from torch import Tensor
 
-from descend.second_order.box import ACCURACY, CompactHessian, minimizer
+from descend.second_order.solvers.box import ACCURACY, CompactHessian, minimizer
 
 
 def dense_hessian(history: list[Pair], start: Array) -> Array:

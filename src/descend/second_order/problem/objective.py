@@ -12,8 +12,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from descend.second_order.space import Space
-from descend.second_order.structure import Structure
+from descend.second_order.mathematics.space import Space
+from descend.second_order.problem.structure import Structure
 
 CG_INSTEAD = "minimize(method='newton-cg') or Newton(solver='cg')"
 TINY = 1e-30  # slope below which float32 has lost some of it

@@ -15,8 +15,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from descend import Newton, Result, Status, minimize
-from descend.second_order.newton_descent import PAIRS
-from descend.second_order.quartic import first_minimum
+from descend.second_order.mathematics.quartic import first_minimum
+from descend.second_order.solvers.newton_descent import PAIRS
 
 METHODS = pytest.mark.parametrize("method", ["newton", "newton-cg"])
 

@@ -19,7 +19,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from descend.second_order.space import Space
+from descend.second_order.mathematics.space import Space
 
 _CHUNK = 1 << 20  # longer float32 dot products lose digits: 3e-5 relative at 10 M elements, 5e-7 at 1 M
 _ROUNDING = 8  # a few units in the last place are noise

@@ -11,9 +11,9 @@ from torch import Tensor
 from torch._C._nn import flatten_dense_tensors, unflatten_dense_tensors
 
 from descend.core.caller import warn_caller
-from descend.second_order.shared_space import full_of
-from descend.second_order.space import Space
-from descend.second_order.structure import Structure
+from descend.second_order.mathematics.space import Space
+from descend.second_order.problem.shared_space import full_of
+from descend.second_order.problem.structure import Structure
 
 ParamGroups = Sequence[dict[str, Any]]
 

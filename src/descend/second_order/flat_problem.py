@@ -1,0 +1,130 @@
+"""A problem as users state it, and as solvers see it: an objective of one flat vector."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Generic
+
+import torch
+from torch import Tensor, nn
+
+from descend.distributed.dtensors import is_dtensor
+from descend.second_order.problem.bounds import bounds_of
+from descend.second_order.problem.objective import Curved, FunctionObjective, Point
+from descend.second_order.problem.parameter_objective import ParameterObjective
+from descend.second_order.problem.parameters import FlatParameters
+from descend.second_order.problem.sharded_parameters import flat_parameters
+from descend.second_order.problem.structure import Structure
+from descend.second_order.solvers.result import Progress, X
+from descend.second_order.solvers.run import Run
+
+
+class FlatProblem(Generic[X]):
+    """A function, a start and bounds, as an objective of a flat vector.
+
+    Args:
+        who: the caller's name, for errors.
+        fun, x0, bounds, jac, hvp: as ``minimize`` takes them.
+        needs_curvature: whether second derivatives will be asked for.
+    """
+
+    def __init__(
+        self,
+        who: str,
+        fun: Callable[[X], Any],
+        x0: Any,
+        bounds: Any,
+        jac: Callable[[X], Any] | bool | None,
+        hvp: Callable[[X, X], Any] | None,
+        needs_curvature: bool,
+    ) -> None:
+        self.tree: Any = list(x0) if hasattr(x0, "__next__") else x0  # module.parameters() can be read only once
+        self.structure = structure = Structure(self.tree, who)
+        flat_bounds = None if bounds is None else bounds_of(bounds, structure, who)
+        self.parameters: FlatParameters | None = None
+        self.objective: Curved
+        is_sharded = any(map(is_dtensor, structure.leaves))
+        self.is_in_place = all(isinstance(leaf, nn.Parameter) for leaf in structure.leaves)
+        if is_sharded or self.is_in_place:
+            if len({id(leaf) for leaf in structure.leaves}) < len(structure.leaves):
+                raise ValueError(f"{who}: x0 must hold each parameter once, got one twice. Remove the duplicate.")
+            if jac is not None or hvp is not None:
+                kind = "DTensors" if is_sharded else "nn.Parameter"
+                instead = "Leave" if is_sharded else "Detach x0, or leave"
+                raise ValueError(
+                    f"{who}: jac and hvp are functions of values, but x0 is made of {kind}, which are set in "
+                    f"place. {instead} jac and hvp out."
+                )
+            if not self.is_in_place:
+                self._copy_leaves()
+            self.parameters = flat_parameters([{"params": structure.leaves}], who)
+            if flat_bounds is not None:
+                flat_bounds = self.parameters.narrow(flat_bounds[0]), self.parameters.narrow(flat_bounds[1])
+            self.start = self.parameters.gather()
+            self.objective = ParameterObjective(
+                f"{who}: fun",
+                lambda: fun(self.tree),
+                self.parameters,
+                needs_curvature=needs_curvature,
+                bounds=flat_bounds,
+            )
+        else:
+            self.start = structure.flatten(structure.leaves).clone()
+            self.objective = FunctionObjective(
+                who, fun, structure, jac=jac, hvp=hvp, needs_curvature=needs_curvature, bounds=flat_bounds
+            )
+        if flat_bounds is not None:
+            self.start.clamp_(*flat_bounds)
+
+    def _copy_leaves(self) -> None:
+        """Sharded values are optimized in place, in copies that require gradients."""
+        self.structure.leaves = [leaf.detach().clone().requires_grad_() for leaf in self.structure.leaves]
+        self.tree = self.structure.tree_of(self.structure.leaves)
+
+    def split_tree(self, x: Tensor) -> Any:
+        """The structure of a flat vector, with tensors of its own."""
+        return (
+            self.structure.unflatten(x) if self.parameters is None else self.structure.tree_of(self.parameters.split(x))
+        )
+
+    def set_parameters(self, run: Run) -> None:
+        """Set parameters to the best point seen."""
+        if self.parameters is not None:
+            self.parameters.scatter_(run.best.x if run.history else self.start)
+
+    def tree_of(self, x: Tensor) -> X:
+        """The structure of a flat vector; the parameters themselves, which have been set to it."""
+        tree: X = self.tree if self.is_in_place else self.split_tree(x)
+        return tree
+
+    def reporter(self, callback: Callable[[Progress], Any]) -> Callable[[Run, Point], bool]:
+        """The user's callback as a ``Run`` calls it. What the callback writes to is a copy, or is restored."""
+
+        def report(run: Run, point: Point) -> bool:
+            if not isinstance(self.objective, ParameterObjective):
+                return call(run, point)
+            self.objective.move_to(point.x)
+            before = self.objective.point.gather()
+            is_stopped = call(run, point)
+            is_same = torch.equal(before, self.objective.point.gather())
+            if self.objective.space.largest(not is_same):
+                self.objective.forget_x()
+            return is_stopped
+
+        def call(run: Run, point: Point) -> bool:
+            progress = Progress(
+                x=self.tree_of(point.x.clone()),
+                fun=point.value,
+                grad=self.split_tree(point.grad.clone()),
+                grad_norm=point.norm,
+                n_iter=run.n_iter,
+                n_eval=run.objective.n_eval,
+                n_hvp=run.objective.n_hvp,
+            )
+            try:
+                with torch.enable_grad():
+                    return bool(callback(progress))
+            except StopIteration:
+                return True
+
+        return report

@@ -1,0 +1,1 @@
+"""Directions, line searches and models in a trust region: formulas that evaluate nothing and import nothing else."""
