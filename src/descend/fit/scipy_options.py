@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from descend.core.caller import warn_caller
+from descend.fit.flatness import FTOL
 from descend.second_order.problem.bounds import bounds_of
 from descend.second_order.problem.structure import Structure
 
@@ -80,7 +81,7 @@ class Options:
     maxfun: float = 15_000
     gtol: float | None = None
     ftol: float | None = None
-    flat: float = 10_000_000 * 2.0**-52  # SciPy's default of ftol
+    flat: float = FTOL
     xtol: float = 1e-5
     norm: float | None = None
     maxcor: int = 10

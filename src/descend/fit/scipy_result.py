@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
+from descend.fit.flatness import SEVERAL, Flatness, is_flat
 from descend.fit.scipy_options import LBFGSB, NEWTON_CG, Method, Options
 from descend.second_order.mathematics.directions import CompactInverse, DenseInverse
 from descend.second_order.problem.array_objective import ArrayObjective
@@ -17,7 +18,6 @@ from descend.second_order.solvers.box import CompactHessian
 from descend.second_order.solvers.result import MESSAGES, Status
 from descend.second_order.solvers.run import Run
 
-FLAT_ITERATIONS = 3  # in a row, after which a run with differences ends
 CODES = {Status.converged: 0, Status.max_iter: 1, Status.max_eval: 1, Status.non_finite: 3}
 FAILED, STOPPED = 2, 99  # no step lowered the function further; the callback raised StopIteration
 SCIPYS = {
@@ -50,10 +50,10 @@ class Reporter:
         self.method, self.options, self.shape = method, options, shape
         self.callback = callback
         self.takes_result = callback is not None and _parameters(callback) == {"intermediate_result"}
-        self.is_halted = self.is_flat = False
-        self.n_flat = 0
+        self.is_halted = False
         # Differences have half the digits of the function: below, a gradient is noise, and may never meet gtol.
-        self.patience = 1.0 if options.ftol is not None else FLAT_ITERATIONS if has_differences else np.inf
+        patience = 1 if options.ftol is not None else SEVERAL if has_differences else np.inf
+        self.flatness = Flatness(options.flat, patience)
         self.iterates: list[Any] = []
         self.last_step = np.inf  # mean absolute entry
 
@@ -73,9 +73,7 @@ class Reporter:
                 self._call(self.callback, point)
             except StopIteration:
                 self.is_halted = True
-        self.n_flat = self.n_flat + 1 if last_decrease(run) <= self.options.flat else 0
-        self.is_flat = self.n_flat >= self.patience
-        return self.is_halted or self.is_flat
+        return self.flatness.look(run) or self.is_halted
 
     def _call(self, callback: Callable[..., Any], point: Point) -> None:
         from scipy.optimize import OptimizeResult
@@ -95,20 +93,14 @@ class Reporter:
             return 0, SCIPYS[status]
         if self.is_halted:
             return STOPPED, "`callback` raised `StopIteration`."
-        if self.is_flat:
+        if self.flatness.is_reached:
             return 0, FLAT
         if status not in CODES and run.n_iter:
-            if self.method.name == LBFGSB and last_decrease(run) <= self.options.flat:
+            if self.method.name == LBFGSB and is_flat(run, self.options.flat):
                 return 0, FLAT
             if self.method.name == NEWTON_CG and self.last_step <= self.options.xtol:
                 return 0, SHORT
         return CODES.get(status, FAILED), SCIPYS.get(status, MESSAGES[status])
-
-
-def last_decrease(run: Run) -> float:
-    """By how much the last iteration lowered the value, relative to the larger of both and 1, as SciPy's L-BFGS-B."""
-    before, after = run.history[-2].fun, run.history[-1].fun
-    return (before - after) / max(abs(before), abs(after), 1.0)
 
 
 def result_of_run(
