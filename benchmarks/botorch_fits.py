@@ -142,6 +142,7 @@ class Outcome(NamedTuple):
 
 def fit(optimizer: Callable[..., Any], case: Case, seed: int) -> Outcome:
     """Build the model and fit it once."""
+    torch.manual_seed(seed)  # some models begin at random
     model = case.model(sample(case.function, case.number, seed, case.noise))
     mll = ExactMarginalLogLikelihood(model.likelihood, model).train()
     parameters = {name: param for name, param in mll.named_parameters() if param.requires_grad}

@@ -22,6 +22,7 @@ from descend.second_order.solvers.run import Run
 WHO = "fit_gpytorch_mll_descend"
 Closure = Callable[..., tuple[Tensor, Sequence[Tensor | None]]]
 OPTIONS = {"gtol": 1e-5, "ftol": None, "maxiter": 15_000, "maxfun": 15_000, "maxcor": 10}
+AMPLIFICATION = 100.0  # of rounding errors, by factorizations of ill-conditioned kernel matrices
 NEGLIGIBLE = 100.0  # times ftol: a decrease after which a fit that rounding ends need not be repeated
 SOLVED = "The gradient is within gtol."
 FLAT = "The last iterations hardly lowered the loss, and rounding allows no more."
@@ -145,6 +146,7 @@ class _Fit:
             self.problem = FlatProblem(
                 WHO, self._loss, start, (sides[0], sides[1]), True, None, False, domain_errors=(NotPSDError,)
             )
+        self.problem.objective.eps *= AMPLIFICATION
         eps = self.problem.structure.eps
         is_given = settings["ftol"] is not None
         self.flatness = Flatness(settings["ftol"] if is_given else max(FTOL, eps), 1 if is_given else SEVERAL)
