@@ -41,7 +41,7 @@ ARROWS = {
         "state",
         "step",
     },
-    "second_order": {"checkpoint", "core", "distributed"},
+    "second_order": {"backends", "checkpoint", "core", "distributed"},
     "public": {"backends", "checkpoint", "core", "diagnostics", "first_order", "norms", "second_order"},
     "__init__": {"public"},
     "reporting": set(),
