@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import struct
 from array import array
 from collections.abc import Sequence
@@ -24,9 +23,9 @@ class _Call:
 
     def __init__(self, numel: int) -> None:
         self._numel = numel
-        self._arguments = array("q", bytes(8 * 17))
+        self._arguments = array("q", bytes(8 * 20))
         self._address = self._arguments.buffer_info()[0]
-        self._sums = np.empty(0)
+        self._sums, self._counters = np.empty(0), np.empty(0, np.int64)
 
     def run(self, kernel: int, *arguments: int, sums: int = 0, chunk: int = CHUNK) -> np.ndarray:
         """Call a loop; return the sums of each chunk, shape (chunks, sums).
@@ -40,8 +39,13 @@ class _Call:
         chunks = -(-self._numel // chunk)
         if len(self._sums) < chunks * sums:
             self._sums = np.empty(chunks * sums)
-        common = self._numel, chunk, 0, self._sums.ctypes.data
+        parts = torch.get_num_threads()
+        if len(self._counters) < 8 * parts:
+            self._counters = np.empty(8 * parts, np.int64)
+        self._counters[:] = 0
+        common = self._numel, chunk, self._counters.ctypes.data, self._sums.ctypes.data
         self._arguments[: 4 + len(arguments)] = array("q", (*common, *arguments))
+        self._arguments[17:] = array("q", (parts, threads.number_of_thread(), 0))
         threads.run(kernel, self._address, self._numel)
         return self._sums[: chunks * sums].reshape(chunks, sums)
 
@@ -99,7 +103,7 @@ class RowPasses:
         """S g and Y D g of the filled rows for g = factor * grad; with a slot also S y and Y D y of the y there."""
         width, y = (2, 0) if slot is None else (4, self.changes[slot].data_ptr())
         kernel = library.vectors("products", self.dtype, slot is not None)
-        vectors = diagonal.data_ptr(), grad.data_ptr(), _bits(factor), y, self._scratch_of(4 * CHUNK), 0
+        vectors = diagonal.data_ptr(), grad.data_ptr(), _bits(factor), y, self._scratch_of(4 * CHUNK)
         sums = self._call.run(kernel, *self._rows, self._stride, filled, *vectors, sums=width * filled)
         products: np.ndarray = sums.sum(0).reshape(width, filled)
         return products
@@ -109,8 +113,8 @@ class RowPasses:
         block = max(64, BLOCK // filled // 64 * 64)
         slab = max(block, -(-self.changes.shape[1] // SLABS))
         rows = self.changes.data_ptr(), self._stride, filled, diagonal.data_ptr()
-        scratch = self._scratch_of(block + 2 * filled), 0
-        sums = self._call.run(library.vectors("gram"), block, *rows, *scratch, sums=filled**2, chunk=slab)
+        scratch = self._scratch_of(block + 2 * filled)
+        sums = self._call.run(library.vectors("gram"), block, *rows, scratch, sums=filled**2, chunk=slab)
         lower = np.tril(sums.sum(0).reshape(filled, filled))
         whole: np.ndarray = lower + np.tril(lower, -1).T
         return whole
@@ -140,7 +144,7 @@ class RowPasses:
         self._table[:filled] = np.stack([np.arange(filled), *weights], axis=1)
         groups = -(-filled // GROUP) * GROUP
         vectors = diagonal.data_ptr(), grad.data_ptr(), *map(_bits, factors), self._table.ctypes.data
-        target = self._scratch_of(CHUNK), 0, result.data_ptr(), _bits(stretch)
+        target = self._scratch_of(CHUNK), result.data_ptr(), _bits(stretch)
         self._call.run(library.vectors("direction", self.dtype), *self._rows, self._stride, groups, *vectors, *target)
 
     @property
@@ -158,15 +162,14 @@ class RowPasses:
         return self._scratch.ctypes.data
 
 
-def look_along(grad: Tensor, direction: Tensor, before: Tensor) -> tuple[float, float, float, float]:
-    """Inner products of two gradients with a direction; least and largest entry of the first, NaN where one is."""
+def look_along(grad: Tensor, direction: Tensor, before: Tensor) -> tuple[float, float, float]:
+    """Inner products of two gradients with a direction; largest absolute entry of the first, NaN if one is."""
     kernel = library.vectors("look", grad.dtype)
-    sums = _Call(len(grad)).run(kernel, grad.data_ptr(), direction.data_ptr(), before.data_ptr(), sums=4)
+    sums = _Call(len(grad)).run(kernel, grad.data_ptr(), direction.data_ptr(), before.data_ptr(), sums=3)
     slope, slope_before = sums[:, :2].sum(0).tolist()
-    if math.isfinite(slope):
-        return slope, slope_before, float(sums[:, 2].min()), float(sums[:, 3].max())
-    low, high = torch.aminmax(grad)
-    return slope, slope_before, float(low), float(high)
+    bits = sums[:, 2:].view(np.int64).max()
+    largest = bits.view(np.float64) if grad.dtype == torch.float64 else bits.astype(np.int32).view(np.float32)
+    return slope, slope_before, float(largest)
 
 
 def _bits(number: float) -> int:

@@ -4,28 +4,61 @@ Every loop gets the address of int64 arguments, the first ones alike:
 
     0 length of the vectors
     1 elements of a chunk
-    2 next chunk       the counter through which threads share the work
+    2 counters         of the next chunk, 64 bytes apart: one for each of the parts into which chunks are divided
     3 partial sums     float64, one row per chunk, so that their total does not depend on the threads
+   17 parts            one for each thread
+   18 the function that tells a thread its number, 0 if there is none; and 19 the next number then
+
+A thread takes the chunks of its own part first, as torch's operations do: what it has written is in its own cache.
 
 Rows, diagonals and scratch memory are float32; other vectors have the dtype that the loop is compiled for.
 """
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import numpy as np
 import torch
 
-from descend.backends.cpu.intrinsics import fetch_add, load_double, load_int, loader, store_double, storer
+from descend.backends.cpu.intrinsics import (
+    call_address,
+    fetch_add,
+    load_double,
+    load_int,
+    load_word,
+    loader,
+    store_double,
+    store_int,
+    storer,
+)
 from descend.backends.cpu.kernels import assembly, njit
 
 # The order of sums is free, so that they are vectorised; NaN and Inf stay exact.
 _OPTIONS: dict[str, Any] = {"error_model": "numpy", "fastmath": {"contract", "nsz", "reassoc", "arcp"}}
 _F32, _F64 = torch.float32, torch.float64
-_NUMBER: dict[torch.dtype, Any] = {_F32: np.float32, _F64: np.float64}
 GROUP = 4  # rows that are added to a vector at once
+
+
+@njit(**_OPTIONS)
+def number_of_thread(call: int) -> int:
+    """This thread's number, from 0 on."""
+    function = load_int(call, 18)
+    if function != 0:
+        return call_address(function, 0, 0) & 0xFFFF
+    return fetch_add(call + 152, 1)
+
+
+@njit(**_OPTIONS)
+def next_chunk(call: int, thread: int, count: int) -> int:
+    """A chunk that nobody has taken: of this thread's part, then of the others'; -1 if there is none."""
+    parts = load_int(call, 17)
+    for k in range(parts):
+        part = (thread + k) % parts
+        chunk = part * count // parts + fetch_add(load_int(call, 2) + 64 * part, 1)
+        if chunk < (part + 1) * count // parts:
+            return chunk
+    return -1
 
 
 def keep_kernel(dtype: torch.dtype, between: bool) -> str:
@@ -44,9 +77,10 @@ def keep_kernel(dtype: torch.dtype, between: bool) -> str:
         numel, length, sums, every = load_int(call, 0), load_int(call, 1), load_int(call, 3), load_int(call, 14)
         s_factor, y_factor = load_double(call, 11), load_double(call, 12)
         count = (numel + length - 1) // length
+        thread = number_of_thread(call)
         while True:
-            chunk = fetch_add(call + 16, 1)
-            if chunk >= count:
+            chunk = next_chunk(call, thread, count)
+            if chunk < 0:
                 break
             begin = chunk * length
             n, place, row = min(length, numel - begin), size * begin, 4 * begin
@@ -101,9 +135,10 @@ def learn_kernel() -> str:
         ratio = np.float32(load_double(call, 9))
         least, most = np.float32(load_double(call, 10)), np.float32(load_double(call, 11))
         count = (numel + length - 1) // length
+        thread = number_of_thread(call)
         while True:
-            chunk = fetch_add(call + 16, 1)
-            if chunk >= count:
+            chunk = next_chunk(call, thread, count)
+            if chunk < 0:
                 break
             place = 4 * chunk * length
             vectors = (load_int(call, 4) + place, load_int(call, 5) + place, load_int(call, 6) + place)
@@ -123,8 +158,8 @@ def products_kernel(dtype: torch.dtype, with_y: bool) -> str:
     """LLVM assembly of the loop that multiplies rows by vectors.
 
     Arguments: 4 S; 5 Y; 6 bytes of a row; 7 number of rows; 8 diagonal D; 9 g; 10 the factor of g, float64; 11 y, a
-    row; 12 scratch memory, four chunks of float32 per thread; 13 the next thread's number. Sums: S g of each row, then
-    Y D g; ``with_y`` then S y and Y D y.
+    row; 12 scratch memory, four chunks of float32 per thread. Sums: S g of each row, then Y D g; ``with_y`` then S y and
+    Y D y.
     """
     load_grad, load, store = loader((dtype,), _F64), loader((_F32,), _F32), storer((_F32, _F32), _F32)
     add_products = _products_of_group(with_y)
@@ -134,11 +169,12 @@ def products_kernel(dtype: torch.dtype, with_y: bool) -> str:
         numel, length, sums = load_int(call, 0), load_int(call, 1), load_int(call, 3)
         stride, n_rows, scale = load_int(call, 6), load_int(call, 7), load_double(call, 10)
         count = (numel + length - 1) // length
-        grad = load_int(call, 12) + 16 * length * fetch_add(call + 104, 1)
+        thread = number_of_thread(call)
+        grad = load_int(call, 12) + 16 * length * thread
         scaled_grad, y, scaled_y = grad + 4 * length, grad + 8 * length, grad + 12 * length
         while True:
-            chunk = fetch_add(call + 16, 1)
-            if chunk >= count:
+            chunk = next_chunk(call, thread, count)
+            if chunk < 0:
                 break
             begin = chunk * length
             n, place = min(length, numel - begin), 4 * begin
@@ -220,8 +256,8 @@ def gram_kernel() -> str:
     """LLVM assembly of the loop that multiplies rows by each other: Y D Y'.
 
     Arguments: 4 elements of a block, whose rows stay in the cache; 5 Y; 6 bytes of a row; 7 number of rows; 8 diagonal
-    D; 9 scratch memory, per thread a block of float32 and a float64 a row; 10 the next thread's number. Sums: the
-    lower triangle of the matrix, at least.
+    D; 9 scratch memory, per thread a block of float32 and a float64 a row. Sums: the lower
+    triangle of the matrix, at least.
     """
     load, store, add_products = loader((_F32, _F32), _F32), storer((_F32, _F32), _F32), _products_of_group(False)
 
@@ -229,11 +265,12 @@ def gram_kernel() -> str:
         numel, length, sums, block = load_int(call, 0), load_int(call, 1), load_int(call, 3), load_int(call, 4)
         stride, n_rows = load_int(call, 6), load_int(call, 7)
         count = (numel + length - 1) // length
-        row = load_int(call, 9) + (4 * block + 8 * n_rows) * fetch_add(call + 80, 1)
+        thread = number_of_thread(call)
+        row = load_int(call, 9) + (4 * block + 8 * n_rows) * thread
         products = row + 4 * block
         while True:
-            chunk = fetch_add(call + 16, 1)
-            if chunk >= count:
+            chunk = next_chunk(call, thread, count)
+            if chunk < 0:
                 break
             target = sums + 8 * n_rows * n_rows * chunk
             for i in range(n_rows * n_rows):
@@ -259,32 +296,34 @@ def gram_kernel() -> str:
 def look_kernel(dtype: torch.dtype) -> str:
     """LLVM assembly of the loop that looks at a new gradient.
 
-    Arguments: 4 gradient g; 5 direction d; 6 gradient g0 where d begins. Sums: g'd, g0'd; then the least and the
-    largest entry of g but for NaN, of which g'd tells.
+    Arguments: 4 gradient g; 5 direction d; 6 gradient g0 where d begins. Sums: g'd, g0'd; and, as an integer, the largest
+    entry of g without its sign: as integers such numbers have the same order, and NaN is the largest.
     """
-    load, size, infinity = loader((dtype, dtype, dtype), dtype), dtype.itemsize, _NUMBER[dtype](math.inf)
+    load, size = loader((dtype, dtype, dtype), _F64), dtype.itemsize
+    load_bits: Any = load_word if dtype == _F32 else load_int
+    without_sign = 2 ** (8 * size - 1) - 1
 
     def kernel(call: int) -> None:
         numel, length, sums = load_int(call, 0), load_int(call, 1), load_int(call, 3)
         count = (numel + length - 1) // length
+        thread = number_of_thread(call)
         while True:
-            chunk = fetch_add(call + 16, 1)
-            if chunk >= count:
+            chunk = next_chunk(call, thread, count)
+            if chunk < 0:
                 break
             place = size * chunk * length
-            vectors = (load_int(call, 4) + place, load_int(call, 5) + place, load_int(call, 6) + place)
-            slope, before, low, high = 0.0, 0.0, infinity, -infinity
+            grad = load_int(call, 4) + place
+            vectors = (grad, load_int(call, 5) + place, load_int(call, 6) + place)
+            slope, before, largest = 0.0, 0.0, 0
             for i in range(min(length, numel - chunk * length)):
                 values = load(vectors, i)
-                g = values[0]
-                slope += np.float64(g) * np.float64(values[1])
-                before += np.float64(values[2]) * np.float64(values[1])
-                low = g if g < low else low
-                high = g if g > high else high
-            store_double(sums, 4 * chunk, slope)
-            store_double(sums, 4 * chunk + 1, before)
-            store_double(sums, 4 * chunk + 2, np.float64(low))
-            store_double(sums, 4 * chunk + 3, np.float64(high))
+                slope += values[0] * values[1]
+                before += values[2] * values[1]
+                bits = load_bits(grad, i) & without_sign
+                largest = bits if bits > largest else largest
+            store_double(sums, 3 * chunk, slope)
+            store_double(sums, 3 * chunk + 1, before)
+            store_int(sums, 3 * chunk + 2, largest)
 
     return assembly(kernel, _OPTIONS)
 
@@ -294,7 +333,7 @@ def direction_kernel(dtype: torch.dtype) -> str:
 
     Arguments: 4 S; 5 Y; 6 bytes of a row; 7 length of the table, a multiple of ``GROUP``; 8 diagonal D; 9 g; 10 b
     and 11 a, float64; 12 a table of (row, u, p) of float64; 13 scratch memory, a chunk of float32 per thread; 14 the
-    next thread's number; 15 the result; 16 a factor of D, float64, by which it is multiplied first.
+    result; 15 a factor of D, float64, by which it is multiplied first.
     """
     load_grad, store_result = loader((dtype,), _F64), storer((dtype, dtype), _F64)
     load, store = loader((_F32,), _F32), storer((_F32, _F32), _F32)
@@ -304,16 +343,17 @@ def direction_kernel(dtype: torch.dtype) -> str:
     def kernel(call: int) -> None:
         numel, length = load_int(call, 0), load_int(call, 1)
         stride, n_rows, table = load_int(call, 6), load_int(call, 7), load_int(call, 12)
-        inner, outer, stretch = load_double(call, 10), load_double(call, 11), np.float32(load_double(call, 16))
+        inner, outer, stretch = load_double(call, 10), load_double(call, 11), np.float32(load_double(call, 15))
         count = (numel + length - 1) // length
-        total = load_int(call, 13) + 4 * length * fetch_add(call + 112, 1)
+        thread = number_of_thread(call)
+        total = load_int(call, 13) + 4 * length * thread
         while True:
-            chunk = fetch_add(call + 16, 1)
-            if chunk >= count:
+            chunk = next_chunk(call, thread, count)
+            if chunk < 0:
                 break
             begin = chunk * length
             n, place = min(length, numel - begin), 4 * begin
-            grad, result = (load_int(call, 9) + size * begin,), (load_int(call, 15) + size * begin, 0)
+            grad, result = (load_int(call, 9) + size * begin,), (load_int(call, 14) + size * begin, 0)
             diagonal = load_int(call, 8) + place
             for i in range(n):
                 store((total, 0), i, np.float32(inner * load_grad(grad, i)[0]))

@@ -103,7 +103,8 @@ class Objective(ABC):
         before: Any
         if self.lower is None and x.is_cpu and x.numel() >= LONG:
             vectors = grad, direction, origin.grad
-            slope, before, low, high = look_along(*(vector.contiguous() for vector in vectors))
+            slope, before, high = look_along(*(vector.contiguous() for vector in vectors))
+            low = -high
         else:
             low, high = self._range(x, grad)
             slope, before = grad.dot(direction), origin.grad.dot(direction)
