@@ -233,7 +233,7 @@ class CompactInverse:
         if self.is_new:
             self._take_in(None)
         slot = self.count % self.history_size
-        self.history.keep_between(slot, old, new, factor, curvature)
+        self.history.keep_between(slot, old, new, factor, np.float64(curvature))
         self._learn(slot)
 
     def _learn(self, slot: int, pair: Pair | None = None) -> None:

@@ -130,7 +130,11 @@ class ShortHistory:
         self.steps[slot], self.changes[slot] = step * scale, change * scale
 
     def keep_between(self, slot: int, old: Place, new: Place, factor: float, curvature: float) -> None:
-        self.keep(slot, new.x - old.x, factor * (new.grad - old.grad), curvature)
+        step, change = self._array(new.x) - self._array(old.x), self._array(new.grad) - self._array(old.grad)
+        scale = curvature**-0.5
+        step *= scale
+        change *= scale * factor
+        self.steps[slot], self.changes[slot] = step, change
 
     def learn(self, slot: int, pair: Pair | None = None) -> Any:
         return learn_diagonal_(self.learned, self.steps[slot], self.changes[slot], pair=pair)
@@ -146,19 +150,22 @@ class ShortHistory:
         steps, changes = self.steps[:filled], self.changes[:filled]
         y = changes[slot]
         grad = y if grad is None else grad
-        along_steps, column, along_changes, whole = space.total(
-            _double(steps @ grad),
-            _double(steps @ y),
-            _double(changes @ (self.diagonal * grad)),
-            _double((changes * self.diagonal) @ changes.T),
-        )
+        scaled = changes * self.diagonal
+        sums = steps @ grad, steps @ y, scaled @ grad, scaled @ changes.T
+        along_steps, column, along_changes, whole = space.total(*map(_double, sums))
         gram[:filled, :filled] = whole
         return along_steps, column, along_changes
 
     def direction(self, filled: int, grad: Any, u: Array, p: Array) -> Tensor:
-        u, p = (weights.astype(grad.dtype) if self.is_numpy else weights.to(grad.dtype) for weights in (u, p))
-        product = self.diagonal * (grad - u @ self.changes[:filled]) + p @ self.steps[:filled]
-        return torch.as_tensor(-product)
+        if self.is_numpy:
+            u, p = u.astype(grad.dtype, copy=False), p.astype(grad.dtype, copy=False)
+        else:
+            u, p = u.to(grad.dtype), p.to(grad.dtype)
+        product = u @ self.changes[:filled]
+        product -= grad
+        product *= self.diagonal
+        product -= p @ self.steps[:filled]
+        return torch.from_numpy(product) if self.is_numpy else product
 
 
 class LongHistory:
