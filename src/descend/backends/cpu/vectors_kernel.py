@@ -158,8 +158,8 @@ def products_kernel(dtype: torch.dtype, with_y: bool) -> str:
     """LLVM assembly of the loop that multiplies rows by vectors.
 
     Arguments: 4 S; 5 Y; 6 bytes of a row; 7 number of rows; 8 diagonal D; 9 g; 10 the factor of g, float64; 11 y, a
-    row; 12 scratch memory, four chunks of float32 per thread. Sums: S g of each row, then Y D g; ``with_y`` then S y and
-    Y D y.
+    row; 12 scratch memory, four chunks of float32 per thread. Sums: S g of each row, then Y D g; ``with_y`` then
+    S y and Y D y.
     """
     load_grad, load, store = loader((dtype,), _F64), loader((_F32,), _F32), storer((_F32, _F32), _F32)
     add_products = _products_of_group(with_y)
@@ -296,8 +296,8 @@ def gram_kernel() -> str:
 def look_kernel(dtype: torch.dtype) -> str:
     """LLVM assembly of the loop that looks at a new gradient.
 
-    Arguments: 4 gradient g; 5 direction d; 6 gradient g0 where d begins. Sums: g'd, g0'd; and, as an integer, the largest
-    entry of g without its sign: as integers such numbers have the same order, and NaN is the largest.
+    Arguments: 4 gradient g; 5 direction d; 6 gradient g0 where d begins. Sums: g'd, g0'd; and, as an integer, the
+    largest entry of g without its sign: integers have the order of such numbers, and NaN is the largest.
     """
     load, size = loader((dtype, dtype, dtype), _F64), dtype.itemsize
     load_bits: Any = load_word if dtype == _F32 else load_int

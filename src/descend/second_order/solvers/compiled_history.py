@@ -15,6 +15,8 @@ from descend.second_order.mathematics.directions import CompactInverse
 from descend.second_order.mathematics.history import LongHistory, Place
 from descend.second_order.mathematics.space import Array, Space, distance_of_samples
 
+COMPILED_FROM = 2**19  # numbers in a history for which it pays to compile, seconds once on a machine
+
 
 class _Scaled(NamedTuple):
     """A vector, and the factor that brings it into the range of float32."""
@@ -105,6 +107,7 @@ class CompiledHistory(LongHistory):
 def compact_inverse(
     numel: int, history_size: int, dtype: torch.dtype, device: torch.device, space: Space | None = None
 ) -> CompactInverse:
-    """The L-BFGS inverse; where it is long and on a CPU, its passes are compiled."""
-    make_long: type[LongHistory] = CompiledHistory if device.type == "cpu" else LongHistory
+    """The L-BFGS inverse; on a CPU its passes are compiled where they take longer than everything else."""
+    is_compiled = device.type == "cpu" and numel * history_size >= COMPILED_FROM
+    make_long: type[LongHistory] = CompiledHistory if is_compiled else LongHistory
     return CompactInverse(numel, history_size, dtype, device, space, make_long)

@@ -201,6 +201,7 @@ class Run:
         last = self.milestone
         if point.value < last.value - self.noise(last) / NOISE or point.norm < 0.5 * last.norm:
             self.milestone, self.patience = point, PATIENCE
+            self._drop(last)
         else:
             self.patience -= 1
         return self.patience <= 0
