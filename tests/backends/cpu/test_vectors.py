@@ -64,9 +64,8 @@ def test_keep_stores_the_pair_and_measures_what_is_stored(
     assert torch.equal(data.steps[: n_rows - 1], others[0])
     assert torch.equal(data.changes[: n_rows - 1], others[1])
     s_, y_, d = double(data.steps[-1]), double(data.changes[-1]), double(data.diagonal)
-    assert_near(
-        sums, np.array([y_ @ (d * y_), s_ @ (s_ / d), s_ @ y_]), [y_ @ (d * y_), s_ @ (s_ / d), abs(s_) @ abs(y_)]
-    )
+    lengths = y_ @ (d * y_), s_ @ (s_ / d)
+    assert_near(sums, np.array([*lengths, s_ @ y_]), np.array([*lengths, abs(s_) @ abs(y_)]))
     assert np.array_equal(samples, np.stack([d, s_, y_])[:, ::EVERY])
 
 
