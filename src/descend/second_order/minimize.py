@@ -41,6 +41,7 @@ def minimize(
     hvp: Callable[..., Any] | None = None,
     history_size: int | None = None,
     args: tuple[Any, ...] = (),
+    differentiable: bool = False,
 ) -> Result[X]:
     """Find a local minimum of a smooth function, and say why the solver stopped.
 
@@ -76,6 +77,15 @@ def minimize(
         history_size: steps from which ``"l-bfgs"`` approximates the Hessian, >= 1; only for this method. Default: 10.
         args: a tuple of further arguments, of any kind: ``fun(x, *args)``, ``jac(x, *args)``, ``hvp(x, v, *args)``.
             Default: ().
+        differentiable: whether ``result.x`` can be differentiated, backward or forward, with respect to any tensors
+            that require gradients and that ``fun`` takes as ``args`` or closes over, or that are ``bounds``. The
+            derivatives are those of the implicit function theorem: variables at a bound stay there; backward solves
+            one linear system with the Hessian of the others, by Cholesky's factorization for up to 200 variables, else
+            by conjugate gradients. Its relative error is about that of ``x``: lower ``tol`` if that is too much. It
+            takes one evaluation more (within ``max_eval``). Backward raises ``RuntimeError`` if the status is not
+            ``converged``, if the Hessian is singular or not positive definite, if a variable at a bound has a
+            multiplier of zero, and if a derivative is differentiated again. With ``jac``, it must be computed from
+            ``x`` and ``args`` with torch operations. Not for parameters and DTensors. Default: False.
     Returns:
         A ``Result``: the best point seen, and why the solver stopped. ``x`` is never NaN unless ``x0`` is; ``fun`` is
         NaN only if it is at ``x0``.
@@ -100,24 +110,32 @@ def minimize(
         Nocedal & Wright 2006, https://doi.org/10.1007/978-0-387-40065-5; each method's module names its own.
     """
     began = time.perf_counter()
-    _check_options(method, bounds, history_size, tol, max_iter, max_eval)
+    _check_options(method, bounds, history_size, tol, max_iter, max_eval, differentiable)
     _check_functions(method, fun=fun, jac=jac, hvp=hvp, callback=callback)
     fun, jac, hvp = with_args(WHO, args, fun, jac, hvp)
+    records_graph = torch.is_grad_enabled()
     with torch.inference_mode(False), torch.no_grad():
-        problem = FlatProblem(WHO, fun, x0, bounds, jac, hvp, needs_curvature=method in ("newton", "newton-cg"))
+        # The gradient from jac must depend on x, which its graph tells at the first evaluation.
+        needs_curvature = method in ("newton", "newton-cg") or (differentiable and jac is not None)
+        problem = FlatProblem(WHO, fun, x0, bounds, jac, hvp, needs_curvature)
+        if differentiable:
+            problem.check_differentiable()
         run = Run(
             problem.objective,
             tol=default_tolerance(problem.structure.eps) if tol is None else tol,
             max_iter=MAX_ITER if max_iter is None else max_iter,
-            max_eval=math.inf if max_eval is None else max_eval,
+            max_eval=math.inf if max_eval is None else max_eval - differentiable,
             callback=None if callback is None else problem.reporter(callback),
         )
         try:
             status = _solve(method, run, problem.objective, problem.start, history_size or HISTORY_SIZE)
         finally:
             problem.set_parameters(run)
-    x = problem.tree_of(run.best.x)
-    return result_of(run, status, MESSAGES[status], x, problem.split_tree, began=began)
+        x = run.best.x
+        if differentiable:
+            with torch.set_grad_enabled(records_graph):
+                x = problem.differentiable(x, status)
+    return result_of(run, status, MESSAGES[status], problem.tree_of(x), problem.split_tree, began=began)
 
 
 def _check_options(
@@ -127,6 +145,7 @@ def _check_options(
     tol: float | None,
     max_iter: int | None,
     max_eval: int | None,
+    differentiable: bool,
 ) -> None:
     if method not in METHODS:
         raise ValueError(f"{WHO}: method must be one of {METHODS}, got {method!r}.")
@@ -135,7 +154,10 @@ def _check_options(
         raise ValueError(f"{WHO}: {what} is for method='l-bfgs', got method={method!r}. Leave one of them out.")
     if tol is not None and not (isinstance(tol, int | float) and 0 <= tol < math.inf):
         raise ValueError(f"{WHO}: tol must be a finite number >= 0, got {tol!r}.")
-    for name, value, least in (("max_iter", max_iter, 0), ("max_eval", max_eval, 1), ("history_size", history_size, 1)):
+    if not isinstance(differentiable, bool):
+        raise TypeError(f"{WHO}: differentiable must be True or False, got {differentiable!r}.")
+    limits = (("max_iter", max_iter, 0), ("max_eval", max_eval, 1 + differentiable), ("history_size", history_size, 1))
+    for name, value, least in limits:
         if value is not None and not (isinstance(value, int) and value >= least):
             raise ValueError(f"{WHO}: {name} must be an integer >= {least}, got {value!r}.")
 
