@@ -9,14 +9,13 @@ import torch
 from torch import Tensor, nn
 
 from descend.distributed.dtensors import is_dtensor
-from descend.second_order.problem.bounds import bounds_of, differentiable_bounds
+from descend.second_order.problem.bounds import bounds_of
 from descend.second_order.problem.objective import Curved, FunctionObjective, Point
 from descend.second_order.problem.parameter_objective import ParameterObjective
 from descend.second_order.problem.parameters import FlatParameters
 from descend.second_order.problem.sharded_parameters import flat_parameters
 from descend.second_order.problem.structure import Structure
-from descend.second_order.solvers.implicit_function import differentiable_solution
-from descend.second_order.solvers.result import Progress, Status, X
+from descend.second_order.solvers.result import Progress, X
 from descend.second_order.solvers.run import Run
 
 
@@ -41,7 +40,6 @@ class FlatProblem(Generic[X]):
     ) -> None:
         self.tree: Any = list(x0) if hasattr(x0, "__next__") else x0  # module.parameters() can be read only once
         self.structure = structure = Structure(self.tree, who)
-        self.who, self.bounds = who, bounds
         flat_bounds = None if bounds is None else bounds_of(bounds, structure, who)
         self.parameters: FlatParameters | None = None
         self.objective: Curved
@@ -99,20 +97,14 @@ class FlatProblem(Generic[X]):
         tree: X = self.tree if self.is_in_place else self.split_tree(x)
         return tree
 
-    def check_differentiable(self) -> None:
+    def check_values(self, who: str) -> None:
         """Raise an error if x is set in place, and so cannot be the result of an operation."""
         if self.parameters is not None:
             kind = "made of nn.Parameter" if self.is_in_place else "sharded (DTensors)"
             raise ValueError(
-                f"{self.who}: differentiable=True needs plain tensors, but x0 is {kind}. Pass detached parameters in a "
+                f"{who}: differentiable=True needs plain tensors, but x0 is {kind}. Pass detached parameters as a "
                 "dict, and let fun call the module with torch.func.functional_call."
             )
-
-    def differentiable(self, x: Tensor, status: Status) -> Tensor:
-        """A flat vector, where the solver stopped, as a function of what ``fun`` and the bounds depend on."""
-        assert isinstance(self.objective, FunctionObjective), "check_differentiable has been called"
-        bounds = differentiable_bounds(self.bounds, self.structure, self.who)
-        return differentiable_solution(self.who, self.objective, x, status, *bounds)
 
     def reporter(self, callback: Callable[[Progress], Any]) -> Callable[[Run, Point], bool]:
         """The user's callback as a ``Run`` calls it. What the callback writes to is a copy, or is restored."""

@@ -13,9 +13,11 @@ from torch import Tensor
 from descend.second_order.flat_problem import FlatProblem
 from descend.second_order.mathematics.directions import CompactInverse, DenseInverse, Steepest
 from descend.second_order.problem.arguments import with_args
-from descend.second_order.problem.objective import CG_INSTEAD, Curved, check_dense_fits
+from descend.second_order.problem.bounds import differentiable_bounds
+from descend.second_order.problem.objective import CG_INSTEAD, Curved, FunctionObjective, check_dense_fits
 from descend.second_order.solvers.box import CompactHessian, bounded_descent
 from descend.second_order.solvers.descent import line_search_descent
+from descend.second_order.solvers.implicit_function import differentiable_solution
 from descend.second_order.solvers.newton_descent import PAIRS, DenseNewton, NewtonCG, trust_region_descent
 from descend.second_order.solvers.result import MESSAGES, Progress, Result, Status, X, result_of
 from descend.second_order.solvers.run import Run
@@ -115,11 +117,11 @@ def minimize(
     fun, jac, hvp = with_args(WHO, args, fun, jac, hvp)
     records_graph = torch.is_grad_enabled()
     with torch.inference_mode(False), torch.no_grad():
-        # The gradient from jac must depend on x, which its graph tells at the first evaluation.
+        # Whether autograd sees how the gradient from jac depends on x is known from its graph, at the first evaluation.
         needs_curvature = method in ("newton", "newton-cg") or (differentiable and jac is not None)
         problem = FlatProblem(WHO, fun, x0, bounds, jac, hvp, needs_curvature)
         if differentiable:
-            problem.check_differentiable()
+            problem.check_values(WHO)
         run = Run(
             problem.objective,
             tol=default_tolerance(problem.structure.eps) if tol is None else tol,
@@ -133,8 +135,10 @@ def minimize(
             problem.set_parameters(run)
         x = run.best.x
         if differentiable:
+            assert isinstance(problem.objective, FunctionObjective), "check_values has been called"
             with torch.set_grad_enabled(records_graph):
-                x = problem.differentiable(x, status)
+                ends = differentiable_bounds(bounds, problem.structure, WHO)
+                x = differentiable_solution(WHO, problem.objective, x, status, *ends)
     return result_of(run, status, MESSAGES[status], problem.tree_of(x), problem.split_tree, began=began)
 
 

@@ -65,7 +65,7 @@ def test_units_of_the_variables_do_not_matter() -> None:
     "eigenvalues", [[1.0, 0.0, 2.0], [1.0, -1.0, 2.0], [0.0], [-1.0], [1.0, 1e-17, 1.0], [0.0, 0.0]], ids=str
 )
 def test_indefinite_and_singular_matrices_are_refused(eigenvalues: list[float], way: str) -> None:
-    with pytest.raises(NotDefiniteError, match="singular|not positive definite"):
+    with pytest.raises(NotDefiniteError, match=r"singular|not positive definite"):
         solve(matrix(eigenvalues), torch.ones(len(eigenvalues), dtype=torch.float64), way)
 
 
@@ -80,7 +80,7 @@ def test_matrices_that_are_not_finite_are_refused(way: str, number: float) -> No
 
 def test_too_few_products_are_an_error() -> None:
     hessian = matrix([1.0, 10.0, 100.0, 1000.0, 10000.0])
-    with pytest.raises(NotDefiniteError, match="ill-conditioned .* after 3 products"):
+    with pytest.raises(NotDefiniteError, match=r"ill-conditioned .* after 3 products"):
         solve(hessian, torch.ones(5, dtype=torch.float64), "products", max_products=3)
 
 
