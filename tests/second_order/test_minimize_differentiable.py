@@ -429,7 +429,39 @@ def test_solutions_too_inaccurate_for_their_bounds_are_refused() -> None:
     assert center.grad == 0
 
 
+@pytest.mark.parametrize("sign", [1.0, -1.0])
+def test_solutions_as_good_as_at_their_bounds_are_held(sign: float) -> None:
+    theta = parameter(1.0)
+
+    def fun(x: Tensor) -> Tensor:
+        return (sign * theta * x).sum() + 0.5 * x.square().sum()
+
+    bounds = (0.0, None) if sign > 0 else (None, 0.0)
+    result = minimize(fun, vector(sign * 1e-9), bounds=bounds, differentiable=True)
+    assert result.x == sign * 1e-9  # converged at the start
+    result.x.sum().backward()
+    assert theta.grad == 0
+
+
+def test_bounds_that_hardly_hold_are_refused() -> None:
+    center = parameter(0.0)
+    result = minimize(lambda x: (x - center).square().sum(), vector(1e-9), bounds=(0.0, None), differentiable=True)
+    assert result.x == 1e-9  # as the gradient 2e-9 is more than the distance, the bound holds x
+    refuses(result.x, "position 0 .* kink")
+
+
+def test_bounds_alone_get_gradients() -> None:
+    lower = parameter(1.0, -1.0)
+    x = minimize(lambda x: x.square().sum(), vector(2.0, 2.0), bounds=(lower, None), differentiable=True).x
+    (x @ vector(3.0, 4.0)).backward()
+    assert lower.grad.tolist() == [3.0, 0.0]  # type: ignore[union-attr]
+
+
 def test_fixed_variables_are_constants() -> None:
+    center = parameter(0.3)  # where the gradient is zero
+    x = minimize(lambda x: (x - center).square().sum(), vector(0.0), bounds=(0.3, 0.3), differentiable=True).x
+    x.sum().backward()
+    assert center.grad == 0
     args = inputs()
     x = fitted(*args, bounds=(vector(0.3, -1, -1, -1), vector(0.3, 1, 1, 1)))
     assert gradcheck(
