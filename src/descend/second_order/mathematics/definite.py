@@ -23,38 +23,38 @@ class NotDefiniteError(ArithmeticError):
     """H is indefinite or singular to rounding, or conjugate gradients did not converge."""
 
 
-def cholesky(hessian: Tensor, eps: float) -> Tensor:
-    """The lower Cholesky factor of H.
+def cholesky(hessians: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """Lower Cholesky factors of many matrices, and which of them are positive definite.
 
     Args:
-        hessian: H, shape (N, N), N >= 0.
-        eps: relative rounding error of H, relative to the square root of the product of two diagonal entries.
-    Raises:
-        NotDefiniteError: if elimination leaves no more than rounding of a diagonal entry.
+        hessians: H, shape (..., N, N), N >= 0.
+        eps: rounding error of H, relative to the square root of the product of two diagonal entries.
+    Returns:
+        The factors, and a bool tensor of shape (...): False where elimination leaves no more than rounding of a
+        diagonal entry. The factor is the identity there.
     Example:
-        >>> cholesky(torch.tensor([[4.0, 2.0], [2.0, 5.0]]), 1e-7)
-        tensor([[2., 0.],
-                [1., 2.]])
+        >>> factors, is_definite = cholesky(torch.tensor([[[4.0, 2.0], [2.0, 5.0]], [[1.0, 2.0], [2.0, 1.0]]]), 1e-7)
+        >>> factors[0], is_definite
+        (tensor([[2., 0.],
+                [1., 2.]]), tensor([ True, False]))
     """
-    if not hessian.numel():
-        return hessian
-    if not bool(torch.isfinite(hessian).all()):
-        raise NotDefiniteError("NaN or infinite")
-    diagonal = hessian.diagonal()
-    if bool((diagonal > 0).all()):
-        # Scaled to a diagonal of ones, so that the test does not depend on the units of the variables.
-        roots = diagonal.sqrt()
-        factor, info = torch.linalg.cholesky_ex(hessian / roots / roots[:, None])
-        if not int(info) and float(factor.diagonal().amin()) ** 2 > ROUNDING * len(hessian) * eps:
-            unscaled: Tensor = factor * roots[:, None]
-            return unscaled
-    least = float(torch.linalg.eigvalsh(hessian)[0])
-    raise NotDefiniteError(f"singular or not positive definite (least eigenvalue {least:.2g})")
+    numel = hessians.shape[-1]
+    diagonal = hessians.diagonal(dim1=-2, dim2=-1)
+    is_definite = (diagonal > 0).all(-1) & hessians.isfinite().flatten(-2).all(-1)
+    identity = torch.eye(numel, dtype=hessians.dtype, device=hessians.device)
+    # Scaled to a diagonal of ones, so that the test does not depend on the units of the variables.
+    roots = torch.where(is_definite[..., None], diagonal, 1.0).sqrt()
+    scaled = hessians / roots[..., None] / roots[..., None, :]
+    factors, info = torch.linalg.cholesky_ex(torch.where(is_definite[..., None, None], scaled, identity))
+    pivots = factors.diagonal(dim1=-2, dim2=-1).square()
+    is_definite = is_definite & (info == 0) & (pivots > ROUNDING * numel * eps).all(-1)
+    return torch.where(is_definite[..., None, None], factors * roots[..., None], identity), is_definite
 
 
-def solve_by_factor(factor: Tensor, vector: Tensor) -> Tensor:
-    """w from the Cholesky factor of H and v, shape (N,)."""
-    return torch.cholesky_solve(vector[:, None], factor)[:, 0]
+def solve_by_factor(factors: Tensor, vectors: Tensor) -> Tensor:
+    """w from the Cholesky factors of H and v, both of shape (..., N)."""
+    solutions: Tensor = torch.cholesky_solve(vectors[..., None], factors)[..., 0]
+    return solutions
 
 
 def solve_by_products(
