@@ -149,6 +149,8 @@ class FunctionObjective(Curved):
         hvp: None for autograd, or a function of the structure and a vector in it that returns the Hessian's product.
         needs_curvature: whether ``product`` or ``hessian`` will be called.
         bounds: flat lower and upper bounds.
+    Attributes:
+        keeps_graph: whether points get the gradient with its graph, and the argument in it, as ``graph``.
     """
 
     def __init__(
@@ -187,7 +189,7 @@ class FunctionObjective(Curved):
                     self.structure.like(given_grad, f"{self.who}: the gradient from jac"), self.keeps_graph
                 )
                 grad = grad.clone()  # the caller may reuse its buffer
-                if self.keeps_graph and not grad.requires_grad:
+                if self.keeps_graph and self.hvp is None and not grad.requires_grad:
                     raise RuntimeError(
                         f"{self.who}: autograd cannot see how the gradient from jac depends on x. Give products with "
                         "the Hessian as hvp=, or compute jac with torch operations."
