@@ -304,7 +304,7 @@ def chains() -> list[Problem]:
             for n in (10, 50)
         ),
         *(bounded("qr3d", fun, start, lower, inf, 0.0) for fun, start, lower in map(qr3d, (5, 10))),
-        *(bounded("scond", scond(n), torch.linspace(0, 7, n + 2)[1:-1].double(), -1, 7) for n in (30, 300)),
+        *(bounded("scond", scond(n), torch.linspace(0, 7, n + 2)[1:-1].double(), -1, 7) for n in (30, 100)),
         *(bounded("chebyqad", squares(chebyqad), count(zeros(n)) / (n + 1), 0, 1) for n in (9, 40)),
         *(bounded("levy", levy, repeat(8)(n), -10, 10) for n in (5, 500)),
         *(bounded("valley", squares(valley), repeat(-1)(n), *bent_bounds(n)) for n in (4, 60, 2000)),
@@ -432,7 +432,7 @@ def fields() -> list[Problem]:
         return rand(7, points * dimensions)
 
     return [
-        *(bounded("repulsion", repulsion, (count(zeros(n)) / n) ** 2, 0, 1) for n in (10, 60)),
+        *(bounded("repulsion", repulsion, (count(zeros(n)) / n) ** 2, 0, 1) for n in (10,)),
         *(bounded("crowd", crowd, 3 * spread(n, 3), 0, 3) for n in (6, 40)),
         *(
             bounded("shortest_time", shortest_time(n), torch.linspace(0, 1, n + 2)[1:-1].double(), 0.1, inf)
