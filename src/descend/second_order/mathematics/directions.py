@@ -7,6 +7,7 @@ operation costs a third of what it costs for tensors. The formulas are the same.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, NamedTuple, Protocol
 
@@ -14,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from descend.second_order.mathematics.broyden_family import Choice, Member, Ratios, bfgs
 from descend.second_order.mathematics.space import SAMPLE, Array, Space
 
 SHORT = 2**13  # elements in a history for which NumPy is faster, and starts no threads of its own
@@ -98,33 +100,92 @@ class Steepest:
 
 
 class DenseInverse:
-    """The BFGS inverse Hessian as a dense matrix, O(numel**2) memory and time.
+    """The inverse Hessian as a dense matrix, by an update of Broyden's family; O(numel**2) memory and time.
 
-    Source: Nocedal & Wright 2006, Algorithm 6.1; the first matrix is scaled as in equation (6.20).
+    The first matrix is the identity, scaled to the first pair: for BFGS as in Nocedal & Wright 2006, equation 6.20.
+
+    Args:
+        numel: length of the vectors.
+        dtype, device: theirs, and the matrix's.
+        choose: the member of the family. Default: BFGS.
+    Example:
+        >>> curvature = torch.tensor([1.0, 100.0], dtype=torch.float64)
+        >>> inverse = DenseInverse(2, torch.float64, torch.device("cpu"), self_scaled_broyden)
+        >>> for s in torch.eye(2, dtype=torch.float64):
+        ...     inverse.update(s, curvature * s)
+        >>> inverse.direction(torch.tensor([3.0, 100.0], dtype=torch.float64))
+        tensor([-3., -1.], dtype=torch.float64)
+
+    Source: the module ``broyden_family``.
     """
 
-    def __init__(self, numel: int, dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(self, numel: int, dtype: torch.dtype, device: torch.device, choose: Choice = bfgs) -> None:
+        self.choose = choose
         self.is_steepest = True
         self.inverse = torch.empty(numel, numel, dtype=dtype, device=device)
+        self.line: tuple[Tensor, Tensor] | None = None  # the newest gradient, and the direction there
 
     def measure(self, s: Tensor, y: Tensor) -> Sequence[Array]:
         return ()
 
     def update(self, s: Tensor, y: Tensor, pair: Pair | None = None) -> None:
-        sy = s.dot(y)
+        """Learn that the gradient changed by y along s, a step in the newest direction.
+
+        Where no direction was asked for since the last update, s'H^-1 s is unknown, and the update is that of BFGS. A
+        pair whose products are not positive numbers is not learned.
+        """
+        hy = y if self.is_steepest else self.inverse.mv(y)
+        sy, yhy, sbs = self._products(s, y, hy)
+        if not (0 < sy < math.inf and 0 < yhy < math.inf):
+            return
+        b, h = sbs / sy, yhy / sy
+        theta, sigma, tau = self.choose(Ratios(b, h, len(s))) if 0 < b * h < math.inf else Member()
         if self.is_steepest:
-            self.inverse.zero_().diagonal().copy_((sy / y.dot(y)).expand_as(s))
+            self.inverse.zero_().diagonal().fill_(1.0)
             self.is_steepest = False
-        hy = self.inverse.mv(y)
-        # (I - s y'/sy) H (I - y s'/sy) + s s'/sy, multiplied out: a symmetric update of rank two.
-        half = (1 + y.dot(hy) / sy) / 2 * s - hy
-        self.inverse.addr_(s, half / sy).addr_(half, s / sy)
+            tau = h / sigma
+        phi = (1 - theta) / sigma
+        # The update as [s, H y] M [s, H y]' with a symmetric matrix M of 2 x 2.
+        ss, sh, hh = (phi * h / tau + 1) / sy, -phi / tau / sy, (phi - 1) / tau / yhy
+        add_symmetric_(self.inverse, 1 / tau, (s, hy), (ss * s + sh * hy, sh * s + hh * hy))
+
+    def _products(self, s: Tensor, y: Tensor, hy: Tensor) -> list[float]:
+        """s'y, y'H y and s'H^-1 s in one transfer from the device; NaN for the last one if it is unknown."""
+        products = [s.dot(y), y.dot(hy)]
+        if self.is_steepest:
+            products.append(s.dot(s))
+        elif self.line is not None:  # s = t d and d = -H grad, so that H^-1 s = -t grad
+            grad, direction = self.line
+            products.append(-s.dot(grad) * s.dot(direction) / direction.dot(direction))
+        self.line = None
+        values: list[float] = torch.stack(products).tolist()
+        return values if len(values) == 3 else [*values, math.nan]
 
     def direction(self, grad: Tensor, largest: float | None = None) -> Tensor:
-        return -grad if self.is_steepest else self.inverse.mv(grad).neg_()
+        direction = -grad if self.is_steepest else self.inverse.mv(grad).neg_()
+        self.line = grad, direction
+        return direction
 
     def reset(self) -> None:
         self.is_steepest = True
+        self.line = None
+
+
+def add_symmetric_(matrix: Tensor, scale: float, left: tuple[Tensor, Tensor], right: tuple[Tensor, Tensor]) -> None:
+    """Replace a symmetric matrix by ``scale`` times it plus outer products of left and right whose sum is symmetric.
+
+    The lower triangle is computed and copied to the upper one, in one pass over the matrix, block by block. Without the
+    copy, rounding would make the matrix asymmetric, and each scaling by more than 1 would make that larger.
+    """
+    columns, rows = torch.stack(left, dim=1), torch.stack(right)
+    numel = len(matrix)
+    block = max(1, LARGE // max(1, numel)) if matrix.is_cpu else max(1, numel)
+    for start in range(0, numel, block):
+        end = min(start + block, numel)
+        matrix[start:end, :end].addmm_(columns[start:end], rows[:, :end], beta=scale)
+        matrix[:start, start:end] = matrix[start:end, :start].T
+        square = matrix[start:end, start:end]
+        square.copy_(square.tril() + square.tril(-1).T)
 
 
 class CompactInverse:
