@@ -15,6 +15,7 @@ from descend.second_order.mathematics.broyden_family import bfgs, self_scaled_bf
 from descend.second_order.mathematics.directions import DenseInverse, Steepest
 from descend.second_order.problem.arguments import with_args
 from descend.second_order.problem.bounds import differentiable_bounds
+from descend.second_order.problem.domain import domain_errors_of
 from descend.second_order.problem.objective import CG_INSTEAD, Curved, FunctionObjective, check_dense_fits
 from descend.second_order.solvers.box import CompactHessian, bounded_descent
 from descend.second_order.solvers.compiled_history import compact_inverse
@@ -47,6 +48,7 @@ def minimize(
     history_size: int | None = None,
     args: tuple[Any, ...] = (),
     differentiable: bool = False,
+    domain_errors: type[Exception] | tuple[type[Exception], ...] = (),
 ) -> Result[X]:
     """Find a local minimum of a smooth function, and say why the solver stopped.
 
@@ -59,7 +61,7 @@ def minimize(
 
     Args:
         fun: maps a structure like ``x0`` to a scalar tensor. Where it is not defined, it may return NaN or Inf, or
-            raise ``torch.linalg.LinAlgError``, but not at ``x0``.
+            raise ``torch.linalg.LinAlgError`` or one of ``domain_errors``, but not at ``x0``.
         x0: the start: a floating point or complex tensor, or dicts, lists and tuples of such in any nesting, dtypes and
             devices mixed. It is not changed. An ``nn.Module``, or a structure of ``nn.Parameter`` only, is optimized
             in place instead: ``fun`` gets the module or the parameters themselves, set to each trial, and they hold
@@ -92,6 +94,10 @@ def minimize(
             ``converged``, if the Hessian is singular or not positive definite, if a variable at a bound has a
             multiplier of zero, and if a derivative is differentiated again. With ``jac``, it must be computed from
             ``x`` and ``args`` with torch operations. Not for parameters and DTensors. Default: False.
+        domain_errors: an exception class, or a tuple of such: exceptions that ``fun`` and ``jac`` raise outside their
+            domain, as ``math.log`` raises ``ValueError``. The point counts as evaluated, and a shorter step is tried.
+            At ``x0`` and in second derivatives they propagate, and ``StopIteration`` and ``MemoryError`` always do.
+            Default: none.
     Returns:
         A ``Result``: the best point seen, and why the solver stopped. ``x`` is never NaN unless ``x0`` is; ``fun`` is
         NaN only if it is at ``x0``.
@@ -119,11 +125,12 @@ def minimize(
     _check_options(method, bounds, history_size, tol, max_iter, max_eval, differentiable)
     _check_functions(method, fun=fun, jac=jac, hvp=hvp, callback=callback)
     fun, jac, hvp = with_args(WHO, args, fun, jac, hvp)
+    walls = domain_errors_of(domain_errors, WHO)
     records_graph = torch.is_grad_enabled()
     with torch.inference_mode(False), torch.no_grad():
         # Whether autograd sees how the gradient from jac depends on x is known from its graph, at the first evaluation.
         needs_curvature = method in ("newton", "newton-cg") or (differentiable and jac is not None)
-        problem = FlatProblem(WHO, fun, x0, bounds, jac, hvp, needs_curvature)
+        problem = FlatProblem(WHO, fun, x0, bounds, jac, hvp, needs_curvature, walls)
         if differentiable:
             problem.check_values(WHO)
         run = Run(
