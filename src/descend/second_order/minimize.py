@@ -12,6 +12,7 @@ from torch import Tensor
 
 from descend.second_order.flat_problem import FlatProblem
 from descend.second_order.mathematics.directions import CompactInverse, DenseInverse, Steepest
+from descend.second_order.problem.arguments import with_args
 from descend.second_order.problem.objective import CG_INSTEAD, Curved, check_dense_fits
 from descend.second_order.solvers.box import CompactHessian, bounded_descent
 from descend.second_order.solvers.descent import line_search_descent
@@ -27,7 +28,7 @@ WHO = "minimize"
 
 
 def minimize(
-    fun: Callable[[X], Any],
+    fun: Callable[..., Any],
     x0: X,
     method: MinimizeMethod = "l-bfgs",
     bounds: Any = None,
@@ -36,9 +37,10 @@ def minimize(
     max_eval: int | None = None,
     callback: Callable[[Progress], Any] | None = None,
     *,
-    jac: Callable[[X], Any] | bool | None = None,
-    hvp: Callable[[X, X], Any] | None = None,
+    jac: Callable[..., Any] | bool | None = None,
+    hvp: Callable[..., Any] | None = None,
     history_size: int | None = None,
+    args: tuple[Any, ...] = (),
 ) -> Result[X]:
     """Find a local minimum of a smooth function, and say why the solver stopped.
 
@@ -72,6 +74,8 @@ def minimize(
         hvp: None for autograd; or a function of (x, v) that returns the Hessian at x times v; for ``"newton"`` and
             ``"newton-cg"``. Operations marked ``once_differentiable`` need it: autograd takes their curvature for 0.
         history_size: steps from which ``"l-bfgs"`` approximates the Hessian, >= 1; only for this method. Default: 10.
+        args: a tuple of further arguments, of any kind: ``fun(x, *args)``, ``jac(x, *args)``, ``hvp(x, v, *args)``.
+            Default: ().
     Returns:
         A ``Result``: the best point seen, and why the solver stopped. ``x`` is never NaN unless ``x0`` is; ``fun`` is
         NaN only if it is at ``x0``.
@@ -98,6 +102,7 @@ def minimize(
     began = time.perf_counter()
     _check_options(method, bounds, history_size, tol, max_iter, max_eval)
     _check_functions(method, fun=fun, jac=jac, hvp=hvp, callback=callback)
+    fun, jac, hvp = with_args(WHO, args, fun, jac, hvp)
     with torch.inference_mode(False), torch.no_grad():
         problem = FlatProblem(WHO, fun, x0, bounds, jac, hvp, needs_curvature=method in ("newton", "newton-cg"))
         run = Run(
