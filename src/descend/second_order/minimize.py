@@ -12,7 +12,11 @@ from torch import Tensor
 
 from descend.second_order.flat_problem import FlatProblem
 from descend.second_order.mathematics.directions import CompactInverse, DenseInverse, Steepest
+<<<<<<< HEAD
 from descend.second_order.problem.arguments import with_args
+=======
+from descend.second_order.problem.domain import domain_errors_of
+>>>>>>> 47b2724
 from descend.second_order.problem.objective import CG_INSTEAD, Curved, check_dense_fits
 from descend.second_order.solvers.box import CompactHessian, bounded_descent
 from descend.second_order.solvers.descent import line_search_descent
@@ -41,6 +45,7 @@ def minimize(
     hvp: Callable[..., Any] | None = None,
     history_size: int | None = None,
     args: tuple[Any, ...] = (),
+    domain_errors: type[Exception] | tuple[type[Exception], ...] = (),
 ) -> Result[X]:
     """Find a local minimum of a smooth function, and say why the solver stopped.
 
@@ -52,7 +57,7 @@ def minimize(
 
     Args:
         fun: maps a structure like ``x0`` to a scalar tensor. Where it is not defined, it may return NaN or Inf, or
-            raise ``torch.linalg.LinAlgError``, but not at ``x0``.
+            raise ``torch.linalg.LinAlgError`` or one of ``domain_errors``, but not at ``x0``.
         x0: the start: a floating point or complex tensor, or dicts, lists and tuples of such in any nesting, dtypes and
             devices mixed. It is not changed. An ``nn.Module``, or a structure of ``nn.Parameter`` only, is optimized
             in place instead: ``fun`` gets the module or the parameters themselves, set to each trial, and they hold
@@ -74,8 +79,15 @@ def minimize(
         hvp: None for autograd; or a function of (x, v) that returns the Hessian at x times v; for ``"newton"`` and
             ``"newton-cg"``. Operations marked ``once_differentiable`` need it: autograd takes their curvature for 0.
         history_size: steps from which ``"l-bfgs"`` approximates the Hessian, >= 1; only for this method. Default: 10.
+<<<<<<< HEAD
         args: a tuple of further arguments, of any kind: ``fun(x, *args)``, ``jac(x, *args)``, ``hvp(x, v, *args)``.
             Default: ().
+=======
+        domain_errors: an exception class, or a tuple of such: exceptions that ``fun`` and ``jac`` raise outside their
+            domain, as ``math.log`` raises ``ValueError``. The point counts as evaluated, and a shorter step is tried.
+            At ``x0`` and in second derivatives they propagate, and ``StopIteration`` and ``MemoryError`` always do.
+            Default: none.
+>>>>>>> 47b2724
     Returns:
         A ``Result``: the best point seen, and why the solver stopped. ``x`` is never NaN unless ``x0`` is; ``fun`` is
         NaN only if it is at ``x0``.
@@ -102,9 +114,11 @@ def minimize(
     began = time.perf_counter()
     _check_options(method, bounds, history_size, tol, max_iter, max_eval)
     _check_functions(method, fun=fun, jac=jac, hvp=hvp, callback=callback)
+    walls = domain_errors_of(domain_errors, WHO)
     fun, jac, hvp = with_args(WHO, args, fun, jac, hvp)
     with torch.inference_mode(False), torch.no_grad():
-        problem = FlatProblem(WHO, fun, x0, bounds, jac, hvp, needs_curvature=method in ("newton", "newton-cg"))
+        needs_curvature = method in ("newton", "newton-cg")
+        problem = FlatProblem(WHO, fun, x0, bounds, jac, hvp, needs_curvature, walls)
         run = Run(
             problem.objective,
             tol=default_tolerance(problem.structure.eps) if tol is None else tol,
