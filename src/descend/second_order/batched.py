@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable
 from typing import Any
 
 import torch
 
-from descend.second_order.mathematics.arrays import array_of, tensor_of
-from descend.second_order.mathematics.batched_directions import CompactInverses, DenseInverses, ManyDirections
+from descend.second_order.mathematics.arrays import array_of, full, replaced, take, tensor_of
+from descend.second_order.mathematics.batched_directions import CompactInverses, DenseInverses
 from descend.second_order.mathematics.space import Array
 from descend.second_order.problem.batched_objective import BatchedObjective
 from descend.second_order.problem.batched_structure import BatchedStructure
 from descend.second_order.problem.bounds import bounds_of
+from descend.second_order.problem.domain import DomainErrors
 from descend.second_order.solvers.batched_descent import batched_descent
-from descend.second_order.solvers.batched_result import BatchedResult, BestResult
+from descend.second_order.solvers.batched_result import BatchedResult
 from descend.second_order.solvers.batched_run import STATUSES, BatchedRun
 from descend.second_order.solvers.result import Progress, X
 
@@ -27,59 +27,90 @@ def minimize_batched(
     who: str,
     fun: Callable[..., Any],
     x0: X,
+    args: tuple[Any, ...],
     *,
     method: str,
     bounds: Any,
     tol: Callable[[float], float],
-    max_iter: int,
-    max_eval: int | None,
+    max_iter: float,
+    max_eval: float,
     callback: Callable[[Progress], Any] | None,
     jac: Callable[..., Any] | bool | None,
+    hvp: Callable[..., Any] | None,
     history_size: int,
-    args: tuple[Any, ...],
+    domain_errors: DomainErrors,
 ) -> BatchedResult[X]:
-    """``minimize(..., batched=True)``: its arguments, already checked; ``tol`` maps the precision to the tolerance."""
+    """``minimize(..., batched=True)``, with its arguments; ``tol`` maps the precision to the tolerance."""
     began = time.perf_counter()
-    if method not in METHODS:
-        raise ValueError(f"{who}: with batched, method must be one of {METHODS}, got {method!r}.")
+    if method not in METHODS or hvp is not None:
+        what = "no hvp" if hvp is not None else f"a method of {METHODS}"
+        got = "one" if hvp is not None else repr(method)
+        raise ValueError(f"{who}: batched needs {what}, got {got}. Minimize the problems one by one, or leave it out.")
+    if not isinstance(args, tuple):
+        raise TypeError(f"{who}: args must be a tuple of further arguments of fun, got {type(args).__name__}.")
     with torch.inference_mode(False), torch.no_grad():
         structure = BatchedStructure(x0, who)
-        flat = structure.flatten(structure.whole.leaves)
-        limits = None
+        flat, limits = structure.flatten(structure.whole.leaves), None
         if bounds is not None:
-            lower, upper = bounds_of(bounds, structure.whole, who)
-            limits = tuple(structure.flatten(structure.whole.split(end)) for end in (lower, upper))
+            ends = bounds_of(bounds, structure.whole, who)
+            limits = (
+                structure.flatten(structure.whole.split(ends[0])),
+                structure.flatten(structure.whole.split(ends[1])),
+            )
             flat.clamp_(*limits)
-        objective = BatchedObjective(who, fun, structure, args, jac, limits)
+        objective = BatchedObjective(who, fun, structure, args, jac, limits, domain_errors)
         run = BatchedRun(
             objective,
+            array_of(flat),
             tol=tol(structure.whole.eps),
             max_iter=max_iter,
-            max_eval=math.inf if max_eval is None else max_eval,
-            callback=None,
+            max_eval=max_eval,
+            callback=None if callback is None else reporter(who, structure, callback),
         )
-        x = array_of(flat)
         if structure.count:
-            run.start(x)
-            learner: ManyDirections = DenseInverses(x) if method == "bfgs" else CompactInverses(x, history_size)
-            batched_descent(run, learner)
-        return result_of(run, structure, x, began)
-
-
-def result_of(run: BatchedRun, structure: BatchedStructure, x: Array, began: float) -> BatchedResult[Any]:
-    """The results of a run that has ended."""
-    ends = run.ends
+            run.start()
+            x = run.x
+            batched_descent(run, DenseInverses(x) if method == "bfgs" else CompactInverses(x, history_size))
+        ends_of = {name: tensor_of(array) for name, array in vars(run.ends).items()}
     return BatchedResult(
-        x=structure.unflatten(tensor_of(ends.x)),
-        fun=tensor_of(ends.value),
-        grad=structure.unflatten(tensor_of(ends.grad)),
-        status=[STATUSES[code] for code in ends.status.tolist()],
-        grad_norm=tensor_of(ends.norm),
-        n_iter=tensor_of(ends.n_iter),
-        n_eval=tensor_of(ends.n_eval),
-        n_hvp=torch.zeros(structure.count, dtype=torch.int64),
-        n_calls=run.objective.n_calls,
+        x=structure.unflatten(ends_of["x"]),
+        fun=ends_of["value"],
+        grad=structure.unflatten(ends_of["grad"]),
+        status=[STATUSES[code] for code in ends_of["status"].tolist()],
+        grad_norm=ends_of["norm"],
+        n_iter=ends_of["n_iter"],
+        n_eval=ends_of["n_eval"],
+        n_hvp=torch.zeros_like(ends_of["n_eval"]),
+        n_calls=objective.n_calls,
         time=time.perf_counter() - began,
-        _rounds=run.history,
-        _row_of=lambda tree, i: tree,
+        rounds=run.history,
     )
+
+
+def reporter(
+    who: str, structure: BatchedStructure, callback: Callable[[Progress], Any]
+) -> Callable[[BatchedRun], Array]:
+    """The user's callback as a ``BatchedRun`` calls it."""
+
+    def report(run: BatchedRun) -> Array:
+        rows, ends = run.objective.rows, run.ends
+        now = [(ends.x, run.x), (ends.value, run.value), (ends.grad, run.grad), (ends.norm, run.norm)]
+        now += [(ends.n_iter, run.n_iter), (ends.n_eval, run.n_eval)]
+        x, value, grad, norm, n_iter, n_eval = (tensor_of(replaced(*pair, rows)) for pair in now)
+        numbers: list[Any] = [norm, n_iter, n_eval, torch.zeros_like(n_eval)]
+        values: Any = value
+        try:
+            with torch.enable_grad():
+                answer = callback(Progress(structure.unflatten(x), values, structure.unflatten(grad), *numbers))
+        except StopIteration:
+            answer = True
+        if not isinstance(answer, torch.Tensor) or not answer.dim():
+            return full(run.x, run.count, bool(answer))
+        if answer.shape != (structure.count,):
+            raise ValueError(
+                f"{who}: callback must return a truth value, or a tensor of {structure.count} of them, one for each "
+                f"problem; got shape {tuple(answer.shape)}."
+            )
+        return take(array_of(answer.to(x.device).bool()), rows)
+
+    return report

@@ -5,19 +5,18 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable
-from typing import Any, Literal, TypeAlias, get_args
+from typing import Any, Literal, TypeAlias, get_args, overload
 
 import torch
 from torch import Tensor
 
+from descend.second_order.batched import minimize_batched
 from descend.second_order.flat_problem import FlatProblem
 from descend.second_order.mathematics.directions import CompactInverse, DenseInverse, Steepest
-<<<<<<< HEAD
 from descend.second_order.problem.arguments import with_args
-=======
 from descend.second_order.problem.domain import domain_errors_of
->>>>>>> 47b2724
 from descend.second_order.problem.objective import CG_INSTEAD, Curved, check_dense_fits
+from descend.second_order.solvers.batched_result import BatchedResult, best_of
 from descend.second_order.solvers.box import CompactHessian, bounded_descent
 from descend.second_order.solvers.descent import line_search_descent
 from descend.second_order.solvers.newton_descent import PAIRS, DenseNewton, NewtonCG, trust_region_descent
@@ -29,6 +28,46 @@ METHODS = get_args(MinimizeMethod)
 HISTORY_SIZE = 10
 MAX_ITER = 15_000
 WHO = "minimize"
+
+
+@overload
+def minimize(
+    fun: Callable[..., Any],
+    x0: X,
+    method: MinimizeMethod = ...,
+    bounds: Any = ...,
+    tol: float | None = ...,
+    max_iter: int | None = ...,
+    max_eval: int | None = ...,
+    callback: Callable[[Progress], Any] | None = ...,
+    *,
+    jac: Callable[..., Any] | bool | None = ...,
+    hvp: Callable[..., Any] | None = ...,
+    history_size: int | None = ...,
+    args: tuple[Any, ...] = ...,
+    domain_errors: type[Exception] | tuple[type[Exception], ...] = ...,
+    batched: Literal[True],
+) -> BatchedResult[X]: ...
+
+
+@overload
+def minimize(
+    fun: Callable[..., Any],
+    x0: X,
+    method: MinimizeMethod = ...,
+    bounds: Any = ...,
+    tol: float | None = ...,
+    max_iter: int | None = ...,
+    max_eval: int | None = ...,
+    callback: Callable[[Progress], Any] | None = ...,
+    *,
+    jac: Callable[..., Any] | bool | None = ...,
+    hvp: Callable[..., Any] | None = ...,
+    history_size: int | None = ...,
+    args: tuple[Any, ...] = ...,
+    domain_errors: type[Exception] | tuple[type[Exception], ...] = ...,
+    batched: Literal[False, "best"] = ...,
+) -> Result[X]: ...
 
 
 def minimize(
@@ -46,7 +85,8 @@ def minimize(
     history_size: int | None = None,
     args: tuple[Any, ...] = (),
     domain_errors: type[Exception] | tuple[type[Exception], ...] = (),
-) -> Result[X]:
+    batched: bool | Literal["best"] = False,
+) -> Result[X] | BatchedResult[X]:
     """Find a local minimum of a smooth function, and say why the solver stopped.
 
     - ``"l-bfgs"``: BFGS from the last ``history_size`` steps, O(n) memory; with ``bounds``, L-BFGS-B.
@@ -79,15 +119,12 @@ def minimize(
         hvp: None for autograd; or a function of (x, v) that returns the Hessian at x times v; for ``"newton"`` and
             ``"newton-cg"``. Operations marked ``once_differentiable`` need it: autograd takes their curvature for 0.
         history_size: steps from which ``"l-bfgs"`` approximates the Hessian, >= 1; only for this method. Default: 10.
-<<<<<<< HEAD
         args: a tuple of further arguments, of any kind: ``fun(x, *args)``, ``jac(x, *args)``, ``hvp(x, v, *args)``.
             Default: ().
-=======
         domain_errors: an exception class, or a tuple of such: exceptions that ``fun`` and ``jac`` raise outside their
             domain, as ``math.log`` raises ``ValueError``. The point counts as evaluated, and a shorter step is tried.
             At ``x0`` and in second derivatives they propagate, and ``StopIteration`` and ``MemoryError`` always do.
             Default: none.
->>>>>>> 47b2724
     Returns:
         A ``Result``: the best point seen, and why the solver stopped. ``x`` is never NaN unless ``x0`` is; ``fun`` is
         NaN only if it is at ``x0``.
@@ -115,6 +152,24 @@ def minimize(
     _check_options(method, bounds, history_size, tol, max_iter, max_eval)
     _check_functions(method, fun=fun, jac=jac, hvp=hvp, callback=callback)
     walls = domain_errors_of(domain_errors, WHO)
+    if batched is not False:
+        many = minimize_batched(
+            WHO,
+            fun,
+            x0,
+            args,
+            method=method,
+            bounds=bounds,
+            tol=default_tolerance if tol is None else lambda eps: tol,
+            max_iter=MAX_ITER if max_iter is None else max_iter,
+            max_eval=math.inf if max_eval is None else max_eval,
+            callback=callback,
+            jac=jac,
+            hvp=hvp,
+            history_size=history_size or HISTORY_SIZE,
+            domain_errors=walls,
+        )
+        return best_of(many, WHO) if batched == "best" else many
     fun, jac, hvp = with_args(WHO, args, fun, jac, hvp)
     with torch.inference_mode(False), torch.no_grad():
         needs_curvature = method in ("newton", "newton-cg")

@@ -35,7 +35,9 @@ def full(like: Array, shape: Any, number: float | bool) -> Array:
     dtype = {float: "float64", int: "int64", bool: "bool"}[type(number)]
     if isinstance(like, np.ndarray):
         return np.full(shape, number, dtype)
-    return torch.full((shape,) if isinstance(shape, int) else shape, number, dtype=getattr(torch, dtype)).to(like.device)
+    return torch.full((shape,) if isinstance(shape, int) else shape, number, dtype=getattr(torch, dtype)).to(
+        like.device
+    )
 
 
 def cast(array: Array, like: Array) -> Array:
@@ -56,6 +58,13 @@ def positions(mask: Array) -> Array:
 def take(array: Array, rows: Array, axis: int = 0) -> Array:
     """Copies of some rows, or of some columns."""
     return array.take(rows, axis) if isinstance(array, np.ndarray) else array.index_select(axis, rows)
+
+
+def replaced(array: Array, new: Array, rows: Array) -> Array:
+    """A copy of an array with some rows replaced."""
+    copy = array.copy() if isinstance(array, np.ndarray) else array.clone()
+    copy[rows] = new
+    return copy
 
 
 def keep(holder: Any, names: tuple[str, ...], rows: Array, axis: int = 0) -> None:

@@ -13,6 +13,7 @@ from torch.utils import _pytree as pytree
 from descend.second_order.mathematics.arrays import array_of, keep, largest_entries, library, tensor_of
 from descend.second_order.mathematics.space import Array
 from descend.second_order.problem.batched_structure import BatchedStructure
+from descend.second_order.problem.domain import NEVER, DomainErrors
 
 ALONE = "Every problem must be computed from its own rows of x and of args; what else depends on the problem goes there"
 
@@ -28,7 +29,8 @@ class BatchedObjective:
         args: further arguments. Tensors in them whose first dimension is B are cut to the K problems.
         jac: None for autograd, True, or a function to the gradients in the structure of the first argument.
         bounds: lower and upper bounds, (B, n).
-        walls: exceptions of ``fun`` that mean, as NaN does, that a point is outside of its domain.
+        domain_errors: exceptions of ``fun`` that mean, as NaN does, that a point is outside of its domain; a failed
+            factorization always does.
     Attributes:
         rows: the problems that are left, as positions among all of them.
         n_calls: calls of ``fun``.
@@ -42,13 +44,16 @@ class BatchedObjective:
         args: tuple[Any, ...] = (),
         jac: Callable[..., Any] | bool | None = None,
         bounds: tuple[Tensor, Tensor] | None = None,
-        walls: tuple[type[Exception], ...] = (torch.linalg.LinAlgError,),  # type: ignore[attr-defined]
+        domain_errors: DomainErrors = (),
     ) -> None:
-        self.who, self.fun, self.structure, self.jac, self.walls = who, fun, structure, jac or None, walls
+        self.who, self.fun, self.structure, self.jac = who, fun, structure, jac or None
+        self.walls: DomainErrors = (torch.linalg.LinAlgError, *domain_errors)  # type: ignore[attr-defined]
         self.eps = structure.whole.eps
         self.n_calls = 0
         self.rows = array_of(torch.arange(structure.count, device=structure.whole.device))
-        self.lower, self.upper = map(array_of, bounds) if bounds else (None, None)
+        self.lower: Array | None = None
+        if bounds is not None:
+            self.lower, self.upper = map(array_of, bounds)
         self.leaves, self.spec = pytree.tree_flatten(args)
         self.is_cut = [isinstance(leaf, Tensor) and leaf.shape[:1] == (structure.count,) for leaf in self.leaves]
 
@@ -76,7 +81,9 @@ class BatchedObjective:
     def _values_and_grads(self, x: Tensor, leaves: list[Any]) -> tuple[Tensor, Tensor]:
         try:
             return self._call(x, leaves)
-        except self.walls:
+        except self.walls as error:
+            if isinstance(error, NEVER):
+                raise
             # Halves, until the problems that are outside of the function's domain are alone.
             if len(x) == 1:
                 return x.new_full((1,), math.nan), torch.full_like(x, math.nan)

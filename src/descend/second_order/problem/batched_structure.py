@@ -31,8 +31,8 @@ class BatchedStructure:
     def __init__(self, tree: Any, who: str) -> None:
         if isinstance(tree, nn.Module) or any(isinstance(leaf, nn.Parameter) for leaf in pytree.tree_leaves(tree)):
             raise ValueError(
-                f"{who}: with batched, x0 must be made of plain tensors of shape (B, ...), got parameters, which are set "
-                "in place. Stack them with torch.func.stack_module_state, and let fun call torch.func.functional_call."
+                f"{who}: with batched, x0 must be made of plain tensors of shape (B, ...), got parameters, which would "
+                "be set in place. Stack them with torch.func.stack_module_state; functional_call takes them."
             )
         self.whole = whole = Structure(tree, who)
         if any(map(is_dtensor, whole.leaves)):

@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Iterator
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Generic
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.utils import _pytree as pytree
 
 from descend.second_order.mathematics.arrays import tensor_of
 from descend.second_order.solvers.batched_run import Iterations
 from descend.second_order.solvers.result import MESSAGES, Iteration, Result, Status, X
 
 FAILED = (Status.line_search_failed, Status.non_finite)
+EQUAL = 1e-12  # relative difference of values that are equal to rounding
 
 
 @dataclass(frozen=True, repr=False)
@@ -34,6 +37,7 @@ class BatchedResult(Generic[X]):
         n_hvp: products of each problem's Hessian, (B,).
         n_calls: calls of ``fun``.
         time: seconds.
+        rounds: of what ``result[i].history`` is made.
     """
 
     x: X
@@ -46,8 +50,7 @@ class BatchedResult(Generic[X]):
     n_hvp: Tensor
     n_calls: int
     time: float
-    _rounds: list[Iterations] = field(compare=False)
-    _row_of: Callable[[Any, int], Any] = field(compare=False)
+    rounds: list[Iterations]
 
     @property
     def success(self) -> Tensor:
@@ -70,14 +73,10 @@ class BatchedResult(Generic[X]):
         if not -len(self) <= i < len(self):
             raise IndexError(f"BatchedResult: there are {len(self)} problems, got index {i}.")
         i %= len(self)
-        return Result(**self.fields_of(i))
-
-    def fields_of(self, i: int) -> dict[str, Any]:
-        """The attributes of the i-th ``Result``."""
-        return dict(
-            x=self._row_of(self.x, i),
+        return Result(
+            x=pytree.tree_map(lambda leaf: leaf[i], self.x),
             fun=float(self.fun[i]),
-            grad=self._row_of(self.grad, i),
+            grad=pytree.tree_map(lambda leaf: leaf[i], self.grad),
             status=self.status[i],
             message=MESSAGES[self.status[i]],
             grad_norm=float(self.grad_norm[i]),
@@ -91,7 +90,7 @@ class BatchedResult(Generic[X]):
     @cached_property
     def _histories(self) -> list[list[Iteration]]:
         histories: list[list[Iteration]] = [[] for _ in range(len(self))]
-        for entry in self._rounds:
+        for entry in self.rounds:
             rows, is_new, *numbers = (tensor_of(array).cpu().numpy() for array in entry)
             new = np.flatnonzero(is_new)
             for row, value, norm, step, n_eval in zip(
@@ -100,38 +99,39 @@ class BatchedResult(Generic[X]):
                 histories[row].append(Iteration(value, norm, step, n_eval, 0))
         return histories
 
-    def best(self) -> int:
-        """The problem with the best result.
-
-        That is the lowest finite ``fun`` among the problems whose solver did not fail (``line_search_failed`` and
-        ``non_finite``, as where a function falls without end), or among all if each failed. Of values that are equal to
-        rounding, one that converged is better.
-
-        Raises:
-            ValueError: if there is no problem.
-        """
-        if not len(self):
-            raise ValueError("BatchedResult: there is no best of 0 problems.")
-        values = [value if value == value else float("inf") for value in self.fun.tolist()]
-        going = [status not in FAILED and abs(value) < float("inf") for status, value in zip(self.status, values)]
-        some = [i for i in range(len(self)) if going[i] or not any(going)]
-        lowest = min(values[i] for i in some)
-        noise = 10 * torch.finfo(torch.float64).eps * abs(lowest)
-        return min(
-            (i for i in some if values[i] <= lowest + noise), key=lambda i: (self.status[i] is not Status.converged, values[i])
-        )
-
     def __repr__(self) -> str:
         counts = ", ".join(f"{count} {status}" for status, count in Counter(map(str, self.status)).most_common())
-        return f"BatchedResult({len(self)} problems: {counts or 'none'}; n_calls={self.n_calls}, time={self.time:.3g} s)"
+        return (
+            f"BatchedResult({len(self)} problems: {counts or 'none'}; n_calls={self.n_calls}, time={self.time:.3g} s)"
+        )
 
 
 @dataclass(frozen=True, repr=False)
 class BestResult(Result[X]):
-    """What ``minimize(..., batched="best")`` returns: the best of several starts.
+    """What ``minimize(..., batched="best")`` returns: the best ``Result`` of several starts.
 
     Attributes:
         starts: the results from all of them.
     """
 
     starts: BatchedResult[X] | None = None
+
+
+def best_of(starts: BatchedResult[X], who: str) -> BestResult[X]:
+    """The result with the lowest finite value.
+
+    Starts from which the solver failed (as where the function falls without end) count only if it failed from all. Of
+    values that are equal to rounding, one that converged is better.
+
+    Raises:
+        ValueError: if there is no start.
+    """
+    if not len(starts):
+        raise ValueError(f"{who}: batched='best' needs at least one start, got x0 with a first dimension of 0.")
+    values = [value if math.isfinite(value) else math.inf for value in starts.fun.tolist()]
+    has_failed = [status in FAILED or value == math.inf for status, value in zip(starts.status, values, strict=True)]
+    some = [i for i in range(len(starts)) if not has_failed[i] or all(has_failed)]
+    lowest = min(values[i] for i in some)
+    equal = [i for i in some if values[i] <= lowest + EQUAL * abs(lowest)]
+    best = min(equal, key=lambda i: (starts.status[i] is not Status.converged, values[i]))
+    return BestResult(**vars(starts[best]), starts=starts)

@@ -70,6 +70,7 @@ class BatchedRun:
 
     Args:
         objective: what is minimized.
+        x: the starts, (B, n).
         tol: converged when the largest entry of the (projected) gradient is at most ``tol * max(1, its start)``.
         max_iter, max_eval: iterations and evaluations of each problem at most.
         callback: called after every round in which a problem has made an iteration; says which of the problems
@@ -88,6 +89,7 @@ class BatchedRun:
     def __init__(
         self,
         objective: BatchedObjective,
+        x: Array,
         *,
         tol: float,
         max_iter: float,
@@ -97,24 +99,24 @@ class BatchedRun:
         self.objective, self.tol, self.callback = objective, tol, callback
         self.max_iter, self.max_eval = max_iter, max_eval
         self.history: list[Iterations] = []
+        self.x, self.ends, self.xp = x, Ends(x), library(x)
 
     @property
     def count(self) -> int:
         return len(self.x)
 
-    def start(self, x: Array) -> None:
-        """Evaluate the first points, (B, n)."""
-        self.xp = xp = library(x)
+    def start(self) -> None:
+        """Evaluate the first points."""
+        x, count = self.x, self.count
         value, grad, norm = self.objective.evaluate(x)
         if self.max_iter > 0 and self.max_eval > 1:
             self.objective.check_independence(x, value)
-        self.ends, count = Ends(x), len(x)
-        self.x, self.grad, self.value, self.norm = x, grad, value, norm
+        self.grad, self.value, self.norm = grad, value, norm
         self.best_x, self.best_grad, self.best_value, self.best_norm = x, grad, value, norm
         self.lowest_x, self.lowest_grad, self.lowest_norm = x + 0.0, grad + 0.0, norm
         self.direction = grad
         self.milestone_value, self.milestone_norm = value, norm
-        self.target = self.tol * xp.where(norm > 1.0, norm, 1.0)
+        self.target = self.tol * self.xp.where(norm > 1.0, norm, 1.0)
         self.n_iter, self.n_eval, self.n_nonfinite = (full(x, count, number) for number in (0, 1, 0))
         self.failed, self.patience = full(x, count, NONE), full(x, count, PATIENCE)
         self.predicted = full(x, count, math.nan)
@@ -243,7 +245,9 @@ class BatchedRun:
     def _failures(self, moves: Array) -> Array:
         """Why searches failed, where they did."""
         is_rounding = (self.predicted <= VISIBLE * self.lines.noise) & (self.lines.start[SLOPE] < 0)
-        failure = self.xp.where(is_rounding, STATUS_CODES[Status.precision_limit], STATUS_CODES[Status.line_search_failed])
+        failure = self.xp.where(
+            is_rounding, STATUS_CODES[Status.precision_limit], STATUS_CODES[Status.line_search_failed]
+        )
         is_outside = (self.lines.outcome == CODES[Outcome.non_finite]) & ~moves
         return self.xp.where(is_outside, STATUS_CODES[Status.non_finite], failure)
 
