@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import numpy as np
-import torch
 
-from descend.second_order.mathematics.arrays import full
+from descend.second_order.mathematics.arrays import full, tensor_of
 from descend.second_order.mathematics.batched_directions import ManyDirections
 from descend.second_order.mathematics.space import Array
 from descend.second_order.solvers.batched_run import BatchedRun, Searches, first_steps
@@ -21,7 +20,7 @@ def batched_descent(run: BatchedRun, directions: ManyDirections) -> None:
         run: started; its ends are the results.
         directions: gives the directions; learns from every step.
     """
-    dtype = torch.float32 if "float32" in str(run.x.dtype) else torch.float64
+    dtype = tensor_of(run.x).dtype
 
     @np.errstate(all="ignore")
     def propose(where: Array) -> Searches:

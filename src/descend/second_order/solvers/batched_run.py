@@ -288,7 +288,7 @@ class BatchedRun:
         is_progress = is_progress & has_ended
         self.milestone_value = choose(is_progress, self.value, value)
         self.milestone_norm = choose(is_progress, self.norm, norm)
-        self.patience = choose(is_progress, PATIENCE, self.patience - has_ended)
+        self.patience = choose(is_progress, PATIENCE, choose(has_ended, self.patience - 1, self.patience))
         return self.patience <= 0
 
     def _record(self, is_new: Array, step: Array) -> None:
