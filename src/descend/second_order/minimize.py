@@ -152,7 +152,7 @@ def minimize(
     _check_options(method, bounds, history_size, tol, max_iter, max_eval)
     _check_functions(method, fun=fun, jac=jac, hvp=hvp, callback=callback)
     walls = domain_errors_of(domain_errors, WHO)
-    if batched not in (False, True, "best") or isinstance(batched, int) and not isinstance(batched, bool):
+    if batched != "best" and not isinstance(batched, bool):
         raise ValueError(f"{WHO}: batched must be False, True or 'best', got {batched!r}.")
     if batched:
         many = minimize_batched(

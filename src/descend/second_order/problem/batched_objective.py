@@ -163,7 +163,8 @@ def values(value: Any, count: int, who: str) -> Tensor:
 def gradients(value: Tensor, leaf: Tensor, who: str) -> Tensor:
     """The gradients (K, n) of K values, in memory of their own; an error if they do not depend on the leaf."""
     if value.requires_grad:
-        (grad,) = torch.autograd.grad(value, leaf, torch.ones_like(value), allow_unused=True)
+        # Of a sum, because torch imports a lot before it takes gradients of a vector for the first time.
+        (grad,) = torch.autograd.grad(value.sum(), leaf, allow_unused=True)
         if grad is not None:
             return grad.clone(memory_format=torch.contiguous_format)
     if not bool(value.isfinite().any()):  # constants that mark the end of the domain
