@@ -20,6 +20,7 @@ import sys
 import time
 from collections.abc import Callable
 from fnmatch import fnmatchcase
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -182,10 +183,10 @@ def of_torch(fun: Callable[[Tensor, Tensor], Tensor]) -> Callable[[Array, Tensor
 OURS = "batched"
 CONTENDERS: dict[str, Callable[..., Solved]] = {
     OURS: in_a_batch,
-    "batched bfgs": lambda *args: in_a_batch(*args, method="bfgs"),
+    "batched bfgs": partial(in_a_batch, method="bfgs"),
     "minimize": one_by_one,
     "SciPy, torch": scipy_one_by_one,
-    "SciPy, NumPy by hand": lambda *args: scipy_one_by_one(*args, by_hand=True),
+    "SciPy, NumPy by hand": partial(scipy_one_by_one, by_hand=True),
 }
 
 
