@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -14,10 +15,14 @@ from torch import Tensor
 
 from descend import Status, minimize
 from descend.second_order import batched
-from descend.second_order.mathematics import arrays
+from descend.second_order.mathematics import arrays, batched_box
 from descend.second_order.problem import batched_objective
 
-METHODS: dict[str, dict[str, Any]] = {"l-bfgs": {}, "short": dict(history_size=3), "bfgs": dict(method="bfgs")}
+METHODS: dict[str, dict[str, Any]] = {
+    "l-bfgs": {},
+    "bfgs": dict(method="bfgs"),
+    "l-bfgs-b": dict(bounds=(-1e300, math.inf)),  # too far away to matter
+}
 each_method = pytest.mark.parametrize("options", METHODS.values(), ids=METHODS)
 each_family = pytest.mark.parametrize("family", FAMILIES, ids=str)
 
@@ -26,11 +31,36 @@ def solve(family: Family, **options: Any) -> Any:
     return minimize(family.fun, family.x0, args=(family.data,), batched=True, **options)
 
 
+class Recorder:
+    """A function that records which problems were evaluated, and where."""
+
+    def __init__(self, fun: Any) -> None:
+        self.fun, self.calls, self.points = fun, [], []
+
+    def __call__(self, x: Tensor, rows: Tensor, *args: Any) -> Tensor:
+        if x.requires_grad:  # else it is the check that problems are independent
+            self.calls.append(rows.tolist())
+            self.points.append(x.detach().clone())
+        return self.fun(x, *args)
+
+    def count_of(self, row: int) -> int:
+        return sum(call.count(row) for call in self.calls)
+
+
+def recorded(family: Family, **options: Any) -> tuple[Recorder, Any]:
+    recorder = Recorder(family.fun)
+    rows = torch.arange(len(family.x0))
+    return recorder, minimize(recorder, family.x0, args=(rows, family.data), batched=True, **options)
+
+
 # Equal to single runs. Rounding grows along a long run, in a batch as from a start that is one ulp away.
 
 
-@each_method
-@each_family
+@pytest.mark.parametrize(
+    ("family", "options"),
+    [*itertools.product(FAMILIES, METHODS.values()), (FAMILIES[2], dict(history_size=3))],
+    ids=lambda value: str(value),
+)
 def test_results_are_those_of_single_runs(family: Family, options: dict[str, Any]) -> None:
     many, distances, n_equal = solve(family, **options), [], 0
     for i in range(len(family.x0)):
@@ -53,7 +83,7 @@ def test_minima_in_float32_are_those_of_single_runs(family: Family, options: dic
     singles = [family.single(i, **options) for i in range(len(many))]
     assert sum(one.success for one in singles) <= many.success.sum() + 1
     lowest = torch.tensor([one.fun for one in singles])
-    assert ((many.fun - lowest).abs() <= 5e-3 * (1 + lowest.abs())).all()
+    assert ((many.fun - lowest).abs() <= 2e-2 * (1 + lowest.abs())).all()
 
 
 @pytest.mark.parametrize("family", [FAMILIES[1], FAMILIES[4], FAMILIES[6]], ids=str)
@@ -97,7 +127,7 @@ def test_same_call_gives_the_same_bits() -> None:
 def test_tensors_of_a_device_take_the_same_steps(monkeypatch: pytest.MonkeyPatch, options: dict[str, Any]) -> None:
     family = FAMILIES[1]
     on_cpu = solve(family, **options)
-    for module in (arrays, batched, batched_objective):
+    for module in (arrays, batched, batched_box, batched_objective):
         monkeypatch.setattr(module, "array_of", lambda tensor: tensor.detach())
     as_on_device = solve(family, **options)
     assert as_on_device.status == on_cpu.status
@@ -105,29 +135,47 @@ def test_tensors_of_a_device_take_the_same_steps(monkeypatch: pytest.MonkeyPatch
     assert torch.allclose(as_on_device.x, on_cpu.x, atol=1e-6)
 
 
+# Bounds.
+
+BOUNDS: list[tuple[Any, Any]] = [(-0.5, 0.8), (0.2, None), (None, 0.9), (0.1, 0.1), (1 / 3, 2 / 3)]
+
+
+@pytest.mark.parametrize("bounds", BOUNDS, ids=str)
+@each_family
+def test_bounded_results_are_those_of_single_runs(family: Family, bounds: tuple[Any, Any]) -> None:
+    recorder, many = recorded(family, bounds=bounds)
+    low, high = (-math.inf if bounds[0] is None else bounds[0]), (math.inf if bounds[1] is None else bounds[1])
+    assert all(bool(((points >= low) & (points <= high)).all()) for points in recorder.points)
+    for i in range(0, len(many), 2):
+        alone = family.single(i, bounds=bounds)
+        assert many.status[i] == alone.status
+        assert abs(many[i].n_eval - alone.n_eval) <= 2
+        assert torch.allclose(many.x[i], alone.x, atol=1e-6)
+
+
+def test_every_problem_has_its_own_bounds() -> None:
+    family = FAMILIES[2]
+    lower, upper = random(5, 10, seed=2, low=-1.0, high=0.5), random(5, 1, seed=4, low=0.5, high=0.9)
+    lower[1], upper[3] = -math.inf, math.inf
+    recorder, many = recorded(family, bounds=(lower, upper))
+    for points, call in zip(recorder.points, recorder.calls, strict=True):
+        assert bool(((points >= lower[call]) & (points <= upper[call])).all())
+    for i in range(5):
+        alone = family.single(i, bounds=(lower[i], upper[i]))
+        assert (many.status[i], many[i].n_eval) == (alone.status, alone.n_eval)
+        assert torch.allclose(many.x[i], alone.x, atol=1e-8)
+        assert many[i].grad_norm == pytest.approx(alone.grad_norm, rel=1e-3, abs=1e-9)
+
+
+def test_bounds_in_float32_are_kept_by_rounded_steps() -> None:
+    family = FAMILIES[2].to(torch.float32)
+    recorder, many = recorded(family, bounds=(1 / 3, 2 / 3))
+    inside = torch.tensor([1 / 3, 2 / 3], dtype=torch.float64)
+    assert all(bool(((p.double() >= inside[0]) & (p.double() <= inside[1])).all()) for p in recorder.points)
+    assert many.success.all()
+
+
 # Results are true.
-
-
-class Recorder:
-    """A function that records which problems were evaluated, and where."""
-
-    def __init__(self, fun: Any) -> None:
-        self.fun, self.calls, self.points = fun, [], []
-
-    def __call__(self, x: Tensor, rows: Tensor, *args: Any) -> Tensor:
-        if x.requires_grad:  # else it is the check that problems are independent
-            self.calls.append(rows.tolist())
-            self.points.append(x.detach().clone())
-        return self.fun(x, *args)
-
-    def count_of(self, row: int) -> int:
-        return sum(call.count(row) for call in self.calls)
-
-
-def recorded(family: Family, **options: Any) -> tuple[Recorder, Any]:
-    recorder = Recorder(family.fun)
-    rows = torch.arange(len(family.x0))
-    return recorder, minimize(recorder, family.x0, args=(rows, family.data), batched=True, **options)
 
 
 @each_method
@@ -419,6 +467,8 @@ def test_functions_of_other_kinds_are_errors(fun: Any, error: type[Exception], m
         ([torch.zeros(2, 1), torch.zeros(3, 1)], {}, ValueError, r"got shapes \(2, 1\), \(3, 1\)"),
         (torch.zeros(2, 2), dict(method="gd"), ValueError, "batched needs a method of .* got 'gd'"),
         (torch.zeros(2, 2), dict(method="newton-cg"), ValueError, "batched needs a method of"),
+        (torch.zeros(2, 2), dict(method="bfgs", bounds=(0, 1)), ValueError, "bounds is for method='l-bfgs'"),
+        (torch.zeros(2, 2), dict(bounds=(torch.zeros(3), None)), ValueError, "broadcast to the shapes of x0"),
         (torch.zeros(2, 2), dict(args=[1]), TypeError, "args must be a tuple"),
         (torch.zeros(2, 2), dict(batched="all"), ValueError, "batched must be False, True or 'best', got 'all'"),
         (torch.zeros(2, 2), dict(batched=1), ValueError, "batched must be False, True or 'best', got 1"),

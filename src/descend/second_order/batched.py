@@ -15,7 +15,7 @@ from descend.second_order.problem.batched_objective import BatchedObjective
 from descend.second_order.problem.batched_structure import BatchedStructure
 from descend.second_order.problem.bounds import bounds_of
 from descend.second_order.problem.domain import DomainErrors
-from descend.second_order.solvers.batched_descent import batched_descent
+from descend.second_order.solvers.batched_descent import batched_bounded_descent, batched_descent
 from descend.second_order.solvers.batched_result import BatchedResult
 from descend.second_order.solvers.batched_run import STATUSES, BatchedRun
 from descend.second_order.solvers.result import Progress, X
@@ -69,8 +69,11 @@ def minimize_batched(
         )
         if structure.count:
             run.start()
-            x = run.x
-            batched_descent(run, DenseInverses(x) if method == "bfgs" else CompactInverses(x, history_size))
+            if method == "bfgs":
+                batched_descent(run, DenseInverses(run.x))
+            else:
+                solve = batched_descent if bounds is None else batched_bounded_descent
+                solve(run, CompactInverses(run.x, history_size))
         ends_of = {name: tensor_of(array) for name, array in vars(run.ends).items()}
     return BatchedResult(
         x=structure.unflatten(ends_of["x"]),
