@@ -125,9 +125,20 @@ def minimize(
             domain, as ``math.log`` raises ``ValueError``. The point counts as evaluated, and a shorter step is tried.
             At ``x0`` and in second derivatives they propagate, and ``StopIteration`` and ``MemoryError`` always do.
             Default: none.
+        batched: True to solve B problems at once, each as by itself. Every tensor in ``x0`` has a first dimension of
+            B, ``fun`` returns B values, of each problem from its own rows alone, and the same again when asked again.
+            Problems that have finished leave: ``fun`` then gets fewer rows, of ``x`` and of every tensor in ``args``
+            whose first dimension is B, which is where data of single problems belong. One more call without gradient
+            at the start, of half of the problems, checks all that. ``bounds`` broadcast to ``x0``, and ``tol`` and
+            the limits hold for each problem. ``callback`` gets a ``Progress`` with a first dimension of B, after each
+            call of ``fun`` that ends an iteration, and may return a bool tensor of the problems to stop. Where ``fun``
+            raises at a start, the problem ends as ``non_finite``. For ``"l-bfgs"`` and ``"bfgs"``, plain tensors, and
+            without ``hvp``. ``"best"``: the same from B starts, to return the best. Default: False.
     Returns:
         A ``Result``: the best point seen, and why the solver stopped. ``x`` is never NaN unless ``x0`` is; ``fun`` is
-        NaN only if it is at ``x0``.
+        NaN only if it is at ``x0``. With ``batched=True`` a ``BatchedResult``. With ``"best"`` the ``Result`` of the
+        lowest value, and as its ``starts`` the ``BatchedResult`` of all; starts that failed (``line_search_failed``,
+        ``non_finite``) count only if all did.
     Raises:
         ValueError, TypeError: if an argument is not as above, or ``fun`` returns no real scalar; for ``"bfgs"`` and
             ``"newton"`` if tensors are sharded.
@@ -144,6 +155,10 @@ def minimize(
         ...     scale=torch.tensor(3.0), shift=torch.tensor(1.0)), bounds=(dict(scale=1, shift=None), None))
         >>> fit.x["scale"]
         tensor(1.)
+        >>> starts = torch.linspace(-4, 4, 9, dtype=torch.float64)
+        >>> best = minimize(lambda x: torch.cos(3 * x) + 0.1 * x**2, starts, batched="best")
+        >>> f"{best.x:.3f}", len(best.starts), bool(best.starts.success.all())
+        ('-1.024', 9, True)
 
     Source:
         Nocedal & Wright 2006, https://doi.org/10.1007/978-0-387-40065-5; each method's module names its own.
