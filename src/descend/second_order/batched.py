@@ -18,6 +18,7 @@ from descend.second_order.problem.domain import DomainErrors
 from descend.second_order.solvers.batched_descent import batched_bounded_descent, batched_descent
 from descend.second_order.solvers.batched_result import BatchedResult
 from descend.second_order.solvers.batched_run import STATUSES, BatchedRun
+from descend.second_order.solvers.batched_search import BatchedSearches
 from descend.second_order.solvers.result import Progress, X
 
 METHODS = ("l-bfgs", "bfgs")
@@ -59,7 +60,7 @@ def minimize_batched(
             )
             flat.clamp_(*limits)
         objective = BatchedObjective(who, fun, structure, args, jac, limits, domain_errors)
-        run = BatchedRun(
+        run = BatchedSearches(
             objective,
             array_of(flat),
             tol=tol(structure.whole.eps),
@@ -83,7 +84,8 @@ def minimize_batched(
         grad_norm=ends_of["norm"],
         n_iter=ends_of["n_iter"],
         n_eval=ends_of["n_eval"],
-        n_hvp=torch.zeros_like(ends_of["n_eval"]),
+        n_hvp=ends_of["n_hvp"],
+        n_negative_curvature=ends_of["n_negative_curvature"],
         n_calls=objective.n_calls,
         time=time.perf_counter() - began,
         rounds=run.history,
@@ -98,9 +100,9 @@ def reporter(
     def report(run: BatchedRun) -> Array:
         rows, ends = run.objective.rows, run.ends
         now = [(ends.x, run.x), (ends.value, run.value), (ends.grad, run.grad), (ends.norm, run.norm)]
-        now += [(ends.n_iter, run.n_iter), (ends.n_eval, run.n_eval)]
-        x, value, grad, norm, n_iter, n_eval = (tensor_of(replaced(*pair, rows)) for pair in now)
-        numbers: list[Any] = [norm, n_iter, n_eval, torch.zeros_like(n_eval)]
+        now += [(ends.n_iter, run.n_iter), (ends.n_eval, run.n_eval), (ends.n_hvp, run.n_hvp)]
+        x, value, grad, norm, *counts = (tensor_of(replaced(*pair, rows)) for pair in now)
+        numbers: list[Any] = [norm, *counts]
         values: Any = value
         try:
             with torch.enable_grad():

@@ -11,11 +11,12 @@ from descend.second_order.mathematics.batched_box import box_directions, clamp, 
 from descend.second_order.mathematics.batched_directions import CompactInverses, ManyDirections
 from descend.second_order.mathematics.batched_line_search import clip_above
 from descend.second_order.mathematics.space import Array
-from descend.second_order.solvers.batched_run import NONE, BatchedRun, Searches, first_steps
+from descend.second_order.solvers.batched_run import NONE
+from descend.second_order.solvers.batched_search import BatchedSearches, Searches, first_steps
 from descend.second_order.solvers.run import MAX_STEP
 
 
-def batched_descent(run: BatchedRun, directions: ManyDirections) -> None:
+def batched_descent(run: BatchedSearches, directions: ManyDirections) -> None:
     """Minimize along directions until every problem has a reason to stop.
 
     Args:
@@ -33,7 +34,7 @@ def batched_descent(run: BatchedRun, directions: ManyDirections) -> None:
     repeat_searches(run, directions, propose)
 
 
-def batched_bounded_descent(run: BatchedRun, inverses: CompactInverses) -> None:
+def batched_bounded_descent(run: BatchedSearches, inverses: CompactInverses) -> None:
     """Minimize inside the bounds until every problem has a reason to stop.
 
     Args:
@@ -58,7 +59,7 @@ def batched_bounded_descent(run: BatchedRun, inverses: CompactInverses) -> None:
     repeat_searches(run, inverses, propose)
 
 
-def repeat_searches(run: BatchedRun, learner: ManyDirections, propose: Callable[[Array], Searches]) -> None:
+def repeat_searches(run: BatchedSearches, learner: ManyDirections, propose: Callable[[Array], Searches]) -> None:
     """Make round after round until every problem has a reason to stop.
 
     Args:
@@ -69,5 +70,4 @@ def repeat_searches(run: BatchedRun, learner: ManyDirections, propose: Callable[
     where = run.stop_at_start(learner)
     while run.count:
         run.begin(where, propose(where))
-        x = run.along()
-        where = run.take_trials(x, *run.objective.evaluate(x), learner)
+        where = run.take_trials(run.evaluate(run.along()), learner)

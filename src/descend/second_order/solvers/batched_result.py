@@ -34,9 +34,10 @@ class BatchedResult(Generic[X]):
         grad_norm: largest absolute entries of the (projected) gradients there, (B,).
         n_iter: iterations of each problem, (B,).
         n_eval: evaluations of each problem with its gradient, (B,).
-        n_hvp: products of each problem's Hessian, (B,).
+        n_hvp: products with the Hessian of each problem; a dense one counts as n; (B,).
         n_calls: calls of ``fun``.
         time: seconds.
+        n_negative_curvature: iterations of Newton's method that followed a direction of negative curvature, (B,).
         rounds: of what ``result[i].history`` is made.
     """
 
@@ -50,6 +51,7 @@ class BatchedResult(Generic[X]):
     n_hvp: Tensor
     n_calls: int
     time: float
+    n_negative_curvature: Tensor
     rounds: list[Iterations]
 
     @property
@@ -85,6 +87,7 @@ class BatchedResult(Generic[X]):
             n_hvp=int(self.n_hvp[i]),
             time=self.time,
             history=self._histories[i],
+            n_negative_curvature=int(self.n_negative_curvature[i]),
         )
 
     @cached_property
