@@ -16,12 +16,13 @@ from descend.second_order.problem.batched_structure import BatchedStructure
 from descend.second_order.problem.bounds import bounds_of
 from descend.second_order.problem.domain import DomainErrors
 from descend.second_order.solvers.batched_descent import batched_bounded_descent, batched_descent
+from descend.second_order.solvers.batched_newton import BatchedNewton, batched_newton_descent
 from descend.second_order.solvers.batched_result import BatchedResult
 from descend.second_order.solvers.batched_run import STATUSES, BatchedRun
 from descend.second_order.solvers.batched_search import BatchedSearches
 from descend.second_order.solvers.result import Progress, X
 
-METHODS = ("l-bfgs", "bfgs")
+METHODS = ("l-bfgs", "bfgs", "newton")
 
 
 def minimize_batched(
@@ -59,22 +60,17 @@ def minimize_batched(
                 structure.flatten(structure.whole.split(ends[1])),
             )
             flat.clamp_(*limits)
-        objective = BatchedObjective(who, fun, structure, args, jac, limits, domain_errors)
-        run = BatchedSearches(
-            objective,
-            array_of(flat),
+        objective = BatchedObjective(who, fun, structure, args, jac, limits, domain_errors, method == "newton")
+        options: dict[str, Any] = dict(
             tol=tol(structure.whole.eps),
             max_iter=max_iter,
             max_eval=max_eval,
             callback=None if callback is None else reporter(who, structure, callback),
         )
+        run = (BatchedNewton if method == "newton" else BatchedSearches)(objective, array_of(flat), **options)
         if structure.count:
             run.start()
-            if method == "bfgs":
-                batched_descent(run, DenseInverses(run.x))
-            else:
-                solve = batched_descent if bounds is None else batched_bounded_descent
-                solve(run, CompactInverses(run.x, history_size))
+            solve(run, method, history_size)
         ends_of = {name: tensor_of(array) for name, array in vars(run.ends).items()}
     return BatchedResult(
         x=structure.unflatten(ends_of["x"]),
@@ -90,6 +86,19 @@ def minimize_batched(
         time=time.perf_counter() - began,
         rounds=run.history,
     )
+
+
+def solve(run: BatchedRun, method: str, history_size: int) -> None:
+    """Go on from the start until every problem has a reason to stop."""
+    if isinstance(run, BatchedNewton):
+        batched_newton_descent(run)
+    elif isinstance(run, BatchedSearches):
+        if method == "bfgs":
+            batched_descent(run, DenseInverses(run.x))
+        elif run.objective.lower is None:
+            batched_descent(run, CompactInverses(run.x, history_size))
+        else:
+            batched_bounded_descent(run, CompactInverses(run.x, history_size))
 
 
 def reporter(

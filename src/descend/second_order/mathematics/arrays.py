@@ -97,3 +97,22 @@ def largest_entries(vectors: Array) -> Array:
     if not tensor.shape[1]:
         return full(vectors, len(vectors), 0.0)
     return array_of(tensor.abs().amax(1).double())
+
+
+def lengths(vectors: Array) -> Array:
+    """2-norms (K,) of vectors (K, n), in float64, without overflow or underflow."""
+    xp: Any = library(vectors)
+    scale = largest_entries(vectors)
+    scale = xp.where((scale > 0) & xp.isfinite(scale), scale, 1.0)
+    unit = doubles(vectors) / scale[:, None]
+    return scale * row_products(unit, unit) ** 0.5
+
+
+def times_power(numbers: Array, exponents: Array) -> Array:
+    """Numbers times two to the power of integers, exactly."""
+    if isinstance(numbers, np.ndarray):
+        return np.ldexp(numbers, exponents)
+    half = exponents // 2
+    for part in (half, exponents - half):  # each within the range of numbers
+        numbers = numbers * torch.exp2(part.double()).to(numbers.dtype)
+    return numbers

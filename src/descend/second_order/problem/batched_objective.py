@@ -147,9 +147,9 @@ class BatchedObjective:
         if graph.grad.requires_grad:  # else the functions are linear
             for column in range(numel):
                 try:
-                    (product,) = torch.autograd.grad(
-                        graph.grad[:, column].sum(), graph.leaf, retain_graph=True, allow_unused=True
-                    )
+                    with torch.enable_grad():
+                        slope = graph.grad[:, column].sum()
+                    (product,) = torch.autograd.grad(slope, graph.leaf, retain_graph=True, allow_unused=True)
                 except RuntimeError as error:
                     raise RuntimeError(
                         f"{self.who}: fun cannot be differentiated twice ({error}). Use method='l-bfgs'."

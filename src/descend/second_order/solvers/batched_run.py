@@ -10,6 +10,8 @@ import math
 from collections.abc import Callable
 from typing import NamedTuple
 
+import numpy as np
+
 from descend.second_order.mathematics.arrays import full, keep, library, positions, take
 from descend.second_order.mathematics.space import Array
 from descend.second_order.problem.batched_objective import BatchedObjective
@@ -103,7 +105,8 @@ class BatchedRun:
         self.grad, self.value, self.norm = grad, value, norm
         self.best_x, self.best_grad, self.best_value, self.best_norm = x, grad, value, norm
         self.milestone_value, self.milestone_norm = value, norm
-        self.target = self.tol * self.xp.where(norm > 1.0, norm, 1.0)
+        with np.errstate(all="ignore"):
+            self.target = self.tol * self.xp.where(norm > 1.0, norm, 1.0)
         self.n_iter = self.n_hvp = self.n_negative_curvature = full(x, count, 0)
         self.n_eval, self.patience = full(x, count, 1), full(x, count, PATIENCE)
         self._record(full(x, count, True), full(x, count, 0.0))
