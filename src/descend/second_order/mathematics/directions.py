@@ -149,6 +149,13 @@ class CompactInverse:
         slot = (self.count - 1) % self.history_size
         return self.history.arrays()["steps"][slot], float(self.curvatures[slot])
 
+    def pairs(self) -> tuple[Tensor, Tensor]:
+        """The steps and changes of the gradient that are stored, scaled, the oldest one first."""
+        filled = min(self.count, self.history_size)
+        order = [(self.count - filled + i) % self.history_size for i in range(filled)]
+        arrays = self.history.arrays()
+        return arrays["steps"][order], arrays["changes"][order]
+
     def state(self) -> dict[str, Any]:
         """What ``load`` needs to continue from here; tensors share memory."""
         small = {name: torch.as_tensor(getattr(self, name)) for name in self._SMALL}
@@ -292,6 +299,12 @@ class DenseInverse:
     @property
     def is_dense(self) -> bool:
         return self.beginning.count == self.beginning.history_size
+
+    def matrix(self) -> Tensor:
+        """The inverse Hessian as a matrix, not to be changed; that of the beginning is written out for it."""
+        if not self.is_dense:
+            self.beginning.write_to(self.inverse)
+        return self.inverse
 
     def measure(self, s: Tensor, y: Tensor) -> Sequence[Array]:
         return ()
