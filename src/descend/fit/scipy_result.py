@@ -135,16 +135,11 @@ def result_of_run(
 def inverse_hessian(learner: DenseInverse | CompactInverse | CompactHessian) -> Any:
     """The inverse Hessian as SciPy gives it: dense, or the operator of pairs of steps and changes of the gradient."""
     if isinstance(learner, DenseInverse):
-        numel = len(learner.inverse)
-        return np.eye(numel) if learner.is_steepest else learner.inverse.numpy()
+        return learner.matrix().numpy()
     from scipy.optimize import LbfgsInvHessProduct
 
-    steps, changes = learner.steps, learner.changes
-    if isinstance(learner, CompactInverse):  # ring buffers, of which the oldest row comes first
-        filled = min(learner.count, learner.history_size)
-        order = [(learner.count - filled + i) % learner.history_size for i in range(filled)]
-        steps, changes = steps[order], changes[order]
-    return LbfgsInvHessProduct(np.asarray(steps, dtype=np.float64), np.asarray(changes, dtype=np.float64))
+    steps, changes = learner.pairs() if isinstance(learner, CompactInverse) else (learner.steps, learner.changes)
+    return LbfgsInvHessProduct(steps.double().numpy(), changes.double().numpy())
 
 
 def result_text(result: Any) -> str:
