@@ -15,6 +15,7 @@ from descend.second_order.mathematics.arrays import (
     combine,
     doubles,
     full,
+    identity,
     keep,
     library,
     multiply,
@@ -56,9 +57,7 @@ class DenseInverses:
         count, numel = like.shape
         self.is_steepest = full(like, count, True)
         self.inverse = cast(full(like, (count, numel, numel), 0.0), like)
-        self.identity = library(like).eye(numel, dtype=like.dtype)
-        if isinstance(like, torch.Tensor):
-            self.identity = self.identity.to(like.device)
+        self.identity = identity(like)
         self.inverse[:] = self.identity
 
     def update(self, rows: Array, s: Array, y: Array) -> None:
