@@ -210,6 +210,23 @@ def test_finished_problems_leave_the_batch() -> None:
 
 
 @each_method
+def test_points_that_were_evaluated_stay_as_they_are(options: dict[str, Any]) -> None:
+    seen = []
+
+    def fun(x: Tensor, phases: Tensor) -> Tensor:
+        value = waves(x, phases)
+        seen.append((x.detach(), x.detach().clone(), value.detach(), value.detach().clone()))
+        return value
+
+    x0, phases = FAMILIES[3].x0.clone(), FAMILIES[3].data
+    minimize(fun, x0, args=(phases,), batched=True, **options)
+    assert torch.equal(x0, FAMILIES[3].x0)
+    for x, x_then, value, value_then in seen:
+        assert torch.equal(x, x_then)
+        assert torch.equal(value, value_then)
+
+
+@each_method
 def test_limits_hold_for_each_problem(options: dict[str, Any]) -> None:
     family = FAMILIES[1]
     free = solve(family, **options)
