@@ -30,6 +30,7 @@ from descend.norms.clip import clip_grad_norm_, clip_grad_value_, clip_grads_wit
 from descend.second_order.lbfgs import LBFGS
 from descend.second_order.minimize import minimize
 from descend.second_order.newton import Newton
+from descend.second_order.solvers.batched_result import BatchedResult
 from descend.second_order.solvers.result import Progress, Result, Status
 
 __all__ = [
@@ -49,6 +50,7 @@ __all__ = [
     "AdamWScheduleFree",
     "Adamax",
     "Adan",
+    "BatchedResult",
     "FirstOrder",
     "IncompatibleKeys",
     "Lion",
