@@ -9,18 +9,19 @@ from typing import Any
 
 import pytest
 import torch
-from batched_cases import FAMILIES, Family, bowls, logarithms, random, valleys, waves
+from batched_cases import FAMILIES, Family, bowls, logarithms, quartics, random, valleys, waves
 from minimize_cases import one_thread  # noqa: F401
 from torch import Tensor
 
 from descend import Status, minimize
 from descend.second_order import batched
-from descend.second_order.mathematics import arrays, batched_box
+from descend.second_order.mathematics import arrays, batched_box, batched_trust_region
 from descend.second_order.problem import batched_objective
 
 METHODS: dict[str, dict[str, Any]] = {
     "l-bfgs": {},
     "bfgs": dict(method="bfgs"),
+    "newton": dict(method="newton"),
     "l-bfgs-b": dict(bounds=(-1e300, math.inf)),  # too far away to matter
 }
 each_method = pytest.mark.parametrize("options", METHODS.values(), ids=METHODS)
@@ -66,12 +67,13 @@ def test_results_are_those_of_single_runs(family: Family, options: dict[str, Any
     for i in range(len(family.x0)):
         alone, one = family.single(i, **options), many[i]
         assert one.status == alone.status
-        n_equal += (one.n_iter, one.n_eval) == (alone.n_iter, alone.n_eval)
+        n_equal += (one.n_iter, one.n_eval, one.n_hvp) == (alone.n_iter, alone.n_eval, alone.n_hvp)
+        assert one.n_negative_curvature == alone.n_negative_curvature
         distances.append(float((one.x - alone.x).abs().max()))
         for entry, other in zip(one.history[:10], alone.history[:10], strict=True):
-            assert entry == pytest.approx(other, rel=1e-6, abs=1e-12)
+            assert family.fun is quartics or tuple(entry) == pytest.approx(tuple(other), rel=1e-6, abs=1e-8)
     assert n_equal >= 0.6 * len(many)
-    assert sorted(distances)[len(distances) // 2] <= 1e-9
+    assert sorted(distances)[len(distances) // 2] <= (1e-2 if family.fun is quartics else 1e-9)
 
 
 @each_method
@@ -127,7 +129,7 @@ def test_same_call_gives_the_same_bits() -> None:
 def test_tensors_of_a_device_take_the_same_steps(monkeypatch: pytest.MonkeyPatch, options: dict[str, Any]) -> None:
     family = FAMILIES[1]
     on_cpu = solve(family, **options)
-    for module in (arrays, batched, batched_box, batched_objective):
+    for module in (arrays, batched, batched_box, batched_objective, batched_trust_region):
         monkeypatch.setattr(module, "array_of", lambda tensor: tensor.detach())
     as_on_device = solve(family, **options)
     assert as_on_device.status == on_cpu.status
@@ -217,8 +219,9 @@ def test_limits_hold_for_each_problem(options: dict[str, Any]) -> None:
             assert n_eval == min(limit, reached)
     for limit in (0, 5):
         result = solve(family, max_iter=limit, **options)
-        assert result.n_iter.max() == limit
-        assert set(result.status) == {Status.max_iter}
+        assert torch.equal(result.n_iter, free.n_iter.clamp(max=limit))
+        for status, reached in zip(result.status, free.n_iter.tolist(), strict=True):
+            assert status is (Status.converged if reached <= limit else Status.max_iter)
     assert torch.equal(solve(family, max_iter=0).x, family.x0)
 
 
@@ -359,6 +362,40 @@ def test_given_gradients_are_used() -> None:
     for result in (minimize(both, x0, args=(centers,), jac=True, batched=True), separate):
         assert torch.equal(result.n_eval, solve(Family(bowls, x0, centers)).n_eval)
         assert torch.allclose(result.x, centers)
+
+
+def test_newton_differentiates_given_gradients() -> None:
+    centers, x0 = random(4, 2), random(4, 2, seed=5)
+    result = minimize(
+        lambda x, centers: quartics(x.detach(), centers),
+        x0,
+        "newton",
+        args=(centers,),
+        jac=lambda x, centers: 4 * (x - centers) ** 3,
+        batched=True,
+    )
+    assert torch.equal(result.n_eval, minimize(quartics, x0, "newton", args=(centers,), batched=True).n_eval)
+    with pytest.raises(RuntimeError, match="autograd cannot see how the gradient from jac depends on x"):
+        minimize(bowls, x0, "newton", args=(centers,), jac=lambda x, c: 2 * (x.detach() - c), batched=True)
+
+
+def test_newton_leaves_saddles_where_single_runs_do() -> None:
+    def saddles(x: Tensor) -> Tensor:
+        return x[:, 0] ** 2 - x[:, 1] ** 2 + x[:, 1] ** 4
+
+    x0 = torch.tensor([[0.0, 0.0], [1.0, 0.0], [0.0, 2.0]], dtype=torch.float64)
+    result = minimize(saddles, x0, "newton", batched=True)
+    assert torch.allclose(result.fun, torch.full((3,), -0.25, dtype=torch.float64), rtol=1e-9)
+    for i in range(3):
+        alone = minimize(lambda x: saddles(x[None])[0], x0[i], "newton")
+        assert (result[i].n_eval, result[i].n_hvp) == (alone.n_eval, alone.n_hvp)
+        assert result[i].n_negative_curvature == alone.n_negative_curvature
+    assert minimize(saddles, x0, "newton", batched=True, max_iter=0).n_hvp.sum() == 0
+
+
+def test_dense_matrices_must_fit() -> None:
+    with pytest.raises(MemoryError, match="for 1,000,000 problems of 2,000 variables need"):
+        minimize(bowls, torch.zeros(1).expand(10**6, 2000), "newton", batched=True)
 
 
 # Callbacks.

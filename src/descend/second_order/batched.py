@@ -15,6 +15,7 @@ from descend.second_order.problem.batched_objective import BatchedObjective
 from descend.second_order.problem.batched_structure import BatchedStructure
 from descend.second_order.problem.bounds import bounds_of
 from descend.second_order.problem.domain import DomainErrors
+from descend.second_order.problem.objective import DENSE_COPIES, free_memory
 from descend.second_order.solvers.batched_descent import batched_bounded_descent, batched_descent
 from descend.second_order.solvers.batched_newton import BatchedNewton, batched_newton_descent
 from descend.second_order.solvers.batched_result import BatchedResult
@@ -53,6 +54,8 @@ def minimize_batched(
         raise TypeError(f"{who}: args must be a tuple of further arguments of fun, got {type(args).__name__}.")
     with torch.inference_mode(False), torch.no_grad():
         structure = BatchedStructure(x0, who)
+        if method != "l-bfgs":
+            check_dense_fits(who, structure)
         flat, limits = structure.flatten(structure.whole.leaves), None
         if bounds is not None:
             ends = bounds_of(bounds, structure.whole, who)
@@ -87,6 +90,18 @@ def minimize_batched(
         time=time.perf_counter() - began,
         rounds=run.history,
     )
+
+
+def check_dense_fits(who: str, structure: BatchedStructure) -> None:
+    """Raise ``MemoryError`` if a dense matrix for every problem would not fit into memory."""
+    whole = structure.whole
+    needed = DENSE_COPIES * structure.count * structure.numel**2 * torch.finfo(whole.dtype).bits // 8
+    available = free_memory(whole.device)
+    if needed > available:
+        raise MemoryError(
+            f"{who}: dense matrices for {structure.count:,} problems of {structure.numel:,} variables need "
+            f"{needed / 2**30:,.1f} GiB, {available / 2**30:,.1f} GiB are free. Use method='l-bfgs', or fewer problems."
+        )
 
 
 def solve(run: BatchedRun, method: str, history_size: int) -> None:

@@ -87,7 +87,7 @@ class DenseModels:
         hessians, grads = hessians / scale[:, :, None] / scale[:, None, :], grads / scale
         exponents = []
         for array in (hessians.reshape(len(rows), -1), grads):
-            exponent = xp.frexp(largest_entries(array))[1]
+            exponent = xp.frexp(largest_entries(array))[1] + full(grads, len(rows), 0)
             exponents.append(exponent.clip(-self.limit, self.limit))
         hessians = cast(times_power(hessians, -exponents[0][:, None, None]), hessians)
         grads = cast(times_power(grads, -exponents[1][:, None]), grads)
@@ -220,7 +220,7 @@ def first_minima(fall: Array, slope_before: Array, curvature: Array, slope: Arra
     """The first minima of quartics along steps, and how far they fall to there; as ``quartic.first_minimum``.
 
     NaN where there is none. In 1 / t, the slope of q(t) = -t + h t^2 / 2 + c t^3 + d t^4 is a cubic with a leading
-    coefficient of 1: its largest zero is the first one of the slope. Newton's method falls to it from above.
+    coefficient of 1: its largest zero is the first one of the slope.
     """
     xp: Any = library(fall)
     unit = -slope_before
@@ -229,14 +229,37 @@ def first_minima(fall: Array, slope_before: Array, curvature: Array, slope: Arra
     c, d = 4 * excess - turn, turn - 3 * excess
     is_there = xp.isfinite(c) & xp.isfinite(d) & xp.isfinite(h) & (slope_before < 0)
     h, c, d = (xp.where(is_there, number, 0.0) for number in (h, c, d))
-    # No zero is larger: Lagrange's bound.
-    u = 2 * xp.maximum(abs(h), xp.maximum(abs(3 * c) ** 0.5, abs(4 * d) ** (1 / 3)))
-    for _ in range(200):
-        lower = u - (((u - h) * u - 3 * c) * u - 4 * d) / ((3 * u - 2 * h) * u - 3 * c)
-        is_lower = lower < u
-        u = xp.where(is_lower, lower, u)
-        if not bool(is_lower.any()):
-            break
+    u = largest_zeros(-h, -3 * c, -4 * d)
     t = 1 / u
     is_there = is_there & (u > 0) & xp.isfinite(t)
     return xp.where(is_there, t, math.nan), xp.where(is_there, t * (1 - t * (h / 2 + t * (c + t * d))) * unit, math.nan)
+
+
+def largest_zeros(a2: Array, a1: Array, a0: Array) -> Array:
+    """The largest real zeros of the cubics u^3 + a2 u^2 + a1 u + a0; zeros within rounding of a double one are real.
+
+    Source: Cardano and Viète, as in Press et al. 2007, Numerical Recipes, section 5.6; then Newton's method.
+    """
+    xp: Any = library(a2)
+    scale = xp.maximum(abs(a2), xp.maximum(abs(a1) ** 0.5, abs(a0) ** (1 / 3)))
+    scale = xp.where(scale > 0, scale, 1.0)
+    a2, a1, a0 = a2 / scale, a1 / scale / scale, a0 / scale / scale / scale
+    p, q = (a2 * a2 - 3 * a1) / 9, (2 * a2 * a2 * a2 - 9 * a2 * a1 + 27 * a0) / 54
+    discriminant = q * q - p * p * p
+    # Three real zeros: the largest is the one at the angle nearest to 0.
+    root = xp.where(p > 0, abs(p) ** 0.5, 1.0)
+    cosine = (-q / root / root / root).clip(-1.0, 1.0)
+    three = 2 * root * xp.cos(xp.arccos(cosine) / 3)
+    # One real zero, and a pair whose imaginary part may be rounding.
+    one = (abs(q) + xp.where(discriminant > 0, abs(discriminant), 0.0) ** 0.5) ** (1 / 3)
+    one = xp.where(q > 0, -one, one)
+    other = xp.where(one != 0, p / one, 0.0)
+    u = xp.where(discriminant > 0, one + other, three) - a2 / 3
+    pair = -(one + other) / 2 - a2 / 3
+    is_real = (discriminant > 0) & (abs(one - other) * 0.75**0.5 <= 1e-7 * abs(pair)) & (pair > u)
+    for _ in range(3):
+        value = ((u + a2) * u + a1) * u + a0
+        better = u - value / ((3 * u + 2 * a2) * u + a1)
+        is_better = abs(((better + a2) * better + a1) * better + a0) < abs(value)
+        u = xp.where(is_better, better, u)
+    return scale * xp.where(is_real, pair, u)

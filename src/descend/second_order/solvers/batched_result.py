@@ -96,10 +96,8 @@ class BatchedResult(Generic[X]):
         for entry in self.rounds:
             rows, is_new, *numbers = (tensor_of(array).cpu().numpy() for array in entry)
             new = np.flatnonzero(is_new)
-            for row, value, norm, step, n_eval in zip(
-                rows[new].tolist(), *(array[new].tolist() for array in numbers), strict=True
-            ):
-                histories[row].append(Iteration(value, norm, step, n_eval, 0))
+            for row, *entries in zip(rows[new].tolist(), *(array[new].tolist() for array in numbers), strict=True):
+                histories[row].append(Iteration(*entries))
         return histories
 
     def __repr__(self) -> str:

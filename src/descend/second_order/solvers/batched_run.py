@@ -32,6 +32,7 @@ class Iterations(NamedTuple):
     norm: Array
     step: Array
     n_eval: Array
+    n_hvp: Array
 
 
 class Ends:
@@ -200,4 +201,5 @@ class BatchedRun:
         self.best_value, self.best_norm = choose(where, value, self.best_value), choose(where, norm, self.best_norm)
 
     def _record(self, is_new: Array, step: Array) -> None:
-        self.history.append(Iterations(self.objective.rows, is_new, self.value, self.norm, step, self.n_eval))
+        counts = self.n_eval, self.n_hvp
+        self.history.append(Iterations(self.objective.rows, is_new, self.value, self.norm, step, *counts))
