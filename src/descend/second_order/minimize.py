@@ -15,8 +15,8 @@ from descend.second_order.flat_problem import FlatProblem
 from descend.second_order.mathematics.directions import CompactInverse, DenseInverse, Steepest
 from descend.second_order.problem.arguments import with_args
 from descend.second_order.problem.bounds import differentiable_bounds
-from descend.second_order.problem.objective import CG_INSTEAD, Curved, FunctionObjective, check_dense_fits
 from descend.second_order.problem.domain import domain_errors_of
+from descend.second_order.problem.objective import CG_INSTEAD, Curved, FunctionObjective, check_dense_fits
 from descend.second_order.solvers.batched_result import BatchedResult, best_of
 from descend.second_order.solvers.box import CompactHessian, bounded_descent
 from descend.second_order.solvers.descent import line_search_descent
