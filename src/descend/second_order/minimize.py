@@ -12,13 +12,14 @@ from torch import Tensor
 
 from descend.second_order.batched import minimize_batched
 from descend.second_order.flat_problem import FlatProblem
-from descend.second_order.mathematics.directions import CompactInverse, DenseInverse, Steepest
+from descend.second_order.mathematics.directions import DenseInverse, Steepest
 from descend.second_order.problem.arguments import with_args
 from descend.second_order.problem.bounds import differentiable_bounds
 from descend.second_order.problem.domain import domain_errors_of
 from descend.second_order.problem.objective import CG_INSTEAD, Curved, FunctionObjective, check_dense_fits
 from descend.second_order.solvers.batched_result import BatchedResult, best_of
 from descend.second_order.solvers.box import CompactHessian, bounded_descent
+from descend.second_order.solvers.compiled_history import compact_inverse
 from descend.second_order.solvers.descent import line_search_descent
 from descend.second_order.solvers.implicit_function import differentiable_solution
 from descend.second_order.solvers.newton_descent import PAIRS, DenseNewton, NewtonCG, trust_region_descent
@@ -273,7 +274,7 @@ def _solve(method: str, run: Run, objective: Curved, x: Tensor, history_size: in
     if method == "newton":
         return trust_region_descent(run, point, DenseNewton(objective))[0]
     if method == "newton-cg":
-        inverse = CompactInverse(x.numel(), PAIRS, *options)
+        inverse = compact_inverse(x.numel(), PAIRS, *options)
         return trust_region_descent(run, point, NewtonCG(objective, run, point, inverse))[0]
     if run.objective.lower is not None:
         return bounded_descent(run, point, CompactHessian(x.numel(), history_size, *options))
@@ -281,7 +282,7 @@ def _solve(method: str, run: Run, objective: Curved, x: Tensor, history_size: in
         return line_search_descent(run, point, Steepest(space))
     if method == "bfgs":
         return line_search_descent(run, point, DenseInverse(x.numel(), x.dtype, x.device))
-    return line_search_descent(run, point, CompactInverse(x.numel(), history_size, *options))
+    return line_search_descent(run, point, compact_inverse(x.numel(), history_size, *options))
 
 
 def default_tolerance(eps: float) -> float:
