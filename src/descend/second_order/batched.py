@@ -124,7 +124,7 @@ def solve(run: BatchedRun, method: str, history_size: int) -> None:
         elif run.objective.lower is None:
             batched_descent(run, CompactInverses(run.x, history_size))
         else:
-            batched_bounded_descent(run, CompactInverses(run.x, history_size))
+            batched_bounded_descent(run, CompactInverses(run.x, history_size, learns_from_all=False))
 
 
 def reporter(

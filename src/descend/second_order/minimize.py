@@ -148,13 +148,13 @@ def minimize(
             at the start, of half of the problems, checks all that. ``bounds`` broadcast to ``x0``, and ``tol`` and
             the limits hold for each problem. ``callback`` gets a ``Progress`` with a first dimension of B, after each
             call of ``fun`` that ends an iteration, and may return a bool tensor of the problems to stop. Where ``fun``
-            raises at a start, the problem ends as ``non_finite``. For ``"l-bfgs"`` and ``"bfgs"``, plain tensors, and
-            without ``hvp``. ``"best"``: the same from B starts, to return the best. Default: False.
+            raises at a start, the problem ends as ``non_finite``. For ``"l-bfgs"``, ``"bfgs"`` and ``"newton"``, plain
+            tensors, and without ``hvp``. ``"best"``: the same from B starts, to return the best. Default: False.
     Returns:
         A ``Result``: the best point seen, and why the solver stopped. ``x`` is never NaN unless ``x0`` is; ``fun`` is
         NaN only if it is at ``x0``. With ``batched=True`` a ``BatchedResult``. With ``"best"`` the ``Result`` of the
         lowest value, and as its ``starts`` the ``BatchedResult`` of all; starts that failed (``line_search_failed``,
-        ``non_finite``) count only if all did.
+        ``non_finite``, ``unbounded``) count only if all did.
     Raises:
         ValueError, TypeError: if an argument is not as above, or ``fun`` returns no real scalar; for ``"bfgs"`` and
             ``"newton"`` if tensors are sharded.

@@ -249,7 +249,7 @@ def largest_zeros(a2: Array, a1: Array, a0: Array) -> Array:
     # Three real zeros: the largest is the one at the angle nearest to 0.
     root = xp.where(p > 0, abs(p) ** 0.5, 1.0)
     cosine = (-q / root / root / root).clip(-1.0, 1.0)
-    three = 2 * root * xp.cos(xp.arccos(cosine) / 3)
+    three = xp.where(p > 0, 2 * root * xp.cos(xp.arccos(cosine) / 3), 0.0)
     # One real zero, and a pair whose imaginary part may be rounding.
     one = (abs(q) + xp.where(discriminant > 0, abs(discriminant), 0.0) ** 0.5) ** (1 / 3)
     one = xp.where(q > 0, -one, one)

@@ -6,14 +6,13 @@ from collections.abc import Callable
 
 import numpy as np
 
-from descend.second_order.mathematics.arrays import cast, full, tensor_of
+from descend.second_order.mathematics.arrays import cast, full
 from descend.second_order.mathematics.batched_box import box_directions, clamp, max_feasible_steps
 from descend.second_order.mathematics.batched_directions import CompactInverses, ManyDirections
 from descend.second_order.mathematics.batched_line_search import clip_above
 from descend.second_order.mathematics.space import Array
 from descend.second_order.solvers.batched_run import NONE
 from descend.second_order.solvers.batched_search import BatchedSearches, Searches, first_steps
-from descend.second_order.solvers.run import MAX_STEP
 
 
 def batched_descent(run: BatchedSearches, directions: ManyDirections) -> None:
@@ -23,13 +22,12 @@ def batched_descent(run: BatchedSearches, directions: ManyDirections) -> None:
         run: started; its ends are the results.
         directions: gives the directions; learns from every step.
     """
-    dtype = tensor_of(run.x).dtype
 
     @np.errstate(all="ignore")
     def propose(where: Array) -> Searches:
         steps = first_steps(run.value, run.grad, run.norm)
         steps = run.xp.where(directions.is_steepest, steps, 1.0)
-        return Searches(directions.directions(run.grad), steps, full(run.x, run.count, MAX_STEP[dtype]))
+        return Searches(directions.directions(run.grad), steps, full(run.x, run.count, run.largest_step))
 
     repeat_searches(run, directions, propose)
 
@@ -41,7 +39,6 @@ def batched_bounded_descent(run: BatchedSearches, inverses: CompactInverses) -> 
         run: started; its ends are the results.
         inverses: gives the quadratic models; learns from every step.
     """
-    largest = MAX_STEP[tensor_of(run.x).dtype]
 
     @np.errstate(all="ignore")
     def propose(where: Array) -> Searches:
@@ -54,7 +51,7 @@ def batched_bounded_descent(run: BatchedSearches, inverses: CompactInverses) -> 
         directions = box_directions(inverses, run.grad, low, high, where & ~is_steepest)
         directions = choose(is_steepest[:, None], steepest, directions)
         steps = full(run.x, run.count, 1.0)
-        return Searches(directions, steps, clip_above(max_feasible_steps(directions, low, high), largest))
+        return Searches(directions, steps, clip_above(max_feasible_steps(directions, low, high), run.largest_step))
 
     repeat_searches(run, inverses, propose)
 

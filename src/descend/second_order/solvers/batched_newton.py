@@ -24,6 +24,7 @@ from descend.second_order.solvers.newton_descent import (
     REJECTIONS,
     SHRINK,
     STALLED,
+    STEEP,
     UNBOUNDED,
 )
 from descend.second_order.solvers.result import Status
@@ -45,7 +46,7 @@ class BatchedNewton(BatchedRun):
     _NUMBERS = (
         *BatchedRun._NUMBERS,
         *("radius", "step_norm", "decrease", "on_boundary", "is_convex", "times", "near_value", "near_norm"),
-        *("n_rejected", "n_blind", "seen", "longest", "before"),
+        *("n_rejected", "n_blind", "seen", "longest", "first_norm", "before"),
     )
     _VECTORS = (*BatchedRun._VECTORS, "step", "near_x", "near_grad")
 
@@ -59,7 +60,7 @@ class BatchedNewton(BatchedRun):
         self.on_boundary, self.is_convex = full(x, count, False), full(x, count, False)
         self.n_rejected = self.n_blind = self.seen = full(x, count, 0)
         self.step, self.near_x, self.near_grad = x + 0.0, x, x
-        self.longest = UNBOUNDED * (1.0 + lengths(x))
+        self.longest, self.first_norm = UNBOUNDED * (1.0 + lengths(x)), self.norm
         self.models = DenseModels(x)
 
     def keep(self, rows: Array) -> None:
@@ -80,9 +81,11 @@ class BatchedNewton(BatchedRun):
         is_last = (self.n_iter >= self.max_iter) | (self.n_eval >= self.max_eval)
         looks = is_solved & ~self.is_convex & ~is_last  # whether it is a saddle
         stop = choose(looks, NONE, stop)
-        is_stalled = where & (stop == NONE) & (PATIENCE - self.patience >= STALLED)
+        is_stalled = (PATIENCE - self.patience >= STALLED) | (self.radius <= 0)  # or lengths underflow
+        is_stalled = where & (stop == NONE) & is_stalled
         stop = choose(is_stalled, STATUS_CODES[Status.precision_limit], stop)
         goes_on = where & (stop == NONE)
+        self.has_met_minus_infinity = self.has_met_minus_infinity & ~goes_on
         for age in (1, 2):
             if len(rows := positions(goes_on & (ages == age))):
                 hessians = self.objective.hessians(rows, age)
@@ -127,8 +130,9 @@ class BatchedNewton(BatchedRun):
         return self.xp.where(self.n_eval >= self.max_eval, STATUS_CODES[Status.max_eval], stop)
 
     def _blame(self) -> Array:
-        is_outside = self.seen == OUTSIDE
-        return self.xp.where(is_outside, STATUS_CODES[Status.non_finite], STATUS_CODES[Status.precision_limit])
+        choose, is_outside = self.xp.where, self.seen == OUTSIDE
+        blame = choose(is_outside, STATUS_CODES[Status.non_finite], STATUS_CODES[Status.precision_limit])
+        return choose(self.meets_infinity(is_outside), STATUS_CODES[Status.unbounded], blame)
 
     @np.errstate(all="ignore")
     def next_points(self) -> Array:
@@ -172,13 +176,17 @@ class BatchedNewton(BatchedRun):
         moves = (is_far | solves | is_accepted) & ~extends
         step = self.step * cast(choose(is_better, self.times, 1.0), self.step)[:, None]
         distance = lengths(step)
-        is_endless = moves & (distance > self.longest)
+        signs = self.has_met_minus_infinity | (self.is_deep(end.value) & self.on_boundary)
+        is_unbounded = self.fall_without_end(moves, signs)
+        is_endless = moves & ~is_unbounded & (distance > self.longest)
+        is_unbounded = is_unbounded | (is_endless & (end.norm >= STEEP * self.first_norm))
         self.radius = clip_above(self, radius)
         self.times = choose(extends, choose(times > MAX_EXTENSION, MAX_EXTENSION, times), 1.0)
-        moves = moves & ~is_endless
+        moves = moves & ~is_endless & ~is_unbounded
         self.n_negative_curvature = self.n_negative_curvature + (moves & ~self.is_convex)
         self.advance(moves, end, distance)
-        stop = choose(is_endless, STATUS_CODES[Status.line_search_failed], full(self.x, self.count, NONE))
+        stop = choose(is_endless, STATUS_CODES[Status.precision_limit], full(self.x, self.count, NONE))
+        stop = choose(is_unbounded, STATUS_CODES[Status.unbounded], stop)
         if len(rows := positions(is_rejected)):
             self._set_trials(rows, self.models.step(rows, take(self.radius, rows)))
             stop = choose(is_rejected, self._give_up(), stop)

@@ -18,7 +18,7 @@ from descend.second_order.mathematics.arrays import tensor_of
 from descend.second_order.solvers.batched_run import Iterations
 from descend.second_order.solvers.result import MESSAGES, Iteration, Result, Status, X
 
-FAILED = (Status.line_search_failed, Status.non_finite)
+FAILED = (Status.line_search_failed, Status.non_finite, Status.unbounded)
 EQUAL = 1e-12  # relative difference of values that are equal to rounding
 
 

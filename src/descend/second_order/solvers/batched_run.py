@@ -12,11 +12,11 @@ from typing import NamedTuple
 
 import numpy as np
 
-from descend.second_order.mathematics.arrays import full, keep, library, positions, take
+from descend.second_order.mathematics.arrays import full, keep, lengths, library, positions, take, tensor_of
 from descend.second_order.mathematics.space import Array
 from descend.second_order.problem.batched_objective import BatchedObjective
 from descend.second_order.solvers.result import Status
-from descend.second_order.solvers.run import NOISE, PATIENCE
+from descend.second_order.solvers.run import DEPTH, FLAT, MAX_ENDLESS, NOISE, PATIENCE
 
 STATUSES = list(Status)
 STATUS_CODES = {status: code for code, status in enumerate(STATUSES)}
@@ -75,6 +75,7 @@ class BatchedRun:
     _NUMBERS: tuple[str, ...] = (
         *("value", "norm", "target", "n_iter", "n_eval", "n_hvp", "n_negative_curvature", "patience"),
         *("milestone_value", "milestone_norm", "best_value", "best_norm"),
+        *("depth", "n_endless", "has_met_minus_infinity"),
     )
     _VECTORS: tuple[str, ...] = ("x", "grad", "best_x", "best_grad")
 
@@ -108,9 +109,17 @@ class BatchedRun:
         self.milestone_value, self.milestone_norm = value, norm
         with np.errstate(all="ignore"):
             self.target = self.tol * self.xp.where(norm > 1.0, norm, 1.0)
-        self.n_iter = self.n_hvp = self.n_negative_curvature = full(x, count, 0)
+            self.depth = -DEPTH * self._sizes()
+        self.n_iter = self.n_hvp = self.n_negative_curvature = self.n_endless = full(x, count, 0)
+        self.has_met_minus_infinity = full(x, count, False)  # since the step began
         self.n_eval, self.patience = full(x, count, 1), full(x, count, PATIENCE)
         self._record(full(x, count, True), full(x, count, 0.0))
+
+    def _sizes(self) -> Array:
+        """The largest of 1, the values at the start, and how they change over its size; infinite outside the domain."""
+        change = self.norm * (1 + lengths(self.x))
+        size = self.xp.maximum(abs(self.value), change)
+        return self.xp.where(self.xp.isfinite(size), self.xp.where(size > 1.0, size, 1.0), math.inf)
 
     def noise(self, value: Array) -> Array:
         """Rounding errors of values."""
@@ -126,6 +135,10 @@ class BatchedRun:
         """Evaluate all problems, and keep the lowest point of each."""
         value, grad, norm = self.objective.evaluate(x)
         self.n_eval = self.n_eval + 1
+        is_flat = norm <= FLAT[tensor_of(x).dtype]
+        if bool(is_flat.any()):  # the function may have a limit at infinity, which is no point
+            value = self.xp.where(is_flat & ~self.xp.isfinite(x).all(1), math.nan, value)
+        self.has_met_minus_infinity = self.has_met_minus_infinity | (value == -math.inf)
         trials = Trials(x, value, grad, norm, self.xp.isfinite(value) & self.xp.isfinite(norm))
         self._keep_best(trials.is_finite & (value < self.best_value), x, value, grad, norm)
         return trials
@@ -134,6 +147,21 @@ class BatchedRun:
         """Where a trial meets the tolerance, and is above the point it comes from by no more than rounding."""
         is_low = trials.value <= self.value + self.noise(self.value)
         return trials.is_finite & (trials.norm <= self.target) & is_low
+
+    def is_deep(self, value: Array) -> Array:
+        """Where a value is so far below the start's that a function which still falls there has no minimum."""
+        return value <= self.depth
+
+    def fall_without_end(self, moves: Array, is_endless: Array) -> Array:
+        """Count steps by which functions fell towards no minimum, or did not; where enough have in a row."""
+        choose = self.xp.where
+        self.n_endless = choose(moves, choose(is_endless, self.n_endless + 1, 0), self.n_endless)
+        return moves & (self.n_endless >= MAX_ENDLESS)
+
+    def meets_infinity(self, is_wall: Array) -> Array:
+        """Where a step that led nowhere says that the function falls without end: at a wall one sign is enough."""
+        is_met, is_deep = self.has_met_minus_infinity, self.is_deep(self.value)
+        return self.xp.where(is_wall, is_met | is_deep, is_met & is_deep)
 
     def advance(self, moves: Array, end: Trials, step: Array) -> None:
         """Count iterations that ended at points, where there was one."""

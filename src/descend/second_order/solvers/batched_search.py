@@ -6,8 +6,9 @@ import math
 from typing import Any, NamedTuple
 
 import numpy as np
+import torch
 
-from descend.second_order.mathematics.arrays import cast, full, library, positions, row_products, take
+from descend.second_order.mathematics.arrays import cast, full, library, positions, row_products, take, tensor_of
 from descend.second_order.mathematics.batched_directions import ManyDirections, modified_secant_factors
 from descend.second_order.mathematics.batched_line_search import CODES, RUNNING, SLOPE, STEP, VALUE, Lines
 from descend.second_order.mathematics.line_search import Outcome
@@ -15,7 +16,7 @@ from descend.second_order.mathematics.space import Array
 from descend.second_order.solvers.batched_run import NONE, STATUS_CODES, BatchedRun, Trials
 from descend.second_order.solvers.descent import MIN_CURVATURE, VISIBLE
 from descend.second_order.solvers.result import Status
-from descend.second_order.solvers.run import C1, MAX_NONFINITE, MAX_SEARCH
+from descend.second_order.solvers.run import C1, MAX_NONFINITE, MAX_SEARCH, MAX_STEP
 
 
 class Searches(NamedTuple):
@@ -43,6 +44,8 @@ class BatchedSearches(BatchedRun):
         self.direction = self.grad
         self.failed, self.n_nonfinite = full(self.x, count, NONE), full(self.x, count, 0)
         self.predicted = full(self.x, count, math.nan)
+        dtype = tensor_of(self.x).dtype
+        self.tiny, self.largest_step = torch.finfo(dtype).tiny, MAX_STEP[dtype]
         self.lines = Lines(count, self.x)
 
     def keep(self, rows: Array) -> None:
@@ -53,6 +56,7 @@ class BatchedSearches(BatchedRun):
     def begin(self, where: Array, searches: Searches) -> None:
         """Begin searches in some problems."""
         choose = self.xp.where
+        self.has_met_minus_infinity = self.has_met_minus_infinity & ~where
         self.direction = choose(where[:, None], searches.directions, self.direction)
         slope = row_products(self.grad, searches.directions)
         steps = self.xp.minimum(searches.steps, searches.max_steps)
@@ -94,6 +98,7 @@ class BatchedSearches(BatchedRun):
         is_enough = self._sufficient(exists & (end[VALUE] < self.value + C1 * end[STEP] * slope0))
         is_sufficient = exists & is_enough
         moves = exists & (is_sufficient | (end[VALUE] < self.value))
+        is_unbounded = has_ended & ~solves & self._are_unbounded(is_astray, moves, end[VALUE])
         failure = self._failures(moves)
         self._learn(learner, moves, x, grad, end, slope0)
         self.advance(moves, Trials(x, end[VALUE], grad, norm, is_finite), end[STEP])
@@ -102,7 +107,9 @@ class BatchedSearches(BatchedRun):
         # The first failure is blamed on what was learned, the next one on the function.
         is_failure = has_ended & ~is_sufficient
         is_second = is_failure & ((self.failed != NONE) | (learner.is_steepest & ~moves))
-        blame = choose(self.failed != NONE, self.failed, failure)
+        is_rounding = failure == STATUS_CODES[Status.precision_limit]
+        blame = choose((self.failed != NONE) & ~is_rounding, self.failed, failure)
+        stop = choose((stop == NONE) & is_unbounded, STATUS_CODES[Status.unbounded], stop)
         stop = choose((stop == NONE) & is_second, blame, stop)
         self.failed = choose(has_ended, choose(is_failure, failure, NONE), self.failed)
         if len(rows := positions(is_failure)):
@@ -139,9 +146,22 @@ class BatchedSearches(BatchedRun):
         is_endless = (outcome == CODES[Outcome.no_bracket]) & (self.lines.n_eval > MAX_SEARCH)
         return is_found | (has_fallen & ~is_endless & (self.n_nonfinite < MAX_NONFINITE))
 
+    def _are_unbounded(self, is_astray: Array, moves: Array, value: Array) -> Array:
+        """Where the function falls without end, from what the searches have met; counts their steps."""
+        choose, lines, outcome = self.xp.where, self.lines, self.lines.outcome
+        is_wall = outcome == CODES[Outcome.non_finite]
+        is_last = (outcome == CODES[Outcome.max_step]) & (lines.trial[STEP] == self.largest_step)
+        is_endless = (is_wall & (self.has_met_minus_infinity | self.is_deep(value))) | is_last
+        is_unbounded = self.fall_without_end(moves, is_endless)
+        is_unbounded = is_unbounded | ((outcome == CODES[Outcome.no_bracket]) & self.is_deep(value))
+        is_unbounded = choose(moves, is_unbounded, self.meets_infinity(is_wall))
+        is_steep = (lines.start[SLOPE] == -math.inf) & self.is_deep(self.value)
+        return choose(is_astray, is_steep, is_unbounded)
+
     def _failures(self, moves: Array) -> Array:
         """Why searches failed, where they did."""
-        is_rounding = (self.predicted <= VISIBLE * self.lines.noise) & (self.lines.start[SLOPE] < 0)
+        noise = self.xp.where(self.lines.noise > self.tiny, self.lines.noise, self.tiny)
+        is_rounding = (self.predicted <= VISIBLE * noise) & (self.lines.start[SLOPE] <= 0)
         failure = self.xp.where(
             is_rounding, STATUS_CODES[Status.precision_limit], STATUS_CODES[Status.line_search_failed]
         )
