@@ -21,7 +21,8 @@ from descend.second_order.mathematics.arrays import (
     row_products,
     take,
 )
-from descend.second_order.mathematics.directions import LEAST_COSINE, LEAST_FACTOR, SPREAD
+from descend.second_order.mathematics.diagonal import LEAST_COSINE, SPREAD
+from descend.second_order.mathematics.directions import LEAST_FACTOR
 from descend.second_order.mathematics.space import SAMPLE, Array
 
 
