@@ -42,7 +42,8 @@ ARROWS = {
         "step",
     },
     "second_order": {"backends", "checkpoint", "core", "distributed"},
-    "public": {"backends", "checkpoint", "core", "diagnostics", "first_order", "norms", "second_order"},
+    "fit": {"core", "second_order"},
+    "public": {"backends", "checkpoint", "core", "diagnostics", "first_order", "fit", "norms", "second_order"},
     "__init__": {"public"},
     "reporting": set(),
     "compare": {"__init__", "reporting"},
@@ -155,7 +156,8 @@ def test_public_names_are_frozen() -> None:
         "SGD ASGD Lion Rprop Adagrad RMSprop Adadelta Adam AdamW Adamax NAdam RAdam AdamWScheduleFree ADOPT AdEMAMix "
         "Adan MARS LAMB Prodigy Muon NorMuon RowwiseAdagrad SparseAdam Adafactor SOAP LBFGS Newton FirstOrder Monitor "
         "BatchedResult IncompatibleKeys RuleError Progress Result Status clip_grad_norm_ clip_grad_value_ "
-        "clip_grads_with_norm_ combined from_rule get_total_norm in_backward layer_decay minimize no_decay warmup"
+        "clip_grads_with_norm_ combined from_rule get_total_norm in_backward layer_decay minimize no_decay "
+        "scipy_minimize warmup"
     )
     assert sorted(descend.__all__) == sorted([*names.split(), *TORCHS])
     assert dir(descend) == sorted(descend.__all__)

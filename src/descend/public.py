@@ -26,6 +26,7 @@ from descend.first_order.signs import Lion, Rprop
 from descend.first_order.soap import SOAP
 from descend.first_order.sparse_adam import SparseAdam
 from descend.first_order.squares import Adadelta, Adagrad, RMSprop
+from descend.fit.scipy_minimize import scipy_minimize
 from descend.norms.clip import clip_grad_norm_, clip_grad_value_, clip_grads_with_norm_, get_total_norm
 from descend.second_order.lbfgs import LBFGS
 from descend.second_order.minimize import minimize
@@ -81,6 +82,7 @@ __all__ = [
     "lr_scheduler",
     "minimize",
     "no_decay",
+    "scipy_minimize",
     "swa_utils",
     "warmup",
 ]

@@ -90,7 +90,7 @@ class Minimize:
     """``descend.minimize``."""
 
     name = "descend.minimize"
-    methods: Collection[str] = ("gd", "bfgs", "l-bfgs", "newton-cg", "newton")
+    methods: Collection[str] = ("gd", "bfgs", "ss-bfgs", "ss-broyden", "l-bfgs", "newton-cg", "newton")
 
     def check(self, method: str, options: Mapping[str, Any], problem: Problem) -> None:
         descend.minimize(torch.square, torch.zeros(()), method, **options)  # type: ignore[call-overload]

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from descend.second_order.batched import minimize_batched
 from descend.second_order.flat_problem import FlatProblem
+from descend.second_order.mathematics.broyden_family import bfgs, self_scaled_bfgs, self_scaled_broyden
 from descend.second_order.mathematics.directions import DenseInverse, Steepest
 from descend.second_order.problem.arguments import with_args
 from descend.second_order.problem.bounds import differentiable_bounds
@@ -26,8 +27,9 @@ from descend.second_order.solvers.newton_descent import PAIRS, DenseNewton, Newt
 from descend.second_order.solvers.result import MESSAGES, Progress, Result, Status, X, result_of
 from descend.second_order.solvers.run import Run
 
-MinimizeMethod: TypeAlias = Literal["gd", "bfgs", "l-bfgs", "newton-cg", "newton"]
+MinimizeMethod: TypeAlias = Literal["gd", "bfgs", "ss-bfgs", "ss-broyden", "l-bfgs", "newton-cg", "newton"]
 METHODS = get_args(MinimizeMethod)
+DENSE = {"bfgs": bfgs, "ss-bfgs": self_scaled_bfgs, "ss-broyden": self_scaled_broyden}
 HISTORY_SIZE = 10
 MAX_ITER = 15_000
 WHO = "minimize"
@@ -99,6 +101,7 @@ def minimize(
     - ``"newton-cg"``: truncated conjugate gradients in a trust region, O(n) memory.
     - ``"newton"``: the dense Hessian in a trust region, O(n^2) memory.
     - ``"bfgs"``: BFGS, O(n^2) memory.
+    - ``"ss-broyden"``, ``"ss-bfgs"``: the same with self-scaled updates, for physics-informed networks.
     - ``"gd"``: gradient descent with a line search.
 
     Args:
@@ -156,8 +159,8 @@ def minimize(
         lowest value, and as its ``starts`` the ``BatchedResult`` of all; starts that failed (``line_search_failed``,
         ``non_finite``, ``unbounded``) count only if all did.
     Raises:
-        ValueError, TypeError: if an argument is not as above, or ``fun`` returns no real scalar; for ``"bfgs"`` and
-            ``"newton"`` if tensors are sharded.
+        ValueError, TypeError: if an argument is not as above, or ``fun`` returns no real scalar; for methods with
+            O(n^2) memory if tensors are sharded.
         RuntimeError: if the value does not depend on ``x0`` as far as autograd can see.
         MemoryError: if a dense matrix would not fit.
         Exception: whatever ``fun`` raises; parameters are then set to the best point seen.
@@ -185,6 +188,8 @@ def minimize(
     walls = domain_errors_of(domain_errors, WHO)
     if batched != "best" and not isinstance(batched, bool):
         raise ValueError(f"{WHO}: batched must be False, True or 'best', got {batched!r}.")
+    if batched and differentiable:
+        raise ValueError(f"{WHO}: batched solutions are not differentiable. Leave batched or differentiable out.")
     if batched:
         many = minimize_batched(
             WHO,
@@ -267,7 +272,7 @@ def _check_functions(method: str, **functions: Any) -> None:
 
 def _solve(method: str, run: Run, objective: Curved, x: Tensor, history_size: int) -> Status:
     space = objective.space
-    if method in ("newton", "bfgs"):
+    if method == "newton" or method in DENSE:
         instead = CG_INSTEAD if method == "newton" else "method='l-bfgs'"
         check_dense_fits(f"{WHO}: method={method!r}", x, instead, space)
     point, options = run.start(x), (x.dtype, x.device, space)
@@ -280,8 +285,8 @@ def _solve(method: str, run: Run, objective: Curved, x: Tensor, history_size: in
         return bounded_descent(run, point, CompactHessian(x.numel(), history_size, *options))
     if method == "gd":
         return line_search_descent(run, point, Steepest(space))
-    if method == "bfgs":
-        return line_search_descent(run, point, DenseInverse(x.numel(), x.dtype, x.device))
+    if method in DENSE:
+        return line_search_descent(run, point, DenseInverse(x.numel(), x.dtype, x.device, DENSE[method]))
     return line_search_descent(run, point, compact_inverse(x.numel(), history_size, *options))
 
 

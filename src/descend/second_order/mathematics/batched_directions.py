@@ -161,7 +161,7 @@ class CompactInverses:
 
 
 def learned_diagonals(diagonal: Array, s: Array, y: Array) -> tuple[Array, Array]:
-    """Diagonal inverse Hessians updated by a pair each, and s'y; as ``directions.learn_diagonal_``."""
+    """Diagonal inverse Hessians updated by a pair each, and s'y; as ``diagonal.learn_diagonal_``."""
     growth, shrinkage = diagonal * y, s / diagonal
     y_dy, s_ds, curvature = row_products(growth, y), row_products(shrinkage, s), row_products(s, y)
     least = LEAST_COSINE * y_dy**0.5 * s_ds**0.5
@@ -172,7 +172,7 @@ def learned_diagonals(diagonal: Array, s: Array, y: Array) -> tuple[Array, Array
 
 
 def clipped_around_medians(diagonal: Array) -> Array:
-    """Clip each row to within a factor of its median; as ``directions.clip_around_median_``."""
+    """Clip each row to within a factor of its median; as ``diagonal.clip_around_median_``."""
     xp: Any = library(diagonal)
     some = diagonal[:, :: 1 + diagonal.shape[1] // SAMPLE]
     if xp is torch:
