@@ -188,8 +188,6 @@ def minimize(
     walls = domain_errors_of(domain_errors, WHO)
     if batched != "best" and not isinstance(batched, bool):
         raise ValueError(f"{WHO}: batched must be False, True or 'best', got {batched!r}.")
-    if batched and differentiable:
-        raise ValueError(f"{WHO}: batched solutions are not differentiable. Leave batched or differentiable out.")
     if batched:
         many = minimize_batched(
             WHO,
