@@ -137,8 +137,9 @@ def minimize(
             by conjugate gradients. Its relative error is about that of ``x``: lower ``tol`` if that is too much. It
             takes one evaluation more (within ``max_eval``). Backward raises ``RuntimeError`` if the status is not
             ``converged``, if the Hessian is singular or not positive definite, if a variable at a bound has a
-            multiplier of zero, and if a derivative is differentiated again. With ``jac``, it must be computed from
-            ``x`` and ``args`` with torch operations. Not for parameters and DTensors. Default: False.
+            multiplier of zero, and if a derivative is differentiated again; with ``batched`` only if a derivative of
+            that problem is asked for. With ``jac``, it must be computed from ``x`` and ``args`` with torch operations.
+            Not for parameters and DTensors. Default: False.
         domain_errors: an exception class, or a tuple of such: exceptions that ``fun`` and ``jac`` raise outside their
             domain, as ``math.log`` raises ``ValueError``. The point counts as evaluated, and a shorter step is tried.
             At ``x0`` and in second derivatives they propagate, and ``StopIteration`` and ``MemoryError`` always do.
@@ -187,8 +188,6 @@ def minimize(
     walls = domain_errors_of(domain_errors, WHO)
     if batched != "best" and not isinstance(batched, bool):
         raise ValueError(f"{WHO}: batched must be False, True or 'best', got {batched!r}.")
-    if batched and differentiable:
-        raise ValueError(f"{WHO}: batched solutions are not differentiable. Leave batched or differentiable out.")
     if batched:
         many = minimize_batched(
             WHO,
@@ -199,12 +198,13 @@ def minimize(
             bounds=bounds,
             tol=default_tolerance if tol is None else lambda eps: tol,
             max_iter=MAX_ITER if max_iter is None else max_iter,
-            max_eval=math.inf if max_eval is None else max_eval,
+            max_eval=math.inf if max_eval is None else max_eval - differentiable,
             callback=callback,
             jac=jac,
             hvp=hvp,
             history_size=history_size or HISTORY_SIZE,
             domain_errors=walls,
+            differentiable=differentiable,
         )
         return best_of(many, WHO) if batched == "best" else many
     fun, jac, hvp = with_args(WHO, args, fun, jac, hvp)
