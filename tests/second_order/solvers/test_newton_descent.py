@@ -166,7 +166,7 @@ def test_start_without_finite_neighbours_is_non_finite(method: str) -> None:
 @METHODS
 def test_unbounded_function_ends(method: str) -> None:
     result = minimize(lambda x: x.sum() - x.square().sum(), vector(1.0, 2.0), method)
-    assert result.status in (Status.line_search_failed, Status.non_finite)
+    assert result.status is Status.unbounded
     assert result.n_eval < 300
 
 
