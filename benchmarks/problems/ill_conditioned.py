@@ -50,7 +50,8 @@ def powers(first: float, last: float, degree: int, points: int = 200) -> Tensor:
 def spread(n: int, condition: float, seed: int) -> Tensor:
     """Random orthogonal vectors of lengths that spread over a condition number."""
     basis = torch.linalg.qr(randn(seed, n, n))[0]
-    return torch.logspace(0, -torch.tensor(condition).log10().item(), n, dtype=torch.float64)[:, None] * basis
+    value: Tensor = torch.logspace(0, -torch.tensor(condition).log10().item(), n, dtype=torch.float64)[:, None] * basis
+    return value
 
 
 def units(n: int, decades: float, seed: int) -> Tensor:
@@ -99,7 +100,8 @@ def peaks(number: int) -> Function:
 
     def model(x: Tensor) -> Tensor:
         height, centre, width = x.reshape(3, number, 1)
-        return (height / (1 + ((places.to(x) - centre) / width) ** 2)).sum(0)
+        value: Tensor = (height / (1 + ((places.to(x) - centre) / width) ** 2)).sum(0)
+        return value
 
     truth = model(torch.cat((1 + rand(1, number), (torch.arange(number) + 0.5) / number, repeat(0.15)(number))))
     return squares(lambda x: model(x) - truth.to(x))
@@ -117,7 +119,8 @@ def network(width: int) -> Function:
 
     def residuals(x: Tensor) -> Tensor:
         into, bias, out = x.reshape(3, width)
-        return torch.tanh(places.to(x)[:, None] * into + bias) @ out - torch.sin(pi * places.to(x))
+        value: Tensor = torch.tanh(places.to(x)[:, None] * into + bias) @ out - torch.sin(pi * places.to(x))
+        return value
 
     return squares(residuals)
 
@@ -152,7 +155,7 @@ def curved() -> list[Problem]:
 def problems() -> list[Problem]:
     wave = torch.sin(torch.linspace(0, 8, 200, dtype=torch.float64)) + 0.1 * randn(0, 200)
     return [
-        *(linear("hilbert", hilbert(n)) for n in (4, 8, 15, 40, 90)),
+        *(linear("hilbert_squares", hilbert(n)) for n in (4, 8, 15, 40, 90)),
         *(linear("cauchy", cauchy(n)) for n in (6, 30)),
         *(linear("pascal", pascal(n)) for n in (5, 9)),
         *(linear("powers_0_1", powers(0, 1, degree), wave) for degree in (4, 9, 19)),
