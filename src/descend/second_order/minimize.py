@@ -98,7 +98,8 @@ def minimize(
     """Find a local minimum of a smooth function, and say why the solver stopped.
 
     - ``"l-bfgs"``: BFGS from the last ``history_size`` steps, O(n) memory; with ``bounds``, L-BFGS-B.
-    - ``"newton-cg"``: truncated conjugate gradients in a trust region, O(n) memory.
+    - ``"newton-cg"``: truncated conjugate gradients in a trust region, O(n) memory; up to 100 variables the dense
+      Hessian takes over where rounding makes them long.
     - ``"newton"``: the dense Hessian in a trust region, O(n^2) memory.
     - ``"bfgs"``: BFGS, O(n^2) memory.
     - ``"ss-broyden"``, ``"ss-bfgs"``: the same with self-scaled updates, for physics-informed networks.
@@ -278,7 +279,8 @@ def _solve(method: str, run: Run, objective: Curved, x: Tensor, history_size: in
         return trust_region_descent(run, point, DenseNewton(objective))[0]
     if method == "newton-cg":
         inverse = compact_inverse(x.numel(), PAIRS, *options)
-        return trust_region_descent(run, point, NewtonCG(objective, run, point, inverse))[0]
+        newton_cg = NewtonCG(objective, run, point, inverse, may_be_dense=True)
+        return trust_region_descent(run, point, newton_cg)[0]
     if run.objective.lower is not None:
         return bounded_descent(run, point, CompactHessian(x.numel(), history_size, *options))
     if method == "gd":
