@@ -12,7 +12,8 @@ from torch import Tensor
 
 from descend.second_order.flat_problem import FlatProblem
 from descend.second_order.mathematics.broyden_family import bfgs, self_scaled_bfgs, self_scaled_broyden
-from descend.second_order.mathematics.directions import CompactInverse, DenseInverse, Steepest
+from descend.second_order.mathematics.dense_inverse import DenseInverse
+from descend.second_order.mathematics.directions import CompactInverse, Steepest
 from descend.second_order.problem.objective import CG_INSTEAD, Curved, check_dense_fits
 from descend.second_order.solvers.box import CompactHessian, bounded_descent
 from descend.second_order.solvers.descent import line_search_descent

@@ -30,7 +30,8 @@ from descend.second_order.mathematics.broyden_family import (
     self_scaled_bfgs,
     self_scaled_broyden,
 )
-from descend.second_order.mathematics.directions import CompactInverse, DenseInverse, add_symmetric_
+from descend.second_order.mathematics.dense_inverse import DenseInverse
+from descend.second_order.mathematics.directions import CompactInverse, add_symmetric_
 
 CHOICES = (bfgs, self_scaled_bfgs, self_scaled_broyden)
 each_choice = pytest.mark.parametrize("choose", CHOICES, ids=lambda choose: choose.__name__)

@@ -25,11 +25,11 @@ from torch import Tensor
 
 from descend.second_order.mathematics import directions
 from descend.second_order.mathematics.broyden_family import self_scaled_broyden
+from descend.second_order.mathematics.dense_inverse import DenseInverse
 from descend.second_order.mathematics.directions import (
     LEAST_COSINE,
     SPREAD,
     CompactInverse,
-    DenseInverse,
     Steepest,
     learn_diagonal_,
     modified_secant_factor,
