@@ -49,7 +49,7 @@ def minimize(
     - ``"newton-cg"``: truncated conjugate gradients in a trust region, O(n) memory.
     - ``"newton"``: the dense Hessian in a trust region, O(n^2) memory.
     - ``"bfgs"``: BFGS, O(n^2) memory.
-    - ``"ss-broyden"``, ``"ss-bfgs"``: the same with self-scaled updates, for physics-informed networks.
+    - ``"ss-broyden"``, ``"ss-bfgs"``: the same with self-scaled updates, for physics-informed networks, O(n^2) memory.
     - ``"gd"``: gradient descent with a line search.
 
     Args:
