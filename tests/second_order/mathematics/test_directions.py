@@ -26,14 +26,8 @@ from torch import Tensor
 from descend.second_order.mathematics import directions
 from descend.second_order.mathematics.broyden_family import self_scaled_broyden
 from descend.second_order.mathematics.dense_inverse import DenseInverse
-from descend.second_order.mathematics.directions import (
-    LEAST_COSINE,
-    SPREAD,
-    CompactInverse,
-    Steepest,
-    learn_diagonal_,
-    modified_secant_factor,
-)
+from descend.second_order.mathematics.diagonal import LEAST_COSINE, SPREAD, learn_diagonal_
+from descend.second_order.mathematics.directions import CompactInverse, Steepest, modified_secant_factor
 from descend.second_order.solvers.box import CompactHessian
 
 # What is done with NumPy where it is small, with tensors where it is larger, and row by row where it is large.
@@ -91,7 +85,7 @@ def test_compact_inverse_is_the_two_loop_recursion(path: str, history_size: int,
         for _ in range(2):  # the first one takes the pair in, the second finds it there
             grad = normal(NUMEL).to(dtype)
             direction = inverse.direction(grad)
-            diagonal = double(inverse.diagonal)
+            diagonal = double(inverse.history.diagonal)
             assert direction.dtype == dtype
             assert_near(direction, two_loops(taken, diagonal, grad), tolerance(path, dtype))
             assert_near(direction, -dense_inverse(taken, np.diag(diagonal)) @ double(grad), tolerance(path, dtype))
@@ -233,7 +227,7 @@ def test_dense_inverse_is_bfgs(dtype: torch.dtype) -> None:
     for _, pair in zip(range(8), pairs(dtype), strict=False):
         taken.append(pair)
         inverse.update(*pair)
-        expected = dense_inverse(taken, np.diag(double(inverse.beginning.diagonal)))
+        expected = dense_inverse(taken, np.diag(double(inverse.beginning.history.diagonal)))
         if not inverse.is_dense:
             continue
         assert_near(inverse.direction(grad), -expected @ double(grad), RTOL[dtype])

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from descend.second_order.mathematics.broyden_family import Choice, Member, Ratios, bfgs
-from descend.second_order.mathematics.directions import CompactInverse, Pair, add_symmetric_
+from descend.second_order.mathematics.diagonal import Pair
+from descend.second_order.mathematics.directions import CompactInverse, add_symmetric_
 from descend.second_order.mathematics.space import Array
 
 BEGINNING = 20  # pairs before the matrix is dense
@@ -49,6 +50,12 @@ class DenseInverse:
     @property
     def is_dense(self) -> bool:
         return self.beginning.count == self.beginning.history_size
+
+    def matrix(self) -> Tensor:
+        """The inverse Hessian as a matrix, not to be changed; that of the beginning is written out for it."""
+        if not self.is_dense:
+            self.beginning.write_to(self.inverse)
+        return self.inverse
 
     def measure(self, s: Tensor, y: Tensor) -> Sequence[Array]:
         return ()
