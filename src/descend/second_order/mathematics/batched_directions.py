@@ -18,9 +18,11 @@ from descend.second_order.mathematics.arrays import (
     keep,
     library,
     multiply,
+    positions,
     row_products,
     take,
 )
+from descend.second_order.mathematics.dense_inverse import BEGINNING
 from descend.second_order.mathematics.diagonal import LEAST_COSINE, SPREAD
 from descend.second_order.mathematics.directions import LEAST_FACTOR
 from descend.second_order.mathematics.space import SAMPLE, Array
@@ -49,24 +51,37 @@ class ManyDirections(Protocol):
 class DenseInverses:
     """BFGS inverse Hessians as dense matrices, O(n**2) memory for each problem.
 
-    Source: as ``dense_inverse.DenseInverse``.
+    Source: as ``dense_inverse.DenseInverse``, of which the first pairs are those of compact ones.
     """
 
     def __init__(self, like: Array) -> None:
         count, numel = like.shape
-        self.is_steepest = full(like, count, True)
+        self.beginning = CompactInverses(like, BEGINNING)
         self.inverse = cast(full(like, (count, numel, numel), 0.0), like)
-        self.identity = library(like).eye(numel, dtype=like.dtype)
-        if isinstance(like, torch.Tensor):
-            self.identity = self.identity.to(like.device)
-        self.inverse[:] = self.identity
+
+    @property
+    def is_steepest(self) -> Array:
+        return self.beginning.is_steepest
+
+    @property
+    def is_dense(self) -> Array:
+        """Where the matrix is in use, (K,)."""
+        return self.beginning.count == BEGINNING
 
     def update(self, rows: Array, s: Array, y: Array) -> None:
-        xp: Any = library(s)
+        is_dense = take(self.is_dense, rows)
+        late, early = positions(is_dense), positions(~is_dense)
+        if len(late):
+            self._update(take(rows, late), take(s, late), take(y, late))
+        if len(early):
+            begun = take(rows, early)
+            self.beginning.update(begun, take(s, early), take(y, early))
+            ready = take(begun, positions(take(self.is_dense, begun)))
+            if len(ready):
+                self.inverse[ready] = cast(self.beginning.matrices(ready), s)
+
+    def _update(self, rows: Array, s: Array, y: Array) -> None:
         inverse, sy = take(self.inverse, rows), row_products(s, y)
-        first = take(self.is_steepest, rows)[:, None, None]
-        scale = cast(sy / row_products(y, y), s)[:, None, None]
-        inverse = xp.where(first, scale * self.identity, inverse)
         hy = multiply(inverse, y)
         # (I - s y'/sy) H (I - y s'/sy) + s s'/sy, multiplied out: a symmetric update of rank two.
         half = cast((1 + row_products(y, hy) / sy) / 2, s)[:, None] * s - hy
@@ -75,17 +90,18 @@ class DenseInverses:
         inverse += outer
         inverse += outer.swapaxes(1, 2)
         self.inverse[rows] = inverse
-        self.is_steepest[rows] = False
 
     def directions(self, grads: Array) -> Array:
-        return -multiply(self.inverse, grads)
+        dense, compact = -multiply(self.inverse, grads), self.beginning.directions(grads)
+        chosen: Array = library(grads).where(self.is_dense[:, None], dense, compact)
+        return chosen
 
     def reset(self, rows: Array) -> None:
-        self.inverse[rows] = self.identity
-        self.is_steepest[rows] = True
+        self.beginning.reset(rows)
 
     def keep(self, rows: Array) -> None:
-        keep(self, ("inverse", "is_steepest"), rows)
+        self.beginning.keep(rows)
+        keep(self, ("inverse",), rows)
 
 
 class CompactInverses:
@@ -158,6 +174,19 @@ class CompactInverses:
         q = self.diagonal * (grads - combine(cast(u, grads), self.changes))
         p = combine(self.curvatures * u - doubles(multiply(self.changes, q)), self.r_inverse)
         return -(q + combine(cast(p, grads), self.steps))
+
+    def matrices(self, rows: Array) -> Array:
+        """H of some problems as dense matrices in float64; as ``directions.CompactInverse.write_to``."""
+        diagonal = doubles(take(self.diagonal, rows))
+        z = take(self.r_inverse, rows) @ doubles(take(self.steps, rows))
+        changes = doubles(take(self.changes, rows))
+        w = changes * diagonal[:, None, :]
+        middle = changes @ w.swapaxes(1, 2) @ z + take(self.curvatures, rows)[:, :, None] * z
+        matrices = z.swapaxes(1, 2) @ (middle - w) - w.swapaxes(1, 2) @ z
+        matrices = (matrices + matrices.swapaxes(1, 2)) / 2
+        places = range(diagonal.shape[1])
+        matrices[:, places, places] += diagonal
+        return matrices
 
 
 def learned_diagonals(diagonal: Array, s: Array, y: Array) -> tuple[Array, Array]:
