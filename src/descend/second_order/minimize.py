@@ -13,7 +13,8 @@ from torch import Tensor
 from descend.second_order.batched import minimize_batched
 from descend.second_order.flat_problem import FlatProblem
 from descend.second_order.mathematics.broyden_family import bfgs, self_scaled_bfgs, self_scaled_broyden
-from descend.second_order.mathematics.directions import DenseInverse, Steepest
+from descend.second_order.mathematics.dense_inverse import DenseInverse
+from descend.second_order.mathematics.directions import Steepest
 from descend.second_order.problem.arguments import with_args
 from descend.second_order.problem.bounds import differentiable_bounds
 from descend.second_order.problem.domain import domain_errors_of
@@ -102,7 +103,7 @@ def minimize(
       Hessian takes over where rounding makes them long.
     - ``"newton"``: the dense Hessian in a trust region, O(n^2) memory.
     - ``"bfgs"``: BFGS, O(n^2) memory.
-    - ``"ss-broyden"``, ``"ss-bfgs"``: the same with self-scaled updates, for physics-informed networks.
+    - ``"ss-broyden"``, ``"ss-bfgs"``: the same with self-scaled updates, for physics-informed networks, O(n^2) memory.
     - ``"gd"``: gradient descent with a line search.
 
     Args:
