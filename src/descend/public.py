@@ -27,9 +27,11 @@ from descend.first_order.soap import SOAP
 from descend.first_order.sparse_adam import SparseAdam
 from descend.first_order.squares import Adadelta, Adagrad, RMSprop
 from descend.norms.clip import clip_grad_norm_, clip_grad_value_, clip_grads_with_norm_, get_total_norm
+from descend.second_order.constraints import eq, ineq
 from descend.second_order.lbfgs import LBFGS
 from descend.second_order.minimize import minimize
 from descend.second_order.newton import Newton
+from descend.second_order.solvers.constrained_result import ConstrainedResult
 from descend.second_order.solvers.result import Progress, Result, Status
 
 __all__ = [
@@ -49,6 +51,7 @@ __all__ = [
     "AdamWScheduleFree",
     "Adamax",
     "Adan",
+    "ConstrainedResult",
     "FirstOrder",
     "IncompatibleKeys",
     "Lion",
@@ -72,9 +75,11 @@ __all__ = [
     "clip_grad_value_",
     "clip_grads_with_norm_",
     "combined",
+    "eq",
     "from_rule",
     "get_total_norm",
     "in_backward",
+    "ineq",
     "layer_decay",
     "lr_scheduler",
     "minimize",

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Literal, TypeAlias, get_args
 
 import torch
-from torch import Tensor
 
+from descend.second_order.constrained_minimize import constraint_functions, minimize_constrained
+from descend.second_order.constraints import Constraint
 from descend.second_order.flat_problem import FlatProblem
 from descend.second_order.mathematics.directions import CompactInverse, DenseInverse, Steepest
-from descend.second_order.problem.objective import CG_INSTEAD, Curved, check_dense_fits
+from descend.second_order.problem.objective import CG_INSTEAD, Curved, Point, check_dense_fits
+from descend.second_order.solvers.augmented_lagrangian import Limits
 from descend.second_order.solvers.box import CompactHessian, bounded_descent
 from descend.second_order.solvers.descent import line_search_descent
 from descend.second_order.solvers.newton_descent import PAIRS, DenseNewton, NewtonCG, trust_region_descent
@@ -39,6 +41,7 @@ def minimize(
     jac: Callable[[X], Any] | bool | None = None,
     hvp: Callable[[X, X], Any] | None = None,
     history_size: int | None = None,
+    constraints: Sequence[Constraint] | Constraint = (),
 ) -> Result[X]:
     """Find a local minimum of a smooth function, and say why the solver stopped.
 
@@ -72,6 +75,10 @@ def minimize(
         hvp: None for autograd; or a function of (x, v) that returns the Hessian at x times v; for ``"newton"`` and
             ``"newton-cg"``. Operations marked ``once_differentiable`` need it: autograd takes their curvature for 0.
         history_size: steps from which ``"l-bfgs"`` approximates the Hessian, >= 1; only for this method. Default: 10.
+        constraints: a list of ``eq(g)`` and ``ineq(h)``, for g(x) == 0 and h(x) >= 0, where g and h map the argument
+            of ``fun`` to real tensors of any shape. ``x0`` need not be feasible, and evaluated points are not, except
+            for ``bounds``. ``max_eval`` counts evaluations of ``fun`` and all constraints together. The result is a
+            ``ConstrainedResult``, with multipliers. Not with ``jac``, ``hvp`` or DTensors. Default: none.
     Returns:
         A ``Result``: the best point seen, and why the solver stopped. ``x`` is never NaN unless ``x0`` is; ``fun`` is
         NaN only if it is at ``x0``.
@@ -98,17 +105,27 @@ def minimize(
     began = time.perf_counter()
     _check_options(method, bounds, history_size, tol, max_iter, max_eval)
     _check_functions(method, fun=fun, jac=jac, hvp=hvp, callback=callback)
+    conditions = constraint_functions(constraints, jac, hvp, WHO)
     with torch.inference_mode(False), torch.no_grad():
-        problem = FlatProblem(WHO, fun, x0, bounds, jac, hvp, needs_curvature=method in ("newton", "newton-cg"))
-        run = Run(
-            problem.objective,
+        problem = FlatProblem(
+            WHO, fun, x0, bounds, jac, hvp, needs_curvature=method in ("newton", "newton-cg"), constraints=conditions
+        )
+        _check_dense(method, problem)
+        limits = Limits(
             tol=default_tolerance(problem.structure.eps) if tol is None else tol,
             max_iter=MAX_ITER if max_iter is None else max_iter,
             max_eval=math.inf if max_eval is None else max_eval,
             callback=None if callback is None else problem.reporter(callback),
         )
+
+        def descend(run: Run, point: Point) -> Status:
+            return _descend(method, run, problem.objective, point, history_size or HISTORY_SIZE)
+
+        if conditions:
+            return minimize_constrained(problem, descend, limits, began=began)
+        run = Run(problem.objective, **limits._asdict())
         try:
-            status = _solve(method, run, problem.objective, problem.start, history_size or HISTORY_SIZE)
+            status = descend(run, run.start(problem.start))
         finally:
             problem.set_parameters(run)
     x = problem.tree_of(run.best.x)
@@ -144,12 +161,15 @@ def _check_functions(method: str, **functions: Any) -> None:
             raise TypeError(f"{WHO}: {name} must be a function{also}, got {function!r}.")
 
 
-def _solve(method: str, run: Run, objective: Curved, x: Tensor, history_size: int) -> Status:
-    space = objective.space
+def _check_dense(method: str, problem: FlatProblem[Any]) -> None:
     if method in ("newton", "bfgs"):
         instead = CG_INSTEAD if method == "newton" else "method='l-bfgs'"
-        check_dense_fits(f"{WHO}: method={method!r}", x, instead, space)
-    point, options = run.start(x), (x.dtype, x.device, space)
+        check_dense_fits(f"{WHO}: method={method!r}", problem.start, instead, problem.objective.space)
+
+
+def _descend(method: str, run: Run, objective: Curved, point: Point, history_size: int) -> Status:
+    x, space = point.x, objective.space
+    options = x.dtype, x.device, space
     if method == "newton":
         return trust_region_descent(run, point, DenseNewton(objective))[0]
     if method == "newton-cg":

@@ -24,6 +24,7 @@ class Status(str, Enum):
     non_finite = "non_finite"
     stopped_by_callback = "stopped_by_callback"
     precision_limit = "precision_limit"
+    infeasible = "infeasible"
 
     def __str__(self) -> str:
         return self.value

@@ -1,0 +1,99 @@
+"""What a minimization with constraints returns."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from descend.second_order.mathematics.augmented_lagrangian import violations
+from descend.second_order.problem.constrained_objective import ConstrainedObjective
+from descend.second_order.solvers.augmented_lagrangian import AugmentedLagrangian
+from descend.second_order.solvers.result import MESSAGES, Result, Status, X
+
+CONVERGED = (
+    "The conditions of a constrained minimum hold: gradient of the Lagrangian, violations and complementarity are "
+    "within tol."
+)
+INFEASIBLE = "The squared violation has a local minimum here, so no feasible point is near: start elsewhere."
+
+
+@dataclass(frozen=True, repr=False)
+class ConstrainedResult(Result[X]):
+    """What ``minimize`` returns with ``constraints``.
+
+    ``x`` is the lowest point evaluated that is feasible to ``tol``, or the least infeasible one if none is. ``grad`` is
+    the gradient of the Lagrangian there, that of ``fun`` minus the sum of ``multipliers`` times the constraints'; at an
+    active bound it is the bound's own multiplier. ``success`` says that the conditions of Karush, Kuhn and Tucker hold
+    to ``tol``.
+
+    Attributes:
+        multipliers: one tensor for each constraint, of its shape. Each entry is the derivative of the optimal ``fun``
+            with respect to the right-hand side of the constraint: positive where it costs something to raise the 0 in
+            ``fun(x) == 0`` or ``fun(x) >= 0``, and never negative for ``ineq`` at a solution.
+        infeasibility: largest violation of a constraint at ``x``, each one divided by the largest entry of its gradient
+            at ``x0`` if that exceeds 1.
+        n_outer: subproblems that were minimized.
+    """
+
+    multipliers: list[Tensor] = field(default_factory=list)
+    infeasibility: float = 0.0
+    n_outer: int = 0
+
+
+def constrained_result(
+    solver: AugmentedLagrangian, status: Status, x: X, unflatten: Callable[[Tensor], Any], *, began: float
+) -> ConstrainedResult[X]:
+    """The result of a run.
+
+    Args:
+        solver: the run.
+        status: why it stopped.
+        x: the best point as the caller gets it.
+        unflatten: maps the flat gradient to its structure.
+        began: ``time.perf_counter()`` at the start.
+    """
+    objective, (point, multipliers) = solver.objective, solver.candidate
+    values, scale = solver.candidate.values, objective.fun_scale
+    grad = point.grad / scale
+    residual = grad
+    if objective.lower is not None and objective.upper is not None:
+        residual = torch.clamp(grad, point.x - objective.upper, point.x - objective.lower)
+    unscaled = multipliers * objective.scales / scale
+    sizes = [shape.numel() for shape in objective.shapes]
+    parts = zip(torch.split(unscaled, sizes), objective.shapes, strict=True)
+    return ConstrainedResult(
+        x=x,
+        fun=values.value,
+        grad=unflatten(grad),
+        status=status,
+        message=_message(objective, status, values.violation, values.c),
+        grad_norm=float(residual.abs().amax()) if residual.numel() else 0.0,
+        n_iter=solver.n_iter,
+        n_eval=solver.n_eval,
+        n_hvp=solver.n_hvp,
+        time=time.perf_counter() - began,
+        history=solver.history,
+        n_negative_curvature=solver.n_negative_curvature,
+        multipliers=[part.reshape(shape) for part, shape in parts],
+        infeasibility=values.violation,
+        n_outer=solver.n_outer,
+    )
+
+
+def _message(objective: ConstrainedObjective, status: Status, violation: float, c: Tensor) -> str:
+    message = {Status.converged: CONVERGED, Status.infeasible: INFEASIBLE}.get(status, MESSAGES.get(status, ""))
+    if violation <= objective.feasible or not len(c):
+        return message
+    place = int(violations(c, objective.equal).abs().argmax())
+    size = abs(float(c[place] / objective.scales[place]))
+    for constraint, shape in zip(objective.constraint_list, objective.shapes, strict=True):
+        if place < shape.numel():
+            where = f"{constraint.name} is violated by {size:.3g} at entry {place}"
+            return f"{message} No evaluated point is feasible: {where}."
+        place -= shape.numel()
+    return message
