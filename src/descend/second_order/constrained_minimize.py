@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from descend.second_order.constraints import Constraint
@@ -22,9 +22,7 @@ def constraint_functions(constraints: Any, jac: Any, hvp: Any, who: str) -> list
     if isinstance(constraints, Constraint):
         constraints = [constraints]
     if not isinstance(constraints, Sequence) or not all(isinstance(one, Constraint) for one in constraints):
-        raise TypeError(
-            f"{who}: constraints must be a list of descend.eq(function) and descend.ineq(function), got {constraints!r}."
-        )
+        raise TypeError(f"{who}: constraints must be a list of eq(function) and ineq(function), got {constraints!r}.")
     if constraints and (jac is not None or hvp is not None):
         raise ValueError(f"{who}: jac and hvp are for problems without constraints. Leave them out: autograd is used.")
     return [
@@ -33,20 +31,20 @@ def constraint_functions(constraints: Any, jac: Any, hvp: Any, who: str) -> list
 
 
 def minimize_constrained(
-    problem: FlatProblem[X], descend: Descend, limits: Limits, *, began: float
+    problem: FlatProblem[X], new_descent: Callable[[], Descend], limits: Limits, *, began: float
 ) -> ConstrainedResult[X]:
     """Minimize a problem that has constraints.
 
     Args:
         problem: made with constraints.
-        descend: minimizes a function without constraints from a point.
+        new_descent: makes what minimizes a function without constraints from a point.
         limits: what ends the run.
         began: ``time.perf_counter()`` at the start.
     """
     objective = problem.objective
     assert isinstance(objective, ConstrainedObjective)
     objective.feasible = limits.tol
-    run = AugmentedLagrangian(objective, descend, limits)
+    run = AugmentedLagrangian(objective, new_descent, limits)
     try:
         status = run.run(problem.start)
     finally:

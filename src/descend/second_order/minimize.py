@@ -8,11 +8,12 @@ from collections.abc import Callable, Sequence
 from typing import Any, Literal, TypeAlias, get_args
 
 import torch
+from torch import Tensor
 
 from descend.second_order.constrained_minimize import constraint_functions, minimize_constrained
 from descend.second_order.constraints import Constraint
 from descend.second_order.flat_problem import FlatProblem
-from descend.second_order.mathematics.directions import CompactInverse, DenseInverse, Steepest
+from descend.second_order.mathematics.directions import CompactInverse, DenseInverse, Directions, Steepest
 from descend.second_order.problem.objective import CG_INSTEAD, Curved, Point, check_dense_fits
 from descend.second_order.solvers.augmented_lagrangian import Limits
 from descend.second_order.solvers.box import CompactHessian, bounded_descent
@@ -118,14 +119,14 @@ def minimize(
             callback=None if callback is None else problem.reporter(callback),
         )
 
-        def descend(run: Run, point: Point) -> Status:
-            return _descend(method, run, problem.objective, point, history_size or HISTORY_SIZE)
+        def new_descent() -> Callable[[Run, Point], Status]:
+            return _descent(method, problem.objective, problem.start, history_size or HISTORY_SIZE)
 
         if conditions:
-            return minimize_constrained(problem, descend, limits, began=began)
+            return minimize_constrained(problem, new_descent, limits, began=began)
         run = Run(problem.objective, **limits._asdict())
         try:
-            status = descend(run, run.start(problem.start))
+            status = new_descent()(run, run.start(problem.start))
         finally:
             problem.set_parameters(run)
     x = problem.tree_of(run.best.x)
@@ -167,21 +168,26 @@ def _check_dense(method: str, problem: FlatProblem[Any]) -> None:
         check_dense_fits(f"{WHO}: method={method!r}", problem.start, instead, problem.objective.space)
 
 
-def _descend(method: str, run: Run, objective: Curved, point: Point, history_size: int) -> Status:
-    x, space = point.x, objective.space
+def _descent(method: str, objective: Curved, x: Tensor, history_size: int) -> Callable[[Run, Point], Status]:
+    """What minimizes from a point; what it learns of the curvature is used again if it is called again."""
+    space = objective.space
     options = x.dtype, x.device, space
     if method == "newton":
-        return trust_region_descent(run, point, DenseNewton(objective))[0]
+        return lambda run, point: trust_region_descent(run, point, DenseNewton(objective))[0]
     if method == "newton-cg":
         inverse = CompactInverse(x.numel(), PAIRS, *options)
-        return trust_region_descent(run, point, NewtonCG(objective, run, point, inverse))[0]
-    if run.objective.lower is not None:
-        return bounded_descent(run, point, CompactHessian(x.numel(), history_size, *options))
+        return lambda run, point: trust_region_descent(run, point, NewtonCG(objective, run, point, inverse))[0]
+    if objective.lower is not None:
+        model = CompactHessian(x.numel(), history_size, *options)
+        return lambda run, point: bounded_descent(run, point, model)
+    directions: Directions
     if method == "gd":
-        return line_search_descent(run, point, Steepest(space))
-    if method == "bfgs":
-        return line_search_descent(run, point, DenseInverse(x.numel(), x.dtype, x.device))
-    return line_search_descent(run, point, CompactInverse(x.numel(), history_size, *options))
+        directions = Steepest(space)
+    elif method == "bfgs":
+        directions = DenseInverse(x.numel(), x.dtype, x.device)
+    else:
+        directions = CompactInverse(x.numel(), history_size, *options)
+    return lambda run, point: line_search_descent(run, point, directions)
 
 
 def default_tolerance(eps: float) -> float:

@@ -75,15 +75,17 @@ class AugmentedLagrangian:
 
     Args:
         objective: f and the constraints.
-        descend: minimizes one subproblem from a point.
+        new_descent: makes what minimizes a subproblem from a point. It goes on with what it has learned of the
+            curvature until the penalty changes.
         limits: what ends it.
     Attributes:
         candidate: the best point.
         n_outer: subproblems.
     """
 
-    def __init__(self, objective: ConstrainedObjective, descend: Descend, limits: Limits) -> None:
-        self.objective, self.descend, self.limits = objective, descend, limits
+    def __init__(self, objective: ConstrainedObjective, new_descent: Callable[[], Descend], limits: Limits) -> None:
+        self.objective, self.new_descent, self.limits = objective, new_descent, limits
+        self.descend, self.penalty_learned = new_descent(), math.nan
         self.last_eval = objective.n_eval + limits.max_eval
         self.n_iter = self.n_outer = self.n_negative_curvature = 0
         self.history: list[Iteration] = []
@@ -149,7 +151,7 @@ class AugmentedLagrangian:
                 return status
             if _is_far(point, values):
                 n_far += 1
-                if n_far > MAX_FAR:
+                if n_far > MAX_FAR or point.graph.violation <= tol:
                     return status
                 penalty = min(penalty * GROWTH**2, LARGEST_PENALTY)
                 continue
@@ -158,15 +160,17 @@ class AugmentedLagrangian:
             candidate = Candidate(point._replace(graph=values), objective.first_order_multipliers(values))
             if (end := self._finished(candidate)) is not None:
                 return end
-            if n_idle >= IDLE or self.n_outer >= MAX_OUTER:
-                return Status.precision_limit if status is Status.converged else status
+            is_last = n_idle >= IDLE or self.n_outer >= MAX_OUTER
             infeasible = largest(complementarity(values.c, multipliers / penalty, objective.equal))
             is_slow = infeasible > SUFFICIENT * progress and values.violation > tol
-            if is_slow and penalty > SUSPICIOUS * first and n_restored < MAX_RESTORED:
+            is_suspicious = is_slow and penalty > SUSPICIOUS * first and n_restored < MAX_RESTORED
+            if is_suspicious or (is_last and values.violation > tol):
                 n_restored += 1
                 end, values = self._restore(values)
                 if end is not None:
                     return end
+            if is_last:
+                return Status.precision_limit if status is Status.converged else status
             penalty = min(penalty * GROWTH, LARGEST_PENALTY) if is_slow else penalty
             progress = infeasible
             multipliers = candidate.multipliers.clamp(-MOST_MULTIPLIER, MOST_MULTIPLIER)
@@ -196,10 +200,12 @@ class AugmentedLagrangian:
         """Minimize the violation alone; say if it has a local minimum that is not zero."""
         objective, tol = self.objective, self.limits.tol
         objective.set_multipliers(torch.zeros_like(objective.multipliers), 1.0, fun_weight=0.0)
+        self.penalty_learned = math.nan
         try:
             status, point = self._minimize(values, STATIONARY * tol * values.violation)
         finally:
             objective.set_multipliers(objective.multipliers, 1.0)
+            self.penalty_learned = math.nan
         if status in ENDS:
             return status, values
         values = objective.usable(point.graph)
@@ -214,6 +220,8 @@ class AugmentedLagrangian:
         if run.evaluations_left < 1 and not self.objective.is_known(values.x):
             return Status.max_eval, self.best
         start = run.start(values.x, scale=1.0)
+        if self.objective.penalty != self.penalty_learned:
+            self.descend, self.penalty_learned = self.new_descent(), self.objective.penalty
         status = self.descend(run, start)
         self.n_negative_curvature += run.n_negative_curvature
         return status, run.best
