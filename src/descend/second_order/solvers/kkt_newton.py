@@ -54,14 +54,14 @@ def newton_end(
     Returns:
         A point at which the conditions hold and the Hessian is that of a minimum; None if none was reached.
     """
-    first = best = residual(objective, candidate)
+    first = best = size = residual(objective, candidate)
     failures = 0
     while True:
         step = _step(objective, candidate)
         if step is None:
             return None
-        if best <= target and step.is_minimum:
-            return candidate
+        if size <= target:
+            return candidate if step.is_minimum else None
         if failures > PATIENCE or not may_go_on():
             return None
         origin = candidate.point
