@@ -180,7 +180,8 @@ SOLVERS: dict[str, tuple[Solver, ...]] = {
     ),
     TRUST: (
         partial(scipy_solver, method="trust-constr"),
-        partial(scipy_solver, method="trust-constr", gtol=1e-10, xtol=1e-12, barrier_tol=1e-10, maxiter=3000),
+        # With gtol > 0 it ends while the barrier is still high.
+        partial(scipy_solver, method="trust-constr", gtol=0, xtol=1e-10, barrier_tol=1e-10, maxiter=3000),
     ),
 }
 

@@ -7,7 +7,8 @@ from typing import Any
 
 from descend.second_order.constraints import Constraint
 from descend.second_order.flat_problem import FlatProblem
-from descend.second_order.problem.constrained_objective import ConstrainedObjective, ConstraintFunction
+from descend.second_order.problem.constrained_functions import ConstraintFunction
+from descend.second_order.problem.constrained_objective import ConstrainedObjective
 from descend.second_order.solvers.augmented_lagrangian import AugmentedLagrangian, Descend, Limits
 from descend.second_order.solvers.constrained_result import ConstrainedResult, constrained_result
 from descend.second_order.solvers.result import X

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from descend.distributed.dtensors import is_dtensor
 from descend.second_order.problem.bounds import bounds_of
-from descend.second_order.problem.constrained_objective import ConstrainedObjective, ConstraintFunction
+from descend.second_order.problem.constrained_functions import ConstrainedFunctions, ConstraintFunction
+from descend.second_order.problem.constrained_objective import ConstrainedObjective
 from descend.second_order.problem.objective import Curved, FunctionObjective, Point
 from descend.second_order.problem.parameter_objective import ParameterObjective
 from descend.second_order.problem.parameters import FlatParameters
@@ -70,9 +71,8 @@ class FlatProblem(Generic[X]):
         if constraints:
             if is_sharded:
                 raise ValueError(f"{who}: constraints need all variables in one process, but x0 has DTensors.")
-            self.objective = ConstrainedObjective(
-                who, fun, constraints, structure, parameters=self.parameters, argument=self.tree, bounds=flat_bounds
-            )
+            functions = ConstrainedFunctions(who, fun, constraints, structure, self.parameters, self.tree)
+            self.objective = ConstrainedObjective(functions, flat_bounds)
         elif self.parameters is not None:
             self.objective = ParameterObjective(
                 f"{who}: fun",
@@ -115,13 +115,15 @@ class FlatProblem(Generic[X]):
         def report(run: Solver, point: Point) -> bool:
             if self.parameters is None:
                 return call(run, point)
-            assert isinstance(self.objective, ParameterObjective | ConstrainedObjective)
-            self.objective.move_to(point.x)
+            objective = self.objective
+            assert isinstance(objective, ParameterObjective | ConstrainedObjective)
+            holder = objective.functions if isinstance(objective, ConstrainedObjective) else objective
+            holder.move_to(point.x)
             before = self.parameters.gather()
             is_stopped = call(run, point)
             is_same = torch.equal(before, self.parameters.gather())
-            if self.objective.space.largest(not is_same):
-                self.objective.forget_x()
+            if objective.space.largest(not is_same):
+                holder.forget_x()
             return is_stopped
 
         def call(run: Solver, point: Point) -> bool:

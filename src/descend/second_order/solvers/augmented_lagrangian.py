@@ -15,10 +15,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from descend.second_order.mathematics.augmented_lagrangian import complementarity, first_penalty, largest
-from descend.second_order.problem.constrained_objective import Candidate, ConstrainedObjective, Values
+from descend.second_order.mathematics.augmented_lagrangian import complementarity, first_penalty, largest, violations
+from descend.second_order.problem.constrained_functions import Values
+from descend.second_order.problem.constrained_objective import Candidate, ConstrainedObjective
 from descend.second_order.problem.objective import Point
-from descend.second_order.solvers.kkt_newton import is_small, newton_end, residual
+from descend.second_order.solvers.kkt_newton import newton_end, residual
 from descend.second_order.solvers.result import Iteration, Solver, Status
 from descend.second_order.solvers.run import Run
 
@@ -140,8 +141,8 @@ class AugmentedLagrangian:
 
     def _iterate(self, values: Values) -> Status:
         objective, tol = self.objective, self.limits.tol
-        squares = largest(values.c[objective.equal | (values.c < 0)].square().sum())
-        penalty = first = first_penalty(largest(values.fun), squares)
+        squares = float(violations(objective.scaled(values), objective.equal).square().sum())
+        penalty = first = first_penalty(objective.fun_scale * values.value, squares)
         multipliers, tolerance = objective.multipliers, max(tol, math.sqrt(tol))
         progress, n_idle, n_far, n_restored = math.inf, 0, 0, 0
         while True:
@@ -156,12 +157,12 @@ class AugmentedLagrangian:
                 penalty = min(penalty * GROWTH**2, LARGEST_PENALTY)
                 continue
             n_idle = n_idle + 1 if torch.equal(point.x, values.x) else 0
-            values = objective.usable(point.graph)
-            candidate = Candidate(point._replace(graph=values), objective.first_order_multipliers(values))
+            values = point.graph
+            candidate = Candidate(point, objective.first_order_multipliers(values))
             if (end := self._finished(candidate)) is not None:
                 return end
             is_last = n_idle >= IDLE or self.n_outer >= MAX_OUTER
-            infeasible = largest(complementarity(values.c, multipliers / penalty, objective.equal))
+            infeasible = largest(complementarity(objective.scaled(values), multipliers / penalty, objective.equal))
             is_slow = infeasible > SUFFICIENT * progress and values.violation > tol
             is_suspicious = is_slow and penalty > SUSPICIOUS * first and n_restored < MAX_RESTORED
             if is_suspicious or (is_last and values.violation > tol):
@@ -180,7 +181,7 @@ class AugmentedLagrangian:
         """Whether a subproblem's solution, or what Newton's method makes of it, meets the tolerance."""
         if residual(self.objective, candidate) <= self.limits.tol:
             self._end = candidate
-        elif is_small(self.objective):
+        elif self.objective.is_small:
             self._end = newton_end(
                 self.objective, candidate, target=self.limits.tol, may_go_on=self._may_go_on, report=self._advance
             )
@@ -208,9 +209,9 @@ class AugmentedLagrangian:
             self.penalty_learned = math.nan
         if status in ENDS:
             return status, values
-        values = objective.usable(point.graph)
-        is_stationary = point.norm <= STATIONARY * values.violation
-        return (Status.infeasible if is_stationary and values.violation > tol else None), values
+        violation = point.graph.violation
+        is_stationary = violation > tol and point.norm <= STATIONARY * violation
+        return (Status.infeasible if is_stationary else None), point.graph
 
     def _minimize(self, values: Values, tolerance: float) -> tuple[Status, Point]:
         """Minimize one subproblem from a point where the values are known."""

@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from descend.second_order.mathematics.augmented_lagrangian import violations
+from descend.second_order.mathematics.augmented_lagrangian import largest, violations
+from descend.second_order.problem.constrained_functions import ConstrainedFunctions, Values
 from descend.second_order.problem.constrained_objective import ConstrainedObjective
 from descend.second_order.solvers.augmented_lagrangian import AugmentedLagrangian
 from descend.second_order.solvers.result import MESSAGES, Result, Status, X
@@ -60,19 +61,16 @@ def constrained_result(
     objective, (point, multipliers) = solver.objective, solver.candidate
     values, scale = solver.candidate.values, objective.fun_scale
     grad = point.grad / scale
-    residual = grad
-    if objective.lower is not None and objective.upper is not None:
-        residual = torch.clamp(grad, point.x - objective.upper, point.x - objective.lower)
     unscaled = multipliers * objective.scales / scale
-    sizes = [shape.numel() for shape in objective.shapes]
-    parts = zip(torch.split(unscaled, sizes), objective.shapes, strict=True)
+    sizes = [shape.numel() for shape in objective.functions.shapes]
+    parts = zip(torch.split(unscaled, sizes), objective.functions.shapes, strict=True)
     return ConstrainedResult(
         x=x,
         fun=values.value,
         grad=unflatten(grad),
         status=status,
-        message=_message(objective, status, values.violation, values.c),
-        grad_norm=float(residual.abs().amax()) if residual.numel() else 0.0,
+        message=_message(objective, status, values),
+        grad_norm=largest(objective.projected(point.x, grad)),
         n_iter=solver.n_iter,
         n_eval=solver.n_eval,
         n_hvp=solver.n_hvp,
@@ -85,15 +83,21 @@ def constrained_result(
     )
 
 
-def _message(objective: ConstrainedObjective, status: Status, violation: float, c: Tensor) -> str:
+def _message(objective: ConstrainedObjective, status: Status, values: Values) -> str:
     message = {Status.converged: CONVERGED, Status.infeasible: INFEASIBLE}.get(status, MESSAGES.get(status, ""))
-    if violation <= objective.feasible or not len(c):
+    if not values.violation > objective.feasible:
         return message
-    place = int(violations(c, objective.equal).abs().argmax())
-    size = abs(float(c[place] / objective.scales[place]))
-    for constraint, shape in zip(objective.constraint_list, objective.shapes, strict=True):
+    sizes = violations(objective.scaled(values), objective.equal).abs()
+    place = int(sizes.argmax())
+    size = float(sizes[place] / objective.scales[place])
+    where = _place_of(objective.functions, place)
+    return f"{message} No evaluated point is feasible: {where} is violated by {size:.3g}."
+
+
+def _place_of(functions: ConstrainedFunctions, place: int) -> str:
+    """The name of an entry of all constraints."""
+    for constraint, shape in zip(functions.constraints, functions.shapes, strict=True):
         if place < shape.numel():
-            where = f"{constraint.name} is violated by {size:.3g} at entry {place}"
-            return f"{message} No evaluated point is feasible: {where}."
+            return constraint.name if shape.numel() == 1 else f"entry {place} of {constraint.name}"
         place -= shape.numel()
-    return message
+    raise IndexError(place)

@@ -16,7 +16,6 @@ from descend.second_order.mathematics.augmented_lagrangian import complementarit
 from descend.second_order.mathematics.kkt import KKTStep, kkt_step
 from descend.second_order.problem.constrained_objective import Candidate, ConstrainedObjective
 
-MOST_NUMBERS = 300  # variables and constraints together, for dense matrices
 SHRINKAGE = 0.5  # of the residual, for a step to be progress
 PATIENCE = 2  # steps in a row without progress
 DIVERGED = 1e3  # growth of the residual
@@ -24,15 +23,9 @@ DIVERGED = 1e3  # growth of the residual
 
 def residual(objective: ConstrainedObjective, candidate: Candidate) -> float:
     """How far a candidate is from the conditions: gradient of the Lagrangian, feasibility and complementarity."""
-    x, grad = candidate.point.x, candidate.point.grad
-    if objective.lower is not None and objective.upper is not None:
-        grad = torch.clamp(grad, x - objective.upper, x - objective.lower)
-    return max(largest(grad), largest(complementarity(candidate.values.c, candidate.multipliers, objective.equal)))
-
-
-def is_small(objective: ConstrainedObjective) -> bool:
-    """Whether dense matrices cost little."""
-    return objective.space.numel + len(objective.scales) <= MOST_NUMBERS
+    c, (point, multipliers) = objective.scaled(candidate.values), candidate
+    grad = objective.projected(point.x, point.grad)
+    return max(largest(grad), largest(complementarity(c, multipliers, objective.equal)))
 
 
 def newton_end(
@@ -54,6 +47,9 @@ def newton_end(
     Returns:
         A point at which the conditions hold and the Hessian is that of a minimum; None if none was reached.
     """
+    if not (objective.functions.is_usable(candidate.values) or may_go_on()):
+        return None
+    candidate = candidate._replace(point=candidate.point._replace(graph=objective.usable(candidate.values)))
     first = best = size = residual(objective, candidate)
     failures = 0
     while True:
@@ -91,13 +87,14 @@ def _step(objective: ConstrainedObjective, candidate: Candidate) -> KKTStep | No
     jacobian, grad = objective.jacobian(values), objective.function_gradient(values)
     if not (_is_finite(hessian) and _is_finite(jacobian) and _is_finite(grad)):
         return None
-    active = objective.equal | (multipliers - objective.penalty * values.c > 0)
+    c = objective.scaled(values)
+    active = objective.equal | (multipliers - objective.penalty * c > 0)
     free = torch.ones_like(x, dtype=torch.bool)
     if objective.lower is not None and objective.upper is not None:
         slope = grad - jacobian.T @ multipliers
         free = ~(((x <= objective.lower) & (slope > 0)) | ((x >= objective.upper) & (slope < 0)))
     try:
-        step = kkt_step(hessian, jacobian, grad, values.c, active, free)
+        step = kkt_step(hessian, jacobian, grad, c, active, free)
     except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
         return None
     return step if _is_finite(step.step) and _is_finite(step.multipliers) else None
