@@ -118,7 +118,8 @@ class AugmentedLagrangian:
     def record(self, point: Point, step: float) -> None:
         """Add an iteration that ended at a point to the history."""
         values: Values = point.graph
-        self.history.append(Iteration(values.value, point.norm, step, self.n_eval, self.n_hvp))
+        norm = point.norm / self.objective.fun_scale
+        self.history.append(Iteration(values.value, norm, step, self.n_eval, self.n_hvp))
 
     def report(self, point: Point) -> bool:
         """Show an iteration to the callback; whether it asks to stop."""

@@ -20,7 +20,6 @@ CONVERGED = (
     "The conditions of a constrained minimum hold: gradient of the Lagrangian, violations and complementarity are "
     "within tol."
 )
-INFEASIBLE = "The squared violation has a local minimum here, so no feasible point is near: start elsewhere."
 
 
 @dataclass(frozen=True, repr=False)
@@ -29,8 +28,8 @@ class ConstrainedResult(Result[X]):
 
     ``x`` is the lowest point evaluated that is feasible to ``tol``, or the least infeasible one if none is. ``grad`` is
     the gradient of the Lagrangian there, that of ``fun`` minus the sum of ``multipliers`` times the constraints'; at an
-    active bound it is the bound's own multiplier. ``success`` says that the conditions of Karush, Kuhn and Tucker hold
-    to ``tol``.
+    active bound it is the bound's own multiplier. ``grad_norm``, also in ``history``, and what ``callback`` gets are of
+    the Lagrangian, too. ``success`` says that the conditions of Karush, Kuhn and Tucker hold to ``tol``.
 
     Attributes:
         multipliers: one tensor for each constraint, of its shape. Each entry is the derivative of the optimal ``fun``
@@ -84,7 +83,7 @@ def constrained_result(
 
 
 def _message(objective: ConstrainedObjective, status: Status, values: Values) -> str:
-    message = {Status.converged: CONVERGED, Status.infeasible: INFEASIBLE}.get(status, MESSAGES.get(status, ""))
+    message = CONVERGED if status is Status.converged else MESSAGES[status]
     if not values.violation > objective.feasible:
         return message
     sizes = violations(objective.scaled(values), objective.equal).abs()
