@@ -47,7 +47,7 @@ MESSAGES = {
         "The function changes by no more than its rounding error, while the gradient is still above tol: use a wider "
         "dtype (float64), rescale the function, or accept a larger tol."
     ),
-    Status.infeasible: "The squared violation of the constraints has a local minimum here that is not 0: start elsewhere.",
+    Status.infeasible: "The squared violation of the constraints has a local minimum here, not 0: start elsewhere.",
 }
 
 
