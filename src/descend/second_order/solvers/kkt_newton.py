@@ -47,12 +47,12 @@ def newton_end(
     Returns:
         A point at which the conditions hold and the Hessian is that of a minimum; None if none was reached.
     """
-    if not (objective.functions.is_usable(candidate.values) or may_go_on()):
-        return None
-    candidate = candidate._replace(point=candidate.point._replace(graph=objective.usable(candidate.values)))
     first = best = size = residual(objective, candidate)
     failures = 0
     while True:
+        if not (objective.functions.is_usable(candidate.values) or may_go_on()):
+            return None
+        candidate = candidate._replace(point=candidate.point._replace(graph=objective.usable(candidate.values)))
         step = _step(objective, candidate)
         if step is None:
             return None
