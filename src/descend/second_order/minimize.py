@@ -13,10 +13,11 @@ from torch import Tensor
 from descend.second_order.constrained_minimize import constraint_functions, minimize_constrained
 from descend.second_order.constraints import Constraint
 from descend.second_order.flat_problem import FlatProblem
-from descend.second_order.mathematics.directions import CompactInverse, DenseInverse, Directions, Steepest
+from descend.second_order.mathematics.directions import DenseInverse, Directions, Steepest
 from descend.second_order.problem.objective import CG_INSTEAD, Curved, Point, check_dense_fits
 from descend.second_order.solvers.augmented_lagrangian import Limits
 from descend.second_order.solvers.box import CompactHessian, bounded_descent
+from descend.second_order.solvers.compiled_history import compact_inverse
 from descend.second_order.solvers.descent import line_search_descent
 from descend.second_order.solvers.newton_descent import PAIRS, DenseNewton, NewtonCG, trust_region_descent
 from descend.second_order.solvers.result import MESSAGES, Progress, Result, Status, X, result_of
@@ -175,7 +176,7 @@ def _descent(method: str, objective: Curved, x: Tensor, history_size: int) -> Ca
     if method == "newton":
         return lambda run, point: trust_region_descent(run, point, DenseNewton(objective))[0]
     if method == "newton-cg":
-        inverse = CompactInverse(x.numel(), PAIRS, *options)
+        inverse = compact_inverse(x.numel(), PAIRS, *options)
         return lambda run, point: trust_region_descent(run, point, NewtonCG(objective, run, point, inverse))[0]
     if objective.lower is not None:
         model = CompactHessian(x.numel(), history_size, *options)
@@ -186,7 +187,7 @@ def _descent(method: str, objective: Curved, x: Tensor, history_size: int) -> Ca
     elif method == "bfgs":
         directions = DenseInverse(x.numel(), x.dtype, x.device)
     else:
-        directions = CompactInverse(x.numel(), history_size, *options)
+        directions = compact_inverse(x.numel(), history_size, *options)
     return lambda run, point: line_search_descent(run, point, directions)
 
 
