@@ -261,6 +261,19 @@ def test_large_problem_takes_vectors_only() -> None:
     assert float((result.x - target - 0.5).abs().max()) < 1e-5
 
 
+def test_result_shows_infeasibility() -> None:
+    text = repr(minimize(bowl, vector(3.0, -1.0), constraints=[EQUALITY]))
+    assert text.startswith("ConstrainedResult(status=converged")
+    assert text.endswith("infeasibility=0, n_outer=1)")
+
+
+def test_zero_tolerance_ends_at_the_precision_of_the_function() -> None:
+    result = minimize(rosenbrock, vector(-1.2, 1.0), constraints=[ineq(lambda x: 1.5 - x.square().sum())], tol=0.0)
+    assert result.success or result.status is Status.precision_limit
+    assert result.fun == pytest.approx(0.0082, abs=1e-3)
+    assert result.n_eval < 1000
+
+
 def test_result_is_deterministic() -> None:
     results = [minimize(rosenbrock, vector(-1.2, 1.0), constraints=[EQUALITY]) for _ in range(2)]
     assert torch.equal(results[0].x, results[1].x)

@@ -144,7 +144,8 @@ class AugmentedLagrangian:
         objective, tol = self.objective, self.limits.tol
         squares = float(violations(objective.scaled(values), objective.equal).square().sum())
         penalty = first = first_penalty(objective.fun_scale * values.value, squares)
-        multipliers, tolerance = objective.multipliers, max(tol, math.sqrt(tol))
+        least = max(tol, objective.eps)  # tolerance of a subproblem; below it there is only rounding
+        multipliers, tolerance = objective.multipliers, max(least, math.sqrt(least))
         progress, n_idle, n_far, n_restored = math.inf, 0, 0, 0
         while True:
             objective.set_multipliers(multipliers, penalty)
@@ -176,7 +177,7 @@ class AugmentedLagrangian:
             penalty = min(penalty * GROWTH, LARGEST_PENALTY) if is_slow else penalty
             progress = infeasible
             multipliers = candidate.multipliers.clamp(-MOST_MULTIPLIER, MOST_MULTIPLIER)
-            tolerance = max(tol, TIGHTENING * tolerance)
+            tolerance = max(least, TIGHTENING * tolerance)
 
     def _finished(self, candidate: Candidate) -> Status | None:
         """Whether a subproblem's solution, or what Newton's method makes of it, meets the tolerance."""

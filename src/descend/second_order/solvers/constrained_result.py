@@ -44,6 +44,9 @@ class ConstrainedResult(Result[X]):
     infeasibility: float = 0.0
     n_outer: int = 0
 
+    def __repr__(self) -> str:
+        return f"Constrained{super().__repr__()[:-1]}, infeasibility={self.infeasibility:.3g}, n_outer={self.n_outer})"
+
 
 def constrained_result(
     solver: AugmentedLagrangian, status: Status, x: X, unflatten: Callable[[Tensor], Any], *, began: float
