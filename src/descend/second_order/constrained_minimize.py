@@ -14,18 +14,23 @@ from descend.second_order.solvers.constrained_result import ConstrainedResult, c
 from descend.second_order.solvers.result import X
 
 
-def constraint_functions(constraints: Any, jac: Any, hvp: Any, who: str) -> list[ConstraintFunction]:
+def constraint_functions(constraints: Any, who: str, **others: Any) -> list[ConstraintFunction]:
     """The constraints as an objective takes them.
 
+    Args:
+        constraints: what ``minimize`` got.
+        who: the caller's name, for errors.
+        others: arguments that are None unless they were given, and that do not go with constraints.
     Raises:
-        TypeError, ValueError: if they are not made by ``eq`` and ``ineq``, or derivatives are given beside them.
+        TypeError, ValueError: if they are not made by ``eq`` and ``ineq``, or one of the others was given.
     """
     if isinstance(constraints, Constraint):
         constraints = [constraints]
     if not isinstance(constraints, Sequence) or not all(isinstance(one, Constraint) for one in constraints):
         raise TypeError(f"{who}: constraints must be a list of eq(function) and ineq(function), got {constraints!r}.")
-    if constraints and (jac is not None or hvp is not None):
-        raise ValueError(f"{who}: jac and hvp are for problems without constraints. Leave them out: autograd is used.")
+    given = [name for name, value in others.items() if value is not None]
+    if constraints and given:
+        raise ValueError(f"{who}: {given[0]} is for problems without constraints. Leave one of them out.")
     return [
         ConstraintFunction(one.fun, one.is_equality, f"constraints[{place}]") for place, one in enumerate(constraints)
     ]

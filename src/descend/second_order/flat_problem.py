@@ -12,6 +12,7 @@ from descend.distributed.dtensors import is_dtensor
 from descend.second_order.problem.bounds import bounds_of
 from descend.second_order.problem.constrained_functions import ConstrainedFunctions, ConstraintFunction
 from descend.second_order.problem.constrained_objective import ConstrainedObjective
+from descend.second_order.problem.domain import DomainErrors
 from descend.second_order.problem.objective import Curved, FunctionObjective, Point
 from descend.second_order.problem.parameter_objective import ParameterObjective
 from descend.second_order.problem.parameters import FlatParameters
@@ -29,6 +30,7 @@ class FlatProblem(Generic[X]):
         who: the caller's name, for errors.
         fun, x0, bounds, jac, hvp: as ``minimize`` takes them.
         needs_curvature: whether second derivatives will be asked for.
+        domain_errors: exceptions that mean that a point is outside the domain of ``fun``.
         constraints: of ``fun``'s argument; ``jac`` and ``hvp`` are None if there are any.
     """
 
@@ -41,6 +43,7 @@ class FlatProblem(Generic[X]):
         jac: Callable[[X], Any] | bool | None,
         hvp: Callable[[X, X], Any] | None,
         needs_curvature: bool,
+        domain_errors: DomainErrors = (),
         constraints: Sequence[ConstraintFunction] = (),
     ) -> None:
         self.tree: Any = list(x0) if hasattr(x0, "__next__") else x0  # module.parameters() can be read only once
@@ -85,6 +88,7 @@ class FlatProblem(Generic[X]):
             self.objective = FunctionObjective(
                 who, fun, structure, jac=jac, hvp=hvp, needs_curvature=needs_curvature, bounds=flat_bounds
             )
+        self.objective.domain_errors = domain_errors
         if flat_bounds is not None:
             self.start.clamp_(*flat_bounds)
 
@@ -108,6 +112,15 @@ class FlatProblem(Generic[X]):
         """The structure of a flat vector; the parameters themselves, which have been set to it."""
         tree: X = self.tree if self.is_in_place else self.split_tree(x)
         return tree
+
+    def check_values(self, who: str) -> None:
+        """Raise an error if x is set in place, and so cannot be the result of an operation."""
+        if self.parameters is not None:
+            kind = "made of nn.Parameter" if self.is_in_place else "sharded (DTensors)"
+            raise ValueError(
+                f"{who}: differentiable=True needs plain tensors, but x0 is {kind}. Pass detached parameters as a "
+                "dict, and let fun call the module with torch.func.functional_call."
+            )
 
     def reporter(self, callback: Callable[[Progress], Any]) -> Callable[[Solver, Point], bool]:
         """The user's callback as a ``Run`` calls it. What the callback writes to is a copy, or is restored."""

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from descend.backends.cpu.vectors import look_along
 from descend.second_order.mathematics.space import Space
+from descend.second_order.problem.domain import NEVER, DomainErrors
 from descend.second_order.problem.structure import Structure
 
 CG_INSTEAD = "minimize(method='newton-cg') or Newton(solver='cg')"
@@ -59,9 +60,12 @@ class Objective(ABC):
         eps: relative rounding error of its values.
         lower, upper: flat bounds, both or none.
     Attributes:
+        domain_errors: exceptions that mean, as NaN does, that a point is outside the function's domain; a failed
+            factorization always does.
         measure: what a learner wants to know, over all ranks, of a step and the change of the gradient along it.
     """
 
+    domain_errors: DomainErrors = ()
     measure: Callable[[Tensor, Tensor], Sequence[Any]] | None = None
 
     def __init__(self, space: Space, eps: float, lower: Tensor | None = None, upper: Tensor | None = None) -> None:
@@ -90,10 +94,9 @@ class Objective(ABC):
         self.n_eval += 1
         try:
             value, grad, graph = self.value_and_grad(x)
-        except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
-            if origin is None:  # at the start
+        except (torch.linalg.LinAlgError, *self.domain_errors) as error:  # type: ignore[attr-defined]
+            if origin is None or isinstance(error, NEVER):  # at the start
                 raise
-            # A failed factorization means, as NaN does, that x is outside the function's domain.
             value, grad, graph = math.nan, torch.full_like(x, math.nan), None
         if direction is None or origin is None:
             low, high = self._range(x, grad)
@@ -149,6 +152,8 @@ class FunctionObjective(Curved):
         hvp: None for autograd, or a function of the structure and a vector in it that returns the Hessian's product.
         needs_curvature: whether ``product`` or ``hessian`` will be called.
         bounds: flat lower and upper bounds.
+    Attributes:
+        keeps_graph: whether points get the gradient with its graph, and the argument in it, as ``graph``.
     """
 
     def __init__(
@@ -187,7 +192,7 @@ class FunctionObjective(Curved):
                     self.structure.like(given_grad, f"{self.who}: the gradient from jac"), self.keeps_graph
                 )
                 grad = grad.clone()  # the caller may reuse its buffer
-                if self.keeps_graph and not grad.requires_grad:
+                if self.keeps_graph and self.hvp is None and not grad.requires_grad:
                     raise RuntimeError(
                         f"{self.who}: autograd cannot see how the gradient from jac depends on x. Give products with "
                         "the Hessian as hvp=, or compute jac with torch operations."

@@ -28,6 +28,7 @@ MOST_MULTIPLIER = 1e12  # larger estimates are cut
 SUFFICIENT = 0.5  # fall of the infeasibility below which the penalty grows
 GROWTH = 10.0  # of the penalty
 LARGEST_PENALTY = 1e16
+ROUNDING = 0.8  # power of the precision below which a gradient is mostly rounding
 TIGHTENING = 0.1  # of the subproblems' tolerance
 FAR = 1e10  # growth of the variables by which a subproblem has no minimum
 MAX_FAR = 8  # such subproblems
@@ -144,7 +145,7 @@ class AugmentedLagrangian:
         objective, tol = self.objective, self.limits.tol
         squares = float(violations(objective.scaled(values), objective.equal).square().sum())
         penalty = first = first_penalty(objective.fun_scale * values.value, squares)
-        least = max(tol, objective.eps)  # tolerance of a subproblem; below it there is only rounding
+        least = max(tol, objective.eps**ROUNDING)  # tolerance of a subproblem
         multipliers, tolerance = objective.multipliers, max(least, math.sqrt(least))
         progress, n_idle, n_far, n_restored = math.inf, 0, 0, 0
         while True:

@@ -67,8 +67,9 @@ def newton_end(
         point = objective.evaluate(x, step.step, origin)
         if not point.is_finite:
             return None
-        grad = objective.lagrangian_gradient(point.graph, step.multipliers)
-        candidate = Candidate(point._replace(grad=grad), step.multipliers)
+        multipliers = torch.where(objective.equal, step.multipliers, step.multipliers.clamp(min=0.0))
+        grad = objective.lagrangian_gradient(point.graph, multipliers)
+        candidate = Candidate(point._replace(grad=grad), multipliers)
         report(candidate, objective.space.length(step.step))
         size = residual(objective, candidate)
         if not size <= DIVERGED * first:
