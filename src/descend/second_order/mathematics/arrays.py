@@ -69,8 +69,20 @@ def replaced(array: Array, new: Array, rows: Array) -> Array:
 
 def keep(holder: Any, names: tuple[str, ...], rows: Array, axis: int = 0) -> None:
     """Keep some rows, or some columns, of the arrays that are attributes of an object."""
-    for name in names:
-        setattr(holder, name, take(getattr(holder, name), rows, axis))
+    arrays = vars(holder)
+    if isinstance(rows, np.ndarray):
+        for name in names:
+            arrays[name] = arrays[name].take(rows, axis)
+    else:
+        for name in names:
+            arrays[name] = arrays[name].index_select(axis, rows)
+
+
+def identity(like: Array) -> Array:
+    """The identity matrix (n, n) for vectors (K, n)."""
+    if isinstance(like, np.ndarray):
+        return np.eye(like.shape[1], dtype=like.dtype)
+    return torch.eye(like.shape[1], dtype=like.dtype, device=like.device)
 
 
 def row_products(left: Array, right: Array) -> Array:

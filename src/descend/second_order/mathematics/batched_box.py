@@ -15,6 +15,7 @@ from descend.second_order.mathematics.arrays import (
     array_of,
     cast,
     full,
+    identity,
     largest_entries,
     library,
     multiply,
@@ -70,38 +71,35 @@ def dense_hessians(inverses: CompactInverses, rows: Array) -> Array:
     return hessians
 
 
-def identity(like: Array) -> Array:
-    """The identity matrix for vectors (K, n)."""
-    return cast(array_of(torch.eye(like.shape[1], device=tensor_of(like).device)), like)
-
-
 def box_minimizers(hessians: Array, diagonal: Array, grads: Array, low: Array, high: Array) -> Array:
     """Minimizers by projected Newton steps; ``diagonal`` approximates the inverse Hessians.
 
     Source: Bertsekas 1982, https://doi.org/10.1137/0320018
     """
     xp: Any = library(grads)
-    d, residual = xp.zeros_like(grads), grads
-    going = full(grads, len(grads), True)
-    first = full(grads, len(grads), math.nan)
+    ends, places = xp.zeros_like(grads), positions(full(grads, len(grads), True))
+    d, residual, first = ends, grads, full(grads, len(grads), math.nan)
     for iteration in range(INNER_ITERATIONS):
         free = ((d > low) | (residual < 0)) & ((d < high) | (residual > 0))
-        wanted = xp.where(free, residual, 0.0)
-        norm = largest_entries(d - clamp(d - diagonal * wanted, low, high))
+        norm = largest_entries(d - clamp(d - diagonal * xp.where(free, residual, 0.0), low, high))
         first = norm if iteration == 0 else first
-        going = going & (norm > ACCURACY * first)
-        if not bool(going.any()):
-            break
+        going = positions(norm > ACCURACY * first)
+        if len(going) < len(d):
+            places, hessians, diagonal, grads, low, high, d, residual, first, free = (
+                take(array, going) for array in (places, hessians, diagonal, grads, low, high, d, residual, first, free)
+            )
+            if not len(going):
+                break
+        wanted = xp.where(free, residual, 0.0)
         newton = -solve_free(hessians, wanted, free)
-        moved, is_found = projected_search(hessians, d, residual, newton, low, high, going)
-        if bool((going & ~is_found).any()):
-            scaled = -diagonal * wanted
-            other, is_other = projected_search(hessians, d, residual, scaled, low, high, going & ~is_found)
-            moved, is_found = xp.where(is_other[:, None], other, moved), is_found | is_other
-        going = going & is_found
-        d = xp.where(going[:, None], moved, d)
+        moved, is_found = projected_search(hessians, d, residual, newton, low, high, full(d, len(d), False))
+        if not bool(is_found.all()):
+            moved, is_found = projected_search(hessians, moved, residual, -diagonal * wanted, low, high, is_found)
+        d = moved
+        ends[places] = d
         residual = grads + multiply(hessians, d)
-    return d
+        first = xp.where(is_found, first, math.inf)  # which ends it
+    return ends
 
 
 def clamp(vectors: Array, low: Array, high: Array) -> Array:
@@ -119,11 +117,14 @@ def solve_free(matrices: Array, vectors: Array, free: Array) -> Array:
 
 
 def projected_search(
-    hessians: Array, d: Array, residual: Array, step: Array, low: Array, high: Array, where: Array
+    hessians: Array, d: Array, residual: Array, step: Array, low: Array, high: Array, is_found: Array
 ) -> tuple[Array, Array]:
-    """The first of d + step, d + step / 2, ... whose projection lowers the model enough; and where there is one."""
+    """The first of d + step, d + step / 2, ... whose projection lowers the model enough, where ``is_found`` is False.
+
+    Returns the points, d where there is none, and where there is one.
+    """
     xp: Any = library(d)
-    end, is_found = d, ~where
+    end = d
     for _ in range(HALVINGS):
         moved = clamp(d + step, low, high)
         change = moved - d
@@ -133,7 +134,7 @@ def projected_search(
         if bool(is_found.all()):
             break
         step = step / 2
-    return end, is_found & where
+    return end, is_found
 
 
 def max_feasible_steps(directions: Array, low: Array, high: Array) -> Array:

@@ -6,6 +6,7 @@ one problem stays there.
 
 from __future__ import annotations
 
+import math
 from typing import Any, ClassVar, Protocol
 
 import torch
@@ -15,14 +16,16 @@ from descend.second_order.mathematics.arrays import (
     combine,
     doubles,
     full,
+    identity,
     keep,
     library,
     multiply,
+    positions,
     row_products,
     take,
 )
 from descend.second_order.mathematics.diagonal import LEAST_COSINE, SPREAD
-from descend.second_order.mathematics.directions import LEAST_FACTOR
+from descend.second_order.mathematics.directions import BEGINNING, LEAST_FACTOR
 from descend.second_order.mathematics.space import SAMPLE, Array
 
 
@@ -44,48 +47,6 @@ class ManyDirections(Protocol):
 
     def keep(self, rows: Array) -> None:
         """Forget all problems but these."""
-
-
-class DenseInverses:
-    """BFGS inverse Hessians as dense matrices, O(n**2) memory for each problem.
-
-    Source: as ``directions.DenseInverse``.
-    """
-
-    def __init__(self, like: Array) -> None:
-        count, numel = like.shape
-        self.is_steepest = full(like, count, True)
-        self.inverse = cast(full(like, (count, numel, numel), 0.0), like)
-        self.identity = library(like).eye(numel, dtype=like.dtype)
-        if isinstance(like, torch.Tensor):
-            self.identity = self.identity.to(like.device)
-        self.inverse[:] = self.identity
-
-    def update(self, rows: Array, s: Array, y: Array) -> None:
-        xp: Any = library(s)
-        inverse, sy = take(self.inverse, rows), row_products(s, y)
-        first = take(self.is_steepest, rows)[:, None, None]
-        scale = cast(sy / row_products(y, y), s)[:, None, None]
-        inverse = xp.where(first, scale * self.identity, inverse)
-        hy = multiply(inverse, y)
-        # (I - s y'/sy) H (I - y s'/sy) + s s'/sy, multiplied out: a symmetric update of rank two.
-        half = cast((1 + row_products(y, hy) / sy) / 2, s)[:, None] * s - hy
-        along = s / cast(sy, s)[:, None]
-        outer = half[:, :, None] * along[:, None, :]
-        inverse += outer
-        inverse += outer.swapaxes(1, 2)
-        self.inverse[rows] = inverse
-        self.is_steepest[rows] = False
-
-    def directions(self, grads: Array) -> Array:
-        return -multiply(self.inverse, grads)
-
-    def reset(self, rows: Array) -> None:
-        self.inverse[rows] = self.identity
-        self.is_steepest[rows] = True
-
-    def keep(self, rows: Array) -> None:
-        keep(self, ("inverse", "is_steepest"), rows)
 
 
 class CompactInverses:
@@ -158,6 +119,83 @@ class CompactInverses:
         q = self.diagonal * (grads - combine(cast(u, grads), self.changes))
         p = combine(self.curvatures * u - doubles(multiply(self.changes, q)), self.r_inverse)
         return -(q + combine(cast(p, grads), self.steps))
+
+    def matrices(self, rows: Array) -> Array:
+        """H of some problems, whose histories are full, as matrices (k, n, n)."""
+        xp: Any = library(self.diagonal)
+        steps, changes, diagonal = (take(array, rows) for array in (self.steps, self.changes, self.diagonal))
+        # With Z = R^-1 S and W = Y D: H = D + Z' ((Y D Y' + E) Z - W) - W' Z.
+        z = xp.matmul(take(self.r_inverse, rows), doubles(steps))
+        w = doubles(changes * diagonal[:, None, :])
+        middle = xp.matmul(w, doubles(changes).swapaxes(1, 2))
+        turned = xp.matmul(middle, z) + take(self.curvatures, rows)[:, :, None] * z - w
+        matrices = xp.matmul(z.swapaxes(1, 2), turned) - xp.matmul(w.swapaxes(1, 2), z)
+        matrices = (matrices + matrices.swapaxes(1, 2)) / 2
+        return cast(matrices, diagonal) + diagonal[:, :, None] * identity(diagonal)
+
+
+class DenseInverses:
+    """BFGS inverse Hessians as dense matrices, O(n**2) memory for each problem; as ``directions.DenseInverse``.
+
+    The first ``history_size`` pairs of each problem are those of ``CompactInverses``; then its matrix is written out,
+    and updated from there on.
+
+    Source: Nocedal & Wright 2006, Algorithm 6.1.
+    """
+
+    def __init__(self, like: Array, history_size: int = BEGINNING) -> None:
+        count, numel = like.shape
+        self.beginning = CompactInverses(like, history_size)
+        self.inverse = cast(full(like, (count, numel, numel), 0.0), like)
+
+    @property
+    def is_steepest(self) -> Array:
+        return self.beginning.is_steepest
+
+    @property
+    def is_dense(self) -> Array:
+        """Where the matrix has been written out, (K,)."""
+        return self.beginning.count == self.beginning.history_size
+
+    def update(self, rows: Array, s: Array, y: Array) -> None:
+        is_dense = take(self.is_dense, rows)
+        new, old = positions(~is_dense), positions(is_dense)
+        if len(new):
+            places = take(rows, new)
+            self.beginning.update(places, take(s, new), take(y, new))
+            if len(last := positions(take(self.is_dense, places))):
+                self.inverse[take(places, last)] = self.beginning.matrices(take(places, last))
+        if len(old):
+            self._update(take(rows, old), take(s, old), take(y, old))
+
+    def _update(self, rows: Array, s: Array, y: Array) -> None:
+        xp: Any = library(s)
+        inverse = take(self.inverse, rows)
+        hy = multiply(inverse, y)
+        sy, yhy = row_products(s, y), row_products(y, hy)
+        # (I - s y'/sy) H (I - y s'/sy) + s s'/sy, multiplied out: a symmetric update of rank two.
+        half = cast((1 + yhy / sy) / 2, s)[:, None] * s - hy
+        along = s / cast(sy, s)[:, None]
+        outer = half[:, :, None] * along[:, None, :]
+        is_positive = (sy > 0) & (sy < math.inf) & (yhy > 0) & (yhy < math.inf)
+        update = outer + outer.swapaxes(1, 2)
+        self.inverse[rows] = xp.where(is_positive[:, None, None], inverse + update, inverse)
+
+    def directions(self, grads: Array) -> Array:
+        is_dense = self.is_dense
+        if not bool(is_dense.any()):
+            return self.beginning.directions(grads)
+        dense = -multiply(self.inverse, grads)
+        if bool(is_dense.all()):
+            return dense
+        return library(grads).where(is_dense[:, None], dense, self.beginning.directions(grads))
+
+    def reset(self, rows: Array) -> None:
+        self.beginning.reset(rows)
+
+    def keep(self, rows: Array) -> None:
+        self.beginning.keep(rows)
+        keep(self, ("inverse",), rows)
 
 
 def learned_diagonals(diagonal: Array, s: Array, y: Array) -> tuple[Array, Array]:

@@ -57,7 +57,8 @@ class BatchedResult(Generic[X]):
     @property
     def success(self) -> Tensor:
         """Which problems met the tolerance, bool, (B,)."""
-        return torch.tensor([status is Status.converged for status in self.status], dtype=torch.bool)
+        success = [status is Status.converged for status in self.status]
+        return torch.tensor(success, dtype=torch.bool, device=self.fun.device)
 
     @property
     def message(self) -> list[str]:

@@ -8,7 +8,16 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from descend.second_order.mathematics.arrays import cast, full, library, positions, row_products, take, tensor_of
+from descend.second_order.mathematics.arrays import (
+    cast,
+    full,
+    library,
+    positions,
+    replaced,
+    row_products,
+    take,
+    tensor_of,
+)
 from descend.second_order.mathematics.batched_directions import ManyDirections, modified_secant_factors
 from descend.second_order.mathematics.batched_line_search import CODES, RUNNING, SLOPE, STEP, VALUE, Lines
 from descend.second_order.mathematics.line_search import Outcome
@@ -91,7 +100,8 @@ class BatchedSearches(BatchedRun):
         at_lowest = has_ended & is_beyond & (is_lower | ~is_newest)
         exists = has_ended & ~is_astray & (is_newest | is_beyond)
         if len(rows := positions(at_lowest)):
-            x[rows], grad[rows] = take(self.lowest_x, rows), take(self.lowest_grad, rows)
+            x = replaced(x, take(self.lowest_x, rows), rows)
+            grad = replaced(grad, take(self.lowest_grad, rows), rows)
             norm = choose(at_lowest, self.lowest_norm, norm)
         end = choose(at_lowest, lowest, trial)
 
