@@ -153,7 +153,7 @@ class AugmentedLagrangian:
             status, point = self._minimize(values, tolerance)
             if status in ENDS:
                 return status
-            if _is_far(point, values):
+            if status is Status.unbounded or _is_far(point, values):
                 n_far += 1
                 if n_far > MAX_FAR or point.graph.violation <= tol:
                     return status
