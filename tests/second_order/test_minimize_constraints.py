@@ -80,6 +80,28 @@ def test_published_minimum_is_found(problem: ConstrainedProblem) -> None:
         assert bool((result.multipliers[-1] >= 0).all())
 
 
+# Published minima to which the benchmark's runs do not lead.
+ELSEWHERE = {
+    "hs2": (1.2243707487, 1.5),
+    "hs13": (1, 0),
+    "hs15": (0.5, 2),
+    "hs20": (0.5, math.sqrt(3) / 2),
+    "hs33": (0, math.sqrt(2), math.sqrt(2)),
+    "hs54": (91600 / 7, 79 / 70, 2e6, 10, 1e-3, 1e8),
+    "hs55": (0, 4 / 3, 5 / 3, 1, 2 / 3, 1 / 3),
+    "hs59": (13.55010424, 51.66018129),
+}
+
+
+@pytest.mark.parametrize("name", ELSEWHERE)
+def test_published_minimum_is_feasible_and_has_the_published_value(name: str) -> None:
+    problem, x = next(one for one in hock_schittkowski() if one.name == name), vector(*ELSEWHERE[name])
+    assert problem.fun(x).item() == pytest.approx(problem.best, rel=1e-7)
+    assert bool((problem.equalities(x).abs() <= 1e-9).all())
+    assert bool((problem.inequalities(x) >= -1e-8).all())
+    assert bool(((x >= problem.lower) & (x <= problem.upper)).all())
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("problem", SMALL, ids=lambda problem: problem.name)
 def test_success_means_feasible_and_stationary(problem: ConstrainedProblem) -> None:
