@@ -31,7 +31,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-import descend
+from descend import minimize  # now, so that no contender's first call imports it
 
 Array = NDArray[np.float64]
 TOL = 1e-6
@@ -132,7 +132,7 @@ class Solved(NamedTuple):
 
 def in_a_batch(family: Family, x0: Tensor, data: Tensor, sample: int, method: str = "l-bfgs") -> Solved:
     began = clock()
-    result = descend.minimize(family.fun, x0, method, family.bounds, TOL, args=(data,), batched=True)  # type: ignore[call-overload]
+    result = minimize(family.fun, x0, method, family.bounds, TOL, args=(data,), batched=True)  # type: ignore[call-overload]
     seconds = clock() - began
     return Solved(seconds, result.fun[:sample].tolist(), result.n_eval[:sample].tolist())
 
@@ -140,7 +140,7 @@ def in_a_batch(family: Family, x0: Tensor, data: Tensor, sample: int, method: st
 def one_by_one(family: Family, x0: Tensor, data: Tensor, sample: int) -> Solved:
     began = clock()
     results = [
-        descend.minimize(
+        minimize(
             lambda x, datum: family.fun(x[None], datum)[0],
             x0[i],
             bounds=family.bounds,
@@ -197,7 +197,7 @@ CONTENDERS: dict[str, Callable[..., Solved]] = {
 def first_call(family: Family, name: str, count: int, sample: int) -> float:
     """Seconds of a contender's first call, in a new process that has imported everything."""
     script = (
-        "import sys; sys.path[:0] = sys.argv[1].split(';'); import batched; batched.descend.minimize\n"
+        "import sys; sys.path[:0] = sys.argv[1].split(';'); import batched\n"
         "family = next(family for family in batched.FAMILIES if family.name == sys.argv[2])\n"
         "x0, data = family.make(999, int(sys.argv[4]))\n"
         "print(batched.CONTENDERS[sys.argv[3]](family, x0, data, int(sys.argv[5])).seconds)"

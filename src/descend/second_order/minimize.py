@@ -15,7 +15,8 @@ from descend.second_order.constrained_minimize import constraint_functions, mini
 from descend.second_order.constraints import Constraint
 from descend.second_order.flat_problem import FlatProblem
 from descend.second_order.mathematics.broyden_family import bfgs, self_scaled_bfgs, self_scaled_broyden
-from descend.second_order.mathematics.directions import DenseInverse, Directions, Steepest
+from descend.second_order.mathematics.dense_inverse import DenseInverse
+from descend.second_order.mathematics.directions import Directions, Steepest
 from descend.second_order.problem.arguments import with_args
 from descend.second_order.problem.bounds import differentiable_bounds
 from descend.second_order.problem.domain import domain_errors_of
@@ -125,10 +126,11 @@ def minimize(
     """Find a local minimum of a smooth function, and say why the solver stopped.
 
     - ``"l-bfgs"``: BFGS from the last ``history_size`` steps, O(n) memory; with ``bounds``, L-BFGS-B.
-    - ``"newton-cg"``: truncated conjugate gradients in a trust region, O(n) memory.
+    - ``"newton-cg"``: truncated conjugate gradients in a trust region, O(n) memory; up to 100 variables the dense
+      Hessian takes over where rounding makes them long.
     - ``"newton"``: the dense Hessian in a trust region, O(n^2) memory.
     - ``"bfgs"``: BFGS, O(n^2) memory.
-    - ``"ss-broyden"``, ``"ss-bfgs"``: the same with self-scaled updates, for physics-informed networks.
+    - ``"ss-broyden"``, ``"ss-bfgs"``: the same with self-scaled updates, for physics-informed networks, O(n^2) memory.
     - ``"gd"``: gradient descent with a line search.
 
     Args:
@@ -164,8 +166,9 @@ def minimize(
             by conjugate gradients. Its relative error is about that of ``x``: lower ``tol`` if that is too much. It
             takes one evaluation more (within ``max_eval``). Backward raises ``RuntimeError`` if the status is not
             ``converged``, if the Hessian is singular or not positive definite, if a variable at a bound has a
-            multiplier of zero, and if a derivative is differentiated again. With ``jac``, it must be computed from
-            ``x`` and ``args`` with torch operations. Not for parameters and DTensors. Default: False.
+            multiplier of zero, and if a derivative is differentiated again; with ``batched`` only if a derivative of
+            that problem is asked for. With ``jac``, it must be computed from ``x`` and ``args`` with torch operations.
+            Not for parameters and DTensors. Default: False.
         domain_errors: an exception class, or a tuple of such: exceptions that ``fun`` and ``jac`` raise outside their
             domain, as ``math.log`` raises ``ValueError``. The point counts as evaluated, and a shorter step is tried.
             At ``x0`` and in second derivatives they propagate, and ``StopIteration`` and ``MemoryError`` always do.
@@ -222,8 +225,6 @@ def minimize(
     )
     if batched != "best" and not isinstance(batched, bool):
         raise ValueError(f"{WHO}: batched must be False, True or 'best', got {batched!r}.")
-    if batched and differentiable:
-        raise ValueError(f"{WHO}: batched solutions are not differentiable. Leave batched or differentiable out.")
     if batched:
         many = minimize_batched(
             WHO,
@@ -234,12 +235,13 @@ def minimize(
             bounds=bounds,
             tol=default_tolerance if tol is None else lambda eps: tol,
             max_iter=MAX_ITER if max_iter is None else max_iter,
-            max_eval=math.inf if max_eval is None else max_eval,
+            max_eval=math.inf if max_eval is None else max_eval - differentiable,
             callback=callback,
             jac=jac,
             hvp=hvp,
             history_size=history_size or HISTORY_SIZE,
             domain_errors=walls,
+            differentiable=differentiable,
         )
         return best_of(many, WHO) if batched == "best" else many
     fun, jac, hvp = with_args(WHO, args, fun, jac, hvp)
@@ -324,7 +326,9 @@ def _descent(method: str, objective: Curved, x: Tensor, history_size: int) -> Ca
         return lambda run, point: trust_region_descent(run, point, DenseNewton(objective))[0]
     if method == "newton-cg":
         inverse = compact_inverse(x.numel(), PAIRS, *options)
-        return lambda run, point: trust_region_descent(run, point, NewtonCG(objective, run, point, inverse))[0]
+        return lambda run, point: trust_region_descent(
+            run, point, NewtonCG(objective, run, point, inverse, may_be_dense=True)
+        )[0]
     if objective.lower is not None:
         model = CompactHessian(x.numel(), history_size, *options)
         return lambda run, point: bounded_descent(run, point, model)
