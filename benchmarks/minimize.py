@@ -26,7 +26,7 @@ from typing import Any, NamedTuple
 
 import iteration
 import torch
-from problems import Problem, bounded, bounded_seen, bounded_unseen, rounded, unconstrained
+from problems import Problem, bounded, bounded_seen, bounded_unseen, ill_conditioned_squares, rounded, unconstrained
 from profiles import plot_profiles
 from race import (
     BFGS,
@@ -70,7 +70,7 @@ class Contest(NamedTuple):
 
 
 FREE, SINGLE, BOUNDS, NEWTON = "lbfgs", "float32", "bounds", "newton"
-SEEN, UNSEEN = "bounds_seen", "bounds_unseen"
+SEEN, UNSEEN, ILL = "bounds_seen", "bounds_unseen", "ill_conditioned"
 LBFGS_PEERS = (LBFGSB, BFGS, TORCH, TORCH_DEFAULTS, TORCHMIN)
 
 
@@ -91,6 +91,14 @@ def contests() -> tuple[Contest, ...]:
             NEWTON,
             "Newton-CG, float64, to 1e-6, evaluations and products",
             unconstrained,
+            1e-6,
+            partial(our_newton, tol=1e-6),
+            (NEWTON_CG, TRUST_NCG),
+        ),
+        Contest(
+            ILL,
+            "Newton-CG, ill-conditioned least squares, to 1e-6, evaluations and products",
+            ill_conditioned_squares,
             1e-6,
             partial(our_newton, tol=1e-6),
             (NEWTON_CG, TRUST_NCG),

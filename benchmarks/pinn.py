@@ -114,8 +114,8 @@ class Network:
     def error(self, weights: Tensor) -> float:
         points, exact = self.test
         with torch.no_grad():
-            error: Tensor = torch.linalg.vector_norm(self.at(weights)(points) - exact)
-        return error.item() / torch.linalg.vector_norm(exact).item()
+            error = torch.linalg.vector_norm(self.at(weights)(points) - exact)
+        return float(error / torch.linalg.vector_norm(exact))
 
 
 class _At(nn.Module):

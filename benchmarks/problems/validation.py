@@ -62,7 +62,8 @@ def spectrum(peaks: int) -> Function:
 
     def model(x: Tensor) -> Tensor:
         height, centre, width = x.reshape(3, peaks, 1)
-        return (height * torch.exp(-(((places.to(x) - centre) / width) ** 2))).sum(0)
+        value: Tensor = (height * torch.exp(-(((places.to(x) - centre) / width) ** 2))).sum(0)
+        return value
 
     truth = torch.cat((1 + rand(1, peaks), 10 * (torch.arange(peaks) + 0.5) / peaks, 0.4 + rand(2, peaks) / 2))
     noisy = model(truth.double()) + 0.02 * randn(3, 100)
@@ -84,13 +85,16 @@ def enzyme(x: Tensor) -> Tensor:
     """Competitive inhibition, by Michaelis and Menten: largest rate and two constants."""
     substrate, inhibitor = torch.cartesian_prod(*torch.tensor([[0.2, 0.5, 1, 2, 5], [0, 1, 3, 10, 30]]).to(x)).T
     rate = 2 * substrate / (0.7 * (1 + inhibitor / 4) + substrate)
-    return x[0] * substrate / (x[1] * (1 + inhibitor / x[2]) + substrate) - rate * (1 + 0.05 * torch.sin(7 * rate))
+    value: Tensor = x[0] * substrate / (x[1] * (1 + inhibitor / x[2]) + substrate) - rate * (
+        1 + 0.05 * torch.sin(7 * rate)
+    )
+    return value
 
 
 def fits() -> list[Problem]:
     low = 1e-5
     return [
-        bounded("weeds", squares(weeds), repeat(1)(3), (0, 0, -inf), (inf, inf, 3), 9.205439),
+        bounded("weeds", squares(weeds), repeat(1)(3), (0, 0, -inf), (inf, inf, 3)),
         bounded("palmer1", squares(palmer), repeat(1)(4), (-inf, low, low, low), inf),
         bounded("hs25", squares(hs25), data(50, 20, 2), (0.1, 0, 0), (100, 25.6, 5)),
         bounded("spectrum", spectrum(3), spectrum_start(3), 0.1, 10),
@@ -551,7 +555,8 @@ def clipped_network(width: int) -> Function:
 
     def residuals(x: Tensor) -> Tensor:
         into, bias, out = x.reshape(3, width)
-        return torch.tanh(inputs.to(x)[:, None] * into + bias) @ out - targets.to(x)
+        value: Tensor = torch.tanh(inputs.to(x)[:, None] * into + bias) @ out - targets.to(x)
+        return value
 
     return lambda x: residuals(x).square().mean()
 
@@ -577,7 +582,8 @@ def relevance(features: Tensor, targets: Tensor) -> Function:
         covariance = (design * torch.exp(-x)) @ design.T + 0.5 * torch.eye(len(design)).to(x)
         factor = torch.linalg.cholesky(covariance)
         white = torch.linalg.solve_triangular(factor, targets.to(x)[:, None], upper=False)
-        return white.square().mean() / 2 + factor.diagonal().log().mean()
+        value: Tensor = white.square().mean() / 2 + factor.diagonal().log().mean()
+        return value
 
     return fun
 

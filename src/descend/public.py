@@ -28,10 +28,12 @@ from descend.first_order.sparse_adam import SparseAdam
 from descend.first_order.squares import Adadelta, Adagrad, RMSprop
 from descend.fit.scipy_minimize import scipy_minimize
 from descend.norms.clip import clip_grad_norm_, clip_grad_value_, clip_grads_with_norm_, get_total_norm
+from descend.second_order.constraints import eq, ineq
 from descend.second_order.lbfgs import LBFGS
 from descend.second_order.minimize import minimize
 from descend.second_order.newton import Newton
 from descend.second_order.solvers.batched_result import BatchedResult
+from descend.second_order.solvers.constrained_result import ConstrainedResult
 from descend.second_order.solvers.result import Progress, Result, Status
 
 __all__ = [
@@ -52,6 +54,7 @@ __all__ = [
     "Adamax",
     "Adan",
     "BatchedResult",
+    "ConstrainedResult",
     "FirstOrder",
     "IncompatibleKeys",
     "Lion",
@@ -75,9 +78,11 @@ __all__ = [
     "clip_grad_value_",
     "clip_grads_with_norm_",
     "combined",
+    "eq",
     "from_rule",
     "get_total_norm",
     "in_backward",
+    "ineq",
     "layer_decay",
     "lr_scheduler",
     "minimize",

@@ -13,8 +13,9 @@ from torch import Tensor
 
 from descend.fit.scipy_options import LBFGSB, Method, Options, bounds_of_pairs, method_of, options_of
 from descend.fit.scipy_result import Reporter, result_of_run
+from descend.second_order.mathematics.dense_inverse import DenseInverse
 from descend.second_order.mathematics.differences import EVALUATIONS, SCHEMES
-from descend.second_order.mathematics.directions import CompactInverse, DenseInverse
+from descend.second_order.mathematics.directions import CompactInverse
 from descend.second_order.problem.array_objective import ArrayObjective
 from descend.second_order.problem.domain import domain_errors_of
 from descend.second_order.problem.objective import CG_INSTEAD, check_dense_fits

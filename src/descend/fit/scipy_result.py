@@ -11,7 +11,8 @@ from torch import Tensor
 
 from descend.fit.flatness import SEVERAL, Flatness, is_flat
 from descend.fit.scipy_options import LBFGSB, NEWTON_CG, Method, Options
-from descend.second_order.mathematics.directions import CompactInverse, DenseInverse
+from descend.second_order.mathematics.dense_inverse import DenseInverse
+from descend.second_order.mathematics.directions import CompactInverse
 from descend.second_order.problem.array_objective import ArrayObjective
 from descend.second_order.problem.objective import Point
 from descend.second_order.solvers.box import CompactHessian

@@ -13,10 +13,11 @@ from descend.second_order.mathematics.batched_directions import CompactInverses,
 from descend.second_order.mathematics.space import Array
 from descend.second_order.problem.batched_objective import BatchedObjective
 from descend.second_order.problem.batched_structure import BatchedStructure
-from descend.second_order.problem.bounds import bounds_of
+from descend.second_order.problem.bounds import bounds_of, differentiable_bounds
 from descend.second_order.problem.domain import DomainErrors
 from descend.second_order.problem.objective import DENSE_COPIES, free_memory
 from descend.second_order.solvers.batched_descent import batched_bounded_descent, batched_descent
+from descend.second_order.solvers.batched_implicit_function import differentiable_solutions
 from descend.second_order.solvers.batched_newton import BatchedNewton, batched_newton_descent
 from descend.second_order.solvers.batched_result import BatchedResult
 from descend.second_order.solvers.batched_run import STATUSES, BatchedRun
@@ -42,9 +43,10 @@ def minimize_batched(
     hvp: Callable[..., Any] | None,
     history_size: int,
     domain_errors: DomainErrors,
+    differentiable: bool,
 ) -> BatchedResult[X]:
     """``minimize(..., batched=True)``, with its arguments; ``tol`` maps the precision to the tolerance."""
-    began = time.perf_counter()
+    began, records_graph = time.perf_counter(), torch.is_grad_enabled()
     if method not in METHODS or hvp is not None:
         what = "no hvp" if hvp is not None else f"a method of {METHODS}"
         got = "one" if hvp is not None else repr(method)
@@ -75,17 +77,26 @@ def minimize_batched(
             run.start()
             solve(run, method, history_size)
         ends_of = {name: tensor_of(array) for name, array in vars(run.ends).items()}
+        x, statuses = ends_of["x"], [STATUSES[code] for code in ends_of["status"].tolist()]
+        n_calls, n_eval = objective.n_calls, ends_of["n_eval"]
+        if differentiable and structure.count:
+            final = BatchedObjective(who, fun, structure, args, jac, limits, domain_errors, keeps_graph=True)
+            with torch.set_grad_enabled(records_graph):
+                whole = differentiable_bounds(bounds, structure.whole, who)
+                rows = [None if end is None else structure.flatten(structure.whole.split(end)) for end in whole]
+                x = differentiable_solutions(final, x, statuses, *rows)
+            n_calls, n_eval = n_calls + final.n_calls, n_eval + 1
     return BatchedResult(
-        x=structure.unflatten(ends_of["x"]),
+        x=structure.unflatten(x),
         fun=ends_of["value"],
         grad=structure.unflatten(ends_of["grad"]),
-        status=[STATUSES[code] for code in ends_of["status"].tolist()],
+        status=statuses,
         grad_norm=ends_of["norm"],
         n_iter=ends_of["n_iter"],
-        n_eval=ends_of["n_eval"],
+        n_eval=n_eval,
         n_hvp=ends_of["n_hvp"],
         n_negative_curvature=ends_of["n_negative_curvature"],
-        n_calls=objective.n_calls,
+        n_calls=n_calls,
         time=time.perf_counter() - began,
         rounds=run.history,
     )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Generic
 
 import torch
@@ -10,13 +10,16 @@ from torch import Tensor, nn
 
 from descend.distributed.dtensors import is_dtensor
 from descend.second_order.problem.bounds import bounds_of
+from descend.second_order.problem.constrained_functions import ConstrainedFunctions, ConstraintFunction
+from descend.second_order.problem.constrained_objective import ConstrainedObjective
 from descend.second_order.problem.domain import DomainErrors
 from descend.second_order.problem.objective import Curved, FunctionObjective, Point
 from descend.second_order.problem.parameter_objective import ParameterObjective
 from descend.second_order.problem.parameters import FlatParameters
 from descend.second_order.problem.sharded_parameters import flat_parameters
 from descend.second_order.problem.structure import Structure
-from descend.second_order.solvers.result import Progress, X
+from descend.second_order.solvers.augmented_lagrangian import AugmentedLagrangian
+from descend.second_order.solvers.result import Progress, Solver, X
 from descend.second_order.solvers.run import Run
 
 
@@ -28,6 +31,7 @@ class FlatProblem(Generic[X]):
         fun, x0, bounds, jac, hvp: as ``minimize`` takes them.
         needs_curvature: whether second derivatives will be asked for.
         domain_errors: exceptions that mean that a point is outside the domain of ``fun``.
+        constraints: of ``fun``'s argument; ``jac`` and ``hvp`` are None if there are any.
     """
 
     def __init__(
@@ -40,6 +44,7 @@ class FlatProblem(Generic[X]):
         hvp: Callable[[X, X], Any] | None,
         needs_curvature: bool,
         domain_errors: DomainErrors = (),
+        constraints: Sequence[ConstraintFunction] = (),
     ) -> None:
         self.tree: Any = list(x0) if hasattr(x0, "__next__") else x0  # module.parameters() can be read only once
         self.structure = structure = Structure(self.tree, who)
@@ -64,6 +69,14 @@ class FlatProblem(Generic[X]):
             if flat_bounds is not None:
                 flat_bounds = self.parameters.narrow(flat_bounds[0]), self.parameters.narrow(flat_bounds[1])
             self.start = self.parameters.gather()
+        else:
+            self.start = structure.flatten(structure.leaves).clone()
+        if constraints:
+            if is_sharded:
+                raise ValueError(f"{who}: constraints need all variables in one process, but x0 has DTensors.")
+            functions = ConstrainedFunctions(who, fun, constraints, structure, self.parameters, self.tree)
+            self.objective = ConstrainedObjective(functions, flat_bounds)
+        elif self.parameters is not None:
             self.objective = ParameterObjective(
                 f"{who}: fun",
                 lambda: fun(self.tree),
@@ -72,7 +85,6 @@ class FlatProblem(Generic[X]):
                 bounds=flat_bounds,
             )
         else:
-            self.start = structure.flatten(structure.leaves).clone()
             self.objective = FunctionObjective(
                 who, fun, structure, jac=jac, hvp=hvp, needs_curvature=needs_curvature, bounds=flat_bounds
             )
@@ -91,7 +103,7 @@ class FlatProblem(Generic[X]):
             self.structure.unflatten(x) if self.parameters is None else self.structure.tree_of(self.parameters.split(x))
         )
 
-    def set_parameters(self, run: Run) -> None:
+    def set_parameters(self, run: Run | AugmentedLagrangian) -> None:
         """Set parameters to the best point seen."""
         if self.parameters is not None:
             self.parameters.scatter_(run.best.x if run.history else self.start)
@@ -110,29 +122,32 @@ class FlatProblem(Generic[X]):
                 "dict, and let fun call the module with torch.func.functional_call."
             )
 
-    def reporter(self, callback: Callable[[Progress], Any]) -> Callable[[Run, Point], bool]:
+    def reporter(self, callback: Callable[[Progress], Any]) -> Callable[[Solver, Point], bool]:
         """The user's callback as a ``Run`` calls it. What the callback writes to is a copy, or is restored."""
 
-        def report(run: Run, point: Point) -> bool:
-            if not isinstance(self.objective, ParameterObjective):
+        def report(run: Solver, point: Point) -> bool:
+            if self.parameters is None:
                 return call(run, point)
-            self.objective.move_to(point.x)
-            before = self.objective.point.gather()
+            objective = self.objective
+            assert isinstance(objective, ParameterObjective | ConstrainedObjective)
+            holder = objective.functions if isinstance(objective, ConstrainedObjective) else objective
+            holder.move_to(point.x)
+            before = self.parameters.gather()
             is_stopped = call(run, point)
-            is_same = torch.equal(before, self.objective.point.gather())
-            if self.objective.space.largest(not is_same):
-                self.objective.forget_x()
+            is_same = torch.equal(before, self.parameters.gather())
+            if objective.space.largest(not is_same):
+                holder.forget_x()
             return is_stopped
 
-        def call(run: Run, point: Point) -> bool:
+        def call(run: Solver, point: Point) -> bool:
             progress = Progress(
                 x=self.tree_of(point.x.clone()),
                 fun=point.value,
                 grad=self.split_tree(point.grad.clone()),
                 grad_norm=point.norm,
                 n_iter=run.n_iter,
-                n_eval=run.objective.n_eval,
-                n_hvp=run.objective.n_hvp,
+                n_eval=run.n_eval,
+                n_hvp=run.n_hvp,
             )
             try:
                 with torch.enable_grad():

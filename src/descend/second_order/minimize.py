@@ -4,23 +4,28 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Literal, TypeAlias, get_args, overload
 
 import torch
 from torch import Tensor
 
 from descend.second_order.batched import minimize_batched
+from descend.second_order.constrained_minimize import constraint_functions, minimize_constrained
+from descend.second_order.constraints import Constraint
 from descend.second_order.flat_problem import FlatProblem
 from descend.second_order.mathematics.broyden_family import bfgs, self_scaled_bfgs, self_scaled_broyden
-from descend.second_order.mathematics.directions import DenseInverse, Steepest
+from descend.second_order.mathematics.dense_inverse import DenseInverse
+from descend.second_order.mathematics.directions import Directions, Steepest
 from descend.second_order.problem.arguments import with_args
 from descend.second_order.problem.bounds import differentiable_bounds
 from descend.second_order.problem.domain import domain_errors_of
-from descend.second_order.problem.objective import CG_INSTEAD, Curved, FunctionObjective, check_dense_fits
+from descend.second_order.problem.objective import CG_INSTEAD, Curved, FunctionObjective, Point, check_dense_fits
+from descend.second_order.solvers.augmented_lagrangian import Limits
 from descend.second_order.solvers.batched_result import BatchedResult, best_of
 from descend.second_order.solvers.box import CompactHessian, bounded_descent
 from descend.second_order.solvers.compiled_history import compact_inverse
+from descend.second_order.solvers.constrained_result import ConstrainedResult
 from descend.second_order.solvers.descent import line_search_descent
 from descend.second_order.solvers.implicit_function import differentiable_solution
 from descend.second_order.solvers.newton_descent import PAIRS, DenseNewton, NewtonCG, trust_region_descent
@@ -73,7 +78,29 @@ def minimize(
     args: tuple[Any, ...] = ...,
     differentiable: bool = ...,
     domain_errors: type[Exception] | tuple[type[Exception], ...] = ...,
+    constraints: Sequence[Constraint] | Constraint,
+) -> ConstrainedResult[X]: ...
+
+
+@overload
+def minimize(
+    fun: Callable[..., Any],
+    x0: X,
+    method: MinimizeMethod = ...,
+    bounds: Any = ...,
+    tol: float | None = ...,
+    max_iter: int | None = ...,
+    max_eval: int | None = ...,
+    callback: Callable[[Progress], Any] | None = ...,
+    *,
+    jac: Callable[..., Any] | bool | None = ...,
+    hvp: Callable[..., Any] | None = ...,
+    history_size: int | None = ...,
+    args: tuple[Any, ...] = ...,
+    differentiable: bool = ...,
+    domain_errors: type[Exception] | tuple[type[Exception], ...] = ...,
     batched: Literal[False, "best"] = ...,
+    constraints: tuple[()] = ...,
 ) -> Result[X]: ...
 
 
@@ -94,14 +121,16 @@ def minimize(
     differentiable: bool = False,
     domain_errors: type[Exception] | tuple[type[Exception], ...] = (),
     batched: bool | Literal["best"] = False,
+    constraints: Sequence[Constraint] | Constraint = (),
 ) -> Result[X] | BatchedResult[X]:
     """Find a local minimum of a smooth function, and say why the solver stopped.
 
     - ``"l-bfgs"``: BFGS from the last ``history_size`` steps, O(n) memory; with ``bounds``, L-BFGS-B.
-    - ``"newton-cg"``: truncated conjugate gradients in a trust region, O(n) memory.
+    - ``"newton-cg"``: truncated conjugate gradients in a trust region, O(n) memory; up to 100 variables the dense
+      Hessian takes over where rounding makes them long.
     - ``"newton"``: the dense Hessian in a trust region, O(n^2) memory.
     - ``"bfgs"``: BFGS, O(n^2) memory.
-    - ``"ss-broyden"``, ``"ss-bfgs"``: the same with self-scaled updates, for physics-informed networks.
+    - ``"ss-broyden"``, ``"ss-bfgs"``: the same with self-scaled updates, for physics-informed networks, O(n^2) memory.
     - ``"gd"``: gradient descent with a line search.
 
     Args:
@@ -137,8 +166,9 @@ def minimize(
             by conjugate gradients. Its relative error is about that of ``x``: lower ``tol`` if that is too much. It
             takes one evaluation more (within ``max_eval``). Backward raises ``RuntimeError`` if the status is not
             ``converged``, if the Hessian is singular or not positive definite, if a variable at a bound has a
-            multiplier of zero, and if a derivative is differentiated again. With ``jac``, it must be computed from
-            ``x`` and ``args`` with torch operations. Not for parameters and DTensors. Default: False.
+            multiplier of zero, and if a derivative is differentiated again; with ``batched`` only if a derivative of
+            that problem is asked for. With ``jac``, it must be computed from ``x`` and ``args`` with torch operations.
+            Not for parameters and DTensors. Default: False.
         domain_errors: an exception class, or a tuple of such: exceptions that ``fun`` and ``jac`` raise outside their
             domain, as ``math.log`` raises ``ValueError``. The point counts as evaluated, and a shorter step is tried.
             At ``x0`` and in second derivatives they propagate, and ``StopIteration`` and ``MemoryError`` always do.
@@ -152,9 +182,14 @@ def minimize(
             call of ``fun`` that ends an iteration, and may return a bool tensor of the problems to stop. Where ``fun``
             raises at a start, the problem ends as ``non_finite``. For ``"l-bfgs"``, ``"bfgs"`` and ``"newton"``, plain
             tensors, and without ``hvp``. ``"best"``: the same from B starts, to return the best. Default: False.
+        constraints: a list of ``eq(g)`` and ``ineq(h)``, for g(x) == 0 and h(x) >= 0, where g and h map ``x`` alone to
+            real tensors of any shape. ``x0`` need not be feasible, and evaluated points are not, except for ``bounds``.
+            ``max_eval`` counts evaluations of ``fun`` and all constraints together. Not with ``jac``, ``hvp``,
+            ``differentiable``, ``batched`` or DTensors. Default: none.
     Returns:
         A ``Result``: the best point seen, and why the solver stopped. ``x`` is never NaN unless ``x0`` is; ``fun`` is
-        NaN only if it is at ``x0``. With ``batched=True`` a ``BatchedResult``. With ``"best"`` the ``Result`` of the
+        NaN only if it is at ``x0``. With ``constraints`` a ``ConstrainedResult``, which has multipliers. With
+        ``batched=True`` a ``BatchedResult``. With ``"best"`` the ``Result`` of the
         lowest value, and as its ``starts`` the ``BatchedResult`` of all; starts that failed (``line_search_failed``,
         ``non_finite``, ``unbounded``) count only if all did.
     Raises:
@@ -185,10 +220,11 @@ def minimize(
     _check_options(method, bounds, history_size, tol, max_iter, max_eval, differentiable)
     _check_functions(method, fun=fun, jac=jac, hvp=hvp, callback=callback)
     walls = domain_errors_of(domain_errors, WHO)
+    conditions = constraint_functions(
+        constraints, WHO, jac=jac, hvp=hvp, differentiable=differentiable or None, batched=batched or None
+    )
     if batched != "best" and not isinstance(batched, bool):
         raise ValueError(f"{WHO}: batched must be False, True or 'best', got {batched!r}.")
-    if batched and differentiable:
-        raise ValueError(f"{WHO}: batched solutions are not differentiable. Leave batched or differentiable out.")
     if batched:
         many = minimize_batched(
             WHO,
@@ -199,12 +235,13 @@ def minimize(
             bounds=bounds,
             tol=default_tolerance if tol is None else lambda eps: tol,
             max_iter=MAX_ITER if max_iter is None else max_iter,
-            max_eval=math.inf if max_eval is None else max_eval,
+            max_eval=math.inf if max_eval is None else max_eval - differentiable,
             callback=callback,
             jac=jac,
             hvp=hvp,
             history_size=history_size or HISTORY_SIZE,
             domain_errors=walls,
+            differentiable=differentiable,
         )
         return best_of(many, WHO) if batched == "best" else many
     fun, jac, hvp = with_args(WHO, args, fun, jac, hvp)
@@ -212,18 +249,25 @@ def minimize(
     with torch.inference_mode(False), torch.no_grad():
         # Whether autograd sees how the gradient from jac depends on x is known from its graph, at the first evaluation.
         needs_curvature = method in ("newton", "newton-cg") or (differentiable and jac is not None)
-        problem = FlatProblem(WHO, fun, x0, bounds, jac, hvp, needs_curvature, walls)
+        problem = FlatProblem(WHO, fun, x0, bounds, jac, hvp, needs_curvature, walls, conditions)
         if differentiable:
             problem.check_values(WHO)
-        run = Run(
-            problem.objective,
+        _check_dense(method, problem)
+        limits = Limits(
             tol=default_tolerance(problem.structure.eps) if tol is None else tol,
             max_iter=MAX_ITER if max_iter is None else max_iter,
             max_eval=math.inf if max_eval is None else max_eval - differentiable,
             callback=None if callback is None else problem.reporter(callback),
         )
+
+        def new_descent() -> Callable[[Run, Point], Status]:
+            return _descent(method, problem.objective, problem.start, history_size or HISTORY_SIZE)
+
+        if conditions:
+            return minimize_constrained(problem, new_descent, limits, began=began)
+        run = Run(problem.objective, **limits._asdict())
         try:
-            status = _solve(method, run, problem.objective, problem.start, history_size or HISTORY_SIZE)
+            status = new_descent()(run, run.start(problem.start))
         finally:
             problem.set_parameters(run)
         x = run.best.x
@@ -268,24 +312,37 @@ def _check_functions(method: str, **functions: Any) -> None:
             raise TypeError(f"{WHO}: {name} must be a function{also}, got {function!r}.")
 
 
-def _solve(method: str, run: Run, objective: Curved, x: Tensor, history_size: int) -> Status:
-    space = objective.space
+def _check_dense(method: str, problem: FlatProblem[Any]) -> None:
     if method == "newton" or method in DENSE:
         instead = CG_INSTEAD if method == "newton" else "method='l-bfgs'"
-        check_dense_fits(f"{WHO}: method={method!r}", x, instead, space)
-    point, options = run.start(x), (x.dtype, x.device, space)
+        check_dense_fits(f"{WHO}: method={method!r}", problem.start, instead, problem.objective.space)
+
+
+def _descent(method: str, objective: Curved, x: Tensor, history_size: int) -> Callable[[Run, Point], Status]:
+    """What minimizes from a point; what it learns of the curvature is used again if it is called again."""
+    space = objective.space
+    options = x.dtype, x.device, space
     if method == "newton":
-        return trust_region_descent(run, point, DenseNewton(objective))[0]
+        return lambda run, point: trust_region_descent(run, point, DenseNewton(objective))[0]
     if method == "newton-cg":
         inverse = compact_inverse(x.numel(), PAIRS, *options)
-        return trust_region_descent(run, point, NewtonCG(objective, run, point, inverse))[0]
-    if run.objective.lower is not None:
-        return bounded_descent(run, point, CompactHessian(x.numel(), history_size, *options))
+
+        def newton_cg(run: Run, point: Point) -> Status:
+            method = NewtonCG(objective, run, point, inverse, may_be_dense=True)
+            return trust_region_descent(run, point, method)[0]
+
+        return newton_cg
+    if objective.lower is not None:
+        model = CompactHessian(x.numel(), history_size, *options)
+        return lambda run, point: bounded_descent(run, point, model)
+    directions: Directions
     if method == "gd":
-        return line_search_descent(run, point, Steepest(space))
-    if method in DENSE:
-        return line_search_descent(run, point, DenseInverse(x.numel(), x.dtype, x.device, DENSE[method]))
-    return line_search_descent(run, point, compact_inverse(x.numel(), history_size, *options))
+        directions = Steepest(space)
+    elif method in DENSE:
+        directions = DenseInverse(x.numel(), x.dtype, x.device, DENSE[method])
+    else:
+        directions = compact_inverse(x.numel(), history_size, *options)
+    return lambda run, point: line_search_descent(run, point, directions)
 
 
 def default_tolerance(eps: float) -> float:

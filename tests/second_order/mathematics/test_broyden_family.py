@@ -30,7 +30,8 @@ from descend.second_order.mathematics.broyden_family import (
     self_scaled_bfgs,
     self_scaled_broyden,
 )
-from descend.second_order.mathematics.directions import CompactInverse, DenseInverse, add_symmetric_
+from descend.second_order.mathematics.dense_inverse import DenseInverse
+from descend.second_order.mathematics.directions import CompactInverse, add_symmetric_
 
 CHOICES = (bfgs, self_scaled_bfgs, self_scaled_broyden)
 each_choice = pytest.mark.parametrize("choose", CHOICES, ids=lambda choose: choose.__name__)
@@ -51,14 +52,14 @@ def steps(inverse: DenseInverse, seed: int, count: int) -> Iterator[tuple[Array,
 
 
 def direct_update(b_matrix: Array, s: Array, y: Array, theta: float, tau: float) -> Array:
-    """The scaled update of the Hessian: Al-Baali 1998, equations 5 and 6."""
+    """The scaled update of the Hessian, of which ``broyden_family`` has the formula."""
     sy, bs = s @ y, b_matrix @ s
     w = np.sqrt(s @ bs) * (y / sy - bs / (s @ bs))
     return tau * (b_matrix - np.outer(bs, bs) / (s @ bs) + theta * np.outer(w, w)) + np.outer(y, y) / sy
 
 
 def papers_theta(b: float, h: float) -> float:
-    """Urbán et al. 2025, equations 15 to 20, as printed; where a is not small."""
+    """The formulas of Urbán et al. 2024 as they are in their programs, which need an a that is not small."""
     a = b * h - 1
     c = math.sqrt(a / (1 + a))
     rho = min(1, h * (1 - c))
@@ -66,7 +67,6 @@ def papers_theta(b: float, h: float) -> float:
 
 
 def papers_tau(b: float, h: float, theta: float, numel: int) -> float:
-    """Urbán et al. 2025, equations 21 to 23."""
     sigma, rho = 1 + theta * (b * h - 1), min(1, 1 / b)
     root = sigma ** (1 / (1 - numel))
     return min(rho * root, sigma) if theta <= 0 else rho * min(root, 1 / theta)

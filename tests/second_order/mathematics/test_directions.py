@@ -25,8 +25,9 @@ from torch import Tensor
 
 from descend.second_order.mathematics import directions
 from descend.second_order.mathematics.broyden_family import self_scaled_broyden
+from descend.second_order.mathematics.dense_inverse import DenseInverse
 from descend.second_order.mathematics.diagonal import LEAST_COSINE, SPREAD, learn_diagonal_
-from descend.second_order.mathematics.directions import CompactInverse, DenseInverse, Steepest, modified_secant_factor
+from descend.second_order.mathematics.directions import CompactInverse, Steepest, modified_secant_factor
 from descend.second_order.solvers.box import CompactHessian
 
 # What is done with NumPy where it is small, with tensors where it is larger, and row by row where it is large.

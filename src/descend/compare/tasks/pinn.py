@@ -99,7 +99,7 @@ TASK = Task(
     summary=SUMMARIES["pinn"],
     load=load,
     model=model,
-    steps=3000,
+    steps=2000,
     batch_size=None,
     lr=rates(sgd=1e-2, adam=5e-3),
     optimizers=(

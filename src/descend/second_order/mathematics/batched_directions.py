@@ -24,8 +24,9 @@ from descend.second_order.mathematics.arrays import (
     row_products,
     take,
 )
+from descend.second_order.mathematics.dense_inverse import BEGINNING
 from descend.second_order.mathematics.diagonal import LEAST_COSINE, SPREAD
-from descend.second_order.mathematics.directions import BEGINNING, LEAST_FACTOR
+from descend.second_order.mathematics.directions import LEAST_FACTOR
 from descend.second_order.mathematics.space import SAMPLE, Array
 
 
@@ -135,7 +136,7 @@ class CompactInverses:
 
 
 class DenseInverses:
-    """BFGS inverse Hessians as dense matrices, O(n**2) memory for each problem; as ``directions.DenseInverse``.
+    """BFGS inverse Hessians as dense matrices, O(n**2) memory for each problem; as ``dense_inverse.DenseInverse``.
 
     The first ``history_size`` pairs of each problem are those of ``CompactInverses``; then its matrix is written out,
     and updated from there on.

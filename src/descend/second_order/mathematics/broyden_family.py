@@ -11,8 +11,8 @@ and that of its inverse
 where phi = (1 - theta) / (1 + a theta) and a = (s'B s) (y'H y) / (s'y)^2 - 1 >= 0. H+ y = s for all of them. H+ is
 positive definite if H is, tau > 0 and 1 + a theta > 0.
 
-Source: Al-Baali 1998, https://doi.org/10.1023/A:1018315205474; in the notation of Urbán, Stefanou & Pons 2025,
-https://doi.org/10.1016/j.jcp.2024.113656, section 3.
+Source: Al-Baali 1998, https://doi.org/10.1023/A:1022608410710, in the notation of Urbán, Stefanou & Pons 2024,
+https://doi.org/10.1016/j.jcp.2024.113656.
 """
 
 from __future__ import annotations
@@ -68,15 +68,15 @@ def bfgs(ratios: Ratios) -> Member:
 def self_scaled_bfgs(ratios: Ratios) -> Member:
     """BFGS of a model whose curvature along s is lowered to the measured one, if it exceeds that.
 
-    Source: Al-Baali 1998, after Oren & Luenberger 1974, who raise it, too; Urbán et al. 2025, equation 11.
+    Source: Al-Baali 1998, after Oren & Luenberger 1974, who raise it, too; Urbán et al. 2024, equation 11.
     """
     return Member(tau=min(1.0, 1 / ratios.b))
 
 
 def self_scaled_broyden(ratios: Ratios) -> Member:
-    """The member between those of least and largest theta for which convergence is proved, and its scaling.
+    """The member with theta = (1 - b) / b, as far as limits on the change of the determinant allow, and its scaling.
 
-    Source: Al-Baali 1998; Urbán et al. 2025, equations 13 to 23.
+    Source: Urbán et al. 2024, equations 13 to 23; "SSBroyden2" in their programs.
     """
     a, b = ratios.a, ratios.b
     # rho- = min(1, h (1 - c)) with c = sqrt(a / (1 + a)); 1 - c is multiplied out, as it may be tiny.

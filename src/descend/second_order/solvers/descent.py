@@ -66,8 +66,8 @@ def repeat_searches(
             learn(run, learner, point, step)
             point = step.point
             run.advance(point, step.length)
-        if status is Status.unbounded:
-            return run.stop_status(point) or status
+        if status is Status.unbounded:  # whatever limit has been reached as well
+            return Status.stopped_by_callback if run.is_stopped else status
         if status and run.evaluations_left < 1:
             return run.stop_status(point) or Status.max_eval
         # The first failure is blamed on what was learned, the next one on the function.

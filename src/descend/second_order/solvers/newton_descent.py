@@ -29,6 +29,8 @@ STEEP = 0.1  # if its slope is this times that at the start or steeper; else it 
 REJECTIONS = 40  # in a row
 COARSE = 0.4  # power of the precision to which equal values may have been rounded
 BLIND = 5  # rejections at which the values differ by no more than the noise
+MAX_DENSE = 100  # variables up to which conjugate gradients may give way to the Hessian
+LONG = 1.25  # products of a path, relative to the columns of the Hessian, for which they do
 STALLED = 20  # iterations without progress in value or gradient
 PAIRS = 20  # directions of conjugate gradients, with their products, that precondition the next ones
 KEPT = 20  # directions of a path stored for shorter steps
@@ -57,6 +59,9 @@ class TrustRegionMethod(Protocol):
     def learn(self, point: Point, new: Point, trial: TrialStep) -> float:
         """Learn from a step; return the factor by which a change of the norm has scaled lengths."""
 
+    def refine(self) -> bool:
+        """Make exact models from here on; whether those so far were not."""
+
 
 class DenseNewton:
     """The exact Hessian, and exact minimizers of the model.
@@ -81,6 +86,9 @@ class DenseNewton:
 
     def learn(self, point: Point, new: Point, trial: TrialStep) -> float:
         return 1.0
+
+    def refine(self) -> bool:
+        return False
 
 
 class _Rescaled:
@@ -121,6 +129,8 @@ class NewtonCG:
         start: of the forcing sequence min(1/2, sqrt(|grad| / |grad at the start|)).
         inverse: the preconditioner; learns from every step.
         scale: largest entry of the gradient at the first start, if not ``start``.
+        may_be_dense: whether up to 100 variables the dense Hessian takes over where rounding makes paths long or ends
+            progress. Default: False.
 
     Source:
         Steihaug 1983, https://doi.org/10.1137/0720042; the preconditioner: Morales & Nocedal 2000,
@@ -128,26 +138,48 @@ class NewtonCG:
     """
 
     def __init__(
-        self, objective: Curved, run: Run, start: Point, inverse: CompactInverse, scale: float | None = None
+        self,
+        objective: Curved,
+        run: Run,
+        start: Point,
+        inverse: CompactInverse,
+        scale: float | None = None,
+        may_be_dense: bool = False,
     ) -> None:
         self.objective, self.run, self.inverse, self.space = objective, run, inverse, objective.space
         self.scale = start.norm if scale is None else scale
+        self.may_be_dense = may_be_dense and self.space.numel <= MAX_DENSE and not self.space.is_shared
+        self.dense: DenseNewton | None = None  # once conjugate gradients have given way
+        self.n_products = 0  # of the last path
         self.products: deque[tuple[Tensor, Tensor]] = deque(maxlen=PAIRS - 1)
 
     @property
     def unit(self) -> float:
-        if self.inverse.is_steepest:
+        if self.inverse.is_steepest or self.dense is not None:
             return 1.0
         s, curvature = self.inverse.newest
         return math.sqrt(curvature) / self.space.length(s)
 
     def model(self, point: Point, radius: float) -> Model:
+        if self.dense is not None:
+            return self.dense.model(point, radius)
         self.products.clear()
         if point.norm > self.run.target:
             return self._path(point, radius)
         return self._negative_curvature_model(point, radius)
 
+    def refine(self) -> bool:
+        if self.dense is not None or not self.may_be_dense:
+            return False
+        self.dense = DenseNewton(self.objective)
+        return True
+
     def _path(self, point: Point, radius: float) -> CGPath:
+        path = self._truncated(point, radius)
+        self.n_products = path.n_products
+        return path
+
+    def _truncated(self, point: Point, radius: float) -> CGPath:
         self.scale = max(self.scale, point.norm)  # at a saddle it starts at 0
         forcing = min(0.5, math.sqrt(point.norm / self.scale))
         # Nothing is gained below the target.
@@ -188,6 +220,11 @@ class NewtonCG:
         return multiply
 
     def learn(self, point: Point, new: Point, trial: TrialStep) -> float:
+        if self.dense is not None:
+            return 1.0
+        # Without rounding a path has at most one product per variable, at which price the Hessian is exact.
+        if self.n_products >= LONG * self.space.numel and self.refine():
+            return self.space.length(trial.step) / trial.norm
         y = new.grad - point.grad
         (all_sy,) = self.space.total(torch.stack([s.dot(y) for s, y in ((trial.step, y), *self.products)]))
         sy, *curvatures = all_sy.tolist()
@@ -235,7 +272,9 @@ def trust_region_descent(
         if status is not None and (status is not Status.converged or is_convex or is_last):
             return status, radius
         if PATIENCE - run.patience >= STALLED:
-            return Status.precision_limit, radius
+            if not method.refine():
+                return Status.precision_limit, radius
+            run.patience, radius = PATIENCE, None
         size = 1.0 + space.length(point.x)
         limit = min(INITIAL_RADIUS * size * method.unit if radius is None else radius, _longest(point))
         if not limit > 0:  # lengths underflow
@@ -253,6 +292,9 @@ def trust_region_descent(
                 return status, radius
         run.begin_step()
         accepted = _step(run, point, model, trial, radius)
+        if accepted is Status.precision_limit and method.refine():
+            radius = None
+            continue
         if isinstance(accepted, Status):
             return _end(run, point, accepted), radius
         new, radius, trial = accepted

@@ -25,6 +25,7 @@ class Status(str, Enum):
     unbounded = "unbounded"
     stopped_by_callback = "stopped_by_callback"
     precision_limit = "precision_limit"
+    infeasible = "infeasible"
 
     def __str__(self) -> str:
         return self.value
@@ -51,6 +52,7 @@ MESSAGES = {
         "The function changes by no more than its rounding error, while the gradient is still above tol: use a wider "
         "dtype (float64), rescale the function, or accept a larger tol."
     ),
+    Status.infeasible: "The squared violation of the constraints has a local minimum here, not 0: start elsewhere.",
 }
 
 

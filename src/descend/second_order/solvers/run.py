@@ -237,7 +237,8 @@ class Run:
         """Whether for ``PATIENCE`` iterations the value has not fallen beyond rounding, nor the gradient halved."""
         last = self.milestone
         if point.value < last.value - self.noise(last) / NOISE or point.norm < 0.5 * last.norm:
-            self.milestone, self.patience = point, PATIENCE
+            # The value stays the least one: two points, one lower and one flatter, could take turns for ever.
+            self.milestone, self.patience = point._replace(value=min(point.value, last.value)), PATIENCE
             self._drop(last)
         else:
             self.patience -= 1
