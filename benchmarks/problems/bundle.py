@@ -35,7 +35,7 @@ def images(cameras: Tensor, points: Tensor) -> Tensor:
     seen = rotated(cameras[:, :3], points) + cameras[:, 3:6]
     flat = -seen[:, :2] / seen[:, 2:]
     square = flat.square().sum(1, keepdim=True)
-    focal, first, second = cameras[:, 6:].split(1, 1)
+    focal, first, second = cameras[:, 6:7], cameras[:, 7:8], cameras[:, 8:9]
     return focal * (1 + square * (first + second * square)) * flat
 
 

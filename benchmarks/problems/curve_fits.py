@@ -50,14 +50,16 @@ def arrhenius(p: Tensor, t: Tensor) -> Tensor:
 
 def peaks(p: Tensor, t: Tensor) -> Tensor:
     """Gaussian peaks on a sloping line."""
-    terms = p[2:].reshape(-1, 3)
-    return p[0] + p[1] * t + sum((peak(*term, t) for term in terms), torch.zeros_like(t))
+    heights, centres, widths = p[2:].reshape(-1, 3).T
+    line = p[0] + p[1] * t
+    return line + peak(heights, centres, widths, t[:, None]).sum(1)
 
 
 def lines(p: Tensor, t: Tensor) -> Tensor:
     """Lorentz lines."""
     heights, centres, widths = p.reshape(-1, 3).T
-    return (heights / (1 + ((t[:, None] - centres) / widths) ** 2)).sum(1)
+    terms: Tensor = heights / (1 + ((t[:, None] - centres) / widths) ** 2)
+    return terms.sum(1)
 
 
 def polynomial(p: Tensor, t: Tensor) -> Tensor:
