@@ -40,7 +40,7 @@ from problems.fit import Fit
 from profiles import plot_profiles
 from race import Outcomes
 
-BUDGET = 1000
+BUDGET = 500
 LOWEST = 1e-4  # relative, of a sum of squares that counts as the lowest
 FitOutcomes = dict[str, dict[str, FitOutcome]]
 """Fit name -> solver -> what it did."""
@@ -205,7 +205,7 @@ def measure(only: str, stride: int) -> Measured:
             measured[contest.name] = outcomes
             report_contest(contest, outcomes)
     if chosen := matching(USER, fits.certified()):
-        measured[USER] = use(chosen, 10 * BUDGET)
+        measured[USER] = use(chosen, 20 * BUDGET)
         report_use(measured[USER])
     return measured
 

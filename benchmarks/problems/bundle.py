@@ -87,7 +87,7 @@ def scene(n_cameras: int, n_points: int, seed: int, share: float = 0.7, off: flo
 
 def fits() -> list[Fit]:
     return [
-        scene(2, 10, seed=1),
+        scene(2, 24, seed=1),
         scene(3, 15, seed=11),
         scene(4, 30, seed=21),
         scene(6, 40, seed=31),
