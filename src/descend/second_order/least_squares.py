@@ -36,4 +36,4 @@ def least_squares(residuals, x0, bounds=None, loss="linear", method="trust-regio
         problem = P(WHO, residuals, x0, bounds, jac, None, False)
         run = LeastSquaresRun(problem.objective, tol=1e-8 if tol is None else tol, max_iter=max_iter or 10000, max_eval=max_eval or math.inf)
         status = least_squares_descent(run, problem.start, DenseLinearization(problem.objective), TrustRegion() if method=="trust-region" else Damping())
-    return result_of(run, status, MESSAGES[status], problem.tree_of(run.best.x), problem.split_tree, began=began), problem.objective.n_jac
+    return result_of(run, status, MESSAGES[status], problem.tree_of(run.best.x), problem.split_tree, began=began)
