@@ -28,6 +28,7 @@ from descend.first_order.sparse_adam import SparseAdam
 from descend.first_order.squares import Adadelta, Adagrad, RMSprop
 from descend.norms.clip import clip_grad_norm_, clip_grad_value_, clip_grads_with_norm_, get_total_norm
 from descend.second_order.lbfgs import LBFGS
+from descend.second_order.least_squares import least_squares
 from descend.second_order.minimize import minimize
 from descend.second_order.newton import Newton
 from descend.second_order.solvers.result import Progress, Result, Status
@@ -76,6 +77,7 @@ __all__ = [
     "get_total_norm",
     "in_backward",
     "layer_decay",
+    "least_squares",
     "lr_scheduler",
     "minimize",
     "no_decay",

@@ -39,10 +39,11 @@ class FlatProblem(Generic[X]):
         needs_curvature: bool,
     ) -> None:
         self.tree: Any = list(x0) if hasattr(x0, "__next__") else x0  # module.parameters() can be read only once
+        self.who, self.fun, self.jac, self.hvp = who, fun, jac, hvp
         self.structure = structure = Structure(self.tree, who)
         flat_bounds = None if bounds is None else bounds_of(bounds, structure, who)
         self.parameters: FlatParameters | None = None
-        self.objective: Curved
+        self.objective: Any
         is_sharded = any(map(is_dtensor, structure.leaves))
         self.is_in_place = all(isinstance(leaf, nn.Parameter) for leaf in structure.leaves)
         if is_sharded or self.is_in_place:
@@ -61,20 +62,34 @@ class FlatProblem(Generic[X]):
             if flat_bounds is not None:
                 flat_bounds = self.parameters.narrow(flat_bounds[0]), self.parameters.narrow(flat_bounds[1])
             self.start = self.parameters.gather()
-            self.objective = ParameterObjective(
-                f"{who}: fun",
-                lambda: fun(self.tree),
-                self.parameters,
-                needs_curvature=needs_curvature,
-                bounds=flat_bounds,
-            )
+            self.objective = self.objective_of_parameters(self.parameters, flat_bounds, needs_curvature)
         else:
             self.start = structure.flatten(structure.leaves).clone()
-            self.objective = FunctionObjective(
-                who, fun, structure, jac=jac, hvp=hvp, needs_curvature=needs_curvature, bounds=flat_bounds
-            )
+            self.objective = self.objective_of_values(flat_bounds, needs_curvature)
         if flat_bounds is not None:
             self.start.clamp_(*flat_bounds)
+
+    def objective_of_values(self, bounds: tuple[Tensor, Tensor] | None, needs_curvature: bool) -> Any:
+        return FunctionObjective(
+            self.who,
+            self.fun,
+            self.structure,
+            jac=self.jac,
+            hvp=self.hvp,
+            needs_curvature=needs_curvature,
+            bounds=bounds,
+        )
+
+    def objective_of_parameters(
+        self, parameters: FlatParameters, bounds: tuple[Tensor, Tensor] | None, needs_curvature: bool
+    ) -> Any:
+        return ParameterObjective(
+            f"{self.who}: fun",
+            lambda: self.fun(self.tree),
+            parameters,
+            needs_curvature=needs_curvature,
+            bounds=bounds,
+        )
 
     def _copy_leaves(self) -> None:
         """Sharded values are optimized in place, in copies that require gradients."""
@@ -101,7 +116,7 @@ class FlatProblem(Generic[X]):
         """The user's callback as a ``Run`` calls it. What the callback writes to is a copy, or is restored."""
 
         def report(run: Run, point: Point) -> bool:
-            if not isinstance(self.objective, ParameterObjective):
+            if self.parameters is None:
                 return call(run, point)
             self.objective.move_to(point.x)
             before = self.objective.point.gather()
