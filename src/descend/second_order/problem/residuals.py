@@ -369,9 +369,7 @@ class ParameterResiduals(ResidualObjective):
 
 def _grad(outputs: Sequence[Tensor], inputs: Sequence[Tensor], vectors: Any, is_batched: bool = False) -> list[Any]:
     return list(
-        torch.autograd.grad(
-            outputs, inputs, vectors, retain_graph=True, allow_unused=True, is_grads_batched=is_batched
-        )
+        torch.autograd.grad(outputs, inputs, vectors, retain_graph=True, allow_unused=True, is_grads_batched=is_batched)
     )
 
 
