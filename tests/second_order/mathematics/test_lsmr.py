@@ -135,6 +135,10 @@ def test_ends_are_named() -> None:
     assert solve(tall, longer, atol=1e-6).end is End.least_squares
     assert solve(tall, longer, atol=0.0, btol=0.0, condition_limit=50.0).end is End.condition
     assert solve(tall, longer, max_iter=3).end is End.max_iter
+    reduced = solve(tall, longer, reduction=0.1)
+    assert reduced.end is End.least_squares
+    assert reduced.slope_norm <= 0.1 * float((tall.T @ longer).norm())
+    assert reduced.n_iter < solve(tall, longer).n_iter
     assert lsmr(square.mv, square.T.mv, b, visit=lambda x, length: True).end is End.visited
 
 

@@ -17,7 +17,7 @@ class End(str, Enum):
     """Why the iteration ended."""
 
     solved = "solved"  # the residual is at most btol |b| + atol |A| |x|, or there was nothing to do
-    least_squares = "least_squares"  # |A'r| is at most atol |A| |r|
+    least_squares = "least_squares"  # |A'r| is at most atol |A| |r|, or ``reduction`` of what it was at 0
     condition = "condition"  # the condition of A exceeds the limit
     max_iter = "max_iter"
     visited = "visited"  # the visitor asked to stop
@@ -55,6 +55,7 @@ def lsmr(
     damping: float = 0.0,
     atol: float = 1e-6,
     btol: float = 1e-6,
+    reduction: float = 0.0,
     condition_limit: float = 1e8,
     max_iter: int | None = None,
     visit: Callable[[Tensor, float], bool] | None = None,
@@ -70,6 +71,7 @@ def lsmr(
         b: shape (M,), float32 or float64.
         damping: >= 0. Default: 0.
         atol, btol: relative errors of A and b, >= 0, or the precision if that is larger; see ``End``. Default: 1e-6.
+        reduction: of |A'r| that is enough, >= 0. Default: 0.
         condition_limit: of A; > 0. Default: 1e8.
         max_iter: iterations at most. Default: the larger of M and N, plus 10.
         visit: called after each iteration with x, which is overwritten later, and |x|; stops by returning True.
@@ -126,8 +128,11 @@ def lsmr(
         residual.update(c_hat, s_hat, c, s, theta_bar, rho_bar, zeta_before, zeta)
         spectrum.update(alpha, beta, rho_bar_before, rho_temporary)
         reached = _reached(residual, spectrum, slope_norm, x_norm, atol, btol, condition_limit)
-        if reached is not None or (visit is not None and visit(x, x_norm)):
-            end = End.visited if reached is None else reached
+        if reached is None and slope_norm <= reduction * first:
+            reached = End.least_squares
+        is_stopped = visit is not None and visit(x, x_norm)
+        if reached is not None or is_stopped:
+            end = reached or End.visited
             break
         assert following is not None
         v = following.div_(alpha)

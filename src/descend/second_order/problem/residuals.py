@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from descend.second_order.mathematics.lsmr import Product
 from descend.second_order.mathematics.robust_losses import Rho, cost, scaled_rows
 from descend.second_order.mathematics.space import Space, to_floats
 from descend.second_order.problem.objective import BATCH, free_memory
@@ -223,10 +224,7 @@ class ResidualObjective(ABC):
 
     def product(self, point: ResidualPoint, vector: Tensor) -> Tensor:
         """J v, before the loss, for a vector of N numbers; counts as one product."""
-        self.n_hvp += 1
-        graph = self._graph_at(point)
-        self._check_depends(graph)
-        return self._multiplier(graph)(vector, False)
+        return self.products(point)[0](vector)
 
     def transposed_product(self, point: ResidualPoint, vector: Tensor) -> Tensor:
         """J'u, before the loss, for a vector of M numbers; counts as one product."""
@@ -234,6 +232,18 @@ class ResidualObjective(ABC):
         graph = self._graph_at(point)
         self._check_depends(graph)
         return self._joined(_grad([graph.residuals], graph.leaves, [vector]), vector).reshape(-1)
+
+    def products(self, point: ResidualPoint) -> tuple[Product, Product]:
+        """Functions that multiply by J and by J', as many vectors as wanted; each call counts as one product."""
+        graph = self._graph_at(point)
+        self._check_depends(graph)
+        forward = self._multiplier(graph)
+
+        def multiply(vector: Tensor) -> Tensor:
+            self.n_hvp += 1
+            return forward(vector, False)
+
+        return multiply, lambda vector: self.transposed_product(point, vector)
 
     def _graph_at(self, point: ResidualPoint) -> Graph:
         assert point.graph is not None
