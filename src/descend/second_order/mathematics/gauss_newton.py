@@ -23,6 +23,10 @@ class LinearModel(Protocol):
     def grad(self) -> Tensor:
         """J'r, the gradient of the cost."""
 
+    @property
+    def is_solved(self) -> bool:
+        """Whether ``newton`` is the minimizer, and not just somewhere on the way."""
+
     def length(self, step: Tensor) -> float:
         """|D s|."""
 
@@ -88,6 +92,8 @@ class DenseGaussNewton:
         low, high: bounds on the step, <= 0 and >= 0; both or none.
     Source: Moré 1978, https://doi.org/10.1007/BFb0067700
     """
+
+    is_solved = True
 
     def __init__(
         self, jacobian: Tensor, residuals: Tensor, scale: Tensor, low: Tensor | None = None, high: Tensor | None = None

@@ -11,7 +11,6 @@ from torch import Tensor
 from descend.second_order.mathematics.lsmr import End, Product, lsmr
 from descend.second_order.mathematics.trust_region import TrialStep
 
-MAX_LSMR = 200  # iterations for one face of the box
 MAX_FACES = 10  # of the box, visited one after the other
 MAX_CONDITION = 1e8
 SUFFICIENT = 1e-4  # fraction of the slope's promise that a projected step must keep
@@ -42,9 +41,11 @@ class ProductGaussNewton:
         grad: J'r, shape (N,), finite.
         scale: the diagonal of D, shape (N,), > 0.
         low, high: bounds on the step, <= 0 and >= 0; both or none.
-        reduction: of the slope of the model at which LSMR stops, > 0. Default: 1e-3.
+        reduction: of the slope of the model at which LSMR stops, > 0.
+        max_lsmr: its iterations at most, >= 1, for each face of the box.
     Attributes:
         is_usable: whether the first products were finite.
+        is_solved: whether the Newton step is one: LSMR reached the reduction, in the last face of the box.
     Source: Fong & Saunders 2011, https://doi.org/10.1137/10079687X; the path: Steihaug 1983,
         https://doi.org/10.1137/0720042; the projection: Bertsekas 1982, https://doi.org/10.1137/0320018
     """
@@ -58,15 +59,19 @@ class ProductGaussNewton:
         scale: Tensor,
         low: Tensor | None = None,
         high: Tensor | None = None,
-        reduction: float = 1e-3,
+        *,
+        reduction: float,
+        max_lsmr: int,
     ) -> None:
         self.grad = grad
         self._multiply, self._multiply_transposed = multiply, multiply_transposed
         self._residuals, self._scale, self._reduction = residuals, scale, reduction
+        self._max_lsmr = max_lsmr
         self._low = self._high = None
         if low is not None and high is not None:
             self._low, self._high = low * scale, high * scale
         self._vertices = [_Vertex(torch.zeros_like(self.grad), torch.zeros_like(residuals), 0.0, 0.0)]
+        self.is_solved = False
         self.is_usable = self._walk() is not End.non_finite or len(self._vertices) > 1
 
     def length(self, step: Tensor) -> float:
@@ -104,9 +109,12 @@ class ProductGaussNewton:
             slope = self._slope(start)
             free = self._free(start.t, slope)
             if free is not None and not bool(free.any()):
+                self.is_solved = True
                 break
-            iterates, end = self._face(start, free)
-            if not iterates or not self._follow(start, slope, iterates):
+            moves, end = self._face(start, free)
+            is_last = not moves or not self._follow(start, slope, moves)
+            if is_last:
+                self.is_solved = end in (End.solved, End.least_squares, End.condition)
                 break
         return end
 
@@ -143,7 +151,7 @@ class ProductGaussNewton:
             btol=0.0,
             reduction=self._reduction,
             condition_limit=min(MAX_CONDITION, 0.1 / torch.finfo(units.dtype).eps),
-            max_iter=MAX_LSMR,
+            max_iter=self._max_lsmr,
             visit=keep,
         )
         if solution.n_iter and number & (number - 1):

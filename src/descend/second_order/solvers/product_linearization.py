@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -11,10 +12,12 @@ from descend.second_order.mathematics.lsmr import Product
 from descend.second_order.mathematics.product_gauss_newton import ProductGaussNewton
 from descend.second_order.mathematics.robust_losses import scaled_rows
 from descend.second_order.problem.residuals import ResidualObjective, ResidualPoint
+from descend.second_order.solvers.least_squares_run import is_within
 
 FIRST_PROBES, PROBES = 8, 2  # products with random signs that estimate the norms of the columns, at first and later
 NEWEST = 0.2  # share of later probes in the estimate
-LOOSEST = 0.1  # reduction of the model's slope far from the solution
+LOOSEST, TIGHTEST = 0.1, 1e-4  # reduction of the model's slope, far from the solution and to confirm convergence
+MAX_LSMR, MAX_CONFIRMING = 200, 2000  # iterations for the same
 
 
 class ProductLinearization:
@@ -23,6 +26,9 @@ class ProductLinearization:
     The norms of the Jacobian's columns, in which steps do not depend on the units of the variables, are estimated by
     products J'u with random signs u: the square of an entry has the column's squared norm as its mean.
 
+    Args:
+        objective: gives the products.
+        tol: of the run. A Newton step that would meet it is solved for more exactly first.
     Attributes:
         norms: estimates of the norms of the columns; None before the first model.
         first_slope: largest |D^-1 J'r| so far; None before.
@@ -30,8 +36,8 @@ class ProductLinearization:
         are minimized: Nocedal & Wright 2006, section 7.1.
     """
 
-    def __init__(self, objective: ResidualObjective) -> None:
-        self.objective = objective
+    def __init__(self, objective: ResidualObjective, tol: float) -> None:
+        self.objective, self.tol = objective, tol
         self.norms: Tensor | None = None
         self.first_slope: float | None = None
         self._random = torch.Generator().manual_seed(0)
@@ -54,7 +60,10 @@ class ProductLinearization:
         low = high = None
         if objective.lower is not None and objective.upper is not None:
             low, high = objective.lower - point.x, objective.upper - point.x
-        model = ProductGaussNewton(multiply, multiply_transposed, residuals, grad, scale, low, high, reduction)
+        make = partial(ProductGaussNewton, multiply, multiply_transposed, residuals, grad, scale, low, high)
+        model = make(reduction=reduction, max_lsmr=MAX_LSMR)
+        if model.is_usable and is_within(self.tol, model, point):
+            model = make(reduction=TIGHTEST, max_lsmr=MAX_CONFIRMING)
         return model if model.is_usable else None
 
     def _learn_norms(self, multiply_transposed: Product, residuals: Tensor) -> None:
