@@ -17,6 +17,8 @@ from descend.second_order.problem.objective import BATCH, free_memory
 from descend.second_order.problem.parameters import FlatParameters
 from descend.second_order.problem.structure import Structure
 
+Product = Callable[[Tensor], Tensor]
+
 DENSE_COPIES = 4  # the Jacobian, its scaled copy, and the workspace of the factorization
 
 
@@ -141,12 +143,11 @@ class ResidualObjective(ABC):
         flats = [part.reshape(-1).to(device, dtype) for part in parts]
         return flats[0] if len(flats) == 1 else torch.cat([torch.zeros(0, dtype=dtype, device=device), *flats])
 
-    def model_of(self, point: ResidualPoint, jacobian: Tensor) -> tuple[Tensor, Tensor]:
-        """Jacobian and residuals whose linear least squares model the cost; for squares they are as given."""
+    def rows_of(self, point: ResidualPoint) -> tuple[Tensor, Tensor | None]:
+        """Residuals, and factors of the rows of the Jacobian, that model the cost by squares; None is 1."""
         if self.rho is None:
-            return jacobian, point.residuals
-        residuals, factors = scaled_rows(point.residuals, self.rho, self.loss_scale)
-        return jacobian * factors.unsqueeze(1), residuals
+            return point.residuals, None
+        return scaled_rows(point.residuals, self.rho, self.loss_scale)
 
     def jacobian(self, point: ResidualPoint) -> Tensor:
         """The Jacobian of the residuals, shape (M, N), before the loss; without a call of the function.
@@ -223,10 +224,7 @@ class ResidualObjective(ABC):
 
     def product(self, point: ResidualPoint, vector: Tensor) -> Tensor:
         """J v, before the loss, for a vector of N numbers; counts as one product."""
-        self.n_hvp += 1
-        graph = self._graph_at(point)
-        self._check_depends(graph)
-        return self._multiplier(graph)(vector, False)
+        return self.products(point)[0](vector)
 
     def transposed_product(self, point: ResidualPoint, vector: Tensor) -> Tensor:
         """J'u, before the loss, for a vector of M numbers; counts as one product."""
@@ -234,6 +232,18 @@ class ResidualObjective(ABC):
         graph = self._graph_at(point)
         self._check_depends(graph)
         return self._joined(_grad([graph.residuals], graph.leaves, [vector]), vector).reshape(-1)
+
+    def products(self, point: ResidualPoint) -> tuple[Product, Product]:
+        """Functions that multiply by J and by J', as many vectors as wanted; each call counts as one product."""
+        graph = self._graph_at(point)
+        self._check_depends(graph)
+        forward = self._multiplier(graph)
+
+        def multiply(vector: Tensor) -> Tensor:
+            self.n_hvp += 1
+            return forward(vector, False)
+
+        return multiply, lambda vector: self.transposed_product(point, vector)
 
     def _graph_at(self, point: ResidualPoint) -> Graph:
         assert point.graph is not None

@@ -113,8 +113,7 @@ class LeastSquaresRun:
         most ``tol`` of the length of x, both in the norm of the region.
         """
         newton = model.newton()
-        is_small = newton.norm <= self.tol * model.length(point.x)
-        if is_small or newton.decrease <= self.tol**2 * abs(point.value):
+        if model.is_solved and is_within(self.tol, model, point):
             self.best = self.fitted(point, model)
             return Status.converged
         if self.is_stopped:
@@ -136,3 +135,10 @@ class LeastSquaresRun:
     def _record(self, point: Fitted, length: float) -> None:
         counts = self.objective.n_eval, self.objective.n_hvp
         self.history.append(Iteration(point.value, point.norm, length, *counts))
+
+
+def is_within(tol: float, model: LinearModel, point: ResidualPoint) -> bool:
+    """Whether the Gauss-Newton step meets a tolerance; see ``LeastSquaresRun.stop_status``."""
+    newton = model.newton()
+    is_small = newton.norm <= tol * model.length(point.x)
+    return is_small or newton.decrease <= tol**2 * abs(point.value)
