@@ -15,12 +15,9 @@ from descend.second_order.mathematics.robust_losses import LOSSES, Rho
 from descend.second_order.minimize import default_tolerance
 from descend.second_order.problem.parameters import FlatParameters
 from descend.second_order.problem.residuals import FunctionResiduals, ParameterResiduals
-from descend.second_order.solvers.least_squares_descent import (
-    Damping,
-    DenseLinearization,
-    TrustRegion,
-    least_squares_descent,
-)
+from descend.second_order.solvers.dense_linearization import DenseLinearization
+from descend.second_order.solvers.least_squares_descent import least_squares_descent
+from descend.second_order.solvers.step_control import Damping, TrustRegion
 from descend.second_order.solvers.least_squares_run import LeastSquaresRun
 from descend.second_order.solvers.result import MESSAGES, Progress, Status, X, result_of
 

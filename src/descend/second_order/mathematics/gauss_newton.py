@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import math
 from functools import cached_property
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
+from descend.second_order.mathematics.boxed_least_squares import boxed_least_squares
 from descend.second_order.mathematics.trust_region import TrialStep
 
 MAX_SECULAR = 60  # Newton steps on the secular equation; ten usually do
+SECULAR_ROUNDING = 1e-14
+LEAST_EIGENVALUE = 1e-15  # of a Hessian with curvature, relative to the largest
 WITHIN = 0.1  # relative error of the length of a step in a box, as in MINPACK
 MAX_REGION = 10  # dampings tried for a step in a box
 
@@ -39,9 +42,18 @@ class LinearModel(Protocol):
     def damped_step(self, damping: float) -> TrialStep:
         """The minimizer of |r + J s|^2 / 2 + damping |D s|^2 / 2 inside the bounds."""
 
+    def bend(self, change: Tensor, step: Tensor) -> Tensor | None:
+        """What residuals, weighted as in the model, change by beyond J s; None where steps cannot be corrected."""
+
+    def correction(self, bend: Tensor) -> Tensor:
+        """-(J'J + damping D^2)^-1 J'bend, with the damping of the last step, in disregard of the bounds."""
+
+    def share(self, step: Tensor, other: Tensor) -> float:
+        """What multiple of ``other`` is nearest to ``step`` in the norm of the region."""
+
 
 def column_norms(jacobian: Tensor) -> Tensor:
-    """The 2-norms of the columns, without overflow or underflow."""
+    """The 2-norms of the columns of matrices, without overflow or underflow."""
     if not jacobian.shape[-2]:
         return jacobian.new_zeros(jacobian.shape[:-2] + jacobian.shape[-1:])
     largest = jacobian.abs().amax(-2)
@@ -56,16 +68,23 @@ def damped(values: Tensor, parts: Tensor, damping: Tensor | float) -> Tensor:
 
 
 def damping_for(values: Tensor, parts: Tensor, radius: Tensor) -> Tensor:
-    """The least damping >= 0 at which |damped(values, parts, damping)| <= radius; dimensions before the last are a batch.
+    """The least damping >= 0 with which ``damped`` is no longer than a radius.
 
-    Newton's method on 1 / |t(damping)| = 1 / radius, which is concave. Started where no entry of t is longer than the
+    Newton's method on 1 / |t(damping)| = 1 / radius, which is concave. From where no entry of t is longer than the
     radius, a lower bound, it rises to the solution and never passes it.
 
+    Args:
+        values: singular values, shape (..., N).
+        parts: coefficients of the residuals, shape (..., N).
+        radius: > 0, shape (...).
+    Returns:
+        Shape (...).
     Source: Moré 1978, section 5, https://doi.org/10.1007/BFb0067700
     """
     radius = radius.unsqueeze(-1)
-    above = (values * parts).abs() / radius - values.square()
-    damping = above.amax(-1, keepdim=True).clamp(min=0.0) if values.shape[-1] else torch.zeros_like(radius)
+    if not values.shape[-1]:
+        return torch.zeros_like(radius).squeeze(-1)
+    damping = ((values * parts).abs() / radius - values.square()).amax(-1, keepdim=True).clamp(min=0.0)
     for _ in range(MAX_SECULAR):
         t = damped(values, parts, damping)
         norm = torch.linalg.vector_norm(t, dim=-1, keepdim=True)
@@ -73,10 +92,24 @@ def damping_for(values: Tensor, parts: Tensor, radius: Tensor) -> Tensor:
         bend = (t.square() / torch.where(bottom > 0, bottom, 1.0)).sum(-1, keepdim=True)
         rise = (norm / radius - 1) * norm.square() / torch.where(bend > 0, bend, 1.0)
         higher = torch.where((norm > radius) & (bend > 0), damping + rise, damping)
-        if not bool((higher > damping * (1 + 1e-14)).any()):
+        if not bool((higher > damping * (1 + SECULAR_ROUNDING)).any()):
             break
         damping = torch.maximum(higher, damping)
     return damping.squeeze(-1)
+
+
+class Spectrum(NamedTuple):
+    """A triangle A and a vector b by the singular value decomposition of A.
+
+    Attributes:
+        values: singular values, descending; those within rounding of zero are zero.
+        parts: coefficients of b in the left singular vectors.
+        rows: right singular vectors.
+    """
+
+    values: Tensor
+    parts: Tensor
+    rows: Tensor
 
 
 class DenseGaussNewton:
@@ -85,173 +118,161 @@ class DenseGaussNewton:
     J is scaled by D, then reduced to a triangle by QR. The singular values of the triangle, computed once for a point,
     give the step of any radius. Singular values within rounding of zero count as zero.
 
+    With ``curvature`` the Hessian of the model is J'J + S, its eigenvalues replaced by their absolute values.
+
     Args:
-        jacobian: J, shape (M, N), finite.
+        jacobian: J, shape (M, N), finite. Kept, not copied.
         residuals: r, shape (M,), finite.
         scale: the diagonal of D, shape (N,), > 0, at least about the norms of J's columns.
+        factors: what the rows of J have been multiplied by for a robust loss, shape (M,); None for 1.
+        curvature: S, shape (N, N), float64 on the CPU; None for 0.
         low, high: bounds on the step, <= 0 and >= 0; both or none.
-    Source: Moré 1978, https://doi.org/10.1007/BFb0067700
+    Attributes:
+        damping: of the last step.
+    Source: Moré 1978, https://doi.org/10.1007/BFb0067700; for S, Dennis, Gay & Welsch 1981,
+        https://doi.org/10.1145/355958.355965
     """
 
     is_solved = True
 
     def __init__(
-        self, jacobian: Tensor, residuals: Tensor, scale: Tensor, low: Tensor | None = None, high: Tensor | None = None
+        self,
+        jacobian: Tensor,
+        residuals: Tensor,
+        scale: Tensor,
+        *,
+        factors: Tensor | None = None,
+        curvature: Tensor | None = None,
+        low: Tensor | None = None,
+        high: Tensor | None = None,
     ) -> None:
+        self.jacobian, self.factors = jacobian, factors
         self.grad = jacobian.T.mv(residuals)
-        self._scale = scale.double().cpu()
-        self._like = jacobian
-        self._low = self._high = None
-        if low is not None and high is not None:
-            self._low, self._high = (bound.double().cpu() * self._scale for bound in (low, high))
+        self.scale = scale.double().cpu()
+        self.damping = 0.0
         largest = float(residuals.abs().amax()) if residuals.numel() else 0.0
         self._unit = largest if largest > 0 else 1.0  # residuals in units of the largest: their squares may overflow
         both = torch.cat([jacobian / scale, (residuals / self._unit).unsqueeze(1)], dim=1)
-        triangle = (torch.linalg.qr(both, mode="r")[1] if min(both.shape) else both).double().cpu()
+        triangle = (torch.linalg.qr(both, mode="r")[1] if len(both) else both).double().cpu()
         self._triangle, self._right = triangle[:, :-1], triangle[:, -1]
-        self._eps = max(jacobian.shape) * torch.finfo(jacobian.dtype).eps
+        self._rounding = max(jacobian.shape) * torch.finfo(jacobian.dtype).eps
+        self._curvature = curvature
+        self._box: tuple[Tensor, Tensor] | None = None
+        if low is not None and high is not None:
+            self._box = low.double().cpu() * self.scale / self._unit, high.double().cpu() * self.scale / self._unit
 
     @cached_property
-    def _spectrum(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Singular values of the scaled Jacobian, coefficients of the residuals, right singular vectors as rows."""
-        left, values, right = torch.linalg.svd(self._triangle, full_matrices=False)
-        values = torch.where(values > self._eps * values[:1], values, 0.0)
-        return values, left.T.mv(self._right), right
+    def plain_spectrum(self) -> Spectrum:
+        """That of the scaled Jacobian and the residuals in their unit, without curvature."""
+        left, values, rows = torch.linalg.svd(self._triangle, full_matrices=False)
+        return Spectrum(torch.where(values > self._rounding * values[:1], values, 0.0), left.T.mv(self._right), rows)
 
-    @property
-    def rank(self) -> int:
-        """Singular values beyond rounding."""
-        return int((self._spectrum[0] > 0).sum())
+    @cached_property
+    def _spectrum(self) -> Spectrum:
+        if self._curvature is None:
+            return self.plain_spectrum
+        hessian = self._triangle.T @ self._triangle + self._curvature / self.scale.unsqueeze(1) / self.scale
+        eigenvalues, vectors = torch.linalg.eigh(hessian)
+        eigenvalues, order = eigenvalues.abs().sort(descending=True)
+        rows = vectors.T[order]
+        values = torch.maximum(eigenvalues, LEAST_EIGENVALUE * eigenvalues[:1]).sqrt()
+        slopes = rows.mv(self._triangle.T.mv(self._right))
+        return Spectrum(values, torch.where(values > 0, slopes / torch.where(values > 0, values, 1.0), 0.0), rows)
 
     def length(self, step: Tensor) -> float:
-        return float(torch.linalg.vector_norm(step.double().cpu() * self._scale))
+        return float(torch.linalg.vector_norm(step.double().cpu() * self.scale))
+
+    def share(self, step: Tensor, other: Tensor) -> float:
+        step, other = step.double().cpu() * self.scale, other.double().cpu() * self.scale
+        square = float(other.dot(other))
+        return float(step.dot(other)) / square if square > 0 else 0.0
 
     def newton(self) -> TrialStep:
         return self._newton
 
     @cached_property
     def _newton(self) -> TrialStep:
-        return self._trial(self._scaled_step(0.0), False)
+        return self._trial(self._minimizer(0.0), on_boundary=False)
 
     def step(self, radius: float) -> TrialStep:
-        newton = self._newton
-        if newton.norm <= radius:
-            return newton
-        scaled_radius = radius / self._unit
-        values, parts, right = self._spectrum
-        damping = float(damping_for(values, parts, torch.tensor(scaled_radius, dtype=torch.float64)))
-        t = right.T.mv(damped(values, parts, damping))
-        if not self._is_inside(t):
-            t = self._boxed_region(damping, scaled_radius)
-        return self._trial(t, True)
+        self.damping = 0.0
+        if self._newton.norm <= radius:
+            return self._newton
+        radius = radius / self._unit
+        values, parts, rows = self._spectrum
+        self.damping = float(damping_for(values, parts, torch.tensor(radius, dtype=torch.float64)))
+        t = rows.T.mv(damped(values, parts, self.damping))
+        return self._trial(t if self._is_inside(t) else self._boxed_region(radius), on_boundary=True)
 
     def damped_step(self, damping: float) -> TrialStep:
-        return self._trial(self._scaled_step(damping), damping > 0)
+        self.damping = damping
+        return self._trial(self._minimizer(damping), on_boundary=damping > 0)
 
-    def _trial(self, t: Tensor, on_boundary: bool) -> TrialStep:
-        """A step from its scaled form, in units of the residuals; the decrease is -(g's + |J s|^2 / 2)."""
-        along = self._triangle.mv(t)
-        decrease = -float(along.dot(self._right + 0.5 * along)) * self._unit**2
+    def bend(self, change: Tensor, step: Tensor) -> Tensor | None:
+        change = change if self.factors is None else self.factors * change
+        return change - self.jacobian.mv(step)
+
+    def correction(self, bend: Tensor) -> Tensor:
+        values, _, rows = self._spectrum
+        slope = rows.mv(self.jacobian.T.mv(bend).double().cpu() / self.scale)
+        bottom = values.square() + self.damping
+        t = rows.T.mv(torch.where(bottom > 0, -slope / torch.where(bottom > 0, bottom, 1.0), 0.0))
+        return (t / self.scale).to(self.jacobian)
+
+    def _trial(self, t: Tensor, *, on_boundary: bool) -> TrialStep:
+        """A step from D s in units of the largest residual; the decrease is -(g's + s'Hs / 2)."""
+        values, parts, rows = self._spectrum
+        along = values * rows.mv(t)
+        decrease = -float(along.dot(parts + 0.5 * along)) * self._unit**2
         norm = float(torch.linalg.vector_norm(t)) * self._unit
-        step = (t * self._unit / self._scale).to(self._like)
-        return TrialStep(step, norm, decrease, on_boundary, False)
+        return TrialStep((t * self._unit / self.scale).to(self.jacobian), norm, decrease, on_boundary, False)
 
-    def _scaled_step(self, damping: float) -> Tensor:
-        values, parts, right = self._spectrum
-        t = right.T.mv(damped(values, parts, damping))
+    def _minimizer(self, damping: float) -> Tensor:
+        values, parts, rows = self._spectrum
+        t = rows.T.mv(damped(values, parts, damping))
         return t if self._is_inside(t) else self._boxed(damping, torch.zeros_like(t))
 
     def _is_inside(self, t: Tensor) -> bool:
-        if self._low is None or self._high is None:
-            return True
-        t = t * self._unit
-        return bool(((t >= self._low) & (t <= self._high)).all())
+        return self._box is None or bool(((t >= self._box[0]) & (t <= self._box[1])).all())
 
     def _boxed(self, damping: float, start: Tensor) -> Tensor:
-        assert self._low is not None
-        assert self._high is not None
-        matrix, right = self._triangle, self._right
+        assert self._box is not None
+        values, right, rows = self._spectrum
+        matrix = values.unsqueeze(1) * rows
         if damping > 0:
             matrix = torch.cat([matrix, math.sqrt(damping) * torch.eye(len(start), dtype=torch.float64)])
             right = torch.cat([right, torch.zeros_like(start)])
-        return boxed_least_squares(matrix, right, self._low / self._unit, self._high / self._unit, start, self._eps)
+        return boxed_least_squares(matrix, right, *self._box, start, self._rounding)
 
-    def _boxed_region(self, damping: float, radius: float) -> Tensor:
+    def _boxed_region(self, radius: float) -> Tensor:
         """The minimizer in the box and the region, its length within ``WITHIN`` of the radius, or less.
 
         Hebden's iteration as in Moré 1978, section 5, on the variables that are not at a bound.
         """
-        assert self._low is not None
-        assert self._high is not None
-        low, high = self._low / self._unit, self._high / self._unit
+        assert self._box is not None
+        low, high = self._box
         least, most = 0.0, math.inf
         t = torch.zeros_like(low)
         for _ in range(MAX_REGION):
-            t = self._boxed(damping, t)
+            t = self._boxed(self.damping, t)
             norm = float(torch.linalg.vector_norm(t))
-            if abs(norm - radius) <= WITHIN * radius or (norm < radius and damping == 0):
+            if abs(norm - radius) <= WITHIN * radius:
                 break
-            least, most = (damping, most) if norm > radius else (least, damping)
-            free = (t > low) & (t < high)
-            bend = self._bend(t, free, damping)
-            damping = damping + (norm / radius - 1) * norm**2 / bend if bend > 0 else math.inf
+            least, most = (self.damping, most) if norm > radius else (least, self.damping)
+            bend = self._bend(t, (t > low) & (t < high))
+            damping = self.damping + (norm / radius - 1) * norm**2 / bend if bend > 0 else math.inf
             if not least < damping < most:
                 damping = 0.5 * (least + most) if most < math.inf else 10 * max(least, 1e-3)
-        return t * min(1.0, radius / max(float(torch.linalg.vector_norm(t)), 1e-300))
+            self.damping = damping
+        return t * min(1.0, radius / norm) if norm > 0 else t
 
-    def _bend(self, t: Tensor, free: Tensor, damping: float) -> float:
+    def _bend(self, t: Tensor, free: Tensor) -> float:
         """t'(A'A + damping)^-1 t over the free variables: minus the derivative of |t|^2 / 2 by the damping."""
-        columns = self._triangle[:, free]
+        values, _, rows = self._spectrum
+        columns = values.unsqueeze(1) * rows[:, free]
         gram = columns.T @ columns
-        gram.diagonal().add_(damping)
+        gram.diagonal().add_(self.damping)
         factor, info = torch.linalg.cholesky_ex(gram)
-        if int(info) or not free.any():
+        if int(info) or not bool(free.any()):
             return 0.0
-        half = torch.linalg.solve_triangular(factor, t[free].unsqueeze(1), upper=False)
-        return float(half.square().sum())
-
-
-def boxed_least_squares(matrix: Tensor, right: Tensor, low: Tensor, high: Tensor, start: Tensor, eps: float) -> Tensor:
-    """Minimize |A t + b| over low <= t <= high by projected Newton steps, from a start inside.
-
-    Source: Bertsekas 1982, https://doi.org/10.1137/0320018
-    """
-    t = start
-    for _ in range(3 * len(t) + 10):
-        residual = matrix.mv(t) + right
-        slope = matrix.T.mv(residual)
-        free = ((t > low) | (slope < 0)) & ((t < high) | (slope > 0))
-        if not bool(free.any()):
-            break
-        columns = matrix[:, free]
-        solution = torch.linalg.lstsq(columns, -residual.unsqueeze(1), rcond=eps, driver="gelsd").solution
-        move = torch.zeros_like(t)
-        move[free] = solution.squeeze(1)
-        moved, is_whole = _projected_search(matrix, residual, slope, t, move, low, high)
-        if moved is None:
-            break
-        t = moved
-        if is_whole:
-            slope = matrix.T.mv(matrix.mv(t) + right)
-            # The free variables are solved for; those at a bound stay if the slope pushes them outwards.
-            noise = eps * torch.linalg.vector_norm(matrix, dim=0) * torch.linalg.vector_norm(right)
-            if not bool((~free & (((t <= low) & (slope < -noise)) | ((t >= high) & (slope > noise)))).any()):
-                break
-    return t
-
-
-def _projected_search(
-    matrix: Tensor, residual: Tensor, slope: Tensor, t: Tensor, move: Tensor, low: Tensor, high: Tensor
-) -> tuple[Tensor | None, bool]:
-    """The first of t + move, t + move / 2, ... whose projection lowers the model sufficiently; whether it is t + move."""
-    length = 1.0
-    for _ in range(30):
-        wanted = t + length * move
-        moved = torch.clamp(wanted, low, high)
-        change = moved - t
-        along = matrix.mv(change)
-        fall = float(slope.dot(change))
-        if fall < 0 and fall + 0.5 * float(along.dot(along)) <= 1e-4 * fall:
-            return moved, length == 1.0 and bool((moved == wanted).all())
-        length /= 2
-    return None, False
+        return float(torch.linalg.solve_triangular(factor, t[free].unsqueeze(1), upper=False).square().sum())

@@ -18,6 +18,8 @@ from descend.second_order.problem.objective import BATCH, free_memory
 from descend.second_order.problem.parameters import FlatParameters
 from descend.second_order.problem.structure import Structure
 
+Product = Callable[[Tensor], Tensor]
+
 DENSE_COPIES = 4  # the Jacobian, its scaled copy, and the workspace of the factorization
 
 
@@ -142,12 +144,11 @@ class ResidualObjective(ABC):
         flats = [part.reshape(-1).to(device, dtype) for part in parts]
         return flats[0] if len(flats) == 1 else torch.cat([torch.zeros(0, dtype=dtype, device=device), *flats])
 
-    def model_of(self, point: ResidualPoint, jacobian: Tensor) -> tuple[Tensor, Tensor]:
-        """Jacobian and residuals whose linear least squares model the cost; for squares they are as given."""
+    def rows_of(self, point: ResidualPoint) -> tuple[Tensor, Tensor | None]:
+        """Residuals, and factors of the rows of the Jacobian, that model the cost by squares; None is 1."""
         if self.rho is None:
-            return jacobian, point.residuals
-        residuals, factors = scaled_rows(point.residuals, self.rho, self.loss_scale)
-        return jacobian * factors.unsqueeze(1), residuals
+            return point.residuals, None
+        return scaled_rows(point.residuals, self.rho, self.loss_scale)
 
     def jacobian(self, point: ResidualPoint) -> Tensor:
         """The Jacobian of the residuals, shape (M, N), before the loss; without a call of the function.
