@@ -154,8 +154,8 @@ def test_public_names_are_frozen() -> None:
     names = (
         "SGD ASGD Lion Rprop Adagrad RMSprop Adadelta Adam AdamW Adamax NAdam RAdam AdamWScheduleFree ADOPT AdEMAMix "
         "Adan MARS LAMB Prodigy Muon NorMuon RowwiseAdagrad SparseAdam Adafactor SOAP LBFGS Newton FirstOrder Monitor "
-        "IncompatibleKeys RuleError Progress Result Status clip_grad_norm_ clip_grad_value_ clip_grads_with_norm_ "
-        "combined from_rule get_total_norm in_backward layer_decay minimize no_decay warmup"
+        "IncompatibleKeys LeastSquares RuleError Progress Result Status clip_grad_norm_ clip_grad_value_ "
+        "clip_grads_with_norm_ combined from_rule get_total_norm in_backward layer_decay minimize no_decay warmup"
     )
     assert sorted(descend.__all__) == sorted([*names.split(), *TORCHS])
     assert dir(descend) == sorted(descend.__all__)

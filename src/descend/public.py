@@ -29,6 +29,7 @@ from descend.first_order.squares import Adadelta, Adagrad, RMSprop
 from descend.norms.clip import clip_grad_norm_, clip_grad_value_, clip_grads_with_norm_, get_total_norm
 from descend.second_order.lbfgs import LBFGS
 from descend.second_order.least_squares import least_squares
+from descend.second_order.least_squares_optimizer import LeastSquares
 from descend.second_order.minimize import minimize
 from descend.second_order.newton import Newton
 from descend.second_order.solvers.result import Progress, Result, Status
@@ -52,6 +53,7 @@ __all__ = [
     "Adan",
     "FirstOrder",
     "IncompatibleKeys",
+    "LeastSquares",
     "Lion",
     "Monitor",
     "Muon",

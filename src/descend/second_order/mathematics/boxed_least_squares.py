@@ -36,13 +36,23 @@ def boxed_least_squares(
         entering = ~between & (low < high) & (((t <= low) & (slope < -noise)) | ((t >= high) & (slope > noise)))
         if not bool((entering | (between & (slope.abs() > noise))).any()):
             break
-        moved = _improved(matrix, residual, slope, t, _inwards(matrix, residual, t, between | entering, low, high, rounding), low, high)
+        moved = _improved(
+            matrix,
+            residual,
+            slope,
+            t,
+            _inwards(matrix, residual, t, between | entering, low, high, rounding),
+            low,
+            high,
+        )
         if moved is None and bool(entering.any()):
             norms = torch.linalg.vector_norm(matrix, dim=0)
             steepest = torch.where(entering, slope.abs() / torch.where(norms > 0, norms, 1.0), -1.0).argmax()
             single = between.clone()
             single[steepest] = True
-            moved = _improved(matrix, residual, slope, t, _inwards(matrix, residual, t, single, low, high, rounding), low, high)
+            moved = _improved(
+                matrix, residual, slope, t, _inwards(matrix, residual, t, single, low, high, rounding), low, high
+            )
         if moved is None:
             break
         t = moved

@@ -99,6 +99,19 @@ class ProductGaussNewton:
             best = min(best, self._between(before, vertex, share), key=cost)
         return self._trial(best, on_boundary=damping > 0)
 
+    def bend(self, change: Tensor, step: Tensor) -> Tensor | None:
+        """None: a correction would cost as many products as the step."""
+        return None
+
+    def correction(self, bend: Tensor) -> Tensor:
+        raise NotImplementedError("steps from products are not corrected")
+
+    def share(self, step: Tensor, other: Tensor) -> float:
+        """What multiple of ``other`` is nearest to ``step`` in the norm of the region."""
+        step, other = step * self._scale, other * self._scale
+        square = _dot(other, other)
+        return _dot(step, other) / square if square > 0 else 0.0
+
     # The path.
 
     def _walk(self) -> End:

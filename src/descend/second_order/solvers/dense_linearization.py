@@ -29,11 +29,16 @@ class DenseLinearization:
 
     Where residuals stay large, Gauss-Newton is slow: it leaves out the sum of each residual times its Hessian. That
     sum, S, is learned from the gradients, and used while it predicts the cost better: Dennis, Gay & Welsch 1981.
+
+    Args:
+        objective: gives the Jacobians.
+        norms: the largest of a run before; None without one.
+    Attributes:
+        norms: the largest of each column so far; None before the first model.
     """
 
-    def __init__(self, objective: ResidualObjective) -> None:
-        self.objective = objective
-        self._norms: Tensor | None = None
+    def __init__(self, objective: ResidualObjective, norms: Tensor | None = None) -> None:
+        self.objective, self.norms = objective, norms
         self._curvature: Tensor | None = None  # None before there is anything to learn from
         self._is_curved = False
         self._last: _Last | None = None
@@ -48,14 +53,14 @@ class DenseLinearization:
         norms = column_norms(jacobian)
         if not bool(norms.isfinite().all()):
             return None
-        self._norms = norms if self._norms is None else torch.maximum(self._norms, norms)
+        self.norms = norms if self.norms is None else torch.maximum(self.norms, norms)
         self._learn(point, jacobian, residuals)
         low = None if objective.lower is None else objective.lower - point.x
         high = None if objective.upper is None else objective.upper - point.x
         model = DenseGaussNewton(
             jacobian,
             residuals,
-            torch.where(self._norms > 0, self._norms, 1.0),
+            torch.where(self.norms > 0, self.norms, 1.0),
             factors=factors,
             curvature=self._curvature if self._is_curved else None,
             low=low,

@@ -10,7 +10,6 @@ from torch import Tensor
 
 from descend.second_order.mathematics.lsmr import Product
 from descend.second_order.mathematics.product_gauss_newton import ProductGaussNewton
-from descend.second_order.mathematics.robust_losses import scaled_rows
 from descend.second_order.problem.residuals import ResidualObjective, ResidualPoint
 from descend.second_order.solvers.least_squares_run import is_within
 
@@ -29,24 +28,25 @@ class ProductLinearization:
     Args:
         objective: gives the products.
         tol: of the run. A Newton step that would meet it is solved for more exactly first.
+        norms: what a run before has estimated; None without one.
     Attributes:
         norms: estimates of the norms of the columns; None before the first model.
         first_slope: largest |D^-1 J'r| so far; None before.
-    Source: the estimate: Bekas, Kokiopoulou & Saad 2007, https://doi.org/10.1016/j.apnum.2007.01.003; how exactly models
-        are minimized: Nocedal & Wright 2006, section 7.1.
+    Source: the estimate: Bekas, Kokiopoulou & Saad 2007, https://doi.org/10.1016/j.apnum.2007.01.003; how exactly
+        models are minimized: Nocedal & Wright 2006, section 7.1.
     """
 
-    def __init__(self, objective: ResidualObjective, tol: float) -> None:
-        self.objective, self.tol = objective, tol
-        self.norms: Tensor | None = None
+    def __init__(self, objective: ResidualObjective, tol: float, norms: Tensor | None = None) -> None:
+        self.objective, self.tol, self.norms = objective, tol, norms
         self.first_slope: float | None = None
         self._random = torch.Generator().manual_seed(0)
 
     def model(self, point: ResidualPoint) -> ProductGaussNewton | None:
-        objective, residuals = self.objective, point.residuals
+        """The model around a point; None if products are not finite there."""
+        objective = self.objective
+        residuals, factors = objective.rows_of(point)
         multiply, multiply_transposed = objective.products(point)
-        if objective.rho is not None:
-            residuals, factors = scaled_rows(residuals, objective.rho, objective.loss_scale)
+        if factors is not None:
             multiply, multiply_transposed = _with_factors(multiply, multiply_transposed, factors)
         self._learn_norms(multiply_transposed, residuals)
         assert self.norms is not None

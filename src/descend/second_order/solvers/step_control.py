@@ -37,16 +37,20 @@ class TrustRegion:
 
     The first is the length of the start. MINPACK's, 100 times that, leaves for models that fade to a constant.
 
+    Args:
+        radius: the last one of a run before; None without one.
     Source: Moré 1978, section 4, https://doi.org/10.1007/BFb0067700
     """
 
-    def __init__(self) -> None:
-        self.radius = 1.0
+    def __init__(self, radius: float | None = None) -> None:
+        self.radius = radius
 
     def begin(self, model: LinearModel, x: Tensor) -> None:
-        self.radius = model.length(x) or 1.0
+        if self.radius is None:
+            self.radius = model.length(x) or 1.0
 
     def step(self, model: LinearModel) -> TrialStep:
+        assert self.radius is not None
         return model.step(self.radius)
 
     def accept(self, trial: TrialStep, ratio: float) -> None:
@@ -66,13 +70,16 @@ class TrustRegion:
 class Damping:
     """Nielsen's damping.
 
+    Args:
+        damping: the last one of a run before; None without one.
     Source: Madsen, Nielsen & Tingleff 2004, Algorithm 3.16, http://www2.imm.dtu.dk/pubdb/p.php?3215
     """
 
     FIRST = 1e-3  # times the largest diagonal entry of (J D^-1)'(J D^-1), which is 1
 
-    def __init__(self) -> None:
-        self.damping, self.growth = self.FIRST, 2.0
+    def __init__(self, damping: float | None = None) -> None:
+        self.damping = self.FIRST if damping is None else damping
+        self.growth = 2.0
 
     def begin(self, model: LinearModel, x: Tensor) -> None:
         pass
