@@ -92,7 +92,7 @@ class FitCounter:
 
     def look_at(self, x: Tensor, residuals: Tensor) -> None:
         """Notice whether a point is out of bounds, and end the run if it is the finish."""
-        if self.fit.lower is not None and self.fit.upper is not None and is_outside(self.fit, x):
+        if is_outside(self.fit, x):
             self.outside = True
             return
         value = residuals.square().sum().item()
@@ -141,6 +141,8 @@ def stationarity(fit: Fit, x: Tensor, residuals: Tensor, jacobian: Tensor) -> fl
 
 
 def is_outside(fit: Fit, x: Tensor) -> bool:
+    if fit.lower is None or fit.upper is None:
+        return False
     return bool(((x < fit.lower) | (x > fit.upper)).any())
 
 
@@ -178,7 +180,7 @@ UNITS: dict[str, dict[str, Any]] = {
 
 def tight_options() -> dict[str, FitSolver]:
     """Everybody with tolerances as small as allowed, and no limit of evaluations."""
-    tight = dict(ftol=TIGHTEST, xtol=TIGHTEST, gtol=TIGHTEST, max_nfev=ENDLESS)
+    tight: dict[str, Any] = dict(ftol=TIGHTEST, xtol=TIGHTEST, gtol=TIGHTEST, max_nfev=ENDLESS)
     peers = {name: partial(scipy_solver, **units, **tight) for name, units in UNITS.items()}
     return {OURS: partial(ours, tol=0.0, max_iter=ENDLESS), **peers}
 
@@ -221,7 +223,7 @@ def run(solver: FitSolver, fit: Fit, budget: int, *, ends: bool = True) -> FitOu
         text = f"{type(error).__name__}: {error}"
         return finished(Outcome(counter.cost, False, early=True, outside=counter.outside, error=text))
     nan = bool(ending.x.isnan().any()) or ending.value != ending.value
-    outside = counter.outside or (fit.lower is not None and is_outside(fit, ending.x))
+    outside = counter.outside or is_outside(fit, ending.x)
     digits = 0.0 if fit.certified is None else fit.certified.digits(ending.x)
     return finished(Outcome(counter.cost, False, True, ending.success, nan, outside), digits)
 

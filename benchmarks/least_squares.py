@@ -26,7 +26,6 @@ import torch
 from fit_race import (
     DIGITS,
     LM,
-    OURS,
     TRF,
     FitOutcome,
     begins_solved,
@@ -38,7 +37,7 @@ from minimize import print_row, ratio
 from problems import fits
 from problems.fit import Fit
 from profiles import plot_profiles
-from race import Outcomes
+from race import OURS, Outcomes
 
 BUDGET = 500
 LOWEST = 1e-4  # relative, of a sum of squares that counts as the lowest

@@ -217,7 +217,9 @@ class ProductGaussNewton:
         return _Vertex(t, change, _norm(t), -_dot(change, self._residuals + 0.5 * change))
 
     def _is_inside(self, t: Tensor) -> bool:
-        return self._low is None or bool(((t >= self._low) & (t <= self._high)).all())
+        if self._low is None or self._high is None:
+            return True
+        return bool(((t >= self._low) & (t <= self._high)).all())
 
     def _between(self, first: _Vertex, second: _Vertex, share: float) -> _Vertex:
         """The point at a share of the way from one vertex to the next."""

@@ -18,8 +18,6 @@ from descend.second_order.problem.objective import BATCH, free_memory
 from descend.second_order.problem.parameters import FlatParameters
 from descend.second_order.problem.structure import Structure
 
-Product = Callable[[Tensor], Tensor]
-
 DENSE_COPIES = 4  # the Jacobian, its scaled copy, and the workspace of the factorization
 
 

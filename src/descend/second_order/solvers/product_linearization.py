@@ -68,8 +68,8 @@ class ProductLinearization:
 
     def _learn_norms(self, multiply_transposed: Product, residuals: Tensor) -> None:
         number = FIRST_PROBES if self.norms is None else PROBES
-        newest = sum((multiply_transposed(self._signs(residuals)).square() for _ in range(number)), 0.0) / number
-        newest = torch.nan_to_num(newest, nan=0.0, posinf=0.0)
+        probes = [multiply_transposed(self._signs(residuals)).square() for _ in range(number)]
+        newest = torch.nan_to_num(torch.stack(probes).mean(0), nan=0.0, posinf=0.0)
         if self.norms is not None:
             newest = torch.where(self.norms > 0, NEWEST * newest + (1 - NEWEST) * self.norms.square(), newest)
         self.norms = newest.sqrt()
