@@ -31,6 +31,7 @@ from descend.second_order.lbfgs import LBFGS
 from descend.second_order.least_squares import least_squares
 from descend.second_order.minimize import minimize
 from descend.second_order.newton import Newton
+from descend.second_order.solvers.least_squares_result import LeastSquaresResult
 from descend.second_order.solvers.result import Progress, Result, Status
 
 __all__ = [
@@ -52,6 +53,7 @@ __all__ = [
     "Adan",
     "FirstOrder",
     "IncompatibleKeys",
+    "LeastSquaresResult",
     "Lion",
     "Monitor",
     "Muon",

@@ -77,7 +77,10 @@ class ResidualObjective(ABC):
     ) -> None:
         self.who, self.structure = who, structure
         self.rho, self.loss_scale = rho, loss_scale
-        self.lower, self.upper = bounds or (None, None)
+        self.lower: Tensor | None = None
+        self.upper: Tensor | None = None
+        if bounds is not None:
+            self.lower, self.upper = bounds
         self.space = Space(structure.numel)
         self.eps = structure.eps
         self.n_eval = self.n_jac = self.n_hvp = 0
@@ -379,9 +382,7 @@ class ParameterResiduals(ResidualObjective):
 
 def _grad(outputs: Sequence[Tensor], inputs: Sequence[Tensor], vectors: Any, is_batched: bool = False) -> list[Any]:
     return list(
-        torch.autograd.grad(
-            outputs, inputs, vectors, retain_graph=True, allow_unused=True, is_grads_batched=is_batched
-        )
+        torch.autograd.grad(outputs, inputs, vectors, retain_graph=True, allow_unused=True, is_grads_batched=is_batched)
     )
 
 
