@@ -32,6 +32,7 @@ from descend.second_order.least_squares import least_squares
 from descend.second_order.least_squares_optimizer import LeastSquares
 from descend.second_order.minimize import minimize
 from descend.second_order.newton import Newton
+from descend.second_order.solvers.least_squares_result import LeastSquaresResult
 from descend.second_order.solvers.result import Progress, Result, Status
 
 __all__ = [
@@ -54,6 +55,7 @@ __all__ = [
     "FirstOrder",
     "IncompatibleKeys",
     "LeastSquares",
+    "LeastSquaresResult",
     "Lion",
     "Monitor",
     "Muon",

@@ -10,11 +10,12 @@ from torch import Tensor, nn
 
 from descend.distributed.dtensors import is_dtensor
 from descend.second_order.problem.bounds import bounds_of
-from descend.second_order.problem.objective import Curved, FunctionObjective, Point
+from descend.second_order.problem.objective import FunctionObjective, Point
 from descend.second_order.problem.parameter_objective import ParameterObjective
 from descend.second_order.problem.parameters import FlatParameters
 from descend.second_order.problem.sharded_parameters import flat_parameters
 from descend.second_order.problem.structure import Structure
+from descend.second_order.solvers.least_squares_run import Fitted, LeastSquaresRun
 from descend.second_order.solvers.result import Progress, X
 from descend.second_order.solvers.run import Run
 
@@ -102,7 +103,7 @@ class FlatProblem(Generic[X]):
             self.structure.unflatten(x) if self.parameters is None else self.structure.tree_of(self.parameters.split(x))
         )
 
-    def set_parameters(self, run: Run) -> None:
+    def set_parameters(self, run: Run | LeastSquaresRun) -> None:
         """Set parameters to the best point seen."""
         if self.parameters is not None:
             self.parameters.scatter_(run.best.x if run.history else self.start)
@@ -112,10 +113,10 @@ class FlatProblem(Generic[X]):
         tree: X = self.tree if self.is_in_place else self.split_tree(x)
         return tree
 
-    def reporter(self, callback: Callable[[Progress], Any]) -> Callable[[Run, Point], bool]:
+    def reporter(self, callback: Callable[[Progress], Any]) -> Callable[[Run | LeastSquaresRun, Point | Fitted], bool]:
         """The user's callback as a ``Run`` calls it. What the callback writes to is a copy, or is restored."""
 
-        def report(run: Run, point: Point) -> bool:
+        def report(run: Run | LeastSquaresRun, point: Point | Fitted) -> bool:
             if self.parameters is None:
                 return call(run, point)
             self.objective.move_to(point.x)
@@ -126,7 +127,7 @@ class FlatProblem(Generic[X]):
                 self.objective.forget_x()
             return is_stopped
 
-        def call(run: Run, point: Point) -> bool:
+        def call(run: Run | LeastSquaresRun, point: Point | Fitted) -> bool:
             progress = Progress(
                 x=self.tree_of(point.x.clone()),
                 fun=point.value,

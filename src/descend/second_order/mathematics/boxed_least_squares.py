@@ -16,7 +16,8 @@ def boxed_least_squares(
 
     Each iteration solves for the variables that are free: those between their bounds, and those at a bound that the
     slope pushes inwards, unless their part of the solution leads outwards. The way there is projected on the box. If
-    that does not lower the norm, only one variable is released, for which the solution leads inwards.
+    that does not lower the norm, only one variable is released, for which the solution leads inwards; and if that does
+    not either, because a variable has almost no room, the way ends where it meets the first bound.
 
     Args:
         matrix: A, shape (K, N), on the CPU; of any rank. The shortest solution is used where there are several.
@@ -28,34 +29,23 @@ def boxed_least_squares(
         variable, https://digitalassets.lib.berkeley.edu/sdtr/ucb/text/394.pdf
     """
     t = start
-    noise = rounding * torch.linalg.vector_norm(matrix, dim=0) * torch.linalg.vector_norm(right)
-    for _ in range(3 * len(t) + 10):
+    norms = torch.linalg.vector_norm(matrix, dim=0)
+    noise = rounding * norms * torch.linalg.vector_norm(right)
+    for _ in range(5 * len(t) + 20):
         residual = matrix.mv(t) + right
         slope = matrix.T.mv(residual)
         between = (t > low) & (t < high)
-        entering = ~between & (low < high) & (((t <= low) & (slope < -noise)) | ((t >= high) & (slope > noise)))
+        entering = ((t <= low) & (t < high) & (slope < -noise)) | ((t >= high) & (t > low) & (slope > noise))
         if not bool((entering | (between & (slope.abs() > noise))).any()):
             break
-        moved = _improved(
-            matrix,
-            residual,
-            slope,
-            t,
-            _inwards(matrix, residual, t, between | entering, low, high, rounding),
-            low,
-            high,
-        )
+        step = _inwards(matrix, residual, t, between | entering, low, high, rounding)
+        moved = _projected(matrix, slope, t, step, low, high)
         if moved is None and bool(entering.any()):
-            norms = torch.linalg.vector_norm(matrix, dim=0)
             steepest = torch.where(entering, slope.abs() / torch.where(norms > 0, norms, 1.0), -1.0).argmax()
-            single = between.clone()
-            single[steepest] = True
-            moved = _improved(
-                matrix, residual, slope, t, _inwards(matrix, residual, t, single, low, high, rounding), low, high
-            )
-        if moved is None:
-            break
-        t = moved
+            between[steepest] = True
+            step = _inwards(matrix, residual, t, between, low, high, rounding)
+            moved = _projected(matrix, slope, t, step, low, high)
+        t = _to_nearest_bound(t, step, low, high) if moved is None else moved
     return t
 
 
@@ -75,9 +65,7 @@ def _inwards(
         free = free & ~blocked
 
 
-def _improved(
-    matrix: Tensor, residual: Tensor, slope: Tensor, t: Tensor, step: Tensor, low: Tensor, high: Tensor
-) -> Tensor | None:
+def _projected(matrix: Tensor, slope: Tensor, t: Tensor, step: Tensor, low: Tensor, high: Tensor) -> Tensor | None:
     """The first of t + step, t + step / 2, ... whose projection lowers the norm sufficiently; None without one."""
     for _ in range(MAX_HALVINGS):
         moved = torch.clamp(t + step, low, high)
@@ -88,3 +76,14 @@ def _improved(
             return moved
         step = step / 2
     return None
+
+
+def _to_nearest_bound(t: Tensor, step: Tensor, low: Tensor, high: Tensor) -> Tensor:
+    """The point where the way along a step meets its first bound; that variable is exactly there."""
+    room = torch.where(step > 0, high - t, torch.where(step < 0, t - low, torch.inf))
+    share, nearest = (room / step.abs()).min(0) if bool((step != 0).any()) else (torch.tensor(0.0), None)
+    if nearest is None or not bool(share < 1):
+        return t
+    moved = torch.clamp(t + share * step, low, high)
+    moved[nearest] = high[nearest] if bool(step[nearest] > 0) else low[nearest]
+    return moved

@@ -14,9 +14,9 @@ from descend.second_order.mathematics.trust_region import TrialStep
 
 MAX_SECULAR = 60  # Newton steps on the secular equation; ten usually do
 SECULAR_ROUNDING = 1e-14
-LEAST_EIGENVALUE = 1e-15  # of a Hessian with curvature, relative to the largest
+LEAST_EIGENVALUE = 1e-8  # of a Hessian with curvature, relative to that without
 WITHIN = 0.1  # relative error of the length of a step in a box, as in MINPACK
-MAX_REGION = 10  # dampings tried for a step in a box
+MAX_REGION = 20  # dampings tried for a step in a box
 
 
 class LinearModel(Protocol):
@@ -58,7 +58,8 @@ def column_norms(jacobian: Tensor) -> Tensor:
         return jacobian.new_zeros(jacobian.shape[:-2] + jacobian.shape[-1:])
     largest = jacobian.abs().amax(-2)
     safe = torch.where(largest > 0, largest, 1.0)
-    return safe * torch.linalg.vector_norm(jacobian / safe.unsqueeze(-2), dim=-2)
+    norms: Tensor = safe * torch.linalg.vector_norm(jacobian / safe.unsqueeze(-2), dim=-2)
+    return norms
 
 
 def damped(values: Tensor, parts: Tensor, damping: Tensor | float) -> Tensor:
@@ -171,13 +172,17 @@ class DenseGaussNewton:
     def _spectrum(self) -> Spectrum:
         if self._curvature is None:
             return self.plain_spectrum
-        hessian = self._triangle.T @ self._triangle + self._curvature / self.scale.unsqueeze(1) / self.scale
-        eigenvalues, vectors = torch.linalg.eigh(hessian)
-        eigenvalues, order = eigenvalues.abs().sort(descending=True)
-        rows = vectors.T[order]
-        values = torch.maximum(eigenvalues, LEAST_EIGENVALUE * eigenvalues[:1]).sqrt()
-        slopes = rows.mv(self._triangle.T.mv(self._right))
-        return Spectrum(values, torch.where(values > 0, slopes / torch.where(values > 0, values, 1.0), 0.0), rows)
+        # V S V' in units of the singular values: H = V s (1 + E) s V', so that J'J is never formed.
+        values, parts, rows = self.plain_spectrum
+        values = torch.maximum(values, self._rounding * values[:1]) if float(values.sum()) > 0 else values + 1
+        scaled = rows / self.scale
+        relative = scaled @ self._curvature @ scaled.T / values.unsqueeze(1) / values
+        if not bool(relative.isfinite().all()):
+            return self.plain_spectrum
+        eigenvalues, vectors = torch.linalg.eigh(relative + torch.eye(len(values), dtype=torch.float64))
+        roots = eigenvalues.abs().clamp(min=LEAST_EIGENVALUE).sqrt()
+        left, values, rows = torch.linalg.svd(roots.unsqueeze(1) * (vectors.T * values) @ rows, full_matrices=False)
+        return Spectrum(values, left.T.mv(vectors.T.mv(parts) / roots), rows)
 
     def length(self, step: Tensor) -> float:
         return float(torch.linalg.vector_norm(step.double().cpu() * self.scale))
@@ -252,19 +257,22 @@ class DenseGaussNewton:
         assert self._box is not None
         low, high = self._box
         least, most = 0.0, math.inf
-        t = torch.zeros_like(low)
+        best = t = torch.zeros_like(low)
+        longest = 0.0
         for _ in range(MAX_REGION):
             t = self._boxed(self.damping, t)
             norm = float(torch.linalg.vector_norm(t))
+            if longest < norm <= (1 + WITHIN) * radius:
+                best, longest = t, norm
             if abs(norm - radius) <= WITHIN * radius:
                 break
             least, most = (self.damping, most) if norm > radius else (least, self.damping)
             bend = self._bend(t, (t > low) & (t < high))
             damping = self.damping + (norm / radius - 1) * norm**2 / bend if bend > 0 else math.inf
             if not least < damping < most:
-                damping = 0.5 * (least + most) if most < math.inf else 10 * max(least, 1e-3)
+                damping = 10 * least if most == math.inf else 0.1 * most if least == 0 else math.sqrt(least * most)
             self.damping = damping
-        return t * min(1.0, radius / norm) if norm > 0 else t
+        return best * min(1.0, radius / longest) if longest > 0 else best
 
     def _bend(self, t: Tensor, free: Tensor) -> float:
         """t'(A'A + damping)^-1 t over the free variables: minus the derivative of |t|^2 / 2 by the damping."""

@@ -76,7 +76,10 @@ class ResidualObjective(ABC):
     ) -> None:
         self.who, self.structure = who, structure
         self.rho, self.loss_scale = rho, loss_scale
-        self.lower, self.upper = bounds or (None, None)
+        self.lower: Tensor | None = None
+        self.upper: Tensor | None = None
+        if bounds is not None:
+            self.lower, self.upper = bounds
         self.space = Space(structure.numel)
         self.eps = structure.eps
         self.n_eval = self.n_jac = self.n_hvp = 0

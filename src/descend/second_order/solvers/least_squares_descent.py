@@ -91,12 +91,14 @@ def _step(
     last step if it had about the same direction, as in a valley, and else from the trial that was rejected.
     """
     is_finite: bool | None = None  # until there has been a trial
-    noise = run.noise(point.value)
+    noise = run.noise(point, model)
     failed: tuple[Tensor, float] | None = None  # the correction of a rejected step, and the length of that
-    for _ in range(REJECTIONS):
+    for attempt in range(REJECTIONS):
         if run.evaluations_left < 1:
             return Status.max_eval
-        trial = control.step(model)
+        # Where falls can no longer be measured, there is nothing to learn from a short step.
+        is_last = attempt == 0 and model.newton().decrease <= noise
+        trial = model.newton() if is_last else control.step(model)
         correction = _from_last(model, trial, last) if failed is None else failed[0] * (trial.norm / failed[1]) ** 2
         x = moved(run.objective, point.x, trial.step if correction is None else trial.step + correction)
         if not trial.decrease > 0 or torch.equal(x, point.x):

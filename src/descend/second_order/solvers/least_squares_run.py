@@ -14,6 +14,7 @@ from descend.second_order.problem.residuals import ResidualObjective, ResidualPo
 from descend.second_order.solvers.result import Iteration, Status
 
 NOISE = 10.0  # units in the last place that the cost may be off by
+ROUNDING = 100.0  # units in the last place of x that a step may be too short to matter
 BLIND = 3  # iterations whose falls are within rounding, while the promised one does not become a quarter
 
 
@@ -78,9 +79,13 @@ class LeastSquaresRun:
     def evaluations_left(self) -> float:
         return self.last_eval - self.objective.n_eval
 
-    def noise(self, value: float) -> float:
-        """Rounding error of a cost."""
-        return NOISE * self.objective.eps * abs(value)
+    def noise(self, point: ResidualPoint, model: LinearModel) -> float:
+        """Rounding error of the cost: of the sum, and of residuals that are small differences of large numbers.
+
+        How large is not known, but rounding x alone changes the residuals by eps |D x|.
+        """
+        size = math.sqrt(2 * abs(point.value))
+        return self.objective.eps * (NOISE * abs(point.value) + size * model.length(point.x))
 
     def start(self, point: ResidualPoint, model: LinearModel | None) -> None:
         """Record the first point."""
@@ -109,11 +114,10 @@ class LeastSquaresRun:
     def stop_status(self, point: ResidualPoint, model: LinearModel) -> Status | None:
         """Why to stop at ``point``; None to go on.
 
-        It has converged when the Gauss-Newton step promises to lower the cost by at most ``tol**2`` of it, or is at
-        most ``tol`` of the length of x, both in the norm of the region.
+        It has converged when the step to the model's minimizer promises to lower the cost by at most ``tol**2`` of it,
+        or changes no variable by more than ``tol`` of it, or x by no more than rounding in the norm of the region.
         """
-        newton = model.newton()
-        if model.is_solved and is_within(self.tol, model, point):
+        if model.is_solved and is_within(self.tol, model, point, self.objective.eps):
             self.best = self.fitted(point, model)
             return Status.converged
         if self.is_stopped:
@@ -122,11 +126,12 @@ class LeastSquaresRun:
             return Status.max_iter
         if self.evaluations_left < 1:
             return Status.max_eval
-        return Status.precision_limit if self._is_stuck(point, newton.decrease) else None
+        return Status.precision_limit if self._is_stuck(point, model) else None
 
-    def _is_stuck(self, point: ResidualPoint, promised: float) -> bool:
+    def _is_stuck(self, point: ResidualPoint, model: LinearModel) -> bool:
         """Whether for ``BLIND`` iterations falls of the cost have been within rounding, and the promise as large."""
-        if promised > self.noise(point.value) or promised < 0.25 * self.promised:
+        promised = model.newton().decrease
+        if promised > self.noise(point, model) or promised < 0.25 * self.promised:
             self.promised, self.n_blind = promised, 0
         else:
             self.n_blind += 1
@@ -137,8 +142,11 @@ class LeastSquaresRun:
         self.history.append(Iteration(point.value, point.norm, length, *counts))
 
 
-def is_within(tol: float, model: LinearModel, point: ResidualPoint) -> bool:
-    """Whether the Gauss-Newton step meets a tolerance; see ``LeastSquaresRun.stop_status``."""
+def is_within(tol: float, model: LinearModel, point: ResidualPoint, eps: float) -> bool:
+    """Whether the model's minimizer is within a tolerance; see ``LeastSquaresRun.stop_status``."""
     newton = model.newton()
-    is_small = newton.norm <= tol * model.length(point.x)
-    return is_small or newton.decrease <= tol**2 * abs(point.value)
+    if newton.decrease <= tol**2 * abs(point.value):
+        return True
+    if newton.norm <= min(tol, ROUNDING * eps) * model.length(point.x):
+        return True
+    return bool((newton.step.abs() <= tol * point.x.abs()).all())
