@@ -62,10 +62,10 @@ def test_solution_is_scipys(way: dict[str, Any], loss: str) -> None:
     outlier[7] = 1.0
     param, optimizer = make(vector(1.6, 0.9, 0.3), loss=loss, loss_scale=0.1, **way)
     solve(optimizer, lambda: residuals(param) - outlier)
+    tight = dict(xtol=1e-14, ftol=1e-14, gtol=1e-14, x_scale="jac")
     expected = scipy_least_squares(
-        lambda x: (residuals(torch.tensor(x)) - outlier).numpy(), [1.6, 0.9, 0.3], loss=loss, f_scale=0.1, xtol=1e-14,
-        ftol=1e-14, gtol=1e-14, x_scale="jac",
-    )  # fmt: skip
+        lambda x: (residuals(torch.tensor(x)) - outlier).numpy(), [1.6, 0.9, 0.3], loss=loss, f_scale=0.1, **tight
+    )
     assert optimizer.result is not None
     assert optimizer.result.success
     assert optimizer.result.fun == pytest.approx(expected.cost, rel=1e-9)
@@ -92,10 +92,8 @@ def test_bounds_hold_at_every_evaluation(way: dict[str, Any]) -> None:
         return residuals(param)
 
     solve(optimizer, closure)
-    expected = scipy_least_squares(
-        lambda x: residuals(torch.tensor(x)).numpy(), [1.0, 1.0, 0.1], bounds=(lower.numpy(), upper.numpy()), xtol=1e-15,
-        ftol=1e-15, gtol=1e-15, x_scale="jac",
-    )  # fmt: skip
+    tight = dict(xtol=1e-15, ftol=1e-15, gtol=1e-15, x_scale="jac", bounds=(lower.numpy(), upper.numpy()))
+    expected = scipy_least_squares(lambda x: residuals(torch.tensor(x)).numpy(), [1.0, 1.0, 0.1], **tight)
     assert optimizer.result is not None
     assert optimizer.result.success
     assert optimizer.result.fun == pytest.approx(expected.cost, rel=1e-8)

@@ -16,11 +16,11 @@ from descend.second_order.mathematics.robust_losses import LOSSES, Rho
 from descend.second_order.problem.custom_loss import custom_loss
 from descend.second_order.problem.parameters import FlatParameters
 from descend.second_order.problem.residuals import FunctionResiduals, ParameterResiduals
-from descend.second_order.solvers.dense_linearization import DenseLinearization
 from descend.second_order.solvers.least_squares_descent import least_squares_descent
 from descend.second_order.solvers.least_squares_result import LeastSquaresResult, least_squares_result
 from descend.second_order.solvers.least_squares_run import LeastSquaresRun
 from descend.second_order.solvers.result import Progress, X
+from descend.second_order.solvers.sized_linearization import LINEARIZATIONS, JacobianKind
 from descend.second_order.solvers.step_control import Damping, TrustRegion
 
 LeastSquaresMethod: TypeAlias = Literal["trust-region", "lm"]
@@ -41,12 +41,12 @@ def least_squares(
     callback: Callable[[Progress], Any] | None = None,
     *,
     loss_scale: float = 1.0,
-    jac: Callable[[X], Any] | None = None,
+    jac: Callable[[X], Any] | JacobianKind | None = None,
 ) -> LeastSquaresResult[X]:
     """Find a local minimum of half the sum of squared residuals, or of robust losses of them.
 
-    The Jacobian of M residuals and N variables takes O(M N) memory; an iteration costs O(M N^2). Units of variables and
-    residuals do not matter. Where residuals stay large, what Gauss-Newton leaves out of the Hessian is learned.
+    The Jacobian of M residuals and N variables takes O(M N) memory, and an iteration O(M N^2) time, or O(M + N) memory
+    with ``jac="products"``. Units of variables and residuals do not matter. Where residuals stay large, what Gauss-Newton leaves out of the Hessian is learned.
 
     - ``"trust-region"``: the steps of Moré 1978.
     - ``"lm"``: damping changed as by Nielsen; more evaluations, and no jump in how steps depend on the data.
@@ -73,9 +73,11 @@ def least_squares(
         callback: gets a ``Progress`` after each iteration; stops the solver by returning True or by raising
             ``StopIteration``.
         loss_scale: size of a residual from which a robust loss grows more slowly than its square, > 0. Default: 1.
-        jac: None for autograd, which takes as many backward passes as there are residuals or variables, whichever are
-            fewer, at once; or a function that returns the Jacobian: shape (M, N), or that of the residuals followed by
-            that of ``x0``, or a structure like ``x0`` of such.
+        jac: a function that returns the Jacobian: shape (M, N), or that of the residuals followed by that of ``x0``, or
+            a structure like ``x0`` of such; or how autograd is used: ``"dense"``: as many backward passes as there are
+            residuals or variables, whichever are fewer, at once; ``"products"``: products with the Jacobian only, and
+            LSMR in place of a factorization, in O(M + N) memory; ``"auto"`` or None: ``"dense"`` where that takes
+            seconds at most and fits into memory. Default: None.
     Returns:
         A ``LeastSquaresResult``: the best point seen, its residuals, the covariance of the variables, and why the
         solver stopped. ``x`` is never NaN unless ``x0`` is; ``fun`` is NaN only if it is at ``x0``.
@@ -103,12 +105,14 @@ def least_squares(
     began = time.perf_counter()
     _check_options(method, loss, loss_scale, tol, max_iter, max_eval)
     for name, function in (("residuals", residuals), ("jac", jac), ("callback", callback)):
+        if name == "jac" and isinstance(function, str) and function in LINEARIZATIONS:
+            continue
         if not callable(function) and (function is not None or name == "residuals"):
-            also = "" if name == "residuals" else " or None"
+            also = {"residuals": "", "jac": f", one of {tuple(LINEARIZATIONS)} or None"}.get(name, " or None")
             raise TypeError(f"{WHO}: {name} must be a function{also}, got {function!r}.")
     rho = LOSSES[loss] if isinstance(loss, str) else custom_loss(loss, f"{WHO}: loss")
     with torch.inference_mode(False), torch.no_grad():
-        problem = ResidualProblem(residuals, x0, bounds, jac, rho, loss_scale)
+        problem = ResidualProblem(residuals, x0, bounds, jac if callable(jac) else None, rho, loss_scale)
         run = LeastSquaresRun(
             problem.objective,
             tol=math.sqrt(problem.structure.eps) if tol is None else tol,
@@ -118,7 +122,10 @@ def least_squares(
         )
         control = TrustRegion() if method == "trust-region" else Damping()
         try:
-            status = least_squares_descent(run, problem.start, DenseLinearization(problem.objective), control)
+            linearization = LINEARIZATIONS["dense" if callable(jac) else jac or "auto"](
+                problem.objective, run.tol, None
+            )
+            status = least_squares_descent(run, problem.start, linearization, control)
         finally:
             problem.set_parameters(run)
     return least_squares_result(run, status, problem.tree_of(run.best.x), problem.split_tree, began=began)

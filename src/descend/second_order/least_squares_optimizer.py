@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal, TypeAlias, get_args
+from typing import Any, Literal, NamedTuple, TypeAlias, get_args
 
 from torch import Tensor
 
@@ -17,14 +17,18 @@ from descend.second_order.problem.parameters import FlatParameters
 from descend.second_order.problem.residuals import ParameterResiduals
 from descend.second_order.problem.sharded_parameters import flat_parameters
 from descend.second_order.solvers.least_squares_descent import least_squares_descent
+from descend.second_order.solvers.least_squares_result import (
+    FIT_MESSAGES,
+    LeastSquaresResult,
+    least_squares_result,
+)
 from descend.second_order.solvers.least_squares_run import LeastSquaresRun
-from descend.second_order.solvers.result import MESSAGES, Solver, Status
-from descend.second_order.solvers.sized_linearization import LINEARIZATIONS
+from descend.second_order.solvers.result import Solver, Status
+from descend.second_order.solvers.sized_linearization import LINEARIZATIONS, JacobianKind
 from descend.second_order.solvers.step_control import Damping, TrustRegion
 
 Region: TypeAlias = Literal["trust-region", "lm"]
-Jacobian: TypeAlias = Literal["auto", "dense", "products"]
-METHODS, JACOBIANS = get_args(Region), get_args(Jacobian)
+METHODS, JACOBIANS = get_args(Region), get_args(JacobianKind)
 
 
 class LeastSquares(ClosureOptimizer):
@@ -41,19 +45,20 @@ class LeastSquares(ClosureOptimizer):
             They may not be sharded.
         max_iter: iterations in a call of ``step``, >= 0. Default: 20.
         max_eval: evaluations of the closure in a call of ``step``, never exceeded, >= 1. Default: ``2 * max_iter + 1``.
-        tol: converged when the Gauss-Newton step promises to lower the cost by at most ``tol**2`` of it, or is at most
-            ``tol`` of the length of the parameters, each in units of its column of the Jacobian; >= 0. Default: 1e-8
-            for float64, 1e-4 for float32, 1e-2 for half precision.
+        tol: converged when the step to the minimizer of the model would lower the cost by at most ``tol**2`` of it, or
+            change no parameter by more than ``tol`` of it, or all by no more than rounding; >= 0. Default: the square
+            root of the precision, 1.5e-8 for float64 and 3.5e-4 for float32.
         method: ``"trust-region"``: MINPACK's radius; ``"lm"``: Nielsen's damping. Default: ``"trust-region"``.
         loss: ``"linear"`` (squares), ``"huber"``, ``"soft_l1"``, ``"cauchy"`` or ``"arctan"``. Default: ``"linear"``.
         loss_scale: residual at which a robust loss turns from a square, > 0. Default: 1.
         jac: ``"dense"``: the Jacobian as a matrix and exact steps, O(M N) memory for M residuals and N parameters;
-            ``"products"``: LSMR, O(M + N) memory; ``"auto"``: ``"dense"`` where it is fast. Default: ``"auto"``.
+            ``"products"``: products with the Jacobian only, and LSMR, O(M + N) memory; ``"auto"``: ``"dense"`` where
+            that takes seconds at most and fits into memory. Default: ``"auto"``.
         bounds: ``(lower, upper)`` for every entry of every parameter, each a number, a tensor that broadcasts to the
             parameters' shapes, or None; or a dict from parameters' names to such pairs. A group's own ``"bounds"`` take
             precedence. The start is clamped to them. Default: None.
     Attributes:
-        result: what the last ``step`` did, and why it stopped; None before.
+        result: a ``LeastSquaresResult``: what the last ``step`` did, and why it stopped; None before.
     Raises:
         ValueError: if an option is out of range.
     Example:
@@ -84,7 +89,7 @@ class LeastSquares(ClosureOptimizer):
         method: Region = "trust-region",
         loss: str = "linear",
         loss_scale: float = 1.0,
-        jac: Jacobian = "auto",
+        jac: JacobianKind = "auto",
         *,
         bounds: Any = None,
     ) -> None:
@@ -116,7 +121,7 @@ class LeastSquares(ClosureOptimizer):
             loss_scale=group["loss_scale"],
             bounds=bounds,
         )
-        tol = default_tolerance(point.structure.eps) if group["tol"] is None else group["tol"]
+        tol = math.sqrt(point.structure.eps) if group["tol"] is None else group["tol"]
         run = LeastSquaresRun(objective, tol=tol, max_iter=group["max_iter"], max_eval=max(1, group["max_eval"]))
         is_damped = group["method"] == "lm"
         region = Damping(state.get("damping")) if is_damped else TrustRegion(state.get("radius"))
@@ -136,10 +141,15 @@ class LeastSquares(ClosureOptimizer):
             self._carry(state, region, has_converged=status is Status.converged)
             if linearization.norms is not None:
                 state["norms"] = linearization.norms
-        return point.params[0].new_tensor(run.history[0].fun), run, status, MESSAGES[status]
+        return point.params[0].new_tensor(run.history[0].fun), run, status, FIT_MESSAGES[status]
+
+    def make_result(
+        self, solver: LeastSquaresRun, status: Status, message: str, point: FlatParameters, began: float
+    ) -> LeastSquaresResult[list[Tensor]]:
+        return least_squares_result(solver, status, point.params, _LikeParameters(point.params), began=began)
 
     def _carry(self, state: dict[str, Any], region: TrustRegion | Damping, *, has_converged: bool) -> None:
-        """Keep the region for the next step, unless it has shrunk to a minimum, which other data would have elsewhere."""
+        """Keep the region for the next step, unless it has shrunk to a minimum; other data have theirs elsewhere."""
         state.pop("radius", None)
         state.pop("damping", None)
         if has_converged:
@@ -177,9 +187,13 @@ class LeastSquares(ClosureOptimizer):
             raise ValueError(f"{name}: loss_scale must be a finite number > 0, got {options['loss_scale']!r}.")
 
 
-def default_tolerance(eps: float) -> float:
-    """The default of ``tol`` for a precision."""
-    return 1e-8 if eps < 1e-12 else 1e-4 if eps < 1e-6 else 1e-2
+class _LikeParameters(NamedTuple):
+    """Maps a flat vector to tensors like some parameters; can be copied and pickled as a part of ``result``."""
+
+    params: list[Tensor]
+
+    def __call__(self, flat: Tensor) -> list[Tensor]:
+        return FlatParameters([{"params": self.params}], LeastSquares.__name__).split(flat)
 
 
 def _norms_of(state: Mapping[str, Any], point: FlatParameters) -> Tensor | None:

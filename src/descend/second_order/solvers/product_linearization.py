@@ -62,7 +62,7 @@ class ProductLinearization:
             low, high = objective.lower - point.x, objective.upper - point.x
         make = partial(ProductGaussNewton, multiply, multiply_transposed, residuals, grad, scale, low, high)
         model = make(reduction=reduction, max_lsmr=MAX_LSMR)
-        if model.is_usable and is_within(self.tol, model, point):
+        if model.is_usable and is_within(self.tol, model, point, objective.eps):
             model = make(reduction=TIGHTEST, max_lsmr=MAX_CONFIRMING)
         return model if model.is_usable else None
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TypeAlias
+from typing import Literal, TypeAlias
 
 from torch import Tensor
 
@@ -52,6 +52,7 @@ def is_dense_fast(point: ResidualPoint) -> bool:
     return n_rows * n_columns * min(n_rows, n_columns) <= MAX_DENSE and needed <= free_memory(point.x.device)
 
 
+JacobianKind: TypeAlias = Literal["auto", "dense", "products"]
 Kind: TypeAlias = DenseLinearization | ProductLinearization | SizedLinearization
 LINEARIZATIONS: dict[str, Callable[[ResidualObjective, float, Tensor | None], Kind]] = {
     "auto": SizedLinearization,
