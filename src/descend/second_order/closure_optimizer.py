@@ -1,4 +1,4 @@
-"""The base of ``LBFGS`` and ``Newton``: what an optimizer needs that calls its closure many times."""
+"""The base of ``LBFGS``, ``Newton`` and ``LeastSquares``: what an optimizer needs that calls its closure many times."""
 
 from __future__ import annotations
 

@@ -46,7 +46,8 @@ def least_squares(
     """Find a local minimum of half the sum of squared residuals, or of robust losses of them.
 
     The Jacobian of M residuals and N variables takes O(M N) memory, and an iteration O(M N^2) time, or O(M + N) memory
-    with ``jac="products"``. Units of variables and residuals do not matter. Where residuals stay large, what Gauss-Newton leaves out of the Hessian is learned.
+    with ``jac="products"``. Units of variables and residuals do not matter. Where residuals stay large, what
+    Gauss-Newton leaves out of the Hessian is learned.
 
     - ``"trust-region"``: the steps of Moré 1978.
     - ``"lm"``: damping changed as by Nielsen; more evaluations, and no jump in how steps depend on the data.

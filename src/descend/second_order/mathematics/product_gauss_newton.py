@@ -116,18 +116,21 @@ class ProductGaussNewton:
 
     def _walk(self) -> End:
         """Add vertices until the model is minimized in the box; return how the last LSMR ended."""
-        end = End.solved
+        end, first = End.solved, 0.0
         for _ in range(MAX_FACES):
             start = self._vertices[-1]
             slope = self._slope(start)
             free = self._free(start.t, slope)
-            if free is not None and not bool(free.any()):
+            left = _norm(slope if free is None else torch.where(free, slope, 0.0))
+            first = first or left
+            if left <= self._reduction * first:  # also of a variable that was held, and would leave its bound now
                 self.is_solved = True
                 break
             moves, end = self._face(start, free)
-            is_last = not moves or not self._follow(start, slope, moves)
-            if is_last:
-                self.is_solved = end in (End.solved, End.least_squares, End.condition)
+            has_moved = bool(moves) and self._follow(start, slope, moves)
+            is_minimized = end in (End.solved, End.least_squares, End.condition)
+            if free is None or not (has_moved and is_minimized):
+                self.is_solved = free is None and is_minimized
                 break
         return end
 
@@ -172,14 +175,14 @@ class ProductGaussNewton:
         return kept, solution.end
 
     def _follow(self, start: _Vertex, slope: Tensor, moves: list[Tensor]) -> bool:
-        """Add the iterates that are in the box, or a projected step; whether there may be another face to go on in."""
+        """Add the iterates that are in the box, or a projected step; whether the model has fallen."""
         for move in moves:
             t = start.t + move
             if not self._is_inside(t):
                 break
             self._add(t)
         else:
-            return False
+            return self._vertices[-1] is not start
         # A variable close to a bound may keep the projected solution from falling, but not the projected gradient.
         vertex = self._projected(start, slope, moves[-1]) or self._projected(start, slope, self._steepest(slope))
         if vertex is None:
