@@ -39,7 +39,7 @@ from problems.fit import Fit
 from profiles import plot_profiles
 from race import OURS, Outcomes
 
-BUDGET = 500
+FULL, QUICK = (1, 500), (37, 60)  # every how many problems, and how many evaluations for each
 LOWEST = 1e-4  # relative, of a sum of squares that counts as the lowest
 FitOutcomes = dict[str, dict[str, FitOutcome]]
 """Fit name -> solver -> what it did."""
@@ -192,19 +192,19 @@ def parse_arguments() -> argparse.Namespace:
     return arguments
 
 
-def measure(only: str, stride: int) -> Measured:
-    """Run and print all that matches."""
+def measure(only: str, stride: int, budget: int) -> Measured:
+    """Run and print every ``stride``-th problem that matches."""
     measured: Measured = {}
 
     def matching(contest: str, problems: list[Fit]) -> list[Fit]:
         return [fit for fit in problems if fnmatchcase(f"{contest}-{fit.name}", f"*{only}*")][::stride]
 
     for contest in CONTESTS:
-        if (chosen := matching(contest.name, contest.fits())) and (outcomes := race(chosen, BUDGET)):
+        if (chosen := matching(contest.name, contest.fits())) and (outcomes := race(chosen, budget)):
             measured[contest.name] = outcomes
             report_contest(contest, outcomes)
     if chosen := matching(USER, fits.certified()):
-        measured[USER] = use(chosen, 20 * BUDGET)
+        measured[USER] = use(chosen, 20 * budget)
         report_use(measured[USER])
     return measured
 
@@ -212,7 +212,7 @@ def measure(only: str, stride: int) -> Measured:
 def main() -> None:
     arguments = parse_arguments()
     torch.set_num_threads(1)  # the problems are small: threads would only wait for each other
-    measured = measure(arguments.only, 29 if arguments.quick else 1)
+    measured = measure(arguments.only, *(QUICK if arguments.quick else FULL))
     if not measured:
         sys.exit(
             f"--only: nothing matches {arguments.only!r}. Names are those of contests and problems, joined by a -."
