@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal, NamedTuple, TypeAlias, get_args
+from dataclasses import dataclass
+from typing import Any, Literal, TypeAlias, get_args
 
 from torch import Tensor
 
@@ -187,7 +188,8 @@ class LeastSquares(ClosureOptimizer):
             raise ValueError(f"{name}: loss_scale must be a finite number > 0, got {options['loss_scale']!r}.")
 
 
-class _LikeParameters(NamedTuple):
+@dataclass(frozen=True)
+class _LikeParameters:
     """Maps a flat vector to tensors like some parameters; can be copied and pickled as a part of ``result``."""
 
     params: list[Tensor]
