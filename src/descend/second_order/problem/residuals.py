@@ -346,7 +346,8 @@ class ParameterResiduals(ResidualObjective):
     def move_to(self, x: Tensor) -> None:
         """Set the parameters to ``x``, unless they are there."""
         if self._x is not x:
-            self.point.scatter_(x)
+            with torch.no_grad():
+                self.point.scatter_(x)
             self._x = x
 
     def forget_x(self) -> None:
