@@ -26,6 +26,7 @@ from descend.second_order.solvers.step_control import Damping, TrustRegion
 LeastSquaresMethod: TypeAlias = Literal["trust-region", "lm"]
 METHODS = get_args(LeastSquaresMethod)
 MAX_ITER = 15_000
+LOOSEST = 0.01  # default of tol
 WHO = "least_squares"
 
 
@@ -67,7 +68,7 @@ def least_squares(
         tol: converged when the step to the minimizer of the model would lower the cost by at most ``tol**2`` of it (for
             squares: when the cosine between the residuals and what the variables can change of them is at most
             ``tol``), or change no variable by more than ``tol`` of it, or all by no more than rounding; >= 0. Default:
-            the square root of the precision, 1.5e-8 for float64 and 3.5e-4 for float32.
+            the square root of the precision, 1.5e-8 for float64 and 3.5e-4 for float32, at most 0.01.
         max_iter: iterations at most, >= 0. Default: 15,000.
         max_eval: evaluations of ``residuals`` at most, >= 1; Jacobians are not counted. Default: no limit but
             ``max_iter``.
@@ -116,7 +117,7 @@ def least_squares(
         problem = ResidualProblem(residuals, x0, bounds, jac if callable(jac) else None, rho, loss_scale)
         run = LeastSquaresRun(
             problem.objective,
-            tol=math.sqrt(problem.structure.eps) if tol is None else tol,
+            tol=min(math.sqrt(problem.structure.eps), LOOSEST) if tol is None else tol,
             max_iter=MAX_ITER if max_iter is None else max_iter,
             max_eval=math.inf if max_eval is None else max_eval,
             callback=None if callback is None else problem.reporter(callback),

@@ -28,7 +28,8 @@ def custom_loss(function: Callable[[Tensor], Any], who: str) -> Rho:
                 first = _derivative(given, leaf)
                 parts = [given, first, _derivative(first, leaf)]
             else:
-                parts = list(given) if isinstance(given, Tensor | tuple | list) else []
+                is_several = isinstance(given, tuple | list) or (isinstance(given, Tensor) and given.dim() == 2)
+                parts = list(given) if is_several else []
         if len(parts) != 3 or any(not isinstance(part, Tensor) or part.shape != z.shape for part in parts):
             got = tuple(given.shape) if isinstance(given, Tensor) else repr(given)
             raise ValueError(

@@ -93,12 +93,12 @@ def _step(
     is_finite: bool | None = None  # until there has been a trial
     noise = run.noise(point, model)
     failed: tuple[Tensor, float] | None = None  # the correction of a rejected step, and the length of that
+    is_end = model.newton().decrease <= noise  # falls can no longer be measured
     for attempt in range(REJECTIONS):
         if run.evaluations_left < 1:
             return Status.max_eval
-        # Where falls can no longer be measured, there is nothing to learn from a short step.
-        is_last = attempt == 0 and model.newton().decrease <= noise
-        trial = model.newton() if is_last else control.step(model)
+        # There is nothing to learn from a short step then.
+        trial = model.newton() if is_end and attempt == 0 else control.step(model)
         correction = _from_last(model, trial, last) if failed is None else failed[0] * (trial.norm / failed[1]) ** 2
         x = moved(run.objective, point.x, trial.step if correction is None else trial.step + correction)
         if not trial.decrease > 0 or torch.equal(x, point.x):
@@ -107,7 +107,7 @@ def _step(
         ratio = -math.inf
         if new.is_finite:
             fall = point.value - new.value
-            is_blind = trial.decrease <= noise and abs(fall) <= noise
+            is_blind = is_end and abs(fall) <= noise
             ratio = 1.0 if is_blind else fall / trial.decrease
             if fall > 0 or is_blind:
                 new_model = linearization.model(new)
@@ -123,7 +123,7 @@ def _step(
                 control.shorten(trial, min(1.0, longest))
                 continue
         control.reject(trial, ratio)
-    return Status.non_finite if is_finite is False else Status.precision_limit
+    return Status.non_finite if is_finite is False else run.stuck_status()
 
 
 def _from_last(model: LinearModel, trial: TrialStep, last: Bend | None) -> Tensor | None:

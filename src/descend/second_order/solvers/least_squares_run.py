@@ -126,7 +126,15 @@ class LeastSquaresRun:
             return Status.max_iter
         if self.evaluations_left < 1:
             return Status.max_eval
-        return Status.precision_limit if self._is_stuck(point, model) else None
+        return self.stuck_status() if self._is_stuck(point, model) else None
+
+    def stuck_status(self) -> Status:
+        """Why to stop where no step lowers the cost by more than rounding.
+
+        If the residuals are within rounding of zero, compared with those at the start, they are zero.
+        """
+        is_zero = abs(self.best.value) <= self.objective.eps**2 * abs(self.history[0].fun)
+        return Status.converged if is_zero else Status.precision_limit
 
     def _is_stuck(self, point: ResidualPoint, model: LinearModel) -> bool:
         """Whether for ``BLIND`` iterations falls of the cost have been within rounding, and the promise as large."""

@@ -35,7 +35,8 @@ class StepControl(Protocol):
 class TrustRegion:
     """A radius in the norm |D s|, changed as in MINPACK.
 
-    The first is the length of the start. MINPACK's, 100 times that, leaves for models that fade to a constant.
+    The first is the length of the start, or of the Gauss-Newton step from zero. MINPACK's, 100 times that, often leads
+    to where a model has faded to a constant.
 
     Args:
         radius: the last one of a run before; None without one.
@@ -47,7 +48,7 @@ class TrustRegion:
 
     def begin(self, model: LinearModel, x: Tensor) -> None:
         if self.radius is None:
-            self.radius = model.length(x) or 1.0
+            self.radius = model.length(x) or model.newton().norm or 1.0
 
     def step(self, model: LinearModel) -> TrialStep:
         assert self.radius is not None
