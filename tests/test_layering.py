@@ -41,8 +41,9 @@ ARROWS = {
         "state",
         "step",
     },
-    "second_order": {"checkpoint", "core", "distributed"},
-    "public": {"backends", "checkpoint", "core", "diagnostics", "first_order", "norms", "second_order"},
+    "second_order": {"backends", "checkpoint", "core", "distributed"},
+    "fit": {"core", "second_order"},
+    "public": {"backends", "checkpoint", "core", "diagnostics", "first_order", "fit", "norms", "second_order"},
     "__init__": {"public"},
     "reporting": set(),
     "compare": {"__init__", "reporting"},
@@ -139,7 +140,7 @@ def test_numba_is_imported_only_where_something_is_compiled() -> None:
         if (isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "numba")
         or (isinstance(node, ast.Import) and any(alias.name.split(".")[0] == "numba" for alias in node.names))
     }
-    assert top <= {"kernels.py", "intrinsics.py", "probe_kernel.py", "rows_kernel.py", "stored.py"}
+    assert top <= {"kernels.py", "intrinsics.py", "probe_kernel.py", "rows_kernel.py", "stored.py", "vectors_kernel.py"}
     assert top <= compilers
 
 
@@ -154,9 +155,9 @@ def test_public_names_are_frozen() -> None:
     names = (
         "SGD ASGD Lion Rprop Adagrad RMSprop Adadelta Adam AdamW Adamax NAdam RAdam AdamWScheduleFree ADOPT AdEMAMix "
         "Adan MARS LAMB Prodigy Muon NorMuon RowwiseAdagrad SparseAdam Adafactor SOAP LBFGS LeastSquares Newton "
-        "FirstOrder Monitor IncompatibleKeys RuleError LeastSquaresResult Progress Result Status clip_grad_norm_ "
-        "clip_grad_value_ clip_grads_with_norm_ combined from_rule get_total_norm in_backward layer_decay "
-        "least_squares minimize no_decay warmup"
+        "FirstOrder Monitor BatchedResult ConstrainedResult IncompatibleKeys RuleError LeastSquaresResult Progress "
+        "Result Status eq ineq clip_grad_norm_ clip_grad_value_ clip_grads_with_norm_ combined from_rule "
+        "get_total_norm in_backward layer_decay least_squares minimize no_decay scipy_minimize warmup"
     )
     assert sorted(descend.__all__) == sorted([*names.split(), *TORCHS])
     assert dir(descend) == sorted(descend.__all__)
@@ -168,7 +169,16 @@ def test_names_that_are_torchs_are_torchs_own() -> None:
     assert all(getattr(descend, name) is getattr(torch.optim, name) for name in TORCHS)
 
 
-DATA = ("IncompatibleKeys", "LeastSquaresResult", "Progress", "Result", "RuleError", "Status")
+DATA = (
+    "BatchedResult",
+    "ConstrainedResult",
+    "IncompatibleKeys",
+    "LeastSquaresResult",
+    "Progress",
+    "Result",
+    "RuleError",
+    "Status",
+)
 
 
 @pytest.mark.parametrize("name", [name for name in descend.__all__ if name not in (*DATA, *TORCHS)])

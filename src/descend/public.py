@@ -26,12 +26,16 @@ from descend.first_order.signs import Lion, Rprop
 from descend.first_order.soap import SOAP
 from descend.first_order.sparse_adam import SparseAdam
 from descend.first_order.squares import Adadelta, Adagrad, RMSprop
+from descend.fit.scipy_minimize import scipy_minimize
 from descend.norms.clip import clip_grad_norm_, clip_grad_value_, clip_grads_with_norm_, get_total_norm
+from descend.second_order.constraints import eq, ineq
 from descend.second_order.lbfgs import LBFGS
 from descend.second_order.least_squares import least_squares
 from descend.second_order.least_squares_optimizer import LeastSquares
 from descend.second_order.minimize import minimize
 from descend.second_order.newton import Newton
+from descend.second_order.solvers.batched_result import BatchedResult
+from descend.second_order.solvers.constrained_result import ConstrainedResult
 from descend.second_order.solvers.least_squares_result import LeastSquaresResult
 from descend.second_order.solvers.result import Progress, Result, Status
 
@@ -52,6 +56,8 @@ __all__ = [
     "AdamWScheduleFree",
     "Adamax",
     "Adan",
+    "BatchedResult",
+    "ConstrainedResult",
     "FirstOrder",
     "IncompatibleKeys",
     "LeastSquares",
@@ -77,14 +83,17 @@ __all__ = [
     "clip_grad_value_",
     "clip_grads_with_norm_",
     "combined",
+    "eq",
     "from_rule",
     "get_total_norm",
     "in_backward",
+    "ineq",
     "layer_decay",
     "least_squares",
     "lr_scheduler",
     "minimize",
     "no_decay",
+    "scipy_minimize",
     "swa_utils",
     "warmup",
 ]

@@ -6,18 +6,31 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from problems import Problem, bounded, in_own_units, rounded, scaled, unconstrained
+from problems import (
+    Problem,
+    bounded,
+    bounded_seen,
+    bounded_unseen,
+    ill_conditioned_squares,
+    in_own_units,
+    rounded,
+    scaled,
+    unconstrained,
+)
 from scipy.optimize import minimize
 from threadpoolctl import threadpool_limits
 from torch import Tensor
 
 FREE, BOUNDED = unconstrained(), bounded()
+VALIDATION = [*bounded_seen(), *bounded_unseen()]
+FROM_PAPERS = [problem for problem in VALIDATION if not problem.name.endswith("-moved")]
+ILL = ill_conditioned_squares()
 ORIGINALS = list(in_own_units())
 COPIES = FREE[len(ORIGINALS) :]
 # Torch's own forward mode calls torch.jit.script, of which torch warns.
 pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit.script`:DeprecationWarning")
 
-BY_NAME = {problem.name: problem for problem in (*FREE, *BOUNDED)}
+BY_NAME = {problem.name: problem for problem in (*FREE, *BOUNDED, *VALIDATION, *ILL)}
 
 
 @pytest.fixture(autouse=True)
@@ -103,7 +116,7 @@ def test_float32_goes_in_and_comes_out(problem: Problem) -> None:
     assert torch.cosine_similarity(grad.double(), exact, dim=0) > 0.99
 
 
-@each(smallest([*FREE, *BOUNDED]))
+@each(smallest([*FREE, *BOUNDED, *FROM_PAPERS]))
 def test_scipy_reaches_a_known_minimum(problem: Problem) -> None:
     def fun(x):
         value, grad = value_and_grad(problem, torch.from_numpy(x))
@@ -137,7 +150,7 @@ def test_copy_in_other_units_has_the_same_shape(problem: Problem) -> None:
     torch.testing.assert_close(grad @ problem.x0, factor * (original_grad @ original.x0))
 
 
-@each(BOUNDED)
+@each([*BOUNDED, *VALIDATION])
 def test_start_is_within_bounds_and_not_yet_a_minimum(problem: Problem) -> None:
     assert (problem.lower <= problem.x0).all()
     assert (problem.x0 <= problem.upper).all()
@@ -148,7 +161,7 @@ def test_start_is_within_bounds_and_not_yet_a_minimum(problem: Problem) -> None:
 
 
 def test_names_are_unique_and_end_in_the_number_of_variables() -> None:
-    assert len(BY_NAME) == len(FREE) + len(BOUNDED)
+    assert len(BY_NAME) == len(FREE) + len(BOUNDED) + len(VALIDATION) + len(ILL)
     for problem in BY_NAME.values():
         assert problem.name.split("-")[1] == str(len(problem.x0))
 

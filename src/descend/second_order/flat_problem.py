@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Generic
 
 import torch
@@ -10,13 +10,18 @@ from torch import Tensor, nn
 
 from descend.distributed.dtensors import is_dtensor
 from descend.second_order.problem.bounds import bounds_of
+from descend.second_order.problem.constrained_functions import ConstrainedFunctions, ConstraintFunction
+from descend.second_order.problem.constrained_objective import ConstrainedObjective
+from descend.second_order.problem.domain import DomainErrors
 from descend.second_order.problem.objective import FunctionObjective, Point
 from descend.second_order.problem.parameter_objective import ParameterObjective
 from descend.second_order.problem.parameters import FlatParameters
+from descend.second_order.problem.residuals import ParameterResiduals
 from descend.second_order.problem.sharded_parameters import flat_parameters
 from descend.second_order.problem.structure import Structure
+from descend.second_order.solvers.augmented_lagrangian import AugmentedLagrangian
 from descend.second_order.solvers.least_squares_run import Fitted, LeastSquaresRun
-from descend.second_order.solvers.result import Progress, X
+from descend.second_order.solvers.result import Progress, Solver, X
 from descend.second_order.solvers.run import Run
 
 
@@ -27,6 +32,8 @@ class FlatProblem(Generic[X]):
         who: the caller's name, for errors.
         fun, x0, bounds, jac, hvp: as ``minimize`` takes them.
         needs_curvature: whether second derivatives will be asked for.
+        domain_errors: exceptions that mean that a point is outside the domain of ``fun``.
+        constraints: of ``fun``'s argument; ``jac`` and ``hvp`` are None if there are any.
     """
 
     def __init__(
@@ -38,6 +45,8 @@ class FlatProblem(Generic[X]):
         jac: Callable[[X], Any] | bool | None,
         hvp: Callable[[X, X], Any] | None,
         needs_curvature: bool,
+        domain_errors: DomainErrors = (),
+        constraints: Sequence[ConstraintFunction] = (),
     ) -> None:
         self.tree: Any = list(x0) if hasattr(x0, "__next__") else x0  # module.parameters() can be read only once
         self.who, self.fun, self.jac, self.hvp = who, fun, jac, hvp
@@ -63,10 +72,18 @@ class FlatProblem(Generic[X]):
             if flat_bounds is not None:
                 flat_bounds = self.parameters.narrow(flat_bounds[0]), self.parameters.narrow(flat_bounds[1])
             self.start = self.parameters.gather()
-            self.objective = self.objective_of_parameters(self.parameters, flat_bounds, needs_curvature)
         else:
             self.start = structure.flatten(structure.leaves).clone()
+        if constraints:
+            if is_sharded:
+                raise ValueError(f"{who}: constraints need all variables in one process, but x0 has DTensors.")
+            functions = ConstrainedFunctions(who, fun, constraints, structure, self.parameters, self.tree)
+            self.objective = ConstrainedObjective(functions, flat_bounds)
+        elif self.parameters is not None:
+            self.objective = self.objective_of_parameters(self.parameters, flat_bounds, needs_curvature)
+        else:
             self.objective = self.objective_of_values(flat_bounds, needs_curvature)
+        self.objective.domain_errors = domain_errors
         if flat_bounds is not None:
             self.start.clamp_(*flat_bounds)
 
@@ -103,7 +120,7 @@ class FlatProblem(Generic[X]):
             self.structure.unflatten(x) if self.parameters is None else self.structure.tree_of(self.parameters.split(x))
         )
 
-    def set_parameters(self, run: Run | LeastSquaresRun) -> None:
+    def set_parameters(self, run: Run | AugmentedLagrangian | LeastSquaresRun) -> None:
         """Set parameters to the best point seen."""
         if self.parameters is not None:
             self.parameters.scatter_(run.best.x if run.history else self.start)
@@ -113,29 +130,41 @@ class FlatProblem(Generic[X]):
         tree: X = self.tree if self.is_in_place else self.split_tree(x)
         return tree
 
-    def reporter(self, callback: Callable[[Progress], Any]) -> Callable[[Run | LeastSquaresRun, Point | Fitted], bool]:
+    def check_values(self, who: str) -> None:
+        """Raise an error if x is set in place, and so cannot be the result of an operation."""
+        if self.parameters is not None:
+            kind = "made of nn.Parameter" if self.is_in_place else "sharded (DTensors)"
+            raise ValueError(
+                f"{who}: differentiable=True needs plain tensors, but x0 is {kind}. Pass detached parameters as a "
+                "dict, and let fun call the module with torch.func.functional_call."
+            )
+
+    def reporter(self, callback: Callable[[Progress], Any]) -> Callable[[Solver, Point | Fitted], bool]:
         """The user's callback as a ``Run`` calls it. What the callback writes to is a copy, or is restored."""
 
-        def report(run: Run | LeastSquaresRun, point: Point | Fitted) -> bool:
+        def report(run: Solver, point: Point | Fitted) -> bool:
             if self.parameters is None:
                 return call(run, point)
-            self.objective.move_to(point.x)
-            before = self.objective.point.gather()
+            objective = self.objective
+            assert isinstance(objective, ParameterObjective | ParameterResiduals | ConstrainedObjective)
+            holder = objective.functions if isinstance(objective, ConstrainedObjective) else objective
+            holder.move_to(point.x)
+            before = self.parameters.gather()
             is_stopped = call(run, point)
-            is_same = torch.equal(before, self.objective.point.gather())
-            if self.objective.space.largest(not is_same):
-                self.objective.forget_x()
+            is_same = torch.equal(before, self.parameters.gather())
+            if objective.space.largest(not is_same):
+                holder.forget_x()
             return is_stopped
 
-        def call(run: Run | LeastSquaresRun, point: Point | Fitted) -> bool:
+        def call(run: Solver, point: Point | Fitted) -> bool:
             progress = Progress(
                 x=self.tree_of(point.x.clone()),
                 fun=point.value,
                 grad=self.split_tree(point.grad.clone()),
                 grad_norm=point.norm,
                 n_iter=run.n_iter,
-                n_eval=run.objective.n_eval,
-                n_hvp=run.objective.n_hvp,
+                n_eval=run.n_eval,
+                n_hvp=run.n_hvp,
             )
             try:
                 with torch.enable_grad():

@@ -4,30 +4,108 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
-from typing import Any, Literal, TypeAlias, get_args
+from collections.abc import Callable, Sequence
+from typing import Any, Literal, TypeAlias, get_args, overload
 
 import torch
 from torch import Tensor
 
+from descend.second_order.batched import minimize_batched
+from descend.second_order.constrained_minimize import constraint_functions, minimize_constrained
+from descend.second_order.constraints import Constraint
 from descend.second_order.flat_problem import FlatProblem
-from descend.second_order.mathematics.directions import CompactInverse, DenseInverse, Steepest
-from descend.second_order.problem.objective import CG_INSTEAD, Curved, check_dense_fits
+from descend.second_order.mathematics.broyden_family import bfgs, self_scaled_bfgs, self_scaled_broyden
+from descend.second_order.mathematics.dense_inverse import DenseInverse
+from descend.second_order.mathematics.directions import Directions, Steepest
+from descend.second_order.problem.arguments import with_args
+from descend.second_order.problem.bounds import differentiable_bounds
+from descend.second_order.problem.domain import domain_errors_of
+from descend.second_order.problem.objective import CG_INSTEAD, Curved, FunctionObjective, Point, check_dense_fits
+from descend.second_order.solvers.augmented_lagrangian import Limits
+from descend.second_order.solvers.batched_result import BatchedResult, best_of
 from descend.second_order.solvers.box import CompactHessian, bounded_descent
+from descend.second_order.solvers.compiled_history import compact_inverse
+from descend.second_order.solvers.constrained_result import ConstrainedResult
 from descend.second_order.solvers.descent import line_search_descent
+from descend.second_order.solvers.implicit_function import differentiable_solution
 from descend.second_order.solvers.newton_descent import PAIRS, DenseNewton, NewtonCG, trust_region_descent
 from descend.second_order.solvers.result import MESSAGES, Progress, Result, Status, X, result_of
 from descend.second_order.solvers.run import Run
 
-MinimizeMethod: TypeAlias = Literal["gd", "bfgs", "l-bfgs", "newton-cg", "newton"]
+MinimizeMethod: TypeAlias = Literal["gd", "bfgs", "ss-bfgs", "ss-broyden", "l-bfgs", "newton-cg", "newton"]
 METHODS = get_args(MinimizeMethod)
+DENSE = {"bfgs": bfgs, "ss-bfgs": self_scaled_bfgs, "ss-broyden": self_scaled_broyden}
 HISTORY_SIZE = 10
 MAX_ITER = 15_000
 WHO = "minimize"
 
 
+@overload
 def minimize(
-    fun: Callable[[X], Any],
+    fun: Callable[..., Any],
+    x0: X,
+    method: MinimizeMethod = ...,
+    bounds: Any = ...,
+    tol: float | None = ...,
+    max_iter: int | None = ...,
+    max_eval: int | None = ...,
+    callback: Callable[[Progress], Any] | None = ...,
+    *,
+    jac: Callable[..., Any] | bool | None = ...,
+    hvp: Callable[..., Any] | None = ...,
+    history_size: int | None = ...,
+    args: tuple[Any, ...] = ...,
+    differentiable: bool = ...,
+    domain_errors: type[Exception] | tuple[type[Exception], ...] = ...,
+    batched: Literal[True],
+) -> BatchedResult[X]: ...
+
+
+@overload
+def minimize(
+    fun: Callable[..., Any],
+    x0: X,
+    method: MinimizeMethod = ...,
+    bounds: Any = ...,
+    tol: float | None = ...,
+    max_iter: int | None = ...,
+    max_eval: int | None = ...,
+    callback: Callable[[Progress], Any] | None = ...,
+    *,
+    jac: Callable[..., Any] | bool | None = ...,
+    hvp: Callable[..., Any] | None = ...,
+    history_size: int | None = ...,
+    args: tuple[Any, ...] = ...,
+    differentiable: bool = ...,
+    domain_errors: type[Exception] | tuple[type[Exception], ...] = ...,
+    constraints: Sequence[Constraint] | Constraint,
+) -> ConstrainedResult[X]: ...
+
+
+@overload
+def minimize(
+    fun: Callable[..., Any],
+    x0: X,
+    method: MinimizeMethod = ...,
+    bounds: Any = ...,
+    tol: float | None = ...,
+    max_iter: int | None = ...,
+    max_eval: int | None = ...,
+    callback: Callable[[Progress], Any] | None = ...,
+    *,
+    jac: Callable[..., Any] | bool | None = ...,
+    hvp: Callable[..., Any] | None = ...,
+    history_size: int | None = ...,
+    args: tuple[Any, ...] = ...,
+    differentiable: bool = ...,
+    domain_errors: type[Exception] | tuple[type[Exception], ...] = ...,
+    batched: Literal[False, "best"] = ...,
+    constraints: tuple[()] = ...,
+) -> Result[X]: ...
+
+
+def minimize(
+    fun: Callable[..., Any],
     x0: X,
     method: MinimizeMethod = "l-bfgs",
     bounds: Any = None,
@@ -36,21 +114,28 @@ def minimize(
     max_eval: int | None = None,
     callback: Callable[[Progress], Any] | None = None,
     *,
-    jac: Callable[[X], Any] | bool | None = None,
-    hvp: Callable[[X, X], Any] | None = None,
+    jac: Callable[..., Any] | bool | None = None,
+    hvp: Callable[..., Any] | None = None,
     history_size: int | None = None,
-) -> Result[X]:
+    args: tuple[Any, ...] = (),
+    differentiable: bool = False,
+    domain_errors: type[Exception] | tuple[type[Exception], ...] = (),
+    batched: bool | Literal["best"] = False,
+    constraints: Sequence[Constraint] | Constraint = (),
+) -> Result[X] | BatchedResult[X]:
     """Find a local minimum of a smooth function, and say why the solver stopped.
 
     - ``"l-bfgs"``: BFGS from the last ``history_size`` steps, O(n) memory; with ``bounds``, L-BFGS-B.
-    - ``"newton-cg"``: truncated conjugate gradients in a trust region, O(n) memory.
+    - ``"newton-cg"``: truncated conjugate gradients in a trust region, O(n) memory; up to 100 variables the dense
+      Hessian takes over where rounding makes them long.
     - ``"newton"``: the dense Hessian in a trust region, O(n^2) memory.
     - ``"bfgs"``: BFGS, O(n^2) memory.
+    - ``"ss-broyden"``, ``"ss-bfgs"``: the same with self-scaled updates, for physics-informed networks, O(n^2) memory.
     - ``"gd"``: gradient descent with a line search.
 
     Args:
         fun: maps a structure like ``x0`` to a scalar tensor. Where it is not defined, it may return NaN or Inf, or
-            raise ``torch.linalg.LinAlgError``, but not at ``x0``.
+            raise ``torch.linalg.LinAlgError`` or one of ``domain_errors``, but not at ``x0``.
         x0: the start: a floating point or complex tensor, or dicts, lists and tuples of such in any nesting, dtypes and
             devices mixed. It is not changed. An ``nn.Module``, or a structure of ``nn.Parameter`` only, is optimized
             in place instead: ``fun`` gets the module or the parameters themselves, set to each trial, and they hold
@@ -72,12 +157,44 @@ def minimize(
         hvp: None for autograd; or a function of (x, v) that returns the Hessian at x times v; for ``"newton"`` and
             ``"newton-cg"``. Operations marked ``once_differentiable`` need it: autograd takes their curvature for 0.
         history_size: steps from which ``"l-bfgs"`` approximates the Hessian, >= 1; only for this method. Default: 10.
+        args: a tuple of further arguments, of any kind: ``fun(x, *args)``, ``jac(x, *args)``, ``hvp(x, v, *args)``.
+            Default: ().
+        differentiable: whether ``result.x`` can be differentiated, backward or forward, with respect to any tensors
+            that require gradients and that ``fun`` takes as ``args`` or closes over, or that are ``bounds``. The
+            derivatives are those of the implicit function theorem: variables at a bound stay there; backward solves
+            one linear system with the Hessian of the others, by Cholesky's factorization for up to 200 variables, else
+            by conjugate gradients. Its relative error is about that of ``x``: lower ``tol`` if that is too much. It
+            takes one evaluation more (within ``max_eval``). Backward raises ``RuntimeError`` if the status is not
+            ``converged``, if the Hessian is singular or not positive definite, if a variable at a bound has a
+            multiplier of zero, and if a derivative is differentiated again; with ``batched`` only if a derivative of
+            that problem is asked for. With ``jac``, it must be computed from ``x`` and ``args`` with torch operations.
+            Not for parameters and DTensors. Default: False.
+        domain_errors: an exception class, or a tuple of such: exceptions that ``fun`` and ``jac`` raise outside their
+            domain, as ``math.log`` raises ``ValueError``. The point counts as evaluated, and a shorter step is tried.
+            At ``x0`` and in second derivatives they propagate, and ``StopIteration`` and ``MemoryError`` always do.
+            Default: none.
+        batched: True to solve B problems at once, each as by itself. Every tensor in ``x0`` has a first dimension of
+            B, ``fun`` returns B values, of each problem from its own rows alone, and the same again when asked again.
+            Problems that have finished leave: ``fun`` then gets fewer rows, of ``x`` and of every tensor in ``args``
+            whose first dimension is B, which is where data of single problems belong. One more call without gradient
+            at the start, of half of the problems, checks all that. ``bounds`` broadcast to ``x0``, and ``tol`` and
+            the limits hold for each problem. ``callback`` gets a ``Progress`` with a first dimension of B, after each
+            call of ``fun`` that ends an iteration, and may return a bool tensor of the problems to stop. Where ``fun``
+            raises at a start, the problem ends as ``non_finite``. For ``"l-bfgs"``, ``"bfgs"`` and ``"newton"``, plain
+            tensors, and without ``hvp``. ``"best"``: the same from B starts, to return the best. Default: False.
+        constraints: a list of ``eq(g)`` and ``ineq(h)``, for g(x) == 0 and h(x) >= 0, where g and h map ``x`` alone to
+            real tensors of any shape. ``x0`` need not be feasible, and evaluated points are not, except for ``bounds``.
+            ``max_eval`` counts evaluations of ``fun`` and all constraints together. Not with ``jac``, ``hvp``,
+            ``differentiable``, ``batched`` or DTensors. Default: none.
     Returns:
         A ``Result``: the best point seen, and why the solver stopped. ``x`` is never NaN unless ``x0`` is; ``fun`` is
-        NaN only if it is at ``x0``.
+        NaN only if it is at ``x0``. With ``constraints`` a ``ConstrainedResult``, which has multipliers. With
+        ``batched=True`` a ``BatchedResult``. With ``"best"`` the ``Result`` of the
+        lowest value, and as its ``starts`` the ``BatchedResult`` of all; starts that failed (``line_search_failed``,
+        ``non_finite``, ``unbounded``) count only if all did.
     Raises:
-        ValueError, TypeError: if an argument is not as above, or ``fun`` returns no real scalar; for ``"bfgs"`` and
-            ``"newton"`` if tensors are sharded.
+        ValueError, TypeError: if an argument is not as above, or ``fun`` returns no real scalar; for methods with
+            O(n^2) memory if tensors are sharded.
         RuntimeError: if the value does not depend on ``x0`` as far as autograd can see.
         MemoryError: if a dense matrix would not fit.
         Exception: whatever ``fun`` raises; parameters are then set to the best point seen.
@@ -91,28 +208,75 @@ def minimize(
         ...     scale=torch.tensor(3.0), shift=torch.tensor(1.0)), bounds=(dict(scale=1, shift=None), None))
         >>> fit.x["scale"]
         tensor(1.)
+        >>> starts = torch.linspace(-4, 4, 9, dtype=torch.float64)
+        >>> best = minimize(lambda x: torch.cos(3 * x) + 0.1 * x**2, starts, batched="best")
+        >>> f"{best.x:.3f}", len(best.starts), bool(best.starts.success.all())
+        ('-1.024', 9, True)
 
     Source:
         Nocedal & Wright 2006, https://doi.org/10.1007/978-0-387-40065-5; each method's module names its own.
     """
     began = time.perf_counter()
-    _check_options(method, bounds, history_size, tol, max_iter, max_eval)
+    _check_options(method, bounds, history_size, tol, max_iter, max_eval, differentiable)
     _check_functions(method, fun=fun, jac=jac, hvp=hvp, callback=callback)
+    walls = domain_errors_of(domain_errors, WHO)
+    conditions = constraint_functions(
+        constraints, WHO, jac=jac, hvp=hvp, differentiable=differentiable or None, batched=batched or None
+    )
+    if batched != "best" and not isinstance(batched, bool):
+        raise ValueError(f"{WHO}: batched must be False, True or 'best', got {batched!r}.")
+    if batched:
+        many = minimize_batched(
+            WHO,
+            fun,
+            x0,
+            args,
+            method=method,
+            bounds=bounds,
+            tol=default_tolerance if tol is None else lambda eps: tol,
+            max_iter=MAX_ITER if max_iter is None else max_iter,
+            max_eval=math.inf if max_eval is None else max_eval - differentiable,
+            callback=callback,
+            jac=jac,
+            hvp=hvp,
+            history_size=history_size or HISTORY_SIZE,
+            domain_errors=walls,
+            differentiable=differentiable,
+        )
+        return best_of(many, WHO) if batched == "best" else many
+    fun, jac, hvp = with_args(WHO, args, fun, jac, hvp)
+    records_graph = torch.is_grad_enabled()
     with torch.inference_mode(False), torch.no_grad():
-        problem = FlatProblem(WHO, fun, x0, bounds, jac, hvp, needs_curvature=method in ("newton", "newton-cg"))
-        run = Run(
-            problem.objective,
+        # Whether autograd sees how the gradient from jac depends on x is known from its graph, at the first evaluation.
+        needs_curvature = method in ("newton", "newton-cg") or (differentiable and jac is not None)
+        problem = FlatProblem(WHO, fun, x0, bounds, jac, hvp, needs_curvature, walls, conditions)
+        if differentiable:
+            problem.check_values(WHO)
+        _check_dense(method, problem)
+        limits = Limits(
             tol=default_tolerance(problem.structure.eps) if tol is None else tol,
             max_iter=MAX_ITER if max_iter is None else max_iter,
-            max_eval=math.inf if max_eval is None else max_eval,
+            max_eval=math.inf if max_eval is None else max_eval - differentiable,
             callback=None if callback is None else problem.reporter(callback),
         )
+
+        def new_descent() -> Callable[[Run, Point], Status]:
+            return _descent(method, problem.objective, problem.start, history_size or HISTORY_SIZE)
+
+        if conditions:
+            return minimize_constrained(problem, new_descent, limits, began=began)
+        run = Run(problem.objective, **limits._asdict())
         try:
-            status = _solve(method, run, problem.objective, problem.start, history_size or HISTORY_SIZE)
+            status = new_descent()(run, run.start(problem.start))
         finally:
             problem.set_parameters(run)
-    x = problem.tree_of(run.best.x)
-    return result_of(run, status, MESSAGES[status], x, problem.split_tree, began=began)
+        x = run.best.x
+        if differentiable:
+            assert isinstance(problem.objective, FunctionObjective), "check_values has been called"
+            with torch.set_grad_enabled(records_graph):
+                ends = differentiable_bounds(bounds, problem.structure, WHO)
+                x = differentiable_solution(WHO, problem.objective, x, status, *ends)
+    return result_of(run, status, MESSAGES[status], problem.tree_of(x), problem.split_tree, began=began)
 
 
 def _check_options(
@@ -122,6 +286,7 @@ def _check_options(
     tol: float | None,
     max_iter: int | None,
     max_eval: int | None,
+    differentiable: bool,
 ) -> None:
     if method not in METHODS:
         raise ValueError(f"{WHO}: method must be one of {METHODS}, got {method!r}.")
@@ -130,7 +295,10 @@ def _check_options(
         raise ValueError(f"{WHO}: {what} is for method='l-bfgs', got method={method!r}. Leave one of them out.")
     if tol is not None and not (isinstance(tol, int | float) and 0 <= tol < math.inf):
         raise ValueError(f"{WHO}: tol must be a finite number >= 0, got {tol!r}.")
-    for name, value, least in (("max_iter", max_iter, 0), ("max_eval", max_eval, 1), ("history_size", history_size, 1)):
+    if not isinstance(differentiable, bool):
+        raise TypeError(f"{WHO}: differentiable must be True or False, got {differentiable!r}.")
+    limits = (("max_iter", max_iter, 0), ("max_eval", max_eval, 1 + differentiable), ("history_size", history_size, 1))
+    for name, value, least in limits:
         if value is not None and not (isinstance(value, int) and value >= least):
             raise ValueError(f"{WHO}: {name} must be an integer >= {least}, got {value!r}.")
 
@@ -144,24 +312,37 @@ def _check_functions(method: str, **functions: Any) -> None:
             raise TypeError(f"{WHO}: {name} must be a function{also}, got {function!r}.")
 
 
-def _solve(method: str, run: Run, objective: Curved, x: Tensor, history_size: int) -> Status:
-    space = objective.space
-    if method in ("newton", "bfgs"):
+def _check_dense(method: str, problem: FlatProblem[Any]) -> None:
+    if method == "newton" or method in DENSE:
         instead = CG_INSTEAD if method == "newton" else "method='l-bfgs'"
-        check_dense_fits(f"{WHO}: method={method!r}", x, instead, space)
-    point, options = run.start(x), (x.dtype, x.device, space)
+        check_dense_fits(f"{WHO}: method={method!r}", problem.start, instead, problem.objective.space)
+
+
+def _descent(method: str, objective: Curved, x: Tensor, history_size: int) -> Callable[[Run, Point], Status]:
+    """What minimizes from a point; what it learns of the curvature is used again if it is called again."""
+    space = objective.space
+    options = x.dtype, x.device, space
     if method == "newton":
-        return trust_region_descent(run, point, DenseNewton(objective))[0]
+        return lambda run, point: trust_region_descent(run, point, DenseNewton(objective))[0]
     if method == "newton-cg":
-        inverse = CompactInverse(x.numel(), PAIRS, *options)
-        return trust_region_descent(run, point, NewtonCG(objective, run, point, inverse))[0]
-    if run.objective.lower is not None:
-        return bounded_descent(run, point, CompactHessian(x.numel(), history_size, *options))
+        inverse = compact_inverse(x.numel(), PAIRS, *options)
+
+        def newton_cg(run: Run, point: Point) -> Status:
+            method = NewtonCG(objective, run, point, inverse, may_be_dense=True)
+            return trust_region_descent(run, point, method)[0]
+
+        return newton_cg
+    if objective.lower is not None:
+        model = CompactHessian(x.numel(), history_size, *options)
+        return lambda run, point: bounded_descent(run, point, model)
+    directions: Directions
     if method == "gd":
-        return line_search_descent(run, point, Steepest(space))
-    if method == "bfgs":
-        return line_search_descent(run, point, DenseInverse(x.numel(), x.dtype, x.device))
-    return line_search_descent(run, point, CompactInverse(x.numel(), history_size, *options))
+        directions = Steepest(space)
+    elif method in DENSE:
+        directions = DenseInverse(x.numel(), x.dtype, x.device, DENSE[method])
+    else:
+        directions = compact_inverse(x.numel(), history_size, *options)
+    return lambda run, point: line_search_descent(run, point, directions)
 
 
 def default_tolerance(eps: float) -> float:

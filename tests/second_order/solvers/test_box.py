@@ -69,6 +69,18 @@ def test_compact_hessian_goes_on_from_its_state_and_forgets_at_a_reset() -> None
     assert torch.equal(model.multiply(vector), vector)
 
 
+def test_diagonal_learns_nothing_from_the_gradient_of_variables_that_stay() -> None:
+    (model, _), (other, _) = hessian_of(2, torch.float64), hessian_of(2, torch.float64)
+    s, y = next(pairs(torch.float64, seed=4))
+    stays = torch.arange(NUMEL) % 3 == 0
+    s = torch.where(stays, 0.0, s)
+    y = torch.where(s * y < 0, -y, y)
+    model.update(s, y)
+    other.update(s, torch.where(stays, 1e3, y))
+    torch.testing.assert_close(model.diagonal, other.diagonal, rtol=1e-12, atol=0.0)
+    assert not torch.equal(model.multiply(s), other.multiply(s))  # the pairs know
+
+
 def best_in_box(grad: Array, hessian: Array, low: Array, high: Array) -> Array:
     """Of the minimizers over all choices of variables at their bounds, the best feasible one."""
     found, least = np.zeros(len(grad)), 0.0

@@ -9,7 +9,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from descend.second_order.mathematics.directions import Directions, Learner, Pair, modified_secant_factor
+from descend.second_order.mathematics.diagonal import Pair
+from descend.second_order.mathematics.directions import CompactInverse, Directions, Learner, modified_secant_factor
 from descend.second_order.mathematics.line_search import Outcome
 from descend.second_order.problem.objective import Point
 from descend.second_order.solvers.result import Status
@@ -65,11 +66,14 @@ def repeat_searches(
             learn(run, learner, point, step)
             point = step.point
             run.advance(point, step.length)
+        if status is Status.unbounded:  # whatever limit has been reached as well
+            return Status.stopped_by_callback if run.is_stopped else status
         if status and run.evaluations_left < 1:
             return run.stop_status(point) or Status.max_eval
         # The first failure is blamed on what was learned, the next one on the function.
         if status and (failed or (learner.is_steepest and step.point is None)):
-            return run.stop_status(point) or failed or status
+            is_rounding = status is Status.precision_limit
+            return run.stop_status(point) or (status if is_rounding or failed is None else failed)
         if status:
             learner.reset()
         failed = status
@@ -83,14 +87,16 @@ def learn(run: Run, learner: Learner, point: Point, step: Step) -> None:
     rise = new.slope - new.slope_before
     if rise <= MIN_CURVATURE * abs(new.slope_before):
         return
-    sy = step.length * rise
+    sy, factor = step.length * rise, 1.0
+    if run.noise(point) < 0.1 * sy:
+        factor = modified_secant_factor(sy, point.value, new.value, step.length * (new.slope + new.slope_before))
+    if isinstance(learner, CompactInverse) and not new.measured:
+        learner.update_between(point, new, factor, factor * sy)
+        return
     s, y = run.scratch  # allocating would cost more than the subtraction
     torch.sub(new.x, point.x, out=s)
     torch.sub(new.grad, point.grad, out=y)
-    factor = 1.0
-    if run.noise(point) < 0.1 * sy:
-        factor = modified_secant_factor(sy, point.value, new.value, step.length * (new.slope + new.slope_before))
-        y *= factor
+    y *= factor
     if new.measured:
         learner.update(s, y, Pair(*new.measured).scaled(1.0, factor))
     else:
@@ -106,9 +112,12 @@ def first_step(run: Run, point: Point) -> float:
 
 def failure(run: Run, origin: Point, step: Step) -> Status | None:
     """Why a search failed; None if it did not."""
+    if step.is_unbounded:
+        return Status.unbounded
     if step.is_sufficient:
         return None
     if step.outcome is Outcome.non_finite and step.point is None:
         return Status.non_finite
-    is_rounding = step.predicted_decrease <= VISIBLE * run.noise(origin)
+    visible = VISIBLE * max(run.noise(origin), torch.finfo(origin.x.dtype).tiny)
+    is_rounding = step.predicted_decrease <= visible
     return Status.precision_limit if is_rounding else Status.line_search_failed

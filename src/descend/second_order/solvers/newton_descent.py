@@ -24,10 +24,13 @@ GROWTH, SHRINK = 2.0, 0.25
 EXTENSION = 0.05  # further decrease predicted beyond a step, relative to its own, for which a longer one is tried
 MAX_EXTENSION = 10.0  # times the step
 INITIAL_RADIUS = 1e10  # before anything is known, relative to the point
-UNBOUNDED = 1e30  # step, relative to the start, at which a function that still falls has no minimum
+UNBOUNDED = 1e30  # step, relative to the start, at which a function that still falls has no minimum,
+STEEP = 0.1  # if its slope is this times that at the start or steeper; else it may fall towards a finite limit
 REJECTIONS = 40  # in a row
 COARSE = 0.4  # power of the precision to which equal values may have been rounded
 BLIND = 5  # rejections at which the values differ by no more than the noise
+MAX_DENSE = 100  # variables up to which conjugate gradients may give way to the Hessian
+LONG = 1.25  # products of a path, relative to the columns of the Hessian, for which they do
 STALLED = 20  # iterations without progress in value or gradient
 PAIRS = 20  # directions of conjugate gradients, with their products, that precondition the next ones
 KEPT = 20  # directions of a path stored for shorter steps
@@ -56,6 +59,9 @@ class TrustRegionMethod(Protocol):
     def learn(self, point: Point, new: Point, trial: TrialStep) -> float:
         """Learn from a step; return the factor by which a change of the norm has scaled lengths."""
 
+    def refine(self) -> bool:
+        """Make exact models from here on; whether those so far were not."""
+
 
 class DenseNewton:
     """The exact Hessian, and exact minimizers of the model.
@@ -80,6 +86,9 @@ class DenseNewton:
 
     def learn(self, point: Point, new: Point, trial: TrialStep) -> float:
         return 1.0
+
+    def refine(self) -> bool:
+        return False
 
 
 class _Rescaled:
@@ -120,6 +129,8 @@ class NewtonCG:
         start: of the forcing sequence min(1/2, sqrt(|grad| / |grad at the start|)).
         inverse: the preconditioner; learns from every step.
         scale: largest entry of the gradient at the first start, if not ``start``.
+        may_be_dense: whether up to 100 variables the dense Hessian takes over where rounding makes paths long or ends
+            progress. Default: False.
 
     Source:
         Steihaug 1983, https://doi.org/10.1137/0720042; the preconditioner: Morales & Nocedal 2000,
@@ -127,27 +138,48 @@ class NewtonCG:
     """
 
     def __init__(
-        self, objective: Curved, run: Run, start: Point, inverse: CompactInverse, scale: float | None = None
+        self,
+        objective: Curved,
+        run: Run,
+        start: Point,
+        inverse: CompactInverse,
+        scale: float | None = None,
+        may_be_dense: bool = False,
     ) -> None:
         self.objective, self.run, self.inverse, self.space = objective, run, inverse, objective.space
         self.scale = start.norm if scale is None else scale
+        self.may_be_dense = may_be_dense and self.space.numel <= MAX_DENSE and not self.space.is_shared
+        self.dense: DenseNewton | None = None  # once conjugate gradients have given way
+        self.n_products = 0  # of the last path
         self.products: deque[tuple[Tensor, Tensor]] = deque(maxlen=PAIRS - 1)
 
     @property
     def unit(self) -> float:
-        if self.inverse.is_steepest:
+        if self.inverse.is_steepest or self.dense is not None:
             return 1.0
-        newest = (self.inverse.count - 1) % self.inverse.history_size
-        s = torch.as_tensor(self.inverse.steps[newest])
-        return math.sqrt(float(self.inverse.curvatures[newest])) / self.space.length(s)
+        s, curvature = self.inverse.newest
+        return math.sqrt(curvature) / self.space.length(s)
 
     def model(self, point: Point, radius: float) -> Model:
+        if self.dense is not None:
+            return self.dense.model(point, radius)
         self.products.clear()
         if point.norm > self.run.target:
             return self._path(point, radius)
         return self._negative_curvature_model(point, radius)
 
+    def refine(self) -> bool:
+        if self.dense is not None or not self.may_be_dense:
+            return False
+        self.dense = DenseNewton(self.objective)
+        return True
+
     def _path(self, point: Point, radius: float) -> CGPath:
+        path = self._truncated(point, radius)
+        self.n_products = path.n_products
+        return path
+
+    def _truncated(self, point: Point, radius: float) -> CGPath:
         self.scale = max(self.scale, point.norm)  # at a saddle it starts at 0
         forcing = min(0.5, math.sqrt(point.norm / self.scale))
         # Nothing is gained below the target.
@@ -188,6 +220,11 @@ class NewtonCG:
         return multiply
 
     def learn(self, point: Point, new: Point, trial: TrialStep) -> float:
+        if self.dense is not None:
+            return 1.0
+        # Without rounding a path has at most one product per variable, at which price the Hessian is exact.
+        if self.n_products >= LONG * self.space.numel and self.refine():
+            return self.space.length(trial.step) / trial.norm
         y = new.grad - point.grad
         (all_sy,) = self.space.total(torch.stack([s.dot(y) for s, y in ((trial.step, y), *self.products)]))
         sy, *curvatures = all_sy.tolist()
@@ -228,16 +265,20 @@ def trust_region_descent(
     """
     is_convex = False  # according to the last model
     space = run.objective.space
-    longest = UNBOUNDED * (1.0 + space.length(point.x))
+    longest, slope_at_start = UNBOUNDED * (1.0 + space.length(point.x)), point.norm
     while True:
         status = run.stop_status(point)
         is_last = run.n_iter >= run.max_iter or run.evaluations_left < 1
         if status is not None and (status is not Status.converged or is_convex or is_last):
             return status, radius
         if PATIENCE - run.patience >= STALLED:
-            return Status.precision_limit, radius
+            if not method.refine():
+                return Status.precision_limit, radius
+            run.patience, radius = PATIENCE, None
         size = 1.0 + space.length(point.x)
         limit = min(INITIAL_RADIUS * size * method.unit if radius is None else radius, _longest(point))
+        if not limit > 0:  # lengths underflow
+            return Status.precision_limit, radius
         model = method.model(point, limit)
         trial = model.step(limit)
         if radius is None and trial.on_boundary:  # no minimizer near: the first radius is the size of x
@@ -249,13 +290,19 @@ def trust_region_descent(
             (sum_of_entries,) = space.floats(trial.step.device, trial.step.abs().sum())
             if trial.decrease <= max(run.noise(point), run.target * sum_of_entries):
                 return status, radius
+        run.begin_step()
         accepted = _step(run, point, model, trial, radius)
+        if accepted is Status.precision_limit and method.refine():
+            radius = None
+            continue
         if isinstance(accepted, Status):
-            return accepted, radius
+            return _end(run, point, accepted), radius
         new, radius, trial = accepted
         distance = space.length(trial.step)
+        if run.falls_without_end(run.has_met_minus_infinity or (run.is_deep(new) and trial.on_boundary)):
+            return Status.unbounded, radius
         if distance > longest:
-            return Status.line_search_failed, radius
+            return Status.unbounded if new.norm >= STEEP * slope_at_start else Status.precision_limit, radius
         if radius is not None:
             radius = min(radius * method.learn(point, new, trial), _longest(point))
         else:
@@ -299,6 +346,13 @@ def _step(
             radius = 0.1 * trial.norm
         trial = model.step(radius)
     return Status.non_finite if is_finite is False else Status.precision_limit
+
+
+def _end(run: Run, point: Point, status: Status) -> Status:
+    """Why no step from a point was accepted: ``status``, or because the function falls to -infinity from there."""
+    signs = run.has_met_minus_infinity, run.is_deep(point)
+    is_unbounded = any(signs) if status is Status.non_finite else all(signs)
+    return Status.unbounded if is_unbounded and status is not Status.max_eval else status
 
 
 def _extended(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import cached_property
 from typing import NamedTuple
 
 import torch
@@ -17,7 +18,10 @@ NOISE = 10.0  # units in the last place that a value may be off by
 C1 = 1e-4  # fraction of the predicted decrease that is progress
 MAX_SEARCH = 40  # evaluations in one line search
 MAX_STEP = {dtype: torch.finfo(dtype).max for dtype in (torch.float32, torch.float64)}
+FLAT = {dtype: torch.finfo(dtype).tiny ** 0.5 for dtype in MAX_STEP}  # gradient at which the point may be infinite
 MAX_NONFINITE = 120  # searches in a row that may end at NaN or infinity
+MAX_ENDLESS = 3  # steps in a row by which a function falls to -infinity, or from the depth on, before it has no minimum
+DEPTH = 1e20  # negative values this many times the size of the start's are in the depth
 PATIENCE = 100  # iterations without progress in value or gradient
 
 
@@ -30,6 +34,7 @@ class Step(NamedTuple):
         outcome: how the search ended; None if the direction is not a descent direction.
         is_sufficient: whether the search succeeded, or the value fell by ``C1`` of what the slope predicted.
         predicted_decrease: of the value over the first trial's step, had the slope stayed.
+        is_unbounded: whether the function falls without end.
     """
 
     point: Point | None
@@ -37,6 +42,7 @@ class Step(NamedTuple):
     outcome: Outcome | None
     is_sufficient: bool
     predicted_decrease: float = math.inf
+    is_unbounded: bool = False
 
 
 class Run:
@@ -64,17 +70,24 @@ class Run:
         self.last_eval = objective.n_eval + max_eval
         self.n_iter = self.n_negative_curvature = 0
         self.is_stopped = False
-        self.n_nonfinite = 0
+        self.n_nonfinite = self.n_endless = 0
+        self.has_met_minus_infinity = False  # since ``begin_step``
         self.history: list[Iteration] = []
 
     def start(self, x: Tensor, scale: float | None = None) -> Point:
         """Evaluate the first point. ``scale``: largest entry of the gradient at the first start, if not here."""
-        point = self.best = self.milestone = self.objective.evaluate(x)
-        self.scratch = torch.empty_like(x), torch.empty_like(x)
+        point = self.best = self.milestone = self.current = self.objective.evaluate(x)
         self.target = self.tol * max(1.0, point.norm if scale is None else scale)
+        change = point.norm * (1 + self.objective.space.length(x))
+        self.depth = -max(1.0, abs(point.value), change) * DEPTH if point.is_finite else -math.inf
         self.patience = PATIENCE
         self._record(point, 0.0)
         return point
+
+    @cached_property
+    def scratch(self) -> tuple[Tensor, Tensor]:
+        """Two vectors for whoever needs them."""
+        return torch.empty_like(self.best.x), torch.empty_like(self.best.x)
 
     @property
     def n_eval(self) -> int:
@@ -95,6 +108,9 @@ class Run:
     def evaluate(self, x: Tensor, direction: Tensor, origin: Point) -> Point:
         """Evaluate at ``x``, which lies along ``direction`` from ``origin``, and keep the lowest point."""
         point = self.objective.evaluate(x, direction, origin)
+        if point.norm <= FLAT[x.dtype] and self.objective.space.largest(not torch.isfinite(x).all()):
+            point = point._replace(value=math.nan)  # the function has a limit at infinity, which is no point
+        self.has_met_minus_infinity |= point.value == -math.inf
         if point.is_finite and point.value < self.best.value:
             self.best = point
         return point
@@ -105,6 +121,7 @@ class Run:
 
     def search(self, origin: Point, direction: Tensor, step: float, max_step: float = math.inf) -> Step:
         """Search along a direction for a lower point."""
+        self.begin_step()
         max_step = min(max_step, MAX_STEP[direction.dtype])
         step = min(step, max_step)
         trial = self.evaluate(self.along(origin, direction, step), direction, origin)
@@ -112,13 +129,15 @@ class Run:
             return Step(trial, step, Outcome.found, is_sufficient=True)
         slope = trial.slope_before
         if not -math.inf < slope < 0:
-            return Step(None, 0.0, None, is_sufficient=False)
+            is_unbounded = slope == -math.inf and self.is_deep(origin)
+            fall = -slope * step if slope == 0 else math.inf  # a slope that underflowed predicts none
+            return Step(None, 0.0, None, False, fall, is_unbounded)
         trials = {step: trial}
 
         def phi(length: float) -> tuple[float, float]:
             if length not in trials:
                 trials[length] = self.evaluate(self.along(origin, direction, length), direction, origin)
-                _keep_lowest(trials, besides=length)
+                self._keep_lowest(trials, besides=length)
             trial = trials[length]
             if not trial.is_finite:
                 return math.nan, math.nan
@@ -137,9 +156,35 @@ class Run:
         is_sufficient = search.outcome is Outcome.found or (
             _value_of(end) < origin.value + C1 * length * slope and not self._seems_unbounded(search)
         )
-        if is_sufficient or _value_of(end) < origin.value:
-            return Step(end, length, search.outcome, is_sufficient, -slope * step)
-        return Step(None, 0.0, search.outcome, is_sufficient=False, predicted_decrease=-slope * step)
+        for trial in trials.values():
+            if trial is not end:
+                self._drop(trial)
+        if end is None or not (is_sufficient or _value_of(end) < origin.value):
+            is_wall = search.outcome is Outcome.non_finite
+            signs = self.has_met_minus_infinity, self.is_deep(origin)
+            return Step(None, 0.0, search.outcome, False, -slope * step, any(signs) if is_wall else all(signs))
+        is_unbounded = self.falls_without_end(self._is_endless(search, end))
+        is_unbounded |= search.outcome is Outcome.no_bracket and self.is_deep(end)
+        return Step(end, length, search.outcome, is_sufficient, -slope * step, is_unbounded)
+
+    def _is_endless(self, search: Search, end: Point) -> bool:
+        """Whether the function fell up to the end of the numbers."""
+        if search.outcome is Outcome.non_finite:
+            return self.has_met_minus_infinity or self.is_deep(end)
+        return search.outcome is Outcome.max_step and search.step == MAX_STEP[end.x.dtype]
+
+    def begin_step(self) -> None:
+        """Forget what the evaluations of the step before have met."""
+        self.has_met_minus_infinity = False
+
+    def is_deep(self, point: Point) -> bool:
+        """Whether a value is so far below the start's that a function which still falls there has no minimum."""
+        return point.value <= self.depth
+
+    def falls_without_end(self, is_endless: bool) -> bool:
+        """Count a step by which the function fell towards no minimum, or did not; whether enough have in a row."""
+        self.n_endless = self.n_endless + 1 if is_endless else 0
+        return self.n_endless >= MAX_ENDLESS
 
     def _seems_unbounded(self, search: Search) -> bool:
         """Whether the function still falls after 40 powers of ten, or search after search ended at NaN or infinity."""
@@ -149,7 +194,7 @@ class Run:
 
     def along(self, origin: Point, direction: Tensor, step: float) -> Tensor:
         """The point at a step along a direction, clamped to the bounds against rounding."""
-        x = torch.add(origin.x, direction, alpha=step)
+        x = torch.add(origin.x, direction, alpha=step, out=self.objective.spare_vector())
         return x if self.objective.lower is None else torch.clamp(x, self.objective.lower, self.objective.upper)
 
     def advance(self, point: Point, step: float, *, negative_curvature: bool = False) -> None:
@@ -157,8 +202,21 @@ class Run:
         self.n_iter += 1
         self.n_negative_curvature += negative_curvature
         self._record(point, step)
+        last, self.current = self.current, point
+        self._drop(last)
         if self.callback is not None:  # one rank stops all
             self.is_stopped = bool(self.objective.space.largest(self.callback(self, point)))
+
+    def _drop(self, point: Point) -> None:
+        """Give back the vectors of a point, unless it is still needed."""
+        if not any(point is other for other in (self.best, self.milestone, self.current)):
+            self.objective.recycle(point)
+
+    def _keep_lowest(self, trials: dict[float, Point], besides: float) -> None:
+        """Drop the trials at which a search cannot end: all but the newest and the lowest."""
+        lowest = min(trials, key=lambda length: _value_of(trials[length]))
+        for length in [length for length in trials if length not in (lowest, besides)]:
+            self._drop(trials.pop(length))
 
     def stop_status(self, point: Point) -> Status | None:
         """Why to stop at ``point``; None to go on."""
@@ -179,7 +237,9 @@ class Run:
         """Whether for ``PATIENCE`` iterations the value has not fallen beyond rounding, nor the gradient halved."""
         last = self.milestone
         if point.value < last.value - self.noise(last) / NOISE or point.norm < 0.5 * last.norm:
-            self.milestone, self.patience = point, PATIENCE
+            # The value stays the least one: two points, one lower and one flatter, could take turns for ever.
+            self.milestone, self.patience = point._replace(value=min(point.value, last.value)), PATIENCE
+            self._drop(last)
         else:
             self.patience -= 1
         return self.patience <= 0
@@ -187,13 +247,6 @@ class Run:
     def _record(self, point: Point, step: float) -> None:
         counts = self.objective.n_eval, self.objective.n_hvp
         self.history.append(Iteration(point.value, point.norm, step, *counts))
-
-
-def _keep_lowest(trials: dict[float, Point], besides: float) -> None:
-    """Drop the trials at which a search cannot end: all but the newest and the lowest."""
-    lowest = min(trials, key=lambda length: _value_of(trials[length]))
-    for length in [length for length in trials if length not in (lowest, besides)]:
-        del trials[length]
 
 
 def _value_of(point: Point | None) -> float:

@@ -1,0 +1,58 @@
+"""The part of ``minimize`` that has constraints."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from descend.second_order.constraints import Constraint
+from descend.second_order.flat_problem import FlatProblem
+from descend.second_order.problem.constrained_functions import ConstraintFunction
+from descend.second_order.problem.constrained_objective import ConstrainedObjective
+from descend.second_order.solvers.augmented_lagrangian import AugmentedLagrangian, Descend, Limits
+from descend.second_order.solvers.constrained_result import ConstrainedResult, constrained_result
+from descend.second_order.solvers.result import X
+
+
+def constraint_functions(constraints: Any, who: str, **others: Any) -> list[ConstraintFunction]:
+    """The constraints as an objective takes them.
+
+    Args:
+        constraints: what ``minimize`` got.
+        who: the caller's name, for errors.
+        others: arguments that are None unless they were given, and that do not go with constraints.
+    Raises:
+        TypeError, ValueError: if they are not made by ``eq`` and ``ineq``, or one of the others was given.
+    """
+    if isinstance(constraints, Constraint):
+        constraints = [constraints]
+    if not isinstance(constraints, Sequence) or not all(isinstance(one, Constraint) for one in constraints):
+        raise TypeError(f"{who}: constraints must be a list of eq(function) and ineq(function), got {constraints!r}.")
+    given = [name for name, value in others.items() if value is not None]
+    if constraints and given:
+        raise ValueError(f"{who}: {given[0]} is for problems without constraints. Leave one of them out.")
+    return [
+        ConstraintFunction(one.fun, one.is_equality, f"constraints[{place}]") for place, one in enumerate(constraints)
+    ]
+
+
+def minimize_constrained(
+    problem: FlatProblem[X], new_descent: Callable[[], Descend], limits: Limits, *, began: float
+) -> ConstrainedResult[X]:
+    """Minimize a problem that has constraints.
+
+    Args:
+        problem: made with constraints.
+        new_descent: makes what minimizes a function without constraints from a point.
+        limits: what ends the run.
+        began: ``time.perf_counter()`` at the start.
+    """
+    objective = problem.objective
+    assert isinstance(objective, ConstrainedObjective)
+    objective.feasible = limits.tol
+    run = AugmentedLagrangian(objective, new_descent, limits)
+    try:
+        status = run.run(problem.start)
+    finally:
+        problem.set_parameters(run)
+    return constrained_result(run, status, problem.tree_of(run.best.x), problem.split_tree, began=began)
