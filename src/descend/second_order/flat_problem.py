@@ -24,7 +24,7 @@ class FlatProblem(ABC, Generic[X]):
     Args:
         who: the caller's name, for errors.
         x0, bounds: as ``minimize`` takes them.
-        gives_derivatives: whether the caller gives ``jac`` or ``hvp``, which are functions of values.
+        derivatives: names of the derivatives that the caller gives; they are functions of values. None if empty.
         domain_errors: exceptions that mean that a point is outside the domain of the objective.
     Attributes:
         tree: what the caller's functions get, if it is set in place.
@@ -34,9 +34,7 @@ class FlatProblem(ABC, Generic[X]):
 
     objective: Any
 
-    def __init__(
-        self, who: str, x0: Any, bounds: Any, gives_derivatives: bool = False, domain_errors: DomainErrors = ()
-    ) -> None:
+    def __init__(self, who: str, x0: Any, bounds: Any, derivatives: str = "", domain_errors: DomainErrors = ()) -> None:
         self.who = who
         self.tree: Any = list(x0) if hasattr(x0, "__next__") else x0  # module.parameters() can be read only once
         self.structure = structure = Structure(self.tree, who)
@@ -47,12 +45,12 @@ class FlatProblem(ABC, Generic[X]):
         if self.is_sharded or self.is_in_place:
             if len({id(leaf) for leaf in structure.leaves}) < len(structure.leaves):
                 raise ValueError(f"{who}: x0 must hold each parameter once, got one twice. Remove the duplicate.")
-            if gives_derivatives:
+            if derivatives:
                 kind = "DTensors" if self.is_sharded else "nn.Parameter"
                 instead = "Leave" if self.is_sharded else "Detach x0, or leave"
                 raise ValueError(
-                    f"{who}: jac and hvp are functions of values, but x0 is made of {kind}, which are set in "
-                    f"place. {instead} jac and hvp out."
+                    f"{who}: derivatives are functions of values, but x0 is made of {kind}, which are set in "
+                    f"place. {instead} {derivatives} out."
                 )
             if not self.is_in_place:
                 self._copy_leaves()

@@ -38,7 +38,8 @@ class FunctionProblem(FlatProblem[X]):
         domain_errors: DomainErrors = (),
     ) -> None:
         self.fun, self.jac, self.hvp, self.needs_curvature = fun, jac, hvp, needs_curvature
-        super().__init__(who, x0, bounds, jac is not None or hvp is not None, domain_errors)
+        derivatives = "" if jac is None and hvp is None else "jac and hvp"
+        super().__init__(who, x0, bounds, derivatives, domain_errors)
 
     def new_objective(self, bounds: tuple[Tensor, Tensor] | None) -> FunctionObjective | ParameterObjective:
         if self.parameters is None:
