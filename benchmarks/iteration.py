@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from itertools import pairwise
 from typing import NamedTuple
 
 import numpy as np
@@ -34,6 +35,7 @@ class Size(NamedTuple):
         numel, history: number of variables and of remembered steps.
         rounds: runs of each contender.
         windows, width: how many times one run gives, and over how many iterations each.
+        dtype: of the numbers.
     """
 
     numel: int
@@ -41,17 +43,27 @@ class Size(NamedTuple):
     rounds: int
     windows: int
     width: int
+    dtype: torch.dtype = torch.float64
 
     @property
     def name(self) -> str:
-        return f"iteration-{self.numel}-{self.history}"
+        return f"iteration-{self.numel}-{self.history}-{str(self.dtype).removeprefix('torch.')}"
 
 
 SIZES = (
     Size(100, 10, rounds=20, windows=5, width=20),
     Size(100, 100, rounds=10, windows=5, width=20),
-    Size(1_000_000, 10, rounds=4, windows=4, width=5),
-    Size(1_000_000, 100, rounds=2, windows=5, width=5),
+    *(
+        Size(numel, history, rounds, 4, 5, dtype)
+        for dtype in (torch.float64, torch.float32)
+        for numel, history, rounds in (
+            (100_000, 10, 10),
+            (1_000_000, 10, 4),
+            (10_000_000, 10, 2),
+            (100_000, 100, 4),
+            (1_000_000, 100, 2),
+        )
+    ),
 )
 QUICK = (
     Size(100, 10, rounds=2, windows=2, width=5),
@@ -66,9 +78,9 @@ class Valley:
         inside: seconds spent in here so far.
     """
 
-    def __init__(self, numel: int) -> None:
-        self.curvatures = torch.logspace(0, 6, numel, dtype=torch.float64)
-        self.start = torch.ones(numel, dtype=torch.float64)
+    def __init__(self, numel: int, dtype: torch.dtype = torch.float64) -> None:
+        self.curvatures = torch.logspace(0, 6, numel, dtype=dtype)
+        self.start = torch.ones(numel, dtype=dtype)
         self.inside = 0.0
 
     def value_and_grad(self, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -97,27 +109,23 @@ def warmup(size: Size) -> int:
 
 
 def time_minimize(valley: Valley, size: Size) -> list[float]:
-    """Seconds per iteration of ``minimize``, by a callback."""
-    watch = Stopwatch(valley)
-    seconds = []
+    """Seconds per iteration of ``minimize``: from one evaluation to the next, as the valley has seen them."""
+    watch, outside = Stopwatch(valley), [0.0]
 
-    def look(progress: descend.Progress) -> None:
-        done = progress.n_iter - warmup(size)
-        if done >= 0 and done % size.width == 0:
-            elapsed = watch.read()
-            if done:
-                seconds.append(elapsed / size.width)
+    def look(x: Tensor) -> tuple[Tensor, Tensor]:
+        outside.append(outside[-1] + watch.read())
+        return valley.value_and_grad(x)
 
-    descend.minimize(
-        valley.value_and_grad,
+    result = descend.minimize(
+        look,
         valley.start,
         jac=True,
         tol=0.0,
         max_iter=warmup(size) + size.windows * size.width,
-        callback=look,
         history_size=size.history,
     )
-    return seconds
+    ends = [outside[iteration.n_eval] for iteration in result.history[warmup(size) :: size.width]]
+    return [(end - begin) / size.width for begin, end in pairwise(ends)]
 
 
 def time_class(make: type[torch.optim.Optimizer], line_search: str, valley: Valley, size: Size) -> list[float]:
@@ -162,7 +170,7 @@ def time_iterations(size: Size) -> dict[str, float]:
     for number in range(size.rounds):
         first = number % len(names)
         for name in names[first:] + names[:first]:
-            times = CONTENDERS[name](Valley(size.numel), size)
+            times = CONTENDERS[name](Valley(size.numel, size.dtype), size)
             if len(times) < size.windows:
                 raise RuntimeError(f"{size.name}: {name} ended before the iterations were done.")
             seconds[name] += times

@@ -113,6 +113,15 @@ class FlatProblem(Generic[X]):
         tree: X = self.tree if self.is_in_place else self.split_tree(x)
         return tree
 
+    def check_values(self, who: str) -> None:
+        """Raise an error if x is set in place, and so cannot be the result of an operation."""
+        if self.parameters is not None:
+            kind = "made of nn.Parameter" if self.is_in_place else "sharded (DTensors)"
+            raise ValueError(
+                f"{who}: differentiable=True needs plain tensors, but x0 is {kind}. Pass detached parameters as a "
+                "dict, and let fun call the module with torch.func.functional_call."
+            )
+
     def reporter(self, callback: Callable[[Progress], Any]) -> Callable[[Run | LeastSquaresRun, Point | Fitted], bool]:
         """The user's callback as a ``Run`` calls it. What the callback writes to is a copy, or is restored."""
 

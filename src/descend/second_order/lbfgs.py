@@ -17,7 +17,7 @@ from descend.second_order.closure_optimizer import ClosureOptimizer
 from descend.second_order.problem.parameter_bounds import flat_bounds
 from descend.second_order.problem.parameters import ClosureFunction, Evaluation, FlatParameters
 from descend.second_order.problem.sharded_parameters import flat_parameters
-from descend.second_order.solvers.modern_lbfgs import modern_step
+from descend.second_order.solvers.modern_lbfgs import KeptLearner, modern_step
 from descend.second_order.solvers.result import MESSAGES, Solver, Status
 from descend.second_order.solvers.torch_lbfgs import LBFGSOptions, LineSearchFn, Memory, TorchSteps, check_lbfgs
 
@@ -96,6 +96,7 @@ class LBFGS(ClosureOptimizer):
     _is_unevaluated = False  # the last step ended at a point that has not been evaluated
     _endpoint: tuple[float, list[tuple[int, int]]] | None = None  # value and parameters where a line search ended
     _checks_left = RANDOM_CHECKS
+    _kept: KeptLearner | None = None
 
     def __init__(
         self,
@@ -153,7 +154,8 @@ class LBFGS(ClosureOptimizer):
         first: Callable[[], Evaluation] = partial(self._first_evaluation, function, self._is_at_endpoint(point))
         if point.space.is_shared:  # the value is known after the reduction only
             first = function.evaluate_here
-        loss, run, status = modern_step(function, first, point, bounds, options, self.shared_state())
+        self._kept = self._kept or KeptLearner()
+        loss, run, status = modern_step(function, first, point, bounds, options, self.shared_state(), self._kept)
         self._is_unevaluated, self._endpoint = False, (run.best.value, _versions(point))
         is_still = status is Status.max_iter and not options.lr
         return loss, run, status, ZERO_LR if is_still else MESSAGES[status]

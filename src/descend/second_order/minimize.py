@@ -11,10 +11,14 @@ import torch
 from torch import Tensor
 
 from descend.second_order.flat_problem import FlatProblem
-from descend.second_order.mathematics.directions import CompactInverse, DenseInverse, Steepest
-from descend.second_order.problem.objective import CG_INSTEAD, Curved, check_dense_fits
+from descend.second_order.mathematics.directions import DenseInverse, Steepest
+from descend.second_order.problem.arguments import with_args
+from descend.second_order.problem.bounds import differentiable_bounds
+from descend.second_order.problem.objective import CG_INSTEAD, Curved, FunctionObjective, check_dense_fits
 from descend.second_order.solvers.box import CompactHessian, bounded_descent
+from descend.second_order.solvers.compiled_history import compact_inverse
 from descend.second_order.solvers.descent import line_search_descent
+from descend.second_order.solvers.implicit_function import differentiable_solution
 from descend.second_order.solvers.newton_descent import PAIRS, DenseNewton, NewtonCG, trust_region_descent
 from descend.second_order.solvers.result import MESSAGES, Progress, Result, Status, X, result_of
 from descend.second_order.solvers.run import Run
@@ -27,7 +31,7 @@ WHO = "minimize"
 
 
 def minimize(
-    fun: Callable[[X], Any],
+    fun: Callable[..., Any],
     x0: X,
     method: MinimizeMethod = "l-bfgs",
     bounds: Any = None,
@@ -36,9 +40,11 @@ def minimize(
     max_eval: int | None = None,
     callback: Callable[[Progress], Any] | None = None,
     *,
-    jac: Callable[[X], Any] | bool | None = None,
-    hvp: Callable[[X, X], Any] | None = None,
+    jac: Callable[..., Any] | bool | None = None,
+    hvp: Callable[..., Any] | None = None,
     history_size: int | None = None,
+    args: tuple[Any, ...] = (),
+    differentiable: bool = False,
 ) -> Result[X]:
     """Find a local minimum of a smooth function, and say why the solver stopped.
 
@@ -72,6 +78,17 @@ def minimize(
         hvp: None for autograd; or a function of (x, v) that returns the Hessian at x times v; for ``"newton"`` and
             ``"newton-cg"``. Operations marked ``once_differentiable`` need it: autograd takes their curvature for 0.
         history_size: steps from which ``"l-bfgs"`` approximates the Hessian, >= 1; only for this method. Default: 10.
+        args: a tuple of further arguments, of any kind: ``fun(x, *args)``, ``jac(x, *args)``, ``hvp(x, v, *args)``.
+            Default: ().
+        differentiable: whether ``result.x`` can be differentiated, backward or forward, with respect to any tensors
+            that require gradients and that ``fun`` takes as ``args`` or closes over, or that are ``bounds``. The
+            derivatives are those of the implicit function theorem: variables at a bound stay there; backward solves
+            one linear system with the Hessian of the others, by Cholesky's factorization for up to 200 variables, else
+            by conjugate gradients. Its relative error is about that of ``x``: lower ``tol`` if that is too much. It
+            takes one evaluation more (within ``max_eval``). Backward raises ``RuntimeError`` if the status is not
+            ``converged``, if the Hessian is singular or not positive definite, if a variable at a bound has a
+            multiplier of zero, and if a derivative is differentiated again. With ``jac``, it must be computed from
+            ``x`` and ``args`` with torch operations. Not for parameters and DTensors. Default: False.
     Returns:
         A ``Result``: the best point seen, and why the solver stopped. ``x`` is never NaN unless ``x0`` is; ``fun`` is
         NaN only if it is at ``x0``.
@@ -96,23 +113,34 @@ def minimize(
         Nocedal & Wright 2006, https://doi.org/10.1007/978-0-387-40065-5; each method's module names its own.
     """
     began = time.perf_counter()
-    _check_options(method, bounds, history_size, tol, max_iter, max_eval)
+    _check_options(method, bounds, history_size, tol, max_iter, max_eval, differentiable)
     _check_functions(method, fun=fun, jac=jac, hvp=hvp, callback=callback)
+    fun, jac, hvp = with_args(WHO, args, fun, jac, hvp)
+    records_graph = torch.is_grad_enabled()
     with torch.inference_mode(False), torch.no_grad():
-        problem = FlatProblem(WHO, fun, x0, bounds, jac, hvp, needs_curvature=method in ("newton", "newton-cg"))
+        # Whether autograd sees how the gradient from jac depends on x is known from its graph, at the first evaluation.
+        needs_curvature = method in ("newton", "newton-cg") or (differentiable and jac is not None)
+        problem = FlatProblem(WHO, fun, x0, bounds, jac, hvp, needs_curvature)
+        if differentiable:
+            problem.check_values(WHO)
         run = Run(
             problem.objective,
             tol=default_tolerance(problem.structure.eps) if tol is None else tol,
             max_iter=MAX_ITER if max_iter is None else max_iter,
-            max_eval=math.inf if max_eval is None else max_eval,
+            max_eval=math.inf if max_eval is None else max_eval - differentiable,
             callback=None if callback is None else problem.reporter(callback),
         )
         try:
             status = _solve(method, run, problem.objective, problem.start, history_size or HISTORY_SIZE)
         finally:
             problem.set_parameters(run)
-    x = problem.tree_of(run.best.x)
-    return result_of(run, status, MESSAGES[status], x, problem.split_tree, began=began)
+        x = run.best.x
+        if differentiable:
+            assert isinstance(problem.objective, FunctionObjective), "check_values has been called"
+            with torch.set_grad_enabled(records_graph):
+                ends = differentiable_bounds(bounds, problem.structure, WHO)
+                x = differentiable_solution(WHO, problem.objective, x, status, *ends)
+    return result_of(run, status, MESSAGES[status], problem.tree_of(x), problem.split_tree, began=began)
 
 
 def _check_options(
@@ -122,6 +150,7 @@ def _check_options(
     tol: float | None,
     max_iter: int | None,
     max_eval: int | None,
+    differentiable: bool,
 ) -> None:
     if method not in METHODS:
         raise ValueError(f"{WHO}: method must be one of {METHODS}, got {method!r}.")
@@ -130,7 +159,10 @@ def _check_options(
         raise ValueError(f"{WHO}: {what} is for method='l-bfgs', got method={method!r}. Leave one of them out.")
     if tol is not None and not (isinstance(tol, int | float) and 0 <= tol < math.inf):
         raise ValueError(f"{WHO}: tol must be a finite number >= 0, got {tol!r}.")
-    for name, value, least in (("max_iter", max_iter, 0), ("max_eval", max_eval, 1), ("history_size", history_size, 1)):
+    if not isinstance(differentiable, bool):
+        raise TypeError(f"{WHO}: differentiable must be True or False, got {differentiable!r}.")
+    limits = (("max_iter", max_iter, 0), ("max_eval", max_eval, 1 + differentiable), ("history_size", history_size, 1))
+    for name, value, least in limits:
         if value is not None and not (isinstance(value, int) and value >= least):
             raise ValueError(f"{WHO}: {name} must be an integer >= {least}, got {value!r}.")
 
@@ -153,7 +185,7 @@ def _solve(method: str, run: Run, objective: Curved, x: Tensor, history_size: in
     if method == "newton":
         return trust_region_descent(run, point, DenseNewton(objective))[0]
     if method == "newton-cg":
-        inverse = CompactInverse(x.numel(), PAIRS, *options)
+        inverse = compact_inverse(x.numel(), PAIRS, *options)
         return trust_region_descent(run, point, NewtonCG(objective, run, point, inverse))[0]
     if run.objective.lower is not None:
         return bounded_descent(run, point, CompactHessian(x.numel(), history_size, *options))
@@ -161,7 +193,7 @@ def _solve(method: str, run: Run, objective: Curved, x: Tensor, history_size: in
         return line_search_descent(run, point, Steepest(space))
     if method == "bfgs":
         return line_search_descent(run, point, DenseInverse(x.numel(), x.dtype, x.device))
-    return line_search_descent(run, point, CompactInverse(x.numel(), history_size, *options))
+    return line_search_descent(run, point, compact_inverse(x.numel(), history_size, *options))
 
 
 def default_tolerance(eps: float) -> float:

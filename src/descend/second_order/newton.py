@@ -8,10 +8,10 @@ from typing import Any, Literal, TypeAlias, get_args
 from descend.core.checks import check_at_least_zero, check_kind
 from descend.core.groups import ParamsT, named
 from descend.second_order.closure_optimizer import ClosureOptimizer
-from descend.second_order.mathematics.directions import CompactInverse
 from descend.second_order.problem.objective import CG_INSTEAD, check_dense_fits
 from descend.second_order.problem.parameter_objective import ParameterObjective
 from descend.second_order.problem.parameters import FlatParameters
+from descend.second_order.solvers.compiled_history import compact_inverse
 from descend.second_order.solvers.newton_descent import (
     PAIRS,
     DenseNewton,
@@ -99,7 +99,7 @@ class Newton(ClosureOptimizer):
         run = Run(
             objective, tol=group["tolerance_grad"], max_iter=group["max_iter"], max_eval=max(1, group["max_eval"])
         )
-        inverse = CompactInverse(0 if is_dense else point.numel, PAIRS, point.dtype, point.device, point.space)
+        inverse = compact_inverse(0 if is_dense else point.numel, PAIRS, point.dtype, point.device, point.space)
         radius = state.get("radius")
         if inverse.accepts(state.get("learned")):
             inverse.load(state["learned"])

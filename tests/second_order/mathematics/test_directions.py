@@ -24,15 +24,8 @@ from direction_cases import (
 from torch import Tensor
 
 from descend.second_order.mathematics import directions
-from descend.second_order.mathematics.directions import (
-    LEAST_COSINE,
-    SPREAD,
-    CompactInverse,
-    DenseInverse,
-    Steepest,
-    learn_diagonal_,
-    modified_secant_factor,
-)
+from descend.second_order.mathematics.diagonal import LEAST_COSINE, SPREAD, learn_diagonal_
+from descend.second_order.mathematics.directions import CompactInverse, DenseInverse, Steepest, modified_secant_factor
 from descend.second_order.solvers.box import CompactHessian
 
 # What is done with NumPy where it is small, with tensors where it is larger, and row by row where it is large.
@@ -90,7 +83,7 @@ def test_compact_inverse_is_the_two_loop_recursion(path: str, history_size: int,
         for _ in range(2):  # the first one takes the pair in, the second finds it there
             grad = normal(NUMEL).to(dtype)
             direction = inverse.direction(grad)
-            diagonal = double(inverse.diagonal)
+            diagonal = double(inverse.history.diagonal)
             assert direction.dtype == dtype
             assert_near(direction, two_loops(taken, diagonal, grad), tolerance(path, dtype))
             assert_near(direction, -dense_inverse(taken, np.diag(diagonal)) @ double(grad), tolerance(path, dtype))

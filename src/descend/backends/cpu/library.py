@@ -149,6 +149,18 @@ def rows(name: str, *dtypes: torch.dtype) -> int:
 
 
 @cache
+def vectors(name: str, *options: Any) -> int:
+    """A loop of ``vectors_kernel`` by name: keep, learn, products or direction."""
+
+    def compile_vectors() -> str:
+        from descend.backends.cpu import vectors_kernel
+
+        return str(getattr(vectors_kernel, f"{name}_kernel")(*options))
+
+    return object_files.load(f"vectors_{name}", f"vectors|{name}|{_sources()}|{options}", compile_vectors)
+
+
+@cache
 def loop(function: FunctionType, arrays: int) -> int:
     """A plain function of ``arrays`` float64 arrays, see ``loops``."""
 
@@ -183,6 +195,7 @@ def _sources() -> str:
         "rows_kernel",
         "stored",
         "sums_kernel",
+        "vectors_kernel",
     )
     names = (
         *(f"backends/cpu/{name}.py" for name in kernels),

@@ -12,7 +12,7 @@ import os
 from array import array
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import cache
 from typing import Any, NamedTuple
 
@@ -31,7 +31,7 @@ class _OpenMP:
         self.forked = False
         self.parallel: Any = None
         self.parallel_locked: Any = None  # the same, the interpreter lock kept
-        self.address = 0
+        self.address = self.number_address = 0
         try:
             self.parallel = ctypes.CDLL(None).GOMP_parallel
             self.parallel_locked = ctypes.PyDLL(None).GOMP_parallel
@@ -41,14 +41,21 @@ class _OpenMP:
             function.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint]
             function.restype = None
         self.address = ctypes.cast(self.parallel, ctypes.c_void_p).value or 0
+        with suppress(AttributeError):
+            self.number_address = ctypes.cast(ctypes.CDLL(None).omp_get_thread_num, ctypes.c_void_p).value or 0
 
     def disable_in_child(self) -> None:
         """Stop using OpenMP, in a forked child."""
-        self.forked, self.address = True, 0
+        self.forked, self.address, self.number_address = True, 0, 0
         self.parallel = self.parallel_locked = None
 
 
 _openmp = _OpenMP()
+
+
+def number_of_thread() -> int:
+    """Address of the C function that tells the threads of ``run`` their numbers; 0 if there is none."""
+    return _openmp.number_address
 
 
 def has_openmp() -> bool:

@@ -70,7 +70,12 @@ class Space:
 
     def samples(self, *vectors: Array) -> Sequence[Any]:
         """About 1,000 entries of each vector, always the same; where ranks share it, to be completed by ``total``."""
-        return [vector[:: 1 + len(vector) // SAMPLE] for vector in vectors]
+        return [vector[:: distance_of_samples(len(vector))] for vector in vectors]
+
+
+def distance_of_samples(numel: int) -> int:
+    """The distance of about 1,000 entries of a vector."""
+    return 1 + numel // SAMPLE
 
 
 def _random(like: Tensor, seed: int = 0) -> Tensor:

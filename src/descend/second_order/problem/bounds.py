@@ -6,6 +6,7 @@ import math
 from typing import Any
 
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.utils import _pytree as pytree
 
 from descend.second_order.problem.shared_space import full_of
@@ -35,3 +36,18 @@ def bounds_of(bounds: Any, structure: Structure, who: str) -> tuple[Tensor, Tens
             f"and {upper[worst]:g} at position {worst} of the flattened x0."
         )
     return lower, upper
+
+
+def differentiable_bounds(bounds: Any, structure: Structure, who: str) -> list[Tensor | None]:
+    """Lower and upper bounds, which have been checked, as flat vectors with their graphs; None for one without."""
+    flat: list[Tensor | None] = []
+    for end, default in zip(bounds or (), (-math.inf, math.inf), strict=False):
+        vector = structure.broadcast(end, default, who, keeps_graph=True)
+        has_graph = vector.requires_grad or has_tangent(vector)
+        flat.append(vector if has_graph else None)
+    return flat
+
+
+def has_tangent(tensor: Tensor) -> bool:
+    """Whether forward-mode differentiation goes through a tensor."""
+    return forward_ad.unpack_dual(tensor).tangent is not None  # type: ignore[no-untyped-call]

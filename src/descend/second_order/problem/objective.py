@@ -12,10 +12,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from descend.backends.cpu.vectors import look_along
 from descend.second_order.mathematics.space import Space
 from descend.second_order.problem.structure import Structure
 
 CG_INSTEAD = "minimize(method='newton-cg') or Newton(solver='cg')"
+LONG = 2**16  # entries of a vector for which it pays to compile a pass
 TINY = 1e-30  # slope below which float32 has lost some of it
 BATCH = 2**22  # numbers in the vectors that are multiplied by a Hessian at once
 DENSE_COPIES = 4  # the Hessian, its symmetric part, a factor, and the workspace of the factorization
@@ -68,6 +70,14 @@ class Objective(ABC):
         self.n_eval = 0
         self.n_hvp = 0
 
+    def spare_vector(self) -> Tensor | None:
+        """Memory for a new point; None if it is to be allocated."""
+        return None
+
+    def recycle(self, point: Point) -> None:
+        """Take back the vectors of a point that nothing refers to any more: new memory costs more than a pass."""
+        return
+
     @abstractmethod
     def value_and_grad(self, x: Tensor) -> tuple[Tensor | float, Tensor, Any]:
         """Value, flat gradient and ``graph`` at ``x``."""
@@ -85,22 +95,35 @@ class Objective(ABC):
                 raise
             # A failed factorization means, as NaN does, that x is outside the function's domain.
             value, grad, graph = math.nan, torch.full_like(x, math.nan), None
-        # x - clamp(x - grad), without rounding x - grad.
-        residual = grad
-        if self.lower is not None and self.upper is not None:
-            residual = torch.clamp(grad, x - self.upper, x - self.lower)
-        low, high = torch.aminmax(residual) if x.numel() else (0.0, 0.0)  # NaN, if there is one
         if direction is None or origin is None:
+            low, high = self._range(x, grad)
             value, low, high = self.space.evaluation(x.device, value, low, high)
             return Point(x, grad, value, max(high, -low), graph=graph)
-        slopes = grad.dot(direction), origin.grad.dot(direction)
+        slope: Any
+        before: Any
+        if self.lower is None and x.is_cpu and x.numel() >= LONG:
+            vectors = grad, direction, origin.grad
+            slope, before, high = look_along(*(vector.contiguous() for vector in vectors))
+            low = -high
+        else:
+            low, high = self._range(x, grad)
+            slope, before = grad.dot(direction), origin.grad.dot(direction)
         parts = () if self.measure is None else self.measure(x - origin.x, grad - origin.grad)
-        value, low, high, slope, before, *measured = self.space.evaluation(x.device, value, low, high, *slopes, *parts)
+        value, low, high, slope, before, *measured = self.space.evaluation(
+            x.device, value, low, high, slope, before, *parts
+        )
         if x.dtype == torch.float32 and not TINY < abs(before) < math.inf:
             direction = direction.double()
             doubles = grad.double().dot(direction), origin.grad.double().dot(direction)
             slope, before = self.space.floats(x.device, *doubles)
         return Point(x, grad, value, max(high, -low), float(slope), float(before), graph, measured)
+
+    def _range(self, x: Tensor, grad: Tensor) -> tuple[Any, Any]:
+        """Least and largest entry of the projected gradient; NaN, if there is one."""
+        # x - clamp(x - grad), without rounding x - grad.
+        if self.lower is not None and self.upper is not None:
+            grad = torch.clamp(grad, x - self.upper, x - self.lower)
+        return torch.aminmax(grad) if x.numel() else (0.0, 0.0)
 
 
 class Curved(Objective):
@@ -126,6 +149,8 @@ class FunctionObjective(Curved):
         hvp: None for autograd, or a function of the structure and a vector in it that returns the Hessian's product.
         needs_curvature: whether ``product`` or ``hessian`` will be called.
         bounds: flat lower and upper bounds.
+    Attributes:
+        keeps_graph: whether points get the gradient with its graph, and the argument in it, as ``graph``.
     """
 
     def __init__(
@@ -164,7 +189,7 @@ class FunctionObjective(Curved):
                     self.structure.like(given_grad, f"{self.who}: the gradient from jac"), self.keeps_graph
                 )
                 grad = grad.clone()  # the caller may reuse its buffer
-                if self.keeps_graph and not grad.requires_grad:
+                if self.keeps_graph and self.hvp is None and not grad.requires_grad:
                     raise RuntimeError(
                         f"{self.who}: autograd cannot see how the gradient from jac depends on x. Give products with "
                         "the Hessian as hvp=, or compute jac with torch operations."

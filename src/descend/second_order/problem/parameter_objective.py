@@ -42,6 +42,14 @@ class ClosureObjective(Objective):
         super().__init__(point.space, point.structure.eps, *(bounds or ()))
         self.function, self.first, self.point = function, first, point
         self.first_loss: Any = None
+        self._spare: list[Tensor] = []
+
+    def spare_vector(self) -> Tensor | None:
+        return self._spare.pop() if self._spare else None
+
+    def recycle(self, point: Point) -> None:
+        self._spare.append(point.x)
+        self.point.spare.append(point.grad)
 
     def value_and_grad(self, x: Tensor) -> tuple[Tensor | float, Tensor, Any]:
         self.point.scatter_(x)

@@ -28,6 +28,7 @@ class FlatParameters:
         groups: an optimizer's ``param_groups``.
         who: the optimizer's name, for errors.
     Attributes:
+        spare: vectors that ``gather_grad`` may write to.
         space: of the vector. If ranks share it, then ``numel``, and the vectors of every method, are this rank's.
     Raises:
         ValueError: if there are no parameters.
@@ -49,6 +50,7 @@ class FlatParameters:
         self.space = Space(self.numel)
         self._scattered: Tensor | None = None
         self._pieces: list[Tensor] = []
+        self.spare: list[Tensor] = []
 
     def gather(self) -> Tensor:
         """The parameters' values, copied."""
@@ -73,7 +75,7 @@ class FlatParameters:
             for param in self.params
             for grad in [param.grad]
         ]
-        return self._flatten(grads)
+        return self._flatten(grads, self.spare.pop() if self.spare else None)
 
     def split(self, flat: Tensor) -> list[Tensor]:
         """A flat vector as one tensor per parameter, of its shape, dtype and device."""
@@ -102,9 +104,11 @@ class FlatParameters:
         """A whole vector, or matrix of rows, from the entries held here: the inverse of ``narrow``."""
         return held
 
-    def _flatten(self, tensors: list[Tensor]) -> Tensor:
+    def _flatten(self, tensors: list[Tensor], out: Tensor | None = None) -> Tensor:
         if not self.is_uniform or any(tensor.dtype != self.dtype for tensor in tensors):
             return self.structure.flatten(tensors).clone()
+        if out is not None:
+            return torch.cat([tensor.detach().reshape(-1) for tensor in tensors], out=out)
         if len(tensors) == 1:
             return tensors[0].detach().clone(memory_format=torch.contiguous_format).view(-1)
         return flatten_dense_tensors(tensors).detach()

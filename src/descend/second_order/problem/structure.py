@@ -124,7 +124,9 @@ class Structure:
             parts.append(torch.where(beyond, inside, rounded).to(self.dtype))
         return torch.cat(parts)
 
-    def broadcast(self, tree: Any, default: float, who: str, dtype: torch.dtype | None = None) -> Tensor:
+    def broadcast(
+        self, tree: Any, default: float, who: str, dtype: torch.dtype | None = None, keeps_graph: bool = False
+    ) -> Tensor:
         """A flat vector from one number or tensor for all leaves, or from a structure of them; None is ``default``.
 
         Raises:
@@ -140,7 +142,7 @@ class Structure:
         for leaf, shape in zip(leaves, self.shapes, strict=True):
             try:
                 part = torch.as_tensor(default if leaf is None else leaf, dtype=dtype or self.dtype, device=self.device)
-                parts.append(part.detach().expand(shape).reshape(-1))
+                parts.append((part if keeps_graph else part.detach()).expand(shape).reshape(-1))
             except (RuntimeError, TypeError, ValueError) as error:
                 raise ValueError(
                     f"{who} must be numbers or tensors that broadcast to the shapes of x0, {self}; got {leaf!r}."

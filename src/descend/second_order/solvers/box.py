@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from descend.second_order.mathematics.directions import Pair, learn_diagonal_, measure
+from descend.second_order.mathematics.diagonal import Pair, learn_diagonal_, measure
 from descend.second_order.mathematics.space import Array, Space
 from descend.second_order.problem.objective import Point
 from descend.second_order.solvers.descent import SearchDirection, first_step, repeat_searches

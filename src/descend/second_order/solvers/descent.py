@@ -9,7 +9,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from descend.second_order.mathematics.directions import Directions, Learner, Pair, modified_secant_factor
+from descend.second_order.mathematics.diagonal import Pair
+from descend.second_order.mathematics.directions import CompactInverse, Directions, Learner, modified_secant_factor
 from descend.second_order.mathematics.line_search import Outcome
 from descend.second_order.problem.objective import Point
 from descend.second_order.solvers.result import Status
@@ -83,14 +84,16 @@ def learn(run: Run, learner: Learner, point: Point, step: Step) -> None:
     rise = new.slope - new.slope_before
     if rise <= MIN_CURVATURE * abs(new.slope_before):
         return
-    sy = step.length * rise
+    sy, factor = step.length * rise, 1.0
+    if run.noise(point) < 0.1 * sy:
+        factor = modified_secant_factor(sy, point.value, new.value, step.length * (new.slope + new.slope_before))
+    if isinstance(learner, CompactInverse) and not new.measured:
+        learner.update_between(point, new, factor, factor * sy)
+        return
     s, y = run.scratch  # allocating would cost more than the subtraction
     torch.sub(new.x, point.x, out=s)
     torch.sub(new.grad, point.grad, out=y)
-    factor = 1.0
-    if run.noise(point) < 0.1 * sy:
-        factor = modified_secant_factor(sy, point.value, new.value, step.length * (new.slope + new.slope_before))
-        y *= factor
+    y *= factor
     if new.measured:
         learner.update(s, y, Pair(*new.measured).scaled(1.0, factor))
     else:

@@ -137,9 +137,8 @@ class NewtonCG:
     def unit(self) -> float:
         if self.inverse.is_steepest:
             return 1.0
-        newest = (self.inverse.count - 1) % self.inverse.history_size
-        s = torch.as_tensor(self.inverse.steps[newest])
-        return math.sqrt(float(self.inverse.curvatures[newest])) / self.space.length(s)
+        s, curvature = self.inverse.newest
+        return math.sqrt(curvature) / self.space.length(s)
 
     def model(self, point: Point, radius: float) -> Model:
         self.products.clear()

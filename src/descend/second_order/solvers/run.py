@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import cached_property
 from typing import NamedTuple
 
 import torch
@@ -69,12 +70,16 @@ class Run:
 
     def start(self, x: Tensor, scale: float | None = None) -> Point:
         """Evaluate the first point. ``scale``: largest entry of the gradient at the first start, if not here."""
-        point = self.best = self.milestone = self.objective.evaluate(x)
-        self.scratch = torch.empty_like(x), torch.empty_like(x)
+        point = self.best = self.milestone = self.current = self.objective.evaluate(x)
         self.target = self.tol * max(1.0, point.norm if scale is None else scale)
         self.patience = PATIENCE
         self._record(point, 0.0)
         return point
+
+    @cached_property
+    def scratch(self) -> tuple[Tensor, Tensor]:
+        """Two vectors for whoever needs them."""
+        return torch.empty_like(self.best.x), torch.empty_like(self.best.x)
 
     @property
     def n_eval(self) -> int:
@@ -118,7 +123,7 @@ class Run:
         def phi(length: float) -> tuple[float, float]:
             if length not in trials:
                 trials[length] = self.evaluate(self.along(origin, direction, length), direction, origin)
-                _keep_lowest(trials, besides=length)
+                self._keep_lowest(trials, besides=length)
             trial = trials[length]
             if not trial.is_finite:
                 return math.nan, math.nan
@@ -137,6 +142,9 @@ class Run:
         is_sufficient = search.outcome is Outcome.found or (
             _value_of(end) < origin.value + C1 * length * slope and not self._seems_unbounded(search)
         )
+        for trial in trials.values():
+            if trial is not end:
+                self._drop(trial)
         if is_sufficient or _value_of(end) < origin.value:
             return Step(end, length, search.outcome, is_sufficient, -slope * step)
         return Step(None, 0.0, search.outcome, is_sufficient=False, predicted_decrease=-slope * step)
@@ -149,7 +157,7 @@ class Run:
 
     def along(self, origin: Point, direction: Tensor, step: float) -> Tensor:
         """The point at a step along a direction, clamped to the bounds against rounding."""
-        x = torch.add(origin.x, direction, alpha=step)
+        x = torch.add(origin.x, direction, alpha=step, out=self.objective.spare_vector())
         return x if self.objective.lower is None else torch.clamp(x, self.objective.lower, self.objective.upper)
 
     def advance(self, point: Point, step: float, *, negative_curvature: bool = False) -> None:
@@ -157,8 +165,21 @@ class Run:
         self.n_iter += 1
         self.n_negative_curvature += negative_curvature
         self._record(point, step)
+        last, self.current = self.current, point
+        self._drop(last)
         if self.callback is not None:  # one rank stops all
             self.is_stopped = bool(self.objective.space.largest(self.callback(self, point)))
+
+    def _drop(self, point: Point) -> None:
+        """Give back the vectors of a point, unless it is still needed."""
+        if not any(point is other for other in (self.best, self.milestone, self.current)):
+            self.objective.recycle(point)
+
+    def _keep_lowest(self, trials: dict[float, Point], besides: float) -> None:
+        """Drop the trials at which a search cannot end: all but the newest and the lowest."""
+        lowest = min(trials, key=lambda length: _value_of(trials[length]))
+        for length in [length for length in trials if length not in (lowest, besides)]:
+            self._drop(trials.pop(length))
 
     def stop_status(self, point: Point) -> Status | None:
         """Why to stop at ``point``; None to go on."""
@@ -180,6 +201,7 @@ class Run:
         last = self.milestone
         if point.value < last.value - self.noise(last) / NOISE or point.norm < 0.5 * last.norm:
             self.milestone, self.patience = point, PATIENCE
+            self._drop(last)
         else:
             self.patience -= 1
         return self.patience <= 0
@@ -187,13 +209,6 @@ class Run:
     def _record(self, point: Point, step: float) -> None:
         counts = self.objective.n_eval, self.objective.n_hvp
         self.history.append(Iteration(point.value, point.norm, step, *counts))
-
-
-def _keep_lowest(trials: dict[float, Point], besides: float) -> None:
-    """Drop the trials at which a search cannot end: all but the newest and the lowest."""
-    lowest = min(trials, key=lambda length: _value_of(trials[length]))
-    for length in [length for length in trials if length not in (lowest, besides)]:
-        del trials[length]
 
 
 def _value_of(point: Point | None) -> float:
