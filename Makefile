@@ -27,7 +27,7 @@ test-kernels: $(READY)  ## compile every rule for GPUs, in many mixes of dtypes,
 test-gpu: $(READY)  ## the tests that need a GPU; skipped where torch sees none
 	$(BIN)/python -m pytest -m gpu
 
-test-stack: $(READY)  ## with Lightning, Accelerate and transformers
+test-stack: $(READY)  ## with Lightning, Accelerate, transformers and BoTorch
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[stack]'
 	$(BIN)/python -m pytest --numprocesses auto --dist worksteal --ignore tests/stack/contract tests/stack
 

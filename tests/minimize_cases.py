@@ -13,7 +13,7 @@ from torch.utils import _pytree as pytree
 
 from descend import Result, Status
 
-METHODS = ("gd", "bfgs", "l-bfgs", "newton-cg", "newton")
+METHODS = ("gd", "bfgs", "ss-bfgs", "ss-broyden", "l-bfgs", "newton-cg", "newton")
 # Bounds select another solver; these are too far away to matter.
 SOLVERS = {**{method: dict(method=method) for method in METHODS}, "l-bfgs-b": dict(bounds=(-1e300, math.inf))}
 QUICK = [name for name in SOLVERS if name != "gd"]  # solvers that need few evaluations for every function here

@@ -42,7 +42,8 @@ ARROWS = {
         "step",
     },
     "second_order": {"backends", "checkpoint", "core", "distributed"},
-    "public": {"backends", "checkpoint", "core", "diagnostics", "first_order", "norms", "second_order"},
+    "fit": {"core", "second_order"},
+    "public": {"backends", "checkpoint", "core", "diagnostics", "first_order", "fit", "norms", "second_order"},
     "__init__": {"public"},
     "reporting": set(),
     "compare": {"__init__", "reporting"},
@@ -154,8 +155,9 @@ def test_public_names_are_frozen() -> None:
     names = (
         "SGD ASGD Lion Rprop Adagrad RMSprop Adadelta Adam AdamW Adamax NAdam RAdam AdamWScheduleFree ADOPT AdEMAMix "
         "Adan MARS LAMB Prodigy Muon NorMuon RowwiseAdagrad SparseAdam Adafactor SOAP LBFGS Newton FirstOrder Monitor "
-        "IncompatibleKeys RuleError Progress Result Status clip_grad_norm_ clip_grad_value_ clip_grads_with_norm_ "
-        "combined from_rule get_total_norm in_backward layer_decay minimize no_decay warmup"
+        "BatchedResult IncompatibleKeys RuleError Progress Result Status clip_grad_norm_ clip_grad_value_ "
+        "clip_grads_with_norm_ combined from_rule get_total_norm in_backward layer_decay minimize no_decay "
+        "scipy_minimize warmup"
     )
     assert sorted(descend.__all__) == sorted([*names.split(), *TORCHS])
     assert dir(descend) == sorted(descend.__all__)
@@ -167,7 +169,7 @@ def test_names_that_are_torchs_are_torchs_own() -> None:
     assert all(getattr(descend, name) is getattr(torch.optim, name) for name in TORCHS)
 
 
-DATA = ("IncompatibleKeys", "Progress", "Result", "RuleError", "Status")
+DATA = ("BatchedResult", "IncompatibleKeys", "Progress", "Result", "RuleError", "Status")
 
 
 @pytest.mark.parametrize("name", [name for name in descend.__all__ if name not in (*DATA, *TORCHS)])

@@ -6,10 +6,10 @@ from functools import cache
 
 import torch
 
-from problems import bounds, collection, domains, grids, models, more
+from problems import bounds, collection, domains, grids, models, more, validation
 from problems.problem import Problem, boxed, rounded, scaled
 
-__all__ = ["Problem", "bounded", "boxed", "rounded", "scaled", "unconstrained"]
+__all__ = ["Problem", "bounded", "bounded_seen", "bounded_unseen", "boxed", "rounded", "scaled", "unconstrained"]
 
 # Copies in other units: name of the problem, factor of the variables, factor of the values. A pair of
 # factors of the variables is spread between the first and the last one, evenly in the logarithm.
@@ -69,3 +69,13 @@ def unconstrained() -> list[Problem]:
 def bounded() -> list[Problem]:
     """Every problem with bounds."""
     return bounds.problems(list(in_own_units()))
+
+
+def bounded_seen() -> list[Problem]:
+    """Problems of ``validation`` on which the solver was tuned."""
+    return validation.halves()[0]
+
+
+def bounded_unseen() -> list[Problem]:
+    """Problems of ``validation`` on which it was not: they are run to report a figure, never to choose."""
+    return validation.halves()[1]

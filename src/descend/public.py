@@ -26,11 +26,13 @@ from descend.first_order.signs import Lion, Rprop
 from descend.first_order.soap import SOAP
 from descend.first_order.sparse_adam import SparseAdam
 from descend.first_order.squares import Adadelta, Adagrad, RMSprop
+from descend.fit.scipy_minimize import scipy_minimize
 from descend.norms.clip import clip_grad_norm_, clip_grad_value_, clip_grads_with_norm_, get_total_norm
 from descend.second_order.lbfgs import LBFGS
 from descend.second_order.least_squares import least_squares
 from descend.second_order.minimize import minimize
 from descend.second_order.newton import Newton
+from descend.second_order.solvers.batched_result import BatchedResult
 from descend.second_order.solvers.least_squares_result import LeastSquaresResult
 from descend.second_order.solvers.result import Progress, Result, Status
 
@@ -51,6 +53,7 @@ __all__ = [
     "AdamWScheduleFree",
     "Adamax",
     "Adan",
+    "BatchedResult",
     "FirstOrder",
     "IncompatibleKeys",
     "LeastSquaresResult",
@@ -83,6 +86,7 @@ __all__ = [
     "lr_scheduler",
     "minimize",
     "no_decay",
+    "scipy_minimize",
     "swa_utils",
     "warmup",
 ]

@@ -193,7 +193,7 @@ def test_wrong_gradient_is_a_failed_search(name: str) -> None:
 
 def test_each_status_is_the_word_itself() -> None:
     words = {"converged", "max_iter", "max_eval", "line_search_failed", "non_finite", "stopped_by_callback"}
-    assert {status.value for status in Status} == words | {"precision_limit"}
+    assert {status.value for status in Status} == words | {"precision_limit", "unbounded"}
     assert all(status == status.value == str(status) == f"{status}" == status.name for status in Status)
 
 

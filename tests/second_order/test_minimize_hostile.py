@@ -251,6 +251,6 @@ def test_errors_of_the_function_come_through(options: dict[str, Any]) -> None:
 
 def test_sizes_that_do_not_fit_into_memory_are_told_before() -> None:
     n = 10_000_000
-    for method, instead in (("bfgs", "l-bfgs"), ("newton", "newton-cg")):
+    for method, instead in (("bfgs", "l-bfgs"), ("ss-broyden", "l-bfgs"), ("newton", "newton-cg")):
         with pytest.raises(MemoryError, match=rf"10,000,000 variables needs .* GiB .*{instead}"):
             minimize(lambda x: (x * x).sum(), torch.ones(n), method)

@@ -90,10 +90,10 @@ class Minimize:
     """``descend.minimize``."""
 
     name = "descend.minimize"
-    methods: Collection[str] = ("gd", "bfgs", "l-bfgs", "newton-cg", "newton")
+    methods: Collection[str] = ("gd", "bfgs", "ss-bfgs", "ss-broyden", "l-bfgs", "newton-cg", "newton")
 
     def check(self, method: str, options: Mapping[str, Any], problem: Problem) -> None:
-        descend.minimize(torch.square, torch.zeros(()), method, **options)  # type: ignore[arg-type]
+        descend.minimize(torch.square, torch.zeros(()), method, **options)  # type: ignore[call-overload]
 
     def solve(
         self, method: str, options: Mapping[str, Any], model: nn.Module, loss: Loss, batch: Batch, report: Report
@@ -101,10 +101,10 @@ class Minimize:
         def callback(progress: descend.Progress) -> None:
             report(Iterate(progress.fun, progress.n_eval + progress.n_hvp))
 
-        result = descend.minimize(
+        result = descend.minimize(  # type: ignore[call-overload]
             lambda _: loss(model, batch),
             model,
-            method,  # type: ignore[arg-type]
+            method,
             callback=callback,
             **options,
         )

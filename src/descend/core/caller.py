@@ -6,9 +6,9 @@ import sys
 import warnings
 
 
-def warn_caller(text: str) -> None:
+def warn_caller(text: str, category: type[Warning] = UserWarning) -> None:
     """Warn with the location of the first caller outside of this package and torch."""
     level = 1
     while sys._getframe(level).f_globals.get("__name__", "").split(".")[0] in ("descend", "torch"):
         level += 1
-    warnings.warn(text, stacklevel=level + 1)
+    warnings.warn(text, category, stacklevel=level + 1)

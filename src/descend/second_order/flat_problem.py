@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from descend.distributed.dtensors import is_dtensor
 from descend.second_order.problem.bounds import bounds_of
+from descend.second_order.problem.domain import DomainErrors
 from descend.second_order.problem.objective import FunctionObjective, Point
 from descend.second_order.problem.parameter_objective import ParameterObjective
 from descend.second_order.problem.parameters import FlatParameters
@@ -27,6 +28,7 @@ class FlatProblem(Generic[X]):
         who: the caller's name, for errors.
         fun, x0, bounds, jac, hvp: as ``minimize`` takes them.
         needs_curvature: whether second derivatives will be asked for.
+        domain_errors: exceptions that mean that a point is outside the domain of ``fun``.
     """
 
     def __init__(
@@ -38,6 +40,7 @@ class FlatProblem(Generic[X]):
         jac: Callable[[X], Any] | bool | None,
         hvp: Callable[[X, X], Any] | None,
         needs_curvature: bool,
+        domain_errors: DomainErrors = (),
     ) -> None:
         self.tree: Any = list(x0) if hasattr(x0, "__next__") else x0  # module.parameters() can be read only once
         self.who, self.fun, self.jac, self.hvp = who, fun, jac, hvp
@@ -67,6 +70,7 @@ class FlatProblem(Generic[X]):
         else:
             self.start = structure.flatten(structure.leaves).clone()
             self.objective = self.objective_of_values(flat_bounds, needs_curvature)
+        self.objective.domain_errors = domain_errors
         if flat_bounds is not None:
             self.start.clamp_(*flat_bounds)
 

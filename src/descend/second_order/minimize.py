@@ -5,16 +5,20 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable
-from typing import Any, Literal, TypeAlias, get_args
+from typing import Any, Literal, TypeAlias, get_args, overload
 
 import torch
 from torch import Tensor
 
+from descend.second_order.batched import minimize_batched
 from descend.second_order.flat_problem import FlatProblem
+from descend.second_order.mathematics.broyden_family import bfgs, self_scaled_bfgs, self_scaled_broyden
 from descend.second_order.mathematics.directions import DenseInverse, Steepest
 from descend.second_order.problem.arguments import with_args
 from descend.second_order.problem.bounds import differentiable_bounds
+from descend.second_order.problem.domain import domain_errors_of
 from descend.second_order.problem.objective import CG_INSTEAD, Curved, FunctionObjective, check_dense_fits
+from descend.second_order.solvers.batched_result import BatchedResult, best_of
 from descend.second_order.solvers.box import CompactHessian, bounded_descent
 from descend.second_order.solvers.compiled_history import compact_inverse
 from descend.second_order.solvers.descent import line_search_descent
@@ -23,11 +27,54 @@ from descend.second_order.solvers.newton_descent import PAIRS, DenseNewton, Newt
 from descend.second_order.solvers.result import MESSAGES, Progress, Result, Status, X, result_of
 from descend.second_order.solvers.run import Run
 
-MinimizeMethod: TypeAlias = Literal["gd", "bfgs", "l-bfgs", "newton-cg", "newton"]
+MinimizeMethod: TypeAlias = Literal["gd", "bfgs", "ss-bfgs", "ss-broyden", "l-bfgs", "newton-cg", "newton"]
 METHODS = get_args(MinimizeMethod)
+DENSE = {"bfgs": bfgs, "ss-bfgs": self_scaled_bfgs, "ss-broyden": self_scaled_broyden}
 HISTORY_SIZE = 10
 MAX_ITER = 15_000
 WHO = "minimize"
+
+
+@overload
+def minimize(
+    fun: Callable[..., Any],
+    x0: X,
+    method: MinimizeMethod = ...,
+    bounds: Any = ...,
+    tol: float | None = ...,
+    max_iter: int | None = ...,
+    max_eval: int | None = ...,
+    callback: Callable[[Progress], Any] | None = ...,
+    *,
+    jac: Callable[..., Any] | bool | None = ...,
+    hvp: Callable[..., Any] | None = ...,
+    history_size: int | None = ...,
+    args: tuple[Any, ...] = ...,
+    differentiable: bool = ...,
+    domain_errors: type[Exception] | tuple[type[Exception], ...] = ...,
+    batched: Literal[True],
+) -> BatchedResult[X]: ...
+
+
+@overload
+def minimize(
+    fun: Callable[..., Any],
+    x0: X,
+    method: MinimizeMethod = ...,
+    bounds: Any = ...,
+    tol: float | None = ...,
+    max_iter: int | None = ...,
+    max_eval: int | None = ...,
+    callback: Callable[[Progress], Any] | None = ...,
+    *,
+    jac: Callable[..., Any] | bool | None = ...,
+    hvp: Callable[..., Any] | None = ...,
+    history_size: int | None = ...,
+    args: tuple[Any, ...] = ...,
+    differentiable: bool = ...,
+    domain_errors: type[Exception] | tuple[type[Exception], ...] = ...,
+    batched: Literal[False, "best"] = ...,
+) -> Result[X]: ...
 
 
 def minimize(
@@ -45,18 +92,21 @@ def minimize(
     history_size: int | None = None,
     args: tuple[Any, ...] = (),
     differentiable: bool = False,
-) -> Result[X]:
+    domain_errors: type[Exception] | tuple[type[Exception], ...] = (),
+    batched: bool | Literal["best"] = False,
+) -> Result[X] | BatchedResult[X]:
     """Find a local minimum of a smooth function, and say why the solver stopped.
 
     - ``"l-bfgs"``: BFGS from the last ``history_size`` steps, O(n) memory; with ``bounds``, L-BFGS-B.
     - ``"newton-cg"``: truncated conjugate gradients in a trust region, O(n) memory.
     - ``"newton"``: the dense Hessian in a trust region, O(n^2) memory.
     - ``"bfgs"``: BFGS, O(n^2) memory.
+    - ``"ss-broyden"``, ``"ss-bfgs"``: the same with self-scaled updates, for physics-informed networks.
     - ``"gd"``: gradient descent with a line search.
 
     Args:
         fun: maps a structure like ``x0`` to a scalar tensor. Where it is not defined, it may return NaN or Inf, or
-            raise ``torch.linalg.LinAlgError``, but not at ``x0``.
+            raise ``torch.linalg.LinAlgError`` or one of ``domain_errors``, but not at ``x0``.
         x0: the start: a floating point or complex tensor, or dicts, lists and tuples of such in any nesting, dtypes and
             devices mixed. It is not changed. An ``nn.Module``, or a structure of ``nn.Parameter`` only, is optimized
             in place instead: ``fun`` gets the module or the parameters themselves, set to each trial, and they hold
@@ -89,12 +139,27 @@ def minimize(
             ``converged``, if the Hessian is singular or not positive definite, if a variable at a bound has a
             multiplier of zero, and if a derivative is differentiated again. With ``jac``, it must be computed from
             ``x`` and ``args`` with torch operations. Not for parameters and DTensors. Default: False.
+        domain_errors: an exception class, or a tuple of such: exceptions that ``fun`` and ``jac`` raise outside their
+            domain, as ``math.log`` raises ``ValueError``. The point counts as evaluated, and a shorter step is tried.
+            At ``x0`` and in second derivatives they propagate, and ``StopIteration`` and ``MemoryError`` always do.
+            Default: none.
+        batched: True to solve B problems at once, each as by itself. Every tensor in ``x0`` has a first dimension of
+            B, ``fun`` returns B values, of each problem from its own rows alone, and the same again when asked again.
+            Problems that have finished leave: ``fun`` then gets fewer rows, of ``x`` and of every tensor in ``args``
+            whose first dimension is B, which is where data of single problems belong. One more call without gradient
+            at the start, of half of the problems, checks all that. ``bounds`` broadcast to ``x0``, and ``tol`` and
+            the limits hold for each problem. ``callback`` gets a ``Progress`` with a first dimension of B, after each
+            call of ``fun`` that ends an iteration, and may return a bool tensor of the problems to stop. Where ``fun``
+            raises at a start, the problem ends as ``non_finite``. For ``"l-bfgs"``, ``"bfgs"`` and ``"newton"``, plain
+            tensors, and without ``hvp``. ``"best"``: the same from B starts, to return the best. Default: False.
     Returns:
         A ``Result``: the best point seen, and why the solver stopped. ``x`` is never NaN unless ``x0`` is; ``fun`` is
-        NaN only if it is at ``x0``.
+        NaN only if it is at ``x0``. With ``batched=True`` a ``BatchedResult``. With ``"best"`` the ``Result`` of the
+        lowest value, and as its ``starts`` the ``BatchedResult`` of all; starts that failed (``line_search_failed``,
+        ``non_finite``, ``unbounded``) count only if all did.
     Raises:
-        ValueError, TypeError: if an argument is not as above, or ``fun`` returns no real scalar; for ``"bfgs"`` and
-            ``"newton"`` if tensors are sharded.
+        ValueError, TypeError: if an argument is not as above, or ``fun`` returns no real scalar; for methods with
+            O(n^2) memory if tensors are sharded.
         RuntimeError: if the value does not depend on ``x0`` as far as autograd can see.
         MemoryError: if a dense matrix would not fit.
         Exception: whatever ``fun`` raises; parameters are then set to the best point seen.
@@ -108,6 +173,10 @@ def minimize(
         ...     scale=torch.tensor(3.0), shift=torch.tensor(1.0)), bounds=(dict(scale=1, shift=None), None))
         >>> fit.x["scale"]
         tensor(1.)
+        >>> starts = torch.linspace(-4, 4, 9, dtype=torch.float64)
+        >>> best = minimize(lambda x: torch.cos(3 * x) + 0.1 * x**2, starts, batched="best")
+        >>> f"{best.x:.3f}", len(best.starts), bool(best.starts.success.all())
+        ('-1.024', 9, True)
 
     Source:
         Nocedal & Wright 2006, https://doi.org/10.1007/978-0-387-40065-5; each method's module names its own.
@@ -115,12 +184,35 @@ def minimize(
     began = time.perf_counter()
     _check_options(method, bounds, history_size, tol, max_iter, max_eval, differentiable)
     _check_functions(method, fun=fun, jac=jac, hvp=hvp, callback=callback)
+    walls = domain_errors_of(domain_errors, WHO)
+    if batched != "best" and not isinstance(batched, bool):
+        raise ValueError(f"{WHO}: batched must be False, True or 'best', got {batched!r}.")
+    if batched and differentiable:
+        raise ValueError(f"{WHO}: batched solutions are not differentiable. Leave batched or differentiable out.")
+    if batched:
+        many = minimize_batched(
+            WHO,
+            fun,
+            x0,
+            args,
+            method=method,
+            bounds=bounds,
+            tol=default_tolerance if tol is None else lambda eps: tol,
+            max_iter=MAX_ITER if max_iter is None else max_iter,
+            max_eval=math.inf if max_eval is None else max_eval,
+            callback=callback,
+            jac=jac,
+            hvp=hvp,
+            history_size=history_size or HISTORY_SIZE,
+            domain_errors=walls,
+        )
+        return best_of(many, WHO) if batched == "best" else many
     fun, jac, hvp = with_args(WHO, args, fun, jac, hvp)
     records_graph = torch.is_grad_enabled()
     with torch.inference_mode(False), torch.no_grad():
         # Whether autograd sees how the gradient from jac depends on x is known from its graph, at the first evaluation.
         needs_curvature = method in ("newton", "newton-cg") or (differentiable and jac is not None)
-        problem = FlatProblem(WHO, fun, x0, bounds, jac, hvp, needs_curvature)
+        problem = FlatProblem(WHO, fun, x0, bounds, jac, hvp, needs_curvature, walls)
         if differentiable:
             problem.check_values(WHO)
         run = Run(
@@ -178,7 +270,7 @@ def _check_functions(method: str, **functions: Any) -> None:
 
 def _solve(method: str, run: Run, objective: Curved, x: Tensor, history_size: int) -> Status:
     space = objective.space
-    if method in ("newton", "bfgs"):
+    if method == "newton" or method in DENSE:
         instead = CG_INSTEAD if method == "newton" else "method='l-bfgs'"
         check_dense_fits(f"{WHO}: method={method!r}", x, instead, space)
     point, options = run.start(x), (x.dtype, x.device, space)
@@ -191,8 +283,8 @@ def _solve(method: str, run: Run, objective: Curved, x: Tensor, history_size: in
         return bounded_descent(run, point, CompactHessian(x.numel(), history_size, *options))
     if method == "gd":
         return line_search_descent(run, point, Steepest(space))
-    if method == "bfgs":
-        return line_search_descent(run, point, DenseInverse(x.numel(), x.dtype, x.device))
+    if method in DENSE:
+        return line_search_descent(run, point, DenseInverse(x.numel(), x.dtype, x.device, DENSE[method]))
     return line_search_descent(run, point, compact_inverse(x.numel(), history_size, *options))
 
 

@@ -74,6 +74,21 @@ def test_indefinite_and_singular_matrices_are_refused(eigenvalues: list[float], 
         solve(matrix(eigenvalues), torch.ones(len(eigenvalues), dtype=torch.float64), way)
 
 
+@each_dtype
+@pytest.mark.parametrize("numel", [3, 30])
+def test_singular_matrices_of_products_are_refused(numel: int, dtype: torch.dtype) -> None:
+    """Where one column is a combination of others, whatever its place."""
+    for seed in range(20):
+        generator = torch.Generator().manual_seed(seed)
+        columns = torch.randn(3 * numel, numel, generator=generator, dtype=dtype)
+        place = seed % numel
+        columns[:, place] = 0
+        columns[:, place] = columns @ torch.randn(numel, generator=generator, dtype=dtype)
+        assert not cholesky(columns.T @ columns, torch.finfo(dtype).eps)[1]
+        columns[:, place] += torch.randn(3 * numel, generator=generator, dtype=dtype)
+        assert cholesky(columns.T @ columns, torch.finfo(dtype).eps)[1]
+
+
 @each_way
 @pytest.mark.parametrize("number", [math.nan, math.inf])
 def test_matrices_that_are_not_finite_are_refused(way: str, number: float) -> None:

@@ -16,7 +16,7 @@ SUMMARIES = {
     "text": "Python's standard library and a character-level transformer",
     "embeddings": "lines of Python's standard library and a classifier over a million embeddings of hashed words",
     "regression": "handwritten digits and logistic regression, in float64 with all data in each step",
-    "pinn": "a viscous Burgers equation and a physics-informed network",
+    "pinn": "Burgers' equation with a shock and a physics-informed network",
     "rnn": "sums of two numbers in a sequence and a recurrent network with exploding gradients",
 }
 

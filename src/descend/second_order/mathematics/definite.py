@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -30,8 +31,8 @@ def cholesky(hessians: Tensor, eps: float) -> tuple[Tensor, Tensor]:
         hessians: H, shape (..., N, N), N >= 0.
         eps: rounding error of H, relative to the square root of the product of two diagonal entries.
     Returns:
-        The factors, and a bool tensor of shape (...): False where elimination leaves no more than rounding of a
-        diagonal entry. The factor is the identity there.
+        The factors, and a bool tensor of shape (...): False where the least eigenvalue is negative or within rounding
+        of zero, after scaling to a diagonal of ones. The factor is the identity there.
     Example:
         >>> factors, is_definite = cholesky(torch.tensor([[[4.0, 2.0], [2.0, 5.0]], [[1.0, 2.0], [2.0, 1.0]]]), 1e-7)
         >>> factors[0], is_definite
@@ -42,12 +43,13 @@ def cholesky(hessians: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     diagonal = hessians.diagonal(dim1=-2, dim2=-1)
     is_definite = (diagonal > 0).all(-1) & hessians.isfinite().flatten(-2).all(-1)
     identity = torch.eye(numel, dtype=hessians.dtype, device=hessians.device)
-    # Scaled to a diagonal of ones, so that the test does not depend on the units of the variables.
+    # Scaled, so that the test does not depend on the units of the variables. Pivots would not show all singular H.
     roots = torch.where(is_definite[..., None], diagonal, 1.0).sqrt()
-    scaled = hessians / roots[..., None] / roots[..., None, :]
+    scaled = torch.where(is_definite[..., None, None], hessians / roots[..., None] / roots[..., None, :], identity)
+    least = ROUNDING * math.sqrt(numel) * eps
+    is_definite = is_definite & (torch.linalg.eigvalsh(scaled) > least).all(-1)
     factors, info = torch.linalg.cholesky_ex(torch.where(is_definite[..., None, None], scaled, identity))
-    pivots = factors.diagonal(dim1=-2, dim2=-1).square()
-    is_definite = is_definite & (info == 0) & (pivots > ROUNDING * numel * eps).all(-1)
+    is_definite = is_definite & (info == 0)
     return torch.where(is_definite[..., None, None], factors * roots[..., None], identity), is_definite
 
 

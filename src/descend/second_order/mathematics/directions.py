@@ -7,6 +7,7 @@ operation costs a third of what it costs for tensors. The formulas are the same.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar, Protocol
 
@@ -14,12 +15,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from descend.second_order.mathematics.broyden_family import Choice, Member, Ratios, bfgs
 from descend.second_order.mathematics.diagonal import Pair
 from descend.second_order.mathematics.history import History, LongHistory, Place, ShortHistory
 from descend.second_order.mathematics.space import Array, Space
 
 SHORT = 2**13  # elements in a history for which NumPy is faster, and starts no threads of its own
 LARGE = 2**17  # elements in a history that no longer fits in a cache
+BEGINNING = 20  # pairs before a matrix is dense
 LEAST_FACTOR = 1e-8  # by which a modified secant equation may scale y
 
 
@@ -73,36 +76,6 @@ class Steepest:
 
     def reset(self) -> None:
         self.length = None
-
-
-class DenseInverse:
-    """The BFGS inverse Hessian as a dense matrix, O(numel**2) memory and time.
-
-    Source: Nocedal & Wright 2006, Algorithm 6.1; the first matrix is scaled as in equation (6.20).
-    """
-
-    def __init__(self, numel: int, dtype: torch.dtype, device: torch.device) -> None:
-        self.is_steepest = True
-        self.inverse = torch.empty(numel, numel, dtype=dtype, device=device)
-
-    def measure(self, s: Tensor, y: Tensor) -> Sequence[Array]:
-        return ()
-
-    def update(self, s: Tensor, y: Tensor, pair: Pair | None = None) -> None:
-        sy = s.dot(y)
-        if self.is_steepest:
-            self.inverse.zero_().diagonal().copy_((sy / y.dot(y)).expand_as(s))
-            self.is_steepest = False
-        hy = self.inverse.mv(y)
-        # (I - s y'/sy) H (I - y s'/sy) + s s'/sy, multiplied out: a symmetric update of rank two.
-        half = (1 + y.dot(hy) / sy) / 2 * s - hy
-        self.inverse.addr_(s, half / sy).addr_(half, s / sy)
-
-    def direction(self, grad: Tensor, largest: float | None = None) -> Tensor:
-        return -grad if self.is_steepest else self.inverse.mv(grad).neg_()
-
-    def reset(self) -> None:
-        self.is_steepest = True
 
 
 class CompactInverse:
@@ -176,6 +149,13 @@ class CompactInverse:
         slot = (self.count - 1) % self.history_size
         return self.history.arrays()["steps"][slot], float(self.curvatures[slot])
 
+    def pairs(self) -> tuple[Tensor, Tensor]:
+        """The steps and changes of the gradient that are stored, scaled, the oldest one first."""
+        filled = min(self.count, self.history_size)
+        order = [(self.count - filled + i) % self.history_size for i in range(filled)]
+        arrays = self.history.arrays()
+        return arrays["steps"][order], arrays["changes"][order]
+
     def state(self) -> dict[str, Any]:
         """What ``load`` needs to continue from here; tensors share memory."""
         small = {name: torch.as_tensor(getattr(self, name)) for name in self._SMALL}
@@ -194,6 +174,23 @@ class CompactInverse:
         for name in self._SMALL:
             like = torch.as_tensor(getattr(self, name))
             setattr(self, name, self._small(state[name].to(like)))
+
+    @np.errstate(all="ignore")
+    def write_to(self, matrix: Tensor) -> None:
+        """Write H into a matrix; O(history_size * numel**2) time."""
+        if self.is_new:
+            self._take_in(None)
+        filled = min(self.count, self.history_size)
+        arrays = self.history.arrays()
+        steps, changes, diagonal = arrays["steps"][:filled], arrays["changes"][:filled], arrays["diagonal"]
+        inverse, gram, curvatures = (torch.as_tensor(getattr(self, name)) for name in self._SMALL)
+        # With Z = R^-1 S and W = Y D: H = D + Z' ((Y D Y' + E) Z - W) - W' Z.
+        z = inverse[:filled, :filled] @ steps.double()
+        w = changes.double() * diagonal
+        middle = gram[:filled, :filled] + curvatures[:filled].diag()
+        left, right = torch.cat([z, w]).to(matrix), torch.cat([middle @ z - w, -z]).to(matrix)
+        matrix.zero_().diagonal().copy_(diagonal)
+        add_symmetric_(matrix, 1.0, left, right)
 
     def reset(self) -> None:
         self.count = 0
@@ -270,6 +267,108 @@ class CompactInverse:
         inverse[:, slot] = inverse @ column / -curvature
         inverse[slot, slot] = 1 / curvature
         return along_steps, along_changes
+
+
+class DenseInverse:
+    """The inverse Hessian as a dense matrix, by updates of Broyden's family; O(numel**2) memory and time.
+
+    The first ``history_size`` pairs are those of a ``CompactInverse``, whose diagonal learns the scale of each variable
+    meanwhile; then its matrix is written out, and updated from there on. In that part a pair whose products are no
+    positive numbers is not learned.
+
+    Args:
+        numel: length of the vectors.
+        dtype, device: theirs, and the matrix's.
+        choose: the member of the family. Default: BFGS.
+        history_size: number of pairs before the matrix is dense, >= 1. Default: 20.
+    Source: the module ``broyden_family``.
+    """
+
+    def __init__(
+        self, numel: int, dtype: torch.dtype, device: torch.device, choose: Choice = bfgs, history_size: int = BEGINNING
+    ) -> None:
+        self.choose = choose
+        self.beginning = CompactInverse(numel, history_size, dtype, device)
+        self.inverse = torch.empty(numel, numel, dtype=dtype, device=device)
+        self.line: tuple[Tensor, Tensor] | None = None  # the newest gradient, and the direction there
+
+    @property
+    def is_steepest(self) -> bool:
+        return self.beginning.is_steepest
+
+    @property
+    def is_dense(self) -> bool:
+        return self.beginning.count == self.beginning.history_size
+
+    def matrix(self) -> Tensor:
+        """The inverse Hessian as a matrix, not to be changed; that of the beginning is written out for it."""
+        if not self.is_dense:
+            self.beginning.write_to(self.inverse)
+        return self.inverse
+
+    def measure(self, s: Tensor, y: Tensor) -> Sequence[Array]:
+        return ()
+
+    def update(self, s: Tensor, y: Tensor, pair: Pair | None = None) -> None:
+        """Learn that the gradient changed by y along s, a step in the newest direction.
+
+        Where no direction was asked for since the last update, s'B s is unknown, and the update is that of BFGS.
+        """
+        if self.is_dense:
+            self._update(s, y)
+        else:
+            self.beginning.update(s, y)
+            if self.is_dense:
+                self.beginning.write_to(self.inverse)
+
+    def _update(self, s: Tensor, y: Tensor) -> None:
+        hy = self.inverse.mv(y)
+        sy, yhy, sbs = self._products(s, y, hy)
+        if not (0 < sy < math.inf and 0 < yhy < math.inf):
+            return
+        b, h = sbs / sy, yhy / sy
+        theta, sigma, tau = self.choose(Ratios(b, h, len(s))) if 0 < b * h < math.inf else Member()
+        phi = (1 - theta) / sigma
+        # The update as [s, H y] M [s, H y]' with a symmetric matrix M of 2 x 2.
+        ss, sh, hh = (phi * h / tau + 1) / sy, -phi / tau / sy, (phi - 1) / tau / yhy
+        add_symmetric_(self.inverse, 1 / tau, torch.stack([s, hy]), torch.stack([ss * s + sh * hy, sh * s + hh * hy]))
+
+    def _products(self, s: Tensor, y: Tensor, hy: Tensor) -> list[float]:
+        """s'y, y'H y and s'B s in one transfer from the device; NaN for the last one if it is unknown."""
+        products = [s.dot(y), y.dot(hy)]
+        if self.line is not None:  # s = t d and d = -H grad, so that B s = -t grad
+            grad, direction = self.line
+            products.append(-s.dot(grad) * s.dot(direction) / direction.dot(direction))
+            self.line = None
+        values: list[float] = torch.stack(products).tolist()
+        return values if len(values) == 3 else [*values, math.nan]
+
+    def direction(self, grad: Tensor, largest: float | None = None) -> Tensor:
+        if not self.is_dense:
+            return self.beginning.direction(grad, largest)
+        direction = self.inverse.mv(grad).neg_()
+        self.line = grad, direction
+        return direction
+
+    def reset(self) -> None:
+        self.beginning.reset()
+        self.line = None
+
+
+def add_symmetric_(matrix: Tensor, scale: float, left: Array, right: Array) -> None:
+    """Replace a symmetric matrix by ``scale`` times it, plus left' right, which is symmetric, too.
+
+    The lower triangle is computed and copied to the upper one, in one pass over the matrix, block by block. Without the
+    copy, rounding would make the matrix asymmetric, and each scaling by more than 1 would make that larger.
+    """
+    numel = len(matrix)
+    block = max(1, LARGE // max(1, numel)) if matrix.is_cpu else max(1, numel)
+    for start in range(0, numel, block):
+        end = min(start + block, numel)
+        matrix[start:end, :end].addmm_(left[:, start:end].T, right[:, :end], beta=scale)
+        matrix[:start, start:end] = matrix[start:end, :start].T
+        square = matrix[start:end, start:end]
+        square.copy_(square.tril() + square.tril(-1).T)
 
 
 def modified_secant_factor(sy: float, value: float, value_new: float, slopes: float) -> float:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from descend.backends.cpu.vectors import look_along
 from descend.second_order.mathematics.space import Space
+from descend.second_order.problem.domain import NEVER, DomainErrors
 from descend.second_order.problem.structure import Structure
 
 CG_INSTEAD = "minimize(method='newton-cg') or Newton(solver='cg')"
@@ -59,9 +60,12 @@ class Objective(ABC):
         eps: relative rounding error of its values.
         lower, upper: flat bounds, both or none.
     Attributes:
+        domain_errors: exceptions that mean, as NaN does, that a point is outside the function's domain; a failed
+            factorization always does.
         measure: what a learner wants to know, over all ranks, of a step and the change of the gradient along it.
     """
 
+    domain_errors: DomainErrors = ()
     measure: Callable[[Tensor, Tensor], Sequence[Any]] | None = None
 
     def __init__(self, space: Space, eps: float, lower: Tensor | None = None, upper: Tensor | None = None) -> None:
@@ -90,10 +94,9 @@ class Objective(ABC):
         self.n_eval += 1
         try:
             value, grad, graph = self.value_and_grad(x)
-        except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
-            if origin is None:  # at the start
+        except (torch.linalg.LinAlgError, *self.domain_errors) as error:  # type: ignore[attr-defined]
+            if origin is None or isinstance(error, NEVER):  # at the start
                 raise
-            # A failed factorization means, as NaN does, that x is outside the function's domain.
             value, grad, graph = math.nan, torch.full_like(x, math.nan), None
         if direction is None or origin is None:
             low, high = self._range(x, grad)

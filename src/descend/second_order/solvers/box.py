@@ -63,13 +63,15 @@ class CompactHessian:
         self._build()
 
     def measure(self, s: Tensor, y: Tensor) -> Sequence[Array]:
-        return measure(self.diagonal, s, y, self.space)
+        return measure(self.diagonal, s, torch.where(s != 0, y, 0.0), self.space)
 
     def update(self, s: Tensor, y: Tensor, pair: Pair | None = None) -> None:
         """Learn that the gradient changed by y along s, where s'y > 0."""
+        # A variable that stayed on its bound says nothing about its scale, although its part of y is not zero.
+        moved = torch.where(s != 0, y, 0.0)
         if pair is None and self.space.is_shared:
-            pair = Pair(*self.space.total(*self.measure(s, y)))
-        scale = learn_diagonal_(self.diagonal, s, y, pair=pair).rsqrt()
+            pair = Pair(*self.space.total(*self.measure(s, moved)))
+        scale = learn_diagonal_(self.diagonal, s, moved, pair=pair).rsqrt()
         dropped = max(0, len(self.steps) + 1 - self.history_size)
         self.steps = torch.cat([self.steps[dropped:], (scale * s).unsqueeze(0)])
         self.changes = torch.cat([self.changes[dropped:], (scale * y).unsqueeze(0)])

@@ -66,11 +66,14 @@ def repeat_searches(
             learn(run, learner, point, step)
             point = step.point
             run.advance(point, step.length)
+        if status is Status.unbounded:
+            return run.stop_status(point) or status
         if status and run.evaluations_left < 1:
             return run.stop_status(point) or Status.max_eval
         # The first failure is blamed on what was learned, the next one on the function.
         if status and (failed or (learner.is_steepest and step.point is None)):
-            return run.stop_status(point) or failed or status
+            is_rounding = status is Status.precision_limit
+            return run.stop_status(point) or (status if is_rounding or failed is None else failed)
         if status:
             learner.reset()
         failed = status
@@ -109,9 +112,12 @@ def first_step(run: Run, point: Point) -> float:
 
 def failure(run: Run, origin: Point, step: Step) -> Status | None:
     """Why a search failed; None if it did not."""
+    if step.is_unbounded:
+        return Status.unbounded
     if step.is_sufficient:
         return None
     if step.outcome is Outcome.non_finite and step.point is None:
         return Status.non_finite
-    is_rounding = step.predicted_decrease <= VISIBLE * run.noise(origin)
+    visible = VISIBLE * max(run.noise(origin), torch.finfo(origin.x.dtype).tiny)
+    is_rounding = step.predicted_decrease <= visible
     return Status.precision_limit if is_rounding else Status.line_search_failed

@@ -202,7 +202,8 @@ class Solution:
         self.free = ~(self.at_lower | self.at_upper)
         self.hessians: Tensor | None = None
         self.factors: Tensor | None = None  # of the free variables' parts
-        self.reasons: dict[int, str] | None = None  # why problems have no derivative; None before they are known
+        self.reasons: dict[int, str] = {}  # why problems have no derivative
+        self.is_checked = False
 
     def backward(
         self, graph: Any, vector: Tensor, needs_lower: bool, needs_upper: bool
@@ -257,9 +258,9 @@ class Solution:
 
     def _check(self, graph: Any, asked: Tensor) -> None:
         """Raise an error if a problem has no derivative whose row of ``asked`` is not zero."""
-        if self.reasons is None:
-            self.reasons = {}
+        if not self.is_checked:
             self._find_reasons(graph)
+            self.is_checked = True
         if self.reasons:
             failed = sorted(self.reasons)
             is_asked = (asked[failed] != 0).any(1)
@@ -274,7 +275,7 @@ class Solution:
         )
         if self.is_compiled:
             self._leave_out(dict.fromkeys(range(len(self.x)), COMPILED))
-        if len(self.reasons or ()) == len(self.x):
+        if len(self.reasons) == len(self.x):
             return
         if self.x.shape[1] <= MAX_DENSE and self.x.shape[1] * self.x.numel() <= MAX_NUMBERS:
             self._factorize(graph)
@@ -283,7 +284,7 @@ class Solution:
 
     def _leave_out(self, reasons: dict[int, str]) -> None:
         """Take some problems out of all computations."""
-        self.reasons = reasons | (self.reasons or {})
+        self.reasons = reasons | self.reasons
         rows = list(reasons)
         for mask in (self.free, self.at_lower, self.at_upper):
             mask[rows] = False

@@ -24,7 +24,8 @@ GROWTH, SHRINK = 2.0, 0.25
 EXTENSION = 0.05  # further decrease predicted beyond a step, relative to its own, for which a longer one is tried
 MAX_EXTENSION = 10.0  # times the step
 INITIAL_RADIUS = 1e10  # before anything is known, relative to the point
-UNBOUNDED = 1e30  # step, relative to the start, at which a function that still falls has no minimum
+UNBOUNDED = 1e30  # step, relative to the start, at which a function that still falls has no minimum,
+STEEP = 0.1  # if its slope is this times that at the start or steeper; else it may fall towards a finite limit
 REJECTIONS = 40  # in a row
 COARSE = 0.4  # power of the precision to which equal values may have been rounded
 BLIND = 5  # rejections at which the values differ by no more than the noise
@@ -227,7 +228,7 @@ def trust_region_descent(
     """
     is_convex = False  # according to the last model
     space = run.objective.space
-    longest = UNBOUNDED * (1.0 + space.length(point.x))
+    longest, slope_at_start = UNBOUNDED * (1.0 + space.length(point.x)), point.norm
     while True:
         status = run.stop_status(point)
         is_last = run.n_iter >= run.max_iter or run.evaluations_left < 1
@@ -237,6 +238,8 @@ def trust_region_descent(
             return Status.precision_limit, radius
         size = 1.0 + space.length(point.x)
         limit = min(INITIAL_RADIUS * size * method.unit if radius is None else radius, _longest(point))
+        if not limit > 0:  # lengths underflow
+            return Status.precision_limit, radius
         model = method.model(point, limit)
         trial = model.step(limit)
         if radius is None and trial.on_boundary:  # no minimizer near: the first radius is the size of x
@@ -248,13 +251,16 @@ def trust_region_descent(
             (sum_of_entries,) = space.floats(trial.step.device, trial.step.abs().sum())
             if trial.decrease <= max(run.noise(point), run.target * sum_of_entries):
                 return status, radius
+        run.begin_step()
         accepted = _step(run, point, model, trial, radius)
         if isinstance(accepted, Status):
-            return accepted, radius
+            return _end(run, point, accepted), radius
         new, radius, trial = accepted
         distance = space.length(trial.step)
+        if run.falls_without_end(run.has_met_minus_infinity or (run.is_deep(new) and trial.on_boundary)):
+            return Status.unbounded, radius
         if distance > longest:
-            return Status.line_search_failed, radius
+            return Status.unbounded if new.norm >= STEEP * slope_at_start else Status.precision_limit, radius
         if radius is not None:
             radius = min(radius * method.learn(point, new, trial), _longest(point))
         else:
@@ -298,6 +304,13 @@ def _step(
             radius = 0.1 * trial.norm
         trial = model.step(radius)
     return Status.non_finite if is_finite is False else Status.precision_limit
+
+
+def _end(run: Run, point: Point, status: Status) -> Status:
+    """Why no step from a point was accepted: ``status``, or because the function falls to -infinity from there."""
+    signs = run.has_met_minus_infinity, run.is_deep(point)
+    is_unbounded = any(signs) if status is Status.non_finite else all(signs)
+    return Status.unbounded if is_unbounded and status is not Status.max_eval else status
 
 
 def _extended(

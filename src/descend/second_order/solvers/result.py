@@ -22,6 +22,7 @@ class Status(str, Enum):
     max_eval = "max_eval"
     line_search_failed = "line_search_failed"
     non_finite = "non_finite"
+    unbounded = "unbounded"
     stopped_by_callback = "stopped_by_callback"
     precision_limit = "precision_limit"
 
@@ -40,6 +41,10 @@ MESSAGES = {
     Status.non_finite: (
         "The function or its gradient is NaN or infinite at the start or wherever a step could lead: start elsewhere, "
         "bound the variables, or work with logarithms."
+    ),
+    Status.unbounded: (
+        "The function falls without end: it reached -infinity, or fell so far that no minimum can be expected. Bound "
+        "the variables, add a penalty that grows with them, or check the sign of the function."
     ),
     Status.stopped_by_callback: "The callback asked to stop.",
     Status.precision_limit: (

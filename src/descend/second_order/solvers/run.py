@@ -18,7 +18,10 @@ NOISE = 10.0  # units in the last place that a value may be off by
 C1 = 1e-4  # fraction of the predicted decrease that is progress
 MAX_SEARCH = 40  # evaluations in one line search
 MAX_STEP = {dtype: torch.finfo(dtype).max for dtype in (torch.float32, torch.float64)}
+FLAT = {dtype: torch.finfo(dtype).tiny ** 0.5 for dtype in MAX_STEP}  # gradient at which the point may be infinite
 MAX_NONFINITE = 120  # searches in a row that may end at NaN or infinity
+MAX_ENDLESS = 3  # steps in a row by which a function falls to -infinity, or from the depth on, before it has no minimum
+DEPTH = 1e20  # negative values this many times the size of the start's are in the depth
 PATIENCE = 100  # iterations without progress in value or gradient
 
 
@@ -31,6 +34,7 @@ class Step(NamedTuple):
         outcome: how the search ended; None if the direction is not a descent direction.
         is_sufficient: whether the search succeeded, or the value fell by ``C1`` of what the slope predicted.
         predicted_decrease: of the value over the first trial's step, had the slope stayed.
+        is_unbounded: whether the function falls without end.
     """
 
     point: Point | None
@@ -38,6 +42,7 @@ class Step(NamedTuple):
     outcome: Outcome | None
     is_sufficient: bool
     predicted_decrease: float = math.inf
+    is_unbounded: bool = False
 
 
 class Run:
@@ -65,13 +70,16 @@ class Run:
         self.last_eval = objective.n_eval + max_eval
         self.n_iter = self.n_negative_curvature = 0
         self.is_stopped = False
-        self.n_nonfinite = 0
+        self.n_nonfinite = self.n_endless = 0
+        self.has_met_minus_infinity = False  # since ``begin_step``
         self.history: list[Iteration] = []
 
     def start(self, x: Tensor, scale: float | None = None) -> Point:
         """Evaluate the first point. ``scale``: largest entry of the gradient at the first start, if not here."""
         point = self.best = self.milestone = self.current = self.objective.evaluate(x)
         self.target = self.tol * max(1.0, point.norm if scale is None else scale)
+        change = point.norm * (1 + self.objective.space.length(x))
+        self.depth = -max(1.0, abs(point.value), change) * DEPTH if point.is_finite else -math.inf
         self.patience = PATIENCE
         self._record(point, 0.0)
         return point
@@ -100,6 +108,9 @@ class Run:
     def evaluate(self, x: Tensor, direction: Tensor, origin: Point) -> Point:
         """Evaluate at ``x``, which lies along ``direction`` from ``origin``, and keep the lowest point."""
         point = self.objective.evaluate(x, direction, origin)
+        if point.norm <= FLAT[x.dtype] and self.objective.space.largest(not torch.isfinite(x).all()):
+            point = point._replace(value=math.nan)  # the function has a limit at infinity, which is no point
+        self.has_met_minus_infinity |= point.value == -math.inf
         if point.is_finite and point.value < self.best.value:
             self.best = point
         return point
@@ -110,6 +121,7 @@ class Run:
 
     def search(self, origin: Point, direction: Tensor, step: float, max_step: float = math.inf) -> Step:
         """Search along a direction for a lower point."""
+        self.begin_step()
         max_step = min(max_step, MAX_STEP[direction.dtype])
         step = min(step, max_step)
         trial = self.evaluate(self.along(origin, direction, step), direction, origin)
@@ -117,7 +129,9 @@ class Run:
             return Step(trial, step, Outcome.found, is_sufficient=True)
         slope = trial.slope_before
         if not -math.inf < slope < 0:
-            return Step(None, 0.0, None, is_sufficient=False)
+            is_unbounded = slope == -math.inf and self.is_deep(origin)
+            fall = -slope * step if slope == 0 else math.inf  # a slope that underflowed predicts none
+            return Step(None, 0.0, None, False, fall, is_unbounded)
         trials = {step: trial}
 
         def phi(length: float) -> tuple[float, float]:
@@ -145,9 +159,32 @@ class Run:
         for trial in trials.values():
             if trial is not end:
                 self._drop(trial)
-        if is_sufficient or _value_of(end) < origin.value:
-            return Step(end, length, search.outcome, is_sufficient, -slope * step)
-        return Step(None, 0.0, search.outcome, is_sufficient=False, predicted_decrease=-slope * step)
+        if end is None or not (is_sufficient or _value_of(end) < origin.value):
+            is_wall = search.outcome is Outcome.non_finite
+            signs = self.has_met_minus_infinity, self.is_deep(origin)
+            return Step(None, 0.0, search.outcome, False, -slope * step, any(signs) if is_wall else all(signs))
+        is_unbounded = self.falls_without_end(self._is_endless(search, end))
+        is_unbounded |= search.outcome is Outcome.no_bracket and self.is_deep(end)
+        return Step(end, length, search.outcome, is_sufficient, -slope * step, is_unbounded)
+
+    def _is_endless(self, search: Search, end: Point) -> bool:
+        """Whether the function fell up to the end of the numbers."""
+        if search.outcome is Outcome.non_finite:
+            return self.has_met_minus_infinity or self.is_deep(end)
+        return search.outcome is Outcome.max_step and search.step == MAX_STEP[end.x.dtype]
+
+    def begin_step(self) -> None:
+        """Forget what the evaluations of the step before have met."""
+        self.has_met_minus_infinity = False
+
+    def is_deep(self, point: Point) -> bool:
+        """Whether a value is so far below the start's that a function which still falls there has no minimum."""
+        return point.value <= self.depth
+
+    def falls_without_end(self, is_endless: bool) -> bool:
+        """Count a step by which the function fell towards no minimum, or did not; whether enough have in a row."""
+        self.n_endless = self.n_endless + 1 if is_endless else 0
+        return self.n_endless >= MAX_ENDLESS
 
     def _seems_unbounded(self, search: Search) -> bool:
         """Whether the function still falls after 40 powers of ten, or search after search ended at NaN or infinity."""
