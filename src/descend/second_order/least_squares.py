@@ -12,8 +12,11 @@ from torch import Tensor
 
 from descend.second_order.flat_problem import FlatProblem
 from descend.second_order.mathematics.robust_losses import LOSSES, Rho
+from descend.second_order.problem.arguments import with_args
+from descend.second_order.problem.bounds import differentiable_bounds
 from descend.second_order.problem.custom_loss import custom_loss
 from descend.second_order.problem.residuals import FunctionResiduals, ParameterResiduals
+from descend.second_order.solvers.implicit_function import differentiable_solution
 from descend.second_order.solvers.least_squares_descent import least_squares_descent
 from descend.second_order.solvers.least_squares_result import LeastSquaresResult, least_squares_result
 from descend.second_order.solvers.least_squares_run import LeastSquaresRun
@@ -29,7 +32,7 @@ WHO = "least_squares"
 
 
 def least_squares(
-    residuals: Callable[[X], Any],
+    residuals: Callable[..., Any],
     x0: X,
     bounds: Any = None,
     loss: str | Callable[[Tensor], Any] = "linear",
@@ -40,7 +43,9 @@ def least_squares(
     callback: Callable[[Progress], Any] | None = None,
     *,
     loss_scale: float = 1.0,
-    jac: Callable[[X], Any] | JacobianKind | None = None,
+    jac: Callable[..., Any] | JacobianKind | None = None,
+    args: tuple[Any, ...] = (),
+    differentiable: bool = False,
 ) -> LeastSquaresResult[X]:
     """Find a local minimum of half the sum of squared residuals, or of robust losses of them.
 
@@ -78,6 +83,11 @@ def least_squares(
             residuals or variables, whichever are fewer, at once; ``"products"``: products with the Jacobian only, and
             LSMR in place of a factorization, in O(M + N) memory; ``"auto"`` or None: ``"dense"`` where that takes
             seconds at most and fits into memory. Default: None.
+        args: a tuple of further arguments, of any kind: ``residuals(x, *args)``, ``jac(x, *args)``. Default: ().
+        differentiable: whether ``result.x`` can be differentiated with respect to tensors that require gradients and
+            that ``residuals`` takes as ``args`` or closes over, or that are ``bounds``; as for ``minimize``, with the
+            exact Hessian of the cost, by autograd even if ``jac`` is given. It takes one evaluation more (within
+            ``max_eval``). Default: False.
     Returns:
         A ``LeastSquaresResult``: the best point seen, its residuals, the covariance of the variables, and why the
         solver stopped. ``x`` is never NaN unless ``x0`` is; ``fun`` is NaN only if it is at ``x0``.
@@ -103,21 +113,25 @@ def least_squares(
         Transtrum & Sethna 2012, https://arxiv.org/abs/1201.5885.
     """
     began = time.perf_counter()
-    _check_options(method, loss, loss_scale, tol, max_iter, max_eval)
+    _check_options(method, loss, loss_scale, tol, max_iter, max_eval, differentiable)
     for name, function in (("residuals", residuals), ("jac", jac), ("callback", callback)):
         if name == "jac" and isinstance(function, str) and function in LINEARIZATIONS:
             continue
         if not callable(function) and (function is not None or name == "residuals"):
             also = {"residuals": "", "jac": f", one of {tuple(LINEARIZATIONS)} or None"}.get(name, " or None")
             raise TypeError(f"{WHO}: {name} must be a function{also}, got {function!r}.")
+    residuals, jac = with_args(WHO, args, residuals, jac)
+    records_graph = torch.is_grad_enabled()
     rho = LOSSES[loss] if isinstance(loss, str) else custom_loss(loss, f"{WHO}: loss")
     with torch.inference_mode(False), torch.no_grad():
         problem = ResidualProblem(residuals, x0, bounds, jac if callable(jac) else None, rho, loss_scale)
+        if differentiable:
+            problem.check_values()
         run = LeastSquaresRun(
             problem.objective,
             tol=min(math.sqrt(problem.structure.eps), LOOSEST) if tol is None else tol,
             max_iter=MAX_ITER if max_iter is None else max_iter,
-            max_eval=math.inf if max_eval is None else max_eval,
+            max_eval=math.inf if max_eval is None else max_eval - differentiable,
             callback=None if callback is None else problem.reporter(callback),
         )
         control = TrustRegion() if method == "trust-region" else Damping()
@@ -128,7 +142,14 @@ def least_squares(
             status = least_squares_descent(run, problem.start, linearization, control)
         finally:
             problem.set_parameters(run)
-    return least_squares_result(run, status, problem.tree_of(run.best.x), problem.split_tree, began=began)
+        x = run.best.x
+        if differentiable:
+            assert isinstance(problem.objective, FunctionResiduals), "check_values has been called"
+            with torch.set_grad_enabled(records_graph):
+                ends = differentiable_bounds(bounds, problem.structure, WHO)
+                x = differentiable_solution(WHO, problem.objective.as_function(WHO), x, status, *ends)
+            problem.objective.n_eval += 1
+    return least_squares_result(run, status, problem.tree_of(x), problem.split_tree, began=began)
 
 
 class ResidualProblem(FlatProblem[X]):
@@ -177,7 +198,13 @@ class ResidualProblem(FlatProblem[X]):
 
 
 def _check_options(
-    method: str, loss: Any, loss_scale: float, tol: float | None, max_iter: int | None, max_eval: int | None
+    method: str,
+    loss: Any,
+    loss_scale: float,
+    tol: float | None,
+    max_iter: int | None,
+    max_eval: int | None,
+    differentiable: bool,
 ) -> None:
     if method not in METHODS:
         raise ValueError(f"{WHO}: method must be one of {METHODS}, got {method!r}.")
@@ -187,6 +214,8 @@ def _check_options(
         raise ValueError(f"{WHO}: loss_scale must be a finite number > 0, got {loss_scale!r}.")
     if tol is not None and not (isinstance(tol, int | float) and 0 <= tol < math.inf):
         raise ValueError(f"{WHO}: tol must be a finite number >= 0, got {tol!r}.")
-    for name, value, least in (("max_iter", max_iter, 0), ("max_eval", max_eval, 1)):
+    if not isinstance(differentiable, bool):
+        raise TypeError(f"{WHO}: differentiable must be True or False, got {differentiable!r}.")
+    for name, value, least in (("max_iter", max_iter, 0), ("max_eval", max_eval, 1 + differentiable)):
         if value is not None and not (isinstance(value, int) and value >= least):
             raise ValueError(f"{WHO}: {name} must be an integer >= {least}, got {value!r}.")

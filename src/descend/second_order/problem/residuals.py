@@ -14,7 +14,7 @@ from torch.utils import _pytree as pytree
 from descend.second_order.mathematics.lsmr import Product
 from descend.second_order.mathematics.robust_losses import Rho, cost, scaled_rows
 from descend.second_order.mathematics.space import Space, to_floats
-from descend.second_order.problem.objective import BATCH, free_memory
+from descend.second_order.problem.objective import BATCH, FunctionObjective, free_memory
 from descend.second_order.problem.parameters import FlatParameters
 from descend.second_order.problem.structure import Structure
 
@@ -314,6 +314,18 @@ class FunctionResiduals(ResidualObjective):
         dense = [part.detach().to_dense() if part.layout != torch.strided else part.detach() for part in parts]
         rows = [part.reshape(n_rows, size).to(point.x) for part, size in zip(dense, sizes, strict=True)]
         return torch.cat(rows, dim=1)  # a copy: the caller may reuse its buffer
+
+    def as_function(self, who: str) -> FunctionObjective:
+        """The cost as a function like any other, differentiated by autograd; ``who`` is the caller's name, for errors.
+
+        Its Hessian has the second derivatives of residuals and losses, which that of Gauss and Newton leaves out.
+        """
+
+        def fun(x: Any) -> Tensor:
+            return cost(self._flat(self.fun(x)), self.rho, self.loss_scale)
+
+        bounds = None if self.lower is None or self.upper is None else (self.lower, self.upper)
+        return FunctionObjective(who, fun, self.structure, bounds=bounds)
 
 
 class ParameterResiduals(ResidualObjective):
