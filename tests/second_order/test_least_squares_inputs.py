@@ -246,8 +246,6 @@ def test_shapes_that_change_are_errors() -> None:
     "jac", [lambda x: torch.ones(2, 30), lambda x: None, lambda x: torch.ones(29, 2), lambda x: 2.0]
 )
 def test_wrong_jacobians_are_errors(jac: Any) -> None:
-    if isinstance(jac(0), Tensor) and jac(0).shape == (2, 30):
-        pytest.skip("as many numbers as needed: shape (M, N) cannot be told from its transpose")
     with pytest.raises(ValueError, match=r"least_squares: jac must return a real tensor of shape \(30, 2\)"):
         least_squares(decay, vector(1.0, 1.0), jac=jac)
 

@@ -54,7 +54,7 @@ def least_squares(
     Gauss-Newton leaves out of the Hessian is learned.
 
     - ``"trust-region"``: the steps of Moré 1978.
-    - ``"lm"``: damping changed as by Nielsen; more evaluations, and no jump in how steps depend on the data.
+    - ``"lm"``: damped steps, changed as by Nielsen; mostly more evaluations.
 
     Args:
         residuals: maps a structure like ``x0`` to a tensor, or dicts, lists and tuples of tensors, of any shape, the

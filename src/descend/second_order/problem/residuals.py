@@ -300,16 +300,15 @@ class FunctionResiduals(ResidualObjective):
             given = self.jac(self.structure.unflatten(point.x.clone()))
         n_rows, n_columns = len(point.residuals), point.x.numel()
         parts = pytree.tree_leaves(given)
-        sizes = [n_columns] if len(parts) == 1 else self.structure.sizes
-        shapes = [tuple(part.shape) if isinstance(part, Tensor) else type(part).__name__ for part in parts]
-        is_like = len(parts) == len(sizes) and all(
-            isinstance(part, Tensor) and part.is_floating_point() and part.numel() == n_rows * size
-            for part, size in zip(parts, sizes, strict=True)
-        )
+        is_whole = len(parts) == 1 and len(self.structure.shapes) > 1
+        shapes = [torch.Size([n_columns])] if is_whole else self.structure.shapes
+        sizes = [shape.numel() for shape in shapes]
+        is_like = len(parts) == len(shapes) and all(map(self._is_jacobian, parts, shapes))
         if not is_like or any(dtype.is_complex for dtype in self.structure.dtypes):
+            got = [tuple(part.shape) if isinstance(part, Tensor) else type(part).__name__ for part in parts]
             raise ValueError(
-                f"{self.who.split(':')[0]}: jac must return a real tensor of shape ({n_rows}, {n_columns}), or a "
-                f"structure like x0 of tensors with {n_rows} rows each; got {shapes}."
+                f"{self.who.split(':')[0]}: jac must return a real tensor of shape ({n_rows}, {n_columns}), or of the "
+                f"residuals' shape and then that of x0, or a structure like x0 of such; got {got}."
             )
         dense = [part.detach().to_dense() if part.layout != torch.strided else part.detach() for part in parts]
         rows = [part.reshape(n_rows, size).to(point.x) for part, size in zip(dense, sizes, strict=True)]
@@ -326,6 +325,16 @@ class FunctionResiduals(ResidualObjective):
 
         bounds = None if self.lower is None or self.upper is None else (self.lower, self.upper)
         return FunctionObjective(who, fun, self.structure, bounds=bounds)
+
+    def _is_jacobian(self, part: Any, shape: torch.Size) -> bool:
+        """Whether ``part`` may be the Jacobian by a variable of that shape."""
+        if not isinstance(part, Tensor) or not part.is_floating_point():
+            return False
+        n_rows = sum(shape.numel() for shape in self._shapes)
+        allowed = [(n_rows, shape.numel()), (n_rows, *shape)]
+        if len(self._shapes) == 1:
+            allowed.append((*self._shapes[0], *shape))
+        return tuple(part.shape) in allowed
 
 
 class ParameterResiduals(ResidualObjective):
