@@ -274,7 +274,7 @@ def parse_arguments() -> argparse.Namespace:
         "--only",
         metavar="PATTERN",
         default="*",
-        help=f"run what has the pattern in its name, as in {BOUNDS}-*, lbfgs-rosenbrock-*, iteration-100-; contests are "
+        help=f"run what has the pattern in its name, as in {BOUNDS}-*, lbfgs-rosenbrock-*, iteration-100-; contests: "
         + ", ".join(contest.name for contest in contests())
         + "; times are iteration",
     )
