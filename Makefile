@@ -75,6 +75,7 @@ bench: $(READY)  ## speed against torch.optim and others, about fifty minutes; e
 	$(BIN)/python benchmarks/monitor.py
 	$(BIN)/python benchmarks/distributed.py
 	$(BIN)/python benchmarks/minimize.py
+	$(BIN)/python benchmarks/least_squares.py
 	$(BIN)/python benchmarks/pinn.py
 
 $(READY): pyproject.toml constraints.txt

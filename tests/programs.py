@@ -12,12 +12,13 @@ from torch.optim import Optimizer
 
 import descend
 
-WITH_CLOSURE = ("LBFGS", "Newton")  # their step needs a closure
+WITH_CLOSURE = ("LBFGS", "LeastSquares", "Newton")  # their step needs a closure
 # Options that exercise more of a class than its defaults.
 OPTIONS: dict[str, dict[str, Any]] = {
     "SGD": dict(momentum=0.9),
     "RMSprop": dict(momentum=0.9),
     "LBFGS": dict(max_iter=3, history_size=4),
+    "LeastSquares": dict(max_iter=2),
     "Newton": dict(max_iter=2),
 }
 

@@ -154,10 +154,10 @@ if torch.__version__ >= "2.15":
 def test_public_names_are_frozen() -> None:
     names = (
         "SGD ASGD Lion Rprop Adagrad RMSprop Adadelta Adam AdamW Adamax NAdam RAdam AdamWScheduleFree ADOPT AdEMAMix "
-        "Adan MARS LAMB Prodigy Muon NorMuon RowwiseAdagrad SparseAdam Adafactor SOAP LBFGS Newton FirstOrder Monitor "
-        "BatchedResult ConstrainedResult IncompatibleKeys RuleError Progress Result Status eq ineq clip_grad_norm_ "
-        "clip_grad_value_ clip_grads_with_norm_ combined from_rule get_total_norm in_backward layer_decay minimize "
-        "no_decay scipy_minimize warmup"
+        "Adan MARS LAMB Prodigy Muon NorMuon RowwiseAdagrad SparseAdam Adafactor SOAP LBFGS LeastSquares Newton "
+        "FirstOrder Monitor BatchedResult ConstrainedResult IncompatibleKeys RuleError LeastSquaresResult Progress "
+        "Result Status eq ineq clip_grad_norm_ clip_grad_value_ clip_grads_with_norm_ combined from_rule "
+        "get_total_norm in_backward layer_decay least_squares minimize no_decay scipy_minimize warmup"
     )
     assert sorted(descend.__all__) == sorted([*names.split(), *TORCHS])
     assert dir(descend) == sorted(descend.__all__)
@@ -169,7 +169,16 @@ def test_names_that_are_torchs_are_torchs_own() -> None:
     assert all(getattr(descend, name) is getattr(torch.optim, name) for name in TORCHS)
 
 
-DATA = ("BatchedResult", "ConstrainedResult", "IncompatibleKeys", "Progress", "Result", "RuleError", "Status")
+DATA = (
+    "BatchedResult",
+    "ConstrainedResult",
+    "IncompatibleKeys",
+    "LeastSquaresResult",
+    "Progress",
+    "Result",
+    "RuleError",
+    "Status",
+)
 
 
 @pytest.mark.parametrize("name", [name for name in descend.__all__ if name not in (*DATA, *TORCHS)])

@@ -236,66 +236,62 @@ def zero_rows_minimum(n: int) -> tuple[float]:
     return ((m * m + 3 * m - 6) / (2 * (2 * m - 3)),)
 
 
-FAMILIES = (
-    Family("rosenbrock", squares(rosenbrock), repeat(-1.2, 1), sizes(2, 10, 100, 1000)),
-    Family("freudenstein_roth", squares(freudenstein_roth), repeat(0.5, -2), {2: (0.0, 48.98425)}),
-    Family("powell_badly_scaled", squares(powell_badly_scaled), repeat(0, 1), sizes(2)),
-    Family("brown_badly_scaled", squares(brown_badly_scaled), repeat(1), sizes(2)),
-    Family("beale", squares(beale), repeat(1), sizes(2)),
-    Family("jennrich_sampson", squares(jennrich_sampson), repeat(0.3, 0.4), {2: (124.3622,)}),
-    Family("helical_valley", squares(helical_valley), repeat(-1, 0, 0), sizes(3)),
-    Family("bard", squares(bard), repeat(1), {3: (8.214877e-3, 17.42869)}),
-    Family("gaussian", squares(gaussian), repeat(0.4, 1, 0), {3: (1.127933e-8,)}),
-    Family("meyer", squares(meyer), repeat(0.02, 4000, 250), {3: (87.94586,)}),
-    Family("gulf", squares(gulf), repeat(5, 2.5, 0.15), sizes(3)),
-    Family("box", squares(box), repeat(0, 10, 20), sizes(3)),
-    Family("powell_singular", squares(powell_singular), repeat(3, -1, 0, 1), sizes(4, 40, 100, 1000)),
-    Family("wood", squares(wood), repeat(-3, -1), sizes(4)),
-    Family(
-        "kowalik_osborne", squares(kowalik_osborne), repeat(0.25, 0.39, 0.415, 0.39), {4: (3.075056e-4, 1.02734e-3)}
-    ),
-    Family("brown_dennis", squares(brown_dennis), repeat(25, 5, -5, -1), {4: (85822.20,)}),
-    Family("osborne1", squares(osborne1), repeat(0.5, 1.5, -1, 0.01, 0.02), {5: (5.464895e-5,)}),
-    Family("biggs", squares(biggs), repeat(1, 2, 1, 1, 1, 1), {6: (0.0, 5.655650e-3)}),
-    Family(
-        "osborne2", squares(osborne2), repeat(1.3, 0.65, 0.65, 0.7, 0.6, 3, 5, 7, 2, 4.5, 5.5), {11: (4.013774e-2,)}
-    ),
-    Family("watson", squares(watson), repeat(0), {6: (2.287670e-3,), 9: (1.399760e-6,), 12: (4.722381e-10,), 31: None}),
-    Family("penalty1", squares(penalty1), ramp, {4: (2.249977e-5,), 10: (7.087651e-5,), 100: None}),
-    Family("penalty2", squares(penalty2), repeat(0.5), {4: (9.376293e-6,), 10: (2.936605e-4,), 100: None}),
-    Family("variably_dimensioned", squares(variably_dimensioned), lambda n: 1 - ramp(n) / n, sizes(4, 10, 30, 100)),
+RESIDUALS = (
+    Family("rosenbrock", rosenbrock, repeat(-1.2, 1), sizes(2, 10, 100, 1000)),
+    Family("freudenstein_roth", freudenstein_roth, repeat(0.5, -2), {2: (0.0, 48.98425)}),
+    Family("powell_badly_scaled", powell_badly_scaled, repeat(0, 1), sizes(2)),
+    Family("brown_badly_scaled", brown_badly_scaled, repeat(1), sizes(2)),
+    Family("beale", beale, repeat(1), sizes(2)),
+    Family("jennrich_sampson", jennrich_sampson, repeat(0.3, 0.4), {2: (124.3622,)}),
+    Family("helical_valley", helical_valley, repeat(-1, 0, 0), sizes(3)),
+    Family("bard", bard, repeat(1), {3: (8.214877e-3, 17.42869)}),
+    Family("gaussian", gaussian, repeat(0.4, 1, 0), {3: (1.127933e-8,)}),
+    Family("meyer", meyer, repeat(0.02, 4000, 250), {3: (87.94586,)}),
+    Family("gulf", gulf, repeat(5, 2.5, 0.15), sizes(3)),
+    Family("box", box, repeat(0, 10, 20), sizes(3)),
+    Family("powell_singular", powell_singular, repeat(3, -1, 0, 1), sizes(4, 40, 100, 1000)),
+    Family("wood", wood, repeat(-3, -1), sizes(4)),
+    Family("kowalik_osborne", kowalik_osborne, repeat(0.25, 0.39, 0.415, 0.39), {4: (3.075056e-4, 1.02734e-3)}),
+    Family("brown_dennis", brown_dennis, repeat(25, 5, -5, -1), {4: (85822.20,)}),
+    Family("osborne1", osborne1, repeat(0.5, 1.5, -1, 0.01, 0.02), {5: (5.464895e-5,)}),
+    Family("biggs", biggs, repeat(1, 2, 1, 1, 1, 1), {6: (0.0, 5.655650e-3)}),
+    Family("osborne2", osborne2, repeat(1.3, 0.65, 0.65, 0.7, 0.6, 3, 5, 7, 2, 4.5, 5.5), {11: (4.013774e-2,)}),
+    Family("watson", watson, repeat(0), {6: (2.287670e-3,), 9: (1.399760e-6,), 12: (4.722381e-10,), 31: None}),
+    Family("penalty1", penalty1, ramp, {4: (2.249977e-5,), 10: (7.087651e-5,), 100: None}),
+    Family("penalty2", penalty2, repeat(0.5), {4: (9.376293e-6,), 10: (2.936605e-4,), 100: None}),
+    Family("variably_dimensioned", variably_dimensioned, lambda n: 1 - ramp(n) / n, sizes(4, 10, 30, 100)),
     Family(
         "trigonometric",
-        squares(trigonometric),
+        trigonometric,
         lambda n: repeat(1 / n)(n),
         {**sizes(4, 30, 100, 1000, minima=None), 10: (0.0, 2.795057e-5)},
     ),
     Family(
         "brown_almost_linear",
-        squares(brown_almost_linear),
+        brown_almost_linear,
         repeat(0.5),
         sizes(4, 10, 30, 100, minima=(0.0, 1.0)),
     ),
-    Family("boundary_value", squares(boundary_value), parabola, sizes(4, 10, 30, 100, 1000)),
-    Family("integral_equation", squares(integral_equation), parabola, sizes(4, 10, 100, 1000)),
-    Family("broyden_tridiagonal", squares(broyden_tridiagonal), repeat(-1), {**sizes(4, 10, 30, 100), 1000: None}),
-    Family("broyden_banded", squares(broyden_banded), repeat(-1), sizes(4, 10, 30, 100, 1000)),
-    Family("linear_full_rank", squares(linear_full_rank), repeat(1), {n: (float(n),) for n in (4, 10, 100, 1000)}),
+    Family("boundary_value", boundary_value, parabola, sizes(4, 10, 30, 100, 1000)),
+    Family("integral_equation", integral_equation, parabola, sizes(4, 10, 100, 1000)),
+    Family("broyden_tridiagonal", broyden_tridiagonal, repeat(-1), {**sizes(4, 10, 30, 100), 1000: None}),
+    Family("broyden_banded", broyden_banded, repeat(-1), sizes(4, 10, 30, 100, 1000)),
+    Family("linear_full_rank", linear_full_rank, repeat(1), {n: (float(n),) for n in (4, 10, 100, 1000)}),
     Family(
         "linear_rank1",
-        squares(linear_rank1),
+        linear_rank1,
         repeat(1),
         {n: (n * (2 * n - 1) / (4 * n + 1),) for n in (4, 10, 30, 100)},
     ),
     Family(
         "linear_rank1_zeros",
-        squares(linear_rank1_zeros),
+        linear_rank1_zeros,
         repeat(1),
         {n: zero_rows_minimum(n) for n in (4, 10, 30, 100)},
     ),
     Family(
         "chebyquad",
-        squares(chebyquad),
+        chebyquad,
         lambda n: ramp(n) / (n + 1),
         {**sizes(2, 4, 6, 7, 9), 8: (3.516873e-3,), 10: (6.503954e-3, 4.772714e-3), 20: None, 50: None},
     ),
@@ -303,4 +299,4 @@ FAMILIES = (
 
 
 def problems() -> list[Problem]:
-    return every(FAMILIES)
+    return every(family._replace(fun=squares(family.fun)) for family in RESIDUALS)

@@ -30,10 +30,13 @@ from descend.fit.scipy_minimize import scipy_minimize
 from descend.norms.clip import clip_grad_norm_, clip_grad_value_, clip_grads_with_norm_, get_total_norm
 from descend.second_order.constraints import eq, ineq
 from descend.second_order.lbfgs import LBFGS
+from descend.second_order.least_squares import least_squares
+from descend.second_order.least_squares_optimizer import LeastSquares
 from descend.second_order.minimize import minimize
 from descend.second_order.newton import Newton
 from descend.second_order.solvers.batched_result import BatchedResult
 from descend.second_order.solvers.constrained_result import ConstrainedResult
+from descend.second_order.solvers.least_squares_result import LeastSquaresResult
 from descend.second_order.solvers.result import Progress, Result, Status
 
 __all__ = [
@@ -57,6 +60,8 @@ __all__ = [
     "ConstrainedResult",
     "FirstOrder",
     "IncompatibleKeys",
+    "LeastSquares",
+    "LeastSquaresResult",
     "Lion",
     "Monitor",
     "Muon",
@@ -84,6 +89,7 @@ __all__ = [
     "in_backward",
     "ineq",
     "layer_decay",
+    "least_squares",
     "lr_scheduler",
     "minimize",
     "no_decay",

@@ -11,7 +11,7 @@ import torch
 from cases import CASES, Case, assert_unmoved, give_grads, leaves, params_of, snapshot
 from torch import Tensor
 
-from descend import ASGD, LBFGS, SGD, Adam, AdamW, AdamWScheduleFree, NAdam, Newton, Rprop, from_rule
+from descend import ASGD, LBFGS, SGD, Adam, AdamW, AdamWScheduleFree, LeastSquares, NAdam, Newton, Rprop, from_rule
 from descend.checkpoint.reading import number_of
 
 SHAPES = [(3, 2), (2,)]
@@ -28,7 +28,7 @@ def stepped(kind: Any, seed: int = 0, names: bool = False, **options: Any) -> An
 def step(optimizer: Any, seed: int) -> None:
     params = params_of(optimizer)
     give_grads(params, seed)
-    if isinstance(optimizer, LBFGS | Newton):
+    if isinstance(optimizer, LBFGS | LeastSquares | Newton):
         optimizer.step(lambda: sum(((param - 1) ** 2 + param**4).sum() for param in params))
     else:
         optimizer.step()
@@ -346,6 +346,7 @@ KINDS = [
     *(case for case in CASES if case.ours in (NAdam, Rprop, ASGD, AdamWScheduleFree)),
     Case(LBFGS, torch.optim.LBFGS, dict(max_iter=3, history_size=3)),
     Case(Newton, torch.optim.LBFGS, dict(max_iter=1, solver="cg")),
+    Case(LeastSquares, torch.optim.LBFGS, dict(max_iter=1)),
 ]
 
 

@@ -13,7 +13,7 @@ from cases import CASES, Case, Twins, give_grads, leaves, params_of
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR, OneCycleLR
 
-from descend import LBFGS, SGD, AdamW, Newton, from_rule, no_decay
+from descend import LBFGS, SGD, AdamW, LeastSquares, Newton, from_rule, no_decay
 
 
 class Block(nn.Module):
@@ -52,7 +52,7 @@ def lion(param: Tensor, grad: Tensor, exp_avg: Tensor, lr: float, weight_decay: 
 Lion = from_rule(lion, "Lion", lr=1e-4, weight_decay=0.1)
 
 
-@pytest.mark.parametrize("kind", [SGD, AdamW, Lion, LBFGS, Newton])
+@pytest.mark.parametrize("kind", [SGD, AdamW, Lion, LBFGS, Newton, LeastSquares])
 def test_module_gives_its_parameters_with_names_shared_ones_once(kind: Any) -> None:
     model = Model()
     optimizer = kind(model)

@@ -1,4 +1,4 @@
-"""What LBFGS and Newton share: the step around the solver, groups and state."""
+"""What LBFGS, Newton and LeastSquares share: the step around the solver, groups and state."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from descend import LBFGS, Newton
+from descend import LBFGS, LeastSquares, Newton
 from descend.second_order.closure_optimizer import ClosureOptimizer
 
-each_class = pytest.mark.parametrize("cls", [LBFGS, Newton])
+each_class = pytest.mark.parametrize("cls", [LBFGS, Newton, LeastSquares])
 
 
 def make(cls: Any, **options: Any) -> tuple[Any, Callable[[], Tensor]]:
@@ -98,7 +98,7 @@ def test_group_takes_the_first_ones_options(cls: Any) -> None:
 def test_compiler_is_not_imported() -> None:
     program = """
 import sys, torch, descend
-for cls in (descend.LBFGS, descend.Newton):
+for cls in (descend.LBFGS, descend.Newton, descend.LeastSquares):
     x = torch.ones(2, requires_grad=True)
     optimizer = cls([x])
     optimizer.zero_grad()

@@ -13,14 +13,17 @@ import torch
 from torch import Tensor
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
 
-from descend import LBFGS, Newton
+from descend import LBFGS, LeastSquares, Newton
 
 KINDS = [
     (LBFGS, dict(max_iter=3, line_search_fn="strong_wolfe")),
     (LBFGS, dict(max_iter=3, line_search_fn="hager_zhang")),
     (Newton, dict(max_iter=1, solver="cg")),
+    (LeastSquares, dict(max_iter=1)),
 ]
-every_kind = pytest.mark.parametrize(("kind", "options"), KINDS, ids=["torch", "hager_zhang", "newton"])
+every_kind = pytest.mark.parametrize(
+    ("kind", "options"), KINDS, ids=["torch", "hager_zhang", "newton", "least squares"]
+)
 
 
 def made(kind: Any, names: str, steps: int = 0, **options: Any) -> Any:
@@ -75,12 +78,13 @@ def test_order_is_that_of_the_names(
 
 @every_kind
 def test_current_hyperparameters_stay(kind: Any, options: dict[str, Any]) -> None:
-    saved = made(kind, "ab", steps=1, **{**options, "tolerance_grad": 0.5}).state_dict()
-    optimizer = made(kind, "ab", **{**options, "tolerance_grad": 0.25})
+    tolerance = "tol" if kind is LeastSquares else "tolerance_grad"
+    saved = made(kind, "ab", steps=1, **{**options, tolerance: 0.5}).state_dict()
+    optimizer = made(kind, "ab", **{**options, tolerance: 0.25})
     optimizer.load_state_dict(saved, hyperparameters="current")
-    assert optimizer.param_groups[0]["tolerance_grad"] == 0.25
+    assert optimizer.param_groups[0][tolerance] == 0.25
     optimizer.load_state_dict(saved)
-    assert optimizer.param_groups[0]["tolerance_grad"] == 0.5
+    assert optimizer.param_groups[0][tolerance] == 0.5
 
 
 # What is damaged, how, and what is said; None where it is no damage.

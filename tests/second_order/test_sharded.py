@@ -339,7 +339,7 @@ def test_errors_say_what_to_do() -> None:
         "Use minimize(method='newton-cg') or Newton(solver='cg').",
         "minimize: method='bfgs': a dense matrix needs all variables in one process, but they are sharded. "
         "Use method='l-bfgs'.",
-        "minimize: jac and hvp are functions of values, but x0 is made of DTensors, which are set in place. "
+        "minimize: derivatives are functions of values, but x0 is made of DTensors, which are set in place. "
         "Leave jac and hvp out.",
         "Newton: a dense matrix needs all variables in one process, but they are sharded. "
         "Use minimize(method='newton-cg') or Newton(solver='cg').",

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from descend.fit.flatness import FTOL, SEVERAL, Flatness, is_flat
-from descend.second_order.flat_problem import FlatProblem
+from descend.second_order.function_problem import FunctionProblem
 from descend.second_order.problem.objective import Point
 from descend.second_order.solvers.box import CompactHessian, bounded_descent
 from descend.second_order.solvers.result import MESSAGES, Status
@@ -143,8 +143,8 @@ class _Fit:
         start = [parameter.detach().cpu().clone() for parameter in self.parameters]
         sides = [[bounds.get(name, (None, None))[side] for name in parameters] for side in (0, 1)]
         with torch.inference_mode(False), torch.no_grad():
-            self.problem = FlatProblem(
-                WHO, self._loss, start, (sides[0], sides[1]), True, None, False, domain_errors=(NotPSDError,)
+            self.problem = FunctionProblem(
+                WHO, self._loss, start, (sides[0], sides[1]), jac=True, domain_errors=(NotPSDError,)
             )
         self.problem.objective.eps *= AMPLIFICATION
         eps = self.problem.structure.eps

@@ -1,4 +1,4 @@
-"""The base of ``LBFGS`` and ``Newton``: what an optimizer needs that calls its closure many times."""
+"""The base of ``LBFGS``, ``Newton`` and ``LeastSquares``: what an optimizer needs that calls its closure many times."""
 
 from __future__ import annotations
 
@@ -85,10 +85,14 @@ class ClosureOptimizer(Optimizer, ABC):
             self.check_options(self.param_groups[0])  # groups may have been edited
             check_agreement(self)
             loss, solver, status, message = self.run_solver(closure, point)
-            self.result = result_of(
-                solver, status, message, point.params, point.split, began=began, maximize=self.is_maximizing
-            )
+            self.result = self.make_result(solver, status, message, point, began)
         return loss
+
+    def make_result(
+        self, solver: Any, status: Status, message: str, point: FlatParameters, began: float
+    ) -> Result[list[Tensor]]:
+        """What ``result`` becomes after a step that began at ``began``."""
+        return result_of(solver, status, message, point.params, point.split, began=began, maximize=self.is_maximizing)
 
     @property
     def is_maximizing(self) -> bool:

@@ -5,10 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from torch import Tensor
+
 from descend.second_order.constraints import Constraint
 from descend.second_order.flat_problem import FlatProblem
-from descend.second_order.problem.constrained_functions import ConstraintFunction
+from descend.second_order.problem.constrained_functions import ConstrainedFunctions, ConstraintFunction
 from descend.second_order.problem.constrained_objective import ConstrainedObjective
+from descend.second_order.problem.domain import DomainErrors
 from descend.second_order.solvers.augmented_lagrangian import AugmentedLagrangian, Descend, Limits
 from descend.second_order.solvers.constrained_result import ConstrainedResult, constrained_result
 from descend.second_order.solvers.result import X
@@ -36,19 +39,55 @@ def constraint_functions(constraints: Any, who: str, **others: Any) -> list[Cons
     ]
 
 
+class ConstrainedProblem(FlatProblem[X]):
+    """A function with constraints, a start and bounds, as an objective of a flat vector.
+
+    Args:
+        who: the caller's name, for errors.
+        fun, x0, bounds: as ``minimize`` takes them.
+        constraints: functions of the same argument.
+        domain_errors: exceptions that mean that a point is outside the domain of ``fun`` or a constraint.
+    """
+
+    objective: ConstrainedObjective
+
+    def __init__(
+        self,
+        who: str,
+        fun: Callable[[X], Any],
+        x0: Any,
+        bounds: Any,
+        constraints: Sequence[ConstraintFunction],
+        domain_errors: DomainErrors = (),
+    ) -> None:
+        self.fun, self.constraints = fun, constraints
+        super().__init__(who, x0, bounds, domain_errors=domain_errors)
+
+    def new_objective(self, bounds: tuple[Tensor, Tensor] | None) -> ConstrainedObjective:
+        if self.is_sharded:
+            raise ValueError(f"{self.who}: constraints need all variables in one process, but x0 has DTensors.")
+        functions = ConstrainedFunctions(
+            self.who, self.fun, self.constraints, self.structure, self.parameters, self.tree
+        )
+        return ConstrainedObjective(functions, bounds)
+
+    @property
+    def holder(self) -> ConstrainedFunctions:
+        return self.objective.functions
+
+
 def minimize_constrained(
-    problem: FlatProblem[X], new_descent: Callable[[], Descend], limits: Limits, *, began: float
+    problem: ConstrainedProblem[X], new_descent: Callable[[], Descend], limits: Limits, *, began: float
 ) -> ConstrainedResult[X]:
     """Minimize a problem that has constraints.
 
     Args:
-        problem: made with constraints.
+        problem: the problem.
         new_descent: makes what minimizes a function without constraints from a point.
         limits: what ends the run.
         began: ``time.perf_counter()`` at the start.
     """
     objective = problem.objective
-    assert isinstance(objective, ConstrainedObjective)
     objective.feasible = limits.tol
     run = AugmentedLagrangian(objective, new_descent, limits)
     try:

@@ -17,7 +17,7 @@ from descend.second_order.problem.sharded_parameters import flat_parameters
 
 _MEMORY = ("n_iter", "d", "t", "old_dirs", "old_stps", "ro", "H_diag", "prev_flat_grad", "prev_loss")
 _LISTS = ("old_dirs", "old_stps", "ro", "al")
-_COUNTS = ("func_evals", "n_iter", "n_hvp", "radius", "scale")
+_COUNTS = ("func_evals", "n_iter", "n_hvp", "n_jac", "radius", "damping", "scale")
 _LEARNED = {
     "steps": "hn",
     "changes": "hn",
@@ -83,6 +83,8 @@ def read_state(who: str, groups: ParamGroups, state_dict: Mapping[str, Any]) -> 
                 _check_memory(saved, numel, who)
             if saved.get("learned") is not None:
                 _check_learned(saved["learned"], numel, who)
+            if "norms" in saved:
+                _check_vector("norms", saved["norms"], numel, who)
             if point.space.is_shared:
                 saved = _mapped(saved, point.narrow)
             else:
@@ -154,12 +156,7 @@ def _check_memory(saved: Mapping[str, Any], numel: int, who: str) -> None:
     vectors |= {name: saved[name] or [] for name in ("old_dirs", "old_stps")}
     for name, tensors in vectors.items():
         for tensor in tensors:
-            shape = tuple(tensor.shape) if _is_readable(tensor) else type(tensor).__name__
-            if shape != (numel,):
-                raise ValueError(
-                    f"{who}: the loaded {name} has shape {shape}, the parameters together have {numel} entries. "
-                    "Is it the state of other parameters?"
-                )
+            _check_vector(name, tensor, numel, who)
     lengths = {name: len(saved[name] or ()) for name in ("old_dirs", "old_stps", "ro")}
     if len(set(lengths.values())) != 1:
         raise ValueError(f"{who}: the loaded lists of pairs must have one length, got {lengths}.")
@@ -170,6 +167,15 @@ def _check_memory(saved: Mapping[str, Any], numel: int, who: str) -> None:
         )
         if not is_float and not (_is_readable(number) and number.numel() == 1):
             raise ValueError(f"{who}: the loaded {name} must be a number, got {number!r:.40}.")
+
+
+def _check_vector(name: str, value: Any, numel: int, who: str) -> None:
+    shape = tuple(value.shape) if _is_readable(value) else type(value).__name__
+    if shape != (numel,):
+        raise ValueError(
+            f"{who}: the loaded {name} has shape {shape}, the parameters together have {numel} entries. "
+            "Is it the state of other parameters?"
+        )
 
 
 def _is_readable(value: Any) -> bool:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Callable
 from typing import Any, Generic
 
 import torch
@@ -10,58 +11,46 @@ from torch import Tensor, nn
 
 from descend.distributed.dtensors import is_dtensor
 from descend.second_order.problem.bounds import bounds_of
-from descend.second_order.problem.constrained_functions import ConstrainedFunctions, ConstraintFunction
-from descend.second_order.problem.constrained_objective import ConstrainedObjective
 from descend.second_order.problem.domain import DomainErrors
-from descend.second_order.problem.objective import Curved, FunctionObjective, Point
-from descend.second_order.problem.parameter_objective import ParameterObjective
 from descend.second_order.problem.parameters import FlatParameters
 from descend.second_order.problem.sharded_parameters import flat_parameters
 from descend.second_order.problem.structure import Structure
-from descend.second_order.solvers.augmented_lagrangian import AugmentedLagrangian
 from descend.second_order.solvers.result import Progress, Solver, X
-from descend.second_order.solvers.run import Run
 
 
-class FlatProblem(Generic[X]):
-    """A function, a start and bounds, as an objective of a flat vector.
+class FlatProblem(ABC, Generic[X]):
+    """A start and bounds as flat vectors, and an objective of such a vector.
 
     Args:
         who: the caller's name, for errors.
-        fun, x0, bounds, jac, hvp: as ``minimize`` takes them.
-        needs_curvature: whether second derivatives will be asked for.
-        domain_errors: exceptions that mean that a point is outside the domain of ``fun``.
-        constraints: of ``fun``'s argument; ``jac`` and ``hvp`` are None if there are any.
+        x0, bounds: as ``minimize`` takes them.
+        derivatives: names of the derivatives that the caller gives; they are functions of values. None if empty.
+        domain_errors: exceptions that mean that a point is outside the domain of the objective.
+    Attributes:
+        tree: what the caller's functions get, if it is set in place.
+        parameters: what is set in place; None for values.
+        start: flat, within the bounds.
     """
 
-    def __init__(
-        self,
-        who: str,
-        fun: Callable[[X], Any],
-        x0: Any,
-        bounds: Any,
-        jac: Callable[[X], Any] | bool | None,
-        hvp: Callable[[X, X], Any] | None,
-        needs_curvature: bool,
-        domain_errors: DomainErrors = (),
-        constraints: Sequence[ConstraintFunction] = (),
-    ) -> None:
+    objective: Any
+
+    def __init__(self, who: str, x0: Any, bounds: Any, derivatives: str = "", domain_errors: DomainErrors = ()) -> None:
+        self.who = who
         self.tree: Any = list(x0) if hasattr(x0, "__next__") else x0  # module.parameters() can be read only once
         self.structure = structure = Structure(self.tree, who)
         flat_bounds = None if bounds is None else bounds_of(bounds, structure, who)
         self.parameters: FlatParameters | None = None
-        self.objective: Curved
-        is_sharded = any(map(is_dtensor, structure.leaves))
+        self.is_sharded = any(map(is_dtensor, structure.leaves))
         self.is_in_place = all(isinstance(leaf, nn.Parameter) for leaf in structure.leaves)
-        if is_sharded or self.is_in_place:
+        if self.is_sharded or self.is_in_place:
             if len({id(leaf) for leaf in structure.leaves}) < len(structure.leaves):
                 raise ValueError(f"{who}: x0 must hold each parameter once, got one twice. Remove the duplicate.")
-            if jac is not None or hvp is not None:
-                kind = "DTensors" if is_sharded else "nn.Parameter"
-                instead = "Leave" if is_sharded else "Detach x0, or leave"
+            if derivatives:
+                kind = "DTensors" if self.is_sharded else "nn.Parameter"
+                instead = "Leave" if self.is_sharded else "Detach x0, or leave"
                 raise ValueError(
-                    f"{who}: jac and hvp are functions of values, but x0 is made of {kind}, which are set in "
-                    f"place. {instead} jac and hvp out."
+                    f"{who}: derivatives are functions of values, but x0 is made of {kind}, which are set in "
+                    f"place. {instead} {derivatives} out."
                 )
             if not self.is_in_place:
                 self._copy_leaves()
@@ -71,26 +60,19 @@ class FlatProblem(Generic[X]):
             self.start = self.parameters.gather()
         else:
             self.start = structure.flatten(structure.leaves).clone()
-        if constraints:
-            if is_sharded:
-                raise ValueError(f"{who}: constraints need all variables in one process, but x0 has DTensors.")
-            functions = ConstrainedFunctions(who, fun, constraints, structure, self.parameters, self.tree)
-            self.objective = ConstrainedObjective(functions, flat_bounds)
-        elif self.parameters is not None:
-            self.objective = ParameterObjective(
-                f"{who}: fun",
-                lambda: fun(self.tree),
-                self.parameters,
-                needs_curvature=needs_curvature,
-                bounds=flat_bounds,
-            )
-        else:
-            self.objective = FunctionObjective(
-                who, fun, structure, jac=jac, hvp=hvp, needs_curvature=needs_curvature, bounds=flat_bounds
-            )
+        self.objective = self.new_objective(flat_bounds)
         self.objective.domain_errors = domain_errors
         if flat_bounds is not None:
             self.start.clamp_(*flat_bounds)
+
+    @abstractmethod
+    def new_objective(self, bounds: tuple[Tensor, Tensor] | None) -> Any:
+        """The objective, within flat bounds: of ``parameters``, if there are any, else of values."""
+
+    @property
+    def holder(self) -> Any:
+        """What sets the parameters, with ``move_to`` and ``forget_x``."""
+        return self.objective
 
     def _copy_leaves(self) -> None:
         """Sharded values are optimized in place, in copies that require gradients."""
@@ -103,8 +85,8 @@ class FlatProblem(Generic[X]):
             self.structure.unflatten(x) if self.parameters is None else self.structure.tree_of(self.parameters.split(x))
         )
 
-    def set_parameters(self, run: Run | AugmentedLagrangian) -> None:
-        """Set parameters to the best point seen."""
+    def set_parameters(self, run: Any) -> None:
+        """Set parameters to the best point that a run has seen."""
         if self.parameters is not None:
             self.parameters.scatter_(run.best.x if run.history else self.start)
 
@@ -113,33 +95,30 @@ class FlatProblem(Generic[X]):
         tree: X = self.tree if self.is_in_place else self.split_tree(x)
         return tree
 
-    def check_values(self, who: str) -> None:
+    def check_values(self) -> None:
         """Raise an error if x is set in place, and so cannot be the result of an operation."""
         if self.parameters is not None:
             kind = "made of nn.Parameter" if self.is_in_place else "sharded (DTensors)"
             raise ValueError(
-                f"{who}: differentiable=True needs plain tensors, but x0 is {kind}. Pass detached parameters as a "
+                f"{self.who}: differentiable=True needs plain tensors, but x0 is {kind}. Pass detached parameters as a "
                 "dict, and let fun call the module with torch.func.functional_call."
             )
 
-    def reporter(self, callback: Callable[[Progress], Any]) -> Callable[[Solver, Point], bool]:
+    def reporter(self, callback: Callable[[Progress], Any]) -> Callable[[Solver, Any], bool]:
         """The user's callback as a ``Run`` calls it. What the callback writes to is a copy, or is restored."""
 
-        def report(run: Solver, point: Point) -> bool:
+        def report(run: Solver, point: Any) -> bool:
             if self.parameters is None:
                 return call(run, point)
-            objective = self.objective
-            assert isinstance(objective, ParameterObjective | ConstrainedObjective)
-            holder = objective.functions if isinstance(objective, ConstrainedObjective) else objective
-            holder.move_to(point.x)
+            self.holder.move_to(point.x)
             before = self.parameters.gather()
             is_stopped = call(run, point)
             is_same = torch.equal(before, self.parameters.gather())
-            if objective.space.largest(not is_same):
-                holder.forget_x()
+            if self.parameters.space.largest(not is_same):
+                self.holder.forget_x()
             return is_stopped
 
-        def call(run: Solver, point: Point) -> bool:
+        def call(run: Solver, point: Any) -> bool:
             progress = Progress(
                 x=self.tree_of(point.x.clone()),
                 fun=point.value,

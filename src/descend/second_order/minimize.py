@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 
 from descend.second_order.batched import minimize_batched
-from descend.second_order.constrained_minimize import constraint_functions, minimize_constrained
+from descend.second_order.constrained_minimize import ConstrainedProblem, constraint_functions, minimize_constrained
 from descend.second_order.constraints import Constraint
 from descend.second_order.flat_problem import FlatProblem
+from descend.second_order.function_problem import FunctionProblem
 from descend.second_order.mathematics.broyden_family import bfgs, self_scaled_bfgs, self_scaled_broyden
 from descend.second_order.mathematics.dense_inverse import DenseInverse
 from descend.second_order.mathematics.directions import Directions, Steepest
@@ -249,9 +250,13 @@ def minimize(
     with torch.inference_mode(False), torch.no_grad():
         # Whether autograd sees how the gradient from jac depends on x is known from its graph, at the first evaluation.
         needs_curvature = method in ("newton", "newton-cg") or (differentiable and jac is not None)
-        problem = FlatProblem(WHO, fun, x0, bounds, jac, hvp, needs_curvature, walls, conditions)
+        problem: ConstrainedProblem[X] | FunctionProblem[X]
+        if conditions:
+            problem = ConstrainedProblem(WHO, fun, x0, bounds, conditions, walls)
+        else:
+            problem = FunctionProblem(WHO, fun, x0, bounds, jac, hvp, needs_curvature, walls)
         if differentiable:
-            problem.check_values(WHO)
+            problem.check_values()
         _check_dense(method, problem)
         limits = Limits(
             tol=default_tolerance(problem.structure.eps) if tol is None else tol,
@@ -263,7 +268,7 @@ def minimize(
         def new_descent() -> Callable[[Run, Point], Status]:
             return _descent(method, problem.objective, problem.start, history_size or HISTORY_SIZE)
 
-        if conditions:
+        if isinstance(problem, ConstrainedProblem):
             return minimize_constrained(problem, new_descent, limits, began=began)
         run = Run(problem.objective, **limits._asdict())
         try:

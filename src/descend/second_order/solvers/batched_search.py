@@ -119,7 +119,8 @@ class BatchedSearches(BatchedRun):
         is_second = is_failure & ((self.failed != NONE) | (learner.is_steepest & ~moves))
         is_rounding = failure == STATUS_CODES[Status.precision_limit]
         blame = choose((self.failed != NONE) & ~is_rounding, self.failed, failure)
-        stop = choose((stop == NONE) & is_unbounded, STATUS_CODES[Status.unbounded], stop)
+        is_unbounded = is_unbounded & (stop != STATUS_CODES[Status.stopped_by_callback])
+        stop = choose(is_unbounded, STATUS_CODES[Status.unbounded], stop)  # whatever limit has been reached as well
         stop = choose((stop == NONE) & is_second, blame, stop)
         self.failed = choose(has_ended, choose(is_failure, failure, NONE), self.failed)
         if len(rows := positions(is_failure)):

@@ -115,7 +115,7 @@ class Result(Generic[X]):
 
     def __repr__(self) -> str:
         return (
-            f"Result(status={self.status}, message={self.message!r}, x={_SHORT.repr(self.x)}, fun={self.fun:.6g}, "
+            f"Result(status={self.status}, message={self.message!r}, x={shortened(self.x)}, fun={self.fun:.6g}, "
             f"grad_norm={self.grad_norm:.3g}, n_iter={self.n_iter}, n_eval={self.n_eval}, n_hvp={self.n_hvp}, "
             f"time={self.time:.3g} s)"
         )
@@ -133,6 +133,11 @@ class _Short(reprlib.Repr):
 
 
 _SHORT = _Short()
+
+
+def shortened(tree: Any) -> str:
+    """A structure of tensors as a few words."""
+    return _SHORT.repr(tree)
 
 
 class Progress(NamedTuple):

@@ -1,0 +1,28 @@
+"""Every least-squares problem: where `least_squares` is developed and measured."""
+
+from __future__ import annotations
+
+from problems import bundle, curve_fits, more_fits, nist
+from problems.fit import Fit
+
+__all__ = ["Fit", "bounded", "certified", "unconstrained", "validation"]
+
+
+def certified() -> list[Fit]:
+    """NIST's, from both starts."""
+    return nist.fits()
+
+
+def unconstrained() -> list[Fit]:
+    """Those without bounds whose solution nobody has certified."""
+    return [*more_fits.fits(), *bundle.fits()]
+
+
+def bounded() -> list[Fit]:
+    """Those with bounds."""
+    return [*more_fits.boxed_fits(), *curve_fits.fits()]
+
+
+def validation() -> list[Fit]:
+    """Other starts, not to be tuned on."""
+    return [*nist.moved_fits(), *more_fits.moved_fits()]
