@@ -160,7 +160,7 @@ def test_function_that_changes_its_argument_is_an_error() -> None:
 
 def test_jacobian_that_does_not_fit_is_told_before() -> None:
     with pytest.raises(MemoryError, match=r"dense Jacobian of 4,000,000 residuals and 4,000,000 variables needs"):
-        least_squares(lambda x: x, torch.ones(4_000_000))
+        least_squares(lambda x: x, torch.ones(4_000_000), jac="dense")
 
 
 @each_method
