@@ -5,17 +5,19 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable
-from typing import Any, Literal, TypeAlias, get_args
+from typing import Any, Literal, TypeAlias, get_args, overload
 
 import torch
 from torch import Tensor
 
+from descend.second_order.batched_least_squares import least_squares_batched
 from descend.second_order.flat_problem import FlatProblem
 from descend.second_order.mathematics.robust_losses import LOSSES, Rho
 from descend.second_order.problem.arguments import with_args
 from descend.second_order.problem.bounds import differentiable_bounds
 from descend.second_order.problem.custom_loss import custom_loss
 from descend.second_order.problem.residuals import FunctionResiduals, ParameterResiduals
+from descend.second_order.solvers.batched_least_squares_result import BatchedLeastSquaresResult, best_fit
 from descend.second_order.solvers.implicit_function import differentiable_solution
 from descend.second_order.solvers.least_squares_descent import least_squares_descent
 from descend.second_order.solvers.least_squares_result import LeastSquaresResult, least_squares_result
@@ -29,6 +31,46 @@ METHODS = get_args(LeastSquaresMethod)
 MAX_ITER = 15_000
 LOOSEST = 0.01  # default of tol
 WHO = "least_squares"
+
+
+@overload
+def least_squares(
+    residuals: Callable[..., Any],
+    x0: X,
+    bounds: Any = ...,
+    loss: str | Callable[[Tensor], Any] = ...,
+    method: LeastSquaresMethod = ...,
+    tol: float | None = ...,
+    max_iter: int | None = ...,
+    max_eval: int | None = ...,
+    callback: Callable[[Progress], Any] | None = ...,
+    *,
+    loss_scale: float = ...,
+    jac: Callable[..., Any] | JacobianKind | None = ...,
+    args: tuple[Any, ...] = ...,
+    differentiable: bool = ...,
+    batched: Literal[True],
+) -> BatchedLeastSquaresResult[X]: ...
+
+
+@overload
+def least_squares(
+    residuals: Callable[..., Any],
+    x0: X,
+    bounds: Any = ...,
+    loss: str | Callable[[Tensor], Any] = ...,
+    method: LeastSquaresMethod = ...,
+    tol: float | None = ...,
+    max_iter: int | None = ...,
+    max_eval: int | None = ...,
+    callback: Callable[[Progress], Any] | None = ...,
+    *,
+    loss_scale: float = ...,
+    jac: Callable[..., Any] | JacobianKind | None = ...,
+    args: tuple[Any, ...] = ...,
+    differentiable: bool = ...,
+    batched: Literal[False, "best"] = ...,
+) -> LeastSquaresResult[X]: ...
 
 
 def least_squares(
@@ -46,7 +88,8 @@ def least_squares(
     jac: Callable[..., Any] | JacobianKind | None = None,
     args: tuple[Any, ...] = (),
     differentiable: bool = False,
-) -> LeastSquaresResult[X]:
+    batched: bool | Literal["best"] = False,
+) -> LeastSquaresResult[X] | BatchedLeastSquaresResult[X]:
     """Find a local minimum of half the sum of squared residuals, or of robust losses of them.
 
     The Jacobian of M residuals and N variables takes O(M N) memory, and an iteration O(M N^2) time, or O(M + N) memory
@@ -88,9 +131,21 @@ def least_squares(
             that ``residuals`` takes as ``args`` or closes over, or that are ``bounds``; as for ``minimize``, with the
             exact Hessian of the cost, by autograd even if ``jac`` is given. It takes one evaluation more (within
             ``max_eval``). Default: False.
+        batched: True to solve B problems at once. Every tensor in ``x0`` has a first dimension of B; ``residuals``
+            returns tensors with a first dimension of B, of each problem from its own rows alone. All else is as for
+            ``minimize``: problems that have finished leave, tensors in ``args`` whose first dimension is B are cut to
+            the same rows, ``bounds`` broadcast to ``x0``, limits hold for each problem. Steps are those of
+            ``"trust-region"`` without learning what Gauss-Newton leaves out: iterates differ from those of single
+            runs, minima do not, and where residuals stay large it takes more iterations. Bounds are kept by projected
+            steps. Each evaluation computes Jacobians, dense, as many backward passes for all problems together as one
+            has residuals or variables, whichever are fewer. Not with ``jac`` functions, ``"products"``, ``"lm"`` or
+            ``differentiable``. ``"best"``: the same from B starts, to return the best. Default: False.
     Returns:
         A ``LeastSquaresResult``: the best point seen, its residuals, the covariance of the variables, and why the
-        solver stopped. ``x`` is never NaN unless ``x0`` is; ``fun`` is NaN only if it is at ``x0``.
+        solver stopped. ``x`` is never NaN unless ``x0`` is; ``fun`` is NaN only if it is at ``x0``. With
+        ``batched=True`` a ``BatchedResult`` that also has ``residuals``, ``jac``, ``rank`` (B,) and ``covariance``
+        (B, n, n), whose entries are ``LeastSquaresResult``. With ``"best"`` that of the lowest cost, and as its
+        ``starts`` all.
     Raises:
         ValueError, TypeError: if an argument is not as above, or ``residuals`` or ``jac`` return something else.
         RuntimeError: if the residuals do not depend on ``x0`` as far as autograd can see.
@@ -120,16 +175,38 @@ def least_squares(
         if not callable(function) and (function is not None or name == "residuals"):
             also = {"residuals": "", "jac": f", one of {tuple(LINEARIZATIONS)} or None"}.get(name, " or None")
             raise TypeError(f"{WHO}: {name} must be a function{also}, got {function!r}.")
+    rho = LOSSES[loss] if isinstance(loss, str) else custom_loss(loss, f"{WHO}: loss")
+    if batched != "best" and not isinstance(batched, bool):
+        raise ValueError(f"{WHO}: batched must be False, True or 'best', got {batched!r}.")
+    if batched:
+        if method != "trust-region" or jac not in (None, "auto", "dense") or differentiable:
+            raise ValueError(
+                f"{WHO}: batched needs method='trust-region', jac=None and differentiable=False, got {method!r}, "
+                f"{jac!r} and {differentiable}. Fit the models one by one, or use minimize(batched=True)."
+            )
+        many = least_squares_batched(
+            WHO,
+            residuals,
+            x0,
+            args,
+            bounds=bounds,
+            rho=rho,
+            loss_scale=loss_scale,
+            tol=default_tolerance if tol is None else lambda eps: tol,
+            max_iter=MAX_ITER if max_iter is None else max_iter,
+            max_eval=math.inf if max_eval is None else max_eval,
+            callback=callback,
+        )
+        return best_fit(many, WHO) if batched == "best" else many
     residuals, jac = with_args(WHO, args, residuals, jac)
     records_graph = torch.is_grad_enabled()
-    rho = LOSSES[loss] if isinstance(loss, str) else custom_loss(loss, f"{WHO}: loss")
     with torch.inference_mode(False), torch.no_grad():
         problem = ResidualProblem(residuals, x0, bounds, jac if callable(jac) else None, rho, loss_scale)
         if differentiable:
             problem.check_values()
         run = LeastSquaresRun(
             problem.objective,
-            tol=min(math.sqrt(problem.structure.eps), LOOSEST) if tol is None else tol,
+            tol=default_tolerance(problem.structure.eps) if tol is None else tol,
             max_iter=MAX_ITER if max_iter is None else max_iter,
             max_eval=math.inf if max_eval is None else max_eval - differentiable,
             callback=None if callback is None else problem.reporter(callback),
@@ -150,6 +227,10 @@ def least_squares(
                 x = differentiable_solution(WHO, problem.objective.as_function(WHO), x, status, *ends)
             problem.objective.n_eval += 1
     return least_squares_result(run, status, problem.tree_of(x), problem.split_tree, began=began)
+
+
+def default_tolerance(eps: float) -> float:
+    return min(math.sqrt(eps), LOOSEST)
 
 
 class ResidualProblem(FlatProblem[X]):

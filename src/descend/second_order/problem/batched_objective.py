@@ -45,6 +45,8 @@ class BatchedObjective:
         n_calls: calls of ``fun``.
     """
 
+    name = "fun"  # of the function, for errors
+
     def __init__(
         self,
         who: str,
@@ -106,13 +108,25 @@ class BatchedObjective:
             if isinstance(error, NEVER):
                 raise
             if len(x) == 1:
-                return x.sum(1) * math.nan, None if self.jac is None else torch.full_like(x, math.nan)
+                return self._outside(x), None if self.jac is None else torch.full_like(x, math.nan)
         middle, parts = len(x) // 2, []  # halves, until these problems are alone
         for start, end in ((0, middle), (middle, len(x))):
             some = [leaf[start:end] if is_cut else leaf for leaf, is_cut in zip(leaves, self.is_cut, strict=True)]
             parts.append(self._values(x[start:end], some))
         values, grads = zip(*parts, strict=True)
-        return torch.cat(values), None if self.jac is None else torch.cat(grads)
+        return self._joined(values), None if self.jac is None else torch.cat(grads)
+
+    def _outside(self, x: Tensor) -> Tensor:
+        """What is returned for one problem outside of the function's domain."""
+        return x.sum(1) * math.nan
+
+    def _joined(self, parts: tuple[Tensor, ...]) -> Tensor:
+        """What is returned for parts of the batch, together."""
+        return torch.cat(parts)
+
+    def _compared(self, returned: Any, count: int) -> Tensor:
+        """What must not depend on the other problems, (K,), from what the function returned."""
+        return values(returned[0] if self.jac is True else returned, count, f"{self.who}: {self.name}")
 
     def _call(self, x: Tensor, leaves: list[Any]) -> tuple[Tensor, Tensor | None]:
         self.n_calls += 1
@@ -172,10 +186,10 @@ class BatchedObjective:
             return
         except Exception as error:
             raise ValueError(
-                f"{self.who}: fun took {len(start)} problems, but not {len(some)} of them: {error}. Problems that have "
-                f"finished leave the batch. {ALONE}."
+                f"{self.who}: {self.name} took {len(start)} problems, but not {len(some)} of them: {error}. Problems "
+                f"that have finished leave the batch. {ALONE}."
             ) from error
-        alone = values(alone[0] if self.jac is True else alone, len(some), f"{self.who}: fun").double()
+        alone = self._compared(alone, len(some)).double()
         before = before[some].to(alone.device)
         scale = torch.maximum(before.abs(), alone.abs())
         differs = (alone - before).abs() > math.sqrt(self.eps) * (scale + scale.nanmedian())
@@ -183,9 +197,9 @@ class BatchedObjective:
         if differs.any():
             first = int(differs.long().argmax())
             raise ValueError(
-                f"{self.who}: fun must not mix the problems of a batch, and must return the same values again: at x0, "
-                f"problem {int(some[first])} has the value {float(before[first]):.9g} among {len(start)} problems, and "
-                f"{float(alone[first]):.9g} among {len(some)} in another order. {ALONE}."
+                f"{self.who}: {self.name} must not mix the problems of a batch, and must return the same values again: "
+                f"at x0, problem {int(some[first])} has the value {float(before[first]):.9g} among {len(start)} problems, "
+                f"and {float(alone[first]):.9g} among {len(some)} in another order. {ALONE}."
             )
 
 

@@ -103,9 +103,8 @@ class BatchedResult(Generic[X]):
 
     def __repr__(self) -> str:
         counts = ", ".join(f"{count} {status}" for status, count in Counter(map(str, self.status)).most_common())
-        return (
-            f"BatchedResult({len(self)} problems: {counts or 'none'}; n_calls={self.n_calls}, time={self.time:.3g} s)"
-        )
+        name, calls = type(self).__name__, f"n_calls={self.n_calls}, time={self.time:.3g} s"
+        return f"{name}({len(self)} problems: {counts or 'none'}; {calls})"
 
 
 @dataclass(frozen=True, repr=False)
@@ -120,7 +119,12 @@ class BestResult(Result[X]):
 
 
 def best_of(starts: BatchedResult[X], who: str) -> BestResult[X]:
-    """The result with the lowest finite value.
+    """The result that ``best_index`` chooses."""
+    return BestResult(**vars(starts[best_index(starts, who)]), starts=starts)
+
+
+def best_index(starts: BatchedResult[X], who: str) -> int:
+    """The position of the result with the lowest finite value.
 
     Starts from which the solver failed (as where the function falls without end) count only if it failed from all. Of
     values that are equal to rounding, one that converged is better.
@@ -135,5 +139,4 @@ def best_of(starts: BatchedResult[X], who: str) -> BestResult[X]:
     some = [i for i in range(len(starts)) if not has_failed[i] or all(has_failed)]
     lowest = min(values[i] for i in some)
     equal = [i for i in some if values[i] <= lowest + EQUAL * abs(lowest)]
-    best = min(equal, key=lambda i: (starts.status[i] is not Status.converged, values[i]))
-    return BestResult(**vars(starts[best]), starts=starts)
+    return min(equal, key=lambda i: (starts.status[i] is not Status.converged, values[i]))
