@@ -198,8 +198,8 @@ class BatchedObjective:
             first = int(differs.long().argmax())
             raise ValueError(
                 f"{self.who}: {self.name} must not mix the problems of a batch, and must return the same values again: "
-                f"at x0, problem {int(some[first])} has the value {float(before[first]):.9g} among {len(start)} problems, "
-                f"and {float(alone[first]):.9g} among {len(some)} in another order. {ALONE}."
+                f"at x0, problem {int(some[first])} has the value {float(before[first]):.9g} among {len(start)} "
+                f"problems, and {float(alone[first]):.9g} among {len(some)} in another order. {ALONE}."
             )
 
 

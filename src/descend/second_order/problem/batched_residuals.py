@@ -55,9 +55,9 @@ class BatchedResiduals(BatchedObjective):
         with torch.enable_grad():
             leaf, version = point.detach().requires_grad_(), point._version
             flat, _ = self._values(leaf, self.leaves)
+            jacobians, residuals = self._jacobians(flat, leaf), flat.detach()
         if point._version != version:
             raise RuntimeError(f"{self.who}: residuals changed their argument in place. Let them work on a copy.")
-        jacobians, residuals = self._jacobians(flat, leaf), flat.detach()
         rows = residuals
         if self.rho is not None:
             rows, factors = scaled_rows(residuals, self.rho, self.loss_scale)
@@ -80,7 +80,7 @@ class BatchedResiduals(BatchedObjective):
         for part, (shape, dtype) in zip(torch.split(residuals, sizes, 1), self.result_leaves, strict=True):
             part = part.to(dtype.to_real())
             if dtype.is_complex:
-                part = torch.view_as_complex(part.reshape(len(part), *shape, 2))
+                part = torch.view_as_complex(part.reshape(len(part), *shape, 2).contiguous())
             leaves.append(part.reshape(len(part), *shape))
         return pytree.tree_unflatten(leaves, self.result_spec)
 
@@ -157,11 +157,10 @@ class BatchedResiduals(BatchedObjective):
         """
         weights = torch.zeros_like(residuals, requires_grad=True)
         try:
-            with torch.enable_grad():
-                product = _grad(residuals, leaf, weights, create_graph=True)
-                if product is None or not product.requires_grad:
-                    return None
-                columns = [_grad(product[:, column].sum(), weights) for column in range(leaf.shape[1])]
+            product = _grad((residuals * weights).sum(), leaf, create_graph=True)
+            if product is None or not product.requires_grad:
+                return None
+            columns = [_grad(product[:, column].sum(), weights) for column in range(leaf.shape[1])]
         except RuntimeError:
             if self.columns_work:
                 raise
@@ -172,14 +171,13 @@ class BatchedResiduals(BatchedObjective):
         if self.columns_work is None:
             n_rows = residuals.shape[1]
             probe = torch.linspace(0.5, 1.5, n_rows, dtype=leaf.dtype, device=leaf.device).expand_as(residuals)
-            error = ((probe.unsqueeze(1) @ jacobians).squeeze(1) - _grad(residuals, leaf, probe)).abs()
+            weighted = (residuals * probe).sum()  # torch imports a lot before it takes gradients of matrices
+            error = ((probe.unsqueeze(1) @ jacobians).squeeze(1) - _grad(weighted, leaf)).abs()
             noise = math.sqrt(self.eps) * (probe.unsqueeze(1) @ jacobians.abs()).squeeze(1)
             self.columns_work = not bool((error > noise).any())  # NaN is no evidence
         return jacobians if self.columns_work else None
 
 
-def _grad(output: Tensor, leaf: Tensor, weights: Tensor | None = None, create_graph: bool = False) -> Any:
-    """The gradient of (a weighted sum of) an output; None if it does not depend on the leaf."""
-    return torch.autograd.grad(output, leaf, weights, retain_graph=True, create_graph=create_graph, allow_unused=True)[
-        0
-    ]
+def _grad(output: Tensor, leaf: Tensor, create_graph: bool = False) -> Any:
+    """The gradient of a number; None if it does not depend on the leaf."""
+    return torch.autograd.grad(output, leaf, retain_graph=True, create_graph=create_graph, allow_unused=True)[0]
