@@ -14,6 +14,10 @@ from minimize_cases import one_thread  # noqa: F401
 from torch import Tensor
 
 from descend import LeastSquaresResult, Status, least_squares
+from descend.second_order import batched, batched_least_squares
+from descend.second_order.mathematics import arrays
+from descend.second_order.problem import batched_objective, batched_residuals
+from descend.second_order.solvers import batched_least_squares as rounds
 
 TIMES = torch.linspace(0, 4, 21, dtype=torch.float64)
 
@@ -154,6 +158,38 @@ def test_bounded_minima_are_scipys_and_no_point_is_outside(bounds: Any) -> None:
         )  # fmt: skip
         assert float(many.fun[i]) == pytest.approx(scipys.cost, rel=1e-5)
         np.testing.assert_allclose(many.x[i], scipys.x, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["peaks", "valleys"])
+def test_bounded_minima_are_those_of_single_runs(name: str) -> None:
+    family = FAMILIES[name]
+    free, side = family.solve().x, torch.where(random(10, *family.x0.shape) > 0, 1.0, -1.0)
+    lower = free + 0.3 * side * random(11, *family.x0.shape).abs()  # beyond half of the minima, or before
+    bounds = lower, lower + 0.4
+    many = family.solve(bounds=bounds)
+    assert many.success.all(), many
+    assert ((many.x == bounds[0]) | (many.x == bounds[1])).double().mean() > 0.3
+    for i in range(9):
+        alone = family.single(i, bounds=(bounds[0][i], bounds[1][i]))
+        assert float(many.fun[i]) == pytest.approx(alone.fun, rel=1e-6, abs=1e-15)
+
+
+def test_tensors_of_a_device_take_the_same_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    family, options = FAMILIES["peaks"], dict(bounds=(0.1, 2.9), callback=lambda progress: False)
+    on_cpu = family.solve(**options)
+    for module in (arrays, batched, batched_least_squares, batched_objective, batched_residuals, rounds):
+        monkeypatch.setattr(module, "array_of", lambda tensor: tensor.detach())
+    as_on_device = family.solve(**options)
+    assert as_on_device.status == on_cpu.status
+    assert torch.equal(as_on_device.n_eval, on_cpu.n_eval)
+    assert torch.allclose(as_on_device.x, on_cpu.x, atol=1e-9)
+
+
+def test_jacobians_must_fit(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(batched_residuals, "free_memory", lambda device: 2**28)
+    assert len(least_squares(lambda p: p.repeat(1, 30), torch.ones(10, 40), batched=True, max_eval=1)) == 10
+    with pytest.raises(MemoryError, match="1,200 residuals and 40 variables"):
+        least_squares(lambda p: p.repeat(1, 30), torch.ones(1000, 40), batched=True, max_eval=1)
 
 
 def test_results_do_not_depend_on_the_others_and_repeat() -> None:

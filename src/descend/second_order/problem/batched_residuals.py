@@ -15,6 +15,9 @@ from descend.second_order.mathematics.robust_losses import Rho, cost, scaled_row
 from descend.second_order.mathematics.space import Array
 from descend.second_order.problem.batched_objective import BatchedObjective
 from descend.second_order.problem.batched_structure import BatchedStructure
+from descend.second_order.problem.objective import free_memory
+
+COPIES = 8  # of all Jacobians: trials, current, best and final ones, and the workspace of their factorization
 
 
 class BatchedResiduals(BatchedObjective):
@@ -134,6 +137,7 @@ class BatchedResiduals(BatchedObjective):
         n_rows, n_columns = residuals.shape[1], leaf.shape[1]
         if not n_rows or not n_columns:
             return leaf.detach().new_zeros(len(leaf), n_rows, n_columns)
+        self._check_fits(residuals, n_columns)
         depends = residuals.requires_grad
         if n_columns < n_rows and depends and self.columns_work is not False:
             columns = self._by_columns(residuals, leaf)
@@ -148,6 +152,15 @@ class BatchedResiduals(BatchedObjective):
                 )
             return leaf.detach().new_full((len(leaf), n_rows, n_columns), math.nan)
         return torch.stack([torch.zeros_like(leaf) if row is None else row for row in rows], 1).detach()
+
+    def _check_fits(self, residuals: Tensor, n_columns: int) -> None:
+        needed = COPIES * residuals.numel() * (n_columns + 2) * residuals.element_size()
+        if needed > 2**28 and needed > (available := free_memory(residuals.device)):
+            raise MemoryError(
+                f"{self.who}: Jacobians of {len(residuals):,} problems with {residuals.shape[1]:,} residuals and "
+                f"{n_columns:,} variables need {needed / 2**30:,.1f} GiB, {available / 2**30:,.1f} GiB are free. Use "
+                "fewer problems at once, or minimize(batched=True) on the sums of squares."
+            )
 
     def _by_columns(self, residuals: Tensor, leaf: Tensor) -> Tensor | None:
         """J by columns: J'u is linear in u, and the derivative of an entry by u is a column. None where that fails.
