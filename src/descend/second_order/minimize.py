@@ -16,14 +16,14 @@ from descend.second_order.limits import check_limits, solver_limits
 from descend.second_order.problem.arguments import with_args
 from descend.second_order.problem.bounds import differentiable_bounds
 from descend.second_order.problem.domain import domain_errors_of
-from descend.second_order.problem.objective import FunctionObjective, Point
-from descend.second_order.solvers.augmented_lagrangian import Limits
+from descend.second_order.problem.objective import FunctionObjective
 from descend.second_order.solvers.batched_result import BatchedResult, BestResult, best_of
+from descend.second_order.solvers.budget import Limits
 from descend.second_order.solvers.constrained_result import ConstrainedResult
 from descend.second_order.solvers.implicit_function import differentiable_solution
 from descend.second_order.solvers.methods import METHODS, MinimizeMethod, check_method_fits, descent_of
 from descend.second_order.solvers.result import MESSAGES, Progress, Result, Status, X, result_of
-from descend.second_order.solvers.run import Run
+from descend.second_order.solvers.run import Descend, Run
 
 HISTORY_SIZE = 10
 WHO = "minimize"
@@ -276,16 +276,12 @@ def minimize(
             callback=None if callback is None else problem.reporter(callback),
         )
 
-        def new_descent() -> Callable[[Run, Point], Status]:
+        def new_descent() -> Descend:
             return descent_of(method, problem.objective, problem.start, history_size or HISTORY_SIZE)
 
         if isinstance(problem, ConstrainedProblem):
             return minimize_constrained(problem, new_descent, limits, began=began)
-        run = Run(problem.objective, **limits._asdict())
-        try:
-            status = new_descent()(run, run.start(problem.start))
-        finally:
-            problem.set_parameters(run)
+        run, status = _run(problem, new_descent(), limits)
         x = run.best.x
         if differentiable:
             assert isinstance(problem.objective, FunctionObjective), "check_values has been called"
@@ -293,6 +289,16 @@ def minimize(
                 ends = differentiable_bounds(bounds, problem.structure, WHO)
                 x = differentiable_solution(WHO, problem.objective, x, status, *ends)
     return result_of(run, status, MESSAGES[status], problem.tree_of(x), problem.split_tree, began=began)
+
+
+def _run(problem: FunctionProblem[X], descend: Descend, limits: Limits) -> tuple[Run, Status]:
+    """Minimize; parameters are set to the best point, also if ``fun`` raises."""
+    run = Run(problem.objective, **limits._asdict())
+    try:
+        status = descend(run, run.start(problem.start))
+    finally:
+        problem.set_parameters(run)
+    return run, status
 
 
 def _check_method(method: str, bounds: Any, history_size: int | None) -> None:

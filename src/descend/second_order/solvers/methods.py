@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Literal, TypeAlias, get_args
 
 from torch import Tensor
@@ -16,7 +15,7 @@ from descend.second_order.solvers.compiled_history import compact_inverse
 from descend.second_order.solvers.descent import line_search_descent
 from descend.second_order.solvers.newton_descent import PAIRS, DenseNewton, NewtonCG, trust_region_descent
 from descend.second_order.solvers.result import Status
-from descend.second_order.solvers.run import Run
+from descend.second_order.solvers.run import Descend, Run
 
 MinimizeMethod: TypeAlias = Literal["gd", "bfgs", "ss-bfgs", "ss-broyden", "l-bfgs", "newton-cg", "newton"]
 METHODS = get_args(MinimizeMethod)
@@ -30,7 +29,7 @@ def check_method_fits(who: str, method: str, objective: Curved, x: Tensor) -> No
         check_dense_fits(f"{who}: method={method!r}", x, instead, objective.space)
 
 
-def descent_of(method: str, objective: Curved, x: Tensor, history_size: int) -> Callable[[Run, Point], Status]:
+def descent_of(method: str, objective: Curved, x: Tensor, history_size: int) -> Descend:
     """What minimizes from a point; what it learns of the curvature is used again if it is called again.
 
     Args:
