@@ -198,7 +198,7 @@ class Run(Budget):
 
     def _drop(self, point: Point) -> None:
         """Give back the vectors of a point, unless it is still needed."""
-        if not any(point is other for other in (self.best, self.milestone, self.current)):
+        if not any(point.x is other.x for other in (self.best, self.milestone, self.current)):
             self.objective.recycle(point)
 
     def _keep_lowest(self, trials: dict[float, Point], besides: float) -> None:
