@@ -17,11 +17,11 @@ from descend.fit.scipy_options import LBFGSB, Method, Options, bounds_of_pairs, 
 from descend.fit.scipy_result import Reporter, result_of_run
 from descend.second_order.mathematics.dense_inverse import DenseInverse
 from descend.second_order.mathematics.differences import EVALUATIONS, SCHEMES
-from descend.second_order.mathematics.directions import CompactInverse
 from descend.second_order.problem.array_objective import ArrayObjective
 from descend.second_order.problem.domain import domain_errors_of
 from descend.second_order.problem.objective import CG_INSTEAD, check_dense_fits
 from descend.second_order.solvers.box import CompactHessian, bounded_descent
+from descend.second_order.solvers.compiled_history import compact_inverse
 from descend.second_order.solvers.descent import line_search_descent
 from descend.second_order.solvers.newton_descent import PAIRS, DenseNewton, NewtonCG, trust_region_descent
 from descend.second_order.solvers.result import Status
@@ -207,12 +207,12 @@ def _solve(
     if method.solver == "newton":
         return trust_region_descent(run, point, DenseNewton(objective))[0], None
     if method.solver == "newton-cg":
-        inverse = CompactInverse(len(x), PAIRS, *options)
+        inverse = compact_inverse(len(x), PAIRS, *options)
         return trust_region_descent(run, point, NewtonCG(objective, run, point, inverse))[0], None
     if objective.lower is not None:
         hessian = CompactHessian(len(x), history_size, *options)
         return bounded_descent(run, point, hessian), hessian
     learner = (
-        DenseInverse(len(x), *options) if method.solver == "bfgs" else CompactInverse(len(x), history_size, *options)
+        DenseInverse(len(x), *options) if method.solver == "bfgs" else compact_inverse(len(x), history_size, *options)
     )
     return line_search_descent(run, point, learner), learner
