@@ -5,13 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from functools import cached_property
-from typing import NamedTuple
+from typing import NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
 
 from descend.second_order.mathematics.line_search import Outcome, Search, hager_zhang
 from descend.second_order.problem.objective import Objective, Point
+from descend.second_order.solvers.budget import Budget
 from descend.second_order.solvers.result import Iteration, Status
 
 NOISE = 10.0  # units in the last place that a value may be off by
@@ -45,7 +46,7 @@ class Step(NamedTuple):
     is_unbounded: bool = False
 
 
-class Run:
+class Run(Budget):
     """Counts, limits and the best point of one run.
 
     Args:
@@ -67,7 +68,7 @@ class Run:
     ) -> None:
         self.objective = objective
         self.tol, self.max_iter, self.callback = tol, max_iter, callback
-        self.last_eval = objective.n_eval + max_eval
+        super().__init__(objective, max_eval)
         self.n_iter = self.n_negative_curvature = 0
         self.is_stopped = False
         self.n_nonfinite = self.n_endless = 0
@@ -88,18 +89,6 @@ class Run:
     def scratch(self) -> tuple[Tensor, Tensor]:
         """Two vectors for whoever needs them."""
         return torch.empty_like(self.best.x), torch.empty_like(self.best.x)
-
-    @property
-    def n_eval(self) -> int:
-        return self.objective.n_eval
-
-    @property
-    def n_hvp(self) -> int:
-        return self.objective.n_hvp
-
-    @property
-    def evaluations_left(self) -> float:
-        return self.last_eval - self.objective.n_eval
 
     def noise(self, point: Point) -> float:
         """Rounding error of the value at a point."""
@@ -209,7 +198,7 @@ class Run:
 
     def _drop(self, point: Point) -> None:
         """Give back the vectors of a point, unless it is still needed."""
-        if not any(point is other for other in (self.best, self.milestone, self.current)):
+        if not any(point.x is other.x for other in (self.best, self.milestone, self.current)):
             self.objective.recycle(point)
 
     def _keep_lowest(self, trials: dict[float, Point], besides: float) -> None:
@@ -247,6 +236,9 @@ class Run:
     def _record(self, point: Point, step: float) -> None:
         counts = self.objective.n_eval, self.objective.n_hvp
         self.history.append(Iteration(point.value, point.norm, step, *counts))
+
+
+Descend: TypeAlias = Callable[[Run, Point], Status]  # minimizes from a point until there is a reason to stop
 
 
 def _value_of(point: Point | None) -> float:
