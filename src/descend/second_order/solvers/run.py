@@ -45,6 +45,18 @@ class Step(NamedTuple):
     is_unbounded: bool = False
 
 
+class Milestone(NamedTuple):
+    """What the next progress is measured from.
+
+    Attributes:
+        value: the least one so far, or little above it.
+        norm: largest entry of the (projected) gradient where progress was last seen.
+    """
+
+    value: float
+    norm: float
+
+
 class Run:
     """Counts, limits and the best point of one run.
 
@@ -76,11 +88,11 @@ class Run:
 
     def start(self, x: Tensor, scale: float | None = None) -> Point:
         """Evaluate the first point. ``scale``: largest entry of the gradient at the first start, if not here."""
-        point = self.best = self.milestone = self.current = self.objective.evaluate(x)
+        point = self.best = self.current = self.objective.evaluate(x)
         self.target = self.tol * max(1.0, point.norm if scale is None else scale)
         change = point.norm * (1 + self.objective.space.length(x))
         self.depth = -max(1.0, abs(point.value), change) * DEPTH if point.is_finite else -math.inf
-        self.patience = PATIENCE
+        self.milestone, self.patience = Milestone(point.value, point.norm), PATIENCE
         self._record(point, 0.0)
         return point
 
@@ -209,7 +221,7 @@ class Run:
 
     def _drop(self, point: Point) -> None:
         """Give back the vectors of a point, unless it is still needed."""
-        if not any(point is other for other in (self.best, self.milestone, self.current)):
+        if not any(point is other for other in (self.best, self.current)):
             self.objective.recycle(point)
 
     def _keep_lowest(self, trials: dict[float, Point], besides: float) -> None:
@@ -236,10 +248,9 @@ class Run:
     def _is_stuck(self, point: Point) -> bool:
         """Whether for ``PATIENCE`` iterations the value has not fallen beyond rounding, nor the gradient halved."""
         last = self.milestone
-        if point.value < last.value - self.noise(last) / NOISE or point.norm < 0.5 * last.norm:
+        if point.value < last.value - self.objective.eps * abs(last.value) or point.norm < 0.5 * last.norm:
             # The value stays the least one: two points, one lower and one flatter, could take turns for ever.
-            self.milestone, self.patience = point._replace(value=min(point.value, last.value)), PATIENCE
-            self._drop(last)
+            self.milestone, self.patience = Milestone(min(point.value, last.value), point.norm), PATIENCE
         else:
             self.patience -= 1
         return self.patience <= 0
