@@ -103,7 +103,7 @@ def scipy_minimize(
         https://docs.scipy.org/doc/scipy/reference/generated/scipy.optimize.minimize.html
     """
     _check_scipy()
-    chosen = method_of(method, bounds is not None, np.size(constraints) > 0, WHO)
+    chosen = method_of(method, bounds is not None, constraints is not None and np.size(constraints) > 0, WHO)
     settings = options_of(chosen, options, tol, WHO)
     _check_functions(chosen, fun=fun, jac=jac, hess=hess, hessp=hessp, callback=callback)
     walls = domain_errors_of(domain_errors, WHO)
