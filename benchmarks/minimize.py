@@ -274,7 +274,9 @@ def parse_arguments() -> argparse.Namespace:
         "--only",
         metavar="PATTERN",
         default="*",
-        help=f"run what has the pattern in its name, as in {BOUNDS}-*, lbfgs-rosenbrock-*, iteration-100-",
+        help=f"run what has the pattern in its name, as in {BOUNDS}-*, lbfgs-rosenbrock-*, iteration-100-; contests: "
+        + ", ".join(contest.name for contest in contests())
+        + "; times are iteration",
     )
     parser.add_argument("--quick", action="store_true", help="a few small problems: shows that the script works")
     parser.add_argument("--plot", metavar="FILE", type=Path, help="also draw performance profiles, as in profile.png")

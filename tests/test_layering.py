@@ -155,8 +155,8 @@ def test_public_names_are_frozen() -> None:
     names = (
         "SGD ASGD Lion Rprop Adagrad RMSprop Adadelta Adam AdamW Adamax NAdam RAdam AdamWScheduleFree ADOPT AdEMAMix "
         "Adan MARS LAMB Prodigy Muon NorMuon RowwiseAdagrad SparseAdam Adafactor SOAP LBFGS LeastSquares Newton "
-        "FirstOrder Monitor BatchedResult ConstrainedResult IncompatibleKeys RuleError LeastSquaresResult Progress "
-        "Result Status eq ineq clip_grad_norm_ clip_grad_value_ clip_grads_with_norm_ combined from_rule "
+        "FirstOrder Monitor BatchedResult BestResult ConstrainedResult IncompatibleKeys RuleError LeastSquaresResult "
+        "Progress Result Status eq ineq clip_grad_norm_ clip_grad_value_ clip_grads_with_norm_ combined from_rule "
         "get_total_norm in_backward layer_decay least_squares minimize no_decay scipy_minimize warmup"
     )
     assert sorted(descend.__all__) == sorted([*names.split(), *TORCHS])
@@ -171,6 +171,7 @@ def test_names_that_are_torchs_are_torchs_own() -> None:
 
 DATA = (
     "BatchedResult",
+    "BestResult",
     "ConstrainedResult",
     "IncompatibleKeys",
     "LeastSquaresResult",

@@ -34,7 +34,7 @@ from descend.second_order.least_squares import least_squares
 from descend.second_order.least_squares_optimizer import LeastSquares
 from descend.second_order.minimize import minimize
 from descend.second_order.newton import Newton
-from descend.second_order.solvers.batched_result import BatchedResult
+from descend.second_order.solvers.batched_result import BatchedResult, BestResult
 from descend.second_order.solvers.constrained_result import ConstrainedResult
 from descend.second_order.solvers.least_squares_result import LeastSquaresResult
 from descend.second_order.solvers.result import Progress, Result, Status
@@ -57,6 +57,7 @@ __all__ = [
     "Adamax",
     "Adan",
     "BatchedResult",
+    "BestResult",
     "ConstrainedResult",
     "FirstOrder",
     "IncompatibleKeys",

@@ -439,8 +439,6 @@ def test_no_constraints_have_scipys_three_forms(constraints: Any) -> None:
     [
         (dict(method="Nelder-Mead"), ValueError, "method must be one of .* jac=None, which takes differences"),
         (dict(method=print), TypeError, "method must be a name"),
-        (dict(constraints=dict(type="eq", fun=rosen)), ValueError, "constraints"),
-        (dict(constraints=[dict(type="eq", fun=rosen)]), ValueError, "constraints"),
         (dict(method="BFGS", bounds=[(0, 1)] * 3), ValueError, "bounds are for method='L-BFGS-B'"),
         (dict(bounds=[(0, 1)] * 2), ValueError, "bounds must be 3 pairs"),
         (dict(bounds=[(0, 1, 2)] * 3), ValueError, "bounds must be 3 pairs"),

@@ -206,7 +206,7 @@ def test_backward_that_cannot_be_differentiated_is_noticed(function: Any) -> Non
         (dict(max_eval=0), ValueError, "max_eval must be an integer >= 1"),
         (dict(max_eval=2.0), ValueError, "max_eval must be an integer"),
         (dict(callback=1), TypeError, "callback must be a function or None"),
-        (dict(jac="3-point"), TypeError, "jac must be a function or None"),
+        (dict(jac="3-point"), TypeError, "jac must be a function, one of"),
         (dict(bounds=3), ValueError, "bounds must be"),
         (dict(bounds=(2.0, 1.0)), ValueError, "lower <= upper"),
     ],

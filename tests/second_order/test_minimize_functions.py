@@ -254,3 +254,18 @@ def test_parameters_that_the_callback_writes_to_are_restored(method: str) -> Non
     assert [entry.fun for entry in result.history] == [entry.fun for entry in expected.history]
     assert torch.equal(param, other)
     assert result.fun == rosenbrock(param).item()
+
+
+@pytest.mark.slow  # torch.compile
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # which torch.compile reads
+@pytest.mark.parametrize("method", ["newton", "newton-cg"])
+def test_curvature_of_a_compiled_function_is_not_taken_for_zero(method: str) -> None:
+    def function(x: Tensor) -> Tensor:
+        return ((x - torch.arange(3.0)) ** 4).sum() + (x**2).sum()
+
+    start = torch.zeros(3, dtype=torch.float64)
+    expected = minimize(function, start, method)
+    found = minimize(torch.compile(function, backend="aot_eager"), start, method)
+    assert found.success
+    assert found.n_iter == expected.n_iter
+    torch.testing.assert_close(found.x, expected.x)

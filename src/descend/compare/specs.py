@@ -169,8 +169,11 @@ def classes() -> dict[str, type[Optimizer]]:
 
 
 def _trains_any_model(optimizer: type[Optimizer]) -> bool:
-    """Whether it needs only parameters. Base classes need more; LBFGS and Newton, a closure with a fixed loss."""
-    if issubclass(optimizer, descend.LBFGS | descend.Newton):
+    """Whether it needs only parameters.
+
+    Base classes need more; LBFGS and Newton, a closure with a fixed loss; LeastSquares, one with residuals.
+    """
+    if issubclass(optimizer, descend.LBFGS | descend.LeastSquares | descend.Newton):
         return False
     build = list(inspect.signature(optimizer).parameters.values())
     step = list(inspect.signature(optimizer.step).parameters.values())

@@ -11,15 +11,17 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from descend.fit.scipy_constrained import constrained_result
+from descend.fit.scipy_constraints import array_constraints
 from descend.fit.scipy_options import LBFGSB, Method, Options, bounds_of_pairs, method_of, options_of
 from descend.fit.scipy_result import Reporter, result_of_run
 from descend.second_order.mathematics.dense_inverse import DenseInverse
 from descend.second_order.mathematics.differences import EVALUATIONS, SCHEMES
-from descend.second_order.mathematics.directions import CompactInverse
 from descend.second_order.problem.array_objective import ArrayObjective
 from descend.second_order.problem.domain import domain_errors_of
 from descend.second_order.problem.objective import CG_INSTEAD, check_dense_fits
 from descend.second_order.solvers.box import CompactHessian, bounded_descent
+from descend.second_order.solvers.compiled_history import compact_inverse
 from descend.second_order.solvers.descent import line_search_descent
 from descend.second_order.solvers.newton_descent import PAIRS, DenseNewton, NewtonCG, trust_region_descent
 from descend.second_order.solvers.result import Status
@@ -62,7 +64,8 @@ def scipy_minimize(
         args: a tuple of further arguments of ``fun``, ``jac``, ``hess`` and ``hessp``. Default: ``()``.
         method: upper or lower case. ``"L-BFGS-B"``, ``"BFGS"``, ``"CG"`` (which is L-BFGS); ``"Newton-CG"``,
             ``"trust-ncg"``, ``"trust-krylov"`` (conjugate gradients in a trust region); ``"trust-exact"``,
-            ``"dogleg"`` (the dense Hessian). None is L-BFGS-B with bounds, and BFGS without. Default: None.
+            ``"dogleg"`` (the dense Hessian); ``"SLSQP"``, ``"trust-constr"`` (an augmented Lagrangian). None is SLSQP
+            with constraints, else L-BFGS-B with bounds, else BFGS. Default: None.
         jac: a function that returns the gradient; True if ``fun`` returns (value, gradient); ``"2-point"`` or None,
             or ``"3-point"``, for finite differences, of which each evaluation counts. Newton's methods need a gradient.
         hess: a function that returns the Hessian, as an array, a sparse matrix or a ``LinearOperator``, for Newton's
@@ -70,8 +73,12 @@ def scipy_minimize(
         hessp: a function of x, a vector and ``args`` that returns the Hessian's product with the vector. With neither,
             Newton's methods take differences of gradients. Default: None.
         bounds: pairs (lower, upper), one for each variable, None where there is no bound; or ``scipy.optimize.Bounds``.
-            For ``"L-BFGS-B"``. Every evaluation is inside, differences included. Default: None.
-        constraints: must be empty.
+            For ``"L-BFGS-B"``, ``"SLSQP"`` and ``"trust-constr"``. Every evaluation is inside, differences included.
+            Default: None.
+        constraints: for ``"SLSQP"`` and ``"trust-constr"``: dicts with ``"type"``, ``"fun"``, ``"jac"`` and ``"args"``;
+            ``scipy.optimize.NonlinearConstraint`` or ``LinearConstraint``. ``fun`` may be evaluated where they do not
+            hold. The gradient and the violations, each divided by the largest entry of its gradient at ``x0`` if that
+            exceeds 1, are at most ``gtol`` at the end. Default: none.
         tol: the tolerance of the gradient, unless ``gtol`` is given; and what ``ftol`` or ``xtol`` is below if rounding
             ends the run. Default: those of the method.
         callback: called as ``callback(x)`` after each iteration, or as ``callback(intermediate_result=...)`` if that is
@@ -85,9 +92,11 @@ def scipy_minimize(
     Returns:
         ``scipy.optimize.OptimizeResult`` with x, fun, jac, nit, nfev, njev, nhev, status, success and message, and
         ``hess_inv`` as SciPy has it for BFGS and L-BFGS-B. ``status`` is 0 where the solver converged, 1 at a limit, 2
-        where no step lowered the function further, 3 for NaN at the start or in all directions, 99 if ``callback``
-        stopped. Instead of 2 it is 0 if the last iteration of L-BFGS-B gained less than ``ftol``, 2.2e-9 by default,
-        or the last step of Newton-CG was shorter than ``xtol``, 1e-5: rounding allows no more, and the message says so.
+        where no step lowered the function further, 3 for NaN at the start or in all directions, 4 where ``constraints``
+        seem to have no solution, 99 if ``callback`` stopped. With ``constraints`` there are ``maxcv``, the largest
+        violation, and ``multipliers``, one for each entry of each constraint, equalities first. Instead of 2 the status
+        is 0 if the last iteration of L-BFGS-B gained less than ``ftol``, 2.2e-9 by default, or the last step of
+        Newton-CG was shorter than ``xtol``, 1e-5: rounding allows no more, and the message says so.
     Raises:
         ValueError, TypeError: if an argument is not as above; before ``fun`` is called.
         ImportError: without SciPy.
@@ -103,7 +112,7 @@ def scipy_minimize(
         https://docs.scipy.org/doc/scipy/reference/generated/scipy.optimize.minimize.html
     """
     _check_scipy()
-    chosen = method_of(method, bounds is not None, constraints is not None and np.size(constraints) > 0, WHO)
+    chosen = method_of(method, bounds is not None, bool(constraints), WHO)
     settings = options_of(chosen, options, tol, WHO)
     _check_functions(chosen, fun=fun, jac=jac, hess=hess, hessp=hessp, callback=callback)
     walls = domain_errors_of(domain_errors, WHO)
@@ -122,9 +131,12 @@ def scipy_minimize(
             absolute_step=settings.eps,
             relative_step=settings.finite_diff_rel_step,
         )
+        conditions = array_constraints(constraints, array.shape, objective.box, settings.finite_diff_rel_step, WHO)
         objective.domain_errors = (np.linalg.LinAlgError, *walls)
         if objective.lower is not None:
             x = torch.clamp(x, objective.lower, objective.upper)
+        if constraints:
+            return constrained_result(chosen, settings, objective, x, conditions, callback, array.shape)
         reporter = Reporter(chosen, settings, callback, array.shape, has_differences=isinstance(gradient, str))
         run = Run(
             objective,
@@ -195,12 +207,12 @@ def _solve(
     if method.solver == "newton":
         return trust_region_descent(run, point, DenseNewton(objective))[0], None
     if method.solver == "newton-cg":
-        inverse = CompactInverse(len(x), PAIRS, *options)
+        inverse = compact_inverse(len(x), PAIRS, *options)
         return trust_region_descent(run, point, NewtonCG(objective, run, point, inverse))[0], None
     if objective.lower is not None:
         hessian = CompactHessian(len(x), history_size, *options)
         return bounded_descent(run, point, hessian), hessian
     learner = (
-        DenseInverse(len(x), *options) if method.solver == "bfgs" else CompactInverse(len(x), history_size, *options)
+        DenseInverse(len(x), *options) if method.solver == "bfgs" else compact_inverse(len(x), history_size, *options)
     )
     return line_search_descent(run, point, learner), learner

@@ -28,6 +28,7 @@ class Method(NamedTuple):
         gtol: default tolerance of the gradient.
         norm: of the gradient that is compared with it.
         options: those that the method has beside the common ones.
+        has_bounds, has_constraints: whether it takes these.
     """
 
     name: str
@@ -35,6 +36,8 @@ class Method(NamedTuple):
     gtol: float
     norm: float
     options: tuple[str, ...] = ()
+    has_bounds: bool = False
+    has_constraints: bool = False
 
     @property
     def is_newton(self) -> bool:
@@ -42,11 +45,11 @@ class Method(NamedTuple):
 
 
 STEPS = ("eps", "finite_diff_rel_step")
-LBFGSB, BFGS, NEWTON_CG = "L-BFGS-B", "BFGS", "Newton-CG"
+LBFGSB, BFGS, NEWTON_CG, SLSQP, TRUST_CONSTR = "L-BFGS-B", "BFGS", "Newton-CG", "SLSQP", "trust-constr"
 METHODS = {
     method.name.lower(): method
     for method in (
-        Method(LBFGSB, "l-bfgs", 1e-5, math.inf, ("ftol", "maxcor", "maxfun", *STEPS)),
+        Method(LBFGSB, "l-bfgs", 1e-5, math.inf, ("ftol", "maxcor", "maxfun", *STEPS), has_bounds=True),
         Method(BFGS, "bfgs", 1e-5, math.inf, ("norm", *STEPS)),
         Method("CG", "l-bfgs", 1e-5, math.inf, ("norm", *STEPS)),
         Method(NEWTON_CG, "newton-cg", 1e-8, math.inf, ("xtol",)),
@@ -54,6 +57,8 @@ METHODS = {
         Method("trust-krylov", "newton-cg", 1e-4, 2),
         Method("trust-exact", "newton", 1e-4, 2),
         Method("dogleg", "newton", 1e-4, 2),
+        Method(SLSQP, "l-bfgs", 1e-8, math.inf, ("ftol", *STEPS), has_bounds=True, has_constraints=True),
+        Method(TRUST_CONSTR, "l-bfgs", 1e-8, math.inf, STEPS, has_bounds=True, has_constraints=True),
     )
 }
 COMMON = ("maxiter", "gtol", "disp", "return_all")
@@ -64,7 +69,7 @@ class Options:
     """SciPy's options.
 
     Attributes:
-        maxiter: iterations at most. Default: 15,000 for L-BFGS-B, and 200 a variable for the others.
+        maxiter: iterations at most. Default: 15,000 with bounds or constraints, and 200 a variable for methods without.
         maxfun: calls of the function at most, those for differences included.
         gtol: converged when the gradient's norm is at most this.
         ftol: stop when an iteration lowers the value by less than this, relative to max(1, abs(value)).
@@ -92,7 +97,7 @@ class Options:
 
     def max_iter(self, method: Method, numel: int) -> float:
         """The limit of iterations."""
-        return self.maxiter if self.maxiter is not None else 15_000 if method.name == LBFGSB else 200 * max(numel, 1)
+        return self.maxiter if self.maxiter is not None else 15_000 if method.has_bounds else 200 * max(numel, 1)
 
     def tolerance(self, method: Method, numel: int) -> float:
         """What the largest entry of the gradient must be at most for its norm to be within ``gtol``."""
@@ -108,10 +113,8 @@ def method_of(name: Any, has_bounds: bool, has_constraints: bool, who: str) -> M
         ValueError: if there is none, or it knows no bounds or constraints.
         TypeError: if the name is no string.
     """
-    if has_constraints:
-        raise ValueError(f"{who}: constraints are not supported. Use scipy.optimize.minimize.")
     if name is None:
-        name = LBFGSB if has_bounds else BFGS
+        name = SLSQP if has_constraints else LBFGSB if has_bounds else BFGS
     if not isinstance(name, str):
         raise TypeError(f"{who}: method must be a name or None, got {name!r}.")
     method = METHODS.get(name.lower())
@@ -121,8 +124,13 @@ def method_of(name: Any, has_bounds: bool, has_constraints: bool, who: str) -> M
             f"{who}: method must be one of {allowed}, got {name!r}. Without derivatives take '{LBFGSB}' with jac=None, "
             "which takes differences, if the function is smooth; else scipy.optimize.minimize."
         )
-    if has_bounds and method.name != LBFGSB:
-        raise ValueError(f"{who}: bounds are for method='{LBFGSB}', got method={name!r}. Leave one of them out.")
+    for what, is_given, is_known in (
+        ("bounds", has_bounds, method.has_bounds),
+        ("constraints", has_constraints, method.has_constraints),
+    ):
+        if is_given and not is_known:
+            able = SLSQP if has_constraints else LBFGSB
+            raise ValueError(f"{who}: {what} are for method='{able}', got method={name!r}. Leave one of them out.")
     return method
 
 

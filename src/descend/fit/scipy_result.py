@@ -10,7 +10,7 @@ import numpy as np
 from torch import Tensor
 
 from descend.fit.flatness import SEVERAL, Flatness, is_flat
-from descend.fit.scipy_options import LBFGSB, NEWTON_CG, Method, Options
+from descend.fit.scipy_options import LBFGSB, NEWTON_CG, TRUST_CONSTR, Method, Options
 from descend.second_order.mathematics.dense_inverse import DenseInverse
 from descend.second_order.mathematics.directions import CompactInverse
 from descend.second_order.problem.array_objective import ArrayObjective
@@ -70,19 +70,25 @@ class Reporter:
         if self.options.return_all:
             self.iterates.append(self.array(point.x))
         if self.callback is not None:
-            try:
-                self._call(self.callback, point)
-            except StopIteration:
-                self.is_halted = True
+            from scipy.optimize import OptimizeResult
+
+            self.show(OptimizeResult(x=self.array(point.x), fun=point.value))
         return self.flatness.look(run) or self.is_halted
 
-    def _call(self, callback: Callable[..., Any], point: Point) -> None:
-        from scipy.optimize import OptimizeResult
-
-        if self.takes_result:
-            callback(intermediate_result=OptimizeResult(x=self.array(point.x), fun=point.value))
-        else:
-            callback(self.array(point.x))
+    def show(self, state: Any) -> bool:
+        """Show a state to the callback; return whether it stops the run."""
+        try:
+            if self.callback is None:
+                return False
+            if self.takes_result:
+                self.callback(intermediate_result=state)
+            elif self.method.name == TRUST_CONSTR:
+                self.is_halted = self.callback(state.x, state) is True
+            else:
+                self.callback(state.x)
+        except StopIteration:
+            self.is_halted = True
+        return self.is_halted
 
     def array(self, flat: Tensor) -> Any:
         """A flat vector as the caller's array, in memory of its own."""
@@ -128,8 +134,7 @@ def result_of_run(
         result.hess_inv = inverse_hessian(learner)
     if reporter.options.return_all:
         result.allvecs = reporter.iterates
-    if disp:
-        print(result_text(result))
+    print_result(result, disp)
     return result
 
 
@@ -143,17 +148,17 @@ def inverse_hessian(learner: DenseInverse | CompactInverse | CompactHessian) -> 
     return LbfgsInvHessProduct(steps.double().numpy(), changes.double().numpy())
 
 
-def result_text(result: Any) -> str:
-    """What SciPy prints with ``disp``."""
-    return "\n".join(
-        [
+def print_result(result: Any, disp: bool) -> None:
+    """Print what SciPy prints with ``disp``."""
+    if disp:
+        print(
             result.message,
             f"         Current function value: {result.fun:f}",
             f"         Iterations: {result.nit:d}",
             f"         Function evaluations: {result.nfev:d}",
             f"         Gradient evaluations: {result.njev:d}",
-        ]
-    )
+            sep="\n",
+        )
 
 
 def _parameters(callback: Callable[..., Any]) -> set[str]:

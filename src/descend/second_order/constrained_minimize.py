@@ -12,9 +12,11 @@ from descend.second_order.flat_problem import FlatProblem
 from descend.second_order.problem.constrained_functions import ConstrainedFunctions, ConstraintFunction
 from descend.second_order.problem.constrained_objective import ConstrainedObjective
 from descend.second_order.problem.domain import DomainErrors
-from descend.second_order.solvers.augmented_lagrangian import AugmentedLagrangian, Descend, Limits
+from descend.second_order.solvers.augmented_lagrangian import AugmentedLagrangian
+from descend.second_order.solvers.budget import Limits
 from descend.second_order.solvers.constrained_result import ConstrainedResult, constrained_result
 from descend.second_order.solvers.result import X
+from descend.second_order.solvers.run import Descend
 
 
 def constraint_functions(constraints: Any, who: str, **others: Any) -> list[ConstraintFunction]:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from descend.second_order.flat_problem import FlatProblem
+from descend.second_order.limits import check_limits, solver_limits
 from descend.second_order.mathematics.robust_losses import LOSSES, Rho
 from descend.second_order.problem.arguments import with_args
 from descend.second_order.problem.bounds import differentiable_bounds
@@ -26,7 +27,6 @@ from descend.second_order.solvers.step_control import Damping, TrustRegion
 
 LeastSquaresMethod: TypeAlias = Literal["trust-region", "lm"]
 METHODS = get_args(LeastSquaresMethod)
-MAX_ITER = 15_000
 LOOSEST = 0.01  # default of tol
 WHO = "least_squares"
 
@@ -113,7 +113,8 @@ def least_squares(
         Transtrum & Sethna 2012, https://arxiv.org/abs/1201.5885.
     """
     began = time.perf_counter()
-    _check_options(method, loss, loss_scale, tol, max_iter, max_eval, differentiable)
+    _check_method(method, loss, loss_scale)
+    check_limits(WHO, tol, max_iter, max_eval, differentiable)
     for name, function in (("residuals", residuals), ("jac", jac), ("callback", callback)):
         if name == "jac" and isinstance(function, str) and function in LINEARIZATIONS:
             continue
@@ -123,6 +124,7 @@ def least_squares(
     residuals, jac = with_args(WHO, args, residuals, jac)
     records_graph = torch.is_grad_enabled()
     rho = LOSSES[loss] if isinstance(loss, str) else custom_loss(loss, f"{WHO}: loss")
+    iterations, evaluations = solver_limits(max_iter, max_eval, differentiable)
     with torch.inference_mode(False), torch.no_grad():
         problem = ResidualProblem(residuals, x0, bounds, jac if callable(jac) else None, rho, loss_scale)
         if differentiable:
@@ -130,8 +132,8 @@ def least_squares(
         run = LeastSquaresRun(
             problem.objective,
             tol=min(math.sqrt(problem.structure.eps), LOOSEST) if tol is None else tol,
-            max_iter=MAX_ITER if max_iter is None else max_iter,
-            max_eval=math.inf if max_eval is None else max_eval - differentiable,
+            max_iter=iterations,
+            max_eval=evaluations,
             callback=None if callback is None else problem.reporter(callback),
         )
         control = TrustRegion() if method == "trust-region" else Damping()
@@ -197,25 +199,10 @@ class ResidualProblem(FlatProblem[X]):
         )
 
 
-def _check_options(
-    method: str,
-    loss: Any,
-    loss_scale: float,
-    tol: float | None,
-    max_iter: int | None,
-    max_eval: int | None,
-    differentiable: bool,
-) -> None:
+def _check_method(method: str, loss: Any, loss_scale: float) -> None:
     if method not in METHODS:
         raise ValueError(f"{WHO}: method must be one of {METHODS}, got {method!r}.")
     if not callable(loss) and (not isinstance(loss, str) or loss not in LOSSES):
         raise ValueError(f"{WHO}: loss must be one of {tuple(LOSSES)} or a function, got {loss!r}.")
     if not (isinstance(loss_scale, int | float) and 0 < loss_scale < math.inf):
         raise ValueError(f"{WHO}: loss_scale must be a finite number > 0, got {loss_scale!r}.")
-    if tol is not None and not (isinstance(tol, int | float) and 0 <= tol < math.inf):
-        raise ValueError(f"{WHO}: tol must be a finite number >= 0, got {tol!r}.")
-    if not isinstance(differentiable, bool):
-        raise TypeError(f"{WHO}: differentiable must be True or False, got {differentiable!r}.")
-    for name, value, least in (("max_iter", max_iter, 0), ("max_eval", max_eval, 1 + differentiable)):
-        if value is not None and not (isinstance(value, int) and value >= least):
-            raise ValueError(f"{WHO}: {name} must be an integer >= {least}, got {value!r}.")

@@ -2,42 +2,30 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable, Sequence
-from typing import Any, Literal, TypeAlias, get_args, overload
+from typing import Any, Literal, overload
 
 import torch
-from torch import Tensor
 
 from descend.second_order.batched import minimize_batched
 from descend.second_order.constrained_minimize import ConstrainedProblem, constraint_functions, minimize_constrained
 from descend.second_order.constraints import Constraint
-from descend.second_order.flat_problem import FlatProblem
 from descend.second_order.function_problem import FunctionProblem
-from descend.second_order.mathematics.broyden_family import bfgs, self_scaled_bfgs, self_scaled_broyden
-from descend.second_order.mathematics.dense_inverse import DenseInverse
-from descend.second_order.mathematics.directions import Directions, Steepest
+from descend.second_order.limits import check_limits, solver_limits
 from descend.second_order.problem.arguments import with_args
 from descend.second_order.problem.bounds import differentiable_bounds
 from descend.second_order.problem.domain import domain_errors_of
-from descend.second_order.problem.objective import CG_INSTEAD, Curved, FunctionObjective, Point, check_dense_fits
-from descend.second_order.solvers.augmented_lagrangian import Limits
-from descend.second_order.solvers.batched_result import BatchedResult, best_of
-from descend.second_order.solvers.box import CompactHessian, bounded_descent
-from descend.second_order.solvers.compiled_history import compact_inverse
+from descend.second_order.problem.objective import FunctionObjective
+from descend.second_order.solvers.batched_result import BatchedResult, BestResult, best_of
+from descend.second_order.solvers.budget import Limits
 from descend.second_order.solvers.constrained_result import ConstrainedResult
-from descend.second_order.solvers.descent import line_search_descent
 from descend.second_order.solvers.implicit_function import differentiable_solution
-from descend.second_order.solvers.newton_descent import PAIRS, DenseNewton, NewtonCG, trust_region_descent
+from descend.second_order.solvers.methods import METHODS, MinimizeMethod, check_method_fits, descent_of
 from descend.second_order.solvers.result import MESSAGES, Progress, Result, Status, X, result_of
-from descend.second_order.solvers.run import Run
+from descend.second_order.solvers.run import Descend, Run
 
-MinimizeMethod: TypeAlias = Literal["gd", "bfgs", "ss-bfgs", "ss-broyden", "l-bfgs", "newton-cg", "newton"]
-METHODS = get_args(MinimizeMethod)
-DENSE = {"bfgs": bfgs, "ss-bfgs": self_scaled_bfgs, "ss-broyden": self_scaled_broyden}
 HISTORY_SIZE = 10
-MAX_ITER = 15_000
 WHO = "minimize"
 
 
@@ -79,6 +67,27 @@ def minimize(
     args: tuple[Any, ...] = ...,
     differentiable: bool = ...,
     domain_errors: type[Exception] | tuple[type[Exception], ...] = ...,
+    batched: Literal["best"],
+) -> BestResult[X]: ...
+
+
+@overload
+def minimize(
+    fun: Callable[..., Any],
+    x0: X,
+    method: MinimizeMethod = ...,
+    bounds: Any = ...,
+    tol: float | None = ...,
+    max_iter: int | None = ...,
+    max_eval: int | None = ...,
+    callback: Callable[[Progress], Any] | None = ...,
+    *,
+    jac: Callable[..., Any] | bool | None = ...,
+    hvp: Callable[..., Any] | None = ...,
+    history_size: int | None = ...,
+    args: tuple[Any, ...] = ...,
+    differentiable: bool = ...,
+    domain_errors: type[Exception] | tuple[type[Exception], ...] = ...,
     constraints: Sequence[Constraint] | Constraint,
 ) -> ConstrainedResult[X]: ...
 
@@ -100,7 +109,7 @@ def minimize(
     args: tuple[Any, ...] = ...,
     differentiable: bool = ...,
     domain_errors: type[Exception] | tuple[type[Exception], ...] = ...,
-    batched: Literal[False, "best"] = ...,
+    batched: Literal[False] = ...,
     constraints: tuple[()] = ...,
 ) -> Result[X]: ...
 
@@ -190,9 +199,9 @@ def minimize(
     Returns:
         A ``Result``: the best point seen, and why the solver stopped. ``x`` is never NaN unless ``x0`` is; ``fun`` is
         NaN only if it is at ``x0``. With ``constraints`` a ``ConstrainedResult``, which has multipliers. With
-        ``batched=True`` a ``BatchedResult``. With ``"best"`` the ``Result`` of the
-        lowest value, and as its ``starts`` the ``BatchedResult`` of all; starts that failed (``line_search_failed``,
-        ``non_finite``, ``unbounded``) count only if all did.
+        ``batched=True`` a ``BatchedResult``. With ``"best"`` a ``BestResult``: the ``Result`` of the lowest value, and
+        as its ``starts`` the ``BatchedResult`` of all; starts that failed (``line_search_failed``, ``non_finite``,
+        ``unbounded``) count only if all did.
     Raises:
         ValueError, TypeError: if an argument is not as above, or ``fun`` returns no real scalar; for methods with
             O(n^2) memory if tensors are sharded.
@@ -218,7 +227,8 @@ def minimize(
         Nocedal & Wright 2006, https://doi.org/10.1007/978-0-387-40065-5; each method's module names its own.
     """
     began = time.perf_counter()
-    _check_options(method, bounds, history_size, tol, max_iter, max_eval, differentiable)
+    _check_method(method, bounds, history_size)
+    check_limits(WHO, tol, max_iter, max_eval, differentiable, history_size)
     _check_functions(method, fun=fun, jac=jac, hvp=hvp, callback=callback)
     walls = domain_errors_of(domain_errors, WHO)
     conditions = constraint_functions(
@@ -226,6 +236,7 @@ def minimize(
     )
     if batched != "best" and not isinstance(batched, bool):
         raise ValueError(f"{WHO}: batched must be False, True or 'best', got {batched!r}.")
+    iterations, evaluations = solver_limits(max_iter, max_eval, differentiable)
     if batched:
         many = minimize_batched(
             WHO,
@@ -235,8 +246,8 @@ def minimize(
             method=method,
             bounds=bounds,
             tol=default_tolerance if tol is None else lambda eps: tol,
-            max_iter=MAX_ITER if max_iter is None else max_iter,
-            max_eval=math.inf if max_eval is None else max_eval - differentiable,
+            max_iter=iterations,
+            max_eval=evaluations,
             callback=callback,
             jac=jac,
             hvp=hvp,
@@ -257,24 +268,20 @@ def minimize(
             problem = FunctionProblem(WHO, fun, x0, bounds, jac, hvp, needs_curvature, walls)
         if differentiable:
             problem.check_values()
-        _check_dense(method, problem)
+        check_method_fits(WHO, method, problem.objective, problem.start)
         limits = Limits(
             tol=default_tolerance(problem.structure.eps) if tol is None else tol,
-            max_iter=MAX_ITER if max_iter is None else max_iter,
-            max_eval=math.inf if max_eval is None else max_eval - differentiable,
+            max_iter=iterations,
+            max_eval=evaluations,
             callback=None if callback is None else problem.reporter(callback),
         )
 
-        def new_descent() -> Callable[[Run, Point], Status]:
-            return _descent(method, problem.objective, problem.start, history_size or HISTORY_SIZE)
+        def new_descent() -> Descend:
+            return descent_of(method, problem.objective, problem.start, history_size or HISTORY_SIZE)
 
         if isinstance(problem, ConstrainedProblem):
             return minimize_constrained(problem, new_descent, limits, began=began)
-        run = Run(problem.objective, **limits._asdict())
-        try:
-            status = new_descent()(run, run.start(problem.start))
-        finally:
-            problem.set_parameters(run)
+        run, status = _run(problem, new_descent(), limits)
         x = run.best.x
         if differentiable:
             assert isinstance(problem.objective, FunctionObjective), "check_values has been called"
@@ -284,28 +291,22 @@ def minimize(
     return result_of(run, status, MESSAGES[status], problem.tree_of(x), problem.split_tree, began=began)
 
 
-def _check_options(
-    method: str,
-    bounds: Any,
-    history_size: int | None,
-    tol: float | None,
-    max_iter: int | None,
-    max_eval: int | None,
-    differentiable: bool,
-) -> None:
+def _run(problem: FunctionProblem[X], descend: Descend, limits: Limits) -> tuple[Run, Status]:
+    """Minimize; parameters are set to the best point, also if ``fun`` raises."""
+    run = Run(problem.objective, **limits._asdict())
+    try:
+        status = descend(run, run.start(problem.start))
+    finally:
+        problem.set_parameters(run)
+    return run, status
+
+
+def _check_method(method: str, bounds: Any, history_size: int | None) -> None:
     if method not in METHODS:
         raise ValueError(f"{WHO}: method must be one of {METHODS}, got {method!r}.")
     if method != "l-bfgs" and (bounds is not None or history_size is not None):
         what = "bounds" if bounds is not None else "history_size"
         raise ValueError(f"{WHO}: {what} is for method='l-bfgs', got method={method!r}. Leave one of them out.")
-    if tol is not None and not (isinstance(tol, int | float) and 0 <= tol < math.inf):
-        raise ValueError(f"{WHO}: tol must be a finite number >= 0, got {tol!r}.")
-    if not isinstance(differentiable, bool):
-        raise TypeError(f"{WHO}: differentiable must be True or False, got {differentiable!r}.")
-    limits = (("max_iter", max_iter, 0), ("max_eval", max_eval, 1 + differentiable), ("history_size", history_size, 1))
-    for name, value, least in limits:
-        if value is not None and not (isinstance(value, int) and value >= least):
-            raise ValueError(f"{WHO}: {name} must be an integer >= {least}, got {value!r}.")
 
 
 def _check_functions(method: str, **functions: Any) -> None:
@@ -315,39 +316,6 @@ def _check_functions(method: str, **functions: Any) -> None:
         if not callable(function) and function is not None and not (name == "jac" and isinstance(function, bool)):
             also = {"fun": "", "jac": ", True or None"}.get(name, " or None")
             raise TypeError(f"{WHO}: {name} must be a function{also}, got {function!r}.")
-
-
-def _check_dense(method: str, problem: FlatProblem[Any]) -> None:
-    if method == "newton" or method in DENSE:
-        instead = CG_INSTEAD if method == "newton" else "method='l-bfgs'"
-        check_dense_fits(f"{WHO}: method={method!r}", problem.start, instead, problem.objective.space)
-
-
-def _descent(method: str, objective: Curved, x: Tensor, history_size: int) -> Callable[[Run, Point], Status]:
-    """What minimizes from a point; what it learns of the curvature is used again if it is called again."""
-    space = objective.space
-    options = x.dtype, x.device, space
-    if method == "newton":
-        return lambda run, point: trust_region_descent(run, point, DenseNewton(objective))[0]
-    if method == "newton-cg":
-        inverse = compact_inverse(x.numel(), PAIRS, *options)
-
-        def newton_cg(run: Run, point: Point) -> Status:
-            method = NewtonCG(objective, run, point, inverse, may_be_dense=True)
-            return trust_region_descent(run, point, method)[0]
-
-        return newton_cg
-    if objective.lower is not None:
-        model = CompactHessian(x.numel(), history_size, *options)
-        return lambda run, point: bounded_descent(run, point, model)
-    directions: Directions
-    if method == "gd":
-        directions = Steepest(space)
-    elif method in DENSE:
-        directions = DenseInverse(x.numel(), x.dtype, x.device, DENSE[method])
-    else:
-        directions = compact_inverse(x.numel(), history_size, *options)
-    return lambda run, point: line_search_descent(run, point, directions)
 
 
 def default_tolerance(eps: float) -> float:

@@ -1,4 +1,4 @@
-"""The gradient by finite differences, from values of the function inside its bounds."""
+"""Derivatives by finite differences, from values of the function inside its bounds."""
 
 from __future__ import annotations
 
@@ -33,52 +33,61 @@ def lengths(x: Vector, scheme: Scheme, absolute: Any = None, relative: Any = Non
     return np.where(x + wanted == x, default, wanted)
 
 
-def difference_gradient(
-    fun: Callable[[Vector], float],
+def difference_gradient(fun: Callable[[Vector], float], x: Vector, value: float, *options: Any) -> Vector:
+    """The gradient of a function of one value; arguments as for ``difference_jacobian``."""
+    jacobian = difference_jacobian(lambda point: np.full(1, fun(point)), x, np.full(1, value), *options)
+    return jacobian.reshape(-1)
+
+
+def difference_jacobian(
+    fun: Callable[[Vector], Vector],
     x: Vector,
-    value: float,
+    values: Vector,
     length: Vector,
     scheme: Scheme,
     lower: Vector,
     upper: Vector,
 ) -> Vector:
-    """The gradient of a function, evaluated within bounds only; 0 for a variable that they fix.
+    """The Jacobian of a function, evaluated within bounds only; 0 for a variable that they fix.
 
     Args:
-        fun: gives the value at a point; keeps no reference to its argument.
-        x, value: the point, within the bounds, and the function there.
+        fun: gives the values at a point; keeps no reference to its argument.
+        x, values: the point, within the bounds, and the function there.
         length: of the differences. Away from zero, unless a bound is nearer; at most what the bounds leave.
         scheme: ``"2-point"`` takes one evaluation a variable; ``"3-point"`` two, and has an error of second order.
         lower, upper: the bounds; infinite where there is none.
+    Returns:
+        The Jacobian, one row for each value.
     """
-    gradient = np.zeros_like(x)
+    jacobian = np.zeros((len(values), len(x)))
     point = x.copy()
 
-    def move(i: int, offset: float) -> tuple[float, float]:
-        """The value with variable i moved, and by how much it was moved, after rounding."""
+    def move(i: int, offset: float) -> tuple[Vector, float]:
+        """The values with variable i moved, and by how much it was moved, after rounding."""
         point[i] = min(max(x[i] + offset, lower[i]), upper[i])
         moved = point[i] - x[i]
-        other = fun(point) if moved else value
+        others = fun(point) if moved else values
         point[i] = x[i]
-        return other, moved
+        return others, moved
 
     for i in range(len(x)):
         below, above, h = x[i] - lower[i], upper[i] - x[i], length[i]
         if scheme == "3-point" and h <= min(below, above):
             (ahead, a), (behind, b) = move(i, h), move(i, -h)
-            gradient[i] = (ahead - behind) / (a - b)
+            jacobian[:, i] = (ahead - behind) / (a - b)
             continue
         sign, room = _side(x[i], h * EVALUATIONS[scheme], below, above)
         h = min(h, room / EVALUATIONS[scheme])
         near, a = move(i, sign * h)
         if not a:
             continue
-        gradient[i] = (near - value) / a
+        slope = (near - values) / a
         if scheme == "3-point":
             far, b = move(i, sign * 2 * h)
             if b != a:  # the slope at x of the parabola through three points
-                gradient[i] += (gradient[i] - (far - value) / b) * a / (b - a)
-    return gradient
+                slope = slope + (slope - (far - values) / b) * a / (b - a)
+        jacobian[:, i] = slope
+    return jacobian
 
 
 def _side(x: float, reach: float, below: float, above: float) -> tuple[int, float]:

@@ -151,7 +151,7 @@ class ShortHistory:
         y = changes[slot]
         grad = y if grad is None else grad
         scaled = changes * self.diagonal
-        sums = steps @ grad, steps @ y, scaled @ grad, scaled @ changes.T
+        sums = steps @ grad, steps @ y, changes @ (self.diagonal * grad), scaled @ changes.T
         along_steps, column, along_changes, whole = space.total(*map(_double, sums))
         gram[:filled, :filled] = whole
         return along_steps, column, along_changes

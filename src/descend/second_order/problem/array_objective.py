@@ -79,12 +79,15 @@ class ArrayObjective(Curved):
             self.n_fun += 1
             return self._number(self._call(self.fun, point))
 
-        if self.lower is None or self.upper is None:
-            lower, upper = np.full_like(x, -math.inf), np.full_like(x, math.inf)
-        else:
-            lower, upper = self.lower.numpy(), self.upper.numpy()
         steps = lengths(x, scheme, self.absolute_step, self.relative_step)
-        return difference_gradient(fun, x, value, steps, scheme, lower, upper)
+        return difference_gradient(fun, x, value, steps, scheme, *self.box)
+
+    @property
+    def box(self) -> tuple[Vector, Vector]:
+        """The bounds as arrays; infinite where there is none."""
+        if self.lower is None or self.upper is None:
+            return np.full(self.space.numel, -math.inf), np.full(self.space.numel, math.inf)
+        return self.lower.numpy(), self.upper.numpy()
 
     def product(self, point: Point, vector: Tensor) -> Tensor:
         self.n_hvp += 1

@@ -15,6 +15,7 @@ from torch import Tensor
 from descend.backends.cpu.vectors import look_along
 from descend.second_order.mathematics.space import Space
 from descend.second_order.problem.domain import NEVER, DomainErrors
+from descend.second_order.problem.graphs import is_compiled, nodes_of
 from descend.second_order.problem.structure import Structure
 
 CG_INSTEAD = "minimize(method='newton-cg') or Newton(solver='cg')"
@@ -279,6 +280,8 @@ def backward_twice(grad: Tensor, leaf: Tensor, vector: Tensor, *, is_batched: bo
     (product,) = torch.autograd.grad(
         grad, leaf, vector, retain_graph=True, allow_unused=True, is_grads_batched=is_batched
     )
+    if product is None and is_compiled(nodes_of(grad)):
+        raise RuntimeError("the backward of a function made by torch.compile has no graph; pass the function itself")
     return torch.zeros_like(vector) if product is None else product
 
 

@@ -427,6 +427,6 @@ def check_jacobian_fits(who: str, x: Tensor, n_rows: int) -> None:
     if needed > 2**28 and needed > (available := free_memory(x.device)):
         raise MemoryError(
             f"{who.split(':')[0]}: a dense Jacobian of {n_rows:,} residuals and {x.numel():,} variables needs "
-            f"{needed / 2**30:,.1f} GiB with its factors, {available / 2**30:,.1f} GiB are free. Use minimize on the "
-            "sum of squares with method='newton-cg', which needs a few vectors only."
+            f"{needed / 2**30:,.1f} GiB with its factors, {available / 2**30:,.1f} GiB are free. Use "
+            "jac='products', which needs a few vectors only."
         )

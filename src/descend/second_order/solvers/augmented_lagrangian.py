@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,9 +18,10 @@ from descend.second_order.mathematics.augmented_lagrangian import complementarit
 from descend.second_order.problem.constrained_functions import Values
 from descend.second_order.problem.constrained_objective import Candidate, ConstrainedObjective
 from descend.second_order.problem.objective import Point
+from descend.second_order.solvers.budget import Budget, Limits
 from descend.second_order.solvers.kkt_newton import newton_end, residual
-from descend.second_order.solvers.result import Iteration, Solver, Status
-from descend.second_order.solvers.run import Run
+from descend.second_order.solvers.result import Iteration, Status
+from descend.second_order.solvers.run import Descend, Run
 
 MAX_OUTER = 100
 MOST_MULTIPLIER = 1e12  # larger estimates are cut
@@ -37,17 +37,6 @@ SUSPICIOUS = 1e4  # growth of the penalty after which the violation alone is min
 MAX_RESTORED = 3  # times
 STATIONARY = 1e-3  # gradient of half the squared violation, relative to the violation
 ENDS = (Status.max_iter, Status.max_eval, Status.stopped_by_callback)
-
-Descend = Callable[[Run, Point], Status]
-
-
-class Limits(NamedTuple):
-    """What ends a run; as in ``Run``."""
-
-    tol: float
-    max_iter: float
-    max_eval: float
-    callback: Callable[[Solver, Point], bool] | None
 
 
 class _SubRun(Run):
@@ -72,7 +61,7 @@ class _SubRun(Run):
         return self.whole.report(point)
 
 
-class AugmentedLagrangian:
+class AugmentedLagrangian(Budget):
     """One minimization with constraints.
 
     Args:
@@ -88,7 +77,7 @@ class AugmentedLagrangian:
     def __init__(self, objective: ConstrainedObjective, new_descent: Callable[[], Descend], limits: Limits) -> None:
         self.objective, self.new_descent, self.limits = objective, new_descent, limits
         self.descend, self.penalty_learned = new_descent(), math.nan
-        self.last_eval = objective.n_eval + limits.max_eval
+        super().__init__(objective, limits.max_eval)
         self.n_iter = self.n_outer = self.n_negative_curvature = 0
         self.history: list[Iteration] = []
         self.is_stopped = False
@@ -103,18 +92,6 @@ class AugmentedLagrangian:
     @property
     def best(self) -> Point:
         return self.candidate.point
-
-    @property
-    def n_eval(self) -> int:
-        return self.objective.n_eval
-
-    @property
-    def n_hvp(self) -> int:
-        return self.objective.n_hvp
-
-    @property
-    def evaluations_left(self) -> float:
-        return self.last_eval - self.objective.n_eval
 
     def record(self, point: Point, step: float) -> None:
         """Add an iteration that ended at a point to the history."""

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from descend.second_order.mathematics.definite import NotDefiniteError, cholesky, solve_by_factor, solve_by_products
 from descend.second_order.problem.bounds import has_tangent
+from descend.second_order.problem.graphs import is_compiled, nodes_of
 from descend.second_order.problem.objective import FunctionObjective, Point
 from descend.second_order.solvers.result import Status
 
@@ -90,25 +91,13 @@ def with_graph(
         gradient, leaf: the gradient with its graph, and the variables in it.
         lower, upper: bounds with their graphs, in the same shape; None for those without.
     """
-    nodes = _nodes(gradient)
+    nodes = nodes_of(gradient)
     has_parameters = has_tangent(gradient) or any(getattr(node, "variable", leaf) is not leaf for node in nodes)
     if not has_parameters and lower is None and upper is None:
         return solution.x.reshape(gradient.shape).clone()
-    solution.is_compiled = any(type(node).__name__.startswith("CompiledFunction") for node in nodes)
+    solution.is_compiled = is_compiled(nodes)
     x: Tensor = _ImplicitFunction.apply(solution, gradient, leaf, lower, upper)  # type: ignore[no-untyped-call]
     return x
-
-
-def _nodes(tensor: Tensor) -> set[Any]:
-    """The nodes of the graph of a tensor."""
-    nodes: set[Any] = set()
-    waiting = {tensor.grad_fn}
-    while waiting:
-        node = waiting.pop()
-        if node is not None and node not in nodes:
-            nodes.add(node)
-            waiting |= {following for following, _ in node.next_functions}
-    return nodes
 
 
 class _ImplicitFunction(torch.autograd.Function):

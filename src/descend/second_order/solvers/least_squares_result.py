@@ -56,7 +56,7 @@ class LeastSquaresResult(Result[X]):
 
     @property
     def rank(self) -> int | None:
-        """Rank of the Jacobian: its singular values, with columns of about unit length, beyond rounding."""
+        """Rank of the Jacobian: its singular values, with columns of about unit length, beyond rounding; or None."""
         return None if self._model is None else int((self._model.plain_spectrum.values > 0).sum())
 
     @cached_property
@@ -64,7 +64,8 @@ class LeastSquaresResult(Result[X]):
         """Estimated covariance of the flattened variables, shape (N, N), as if no bound were active.
 
         ``2 * fun / (M - rank)`` times the inverse of J'J. A variable that the residuals do not determine has infinite
-        variance, and NaN as covariance with others. All are NaN if there are no more residuals than the rank.
+        variance, and NaN as covariance with others. All are NaN if there are no more residuals than the rank. None
+        where ``jac`` is None.
         """
         if self._model is None or self.jac is None or self.rank is None:
             return None
@@ -75,7 +76,7 @@ class LeastSquaresResult(Result[X]):
 
     @cached_property
     def standard_errors(self) -> Any:
-        """Square roots of the diagonal of ``covariance``; same structure as ``x``, a dict for a module."""
+        """Square roots of the diagonal of ``covariance``; like ``x``, a dict for a module; or None."""
         return None if self.covariance is None else self._unflatten(self.covariance.diagonal().sqrt())
 
     def __repr__(self) -> str:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from descend.second_order.mathematics.gauss_newton import LinearModel
 from descend.second_order.problem.residuals import ResidualObjective, ResidualPoint
+from descend.second_order.solvers.budget import Budget
 from descend.second_order.solvers.result import Iteration, Status
 
 NOISE = 10.0  # units in the last place that the cost may be off by
@@ -38,7 +39,7 @@ class Fitted(NamedTuple):
     model: LinearModel | None
 
 
-class LeastSquaresRun:
+class LeastSquaresRun(Budget):
     """Counts, limits and the best point of one run.
 
     Args:
@@ -61,23 +62,11 @@ class LeastSquaresRun:
         callback: Callable[[LeastSquaresRun, Fitted], bool] | None = None,
     ) -> None:
         self.objective, self.tol, self.max_iter, self.callback = objective, tol, max_iter, callback
-        self.last_eval = objective.n_eval + max_eval
+        super().__init__(objective, max_eval)
         self.n_iter = self.n_blind = 0
         self.promised = math.inf
         self.is_stopped = False
         self.history: list[Iteration] = []
-
-    @property
-    def n_eval(self) -> int:
-        return self.objective.n_eval
-
-    @property
-    def n_hvp(self) -> int:
-        return self.objective.n_hvp
-
-    @property
-    def evaluations_left(self) -> float:
-        return self.last_eval - self.objective.n_eval
 
     def noise(self, point: ResidualPoint, model: LinearModel) -> float:
         """Rounding error of the cost: of the sum, and of residuals that are small differences of large numbers.

@@ -5,13 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from functools import cached_property
-from typing import NamedTuple
+from typing import NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
 
 from descend.second_order.mathematics.line_search import Outcome, Search, hager_zhang
 from descend.second_order.problem.objective import Objective, Point
+from descend.second_order.solvers.budget import Budget
 from descend.second_order.solvers.result import Iteration, Status
 
 NOISE = 10.0  # units in the last place that a value may be off by
@@ -45,19 +46,7 @@ class Step(NamedTuple):
     is_unbounded: bool = False
 
 
-class Milestone(NamedTuple):
-    """What the next progress is measured from.
-
-    Attributes:
-        value: the least one so far, or little above it.
-        norm: largest entry of the (projected) gradient where progress was last seen.
-    """
-
-    value: float
-    norm: float
-
-
-class Run:
+class Run(Budget):
     """Counts, limits and the best point of one run.
 
     Args:
@@ -79,7 +68,7 @@ class Run:
     ) -> None:
         self.objective = objective
         self.tol, self.max_iter, self.callback = tol, max_iter, callback
-        self.last_eval = objective.n_eval + max_eval
+        super().__init__(objective, max_eval)
         self.n_iter = self.n_negative_curvature = 0
         self.is_stopped = False
         self.n_nonfinite = self.n_endless = 0
@@ -88,11 +77,11 @@ class Run:
 
     def start(self, x: Tensor, scale: float | None = None) -> Point:
         """Evaluate the first point. ``scale``: largest entry of the gradient at the first start, if not here."""
-        point = self.best = self.current = self.objective.evaluate(x)
+        point = self.best = self.milestone = self.current = self.objective.evaluate(x)
         self.target = self.tol * max(1.0, point.norm if scale is None else scale)
         change = point.norm * (1 + self.objective.space.length(x))
         self.depth = -max(1.0, abs(point.value), change) * DEPTH if point.is_finite else -math.inf
-        self.milestone, self.patience = Milestone(point.value, point.norm), PATIENCE
+        self.patience = PATIENCE
         self._record(point, 0.0)
         return point
 
@@ -100,18 +89,6 @@ class Run:
     def scratch(self) -> tuple[Tensor, Tensor]:
         """Two vectors for whoever needs them."""
         return torch.empty_like(self.best.x), torch.empty_like(self.best.x)
-
-    @property
-    def n_eval(self) -> int:
-        return self.objective.n_eval
-
-    @property
-    def n_hvp(self) -> int:
-        return self.objective.n_hvp
-
-    @property
-    def evaluations_left(self) -> float:
-        return self.last_eval - self.objective.n_eval
 
     def noise(self, point: Point) -> float:
         """Rounding error of the value at a point."""
@@ -221,7 +198,7 @@ class Run:
 
     def _drop(self, point: Point) -> None:
         """Give back the vectors of a point, unless it is still needed."""
-        if not any(point is other for other in (self.best, self.current)):
+        if not any(point.x is other.x for other in (self.best, self.milestone, self.current)):
             self.objective.recycle(point)
 
     def _keep_lowest(self, trials: dict[float, Point], besides: float) -> None:
@@ -248,9 +225,10 @@ class Run:
     def _is_stuck(self, point: Point) -> bool:
         """Whether for ``PATIENCE`` iterations the value has not fallen beyond rounding, nor the gradient halved."""
         last = self.milestone
-        if point.value < last.value - self.objective.eps * abs(last.value) or point.norm < 0.5 * last.norm:
+        if point.value < last.value - self.noise(last) / NOISE or point.norm < 0.5 * last.norm:
             # The value stays the least one: two points, one lower and one flatter, could take turns for ever.
-            self.milestone, self.patience = Milestone(min(point.value, last.value), point.norm), PATIENCE
+            self.milestone, self.patience = point._replace(value=min(point.value, last.value)), PATIENCE
+            self._drop(last)
         else:
             self.patience -= 1
         return self.patience <= 0
@@ -258,6 +236,9 @@ class Run:
     def _record(self, point: Point, step: float) -> None:
         counts = self.objective.n_eval, self.objective.n_hvp
         self.history.append(Iteration(point.value, point.norm, step, *counts))
+
+
+Descend: TypeAlias = Callable[[Run, Point], Status]  # minimizes from a point until there is a reason to stop
 
 
 def _value_of(point: Point | None) -> float:

@@ -1,0 +1,34 @@
+"""The limits that users set: checked, and as solvers count them."""
+
+from __future__ import annotations
+
+import math
+
+MAX_ITER = 15_000
+
+
+def check_limits(
+    who: str,
+    tol: float | None,
+    max_iter: int | None,
+    max_eval: int | None,
+    differentiable: bool,
+    history_size: int | None = None,
+) -> None:
+    """Raise an error if one is out of range. A derivative takes one evaluation, so that two are the least then."""
+    if tol is not None and not (isinstance(tol, int | float) and 0 <= tol < math.inf):
+        raise ValueError(f"{who}: tol must be a finite number >= 0, got {tol!r}.")
+    if not isinstance(differentiable, bool):
+        raise TypeError(f"{who}: differentiable must be True or False, got {differentiable!r}.")
+    limits = (("max_iter", max_iter, 0), ("max_eval", max_eval, 1 + differentiable), ("history_size", history_size, 1))
+    for name, value, least in limits:
+        if value is not None and not (isinstance(value, int) and value >= least):
+            raise ValueError(f"{who}: {name} must be an integer >= {least}, got {value!r}.")
+
+
+def solver_limits(max_iter: int | None, max_eval: int | None, differentiable: bool) -> tuple[float, float]:
+    """Iterations and evaluations that a solver may take: one evaluation is left for a derivative."""
+    return (
+        MAX_ITER if max_iter is None else max_iter,
+        math.inf if max_eval is None else max_eval - differentiable,
+    )
