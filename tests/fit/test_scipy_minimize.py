@@ -426,6 +426,11 @@ def test_nan_at_the_start_is_status_3() -> None:
     assert result.x.tolist() == [1.0, 2.0]
 
 
+@pytest.mark.parametrize("constraints", [(), [], None])
+def test_no_constraints_have_scipys_three_forms(constraints: Any) -> None:
+    assert scipy_minimize(rosen, [0.5, 0.5], constraints=constraints).success
+
+
 # Errors.
 
 

@@ -112,6 +112,7 @@ def scipy_minimize(
         https://docs.scipy.org/doc/scipy/reference/generated/scipy.optimize.minimize.html
     """
     _check_scipy()
+    constraints = () if constraints is None else constraints
     chosen = method_of(method, bounds is not None, bool(constraints), WHO)
     settings = options_of(chosen, options, tol, WHO)
     _check_functions(chosen, fun=fun, jac=jac, hess=hess, hessp=hessp, callback=callback)

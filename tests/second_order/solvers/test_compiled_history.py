@@ -147,6 +147,21 @@ def test_vectors_that_are_used_again_have_no_other_user(monkeypatch: pytest.Monk
     assert n_recycled > 100
 
 
+@pytest.mark.parametrize("numel", [2, 50])
+def test_results_do_not_depend_on_vectors_being_used_again(numel: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    def run(seed: int) -> tuple[list[float], int]:
+        x = torch.randn(numel, dtype=torch.float64, generator=torch.Generator().manual_seed(seed)).requires_grad_()
+        optimizer = descend.LBFGS([x], max_iter=200, max_eval=500, history_size=4, line_search_fn="hager_zhang")
+        optimizer.step(lambda: chained(x))
+        assert optimizer.result is not None
+        assert optimizer.result.fun == float(chained(x.detach()))
+        return x.tolist(), optimizer.result.n_eval
+
+    used_again = [run(seed) for seed in range(3)]
+    monkeypatch.setattr(ClosureObjective, "recycle", lambda self, point: None)
+    assert used_again == [run(seed) for seed in range(3)]
+
+
 def test_optimizer_keeps_its_learner_but_for_another_state() -> None:
     def make() -> tuple[Tensor, descend.LBFGS]:
         x = torch.full((30,), -1.2, dtype=torch.float64, requires_grad=True)

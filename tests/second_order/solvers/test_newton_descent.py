@@ -16,8 +16,11 @@ from torch.utils._pytree import tree_leaves
 
 from descend import Newton, Result, Status, minimize
 from descend.second_order.mathematics.quartic import first_minimum
+from descend.second_order.problem.objective import FunctionObjective
+from descend.second_order.problem.structure import Structure
 from descend.second_order.solvers import newton_descent
-from descend.second_order.solvers.newton_descent import PAIRS
+from descend.second_order.solvers.newton_descent import PAIRS, DenseNewton
+from descend.second_order.solvers.run import Run
 
 METHODS = pytest.mark.parametrize("method", ["newton", "newton-cg"])
 
@@ -266,3 +269,16 @@ def test_conjugate_gradients_give_way_to_the_hessian_where_rounding_makes_them_l
     assert with_hessian.success
     assert float((with_hessian.x - 1).abs().max()) < 1e-2
     assert with_hessian.n_hvp < 0.9 * without.n_hvp
+
+
+def test_radius_that_underflows_ends_the_run() -> None:
+    x, who = torch.zeros(2, dtype=torch.float64), "minimize"
+
+    def only_at_zero(x: Tensor) -> Tensor:
+        return torch.where(x.eq(0).all(), x.sum(), torch.nan)
+
+    objective = FunctionObjective(who, only_at_zero, Structure(x, who), needs_curvature=True)
+    run = Run(objective, tol=0.0, max_iter=10, max_eval=100)
+    status, _ = newton_descent.trust_region_descent(run, run.start(x), DenseNewton(objective), radius=1e-300)
+    assert status is Status.non_finite
+    assert run.best.x.tolist() == [0.0, 0.0]

@@ -344,6 +344,8 @@ def _step(
         else:
             is_finite = bool(is_finite)
             radius = 0.1 * trial.norm
+        if not radius > 0:  # lengths underflow
+            break
         trial = model.step(radius)
     return Status.non_finite if is_finite is False else Status.precision_limit
 
