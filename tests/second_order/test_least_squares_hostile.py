@@ -170,3 +170,9 @@ def test_start_outside_the_bounds_is_clamped(method: str) -> None:
     assert recorder.points[0].tolist() == [0.5, 2.0]
     assert result.success
     assert_fit_is_true(result, recorder)
+
+
+@pytest.mark.parametrize(("dtype", "unit"), [(torch.float32, 1e-24), (torch.float64, 1e-200)], ids=str)
+def test_cost_that_underflows_is_not_taken_for_zero(dtype: torch.dtype, unit: float) -> None:
+    result = least_squares(lambda x: unit * (x - 1), torch.tensor([5.0, 4.0], dtype=dtype))
+    assert result.status is Status.precision_limit

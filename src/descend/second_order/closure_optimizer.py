@@ -14,6 +14,7 @@ from torch import Tensor
 from torch._compile import _disable_dynamo
 from torch.optim import Optimizer
 
+from descend.backends.cpu.threads import serial_in_forked_child
 from descend.checkpoint.matching import check_choices
 from descend.checkpoint.reading import restore, set_state, unusable_is_value_error
 from descend.core.undecorated import undecorated
@@ -75,7 +76,7 @@ class ClosureOptimizer(Optimizer, ABC):
     def _step(self, closure: Callable[[], Any] | None = None) -> Any:
         began = time.perf_counter()
         # Tensors made in inference mode could not be used outside of it later.
-        with torch.inference_mode(False), torch.no_grad():
+        with torch.inference_mode(False), torch.no_grad(), serial_in_forked_child():
             if not any(group["params"] for group in self.param_groups):
                 with torch.enable_grad():
                     return None if closure is None else closure()

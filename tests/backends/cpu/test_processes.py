@@ -16,7 +16,7 @@ from processes import in_child, needs_fork
 from torch import Tensor
 
 import descend
-from descend import Adagrad, AdamW, AdamWScheduleFree, Rprop
+from descend import LBFGS, Adagrad, AdamW, AdamWScheduleFree, Rprop
 from descend.backends.cpu import threads
 
 LARGE = [(100_000,), (300, 301), (7,)]  # enough for threads to be used
@@ -152,6 +152,28 @@ def test_forked_child_makes_its_first_state(kind: Any) -> None:
         return equal(params_of(optimizer), params_of(straight))
 
     assert in_child(arrives)
+
+
+@needs_fork
+@pytest.mark.usefixtures("forking")
+def test_forked_child_steps_with_lbfgs() -> None:
+    torch.set_num_threads(2)
+    (param,) = leaves([(200_000,)], torch.float64)
+    optimizer = LBFGS([param], max_iter=4, max_eval=20, history_size=4, line_search_fn="hager_zhang")
+
+    def closure() -> Tensor:
+        return (param - 1).square().sum() + (param**4).mean()
+
+    optimizer.step(closure)
+
+    def falls() -> bool:
+        assert optimizer.result is not None
+        before = optimizer.result.fun
+        optimizer.step(closure)
+        return optimizer.result.fun < before
+
+    assert in_child(falls)
+    assert falls()
 
 
 @needs_fork

@@ -122,7 +122,7 @@ class LeastSquaresRun(Budget):
 
         If the residuals are within rounding of zero, compared with those at the start, they are zero.
         """
-        is_zero = abs(self.best.value) <= self.objective.eps**2 * abs(self.history[0].fun)
+        is_zero = abs(self.best.value) <= self.objective.eps**2 * abs(self.history[0].fun) != 0
         return Status.converged if is_zero else Status.precision_limit
 
     def _is_stuck(self, point: ResidualPoint, model: LinearModel) -> bool:
@@ -142,8 +142,13 @@ class LeastSquaresRun(Budget):
 def is_within(tol: float, model: LinearModel, point: ResidualPoint, eps: float) -> bool:
     """Whether the model's minimizer is within a tolerance; see ``LeastSquaresRun.stop_status``."""
     newton = model.newton()
-    if newton.decrease <= tol**2 * abs(point.value):
+    if newton.decrease <= tol**2 * abs(point.value) and not has_underflowed(point):
         return True
     if newton.norm <= min(tol, ROUNDING * eps) * model.length(point.x):
         return True
     return bool((newton.step.abs() <= tol * point.x.abs()).all())
+
+
+def has_underflowed(point: ResidualPoint) -> bool:
+    """Whether the cost is zero, though the residuals are not."""
+    return point.value == 0 and bool(point.residuals.any())
