@@ -162,7 +162,7 @@ def test_forked_child_steps_with_lbfgs() -> None:
     optimizer = LBFGS([param], max_iter=4, max_eval=20, history_size=4, line_search_fn="hager_zhang")
 
     def closure() -> Tensor:
-        return (param - 1).square().sum() + (param**4).mean()
+        return (100 * (param[1:] - param[:-1] ** 2) ** 2 + (1 - param[:-1]) ** 2).sum()
 
     optimizer.step(closure)
 
