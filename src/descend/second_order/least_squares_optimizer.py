@@ -9,9 +9,10 @@ from typing import Any, Literal, TypeAlias, get_args
 
 from torch import Tensor
 
-from descend.core.checks import check_at_least_zero, check_kind
+from descend.core.checks import check_kind
 from descend.core.groups import ParamsT, named
 from descend.second_order.closure_optimizer import ClosureOptimizer
+from descend.second_order.limits import check_limits
 from descend.second_order.mathematics.robust_losses import LOSSES
 from descend.second_order.problem.parameter_bounds import flat_bounds
 from descend.second_order.problem.parameters import FlatParameters
@@ -176,10 +177,7 @@ class LeastSquares(ClosureOptimizer):
 
     def check_options(self, options: Mapping[str, Any]) -> None:
         name = type(self).__name__
-        check_at_least_zero(self, "max_iter value", "max_iter", options["max_iter"])
-        check_at_least_zero(self, "max_eval value", "max_eval", options["max_eval"])
-        if options["tol"] is not None:
-            check_at_least_zero(self, "tol value", "tol", options["tol"])
+        check_limits(name, options["tol"], options["max_iter"], options["max_eval"], differentiable=False)
         for option, allowed in (("method", METHODS), ("loss", tuple(LOSSES)), ("jac", JACOBIANS)):
             if options[option] not in allowed:
                 raise ValueError(f"{name}: {option} must be one of {allowed}, got {options[option]!r}.")
