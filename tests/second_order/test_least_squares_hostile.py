@@ -17,6 +17,7 @@ from least_squares_cases import (
     rosenbrock,
     vector,
 )
+from problems.fits import unconstrained
 from torch import Tensor
 
 from descend import Status, least_squares
@@ -176,3 +177,10 @@ def test_start_outside_the_bounds_is_clamped(method: str) -> None:
 def test_cost_that_underflows_is_not_taken_for_zero(dtype: torch.dtype, unit: float) -> None:
     result = least_squares(lambda x: unit * (x - 1), torch.tensor([5.0, 4.0], dtype=dtype))
     assert result.status is Status.precision_limit
+
+
+def test_start_of_huge_residuals_does_not_make_others_zero() -> None:
+    problem = next(problem for problem in unconstrained() if problem.name == "chebyquad-8-times100")
+    result = least_squares(problem.residuals, problem.x0)
+    assert result.history[0].fun > 1e30
+    assert result.fun < 0.1 or result.status is Status.precision_limit

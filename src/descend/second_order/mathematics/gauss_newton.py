@@ -33,6 +33,9 @@ class LinearModel(Protocol):
     def length(self, step: Tensor) -> float:
         """|D s|."""
 
+    def change(self, step: Tensor) -> float:
+        """|J s|."""
+
     def newton(self) -> TrialStep:
         """The shortest minimizer of the model inside the bounds."""
 
@@ -186,6 +189,9 @@ class DenseGaussNewton:
 
     def length(self, step: Tensor) -> float:
         return float(torch.linalg.vector_norm(step.double().cpu() * self.scale))
+
+    def change(self, step: Tensor) -> float:
+        return float(torch.linalg.vector_norm(self.jacobian.mv(step)))
 
     def share(self, step: Tensor, other: Tensor) -> float:
         step, other = step.double().cpu() * self.scale, other.double().cpu() * self.scale

@@ -74,6 +74,9 @@ class ProductGaussNewton:
         self.is_solved = False
         self.is_usable = self._walk() is not End.non_finite or len(self._vertices) > 1
 
+    def change(self, step: Tensor) -> float:
+        return float(torch.linalg.vector_norm(self._multiply(step)))
+
     def length(self, step: Tensor) -> float:
         return _norm(step * self._scale)
 

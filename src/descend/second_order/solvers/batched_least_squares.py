@@ -37,10 +37,10 @@ class BatchedFits(BatchedRun):
     objective: BatchedResiduals
     _NUMBERS = (
         *BatchedRun._NUMBERS,
-        *("radius", "n_rejected", "has_been_finite", "n_blind", "promised", "first_value", "noise_here"),
+        *("radius", "n_rejected", "has_been_finite", "n_blind", "promised", "noise_here"),
         *("trial_norm", "trial_decrease", "on_boundary"),
     )
-    _VECTORS = (*BatchedRun._VECTORS, "norms", "fits", "best_fits", "trial_x")
+    _VECTORS = (*BatchedRun._VECTORS, "norms", "fits", "best_fits", "trial_x", "first_x")
 
     def start(self) -> None:
         self.best_fits = None
@@ -48,7 +48,7 @@ class BatchedFits(BatchedRun):
         x, count = self.x, self.count
         self.fits = self.best_fits = self.objective.fits
         self.end_fits = self.fits + 0.0
-        self.norms, self.trial_x, self.first_value = self.xp.zeros_like(x), x, self.value
+        self.norms, self.trial_x, self.first_x = self.xp.zeros_like(x), x, x
         self.radius, self.promised = full(x, count, math.nan), full(x, count, math.inf)
         self.noise_here = self.trial_norm = self.trial_decrease = full(x, count, 0.0)
         self.n_rejected = self.n_blind = full(x, count, 0)
@@ -131,7 +131,11 @@ class BatchedFits(BatchedRun):
     def _stuck_codes(self) -> Array:
         """Why to stop where no step lowers the cost: it is zero, or the residuals were never finite, or rounding."""
         choose = self.xp.where
-        is_zero = abs(self.best_value) <= self.objective.eps**2 * abs(self.first_value)
+        jacobians = tensor_of(self.best_fits)[:, :, : self.x.shape[1]]
+        changes = [jacobians @ tensor_of(x).unsqueeze(2) for x in (self.first_x, self.best_x)]
+        size = torch.maximum(*(torch.linalg.vector_norm(change, dim=(1, 2)) for change in changes))
+        rounding = NOISE * self.objective.eps * array_of(size)
+        is_zero = (self.best_value > 0) & ((2 * self.best_value) ** 0.5 <= rounding)
         codes = choose(is_zero, STATUS_CODES[Status.converged], STATUS_CODES[Status.precision_limit])
         is_outside = (self.n_rejected > 0) & ~self.has_been_finite
         return choose(is_outside, STATUS_CODES[Status.non_finite], codes)

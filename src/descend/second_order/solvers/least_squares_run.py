@@ -78,6 +78,7 @@ class LeastSquaresRun(Budget):
 
     def start(self, point: ResidualPoint, model: LinearModel | None) -> None:
         """Record the first point."""
+        self.first_x = point.x
         self.best = self.fitted(point, model)
         self._record(self.best, 0.0)
 
@@ -120,9 +121,13 @@ class LeastSquaresRun(Budget):
     def stuck_status(self) -> Status:
         """Why to stop where no step lowers the cost by more than rounding.
 
-        If the residuals are within rounding of zero, compared with those at the start, they are zero.
+        Residuals are zero that are no larger than what rounding variables of the start's size would make of them.
         """
-        is_zero = abs(self.best.value) <= self.objective.eps**2 * abs(self.history[0].fun) != 0
+        best, model = self.best, self.best.model
+        if model is None or best.value <= 0:
+            return Status.precision_limit
+        size = max(model.change(self.first_x), model.change(best.x))
+        is_zero = math.sqrt(2 * best.value) <= NOISE * self.objective.eps * size
         return Status.converged if is_zero else Status.precision_limit
 
     def _is_stuck(self, point: ResidualPoint, model: LinearModel) -> bool:
