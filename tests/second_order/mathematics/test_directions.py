@@ -208,6 +208,36 @@ def test_pair_beyond_the_numbers_does_no_lasting_harm(path: str, make: Callable[
     assert torch.equal(apply(used), apply(new))
 
 
+@pytest.mark.parametrize("method", ["keep", "learn", "take_in", "direction"])
+def test_interrupt_forgets_all_pairs_and_not_a_part(path: str, method: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    used, new = (CompactInverse(NUMEL, 3, torch.float64, CPU) for _ in range(2))
+    grad, taken = random(1)(NUMEL), pairs(torch.float64)
+    for _, pair in zip(range(4), taken, strict=False):
+        used.update(*pair)
+        used.direction(grad)
+    whole = getattr(used.history, method)
+
+    def interrupted(*arguments: Any) -> None:
+        whole(*arguments)
+        raise KeyboardInterrupt
+
+    def learn_and_turn() -> None:
+        used.update(*next(taken))
+        used.direction(grad)
+
+    monkeypatch.setattr(used.history, method, interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        learn_and_turn()
+    monkeypatch.undo()
+    assert used.is_steepest
+    assert used.state()["count"] == 0
+    used.reset()
+    for _, pair in zip(range(5), taken, strict=False):
+        for inverse in (used, new):
+            inverse.update(*pair)
+        assert torch.equal(used.direction(grad), new.direction(grad))
+
+
 def test_history_beyond_the_first_pairs_allocates_nothing_that_grows(path: str) -> None:
     inverse = CompactInverse(NUMEL, 3, torch.float64, CPU)
     places = {name: value.data_ptr() for name, value in inverse.state().items() if isinstance(value, Tensor)}

@@ -203,7 +203,8 @@ class CompactInverse:
     def update(self, s: Tensor, y: Tensor, pair: Pair | None = None) -> None:
         if self.is_new:
             self._take_in(None)
-        slot, history = self.count % self.history_size, self.history
+        count, history = self._take_apart(), self.history
+        slot = count % self.history_size
         if self.space.is_shared:
             pair = pair or Pair(*self.space.total(*self.measure(s, y)))
             history.keep(slot, s, y, pair.curvature)
@@ -213,7 +214,7 @@ class CompactInverse:
                 pair = Pair(*self.space.total(*history.measure_row(slot, self.space)))
         else:
             history.keep(slot, s, y)
-        self._learn(slot, pair)
+        self._learn(count, pair)
 
     @np.errstate(all="ignore")
     def update_between(self, old: Place, new: Place, factor: float, curvature: float) -> None:
@@ -226,14 +227,20 @@ class CompactInverse:
         """
         if self.is_new:
             self._take_in(None)
-        slot = self.count % self.history_size
-        self.history.keep_between(slot, old, new, factor, np.float64(curvature))
-        self._learn(slot)
+        count = self._take_apart()
+        self.history.keep_between(count % self.history_size, old, new, factor, np.float64(curvature))
+        self._learn(count)
 
-    def _learn(self, slot: int, pair: Pair | None = None) -> None:
+    def _learn(self, count: int, pair: Pair | None = None) -> None:
+        slot = count % self.history_size
         self.curvatures[slot] = self.history.learn(slot, pair)
-        self.count += 1
-        self.is_new = True
+        self.count, self.is_new = count + 1, True
+
+    def _take_apart(self) -> int:
+        """The number of pairs, which is 0 until it is set again: an interrupt meanwhile forgets all, not a part."""
+        count = self.count
+        self.count, self.is_new = 0, False
+        return count
 
     def direction(self, grad: Tensor, largest: float | None = None) -> Tensor:
         """The direction -H grad; the next call reuses its memory."""
@@ -241,21 +248,22 @@ class CompactInverse:
 
     @np.errstate(all="ignore")
     def _direction(self, grad: Tensor, largest: float | None) -> Tensor:
-        filled = min(self.count, self.history_size)
         taken = self.history.take(grad, largest, self.space)
-        if self.is_new:
-            along_steps, along_changes = self._take_in(taken)
-        else:
-            along_steps, along_changes = self.history.products(filled, taken, self.space)
+        known = self._take_in(taken) if self.is_new else None
+        count = self._take_apart()
+        filled = min(count, self.history_size)
+        along_steps, along_changes = known or self.history.products(filled, taken, self.space)
         inverse = self.r_inverse[:filled, :filled]
         u = inverse @ along_steps
         p = (self.gram[:filled, :filled] @ u + self.curvatures[:filled] * u - along_changes) @ inverse
-        return self.history.direction(filled, taken, u, p)
+        direction = self.history.direction(filled, taken, u, p)
+        self.count = count
+        return direction
 
     def _take_in(self, grad: Any) -> tuple[Array, Array]:
         """Complete the matrices for the newest pair; return S grad and Y D grad, from the same pass."""
-        self.is_new = False
-        slot, filled = (self.count - 1) % self.history_size, min(self.count, self.history_size)
+        count = self._take_apart()
+        slot, filled = (count - 1) % self.history_size, min(count, self.history_size)
         curvature = self.curvatures[slot]
         along_steps, column, along_changes = self.history.take_in(slot, filled, grad, self.gram, curvature, self.space)
         inverse = self.r_inverse[:filled, :filled]
@@ -263,6 +271,7 @@ class CompactInverse:
         inverse[:, slot] = 0.0
         inverse[:, slot] = inverse @ column / -curvature
         inverse[slot, slot] = 1 / curvature
+        self.count = count
         return along_steps, along_changes
 
 
