@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -108,3 +109,24 @@ print("torch._dynamo" in sys.modules)
 """
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert done.stdout == "False\n"
+
+
+@pytest.mark.parametrize("make", [partial(LBFGS, line_search_fn="hager_zhang"), LBFGS, Newton])
+def test_interrupt_that_leaves_gradients_enabled_restores_parameters(
+    make: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    x = torch.full((3,), 2.0, requires_grad=True)
+    optimizer, calls, leave = make([x]), 0, torch.enable_grad.__exit__
+
+    def interrupted(self: Any, *arguments: Any) -> None:
+        nonlocal calls
+        calls += 1
+        if calls == 2:
+            raise KeyboardInterrupt
+        leave(self, *arguments)
+
+    monkeypatch.setattr(torch.enable_grad, "__exit__", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        optimizer.step(lambda: (x**4).sum())
+    monkeypatch.undo()
+    assert x.tolist() == [2.0, 2.0, 2.0]

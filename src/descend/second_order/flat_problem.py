@@ -88,7 +88,7 @@ class FlatProblem(ABC, Generic[X]):
     def set_parameters(self, run: Any) -> None:
         """Set parameters to the best point that a run has seen."""
         if self.parameters is not None:
-            self.parameters.scatter_(run.best.x if run.history else self.start)
+            self.parameters.restore_(run.best.x if run.history else self.start)
 
     def tree_of(self, x: Tensor) -> X:
         """The structure of a flat vector; the parameters themselves, which have been set to it."""

@@ -135,7 +135,7 @@ class LeastSquares(ClosureOptimizer):
         try:
             status = least_squares_descent(run, x, linearization, region)
         finally:
-            point.scatter_(run.best.x if run.history else x)
+            point.restore_(run.best.x if run.history else x)
             state["func_evals"] += objective.n_eval
             state["n_iter"] += run.n_iter
             state["n_jac"] += objective.n_jac

@@ -112,7 +112,7 @@ class Newton(ClosureOptimizer):
             )
             status, radius = trust_region_descent(run, start, method, radius)
         finally:
-            point.scatter_(run.best.x if run.history else x)
+            point.restore_(run.best.x if run.history else x)
             state["func_evals"] += objective.n_eval
             state["n_iter"] += run.n_iter
             state["n_hvp"] += objective.n_hvp

@@ -68,6 +68,11 @@ class FlatParameters:
                 self._scattered, self._pieces = flat, unflatten_dense_tensors(flat, self._filled)
             torch._foreach_copy_(self._filled, self._pieces)
 
+    def restore_(self, flat: Tensor) -> None:
+        """``scatter_`` after an exception, too: an interrupt may have left gradients enabled."""
+        with torch.no_grad():
+            self.scatter_(flat)
+
     def gather_grad(self) -> Tensor:
         """The gradients, copied; zeros for a parameter without one."""
         grads = [

@@ -85,7 +85,7 @@ def modern_step(
         else:
             status = bounded_descent(run, start, learner, lr)
     finally:
-        point.scatter_(run.best.x if run.history else x)
+        point.restore_(run.best.x if run.history else x)
         state["func_evals"] += function.n_eval
         state["n_iter"] += run.n_iter
         state["learned"] = kept.state()

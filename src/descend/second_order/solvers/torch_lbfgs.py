@@ -438,7 +438,7 @@ class TorchSteps:
 
     def _return_to_base(self) -> None:
         if self._base is not None:
-            self.point.scatter_(self._base)
+            self.point.restore_(self._base)
             # A step of length 0 makes no pair, so that the next call repeats this iteration.
             self.memory.t = 0
             self.memory.n_iter -= 1
