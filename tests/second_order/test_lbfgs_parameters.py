@@ -204,6 +204,8 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     (dict(lr=math.nan), "Invalid learning rate"),
     (dict(lr=torch.ones(2)), "Tensor lr must be 1-element"),
     (dict(max_iter=-1), "max_iter must be a number >= 0"),
+    (dict(max_iter=None), "max_iter must be a number >= 0"),
+    (dict(max_iter="many"), "max_iter must be a number >= 0"),
     (dict(max_eval=-1), "max_eval must be a number >= 0"),
     (dict(lr=math.inf), "Invalid learning rate: inf"),
     (dict(lr=torch.tensor([math.inf])), "Invalid learning rate: tensor"),

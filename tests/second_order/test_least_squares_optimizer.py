@@ -306,6 +306,8 @@ def test_other_shapes_than_before_are_an_error_in_one_step_only() -> None:
         (dict(jac="2-point"), "jac must be one of"),
         (dict(max_iter=-1), "max_iter must be an integer >= 0"),
         (dict(max_iter=1.5), "max_iter must be an integer >= 0"),
+        (dict(max_iter=None), "max_iter must be an integer >= 0, got None"),
+        (dict(max_iter=True), "max_iter must be an integer >= 0, got True"),
         (dict(max_eval=0), "max_eval must be an integer >= 1"),
         (dict(tol=math.inf), "tol must be a finite number >= 0"),
         (dict(tol=float("nan")), "tol must be a finite number >= 0"),

@@ -324,6 +324,8 @@ def test_wrong_closures_are_errors(closure: Any, error: type[Exception], words: 
     [
         (dict(solver="lu"), "solver must be one of"),
         (dict(max_iter=-1), "max_iter must be a number >= 0"),
+        (dict(max_iter=None), "max_iter must be a number >= 0"),
+        (dict(max_iter="many"), "max_iter must be a number >= 0"),
         (dict(tolerance_grad=float("nan")), "tolerance_grad must be a number >= 0"),
     ],
 )

@@ -115,6 +115,7 @@ class LBFGS(ClosureOptimizer):
     ) -> None:
         self.maximize, self.weight_decay = maximize, weight_decay
         check_at_least_zero(self, "weight_decay value", "weight_decay", weight_decay)
+        check_at_least_zero(self, "max_iter value", "max_iter", max_iter)
         defaults = {
             "lr": lr,
             "max_iter": max_iter,

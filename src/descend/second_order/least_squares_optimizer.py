@@ -12,7 +12,7 @@ from torch import Tensor
 from descend.core.checks import check_kind
 from descend.core.groups import ParamsT, named
 from descend.second_order.closure_optimizer import ClosureOptimizer
-from descend.second_order.limits import check_limits
+from descend.second_order.limits import check_limit, check_tol
 from descend.second_order.mathematics.robust_losses import LOSSES
 from descend.second_order.problem.parameter_bounds import flat_bounds
 from descend.second_order.problem.parameters import FlatParameters
@@ -95,6 +95,7 @@ class LeastSquares(ClosureOptimizer):
         *,
         bounds: Any = None,
     ) -> None:
+        check_limit(type(self).__name__, "max_iter", max_iter, 0)
         defaults = {
             "max_iter": max_iter,
             "max_eval": 2 * max_iter + 1 if max_eval is None else max_eval,
@@ -177,7 +178,9 @@ class LeastSquares(ClosureOptimizer):
 
     def check_options(self, options: Mapping[str, Any]) -> None:
         name = type(self).__name__
-        check_limits(name, options["tol"], options["max_iter"], options["max_eval"], differentiable=False)
+        for limit, least in (("max_iter", 0), ("max_eval", 1)):
+            check_limit(name, limit, options[limit], least)
+        check_tol(name, options["tol"])
         for option, allowed in (("method", METHODS), ("loss", tuple(LOSSES)), ("jac", JACOBIANS)):
             if options[option] not in allowed:
                 raise ValueError(f"{name}: {option} must be one of {allowed}, got {options[option]!r}.")

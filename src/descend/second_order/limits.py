@@ -16,14 +16,25 @@ def check_limits(
     history_size: int | None = None,
 ) -> None:
     """Raise an error if one is out of range. A derivative takes one evaluation, so that two are the least then."""
-    if tol is not None and not (isinstance(tol, int | float) and 0 <= tol < math.inf):
-        raise ValueError(f"{who}: tol must be a finite number >= 0, got {tol!r}.")
+    check_tol(who, tol)
     if not isinstance(differentiable, bool):
         raise TypeError(f"{who}: differentiable must be True or False, got {differentiable!r}.")
     limits = (("max_iter", max_iter, 0), ("max_eval", max_eval, 1 + differentiable), ("history_size", history_size, 1))
     for name, value, least in limits:
-        if value is not None and not (isinstance(value, int) and value >= least):
-            raise ValueError(f"{who}: {name} must be an integer >= {least}, got {value!r}.")
+        if value is not None:
+            check_limit(who, name, value, least)
+
+
+def check_tol(who: str, tol: object) -> None:
+    """Raise ``ValueError`` unless ``tol`` is None or a finite number that is not negative."""
+    if tol is not None and not (isinstance(tol, int | float) and 0 <= tol < math.inf):
+        raise ValueError(f"{who}: tol must be a finite number >= 0, got {tol!r}.")
+
+
+def check_limit(who: str, name: str, value: object, least: int) -> None:
+    """Raise ``ValueError`` unless the limit ``name`` is an integer that is at least ``least``."""
+    if not isinstance(value, int) or isinstance(value, bool) or value < least:
+        raise ValueError(f"{who}: {name} must be an integer >= {least}, got {value!r}.")
 
 
 def solver_limits(max_iter: int | None, max_eval: int | None, differentiable: bool) -> tuple[float, float]:

@@ -75,6 +75,7 @@ class Newton(ClosureOptimizer):
         *,
         maximize: bool = False,
     ) -> None:
+        check_at_least_zero(self, "max_iter value", "max_iter", max_iter)
         defaults = {
             "max_iter": max_iter,
             "max_eval": 2 * max_iter + 1 if max_eval is None else max_eval,
