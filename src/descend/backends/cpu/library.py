@@ -191,6 +191,7 @@ def _sources() -> str:
         "kernels",
         "measures_kernel",
         "probe_kernel",
+        "row_loops",
         "row_rule_kernel",
         "rows_kernel",
         "stored",

@@ -12,10 +12,10 @@ from torch import Tensor
 
 from descend.backends.cpu import library, threads
 
-CHUNK = 8192  # elements; sums depend on it, and not on the threads
+CHUNK = 4096  # elements; sums depend on it, and not on the threads
 BLOCK = 2**17  # elements in the rows that are multiplied by each other at once: half of a second-level cache
 SLABS = 64  # at most, into which long rows are divided for that
-GROUP = 4  # as in ``vectors_kernel``
+GROUP = 5  # as in ``row_loops``
 
 
 class _Call:
@@ -103,7 +103,7 @@ class RowPasses:
         """S g and Y D g of the filled rows for g = factor * grad; with a slot also S y and Y D y of the y there."""
         width, y = (2, 0) if slot is None else (4, self.changes[slot].data_ptr())
         kernel = library.vectors("products", self.dtype, slot is not None)
-        vectors = diagonal.data_ptr(), grad.data_ptr(), _bits(factor), y, self._scratch_of(4 * CHUNK)
+        vectors = diagonal.data_ptr(), grad.data_ptr(), _bits(factor), y, self._scratch_of(3 * CHUNK)
         sums = self._call.run(kernel, *self._rows, self._stride, filled, *vectors, sums=width * filled)
         products: np.ndarray = sums.sum(0).reshape(width, filled)
         return products
@@ -113,7 +113,7 @@ class RowPasses:
         block = max(64, BLOCK // filled // 64 * 64)
         slab = max(block, -(-self.changes.shape[1] // SLABS))
         rows = self.changes.data_ptr(), self._stride, filled, diagonal.data_ptr()
-        scratch = self._scratch_of(block + 2 * filled)
+        scratch = self._scratch_of(2 * block + 4 * filled)
         sums = self._call.run(library.vectors("gram"), block, *rows, scratch, sums=filled**2, chunk=slab)
         lower = np.tril(sums.sum(0).reshape(filled, filled))
         whole: np.ndarray = lower + np.tril(lower, -1).T

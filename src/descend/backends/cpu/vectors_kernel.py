@@ -33,11 +33,11 @@ from descend.backends.cpu.intrinsics import (
     storer,
 )
 from descend.backends.cpu.kernels import assembly, njit
+from descend.backends.cpu.row_loops import GROUP, LINE, SEGMENT, add_rows, row_products
 
 # The order of sums is free, so that they are vectorised; NaN and Inf stay exact.
 _OPTIONS: dict[str, Any] = {"error_model": "numpy", "fastmath": {"contract", "nsz", "reassoc", "arcp"}}
 _F32, _F64 = torch.float32, torch.float64
-GROUP = 4  # rows that are added to a vector at once
 
 
 @njit(**_OPTIONS)
@@ -71,7 +71,7 @@ def keep_kernel(dtype: torch.dtype, between: bool) -> str:
     size = dtype.itemsize
     given_dtypes = (dtype,) * (4 if between else 2)
     load = loader(given_dtypes, _F64)
-    load_stored, store = loader((_F32, _F32, _F32), _F32), storer((_F32, _F32, _F32), _F32)
+    load_stored, store, zero = loader((_F32,) * 3, _F32), storer((_F32,) * 3, _F32), np.float32(0)
 
     def kernel(call: int) -> None:
         numel, length, sums, every = load_int(call, 0), load_int(call, 1), load_int(call, 3), load_int(call, 14)
@@ -100,12 +100,17 @@ def keep_kernel(dtype: torch.dtype, between: bool) -> str:
                     s, y = s_factor * values[0], y_factor * values[1]
                 store(rows, i, (np.float32(s), np.float32(y)))
             y_dy, s_ds, sy = 0.0, 0.0, 0.0
-            for i in range(n):
-                values = load_stored(stored, i)
-                d, s, y = values[0], values[1], values[2]
-                y_dy += np.float64(d * y) * np.float64(y)
-                s_ds += np.float64(s / d) * np.float64(s)
-                sy += np.float64(s) * np.float64(y)
+            for start in range(0, n, SEGMENT):
+                part_y_dy, part_s_ds, part_sy = zero, zero, zero
+                for i in range(start, min(start + SEGMENT, n)):
+                    values = load_stored(stored, i)
+                    d, s, y = values[0], values[1], values[2]
+                    part_y_dy += d * y * y
+                    part_s_ds += s / d * s
+                    part_sy += s * y
+                y_dy += np.float64(part_y_dy)
+                s_ds += np.float64(part_s_ds)
+                sy += np.float64(part_sy)
             store_double(sums, 3 * chunk, y_dy)
             store_double(sums, 3 * chunk + 1, s_ds)
             store_double(sums, 3 * chunk + 2, sy)
@@ -158,11 +163,11 @@ def products_kernel(dtype: torch.dtype, with_y: bool) -> str:
     """LLVM assembly of the loop that multiplies rows by vectors.
 
     Arguments: 4 S; 5 Y; 6 bytes of a row; 7 number of rows; 8 diagonal D; 9 g; 10 the factor of g, float64; 11 y, a
-    row; 12 scratch memory, four chunks of float32 per thread. Sums: S g of each row, then Y D g; ``with_y`` then
+    row; 12 scratch memory, three chunks of float32 per thread. Sums: S g of each row, then Y D g; ``with_y`` then
     S y and Y D y.
     """
-    load_grad, load, store = loader((dtype,), _F64), loader((_F32,), _F32), storer((_F32, _F32), _F32)
-    add_products = _products_of_group(with_y)
+    load_grad, load, store_one = loader((dtype,), _F64), loader((_F32,), _F32), storer((_F32, _F32), _F32)
+    multiply = _products_of_group(with_y)
     size, width = dtype.itemsize, 4 if with_y else 2
 
     def kernel(call: int) -> None:
@@ -170,8 +175,8 @@ def products_kernel(dtype: torch.dtype, with_y: bool) -> str:
         stride, n_rows, scale = load_int(call, 6), load_int(call, 7), load_double(call, 10)
         count = (numel + length - 1) // length
         thread = number_of_thread(call)
-        grad = load_int(call, 12) + 16 * length * thread
-        scaled_grad, y, scaled_y = grad + 4 * length, grad + 8 * length, grad + 12 * length
+        grad = load_int(call, 12) + 12 * length * thread
+        scaled_grad, scaled_y = grad + 4 * length, grad + 8 * length
         while True:
             chunk = next_chunk(call, thread, count)
             if chunk < 0:
@@ -181,93 +186,71 @@ def products_kernel(dtype: torch.dtype, with_y: bool) -> str:
             diagonal, source = (load_int(call, 8) + place,), (load_int(call, 9) + size * begin,)
             for i in range(n):
                 g = np.float32(scale * load_grad(source, i)[0])
-                store((grad, 0), i, g)
-                store((scaled_grad, 0), i, g * load(diagonal, i)[0])
+                store_one((grad, 0), i, g)
+                store_one((scaled_grad, 0), i, g * load(diagonal, i)[0])
+            y = load_int(call, 11) + place
             if with_y:
-                change = (load_int(call, 11) + place,)
                 for i in range(n):
-                    v = load(change, i)[0]
-                    store((y, 0), i, v)
-                    store((scaled_y, 0), i, v * load(diagonal, i)[0])
-            target = sums + 8 * width * n_rows * chunk
-            for first in range(0, n_rows, GROUP):
-                add_products(load_int(call, 4) + place, stride, first, n_rows, grad, y, n, target)
-            for first in range(0, n_rows, GROUP):
-                add_products(
-                    load_int(call, 5) + place, stride, first, n_rows, scaled_grad, scaled_y, n, target + 8 * n_rows
-                )
+                    store_one((scaled_y, 0), i, load((y,), i)[0] * load(diagonal, i)[0])
+            target, second = sums + 8 * width * n_rows * chunk, 2 * n_rows
+            s_rows, y_rows = load_int(call, 4) + place, load_int(call, 5) + place
+            for i in range(0, n_rows, GROUP):
+                multiply(s_rows, stride, i, n_rows, grad, y, n, target, second)
+            target += 8 * n_rows
+            for i in range(0, n_rows, GROUP):
+                multiply(y_rows, stride, i, n_rows, scaled_grad, scaled_y, n, target, second)
 
     return assembly(kernel, _OPTIONS)
 
 
-def _products_of_group(with_y: bool) -> Any:
-    """A compiled function that stores the products of ``GROUP`` rows with one vector or two, read together.
+def _products_of_group(with_second: bool) -> Any:
+    """A compiled function that stores the products of ``GROUP`` rows with one vector or two.
 
-    The last group repeats the last row, and stores the same products again.
+    Those with the second vector go so many places behind those with the first one. The last group repeats the last row,
+    and stores the same products again.
     """
-    load, load_both, zero = loader((_F32,) * (GROUP + 1), _F32), loader((_F32,) * (GROUP + 2), _F32), np.float32(0)
+    load, width = loader((_F32,), _F32), 2 if with_second else 1
+    multiply = row_products(width)
 
-    def one(base: int, stride: int, first: int, n_rows: int, u: int, v: int, n: int, target: int) -> None:
-        last = n_rows - 1
-        i1, i2, i3 = min(first + 1, last), min(first + 2, last), min(first + 3, last)
-        rows = (base + stride * first, base + stride * i1, base + stride * i2, base + stride * i3, u)
-        a, b, c, d = zero, zero, zero, zero
-        for i in range(n):
-            values = load(rows, i)
-            a += values[0] * values[4]
-            b += values[1] * values[4]
-            c += values[2] * values[4]
-            d += values[3] * values[4]
-        store_double(target, first, np.float64(a))
-        store_double(target, i1, np.float64(b))
-        store_double(target, i2, np.float64(c))
-        store_double(target, i3, np.float64(d))
+    def store_products(
+        base: int, stride: int, first: int, n_rows: int, u: int, v: int, n: int, target: int, distance: int
+    ) -> None:
+        last, whole = n_rows - 1, n // LINE * LINE
+        indices = (first, min(first + 1, last), min(first + 2, last), min(first + 3, last), min(first + 4, last))
+        rows = (
+            base + stride * indices[0],
+            base + stride * indices[1],
+            base + stride * indices[2],
+            base + stride * indices[3],
+            base + stride * indices[4],
+        )
+        totals = multiply(rows, (u, v) if with_second else (u,), whole)
+        for k in range(width * GROUP):
+            total, row, vector = totals[k], rows[k // width], v if k % width else u
+            for i in range(whole, n):
+                total += np.float64(load((row,), i)[0] * load((vector,), i)[0])
+            store_double(target, distance * (k % width) + indices[k // width], total)
 
-    def two(base: int, stride: int, first: int, n_rows: int, u: int, v: int, n: int, target: int) -> None:
-        last = n_rows - 1
-        i1, i2, i3 = min(first + 1, last), min(first + 2, last), min(first + 3, last)
-        rows = (base + stride * first, base + stride * i1, base + stride * i2, base + stride * i3, u, v)
-        a, b, c, d = zero, zero, zero, zero
-        e, f, g, h = zero, zero, zero, zero
-        for i in range(n):
-            values = load_both(rows, i)
-            a += values[0] * values[4]
-            b += values[1] * values[4]
-            c += values[2] * values[4]
-            d += values[3] * values[4]
-            e += values[0] * values[5]
-            f += values[1] * values[5]
-            g += values[2] * values[5]
-            h += values[3] * values[5]
-        store_double(target, first, np.float64(a))
-        store_double(target, i1, np.float64(b))
-        store_double(target, i2, np.float64(c))
-        store_double(target, i3, np.float64(d))
-        second = target + 16 * n_rows
-        store_double(second, first, np.float64(e))
-        store_double(second, i1, np.float64(f))
-        store_double(second, i2, np.float64(g))
-        store_double(second, i3, np.float64(h))
-
-    return njit(**_OPTIONS)(two if with_y else one)
+    return njit(**_OPTIONS)(store_products)
 
 
 def gram_kernel() -> str:
     """LLVM assembly of the loop that multiplies rows by each other: Y D Y'.
 
     Arguments: 4 elements of a block, whose rows stay in the cache; 5 Y; 6 bytes of a row; 7 number of rows; 8 diagonal
-    D; 9 scratch memory, per thread a block of float32 and a float64 a row. Sums: the lower
-    triangle of the matrix, at least.
+    D; 9 scratch memory, per thread two blocks of float32 and two float64 a row. Sums: the lower triangle of the matrix,
+    at least.
     """
-    load, store, add_products = loader((_F32, _F32), _F32), storer((_F32, _F32), _F32), _products_of_group(False)
+    load, store, multiply = loader((_F32, _F32), _F32), storer((_F32, _F32), _F32), _products_of_group(True)
 
     def kernel(call: int) -> None:
         numel, length, sums, block = load_int(call, 0), load_int(call, 1), load_int(call, 3), load_int(call, 4)
         stride, n_rows = load_int(call, 6), load_int(call, 7)
         count = (numel + length - 1) // length
         thread = number_of_thread(call)
-        row = load_int(call, 9) + (4 * block + 8 * n_rows) * thread
-        products = row + 4 * block
+        one = load_int(call, 9) + (8 * block + 16 * n_rows) * thread
+        other = one + 4 * block
+        products = one + 8 * block
         while True:
             chunk = next_chunk(call, thread, count)
             if chunk < 0:
@@ -279,16 +262,21 @@ def gram_kernel() -> str:
             for begin in range(chunk * length, end, block):
                 n, place = min(block, end - begin), 4 * begin
                 base, diagonal = load_int(call, 5) + place, load_int(call, 8) + place
-                for j in range(n_rows):
+                for j in range(0, n_rows, 2):
+                    k = min(j + 1, n_rows - 1)
                     for i in range(n):
                         values = load((base + stride * j, diagonal), i)
-                        store((row, 0), i, values[0] * values[1])
-                    for first in range(0, j + 1, GROUP):
-                        add_products(base, stride, first, n_rows, row, row, n, products)
-                    for i in range(j + 1):
-                        store_double(
-                            target, n_rows * j + i, load_double(target, n_rows * j + i) + load_double(products, i)
-                        )
+                        store((one, 0), i, values[0] * values[1])
+                        values = load((base + stride * k, diagonal), i)
+                        store((other, 0), i, values[0] * values[1])
+                    for i in range(0, k + 1, GROUP):
+                        multiply(base, stride, i, n_rows, one, other, n, products, n_rows)
+                    for i in range(k + 1):
+                        here = n_rows * j + i
+                        store_double(target, here, load_double(target, here) + load_double(products, i))
+                        if k > j:
+                            here += n_rows
+                            store_double(target, here, load_double(target, here) + load_double(products, n_rows + i))
 
     return assembly(kernel, _OPTIONS)
 
@@ -337,7 +325,6 @@ def direction_kernel(dtype: torch.dtype) -> str:
     """
     load_grad, store_result = loader((dtype,), _F64), storer((dtype, dtype), _F64)
     load, store = loader((_F32,), _F32), storer((_F32, _F32), _F32)
-    load_five = loader((_F32,) * (GROUP + 1), _F32)
     size, one = dtype.itemsize, np.float32(1)
 
     def kernel(call: int) -> None:
@@ -353,6 +340,7 @@ def direction_kernel(dtype: torch.dtype) -> str:
                 break
             begin = chunk * length
             n, place = min(length, numel - begin), 4 * begin
+            whole = n // LINE * LINE
             grad, result = (load_int(call, 9) + size * begin,), (load_int(call, 14) + size * begin, 0)
             diagonal = load_int(call, 8) + place
             for i in range(n):
@@ -367,19 +355,26 @@ def direction_kernel(dtype: torch.dtype) -> str:
                         store((total, 0), i, load((total,), i)[0] * load((diagonal,), i)[0])
                 for first in range(0, n_rows, GROUP):
                     row = table + 24 * first
-                    a, b = np.float32(load_double(row, 1 + matrix)), np.float32(load_double(row, 4 + matrix))
-                    c, d = np.float32(load_double(row, 7 + matrix)), np.float32(load_double(row, 10 + matrix))
                     rows = (
-                        total,
                         base + stride * np.int64(load_double(row, 0)),
                         base + stride * np.int64(load_double(row, 3)),
                         base + stride * np.int64(load_double(row, 6)),
                         base + stride * np.int64(load_double(row, 9)),
+                        base + stride * np.int64(load_double(row, 12)),
                     )
-                    for i in range(n):
-                        values = load_five(rows, i)
-                        sum_of_two = a * values[1] + b * values[2]
-                        store((total, 0), i, values[0] + (sum_of_two + (c * values[3] + d * values[4])))
+                    weights = (
+                        np.float32(load_double(row, 1 + matrix)),
+                        np.float32(load_double(row, 4 + matrix)),
+                        np.float32(load_double(row, 7 + matrix)),
+                        np.float32(load_double(row, 10 + matrix)),
+                        np.float32(load_double(row, 13 + matrix)),
+                    )
+                    add_rows(total, rows, weights, whole)
+                    for i in range(whole, n):
+                        value = load((total,), i)[0]
+                        for k in range(GROUP):
+                            value += weights[k] * load((rows[k],), i)[0]
+                        store((total, 0), i, value)
             for i in range(n):
                 store_result(result, i, outer * np.float64(load((total,), i)[0]))
 

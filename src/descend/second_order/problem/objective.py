@@ -171,6 +171,12 @@ class FunctionObjective(Curved):
         super().__init__(Space(structure.numel), structure.eps, *(bounds or ()))
         self.who, self.fun, self.structure, self.jac, self.hvp = who, fun, structure, jac or None, hvp
         self.keeps_graph = needs_curvature and hvp is None
+        self._is_copied = self.jac is not None and not needs_curvature  # gradients, which so have no other user
+        self._spare: list[Tensor] = []
+
+    def recycle(self, point: Point) -> None:
+        if self._is_copied:
+            self._spare.append(point.grad)
 
     def value_and_grad(self, x: Tensor) -> tuple[Tensor | float, Tensor, Any]:
         with torch.enable_grad():
@@ -192,7 +198,8 @@ class FunctionObjective(Curved):
                 grad = self.structure.flatten(
                     self.structure.like(given_grad, f"{self.who}: the gradient from jac"), self.keeps_graph
                 )
-                grad = grad.clone()  # the caller may reuse its buffer
+                # The caller may reuse its buffer.
+                grad = self._spare.pop().copy_(grad) if self._spare else grad.clone()
                 if self.keeps_graph and self.hvp is None and not grad.requires_grad:
                     raise RuntimeError(
                         f"{self.who}: autograd cannot see how the gradient from jac depends on x. Give products with "

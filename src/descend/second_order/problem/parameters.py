@@ -112,10 +112,14 @@ class FlatParameters:
     def _flatten(self, tensors: list[Tensor], out: Tensor | None = None) -> Tensor:
         if not self.is_uniform or any(tensor.dtype != self.dtype for tensor in tensors):
             return self.structure.flatten(tensors).clone()
+        if len(tensors) == 1:
+            (tensor,) = tensors
+            if out is None:
+                return tensor.detach().clone(memory_format=torch.contiguous_format).view(-1)
+            out.view(tensor.shape).copy_(tensor.detach())
+            return out
         if out is not None:
             return torch.cat([tensor.detach().reshape(-1) for tensor in tensors], out=out)
-        if len(tensors) == 1:
-            return tensors[0].detach().clone(memory_format=torch.contiguous_format).view(-1)
         return flatten_dense_tensors(tensors).detach()
 
 
