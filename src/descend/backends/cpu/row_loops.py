@@ -1,8 +1,7 @@
 """Inner loops over a few rows of a matrix at once, in explicit vectors, for code that Numba compiles.
 
-A compiler keeps no prefetch in a loop that it vectorises. Rows are long: by the time that a processor has recognised
-one, the chunk of it that is wanted ends. What lies ``AHEAD`` in each row is therefore fetched meanwhile; at the end of a
-chunk that is the beginning of the next one.
+A compiler keeps no prefetch in a loop that it vectorises. A chunk of a row ends before the processor has recognised a
+stream, so what lies ``AHEAD`` in each row is fetched meanwhile; at the end of a chunk, that is the start of the next one.
 """
 
 from __future__ import annotations

@@ -317,15 +317,15 @@ def look_kernel(dtype: torch.dtype) -> str:
 
 
 def direction_kernel(dtype: torch.dtype) -> str:
-    """LLVM assembly of the loop that adds up a direction: a D (b g + Y'u) + S'p.
+    """LLVM assembly of the loop that adds up a direction: a (c D (b g + Y'u) + S'p).
 
     Arguments: 4 S; 5 Y; 6 bytes of a row; 7 length of the table, a multiple of ``GROUP``; 8 diagonal D; 9 g; 10 b
     and 11 a, float64; 12 a table of (row, u, p) of float64; 13 scratch memory, a chunk of float32 per thread; 14 the
-    result; 15 a factor of D, float64, by which it is multiplied first.
+    result; 15 c, float64.
     """
     load_grad, store_result = loader((dtype,), _F64), storer((dtype, dtype), _F64)
     load, store = loader((_F32,), _F32), storer((_F32, _F32), _F32)
-    size, one = dtype.itemsize, np.float32(1)
+    size = dtype.itemsize
 
     def kernel(call: int) -> None:
         numel, length = load_int(call, 0), load_int(call, 1)
@@ -348,11 +348,8 @@ def direction_kernel(dtype: torch.dtype) -> str:
             for matrix in range(2):
                 base = load_int(call, 5 - matrix) + place
                 if matrix == 1:
-                    if stretch != one:
-                        for i in range(n):
-                            store((diagonal, 0), i, stretch * load((diagonal,), i)[0])
                     for i in range(n):
-                        store((total, 0), i, load((total,), i)[0] * load((diagonal,), i)[0])
+                        store((total, 0), i, load((total,), i)[0] * (stretch * load((diagonal,), i)[0]))
                 for first in range(0, n_rows, GROUP):
                     row = table + 24 * first
                     rows = (

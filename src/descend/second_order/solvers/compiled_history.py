@@ -34,7 +34,13 @@ class CompiledHistory(LongHistory):
         super().__init__(numel, history_size, dtype, device)
         self.passes = self._new_passes()
         self.newest: Pair | None = None  # what has been measured of the newest pair
-        self.stretched = 1.0  # by what the diagonal is still to be multiplied; the next pass that reads it does so
+        self.stretched = 1.0  # D is so many times ``diagonal``, which is written when others want to see it
+
+    def arrays(self) -> dict[str, Tensor]:
+        if self.stretched != 1.0:
+            self.diagonal *= self.stretched
+            self.stretched = 1.0
+        return super().arrays()
 
     def load(self, state: Mapping[str, Any]) -> None:
         super().load(state)
@@ -75,8 +81,9 @@ class CompiledHistory(LongHistory):
         return _Scaled(grad.contiguous(), 1 / largest if largest else 1.0)
 
     def _products(self, filled: int, grad: _Scaled, slot: int | None = None) -> list[Array]:
-        self._settle()
-        return list(self.passes.products(filled, self.diagonal, *grad, slot))
+        products = self.passes.products(filled, self.diagonal, *grad, slot)
+        products[1::2] *= self.stretched
+        return list(products)
 
     def _change(self, slot: int) -> _Scaled:
         return _Scaled(self.result.copy_(self.changes[slot]), 1.0)
@@ -88,19 +95,12 @@ class CompiledHistory(LongHistory):
     def _stretch(self, scale: Any) -> None:
         self.stretched *= scale
 
-    def _settle(self) -> None:
-        if self.stretched != 1.0:
-            self.diagonal *= self.stretched
-            self.stretched = 1.0
-
     def _gram(self, filled: int) -> Array:
-        self._settle()
-        return self.passes.gram(filled, self.diagonal)
+        return self.passes.gram(filled, self.diagonal) * self.stretched
 
     def direction(self, filled: int, grad: _Scaled, u: Array, p: Array) -> Tensor:
         factors, weights = (grad.factor, -1 / grad.factor), (-u, p)
         self.passes.direction(filled, self.diagonal, self.stretched, grad.vector, factors, weights, self.result)
-        self.stretched = 1.0
         return self.result
 
 
