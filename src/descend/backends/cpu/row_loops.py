@@ -1,7 +1,7 @@
 """Inner loops over a few rows of a matrix at once, in explicit vectors, for code that Numba compiles.
 
 A compiler keeps no prefetch in a loop that it vectorises. A chunk of a row ends before the processor has recognised a
-stream, so what lies ``AHEAD`` in each row is fetched meanwhile; at the end of a chunk, that is the start of the next one.
+stream, so what lies ``AHEAD`` in each row is fetched meanwhile: at the end of a chunk, that is the start of the next.
 """
 
 from __future__ import annotations

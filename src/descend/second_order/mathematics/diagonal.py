@@ -95,7 +95,9 @@ def limits_after(pair: Pair, curvature: Any) -> tuple[Any, Any]:
 def limits(sample: Array) -> tuple[Any, Any]:
     """Least and largest entry of a diagonal, from the median of some of its entries."""
     if isinstance(sample, np.ndarray):
-        middle = np.partition(sample, (len(sample) - 1) // 2)[(len(sample) - 1) // 2]
+        number, parted = (len(sample) - 1) // 2, sample.copy()
+        parted.partition(number)
+        middle = parted[number]
     else:
         middle = sample.median()
     return middle / SPREAD, middle * SPREAD

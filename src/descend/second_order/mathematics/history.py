@@ -130,11 +130,12 @@ class ShortHistory:
         self.steps[slot], self.changes[slot] = step * scale, change * scale
 
     def keep_between(self, slot: int, old: Place, new: Place, factor: float, curvature: float) -> None:
-        step, change = self._array(new.x) - self._array(old.x), self._array(new.grad) - self._array(old.grad)
-        scale = curvature**-0.5
+        step, change, scale = self.steps[slot], self.changes[slot], curvature**-0.5
+        subtract = np.subtract if self.is_numpy else torch.sub
+        subtract(self._array(new.x), self._array(old.x), out=step)
+        subtract(self._array(new.grad), self._array(old.grad), out=change)
         step *= scale
         change *= scale * factor
-        self.steps[slot], self.changes[slot] = step, change
 
     def learn(self, slot: int, pair: Pair | None = None) -> Any:
         return learn_diagonal_(self.learned, self.steps[slot], self.changes[slot], pair=pair)
@@ -151,7 +152,7 @@ class ShortHistory:
         y = changes[slot]
         grad = y if grad is None else grad
         scaled = changes * self.diagonal
-        sums = steps @ grad, steps @ y, changes @ (self.diagonal * grad), scaled @ changes.T
+        sums = steps @ grad, steps @ y, scaled @ grad, scaled @ changes.T
         along_steps, column, along_changes, whole = space.total(*map(_double, sums))
         gram[:filled, :filled] = whole
         return along_steps, column, along_changes

@@ -48,6 +48,8 @@ class FlatParameters:
         self.is_uniform = all(param.dtype == self.dtype and param.device == self.device for param in self.params)
         self._filled = [param for param in self.params if param.numel()]
         self.space = Space(self.numel)
+        self._single = self.params[0] if self.is_uniform and len(self.params) == 1 else None
+        self._is_vector = self.params[0].dim() == 1
         self._scattered: Tensor | None = None
         self._pieces: list[Tensor] = []
         self.spare: list[Tensor] = []
@@ -61,8 +63,8 @@ class FlatParameters:
         if not self.is_uniform:
             for param, piece in zip(self.params, self.structure.split(flat), strict=True):
                 param.copy_(piece)
-        elif len(self.params) == 1:
-            self.params[0].copy_(flat.view(self.structure.shapes[0]))
+        elif self._single is not None:
+            self._single.copy_(self._like_single(flat))
         elif self._filled:
             if flat is not self._scattered:  # a solver may reuse one vector, and so its views
                 self._scattered, self._pieces = flat, unflatten_dense_tensors(flat, self._filled)
@@ -75,6 +77,12 @@ class FlatParameters:
 
     def gather_grad(self) -> Tensor:
         """The gradients, copied; zeros for a parameter without one."""
+        if self._single is not None and self.spare:
+            grad = self._single.grad
+            if grad is not None and grad.layout == torch.strided and grad.dtype == self.dtype:
+                flat = self.spare.pop()
+                self._like_single(flat).copy_(grad.detach() if grad.requires_grad else grad)
+                return flat
         grads = [
             torch.zeros_like(param) if grad is None else grad if grad.layout == torch.strided else grad.to_dense()
             for param in self.params
@@ -109,17 +117,17 @@ class FlatParameters:
         """A whole vector, or matrix of rows, from the entries held here: the inverse of ``narrow``."""
         return held
 
+    def _like_single(self, flat: Tensor) -> Tensor:
+        """A flat vector in the shape of the only parameter."""
+        return flat if self._is_vector else flat.view(self.structure.shapes[0])
+
     def _flatten(self, tensors: list[Tensor], out: Tensor | None = None) -> Tensor:
         if not self.is_uniform or any(tensor.dtype != self.dtype for tensor in tensors):
             return self.structure.flatten(tensors).clone()
-        if len(tensors) == 1:
-            (tensor,) = tensors
-            if out is None:
-                return tensor.detach().clone(memory_format=torch.contiguous_format).view(-1)
-            out.view(tensor.shape).copy_(tensor.detach())
-            return out
         if out is not None:
             return torch.cat([tensor.detach().reshape(-1) for tensor in tensors], out=out)
+        if len(tensors) == 1:
+            return tensors[0].detach().clone(memory_format=torch.contiguous_format).view(-1)
         return flatten_dense_tensors(tensors).detach()
 
 
@@ -244,11 +252,11 @@ class ClosureFunction:
     def _gradient(self, loss: Any, before: list[tuple[Tensor | None, int]]) -> Tensor:
         params = self.point.params
         has_graph = isinstance(loss, Tensor) and loss.requires_grad
-        is_missing = all(param.grad is None for param in params)
-        is_new = any(
-            param.grad is not grad or (grad is not None and grad._version != version)
-            for param, (grad, version) in zip(params, before, strict=True)
-        )
+        is_missing, is_new = True, False
+        for param, (old, version) in zip(params, before, strict=True):
+            grad = param.grad
+            is_missing = is_missing and grad is None
+            is_new = is_new or grad is not old or (grad is not None and grad._version != version)
         if has_graph and (is_missing or not is_new):
             try:
                 self._backward(loss)
@@ -344,7 +352,7 @@ def _number(loss: Any, who: str) -> float:
             raise ValueError(f"{must} a tensor of shape {tuple(loss.shape)}. Reduce it, e.g. with .sum() or .mean().")
         if loss.is_complex():
             raise TypeError(f"{must} a {loss.dtype} tensor. Take a real number of it, e.g. .abs() or .real.")
-        return float(loss.detach())
+        return float(loss.item())
     try:
         if isinstance(loss, str | bytes):
             raise TypeError

@@ -227,7 +227,8 @@ class Run(Budget):
         last = self.milestone
         if point.value < last.value - self.noise(last) / NOISE or point.norm < 0.5 * last.norm:
             # The value stays the least one: two points, one lower and one flatter, could take turns for ever.
-            self.milestone, self.patience = point._replace(value=min(point.value, last.value)), PATIENCE
+            is_lower = point.value <= last.value
+            self.milestone, self.patience = point if is_lower else point._replace(value=last.value), PATIENCE
             self._drop(last)
         else:
             self.patience -= 1
