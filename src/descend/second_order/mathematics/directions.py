@@ -94,7 +94,7 @@ class CompactInverse:
         history_size: number of pairs kept, >= 1.
         dtype, device: of the vectors.
         space: theirs. Default: all entries are here.
-        make_long: makes the history where it is too large for the caches. Default: with torch's operations.
+        make: makes the history. Default: what suits its size, with operations of NumPy or torch.
     Example:
         >>> curvature = torch.tensor([1.0, 100.0], dtype=torch.float64)
         >>> inverse = CompactInverse(2, history_size=10, dtype=torch.float64, device=torch.device("cpu"))
@@ -116,14 +116,16 @@ class CompactInverse:
         dtype: torch.dtype,
         device: torch.device,
         space: Space | None = None,
-        make_long: Callable[[int, int, torch.dtype, torch.device], History] = LongHistory,
+        make: Callable[[int, int, torch.dtype, torch.device], History] | None = None,
     ) -> None:
         self.space = space or Space(numel)
         self.history_size = history_size
         whole = history_size * self.space.numel
         self.history: History
-        if whole > LARGE:
-            self.history = make_long(numel, history_size, dtype, device)
+        if make is not None:
+            self.history = make(numel, history_size, dtype, device)
+        elif is_large(whole):
+            self.history = LongHistory(numel, history_size, dtype, device)
         else:
             is_short = whole <= SHORT and history_size * whole <= 32 * SHORT
             self.history = ShortHistory(numel, history_size, dtype, device, is_short and device.type == "cpu")
@@ -273,6 +275,11 @@ class CompactInverse:
         inverse[slot, slot] = 1 / curvature
         self.count = count
         return along_steps, along_changes
+
+
+def is_large(numbers: int) -> bool:
+    """Whether a history of so many numbers is too large for the caches."""
+    return numbers > LARGE
 
 
 def add_symmetric_(matrix: Tensor, scale: float, left: Array, right: Array) -> None:

@@ -172,12 +172,13 @@ class ShortHistory:
 class LongHistory:
     """Pairs in float32, as if gradients were known to seven digits: a long history is limited by memory bandwidth.
 
-    A new D would need another pass over the pairs, so D is the learned diagonal only once in ``history_size`` pairs; in
-    between it is scaled, so that y'D y = s'y for the newest one.
+    A new D needs another pass over the pairs. Unless it ``renews_always``, D is the learned diagonal only once in
+    ``history_size`` pairs; in between it is scaled, so that y'D y = s'y for the newest one.
     """
 
     is_rounded = True
     is_numpy = False
+    renews_always = False
     names: ClassVar = ("steps", "changes", "learned", "diagonal")
 
     def __init__(self, numel: int, history_size: int, dtype: torch.dtype, device: torch.device) -> None:
@@ -239,11 +240,12 @@ class LongHistory:
         return [product for both in zip(*along, strict=True) for product in both]
 
     def take_in(self, slot: int, filled: int, grad: Any, gram: Array, curvature: Any, space: Space) -> Sequence[Array]:
-        if slot == 0:
+        is_renewed = self.renews_always or slot == 0
+        if is_renewed:
             self._renew()
         grad = self._change(slot) if grad is None else grad
         sums = self._products(filled, grad, slot)
-        if slot == 0:
+        if is_renewed:
             along_steps, along_changes, column, _, whole = space.total(*sums, self._gram(filled))
             gram[:filled, :filled] = whole
             return along_steps, column, along_changes

@@ -19,7 +19,7 @@ from descend.second_order.problem.graphs import is_compiled, nodes_of
 from descend.second_order.problem.structure import Structure
 
 CG_INSTEAD = "minimize(method='newton-cg') or Newton(solver='cg')"
-LONG = 2**16  # entries of a vector for which it pays to compile a pass
+LONG = 2**13  # entries of a vector for which it pays to compile a pass
 TINY = 1e-30  # slope below which float32 has lost some of it
 BATCH = 2**22  # numbers in the vectors that are multiplied by a Hessian at once
 DENSE_COPIES = 4  # the Hessian, its symmetric part, a factor, and the workspace of the factorization

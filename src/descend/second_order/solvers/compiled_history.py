@@ -11,11 +11,11 @@ from torch import Tensor
 
 from descend.backends.cpu.vectors import RowPasses
 from descend.second_order.mathematics.diagonal import Pair, limits_after, raised
-from descend.second_order.mathematics.directions import CompactInverse
+from descend.second_order.mathematics.directions import CompactInverse, is_large
 from descend.second_order.mathematics.history import LongHistory, Place
 from descend.second_order.mathematics.space import Array, Space, distance_of_samples
 
-COMPILED_FROM = 2**19  # numbers in a history for which it pays to compile, seconds once on a machine
+COMPILED_FROM = 2**15  # numbers in a history for which it pays to compile, seconds once on a machine
 
 
 class _Scaled(NamedTuple):
@@ -32,6 +32,7 @@ class CompiledHistory(LongHistory):
 
     def __init__(self, numel: int, history_size: int, dtype: torch.dtype, device: torch.device) -> None:
         super().__init__(numel, history_size, dtype, device)
+        self.renews_always = not is_large(numel * history_size)
         self.passes = self._new_passes()
         self.newest: Pair | None = None  # what has been measured of the newest pair
         self.stretched = 1.0  # D is so many times ``diagonal``, which is written when others want to see it
@@ -109,5 +110,7 @@ def compact_inverse(
 ) -> CompactInverse:
     """The L-BFGS inverse; on a CPU its passes are compiled where they take longer than everything else."""
     is_compiled = device.type == "cpu" and numel * history_size >= COMPILED_FROM
-    make_long: type[LongHistory] = CompiledHistory if is_compiled else LongHistory
-    return CompactInverse(numel, history_size, dtype, device, space, make_long)
+    if space is not None and space.is_shared:  # on every rank it is of the same kind
+        is_compiled = is_compiled and is_large(space.numel * history_size)
+    make = CompiledHistory if is_compiled else None
+    return CompactInverse(numel, history_size, dtype, device, space, make)
