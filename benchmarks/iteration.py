@@ -57,6 +57,8 @@ SIZES = (
         Size(numel, history, rounds, 4, 5, dtype)
         for dtype in (torch.float64, torch.float32)
         for numel, history, rounds in (
+            (10_000, 10, 10),
+            (10_000, 100, 4),
             (100_000, 10, 10),
             (1_000_000, 10, 4),
             (10_000_000, 10, 2),

@@ -12,7 +12,8 @@ from torch import Tensor
 import descend
 from descend.second_order.mathematics import directions
 from descend.second_order.mathematics.directions import CompactInverse
-from descend.second_order.mathematics.history import LongHistory
+from descend.second_order.mathematics.history import LongHistory, ShortHistory
+from descend.second_order.mathematics.space import Space
 from descend.second_order.problem import objective
 from descend.second_order.problem.parameter_objective import ClosureObjective
 from descend.second_order.solvers import compiled_history
@@ -185,3 +186,34 @@ def test_optimizer_keeps_its_learner_but_for_another_state() -> None:
         assert torch.equal(x, y)
     assert other._kept is not None
     assert other._kept._learner is not learner
+
+
+@DTYPES
+@pytest.mark.parametrize("history_size", [1, 6])
+def test_history_that_fits_the_caches_renews_its_diagonal_with_every_pair(
+    dtype: torch.dtype, history_size: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(directions, "LARGE", 2**40)
+    compiled = compact_inverse(NUMEL, history_size, dtype, CPU)
+    reference = CompactInverse(NUMEL, history_size, dtype, CPU)
+    assert type(compiled.history) is CompiledHistory
+    assert type(reference.history) is ShortHistory
+    points = places(dtype)
+    old = next(points)
+    for _, new in zip(range(2 * history_size + 3), points, strict=False):
+        for inverse in (compiled, reference):
+            update(inverse, old, new)
+        found, expected = compiled.direction(new.grad), reference.direction(new.grad)
+        assert float((found - expected).norm()) <= 1e-4 * float(expected.norm())
+        old = new
+
+
+class SharedSpace(Space):
+    is_shared = True
+
+
+@pytest.mark.parametrize(("numel", "kind"), [(100, ShortHistory), (10_000, CompiledHistory)])
+def test_ranks_choose_the_same_kind_of_history(numel: int, kind: type, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(directions, "LARGE", 5000)
+    for held in (numel, numel // 2):
+        assert type(compact_inverse(held, 3, torch.float64, CPU, SharedSpace(numel)).history) is kind
