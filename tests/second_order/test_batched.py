@@ -478,6 +478,8 @@ def test_repr_counts_statuses() -> None:
     assert result.message[1].startswith("The function or its gradient is NaN")
     with pytest.raises(IndexError, match="there are 3 problems, got index 3"):
         result[3]
+    with pytest.raises(TypeError, match="index must be an integer, got slice"):
+        result[:2]  # type: ignore[index]
 
 
 # Errors.

@@ -75,6 +75,11 @@ class ClosureOptimizer(Optimizer, ABC):
 
     def _step(self, closure: Callable[[], Any] | None = None) -> Any:
         began = time.perf_counter()
+        if closure is not None and not callable(closure):
+            raise TypeError(
+                f"{type(self).__name__}: closure must be a function, got {type(closure).__name__}. Pass the function "
+                "itself, not what it returns."
+            )
         # Tensors made in inference mode could not be used outside of it later.
         with torch.inference_mode(False), torch.no_grad(), serial_in_forked_child():
             if not any(group["params"] for group in self.param_groups):

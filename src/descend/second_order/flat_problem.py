@@ -130,8 +130,14 @@ class FlatProblem(ABC, Generic[X]):
             )
             try:
                 with torch.enable_grad():
-                    return bool(callback(progress))
+                    answer = callback(progress)
             except StopIteration:
                 return True
+            try:
+                return bool(answer)
+            except (RuntimeError, ValueError) as error:
+                raise TypeError(
+                    f"{self.who}: callback must return True to stop, False or None to go on, got {answer!r:.80}."
+                ) from error
 
         return report

@@ -194,7 +194,7 @@ def least_squares(
             bounds=bounds,
             rho=rho,
             loss_scale=loss_scale,
-            tol=default_tolerance if tol is None else lambda eps: tol,
+            tol=default_tolerance if tol is None else lambda eps: float(tol),
             max_iter=iterations,
             max_eval=evaluations,
             callback=callback,
@@ -208,7 +208,7 @@ def least_squares(
             problem.check_values()
         run = LeastSquaresRun(
             problem.objective,
-            tol=default_tolerance(problem.structure.eps) if tol is None else tol,
+            tol=default_tolerance(problem.structure.eps) if tol is None else float(tol),
             max_iter=iterations,
             max_eval=evaluations,
             callback=None if callback is None else problem.reporter(callback),

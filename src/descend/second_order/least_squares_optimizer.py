@@ -52,7 +52,7 @@ class LeastSquares(ClosureOptimizer):
             root of the precision, 1.5e-8 for float64 and 3.5e-4 for float32.
         method: ``"trust-region"``: MINPACK's radius; ``"lm"``: Nielsen's damping. Default: ``"trust-region"``.
         loss: ``"linear"`` (squares), ``"huber"``, ``"soft_l1"``, ``"cauchy"`` or ``"arctan"``. Default: ``"linear"``.
-        loss_scale: residual at which a robust loss turns from a square, > 0. Default: 1.
+        loss_scale: size of a residual from which a robust loss grows more slowly than its square, > 0. Default: 1.
         jac: ``"dense"``: the Jacobian as a matrix and exact steps, O(M N) memory for M residuals and N parameters;
             ``"products"``: products with the Jacobian only, and LSMR, O(M + N) memory; ``"auto"``: ``"dense"`` where
             that takes seconds at most and fits into memory. Default: ``"auto"``.

@@ -245,7 +245,7 @@ def minimize(
             args,
             method=method,
             bounds=bounds,
-            tol=default_tolerance if tol is None else lambda eps: tol,
+            tol=default_tolerance if tol is None else lambda eps: float(tol),
             max_iter=iterations,
             max_eval=evaluations,
             callback=callback,
@@ -270,7 +270,7 @@ def minimize(
             problem.check_values()
         check_method_fits(WHO, method, problem.objective, problem.start)
         limits = Limits(
-            tol=default_tolerance(problem.structure.eps) if tol is None else tol,
+            tol=default_tolerance(problem.structure.eps) if tol is None else float(tol),
             max_iter=iterations,
             max_eval=evaluations,
             callback=None if callback is None else problem.reporter(callback),
@@ -313,7 +313,8 @@ def _check_functions(method: str, **functions: Any) -> None:
     if functions["hvp"] is not None and not method.startswith("newton"):
         raise ValueError(f"{WHO}: hvp is for method='newton' or 'newton-cg', got method={method!r}. Leave it out.")
     for name, function in functions.items():
-        if not callable(function) and function is not None and not (name == "jac" and isinstance(function, bool)):
+        is_optional = name != "fun" and (function is None or (name == "jac" and isinstance(function, bool)))
+        if not callable(function) and not is_optional:
             also = {"fun": "", "jac": ", True or None"}.get(name, " or None")
             raise TypeError(f"{WHO}: {name} must be a function{also}, got {function!r}.")
 

@@ -250,11 +250,15 @@ class FunctionObjective(Curved):
 def scalar(value: Any, who: str) -> Tensor:
     """The value of a function as a 0-dimensional tensor; an error unless it is a real scalar tensor."""
     if not isinstance(value, Tensor):
-        raise TypeError(f"{who} must return a scalar tensor, got {type(value).__name__}.")
+        raise TypeError(
+            f"{who} must return a scalar tensor, got {type(value).__name__}. Compute it with torch operations."
+        )
     if value.numel() != 1 or not value.is_floating_point():
+        instead = "take its .real or .abs()" if value.is_complex() else "compute it with floating point numbers"
+        if value.numel() != 1:
+            instead = "reduce it, e.g. with .sum()"
         raise ValueError(
-            f"{who} must return a real scalar tensor, got shape {tuple(value.shape)} and {value.dtype}; "
-            "reduce it, e.g. with .sum()."
+            f"{who} must return a real scalar tensor, got shape {tuple(value.shape)} and {value.dtype}; {instead}."
         )
     return value.reshape(()) if value.dim() else value
 

@@ -189,8 +189,6 @@ class ClosureFunction:
         needs_gradient: bool = True,
         who: str,
     ) -> None:
-        if not callable(closure):
-            raise TypeError(f"{who}: closure must be a function that returns the loss, got {type(closure).__name__}.")
         self.closure, self.point, self.maximize, self.who = closure, point, maximize, who
         self.needs_gradient = needs_gradient
         self.decays = _decays(point, groups, weight_decay)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import operator
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -73,6 +74,12 @@ class BatchedResult(Generic[X]):
 
     def __getitem__(self, i: int) -> Result[X]:
         """The result of one problem. ``time`` is that of all."""
+        try:
+            i = operator.index(i)
+        except TypeError as error:
+            raise TypeError(
+                f"{type(self).__name__}: the index must be an integer, got {i!r}. Slice x, fun and the others instead."
+            ) from error
         if not -len(self) <= i < len(self):
             raise IndexError(f"BatchedResult: there are {len(self)} problems, got index {i}.")
         i %= len(self)
