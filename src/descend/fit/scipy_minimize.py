@@ -13,7 +13,7 @@ from torch import Tensor
 
 from descend.fit.scipy_constrained import constrained_result
 from descend.fit.scipy_constraints import array_constraints
-from descend.fit.scipy_options import LBFGSB, Method, Options, bounds_of_pairs, method_of, options_of
+from descend.fit.scipy_options import LBFGSB, Method, Options, bounds_of_pairs, method_of, options_of, steps_of
 from descend.fit.scipy_result import Reporter, result_of_run
 from descend.second_order.mathematics.dense_inverse import DenseInverse
 from descend.second_order.mathematics.differences import EVALUATIONS, SCHEMES
@@ -121,6 +121,7 @@ def scipy_minimize(
     array = _start(x0)
     with torch.inference_mode(False), torch.no_grad():
         x = torch.from_numpy(array.reshape(-1))
+        relative_step = steps_of("finite_diff_rel_step", settings.finite_diff_rel_step, len(x), WHO)
         objective = ArrayObjective(
             WHO,
             _with_args(fun, args),
@@ -129,10 +130,10 @@ def scipy_minimize(
             hess=_with_args(hess, args) if callable(hess) else None,
             hessp=None if hessp is None else _with_args(hessp, args),
             bounds=bounds_of_pairs(bounds, x, WHO),
-            absolute_step=settings.eps,
-            relative_step=settings.finite_diff_rel_step,
+            absolute_step=steps_of("eps", settings.eps, len(x), WHO),
+            relative_step=relative_step,
         )
-        conditions = array_constraints(constraints, array.shape, objective.box, settings.finite_diff_rel_step, WHO)
+        conditions = array_constraints(constraints, array.shape, objective.box, relative_step, WHO)
         objective.domain_errors = (np.linalg.LinAlgError, *walls)
         if objective.lower is not None:
             x = torch.clamp(x, objective.lower, objective.upper)
