@@ -54,12 +54,12 @@ class ClosureOptimizer(Optimizer, ABC):
         """Take up to ``max_iter`` iterations.
 
         Args:
-            closure: returns the loss at the present parameters; called many times, with gradients enabled. Without it
-                only the state is made.
+            closure: returns the loss (for ``LeastSquares`` the residuals) at the present parameters; called many times,
+                with gradients enabled. Without it only the state is made.
         Returns:
             The loss at the start; None without a closure.
         Raises:
-            TypeError, ValueError, RuntimeError: if the closure returns no real scalar, or gives no gradient. After an
+            TypeError, ValueError, RuntimeError: if the closure returns no such thing, or gives no gradient. After an
                 exception from the closure the parameters are at the last accepted point, and the next step continues
                 from there.
             RuntimeError: if ranks that share the parameters disagree about the optimizer.

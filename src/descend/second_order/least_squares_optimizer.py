@@ -39,8 +39,8 @@ class LeastSquares(ClosureOptimizer):
     For closures that return residuals and are deterministic functions: no dropout, the whole data set. They return one
     tensor or a structure of tensors with their graph, always of the same shapes, and call no ``backward``. ``.grad`` is
     not touched. If the closure raises, the parameters are set to the best point seen. What is minimized is half the sum
-    of the losses; that is also what ``step`` returns, at the parameters where it began. The region and the scale of the
-    variables are carried from step to step.
+    of the losses; ``step`` returns that cost at the parameters where it began. The region and the scale of the
+    variables are carried from step to step. There is no learning rate, so learning-rate schedulers cannot drive it.
 
     Args:
         params: parameters, ``(name, parameter)`` pairs, dicts that define groups, or a module; all are one problem.

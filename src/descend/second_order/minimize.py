@@ -190,10 +190,11 @@ def minimize(
             at the start, of half of the problems, checks all that. ``bounds`` broadcast to ``x0``, and ``tol`` and
             the limits hold for each problem. ``callback`` gets a ``Progress`` with a first dimension of B, after each
             call of ``fun`` that ends an iteration, and may return a bool tensor of the problems to stop. Where ``fun``
-            raises at a start, the problem ends as ``non_finite``. For ``"l-bfgs"``, ``"bfgs"`` and ``"newton"``, plain
-            tensors, and without ``hvp``. ``"best"``: the same from B starts, to return the best. Default: False.
+            raises one of ``domain_errors`` at a start, the problem ends as ``non_finite``. For ``"l-bfgs"``,
+            ``"bfgs"`` and ``"newton"``, plain tensors, and without ``hvp``. ``"best"``: the same from B starts, to
+            return the best. Default: False.
         constraints: a list of ``eq(g)`` and ``ineq(h)``, for g(x) == 0 and h(x) >= 0, where g and h map ``x`` alone to
-            real tensors of any shape. ``x0`` need not be feasible, and evaluated points are not, except for ``bounds``.
+            real tensors of any shape. ``x0`` and other points evaluated may violate them, but never ``bounds``.
             ``max_eval`` counts evaluations of ``fun`` and all constraints together. Not with ``jac``, ``hvp``,
             ``differentiable``, ``batched`` or DTensors. Default: none.
     Returns:

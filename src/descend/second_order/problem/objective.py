@@ -63,7 +63,7 @@ class Objective(ABC):
     Attributes:
         domain_errors: exceptions that mean, as NaN does, that a point is outside the function's domain; a failed
             factorization always does.
-        measure: what a learner wants to know, over all ranks, of a step and the change of the gradient along it.
+        measure: from a step and the change of the gradient along it, the sums over all ranks that a learner asks for.
     """
 
     domain_errors: DomainErrors = ()

@@ -39,7 +39,7 @@ class BatchedResult(Generic[X]):
         n_calls: calls of ``fun``.
         time: seconds.
         n_negative_curvature: iterations of Newton's method that followed a direction of negative curvature, (B,).
-        rounds: of what ``result[i].history`` is made.
+        rounds: the iterations of each round, from which ``result[i].history`` is made.
     """
 
     x: X

@@ -1,4 +1,4 @@
-"""What a run may spend, and what it has spent."""
+"""The limits of a run, and its counts of evaluations."""
 
 from __future__ import annotations
 
