@@ -228,7 +228,7 @@ def least_squares(
                 ends = differentiable_bounds(bounds, problem.structure, WHO)
                 x = differentiable_solution(WHO, problem.objective.as_function(WHO), x, status, *ends)
             problem.objective.n_eval += 1
-    return least_squares_result(run, status, problem.tree_of(x), problem.split_tree, began=began)
+    return least_squares_result(run, status, problem.tree_of(x), problem.structure.unflatten, began=began)
 
 
 def default_tolerance(eps: float) -> float:

@@ -27,10 +27,9 @@ class Structure:
     """
 
     def __init__(self, tree: Any, who: str) -> None:
-        self.module = tree if isinstance(tree, nn.Module) else None
         leaves, self.spec = pytree.tree_flatten(_content(tree))
         if not leaves:
-            what = "any" if self.module is None else "a parameter that requires gradients"
+            what = "a parameter that requires gradients" if isinstance(tree, nn.Module) else "any"
             raise ValueError(f"{who}: x0 must hold at least one tensor, got {type(tree).__name__} without {what}.")
         for leaf in leaves:
             if not isinstance(leaf, Tensor) or not (leaf.is_floating_point() or leaf.is_complex()):
@@ -59,6 +58,13 @@ class Structure:
         self._is_tensor = isinstance(tree, Tensor)
         self._is_one = len(leaves) == 1 and self.dtype == self.dtypes[0]
         self._shape = self.shapes[0]
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For results, which hold a structure: without the tensors, and with a tree instead of its specification."""
+        return {**vars(self), "leaves": [], "spec": pytree.tree_unflatten([0] * len(self.shapes), self.spec)}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state, spec=pytree.tree_flatten(state["spec"])[1])
 
     def flatten(self, tensors: Sequence[Tensor | None], keeps_graph: bool = False) -> Tensor:
         """The leaves as one flat vector; None becomes zeros. The vector may share memory with a single leaf."""

@@ -23,7 +23,7 @@ FAILED = (Status.line_search_failed, Status.non_finite, Status.unbounded)
 EQUAL = 1e-12  # relative difference of values that are equal to rounding
 
 
-@dataclass(frozen=True, repr=False)
+@dataclass(frozen=True, repr=False, eq=False)
 class BatchedResult(Generic[X]):
     """What ``minimize(..., batched=True)`` returns: the results of B problems. ``result[i]`` is the i-th ``Result``.
 
@@ -114,7 +114,7 @@ class BatchedResult(Generic[X]):
         return f"{name}({len(self)} problems: {counts or 'none'}; {calls})"
 
 
-@dataclass(frozen=True, repr=False)
+@dataclass(frozen=True, repr=False, eq=False)
 class BestResult(Result[X]):
     """What ``minimize(..., batched="best")`` returns: the best ``Result`` of several starts.
 

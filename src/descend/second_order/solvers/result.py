@@ -74,7 +74,7 @@ class Iteration(NamedTuple):
     n_hvp: int
 
 
-@dataclass(frozen=True, repr=False)
+@dataclass(frozen=True, repr=False, eq=False)
 class Result(Generic[X]):
     """What ``minimize`` returns and ``optimizer.result`` holds.
 
