@@ -67,7 +67,7 @@ def scipy_minimize(
             ``"dogleg"`` (the dense Hessian); ``"SLSQP"``, ``"trust-constr"`` (an augmented Lagrangian). None is SLSQP
             with constraints, else L-BFGS-B with bounds, else BFGS. Default: None.
         jac: a function that returns the gradient; True if ``fun`` returns (value, gradient); ``"2-point"`` or None,
-            or ``"3-point"``, for finite differences, of which each evaluation counts. Newton's methods need a gradient.
+            or ``"3-point"``, for finite differences, whose evaluations all count. Newton's methods need a gradient.
         hess: a function that returns the Hessian, as an array, a sparse matrix or a ``LinearOperator``, for Newton's
             methods.
         hessp: a function of x, a vector and ``args`` that returns the Hessian's product with the vector. With neither,
@@ -79,8 +79,8 @@ def scipy_minimize(
             ``scipy.optimize.NonlinearConstraint`` or ``LinearConstraint``. ``fun`` may be evaluated where they do not
             hold. The gradient and the violations, each divided by the largest entry of its gradient at ``x0`` if that
             exceeds 1, are at most ``gtol`` at the end. Default: none.
-        tol: the tolerance of the gradient, unless ``gtol`` is given; and what ``ftol`` or ``xtol`` is below if rounding
-            ends the run. Default: those of the method.
+        tol: stands for ``gtol`` where that is not given, and for the ``ftol`` or ``xtol`` by which a run that rounding
+            ends is judged: see ``status`` below. Default: those of the method.
         callback: called as ``callback(x)`` after each iteration, or as ``callback(intermediate_result=...)`` if that is
             the name of its parameter; stops the solver by raising ``StopIteration``.
         options: those of SciPy: ``maxiter``, ``gtol``, ``disp``, ``return_all``; ``maxfun``, ``maxcor`` and ``ftol``

@@ -74,8 +74,8 @@ class Options:
         maxfun: calls of the function at most, those for differences included.
         gtol: converged when the gradient's norm is at most this.
         ftol: stop when an iteration lowers the value by less than this, relative to max(1, abs(value)).
-        flat: the same where rounding allows no more: a run that ends so, with L-BFGS-B, has succeeded.
-        xtol: the mean absolute entry of the last step of Newton-CG, likewise.
+        flat: a run of L-BFGS-B that rounding ends has succeeded if its last iteration lowered the value by less.
+        xtol: the same for the mean absolute entry of the last step of Newton-CG.
         norm: order of the gradient's norm.
         maxcor: steps from which L-BFGS approximates the Hessian.
         eps, finite_diff_rel_step: absolute and relative lengths of differences.

@@ -18,7 +18,7 @@ from descend.second_order.problem.arguments import with_args
 from descend.second_order.problem.bounds import differentiable_bounds
 from descend.second_order.problem.custom_loss import custom_loss
 from descend.second_order.problem.residuals import FunctionResiduals, ParameterResiduals
-from descend.second_order.solvers.batched_least_squares_result import BatchedLeastSquaresResult, best_fit
+from descend.second_order.solvers.batched_least_squares_result import BatchedLeastSquaresResult, BestFit, best_fit
 from descend.second_order.solvers.implicit_function import differentiable_solution
 from descend.second_order.solvers.least_squares_descent import least_squares_descent
 from descend.second_order.solvers.least_squares_result import LeastSquaresResult, least_squares_result
@@ -69,7 +69,27 @@ def least_squares(
     jac: Callable[..., Any] | JacobianKind | None = ...,
     args: tuple[Any, ...] = ...,
     differentiable: bool = ...,
-    batched: Literal[False, "best"] = ...,
+    batched: Literal["best"],
+) -> BestFit[X]: ...
+
+
+@overload
+def least_squares(
+    residuals: Callable[..., Any],
+    x0: X,
+    bounds: Any = ...,
+    loss: str | Callable[[Tensor], Any] = ...,
+    method: LeastSquaresMethod = ...,
+    tol: float | None = ...,
+    max_iter: int | None = ...,
+    max_eval: int | None = ...,
+    callback: Callable[[Progress], Any] | None = ...,
+    *,
+    loss_scale: float = ...,
+    jac: Callable[..., Any] | JacobianKind | None = ...,
+    args: tuple[Any, ...] = ...,
+    differentiable: bool = ...,
+    batched: Literal[False] = ...,
 ) -> LeastSquaresResult[X]: ...
 
 

@@ -80,6 +80,7 @@ class LeastSquares(ClosureOptimizer):
     counters = ("func_evals", "n_iter", "n_jac", "n_hvp")
     per_group = ("bounds",)
     saved_attributes = ("result", "bounds")
+    result: LeastSquaresResult[list[Tensor]] | None = None
     bounds: Any = None
 
     def __init__(

@@ -114,7 +114,7 @@ class BatchedResult(Generic[X]):
         return f"{name}({len(self)} problems: {counts or 'none'}; {calls})"
 
 
-@dataclass(frozen=True, repr=False, eq=False)
+@dataclass(frozen=True, repr=False, eq=False, kw_only=True)
 class BestResult(Result[X]):
     """What ``minimize(..., batched="best")`` returns: the best ``Result`` of several starts.
 
@@ -122,7 +122,7 @@ class BestResult(Result[X]):
         starts: the results from all of them.
     """
 
-    starts: BatchedResult[X] | None = None
+    starts: BatchedResult[X]
 
 
 def best_of(starts: BatchedResult[X], who: str) -> BestResult[X]:

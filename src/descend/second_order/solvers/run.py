@@ -21,8 +21,8 @@ MAX_SEARCH = 40  # evaluations in one line search
 MAX_STEP = {dtype: torch.finfo(dtype).max for dtype in (torch.float32, torch.float64)}
 FLAT = {dtype: torch.finfo(dtype).tiny ** 0.5 for dtype in MAX_STEP}  # gradient at which the point may be infinite
 MAX_NONFINITE = 120  # searches in a row that may end at NaN or infinity
-MAX_ENDLESS = 3  # steps in a row by which a function falls to -infinity, or from the depth on, before it has no minimum
-DEPTH = 1e20  # negative values this many times the size of the start's are in the depth
+MAX_ENDLESS = 3  # steps in a row towards -infinity, or on below the depth, after which a function has no minimum
+DEPTH = 1e20  # how far below zero the depth begins, in multiples of the size of the value at the start
 PATIENCE = 100  # iterations without progress in value or gradient
 
 
