@@ -200,7 +200,7 @@ def _max_eval(method: Method, options: Options, objective: ArrayObjective) -> fl
 def _solve(
     method: Method, run: Run, objective: ArrayObjective, x: Tensor, history_size: int, reporter: Reporter
 ) -> tuple[Status, Any]:
-    """Run the solver; return why it stopped, and what it has learned of the curvature."""
+    """Run the solver; return why it stopped, and its model of the curvature."""
     if method.solver in ("newton", "bfgs"):
         instead = CG_INSTEAD if method.solver == "newton" else f"method='{LBFGSB}'"
         check_dense_fits(f"{WHO}: method='{method.name}'", x, instead, objective.space)

@@ -1,4 +1,4 @@
-"""SciPy's names of methods, options and bounds, and what they mean here."""
+"""SciPy's methods, options and bounds, and their meaning here."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The base of ``LBFGS``, ``Newton`` and ``LeastSquares``: what an optimizer needs that calls its closure many times."""
+"""The base of ``LBFGS``, ``Newton`` and ``LeastSquares``: of optimizers that call their closure many times."""
 
 from __future__ import annotations
 
@@ -140,7 +140,7 @@ class ClosureOptimizer(Optimizer, ABC):
     def load_state_dict(
         self, state_dict: Mapping[str, Any], *, match: str = "auto", hyperparameters: str = "loaded"
     ) -> None:
-        """Load what ``state_dict`` returned; for ``LBFGS`` also torch's.
+        """Load a ``state_dict``; for ``LBFGS`` also one of torch's.
 
         Everything is copied; tensors keep their dtype if it is wider than this optimizer's own.
 

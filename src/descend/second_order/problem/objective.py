@@ -35,8 +35,8 @@ class Point(NamedTuple):
         norm: largest absolute entry of the (projected) gradient; NaN or infinite if the gradient is.
         slope: inner product of the gradient and the direction that led here.
         slope_before: inner product of the gradient at the direction's origin and the direction.
-        graph: what second derivatives are computed from, if the objective needs them.
-        measured: of the pair from the direction's origin to here, what ``Objective.measure`` gives, over all ranks.
+        graph: for second derivatives, if the objective needs them.
+        measured: ``Objective.measure`` of the pair from the direction's origin to here, summed over all ranks.
     """
 
     x: Tensor
@@ -63,7 +63,7 @@ class Objective(ABC):
     Attributes:
         domain_errors: exceptions that mean, as NaN does, that a point is outside the function's domain; a failed
             factorization always does.
-        measure: from a step and the change of the gradient along it, the sums over all ranks that a learner asks for.
+        measure: maps a step and the change of the gradient along it to the sums that a learner asks for.
     """
 
     domain_errors: DomainErrors = ()

@@ -91,7 +91,7 @@ class ParameterObjective(Curved):
         self.who, self.fun, self.point = who, fun, point
         self.needs_curvature, self.maximize = needs_curvature, maximize
         self.first_loss: Any = None
-        self._x: Tensor | None = None  # what the parameters were last set to
+        self._x: Tensor | None = None  # where the parameters were last set
         self._graph: list[Tensor | None] | None = None  # of the gradient there
         self._is_hooked = False  # whether FSDP keeps autograd from the parameters
 

@@ -23,7 +23,7 @@ DENSE_COPIES = 4  # the Jacobian, its scaled copy, and the workspace of the fact
 
 
 class Graph(NamedTuple):
-    """What derivatives are computed from: flat residuals that depend on leaves."""
+    """Flat residuals with their graph, and the leaves that it begins with."""
 
     residuals: Tensor
     leaves: Sequence[Tensor]
@@ -37,7 +37,7 @@ class ResidualPoint(NamedTuple):
         residuals: flat and real, before the loss.
         value: the cost, half the sum of the losses; may be NaN or infinite.
         tree: the residuals as the function returned them, detached.
-        graph: what derivatives are computed from.
+        graph: for derivatives.
     """
 
     x: Tensor
@@ -67,8 +67,8 @@ class ResidualObjective(ABC):
         n_hvp: products with the Jacobian or its transpose.
     """
 
-    variables: str  # what the caller knows as the argument, for errors
-    remedy: str  # what else helps if residuals do not depend on it
+    variables: str  # the caller's name of the argument, for errors
+    remedy: str  # further advice where residuals do not depend on it
 
     def __init__(
         self,
@@ -388,7 +388,7 @@ class ParameterResiduals(ResidualObjective):
     ) -> None:
         super().__init__(who, point.structure, rho, loss_scale, bounds)
         self.fun, self.point = fun, point
-        self._x: Tensor | None = None  # what the parameters were last set to
+        self._x: Tensor | None = None  # where the parameters were last set
 
     def move_to(self, x: Tensor) -> None:
         """Set the parameters to ``x``, unless they are there."""

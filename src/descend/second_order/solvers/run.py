@@ -50,7 +50,7 @@ class Run(Budget):
     """Counts, limits and the best point of one run.
 
     Args:
-        objective: what is minimized.
+        objective: the function to minimize.
         tol: converged when the largest entry of the (projected) gradient is at most ``tol * max(1, scale)``.
         max_iter: iterations at most.
         max_eval: evaluations at most.
@@ -163,7 +163,7 @@ class Run(Budget):
         return search.outcome is Outcome.max_step and search.step == MAX_STEP[end.x.dtype]
 
     def begin_step(self) -> None:
-        """Forget what the evaluations of the step before have met."""
+        """Forget the infinities of the step before."""
         self.has_met_minus_infinity = False
 
     def is_deep(self, point: Point) -> bool:
