@@ -29,7 +29,7 @@ from descend.second_order.solvers.step_control import Damping, TrustRegion
 
 LeastSquaresMethod: TypeAlias = Literal["trust-region", "lm"]
 METHODS = get_args(LeastSquaresMethod)
-LOOSEST = 0.01  # default of tol
+LOOSEST = 0.01  # default of tol, whatever the precision
 WHO = "least_squares"
 
 
@@ -252,6 +252,7 @@ def least_squares(
 
 
 def default_tolerance(eps: float) -> float:
+    """The default of ``tol`` for a precision."""
     return min(math.sqrt(eps), LOOSEST)
 
 

@@ -5,13 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, TypeAlias, get_args
+from typing import Any, get_args
 
 from torch import Tensor
 
 from descend.core.checks import check_kind
 from descend.core.groups import ParamsT, named
 from descend.second_order.closure_optimizer import ClosureOptimizer
+from descend.second_order.least_squares import METHODS, LeastSquaresMethod, default_tolerance
 from descend.second_order.limits import check_limit, check_tol
 from descend.second_order.mathematics.robust_losses import LOSSES
 from descend.second_order.problem.parameter_bounds import flat_bounds
@@ -29,8 +30,7 @@ from descend.second_order.solvers.result import Solver, Status
 from descend.second_order.solvers.sized_linearization import LINEARIZATIONS, JacobianKind
 from descend.second_order.solvers.step_control import Damping, TrustRegion
 
-Region: TypeAlias = Literal["trust-region", "lm"]
-METHODS, JACOBIANS = get_args(Region), get_args(JacobianKind)
+JACOBIANS = get_args(JacobianKind)
 
 
 class LeastSquares(ClosureOptimizer):
@@ -49,7 +49,7 @@ class LeastSquares(ClosureOptimizer):
         max_eval: evaluations of the closure in a call of ``step``, never exceeded, >= 1. Default: ``2 * max_iter + 1``.
         tol: converged when the step to the minimizer of the model would lower the cost by at most ``tol**2`` of it, or
             change no parameter by more than ``tol`` of it, or all by no more than rounding; >= 0. Default: the square
-            root of the precision, 1.5e-8 for float64 and 3.5e-4 for float32.
+            root of the precision, 1.5e-8 for float64 and 3.5e-4 for float32, at most 0.01.
         method: ``"trust-region"``: MINPACK's radius; ``"lm"``: Nielsen's damping. Default: ``"trust-region"``.
         loss: ``"linear"`` (squares), ``"huber"``, ``"soft_l1"``, ``"cauchy"`` or ``"arctan"``. Default: ``"linear"``.
         loss_scale: size of a residual from which a robust loss grows more slowly than its square, > 0. Default: 1.
@@ -89,7 +89,7 @@ class LeastSquares(ClosureOptimizer):
         max_iter: int = 20,
         max_eval: int | None = None,
         tol: float | None = None,
-        method: Region = "trust-region",
+        method: LeastSquaresMethod = "trust-region",
         loss: str = "linear",
         loss_scale: float = 1.0,
         jac: JacobianKind = "auto",
@@ -125,7 +125,7 @@ class LeastSquares(ClosureOptimizer):
             loss_scale=group["loss_scale"],
             bounds=bounds,
         )
-        tol = math.sqrt(point.structure.eps) if group["tol"] is None else group["tol"]
+        tol = default_tolerance(point.structure.eps) if group["tol"] is None else group["tol"]
         run = LeastSquaresRun(objective, tol=tol, max_iter=group["max_iter"], max_eval=max(1, group["max_eval"]))
         is_damped = group["method"] == "lm"
         region = Damping(state.get("damping")) if is_damped else TrustRegion(state.get("radius"))
