@@ -18,6 +18,7 @@ from descend.second_order.problem.arguments import with_args
 from descend.second_order.problem.bounds import differentiable_bounds
 from descend.second_order.problem.custom_loss import custom_loss
 from descend.second_order.problem.residuals import FunctionResiduals, ParameterResiduals
+from descend.second_order.problem.transforms import check_not_transformed
 from descend.second_order.solvers.batched_least_squares_result import BatchedLeastSquaresResult, BestFit, best_fit
 from descend.second_order.solvers.implicit_function import differentiable_solution
 from descend.second_order.solvers.least_squares_descent import least_squares_descent
@@ -168,7 +169,7 @@ def least_squares(
         ``starts`` all.
     Raises:
         ValueError, TypeError: if an argument is not as above, or ``residuals`` or ``jac`` return something else.
-        RuntimeError: if the residuals do not depend on ``x0`` as far as autograd can see.
+        RuntimeError: if the residuals do not depend on ``x0`` as far as autograd can see; within ``torch.func``.
         MemoryError: if the Jacobian would not fit.
         Exception: whatever ``residuals`` raises; parameters are then set to the best point seen.
     Example:
@@ -188,6 +189,7 @@ def least_squares(
         Transtrum & Sethna 2012, https://arxiv.org/abs/1201.5885.
     """
     began = time.perf_counter()
+    check_not_transformed(WHO)
     _check_method(method, loss, loss_scale)
     check_limits(WHO, tol, max_iter, max_eval, differentiable)
     for name, function in (("residuals", residuals), ("jac", jac), ("callback", callback)):

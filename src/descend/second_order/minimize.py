@@ -17,6 +17,7 @@ from descend.second_order.problem.arguments import with_args
 from descend.second_order.problem.bounds import differentiable_bounds
 from descend.second_order.problem.domain import domain_errors_of
 from descend.second_order.problem.objective import FunctionObjective
+from descend.second_order.problem.transforms import check_not_transformed
 from descend.second_order.solvers.batched_result import BatchedResult, BestResult, best_of
 from descend.second_order.solvers.budget import Limits
 from descend.second_order.solvers.constrained_result import ConstrainedResult
@@ -206,7 +207,7 @@ def minimize(
     Raises:
         ValueError, TypeError: if an argument is not as above, or ``fun`` returns no real scalar; for methods with
             O(n^2) memory if tensors are sharded.
-        RuntimeError: if the value does not depend on ``x0`` as far as autograd can see.
+        RuntimeError: if the value does not depend on ``x0`` as far as autograd can see; within ``torch.func``.
         MemoryError: if a dense matrix would not fit.
         Exception: whatever ``fun`` raises; parameters are then set to the best point seen.
     Example:
@@ -228,6 +229,7 @@ def minimize(
         Nocedal & Wright 2006, https://doi.org/10.1007/978-0-387-40065-5; each method's module names its own.
     """
     began = time.perf_counter()
+    check_not_transformed(WHO)
     _check_method(method, bounds, history_size)
     check_limits(WHO, tol, max_iter, max_eval, differentiable, history_size)
     _check_functions(method, fun=fun, jac=jac, hvp=hvp, callback=callback)

@@ -24,7 +24,7 @@ FIT_MESSAGES = {
     ),
     Status.non_finite: (
         "The residuals or their Jacobian are NaN or infinite at the start or wherever a step could lead: start "
-        "elsewhere, bound the variables, or work with logarithms."
+        "elsewhere, bound the variables, work with logarithms, or look for NaN in the data."
     ),
     Status.precision_limit: (
         "No step lowers the cost by more than rounding, while the model of the residuals still promises more than tol: "
