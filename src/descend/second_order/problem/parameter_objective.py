@@ -133,8 +133,8 @@ class ParameterObjective(Curved):
                 return [torch.full_like(leaf, math.nan) for leaf in self._leaves]
             raise RuntimeError(
                 f"{self.who} returned a loss that does not depend on the parameters as far as autograd can see. "
-                "Compute it from them with torch operations, without detach(), item() or no_grad(). Do they require "
-                "gradients, and are they those of the model that it reads?"
+                "Compute it from them with torch operations, without detach(), item() or no_grad(). Do they "
+                "require gradients, and are they those of the model that is evaluated?"
             )
         return parts
 
