@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import reprlib
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal, NamedTuple, TypeAlias
@@ -222,7 +223,7 @@ def bounds_of_pairs(bounds: Any, x: Tensor, who: str) -> tuple[Tensor, Tensor] |
         if len(pairs) != len(x):
             raise ValueError(
                 f"{who}: bounds must be {len(x)} pairs (lower, upper) of numbers or None, one for each variable, got "
-                f"{bounds!r}."
+                f"{reprlib.repr(bounds)}."
             )
         sides = [torch.tensor([pair[side] for pair in pairs], dtype=x.dtype) for side in (0, 1)]
     lower, upper = bounds_of(tuple(sides), Structure(x, who), who)
