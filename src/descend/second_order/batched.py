@@ -48,10 +48,12 @@ def minimize_batched(
 ) -> BatchedResult[X]:
     """``minimize(..., batched=True)``, with its arguments; ``tol`` maps the precision to the tolerance."""
     began, records_graph = time.perf_counter(), torch.is_grad_enabled()
-    if method not in METHODS or hvp is not None:
-        what = "no hvp" if hvp is not None else f"a method of {METHODS}"
-        got = "one" if hvp is not None else repr(method)
-        raise ValueError(f"{who}: batched needs {what}, got {got}. Minimize the problems one by one, or leave it out.")
+    if method not in METHODS:
+        raise ValueError(
+            f"{who}: batched needs a method of {METHODS}, got {method!r}. Or minimize the problems one by one."
+        )
+    if hvp is not None:
+        raise ValueError(f"{who}: hvp is for single problems. Leave it out: with batched, autograd gives the Hessians.")
     check_args(who, args)
     with torch.inference_mode(False), torch.no_grad():
         structure = BatchedStructure(x0, who)
