@@ -113,7 +113,9 @@ class Structure:
             leaves = [tree]
         else:
             leaves = self._leaves_of(tree)
-            shapes = [leaf.shape if isinstance(leaf, Tensor) else type(leaf).__name__ for leaf in leaves]
+            shapes = [
+                leaf.shape if isinstance(leaf, Tensor) else f"no tensor but {type(leaf).__name__}" for leaf in leaves
+            ]
             if shapes != self.shapes:
                 got = _described(shapes) if leaves else reprlib.repr(tree)
                 raise ValueError(f"{who} must have the structure and shapes of x0, {self}; got {got}.")
@@ -192,7 +194,7 @@ def _real(tensor: Tensor) -> Tensor:
 
 
 def _described(shapes: Sequence[Any]) -> str:
-    """Shapes, or names of what is no tensor, in words."""
+    """Shapes, and what takes the place of one, in words."""
     return ", ".join(shape if isinstance(shape, str) else str(tuple(shape)) for shape in shapes) or "nothing"
 
 
