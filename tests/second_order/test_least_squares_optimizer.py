@@ -310,6 +310,7 @@ def test_other_shapes_than_before_are_an_error_in_one_step_only() -> None:
         (dict(max_iter=True), "max_iter must be an integer >= 0, got True"),
         (dict(max_eval=0), "max_eval must be an integer >= 1"),
         (dict(tol=math.inf), "tol must be a finite number >= 0"),
+        (dict(tol=10**400), "tol must be a finite number >= 0"),
         (dict(tol=float("nan")), "tol must be a finite number >= 0"),
         (dict(loss_scale=0.0), "loss_scale must be a finite number > 0"),
         (dict(loss_scale="big"), "loss_scale must be a number"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from numbers import Integral, Real
 
 MAX_ITER = 15_000
@@ -28,7 +29,7 @@ def check_limits(
 
 def check_tol(who: str, tol: object) -> None:
     """Raise ``ValueError`` unless ``tol`` is None or a finite number that is not negative."""
-    if tol is not None and not (isinstance(tol, Real) and 0 <= float(tol) < math.inf):
+    if tol is not None and not (isinstance(tol, Real) and abs(tol) <= sys.float_info.max and float(tol) >= 0):
         raise ValueError(f"{who}: tol must be a finite number >= 0, got {tol!r}.")
 
 
