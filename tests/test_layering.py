@@ -140,7 +140,15 @@ def test_numba_is_imported_only_where_something_is_compiled() -> None:
         if (isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "numba")
         or (isinstance(node, ast.Import) and any(alias.name.split(".")[0] == "numba" for alias in node.names))
     }
-    assert top <= {"kernels.py", "intrinsics.py", "probe_kernel.py", "rows_kernel.py", "stored.py", "vectors_kernel.py", "row_loops.py"}
+    assert top <= {
+        "kernels.py",
+        "intrinsics.py",
+        "probe_kernel.py",
+        "rows_kernel.py",
+        "stored.py",
+        "vectors_kernel.py",
+        "row_loops.py",
+    }
     assert top <= compilers
 
 

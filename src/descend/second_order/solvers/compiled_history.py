@@ -34,8 +34,8 @@ class CompiledHistory(LongHistory):
         super().__init__(numel, history_size, dtype, device)
         self.renews_always = not is_large(numel * history_size)
         self.passes = self._new_passes()
-        self.newest: Pair | None = None  # what has been measured of the newest pair
-        self.stretched = 1.0  # D is so many times ``diagonal``, which is written when others want to see it
+        self.newest: Pair | None = None  # inner products and samples of the newest pair
+        self.stretched = 1.0  # factor of the diagonal that is not in it yet
 
     def arrays(self) -> dict[str, Tensor]:
         if self.stretched != 1.0:
