@@ -18,7 +18,7 @@ BLOCK = 2**17  # elements in the rows that are multiplied by each other at once:
 SLABS = 64  # at most, into which long rows are divided for that
 GROUP = 5  # as in ``row_loops``
 
-# Arguments of the loops, from the first one, from the 17th one, and their own ones.
+# Layouts of the loops' arguments: of those that all have, from 0 and from 17 on, and of their own, from 4 on.
 _COMMON, _THREADS = struct.Struct("4q"), struct.Struct("3q")
 _KEEP, _LEARN, _PRODUCTS, _GRAM = map(struct.Struct, ("7q2d2q", "3q5d", "6qd2q", "6q"))
 _DIRECTION, _LOOK = struct.Struct("6q2d3qd"), struct.Struct("3q")
@@ -41,8 +41,8 @@ class _Call:
 
         Args:
             kernel: the loop.
-            layout: of its own arguments, which begin with the fifth one.
-            arguments: these.
+            layout: of its own arguments.
+            arguments: its own.
             sums: how many numbers each chunk gives.
             chunk: elements of a chunk.
         """
