@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -30,9 +31,16 @@ class CompiledHistory(LongHistory):
 
     is_numpy = True
 
-    def __init__(self, numel: int, history_size: int, dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(
+        self,
+        numel: int,
+        history_size: int,
+        dtype: torch.dtype,
+        device: torch.device,
+        renews_always: bool = False,
+    ) -> None:
         super().__init__(numel, history_size, dtype, device)
-        self.renews_always = not is_large(numel * history_size)
+        self.renews_always = renews_always
         self.passes = self._new_passes()
         self.newest: Pair | None = None  # inner products and samples of the newest pair
         self.stretched = 1.0  # factor of the diagonal that is not in it yet
@@ -109,8 +117,9 @@ def compact_inverse(
     numel: int, history_size: int, dtype: torch.dtype, device: torch.device, space: Space | None = None
 ) -> CompactInverse:
     """The L-BFGS inverse; on a CPU its passes are compiled where they take longer than everything else."""
-    is_compiled = device.type == "cpu" and numel * history_size >= COMPILED_FROM
-    if space is not None and space.is_shared:  # on every rank it is of the same kind
-        is_compiled = is_compiled and is_large(space.numel * history_size)
-    make = CompiledHistory if is_compiled else None
+    is_shared = space is not None and space.is_shared
+    large = is_large(history_size * (numel if space is None else space.numel))
+    # All ranks must keep histories of one kind, whatever they hold of a vector.
+    is_compiled = device.type == "cpu" and numel * history_size >= COMPILED_FROM and (large or not is_shared)
+    make = partial(CompiledHistory, renews_always=not large) if is_compiled else None
     return CompactInverse(numel, history_size, dtype, device, space, make)
