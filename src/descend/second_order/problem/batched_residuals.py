@@ -29,8 +29,8 @@ class BatchedResiduals(BatchedObjective):
         loss_scale: residual at which the loss turns from a square.
     Attributes:
         n_residuals: M, the real numbers among the residuals of one problem; None before the first evaluation.
-        fits: the last evaluation, (K, M, n + 2): Jacobians and residuals as the cost is modelled by squares, and the
-            residuals before the loss.
+        fits: the last evaluation, (K, n + 2, M): columns of the Jacobian, and residuals, as the cost is modelled by
+            squares, and residuals before the loss; with a loss (K, n + 3, M), with the factors of the rows.
     """
 
     name = "residuals"
@@ -58,15 +58,17 @@ class BatchedResiduals(BatchedObjective):
         with torch.enable_grad():
             leaf, version = point.detach().requires_grad_(), point._version
             flat, _ = self._values(leaf, self.leaves)
-            jacobians, residuals = self._jacobians(flat, leaf), flat.detach()
+            residuals, n = flat.detach(), leaf.shape[1]
+            fits = point.new_empty(len(point), n + 2 + (self.rho is not None), residuals.shape[1])
+            self._set_jacobians(fits[:, :n], flat, leaf)
         if point._version != version:
             raise RuntimeError(f"{self.who}: residuals changed their argument in place. Let them work on a copy.")
-        rows = residuals
+        fits[:, n] = fits[:, n + 1] = residuals
         if self.rho is not None:
-            rows, factors = scaled_rows(residuals, self.rho, self.loss_scale)
-            jacobians = jacobians * factors.unsqueeze(2)
-        grad = (rows.unsqueeze(1) @ jacobians).squeeze(1)
-        self.fits = array_of(torch.cat([jacobians, rows.unsqueeze(2), residuals.unsqueeze(2)], 2))
+            fits[:, n], fits[:, n + 2] = scaled_rows(residuals, self.rho, self.loss_scale)
+            fits[:, :n] *= fits[:, n + 2 :]
+        self.fits = array_of(fits)
+        grad = (fits[:, :n] @ fits[:, n].unsqueeze(2)).squeeze(2)
         norm_of = slope = array_of(grad)
         if self.lower is not None:
             xp: Any = library(x)
@@ -132,17 +134,16 @@ class BatchedResiduals(BatchedObjective):
         flats = [part.reshape(count, part[:1].numel()).to(whole.device, whole.dtype) for part in parts]
         return torch.cat([torch.zeros(count, 0, dtype=whole.dtype, device=whole.device), *flats], 1)
 
-    def _jacobians(self, residuals: Tensor, leaf: Tensor) -> Tensor:
-        """(K, M, n): a backward pass of each residual's sum over the problems, or of each variable's, if fewer."""
+    def _set_jacobians(self, columns: Tensor, residuals: Tensor, leaf: Tensor) -> None:
+        """Set (K, n, M): a backward pass of each residual's sum over the problems, or of each variable's, if fewer."""
         n_rows, n_columns = residuals.shape[1], leaf.shape[1]
         if not n_rows or not n_columns:
-            return leaf.detach().new_zeros(len(leaf), n_rows, n_columns)
+            return
         self._check_fits(residuals, n_columns)
         depends = residuals.requires_grad
         if n_columns < n_rows and depends and self.columns_work is not False:
-            columns = self._by_columns(residuals, leaf)
-            if columns is not None:
-                return columns
+            if self._set_by_columns(columns, residuals, leaf):
+                return
         rows = [_grad(residuals[:, row].sum(), leaf) if depends else None for row in range(n_rows)]
         if all(row is None for row in rows):
             if bool(residuals.isfinite().any()):
@@ -150,8 +151,9 @@ class BatchedResiduals(BatchedObjective):
                     f"{self.who}: residuals do not depend on x0 as far as autograd can see: compute them with torch "
                     "operations, without detach(), item() or no_grad()."
                 )
-            return leaf.detach().new_full((len(leaf), n_rows, n_columns), math.nan)
-        return torch.stack([torch.zeros_like(leaf) if row is None else row for row in rows], 1).detach()
+            columns.fill_(math.nan)
+        else:
+            columns.copy_(torch.stack([torch.zeros_like(leaf) if row is None else row for row in rows], 2).detach())
 
     def _check_fits(self, residuals: Tensor, n_columns: int) -> None:
         needed = COPIES * residuals.numel() * (n_columns + 2) * residuals.element_size()
@@ -162,8 +164,8 @@ class BatchedResiduals(BatchedObjective):
                 "fewer problems at once, or minimize(batched=True) on the sums of squares."
             )
 
-    def _by_columns(self, residuals: Tensor, leaf: Tensor) -> Tensor | None:
-        """J by columns: J'u is linear in u, and the derivative of an entry by u is a column. None where that fails.
+    def _set_by_columns(self, columns: Tensor, residuals: Tensor, leaf: Tensor) -> bool:
+        """Set J by columns: J'u is linear in u, and the derivative of an entry by u is a column. Whether that works.
 
         Operations whose backward pass has no derivative raise an error, or cut the graph silently. The first Jacobians
         are therefore compared with a plain backward pass.
@@ -172,23 +174,23 @@ class BatchedResiduals(BatchedObjective):
         try:
             product = _grad((residuals * weights).sum(), leaf, create_graph=True)
             if product is None or not product.requires_grad:
-                return None
-            columns = [_grad(product[:, column].sum(), weights) for column in range(leaf.shape[1])]
+                return False
+            for column in range(leaf.shape[1]):
+                found = _grad(product[:, column].sum(), weights)
+                columns[:, column] = 0.0 if found is None else found.detach()
         except RuntimeError:
             if self.columns_work:
                 raise
             self.columns_work = False
-            return None
-        found = [torch.zeros_like(residuals) if column is None else column for column in columns]
-        jacobians = torch.stack(found, 2).detach()
+            return False
         if self.columns_work is None:
             n_rows = residuals.shape[1]
-            probe = torch.linspace(0.5, 1.5, n_rows, dtype=leaf.dtype, device=leaf.device).expand_as(residuals)
+            probe = torch.linspace(0.5, 1.5, n_rows, dtype=leaf.dtype, device=leaf.device)
             weighted = (residuals * probe).sum()  # torch imports a lot before it takes gradients of matrices
-            error = ((probe.unsqueeze(1) @ jacobians).squeeze(1) - _grad(weighted, leaf)).abs()
-            noise = math.sqrt(self.eps) * (probe.unsqueeze(1) @ jacobians.abs()).squeeze(1)
+            error = (columns @ probe - _grad(weighted, leaf)).abs()
+            noise = math.sqrt(self.eps) * (columns.abs() @ probe)
             self.columns_work = not bool((error > noise).any())  # NaN is no evidence
-        return jacobians if self.columns_work else None
+        return self.columns_work
 
 
 def _grad(output: Tensor, leaf: Tensor, create_graph: bool = False) -> Any:

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from descend.second_order.mathematics.gauss_newton import DenseGaussNewton, column_norms
+from descend.second_order.mathematics.gauss_newton import DenseGaussNewton
+from descend.second_order.mathematics.spectrum import column_norms
 from descend.second_order.solvers.batched_result import BatchedResult, best_index
 from descend.second_order.solvers.least_squares_result import FIT_MESSAGES, LeastSquaresResult
 from descend.second_order.solvers.result import X

@@ -7,8 +7,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from descend.second_order.mathematics.gauss_newton import DenseGaussNewton, column_norms
+from descend.second_order.mathematics.gauss_newton import DenseGaussNewton
 from descend.second_order.mathematics.secant_curvature import secant_update
+from descend.second_order.mathematics.spectrum import column_norms
 from descend.second_order.problem.residuals import ResidualObjective, ResidualPoint
 
 BETTER = 0.5  # error of a model, relative to the other's, that decides for it
