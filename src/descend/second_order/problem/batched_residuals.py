@@ -18,6 +18,7 @@ from descend.second_order.problem.batched_structure import BatchedStructure
 from descend.second_order.problem.objective import free_memory
 
 COPIES = 8  # of all Jacobians: trials, current, best and final ones, and the workspace of their factorization
+SMALL = 2**17  # numbers in all Jacobians up to which one backward pass for all columns is faster
 
 
 class BatchedResiduals(BatchedObjective):
@@ -28,6 +29,8 @@ class BatchedResiduals(BatchedObjective):
         rho: the loss, of tensors of any shape; None for squares.
         loss_scale: residual at which the loss turns from a square.
     Attributes:
+        needed_below: costs (K,), above all of which no Jacobians are needed; None if they always are.
+        n_jac: how often there were Jacobians.
         n_residuals: M, the real numbers among the residuals of one problem; None before the first evaluation.
         fits: the last evaluation, (K, n + 2, M): columns of the Jacobian, and residuals, as the cost is modelled by
             squares, and residuals before the loss; with a loss (K, n + 3, M), with the factors of the rows.
@@ -51,16 +54,25 @@ class BatchedResiduals(BatchedObjective):
         self.result_spec: Any = None
         self.result_leaves: list[tuple[torch.Size, torch.dtype]] = []  # shape without the first dimension
         self.columns_work: bool | None = None  # not known yet
+        self.batches_work = True  # as far as is known
+        self.needed_below: Array | None = None
+        self.n_jac = 0
 
     def evaluate(self, x: Array) -> tuple[Array, Array, Array]:
-        """Costs in float64, gradients, and their largest (projected) absolute entries; (K,), (K, n) and (K,)."""
+        """Costs in float64, gradients, and their largest (projected) absolute entries; (K,), (K, n) and (K,).
+
+        Gradients are zero where no Jacobians are needed.
+        """
         point = tensor_of(x)
         with torch.enable_grad():
             leaf, version = point.detach().requires_grad_(), point._version
             flat, _ = self._values(leaf, self.leaves)
             residuals, n = flat.detach(), leaf.shape[1]
-            fits = point.new_empty(len(point), n + 2 + (self.rho is not None), residuals.shape[1])
-            self._set_jacobians(fits[:, :n], flat, leaf)
+            value = cost(residuals, self.rho, self.loss_scale).double()
+            fits = point.new_zeros(len(point), n + 2 + (self.rho is not None), residuals.shape[1])
+            if self.needed_below is None or bool((value <= tensor_of(self.needed_below)).any()):
+                self.n_jac += 1
+                self._set_jacobians(fits[:, :n], flat, leaf)
         if point._version != version:
             raise RuntimeError(f"{self.who}: residuals changed their argument in place. Let them work on a copy.")
         fits[:, n] = fits[:, n + 1] = residuals
@@ -68,12 +80,10 @@ class BatchedResiduals(BatchedObjective):
             fits[:, n], fits[:, n + 2] = scaled_rows(residuals, self.rho, self.loss_scale)
             fits[:, :n] *= fits[:, n + 2 :]
         self.fits = array_of(fits)
-        grad = (fits[:, :n] @ fits[:, n].unsqueeze(2)).squeeze(2)
-        norm_of = slope = array_of(grad)
+        norm_of = slope = array_of((fits[:, :n] @ fits[:, n].unsqueeze(2)).squeeze(2))
         if self.lower is not None:
             xp: Any = library(x)
             norm_of = xp.maximum(xp.minimum(slope, x - self.lower), x - self.upper)
-        value = cost(residuals, self.rho, self.loss_scale).double()
         return array_of(value), slope, largest_entries(norm_of)
 
     def tree_of(self, residuals: Tensor) -> Any:
@@ -141,9 +151,9 @@ class BatchedResiduals(BatchedObjective):
             return
         self._check_fits(residuals, n_columns)
         depends = residuals.requires_grad
-        if n_columns < n_rows and depends and self.columns_work is not False:
-            if self._set_by_columns(columns, residuals, leaf):
-                return
+        by_columns = n_columns < n_rows and depends and self.columns_work is not False
+        if by_columns and self._set_by_columns(columns, residuals, leaf):
+            return
         rows = [_grad(residuals[:, row].sum(), leaf) if depends else None for row in range(n_rows)]
         if all(row is None for row in rows):
             if bool(residuals.isfinite().any()):
@@ -175,9 +185,7 @@ class BatchedResiduals(BatchedObjective):
             product = _grad((residuals * weights).sum(), leaf, create_graph=True)
             if product is None or not product.requires_grad:
                 return False
-            for column in range(leaf.shape[1]):
-                found = _grad(product[:, column].sum(), weights)
-                columns[:, column] = 0.0 if found is None else found.detach()
+            self._differentiate(columns, product, weights)
         except RuntimeError:
             if self.columns_work:
                 raise
@@ -191,6 +199,30 @@ class BatchedResiduals(BatchedObjective):
             noise = math.sqrt(self.eps) * (columns.abs() @ probe)
             self.columns_work = not bool((error > noise).any())  # NaN is no evidence
         return self.columns_work
+
+    def _differentiate(self, columns: Tensor, product: Tensor, weights: Tensor) -> None:
+        """Set columns to the derivatives of the entries of J'u by u."""
+        if columns.numel() <= SMALL and self.batches_work:
+            total = product.sum()
+
+            def derivative(unit: Tensor) -> Tensor:
+                # As grad_outputs=unit would, for which torch imports for a third of a second.
+                handle = product.register_hook(lambda grad: unit)
+                try:
+                    found = _grad(total, weights)
+                finally:
+                    handle.remove()
+                return torch.zeros_like(weights) if found is None else found
+
+            units = torch.eye(product.shape[1], dtype=product.dtype, device=product.device)
+            try:
+                columns.copy_(torch.vmap(derivative, out_dims=1)(units.unsqueeze(1).expand(-1, *product.shape)))
+                return
+            except RuntimeError:  # some operations cannot be batched
+                self.batches_work = False
+        for column in range(product.shape[1]):
+            found = _grad(product[:, column].sum(), weights)
+            columns[:, column] = 0.0 if found is None else found.detach()
 
 
 def _grad(output: Tensor, leaf: Tensor, create_graph: bool = False) -> Any:

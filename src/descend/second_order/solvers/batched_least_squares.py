@@ -321,4 +321,5 @@ def batched_least_squares_descent(run: BatchedFits) -> None:
             run.finish(run.choose_trials())
         if not run.count:
             return
+        run.objective.needed_below = run.value + run.noise_here
         moves = run.take_steps(run.evaluate(run.trial_x))
