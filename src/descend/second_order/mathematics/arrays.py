@@ -30,6 +30,13 @@ def tensor_of(array: Array) -> Tensor:
     return torch.from_numpy(array) if isinstance(array, np.ndarray) else array
 
 
+def choose(condition: Any, yes: Any, no: Any) -> Any:
+    """``yes`` where a condition is met, else ``no``; one number, or an array."""
+    if isinstance(condition, bool | np.bool_):
+        return yes if condition else no
+    return library(condition).where(condition, yes, no)
+
+
 def full(like: Array, shape: Any, number: float | bool) -> Array:
     """An array of one number, on the device of another; float64, int64 or bool as the number is."""
     dtype = {float: "float64", int: "int64", bool: "bool"}[type(number)]

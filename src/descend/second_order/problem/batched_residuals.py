@@ -207,7 +207,7 @@ class BatchedResiduals(BatchedObjective):
 
             def derivative(unit: Tensor) -> Tensor:
                 # As grad_outputs=unit would, for which torch imports for a third of a second.
-                handle = product.register_hook(lambda grad: unit)
+                handle = product.register_hook(lambda grad: unit)  # type: ignore[no-untyped-call]
                 try:
                     found = _grad(total, weights)
                 finally:

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from descend.second_order.mathematics import fit_rules
 from descend.second_order.mathematics.arrays import (
     array_of,
     cast,
@@ -28,11 +29,9 @@ from descend.second_order.mathematics.space import Array
 from descend.second_order.mathematics.spectrum import column_norms
 from descend.second_order.problem.batched_residuals import BatchedResiduals
 from descend.second_order.solvers.batched_run import NONE, STATUS_CODES, BatchedRun, Trials
-from descend.second_order.solvers.dense_linearization import BETTER
-from descend.second_order.solvers.least_squares_descent import ALIGNED, LONGEST_CORRECTION, REJECTIONS, SHORTEST_RETRY
-from descend.second_order.solvers.least_squares_run import BLIND, NOISE, ROUNDING
+from descend.second_order.solvers.least_squares_descent import REJECTIONS
+from descend.second_order.solvers.least_squares_run import BLIND
 from descend.second_order.solvers.result import Status
-from descend.second_order.solvers.step_control import GOOD, POOR
 
 SHORTENINGS = 20  # of a step in a box that its bounds turn into one uphill
 
@@ -132,29 +131,30 @@ class BatchedFits(BatchedRun):
             grad = tensor_of(take(self.grad, rows))
             held = ((x <= lower) & (grad > 0)) | ((x >= upper) & (grad < 0))
         models = self.models
-        curvature = (tensor_of(take(array, rows)) for array in (self.curvature, self.is_curved))
-        models.renew(tensor_of(rows), jacobians, fits[:, n], torch.where(norms > 0, norms, 1.0), *curvature, held)
+        curvature, is_curved = (tensor_of(take(array, rows)) for array in (self.curvature, self.is_curved))
+        scale = torch.where(norms > 0, norms, 1.0)
+        models.renew(tensor_of(rows), jacobians, fits[:, n], scale, curvature, is_curved, held)
         size, choose = array_of(models.lengths(tensor_of(self.x))), self.xp.where
-        # As in LeastSquaresRun.noise: rounding x alone changes the residuals by eps |D x|.
-        value = abs(self.value)
-        self.noise_here = self.objective.eps * (NOISE * value + (2 * value) ** 0.5 * size)
+        self.noise_here = fit_rules.noise(self.value, size, self.objective.eps)
         newton = array_of(models.newton_norm)
         first = choose(size > 0, size, choose(newton > 0, newton, 1.0))
         self.radius = choose(self.xp.isnan(self.radius), first, self.radius)
 
     def _is_within(self) -> Array:
-        """Whether the models' minimizers are within the tolerance; as ``least_squares_run.is_within``."""
-        models, eps = self.models, self.objective.eps
-        x = tensor_of(self.x).double()
-        is_low = models.newton_decrease <= self.tol**2 * tensor_of(abs(self.value))
-        is_short = models.newton_norm <= min(self.tol, ROUNDING * eps) * models.lengths(x)
+        """Whether the models' minimizers are within the tolerance."""
+        models, x = self.models, tensor_of(self.x).double()
+        decrease = array_of(models.newton_decrease)
+        if bool((self.value == 0).any()):  # or has underflowed, though residuals are not zero
+            is_zero = (self.fits[:, self.x.shape[1] + 1] == 0).all(1)
+            decrease = self.xp.where((self.value == 0) & ~is_zero, math.inf, decrease)
+        norm, length = array_of(models.newton_norm), array_of(models.lengths(x))
         is_same = (models.to_steps(models.newton).abs() <= self.tol * x.abs()).all(1)
-        return array_of(is_low | is_short | is_same)
+        return fit_rules.is_within(self.tol, self.objective.eps, self.value, decrease, norm, length) | array_of(is_same)
 
     def _is_stuck(self, where: Array) -> Array:
         """Whether for ``BLIND`` iterations falls of the cost have been within rounding, and the promise as large."""
         choose, promised = self.xp.where, array_of(self.models.newton_decrease)
-        is_progress = where & ((promised > self.noise_here) | (promised < 0.25 * self.promised))
+        is_progress = where & fit_rules.is_progress(promised, self.noise_here, self.promised)
         self.promised = choose(is_progress, promised, self.promised)
         self.n_blind = choose(is_progress, 0, self.n_blind + where)
         return self.n_blind >= BLIND
@@ -169,8 +169,7 @@ class BatchedFits(BatchedRun):
         columns = choose(is_here, take(self.fits, rows), self.end_fits[take(self.objective.rows, rows)])[:, :n]
         ends = (take(array, rows) for array in (self.first_x, self.best_x))
         size = self.xp.maximum(*(lengths(combine(x, columns)) for x in ends))
-        value = take(self.best_value, rows)
-        is_zero = (value > 0) & ((2 * value) ** 0.5 <= NOISE * self.objective.eps * size)
+        is_zero = fit_rules.is_rounding(take(self.best_value, rows), size, self.objective.eps)
         codes = choose(is_zero, STATUS_CODES[Status.converged], STATUS_CODES[Status.precision_limit])
         is_outside = take((self.n_rejected > 0) & ~self.has_been_finite, rows)
         return replaced(stop, choose(is_outside, STATUS_CODES[Status.non_finite], codes), rows)
@@ -205,10 +204,10 @@ class BatchedFits(BatchedRun):
         step, last = array_of(models.to_steps(t)) * scale, doubles(self.last_step) * scale
         square = row_products(last, last)
         share = choose(square > 0, row_products(step, last) / square, 0.0)
-        is_aligned = self.has_last & (abs(share) * square**0.5 >= ALIGNED * self.trial_norm)
+        is_known = self.has_last & fit_rules.is_known(share, square**0.5, self.trial_norm)
         found = array_of(models.corrections(tensor_of((share**2)[:, None] * self.last_slope)))
-        is_short = array_of(models.lengths(tensor_of(found))) <= LONGEST_CORRECTION * self.trial_norm
-        found = choose((is_aligned & is_short)[:, None], found, 0.0)
+        is_short = array_of(models.lengths(tensor_of(found))) <= fit_rules.LONGEST_CORRECTION * self.trial_norm
+        found = choose((is_known & is_short)[:, None], found, 0.0)
         ratio = (self.trial_norm / self.failed_norm) ** 2
         return choose(self.has_failed[:, None], self.failed_step * ratio[:, None], found)
 
@@ -237,11 +236,9 @@ class BatchedFits(BatchedRun):
         ratio = choose(is_blind, 1.0, choose(is_finite, fall / self.trial_decrease, -math.inf))
         slopes = self._learn(trials, moves)
         retries = self._retry(trials, slopes, is_finite & ~moves)
-        grown = choose((ratio > GOOD) | ~self.on_boundary, 2 * self.trial_norm, self.radius)
-        accepted = choose(ratio < POOR, 0.5 * self.trial_norm, grown)
-        # To the minimum of the parabola through the slope and both values, within limits.
-        parabola = (0.5 / (1 - choose(moves, 0.0, ratio))).clip(0.1, 0.5)
-        self.radius = choose(moves, accepted, choose(retries > 0, retries, parabola) * self.trial_norm)
+        accepted = fit_rules.radius_after(self.radius, self.trial_norm, ratio, self.on_boundary)
+        factor = choose(retries > 0, retries, fit_rules.shortening(choose(moves, 0.0, ratio)))
+        self.radius = choose(moves, accepted, factor * self.trial_norm)
         self.n_rejected = choose(moves, 0, self.n_rejected + 1)
         self.has_been_finite = ~moves & (self.has_been_finite | is_finite)
         self.advance(moves, trials, self.trial_norm)
@@ -280,9 +277,7 @@ class BatchedFits(BatchedRun):
         straight = -(row_products(self.grad, step) + 0.5 * row_products(along, along))
         missing = 0.5 * row_products(double, multiply(self.curvature, double))
         fall = self.value - trials.value
-        errors = abs(fall - straight), abs(fall - (straight - missing))
-        is_straight = (missing == 0) | (errors[0] < BETTER * errors[1])
-        is_curved = ~is_straight & ((errors[1] < BETTER * errors[0]) | self.is_curved)
+        is_curved = fit_rules.uses_curvature(self.is_curved, missing, straight, fall)
         self.is_curved = choose(moves, is_curved, self.is_curved)
         change = trials.grad - self.grad
         if self.objective.rho is None:
@@ -302,14 +297,13 @@ class BatchedFits(BatchedRun):
             return full(self.x, self.count, 0.0)
         choose, models = self.xp.where, self.models
         found = models.corrections(tensor_of(slopes))
-        size = array_of(models.lengths(found))
         norm = array_of(models.lengths(tensor_of(trials.x - self.x)))
-        longest = LONGEST_CORRECTION * norm / choose(size > 0, size, math.ulp(0.0))
-        where = where & (longest >= SHORTEST_RETRY)
+        retry = choose(where, fit_rules.longest_retry(norm, array_of(models.lengths(found))), 0.0)
+        where = retry > 0
         self.failed_step = choose(where[:, None], array_of(found), self.failed_step)
         self.failed_norm = choose(where, norm, self.failed_norm)
         self.has_failed = self.has_failed | where
-        return choose(where, choose(longest < 1.0, longest, 1.0), 0.0)
+        return retry
 
 
 def batched_least_squares_descent(run: BatchedFits) -> None:
