@@ -57,9 +57,26 @@ def doubles(array: Array) -> Array:
     return array.astype(np.float64, copy=False) if isinstance(array, np.ndarray) else array.double()
 
 
+def on_host(*arrays: Array) -> list[np.ndarray]:
+    """Arrays of one shape in float64 in the host's memory, contiguous. Waits for the device, once."""
+    if isinstance(arrays[0], np.ndarray):
+        return [np.ascontiguousarray(array, np.float64) for array in arrays]
+    return list(torch.stack([array.double() for array in arrays]).cpu().numpy())
+
+
+def on_device_of(like: Array, array: np.ndarray) -> Array:
+    """An array of the host on the device of another: a copy, or itself if that is the host."""
+    return array if isinstance(like, np.ndarray) else torch.tensor(array, device=like.device)
+
+
 def positions(mask: Array) -> Array:
     """Where a mask (K,) is True. Waits for the device."""
     return np.flatnonzero(mask) if isinstance(mask, np.ndarray) else mask.nonzero().reshape(-1)
+
+
+def clip_above(numbers: Array, most: float) -> Array:
+    """Numbers, at most one."""
+    return np.minimum(numbers, most) if isinstance(numbers, np.ndarray) else numbers.clamp(max=most)
 
 
 def take(array: Array, rows: Array, axis: int = 0) -> Array:

@@ -6,10 +6,9 @@ from collections.abc import Callable
 
 import numpy as np
 
-from descend.second_order.mathematics.arrays import cast, full
+from descend.second_order.mathematics.arrays import cast, clip_above, full
 from descend.second_order.mathematics.batched_box import box_directions, clamp, max_feasible_steps
 from descend.second_order.mathematics.batched_directions import CompactInverses, ManyDirections
-from descend.second_order.mathematics.batched_line_search import clip_above
 from descend.second_order.mathematics.space import Array
 from descend.second_order.solvers.batched_run import NONE
 from descend.second_order.solvers.batched_search import BatchedSearches, Searches, first_steps
