@@ -16,8 +16,8 @@ from descend.second_order.mathematics.space import Array
 
 
 def library(array: Array) -> Any:
-    """NumPy or torch, whichever the array is of."""
-    return np if isinstance(array, np.ndarray) else torch
+    """NumPy or torch, whichever the array is of; NumPy for its numbers."""
+    return torch if isinstance(array, Tensor) else np
 
 
 def array_of(tensor: Tensor) -> Array:
@@ -146,7 +146,7 @@ def lengths(vectors: Array) -> Array:
 
 def times_power(numbers: Array, exponents: Array) -> Array:
     """Numbers times two to the power of integers, exactly."""
-    if isinstance(numbers, np.ndarray):
+    if not isinstance(numbers, Tensor):
         return np.ldexp(numbers, exponents)
     half = exponents // 2
     for part in (half, exponents - half):  # each within the range of numbers

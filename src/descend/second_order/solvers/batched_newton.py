@@ -8,7 +8,8 @@ import numpy as np
 import torch
 
 from descend.second_order.mathematics.arrays import cast, full, lengths, positions, row_products, take, tensor_of
-from descend.second_order.mathematics.batched_trust_region import DenseModels, TrialSteps, first_minima
+from descend.second_order.mathematics.batched_trust_region import DenseModels, TrialSteps
+from descend.second_order.mathematics.quartic import first_minima
 from descend.second_order.mathematics.space import Array
 from descend.second_order.solvers.batched_run import NONE, STATUS_CODES, BatchedRun, Trials
 from descend.second_order.solvers.newton_descent import (

@@ -10,6 +10,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from descend.second_order.mathematics.dense_steps import equilibrating
 from descend.second_order.mathematics.directions import CompactInverse
 from descend.second_order.mathematics.quartic import first_minimum
 from descend.second_order.mathematics.space import Space
@@ -36,7 +37,6 @@ PAIRS = 20  # directions of conjugate gradients, with their products, that preco
 KEPT = 20  # directions of a path stored for shorter steps
 PROBES = 20  # products with which negative curvature is looked for where the gradient is zero
 LEAST_CURVATURE = 1e-8  # relative, of a pair
-EQUILIBRATIONS = 5  # each takes the square root of the largest entries, so that they approach 1
 
 
 class Model(Protocol):
@@ -69,9 +69,6 @@ class DenseNewton:
     The region is an ellipsoid whose axes are those of the variables. Their lengths equilibrate the Hessian: its scaled
     rows have nearly equal largest entries, so that the units of the variables do not matter. The volume is that of the
     ball.
-
-    Source: the units: Ruiz 2001, A scaling algorithm to equilibrate both rows and columns norms in matrices,
-        RAL-TR-2001-034.
     """
 
     unit = 1.0
@@ -95,26 +92,12 @@ class _Rescaled:
     """The model in the units in which the Hessian is equilibrated."""
 
     def __init__(self, hessian: Tensor, grad: Tensor) -> None:
-        self.scale = _equilibrating(hessian)
+        (self.scale,) = equilibrating(hessian[None])
         self.inner = DenseModel(hessian / self.scale / self.scale[:, None], grad / self.scale)
 
     def step(self, radius: float) -> TrialStep:
         trial = self.inner.step(radius)
         return trial._replace(step=trial.step / self.scale)
-
-
-def _equilibrating(matrix: Tensor) -> Tensor:
-    """d, of geometric mean 1, such that nonzero rows of matrix / dd' have nearly equal largest entries."""
-    if not len(matrix):
-        return matrix.new_ones(0)
-    rest, logarithms = matrix.abs(), torch.zeros_like(matrix[0])
-    is_zero = rest.amax(1) == 0
-    for _ in range(EQUILIBRATIONS):
-        factor = torch.where(is_zero, 1.0, rest.amax(1).sqrt())
-        rest = rest / factor / factor[:, None]
-        logarithms += factor.log()
-    mean = torch.where(is_zero, torch.nan, logarithms).nanmean().nan_to_num()
-    return torch.where(is_zero, 0.0, logarithms - mean).exp()
 
 
 class NewtonCG:
