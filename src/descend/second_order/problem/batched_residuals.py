@@ -18,7 +18,7 @@ from descend.second_order.problem.batched_structure import BatchedStructure
 from descend.second_order.problem.objective import free_memory
 
 COPIES = 8  # of all Jacobians: trials, current, best and final ones, and the workspace of their factorization
-SMALL = 2**17  # numbers in all Jacobians up to which one backward pass for all columns is faster
+SMALL = 2**16  # numbers in all Jacobians up to which one backward pass for all columns is faster
 
 
 class BatchedResiduals(BatchedObjective):
