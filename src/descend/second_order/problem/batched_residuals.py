@@ -30,7 +30,6 @@ class BatchedResiduals(BatchedObjective):
         loss_scale: residual at which the loss turns from a square.
     Attributes:
         needed_below: costs (K,), above all of which no Jacobians are needed; None if they always are.
-        n_jac: how often there were Jacobians.
         n_residuals: M, the real numbers among the residuals of one problem; None before the first evaluation.
         fits: the last evaluation, (K, n + 2, M): columns of the Jacobian, and residuals, as the cost is modelled by
             squares, and residuals before the loss; with a loss (K, n + 3, M), with the factors of the rows.
@@ -56,7 +55,6 @@ class BatchedResiduals(BatchedObjective):
         self.columns_work: bool | None = None  # not known yet
         self.batches_work = True  # as far as is known
         self.needed_below: Array | None = None
-        self.n_jac = 0
 
     def evaluate(self, x: Array) -> tuple[Array, Array, Array]:
         """Costs in float64, gradients, and their largest (projected) absolute entries; (K,), (K, n) and (K,).
@@ -69,10 +67,11 @@ class BatchedResiduals(BatchedObjective):
             flat, _ = self._values(leaf, self.leaves)
             residuals, n = flat.detach(), leaf.shape[1]
             value = cost(residuals, self.rho, self.loss_scale).double()
-            fits = point.new_zeros(len(point), n + 2 + (self.rho is not None), residuals.shape[1])
+            fits = point.new_empty(len(point), n + 2 + (self.rho is not None), residuals.shape[1])
             if self.needed_below is None or bool((value <= tensor_of(self.needed_below)).any()):
-                self.n_jac += 1
                 self._set_jacobians(fits[:, :n], flat, leaf)
+            else:
+                fits[:, :n] = 0.0
         if point._version != version:
             raise RuntimeError(f"{self.who}: residuals changed their argument in place. Let them work on a copy.")
         fits[:, n] = fits[:, n + 1] = residuals

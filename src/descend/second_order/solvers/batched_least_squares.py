@@ -120,7 +120,8 @@ class BatchedFits(BatchedRun):
         return stop
 
     def _linearize(self, rows: Array) -> None:
-        x, fits = tensor_of(take(self.x, rows)), tensor_of(take(self.fits, rows))
+        fits = tensor_of(self.fits if len(rows) == self.count else take(self.fits, rows))
+        x = tensor_of(take(self.x, rows))
         n = x.shape[1]
         jacobians = fits[:, :n].mT
         norms = torch.maximum(tensor_of(take(self.norms, rows)), column_norms(jacobians))
