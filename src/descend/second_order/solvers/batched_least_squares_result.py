@@ -76,7 +76,7 @@ class BatchedLeastSquaresResult(BatchedResult[X]):
 
     def __getitem__(self, i: int) -> LeastSquaresResult[X]:
         """The result of one problem. ``time`` is that of all."""
-        given = vars(super().__getitem__(i)) | {"message": self.message[i]}
+        given = vars(super().__getitem__(i)) | {"message": FIT_MESSAGES[self.status[i]]}
         jacobian, model = self.jac[i], None
         if bool(self._is_finite[i]):
             model = DenseGaussNewton(jacobian, self._rows[i], self._scale[i])
