@@ -7,9 +7,9 @@ from collections.abc import Callable
 import numpy as np
 
 from descend.second_order.mathematics.arrays import cast, clip_above, full
-from descend.second_order.mathematics.batched_box import box_directions, clamp, max_feasible_steps
 from descend.second_order.mathematics.batched_directions import CompactInverses, ManyDirections
 from descend.second_order.mathematics.space import Array
+from descend.second_order.solvers.batched_box import box_directions, runner
 from descend.second_order.solvers.batched_run import NONE
 from descend.second_order.solvers.batched_search import BatchedSearches, Searches, first_steps
 
@@ -39,18 +39,20 @@ def batched_bounded_descent(run: BatchedSearches, inverses: CompactInverses) -> 
         inverses: gives the quadratic models; learns from every step.
     """
 
+    xp, run_box = run.xp, runner(*run.x.shape)
+
     @np.errstate(all="ignore")
     def propose(where: Array) -> Searches:
-        choose, lower, upper = run.xp.where, run.objective.lower, run.objective.upper
-        low, high = lower - run.x, upper - run.x
-        is_steepest = inverses.is_steepest
-        is_boxed = run.xp.isfinite(low).all(1) & run.xp.isfinite(high).all(1)
-        lengths = choose(is_boxed & (run.failed == NONE), 1.0, first_steps(run.value, run.grad, run.norm))
-        steepest = clamp(-cast(lengths, run.x)[:, None] * run.grad, low, high)
-        directions = box_directions(inverses, run.grad, low, high, where & ~is_steepest)
-        directions = choose(is_steepest[:, None], steepest, directions)
-        steps = full(run.x, run.count, 1.0)
-        return Searches(directions, steps, clip_above(max_feasible_steps(directions, low, high), run.largest_step))
+        low, high = run.objective.lower - run.x, run.objective.upper - run.x
+        directions, is_steepest = inverses.directions(run.grad), inverses.is_steepest
+        if bool(is_steepest.any()):
+            is_boxed = xp.isfinite(low).all(1) & xp.isfinite(high).all(1)
+            first = first_steps(run.value, run.grad, run.norm)
+            lengths = xp.where(is_boxed & (run.failed == NONE), 1.0, first)
+            steepest = xp.minimum(xp.maximum(-cast(lengths, run.x)[:, None] * run.grad, low), high)
+            directions = xp.where(is_steepest[:, None], steepest, directions)
+        directions, longest = box_directions(run_box, inverses, directions, run.grad, low, high, where)
+        return Searches(directions, full(run.x, run.count, 1.0), clip_above(longest, run.largest_step))
 
     repeat_searches(run, inverses, propose)
 
