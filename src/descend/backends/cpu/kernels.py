@@ -242,6 +242,24 @@ def sequence_kernel() -> str:
     return assembly(kernel, OPTIONS)
 
 
+def shared_kernel() -> str:
+    """LLVM assembly that calls one function with each of many arguments; the threads that run it share them.
+
+    A call receives the address of int64 values: the function, how many arguments, the counter of those taken, and the
+    arguments.
+    """
+
+    def kernel(call: int) -> None:
+        function, count = load_int(call, 0), load_int(call, 1)
+        while True:
+            i = fetch_add(call + 16, 1)
+            if i >= count:
+                break
+            call_address(function, load_int(call, 3 + i), 0)
+
+    return assembly(kernel, OPTIONS)
+
+
 def versions_kernel() -> str:
     """LLVM assembly that calls one function with each of many arguments.
 

@@ -19,16 +19,18 @@ Vector: TypeAlias = Any
 
 def scratch_size(numel: int) -> int:
     """Numbers of scratch memory that ``minimize_in_box`` needs for so many variables."""
-    return 2 * numel * numel + 6 * numel
+    return 2 * numel * numel + 8 * numel
 
 
 def box_directions(
     directions: Vector,
     max_steps: Vector,
     wanted: Vector,
+    lengths: Vector,
+    x: Vector,
     grads: Vector,
-    low: Vector,
-    high: Vector,
+    lower: Vector,
+    upper: Vector,
     diagonals: Vector,
     steps: Vector,
     changes: Vector,
@@ -36,47 +38,33 @@ def box_directions(
     counts: Vector,
     scratch: Vector,
 ) -> None:
-    """Turn directions of K problems into ones that respect bounds, and write the largest steps along them.
+    """Write directions of K problems to the minimizers of their models between bounds.
 
     Args:
-        directions: the minimizers of the models without bounds, or steps along the gradient; (K, n).
-        max_steps: where to write how far a direction stays between the bounds, at least 1; (K,).
+        directions: where to write them, (K, n).
+        max_steps: where to write how far they stay between the bounds, at least 1; (K,).
         wanted: 0 for problems that need no direction; (K,).
-        grads: (K, n).
-        low, high: the bounds, relative to the point: low <= 0 <= high; (K, n).
-        diagonals, steps, changes, curvatures, counts: of ``CompactInverses``. Where nothing has been learned, the
-            direction is right as it is.
+        lengths: of the gradient to go where there is no pair, (K,).
+        x, grads, lower, upper: points, gradients and bounds, (K, n).
+        diagonals: (K, n), inverse Hessians before the pairs.
+        steps, changes, curvatures, counts: pairs s and y, (K, m, n); their s'y, (K, m); and how many there have been.
         scratch: ``scratch_size`` numbers.
     """
     n, size = len(grads) // len(wanted), len(curvatures) // len(wanted)
-    hessian, rest = scratch[: n * n], scratch[n * n :]
+    low, high, hessian, rest = scratch[:n], scratch[n : 2 * n], scratch[2 * n : 2 * n + n * n], scratch[2 * n + n * n :]
     for k in range(len(wanted)):
         if wanted[k] == 0:
             continue
-        one, pairs, count = k * n, k * size * n, int(counts[k])
-        d, g, lo, hi = directions[one : one + n], grads[one : one + n], low[one : one + n], high[one : one + n]
-        if count and not is_inside_box(d, g, lo, hi):
-            diagonal = diagonals[one : one + n]
-            write_hessian(
-                hessian,
-                rest,
-                diagonal,
-                steps[pairs : pairs + size * n],
-                changes[pairs : pairs + size * n],
-                curvatures[k * size : (k + 1) * size],
-                count,
-            )
-            minimize_in_box(d, hessian, diagonal, g, lo, hi, rest)
-        max_steps[k] = max_feasible_step(d, lo, hi)
-
-
-def is_inside_box(direction: Vector, grad: Vector, low: Vector, high: Vector) -> bool:
-    """Whether a minimizer without bounds is inside the box, and no bound stops the negative gradient."""
-    for i in range(len(grad)):
-        is_free = (low[i] < 0 or grad[i] < 0) and (high[i] > 0 or grad[i] > 0)
-        if not (is_free and low[i] <= direction[i] <= high[i]):
-            return False
-    return True
+        at, pairs, count = k * n, k * size, int(counts[k])
+        d, grad, diagonal = directions[at : at + n], grads[at : at + n], diagonals[at : at + n]
+        for i in range(n):
+            low[i], high[i] = lower[at + i] - x[at + i], upper[at + i] - x[at + i]
+            d[i] = min(max(-lengths[k] * grad[i], low[i]), high[i])
+        if count:
+            s, y = steps[pairs * n : (pairs + size) * n], changes[pairs * n : (pairs + size) * n]
+            write_hessian(hessian, rest, diagonal, s, y, curvatures[pairs : pairs + size], count)
+            minimize_in_box(d, hessian, diagonal, grad, low, high, rest)
+        max_steps[k] = max_feasible_step(d, low, high)
 
 
 def max_feasible_step(direction: Vector, low: Vector, high: Vector) -> float:
@@ -99,12 +87,12 @@ def write_hessian(
     for i in range(n * n):
         hessian[i] = 0.0
     for i in range(n):
-        hessian[i * n + i] = 1.0 / diagonal[i]
+        hessian[i * n + i] = 1.0 / diagonal[i] if diagonal[i] != 0 else math.inf
     for pair in range(max(0, count - size), count):
         slot = pair % size
         s, y = steps[slot * n : (slot + 1) * n], changes[slot * n : (slot + 1) * n]
-        bend, more = multiply(product, hessian, s), 1.0 / curvatures[slot]
-        less = 1.0 / bend if bend > 0 else 0.0
+        bend, curvature = multiply(product, hessian, s), curvatures[slot]
+        less, more = (1.0 / bend if bend > 0 else 0.0), (1.0 / curvature if curvature > 0 else 0.0)
         for i in range(n):
             row, along, across = hessian[i * n : (i + 1) * n], more * y[i], less * product[i]
             for j in range(n):
