@@ -276,7 +276,9 @@ def versions_kernel() -> str:
 
 def loop_kernel(function: Any, arrays: int) -> str:
     """LLVM assembly of a plain function of float64 arrays. Arguments: address and length of each array."""
-    exactly = {"error_model": "numpy"}  # no fastmath: results must be as precise as in Python
+    # No fastmath: results must be those of Python. Nobody owns the arrays, so slices of them need no reference counts,
+    # which would need Numba's runtime.
+    exactly = {"error_model": "numpy", "_nrt": False}
     run = retarget(function, {}, njit(**exactly))
     load = arrays_loader(arrays)
 
