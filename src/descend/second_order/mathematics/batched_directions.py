@@ -30,8 +30,8 @@ from descend.second_order.mathematics.directions import LEAST_FACTOR
 from descend.second_order.mathematics.space import SAMPLE, Array
 
 
-class ManyDirections(Protocol):
-    """Models of the curvature of K problems, which give search directions."""
+class Learner(Protocol):
+    """Models of the curvature of K problems."""
 
     @property
     def is_steepest(self) -> Array:
@@ -40,14 +40,18 @@ class ManyDirections(Protocol):
     def update(self, rows: Array, s: Array, y: Array) -> None:
         """Learn in some problems that the gradient changed by y along s, where s'y > 0; rows of s and y are theirs."""
 
-    def directions(self, grads: Array) -> Array:
-        """The directions -H grad, in new memory; the negative gradient where nothing has been learned."""
-
     def reset(self, rows: Array) -> None:
         """Forget what was learned in some problems."""
 
     def keep(self, rows: Array) -> None:
         """Forget all problems but these."""
+
+
+class ManyDirections(Learner, Protocol):
+    """Models of the curvature of K problems, which give search directions."""
+
+    def directions(self, grads: Array) -> Array:
+        """The directions -H grad, in new memory; the negative gradient where nothing has been learned."""
 
 
 class CompactInverses:
@@ -63,16 +67,14 @@ class CompactInverses:
     Args:
         like: the points, (K, n).
         history_size: pairs kept, >= 1.
-        learns_from_all: whether diagonals learn from variables that stayed where they were, as on a bound.
 
     Source: Byrd, Nocedal & Schnabel 1994, Theorem 2.2, https://doi.org/10.1007/BF01582063
     """
 
     _ARRAYS: ClassVar = ("count", "steps", "changes", "diagonal", "r_inverse", "curvatures")
 
-    def __init__(self, like: Array, history_size: int, learns_from_all: bool = True) -> None:
+    def __init__(self, like: Array, history_size: int) -> None:
         count, numel = like.shape
-        self.learns_from_all = learns_from_all
         self.history_size = history_size
         self.count = full(like, count, 0)  # pairs taken so far
         self.steps = cast(full(like, (count, history_size, numel), 0.0), like)
@@ -103,8 +105,7 @@ class CompactInverses:
         slots = take(self.count, rows) % self.history_size
         scale = cast(row_products(s, y) ** -0.5, s)[:, None]
         s, y = scale * s, scale * y
-        moved = y if self.learns_from_all else library(s).where(s != 0, y, 0.0)
-        self.diagonal[rows], curvature = learned_diagonals(take(self.diagonal, rows), s, moved)
+        self.diagonal[rows], curvature = learned_diagonals(take(self.diagonal, rows), s, y)
         self.steps[rows, slots], self.changes[rows, slots] = s, y
         self.curvatures[rows, slots] = curvature
         # R^-1 loses a row and a column with the pair that is replaced, and gains a column.

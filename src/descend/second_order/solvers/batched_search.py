@@ -18,7 +18,7 @@ from descend.second_order.mathematics.arrays import (
     take,
     tensor_of,
 )
-from descend.second_order.mathematics.batched_directions import ManyDirections, modified_secant_factors
+from descend.second_order.mathematics.batched_directions import Learner, modified_secant_factors
 from descend.second_order.mathematics.line_search import (
     AT_MAX_STEP,
     FOUND,
@@ -91,7 +91,7 @@ class BatchedSearches(BatchedRun):
         return self.xp.minimum(self.xp.maximum(x, self.objective.lower), self.objective.upper)
 
     @np.errstate(all="ignore")
-    def take_trials(self, trials: Trials, learner: ManyDirections) -> Array:
+    def take_trials(self, trials: Trials, learner: Learner) -> Array:
         """Take an evaluation; finish iterations and problems; return where to search anew, (K,)."""
         choose, lines = self.xp.where, self.lines
         x, value, grad, norm, is_finite = trials
@@ -137,12 +137,12 @@ class BatchedSearches(BatchedRun):
         return self._without(stop, has_ended, learner)
 
     @np.errstate(all="ignore")
-    def stop_at_start(self, learner: ManyDirections) -> Array:
+    def stop_at_start(self, learner: Learner) -> Array:
         """Finish problems that need no iteration; return where to search, (K,): everywhere else."""
         everywhere = full(self.x, self.count, True)
         return self._without(self.stop_statuses(everywhere, ~everywhere), everywhere, learner)
 
-    def _without(self, stop: Array, has_ended: Array, learner: ManyDirections) -> Array:
+    def _without(self, stop: Array, has_ended: Array, learner: Learner) -> Array:
         """Finish problems; return where the others have to search anew, (K,)."""
         left = self.finish(stop)
         if left is None:
@@ -185,7 +185,7 @@ class BatchedSearches(BatchedRun):
         is_outside = (outcome == NON_FINITE) & ~moves
         return self.xp.where(is_outside, STATUS_CODES[Status.non_finite], failure)
 
-    def _learn(self, learner: ManyDirections, moves: Array, x: Array, grad: Array, end: Array, slope0: Array) -> None:
+    def _learn(self, learner: Learner, moves: Array, x: Array, grad: Array, end: Array, slope0: Array) -> None:
         """Show steps to the learner, where the slope rose along them."""
         slope, step = end[SLOPE], end[STEP]
         rise = slope - slope0
