@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import sys
 from numbers import Integral, Real
+from typing import Any
 
 MAX_ITER = 15_000
 
@@ -27,9 +28,9 @@ def check_limits(
             check_limit(who, name, value, least)
 
 
-def check_tol(who: str, tol: object) -> None:
+def check_tol(who: str, tol: Any) -> None:
     """Raise ``ValueError`` unless ``tol`` is None or a finite number that is not negative."""
-    if tol is not None and not (isinstance(tol, Real) and abs(tol) <= sys.float_info.max and float(tol) >= 0):
+    if tol is not None and not (isinstance(tol, Real) and 0 <= tol <= sys.float_info.max):
         raise ValueError(f"{who}: tol must be a finite number >= 0, got {tol!r}.")
 
 
