@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from descend.second_order.mathematics import fit_rules
 from descend.second_order.mathematics.arrays import (
@@ -198,7 +199,7 @@ class BatchedFits(BatchedRun):
             ~(self.trial_decrease > 0) | (self.trial_x == self.x).all(1), full(self.x, self.count, NONE)
         )
 
-    def _corrections(self, t: Any) -> Array:
+    def _corrections(self, t: Tensor) -> Array:
         """What to add to trials because residuals bend; as in ``least_squares_descent``, zero where that is unknown."""
         choose, models = self.xp.where, self.models
         scale = array_of(models.scale)
@@ -316,5 +317,5 @@ def batched_least_squares_descent(run: BatchedFits) -> None:
             run.finish(run.choose_trials())
         if not run.count:
             return
-        run.objective.needed_below = run.value + run.noise_here
+        run.objective.needed_below = run.value + 2 * run.noise_here  # higher ones are rejected
         moves = run.take_steps(run.evaluate(run.trial_x))
