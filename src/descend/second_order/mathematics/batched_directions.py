@@ -67,14 +67,16 @@ class CompactInverses:
     Args:
         like: the points, (K, n).
         history_size: pairs kept, >= 1.
+        learns_from_all: whether diagonals learn from variables that stayed where they were, as on a bound.
 
     Source: Byrd, Nocedal & Schnabel 1994, Theorem 2.2, https://doi.org/10.1007/BF01582063
     """
 
     _ARRAYS: ClassVar = ("count", "steps", "changes", "diagonal", "r_inverse", "curvatures")
 
-    def __init__(self, like: Array, history_size: int) -> None:
+    def __init__(self, like: Array, history_size: int, learns_from_all: bool = True) -> None:
         count, numel = like.shape
+        self.learns_from_all = learns_from_all
         self.history_size = history_size
         self.count = full(like, count, 0)  # pairs taken so far
         self.steps = cast(full(like, (count, history_size, numel), 0.0), like)
@@ -105,7 +107,8 @@ class CompactInverses:
         slots = take(self.count, rows) % self.history_size
         scale = cast(row_products(s, y) ** -0.5, s)[:, None]
         s, y = scale * s, scale * y
-        self.diagonal[rows], curvature = learned_diagonals(take(self.diagonal, rows), s, y)
+        moved = y if self.learns_from_all else library(s).where(s != 0, y, 0.0)
+        self.diagonal[rows], curvature = learned_diagonals(take(self.diagonal, rows), s, moved)
         self.steps[rows, slots], self.changes[rows, slots] = s, y
         self.curvatures[rows, slots] = curvature
         # R^-1 loses a row and a column with the pair that is replaced, and gains a column.
