@@ -41,7 +41,7 @@ def box_directions(
     """Turn directions of K problems into ones to the minimizers of their models between bounds.
 
     Args:
-        directions: to the minimizers without bounds, where there are pairs; else the negative gradients; (K, n).
+        directions: to the minimizers without bounds, where there are pairs, or NaN if they are not known; (K, n).
         max_steps: where to write how far the new ones stay between the bounds, at least 1; (K,).
         wanted: 0 for problems that need no direction; (K,).
         lengths: of the gradient to go where there is no pair, (K,).
@@ -64,7 +64,7 @@ def box_directions(
             is_inside = is_inside and is_free and low[i] <= d[i] <= high[i]
         if count == 0:
             for i in range(n):
-                d[i] = min(max(lengths[k] * d[i], low[i]), high[i])
+                d[i] = min(max(-lengths[k] * grad[i], low[i]), high[i])
         elif not is_inside:
             s, y = steps[pairs * n : (pairs + size) * n], changes[pairs * n : (pairs + size) * n]
             write_hessian(hessian, rest, diagonal, s, y, curvatures[pairs : pairs + size], count)
