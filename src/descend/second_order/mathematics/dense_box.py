@@ -38,11 +38,11 @@ def box_directions(
     counts: Vector,
     scratch: Vector,
 ) -> None:
-    """Write directions of K problems to the minimizers of their models between bounds.
+    """Turn directions of K problems into ones to the minimizers of their models between bounds.
 
     Args:
-        directions: where to write them, (K, n).
-        max_steps: where to write how far they stay between the bounds, at least 1; (K,).
+        directions: to the minimizers without bounds, where there are pairs, or NaN if they are not known; (K, n).
+        max_steps: where to write how far the new ones stay between the bounds, at least 1; (K,).
         wanted: 0 for problems that need no direction; (K,).
         lengths: of the gradient to go where there is no pair, (K,).
         x, grads, lower, upper: points, gradients and bounds, (K, n).
@@ -57,10 +57,15 @@ def box_directions(
             continue
         at, pairs, count = k * n, k * size, int(counts[k])
         d, grad, diagonal = directions[at : at + n], grads[at : at + n], diagonals[at : at + n]
+        is_inside = True  # and no bound stops the negative gradient
         for i in range(n):
             low[i], high[i] = lower[at + i] - x[at + i], upper[at + i] - x[at + i]
-            d[i] = min(max(-lengths[k] * grad[i], low[i]), high[i])
-        if count:
+            is_free = (low[i] < 0 or grad[i] < 0) and (high[i] > 0 or grad[i] > 0)
+            is_inside = is_inside and is_free and low[i] <= d[i] <= high[i]
+        if count == 0:
+            for i in range(n):
+                d[i] = min(max(-lengths[k] * grad[i], low[i]), high[i])
+        elif not is_inside:
             s, y = steps[pairs * n : (pairs + size) * n], changes[pairs * n : (pairs + size) * n]
             write_hessian(hessian, rest, diagonal, s, y, curvatures[pairs : pairs + size], count)
             minimize_in_box(d, hessian, diagonal, grad, low, high, rest)
@@ -123,7 +128,7 @@ def minimize_in_box(
     Source: Bertsekas 1982, https://doi.org/10.1137/0320018
     """
     n = len(grad)
-    vectors, factors = scratch[: 6 * n], scratch[6 * n :]
+    vectors, rows = scratch[: 6 * n], scratch[6 * n :]
     residual, free, step = vectors[:n], vectors[n : 2 * n], vectors[2 * n : 3 * n]
     newton, change, product = vectors[3 * n : 4 * n], vectors[4 * n : 5 * n], vectors[5 * n :]
     first = 0.0
@@ -140,48 +145,42 @@ def minimize_in_box(
         first = norm if iteration == 0 else first
         if not norm > ACCURACY * first:
             return
-        is_found = newton_step(newton, hessian, residual, free, factors) and projected_search(
+        is_found = newton_step(newton, hessian, residual, free, rows) and projected_search(
             d, hessian, residual, newton, low, high, change, product
         )
         if not (is_found or projected_search(d, hessian, residual, step, low, high, change, product)):
             return
 
 
-def newton_step(step: Vector, matrix: Vector, residual: Vector, free: Vector, factors: Vector) -> bool:
+def newton_step(step: Vector, matrix: Vector, residual: Vector, free: Vector, rows: Vector) -> bool:
     """Write -x where (A x)_i = residual_i for the free i, and the other x_i are 0; False where A is singular.
 
-    Factors L D L' of the part of A, with the rows of L where A's were, and D on its diagonal.
+    Elimination of symmetric rows: what is left stays symmetric, so its upper half will do.
     """
     n, size = len(residual), 0
     for i in range(n):
         if free[i] != 0:
-            row, source, column = factors[size * n : (size + 1) * n], matrix[i * n : (i + 1) * n], 0
-            for j in range(i + 1):
+            row, source, column = rows[size * n : (size + 1) * n], matrix[i * n : (i + 1) * n], size
+            for j in range(i, n):
                 if free[j] != 0:
                     row[column] = source[j]
                     column += 1
             step[size] = -residual[i]
             size += 1
     for i in range(size):
-        row, pivot, entry = factors[i * n : (i + 1) * n], factors[i * n + i], step[i]
-        for j in range(i):
-            other, scaled = factors[j * n : (j + 1) * n], row[j]
-            for k in range(j):
-                scaled -= row[k] * other[k]
-            row[j] = scaled
-        for j in range(i):
-            scaled = row[j] / factors[j * n + j]
-            pivot, entry = pivot - scaled * row[j], entry - scaled * step[j]
-            row[j] = scaled
-        if pivot == 0:
+        row = rows[i * n : i * n + size]
+        if row[i] == 0:
             return False
-        row[i], step[i] = pivot, entry
-    for i in range(size):
-        step[i] /= factors[i * n + i]
-    for i in range(size - 1, 0, -1):
-        row = factors[i * n : (i + 1) * n]
-        for j in range(i):
-            step[j] -= row[j] * step[i]
+        for j in range(i + 1, size):
+            other, factor = rows[j * n : j * n + size], row[j] / row[i]
+            step[j] -= factor * step[i]
+            for k in range(j, size):
+                other[k] -= factor * row[k]
+    for i in range(size - 1, -1, -1):
+        row, entry = rows[i * n : i * n + size], step[i]
+        for k in range(i + 1, size):
+            entry -= row[k] * step[k]
+        step[i] = entry / row[i]
     for i in range(n - 1, -1, -1):
         size -= 1 if free[i] != 0 else 0
         step[i] = step[size] if free[i] != 0 else 0.0
