@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import math
-import sys
 from numbers import Integral, Real
-from typing import Any
 
 MAX_ITER = 15_000
 
@@ -28,10 +26,14 @@ def check_limits(
             check_limit(who, name, value, least)
 
 
-def check_tol(who: str, tol: Any) -> None:
+def check_tol(who: str, tol: object) -> None:
     """Raise ``ValueError`` unless ``tol`` is None or a finite number that is not negative."""
-    if tol is not None and not (isinstance(tol, Real) and 0 <= tol <= sys.float_info.max):
-        raise ValueError(f"{who}: tol must be a finite number >= 0, got {tol!r}.")
+    try:
+        is_valid = tol is None or (isinstance(tol, Real) and 0 <= float(tol) < math.inf)
+    except OverflowError:  # an integer beyond the floats
+        is_valid = False
+    if not is_valid:
+        raise ValueError(f"{who}: tol must be a finite number >= 0, got {tol!r:.40}.")
 
 
 def check_limit(who: str, name: str, value: object, least: int) -> None:

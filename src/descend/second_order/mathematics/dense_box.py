@@ -1,4 +1,4 @@
-"""The minimizer of a quadratic model in a box, with the Hessian as a dense matrix, for one small problem at a time.
+"""The minimizer of a quadratic model in a box, with the Hessian as a dense matrix, for one problem at a time.
 
 Written for a compiler: loops over numbers, with vectors, matrices and scratch memory as flat arrays of float64. It runs
 in Python, too, on whatever has items, and slices that share memory. ``solvers/box.py`` does the same with matrices.

@@ -40,7 +40,7 @@ class BoxedModels:
         self._like = like
         self._is_compiled = count * (numel + 4) ** 2 > LITTLE  # and stays so when few problems are left
         size = dense_box.scratch_size(numel)
-        parts = min(PARTS * torch.get_num_threads(), max(1, SCRATCH // size))
+        parts = min(PARTS * torch.get_num_threads(), SCRATCH // max(1, size) + 1)
         self._scratch = np.empty((parts, size))
 
     @property
