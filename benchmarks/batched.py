@@ -6,7 +6,7 @@ Problems are fresh in every repeat: other seeds, other data. Everybody starts at
 rule: the largest entry of the (projected) gradient is at most 1e-6 times that at the start, or 1e-6 if that is smaller.
 SciPy gets value and gradient from the same torch function of one problem; and once more from a function written for
 NumPy by hand, which costs it less. Every contender's first call is reported, too: it is made in a process of its own,
-after all imports.
+after all imports, and loads what has been compiled on this machine before.
 
 Single runs are timed on a sample of the problems, because a thousand of them take a minute; contenders take turns. With
 OMP_NUM_THREADS=1, seconds are CPU time, which other processes disturb less.

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from descend import Status, minimize
 from descend.second_order import batched
-from descend.second_order.mathematics import arrays, batched_box, batched_trust_region
+from descend.second_order.mathematics import arrays, batched_trust_region, dense_steps
 from descend.second_order.problem import batched_objective
 
 METHODS: dict[str, dict[str, Any]] = {
@@ -131,7 +131,7 @@ def test_same_call_gives_the_same_bits() -> None:
 def test_tensors_of_a_device_take_the_same_steps(monkeypatch: pytest.MonkeyPatch, options: dict[str, Any]) -> None:
     family = FAMILIES[1]
     on_cpu = solve(family, **options)
-    for module in (arrays, batched, batched_box, batched_objective, batched_trust_region):
+    for module in (arrays, batched, batched_objective, batched_trust_region, dense_steps):
         monkeypatch.setattr(module, "array_of", lambda tensor: tensor.detach())
     as_on_device = solve(family, **options)
     assert as_on_device.status == on_cpu.status

@@ -75,13 +75,14 @@ each_family = pytest.mark.parametrize("family", FAMILIES.values(), ids=FAMILIES)
 
 @each_family
 @pytest.mark.parametrize("loss", ["linear", "soft_l1", lambda z: torch.log1p(z)], ids=["linear", "soft_l1", "own"])
-def test_minima_are_those_of_single_runs(family: Family, loss: Any) -> None:
+def test_results_and_evaluations_are_those_of_single_runs(family: Family, loss: Any) -> None:
     many = family.solve(loss=loss, loss_scale=0.1)
     assert many.success.all(), many
     assert len(many) == 9
     for i, one in enumerate(many):
         alone = family.single(i, loss=loss, loss_scale=0.1)
         assert isinstance(one, LeastSquaresResult)
+        assert (one.n_iter, one.n_eval, one.status) == (alone.n_iter, alone.n_eval, alone.status)
         assert one.fun == pytest.approx(alone.fun, rel=1e-9, abs=1e-14)
         assert one.rank == alone.rank == many.rank[i]
         if family.fun is not underdetermined:
@@ -125,6 +126,64 @@ def test_functions_that_are_differentiable_once_will_do() -> None:
     many = least_squares(lambda p, y: p[:, :1] * Once.apply(-p[:, 1:] * TIMES) - y, x, args=(y,), batched=True)
     assert many.success.all()
     assert torch.allclose(many.x, FAMILIES["decays"].solve().x, atol=1e-7)
+
+
+class Twice(torch.autograd.Function):
+    """The exponential, which autograd differentiates as often as it likes, but vmap not at all."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        return x.exp()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        (x,) = ctx.saved_tensors
+        return grad * Twice.apply(x)
+
+
+def test_functions_that_vmap_does_not_know_will_do() -> None:
+    x, y = FAMILIES["decays"].x0, FAMILIES["decays"].data
+    many = least_squares(lambda p, y: p[:, :1] * Twice.apply(-p[:, 1:] * TIMES) - y, x, args=(y,), batched=True)
+    assert many.success.all()
+    assert torch.equal(many.n_eval, FAMILIES["decays"].solve().n_eval)
+    assert torch.allclose(many.x, FAMILIES["decays"].solve().x, atol=1e-9)
+
+
+def test_all_columns_at_once_are_those_one_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    at_once = FAMILIES["peaks"].solve(max_iter=3)
+    monkeypatch.setattr(batched_residuals, "SMALL", 0)
+    assert torch.allclose(FAMILIES["peaks"].solve(max_iter=3).jac, at_once.jac, rtol=1e-12, atol=1e-14)
+
+
+def test_no_jacobian_where_no_trial_is_lower(monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[int] = []
+    original = batched_residuals.BatchedResiduals._set_jacobians
+    monkeypatch.setattr(
+        batched_residuals.BatchedResiduals,
+        "_set_jacobians",
+        lambda self, *given: (made.append(1), original(self, *given))[1],
+    )
+    x0 = torch.tensor([[-1.2, 1.0]], dtype=torch.float64)
+    one = least_squares(lambda p: valleys(p, p.new_full((1, 1), 10.0)), x0, batched=True)
+    assert one.success.all()
+    assert len(made) == one.n_iter + 1 < one.n_eval
+
+
+def test_long_valleys_take_no_more_evaluations_than_alone() -> None:
+    times = torch.linspace(0, 5, 50, dtype=torch.float64)
+
+    def three(p: Tensor) -> Tensor:
+        height, center, width = p[:, 0:3, None], p[:, 3:6, None], p[:, 6:9, None].exp()
+        return (height * torch.exp(-0.5 * ((times - center) / width) ** 2)).sum(1)
+
+    tops = torch.tensor([[1.0, 0.8, 1.2, 1.0, 2.5, 4.0, -1.0, -0.7, -1.0]], dtype=torch.float64)
+    data = three(tops) + 0.05 * random(20, 6, 50)
+    x0 = tops + 0.3 * random(21, 6, 9)
+    many = least_squares(lambda p, y: three(p) - y, x0, args=(data,), batched=True, max_eval=60)
+    alone = [least_squares(lambda p, i=i: (three(p[None]) - data[i])[0], x0[i], max_eval=60) for i in range(6)]
+    assert many.n_eval.max() >= 20
+    assert many.n_eval.sum() <= 1.2 * sum(one.n_eval for one in alone)  # rounding may lead elsewhere
 
 
 @each_family

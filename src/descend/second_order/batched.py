@@ -17,6 +17,7 @@ from descend.second_order.problem.batched_structure import BatchedStructure
 from descend.second_order.problem.bounds import bounds_of, differentiable_bounds
 from descend.second_order.problem.domain import DomainErrors
 from descend.second_order.problem.objective import DENSE_COPIES, free_memory
+from descend.second_order.solvers.batched_box import BoxedModels
 from descend.second_order.solvers.batched_descent import batched_bounded_descent, batched_descent
 from descend.second_order.solvers.batched_implicit_function import differentiable_solutions
 from descend.second_order.solvers.batched_newton import BatchedNewton, batched_newton_descent
@@ -126,7 +127,7 @@ def solve(run: BatchedRun, method: str, history_size: int) -> None:
         elif run.objective.lower is None:
             batched_descent(run, CompactInverses(run.x, history_size))
         else:
-            batched_bounded_descent(run, CompactInverses(run.x, history_size, learns_from_all=False))
+            batched_bounded_descent(run, BoxedModels(run.x, history_size))
 
 
 def reporter(

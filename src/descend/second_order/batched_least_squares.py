@@ -58,7 +58,7 @@ def least_squares_batched(
             max_eval=max_eval,
             callback=None if callback is None else reporter(who, structure, callback),
         )
-        fits = flat.new_zeros(0, 0, structure.numel + 2)
+        fits = flat.new_zeros(0, structure.numel + 2, 0)
         if structure.count:
             run.start()
             batched_least_squares_descent(run)
@@ -77,9 +77,9 @@ def least_squares_batched(
         n_calls=objective.n_calls,
         time=time.perf_counter() - began,
         rounds=run.history,
-        residuals=objective.tree_of(fits[:, :, -1]),
-        jac=fits[:, :, :-2],
-        _rows=fits[:, :, -2],
+        residuals=objective.tree_of(fits[:, structure.numel + 1]),
+        jac=fits[:, : structure.numel].mT,
+        _rows=fits[:, structure.numel],
         _unflatten=structure.row,
     )
 

@@ -9,9 +9,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from descend.second_order.mathematics import arrays, batched_trust_region
-from descend.second_order.mathematics.batched_trust_region import DenseModels, equilibrating, first_minima
-from descend.second_order.mathematics.quartic import first_minimum
+from descend.second_order.mathematics import arrays, batched_trust_region, dense_steps
+from descend.second_order.mathematics.batched_trust_region import DenseModels
+from descend.second_order.mathematics.dense_steps import equilibrating
+from descend.second_order.mathematics.quartic import first_minima, first_minimum
 from descend.second_order.mathematics.trust_region import DenseModel
 
 
@@ -35,26 +36,27 @@ def cases(numel: int) -> tuple[Tensor, Tensor]:
 @pytest.mark.parametrize("numel", [1, 2, 5])
 def test_steps_are_those_of_single_models(numel: int, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     hessians, grads = cases(numel)
+    scale, radii = equilibrating(hessians), (1e-3, 0.5, 3.0, 1e6)
+    scaled = hessians / scale[:, :, None] / scale[:, None, :], grads / scale
+    alone = [[DenseModel(*one).step(radius) for one in zip(*scaled, strict=True)] for radius in radii]
     convert = arrays.array_of if kind == "numpy" else torch.Tensor.detach
-    for module in (arrays, batched_trust_region):
+    for module in (arrays, batched_trust_region, dense_steps):
         monkeypatch.setattr(module, "array_of", convert)
     models = DenseModels(convert(grads))
     rows = convert(torch.arange(12))
     with np.errstate(all="ignore"):
         models.renew(rows, convert(hessians), convert(grads))
-        scale = torch.as_tensor(models.scale)
-        for radius in (1e-3, 0.5, 3.0, 1e6):
+        for radius, singles in zip(radii, alone, strict=True):
             trial = models.step(rows, convert(torch.full((12,), radius, dtype=torch.float64)))
-            for i in range(12):
-                alone = DenseModel(hessians[i] / scale[i] / scale[i][:, None], grads[i] / scale[i]).step(radius)
-                assert bool(trial.on_boundary[i]) == alone.on_boundary
-                assert bool(trial.negative_curvature[i]) == alone.negative_curvature
-                assert float(trial.norm[i]) == pytest.approx(alone.norm, rel=1e-9)
-                assert float(trial.decrease[i]) == pytest.approx(alone.decrease, rel=1e-9)
+            for i, one in enumerate(singles):
+                assert bool(trial.on_boundary[i]) == one.on_boundary
+                assert bool(trial.negative_curvature[i]) == one.negative_curvature
+                assert float(trial.norm[i]) == pytest.approx(one.norm, rel=1e-9)
+                assert float(trial.decrease[i]) == pytest.approx(one.decrease, rel=1e-9)
                 step = torch.as_tensor(trial.step)[i] * scale[i]
-                near = torch.allclose(step, alone.step, rtol=1e-6, atol=1e-9 * alone.norm)
+                near = torch.allclose(step, one.step, rtol=1e-6, atol=1e-9 * one.norm)
                 # The hard case has two solutions, and where the model is flat any step.
-                assert near or (hessians[i] @ (step - alone.step)).abs().max() <= 3 * radius or i in (9, 10)
+                assert near or (hessians[i] @ (step - one.step)).abs().max() <= 3 * radius or i in (9, 10)
 
 
 def test_models_that_are_kept_are_the_same() -> None:
@@ -71,7 +73,7 @@ def test_models_that_are_kept_are_the_same() -> None:
 
 def test_scales_equilibrate() -> None:
     hessians, _ = cases(4)
-    scale = torch.as_tensor(equilibrating(hessians.numpy()))
+    scale = equilibrating(hessians)
     assert torch.allclose(scale.log().sum(1), torch.zeros(12, dtype=torch.float64), atol=1e-12)
     largest = (hessians / scale[:, :, None] / scale[:, None, :]).abs().amax(2)
     nonzero = largest[[0, 1, 2, 3, 4, 5, 6, 7, 11]]
@@ -79,7 +81,18 @@ def test_scales_equilibrate() -> None:
     assert torch.equal(scale[9], torch.ones(4, dtype=torch.float64))
 
 
-def test_minima_of_quartics_are_those_of_single_ones() -> None:
+def from_roots(fall: float, slope_before: float, curvature: float, slope: float) -> tuple[float, float]:
+    """The first minimum of the quartic with these numbers by NumPy's zeros of its slope; NaN without one."""
+    t4, t3 = np.linalg.solve([[1, 1], [4, 3]], [-fall - slope_before - curvature / 2, slope - slope_before - curvature])
+    zeros = np.roots([4 * t4, 3 * t3, curvature, slope_before])
+    minima = zeros.real[(abs(zeros.imag) <= 1e-7 * abs(zeros)) & (zeros.real > 0)]
+    if not len(minima):
+        return math.nan, math.nan
+    t = minima.min()
+    return t, -np.polyval([t4, t3, curvature / 2, slope_before, 0], t)
+
+
+def test_minima_of_quartics_are_those_from_the_roots_of_their_slopes() -> None:
     generator = np.random.default_rng(3)
     fall, curvature, slope = generator.normal(size=(3, 3000)) * [[1], [3], [1]]
     before = -np.exp(generator.normal(size=3000))
@@ -89,9 +102,10 @@ def test_minima_of_quartics_are_those_of_single_ones() -> None:
     fall[20:30] = -before[20:30]
     with np.errstate(all="ignore"):
         times, falls = first_minima(fall, before, curvature, slope)
-    for i in range(3000):
+    assert np.isnan(times[[0, 1, 2, 5, 6, *range(20, 30)]]).all()
+    for i in range(30, 3000):
+        expected = from_roots(fall[i], before[i], curvature[i], slope[i])
+        assert (times[i], falls[i]) == pytest.approx(expected, rel=1e-6, abs=1e-9 * abs(before[i]), nan_ok=True), i
+    for i in (1, 5, 20, 40, 41, 42):
         alone = first_minimum(fall[i], before[i], curvature[i], slope[i])
-        assert (alone is None) == math.isnan(times[i]), i
-        if alone is not None:
-            assert times[i] == pytest.approx(alone[0], rel=1e-6)
-            assert falls[i] == pytest.approx(alone[1], rel=1e-6, abs=1e-9 * abs(before[i]))
+        assert (alone or (math.nan, math.nan)) == pytest.approx((times[i], falls[i]), nan_ok=True)

@@ -12,9 +12,10 @@ from torch import Tensor
 
 from descend.second_order.mathematics.boxed_least_squares import boxed_least_squares
 from descend.second_order.mathematics.covariance import covariance
-from descend.second_order.mathematics.gauss_newton import DenseGaussNewton, column_norms, damped, damping_for
+from descend.second_order.mathematics.gauss_newton import DenseGaussNewton
 from descend.second_order.mathematics.robust_losses import LOSSES, cost, scaled_rows
 from descend.second_order.mathematics.secant_curvature import secant_update
+from descend.second_order.mathematics.spectrum import column_norms, damped, damping_for
 
 
 def normal(*shape: int, seed: int = 0) -> Tensor:

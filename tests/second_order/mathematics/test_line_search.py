@@ -344,11 +344,12 @@ def test_interpolation_never_fails(
         line_search._beyond(falling, high, 0.0),
     ]
     for guess in guesses:
-        line = line_search._Line(lambda t: (0.0, 0.0), Trial(0.0, 0.0, -1.0), INF, 0.0)
-        line.trials.append(high)
-        step = line.inside(low, high, high, guess)
+        search = [0.0] * line_search.WIDTH
+        line_search.begin(search, 0.0, -1.0, 1.0, INF, 30, 0.0)
+        search[line_search.FIRST] = high.step
+        step = line_search._inside(search, low, high, high, guess)
         assert math.isnan(step) or low.step < step < high.step
-        step = line.ahead(low, guess, 1.5 * low.step, 10 * low.step)
+        step = line_search._ahead(search, low, guess)
         assert math.isnan(step) or low.step < step < INF
 
 

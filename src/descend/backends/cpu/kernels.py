@@ -242,6 +242,24 @@ def sequence_kernel() -> str:
     return assembly(kernel, OPTIONS)
 
 
+def shared_kernel() -> str:
+    """LLVM assembly that calls one function with each of many arguments; the threads that run it share them.
+
+    A call receives the address of int64 values: the function, how many arguments, the counter of those taken, and the
+    arguments.
+    """
+
+    def kernel(call: int) -> None:
+        function, count = load_int(call, 0), load_int(call, 1)
+        while True:
+            i = fetch_add(call + 16, 1)
+            if i >= count:
+                break
+            call_address(function, load_int(call, 3 + i), 0)
+
+    return assembly(kernel, OPTIONS)
+
+
 def versions_kernel() -> str:
     """LLVM assembly that calls one function with each of many arguments.
 
@@ -258,7 +276,9 @@ def versions_kernel() -> str:
 
 def loop_kernel(function: Any, arrays: int) -> str:
     """LLVM assembly of a plain function of float64 arrays. Arguments: address and length of each array."""
-    exactly = {"error_model": "numpy"}  # no fastmath: results must be as precise as in Python
+    # No fastmath: results must be those of Python. Nobody owns the arrays, so slices of them need no reference counts,
+    # which would need Numba's runtime.
+    exactly = {"error_model": "numpy", "_nrt": False}
     run = retarget(function, {}, njit(**exactly))
     load = arrays_loader(arrays)
 

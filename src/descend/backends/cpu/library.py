@@ -113,6 +113,18 @@ def sequence() -> int:
 
 
 @cache
+def shared() -> int:
+    """The loop that calls one function with many arguments, see ``loops.run_in_parts``."""
+
+    def compile_shared() -> str:
+        from descend.backends.cpu import kernels
+
+        return kernels.shared_kernel()
+
+    return object_files.load("shared", f"shared|{_sources()}", compile_shared)
+
+
+@cache
 def versions() -> int:
     """The loop that calls one function with each of many tensors, see ``versions.Versions``."""
 

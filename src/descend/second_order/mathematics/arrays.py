@@ -16,8 +16,8 @@ from descend.second_order.mathematics.space import Array
 
 
 def library(array: Array) -> Any:
-    """NumPy or torch, whichever the array is of."""
-    return np if isinstance(array, np.ndarray) else torch
+    """NumPy or torch, whichever the array is of; NumPy for its numbers."""
+    return torch if isinstance(array, Tensor) else np
 
 
 def array_of(tensor: Tensor) -> Array:
@@ -28,6 +28,13 @@ def array_of(tensor: Tensor) -> Array:
 def tensor_of(array: Array) -> Tensor:
     """The tensor of an array; it shares memory."""
     return torch.from_numpy(array) if isinstance(array, np.ndarray) else array
+
+
+def choose(condition: Any, yes: Any, no: Any) -> Any:
+    """``yes`` where a condition is met, else ``no``; one number, or an array."""
+    if isinstance(condition, bool | np.bool_):
+        return yes if condition else no
+    return library(condition).where(condition, yes, no)
 
 
 def full(like: Array, shape: Any, number: float | bool) -> Array:
@@ -50,9 +57,26 @@ def doubles(array: Array) -> Array:
     return array.astype(np.float64, copy=False) if isinstance(array, np.ndarray) else array.double()
 
 
+def on_host(*arrays: Array) -> list[np.ndarray]:
+    """Arrays of one shape in float64 in the host's memory, contiguous. Waits for the device, once."""
+    if isinstance(arrays[0], np.ndarray):
+        return [np.ascontiguousarray(array, np.float64) for array in arrays]
+    return list(torch.stack([array.double() for array in arrays]).cpu().numpy())
+
+
+def on_device_of(like: Array, array: np.ndarray) -> Array:
+    """An array of the host on the device of another: a copy, or itself if that is the host."""
+    return array if isinstance(like, np.ndarray) else torch.tensor(array, device=like.device)
+
+
 def positions(mask: Array) -> Array:
     """Where a mask (K,) is True. Waits for the device."""
     return np.flatnonzero(mask) if isinstance(mask, np.ndarray) else mask.nonzero().reshape(-1)
+
+
+def clip_above(numbers: Array, most: float) -> Array:
+    """Numbers, at most one."""
+    return np.minimum(numbers, most) if isinstance(numbers, np.ndarray) else numbers.clamp(max=most)
 
 
 def take(array: Array, rows: Array, axis: int = 0) -> Array:
@@ -122,7 +146,7 @@ def lengths(vectors: Array) -> Array:
 
 def times_power(numbers: Array, exponents: Array) -> Array:
     """Numbers times two to the power of integers, exactly."""
-    if isinstance(numbers, np.ndarray):
+    if not isinstance(numbers, Tensor):
         return np.ldexp(numbers, exponents)
     half = exponents // 2
     for part in (half, exponents - half):  # each within the range of numbers

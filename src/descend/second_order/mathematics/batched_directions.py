@@ -30,8 +30,8 @@ from descend.second_order.mathematics.directions import LEAST_FACTOR
 from descend.second_order.mathematics.space import SAMPLE, Array
 
 
-class ManyDirections(Protocol):
-    """Models of the curvature of K problems, which give search directions."""
+class Learner(Protocol):
+    """Models of the curvature of K problems."""
 
     @property
     def is_steepest(self) -> Array:
@@ -40,9 +40,6 @@ class ManyDirections(Protocol):
     def update(self, rows: Array, s: Array, y: Array) -> None:
         """Learn in some problems that the gradient changed by y along s, where s'y > 0; rows of s and y are theirs."""
 
-    def directions(self, grads: Array) -> Array:
-        """The directions -H grad, in new memory; the negative gradient where nothing has been learned."""
-
     def reset(self, rows: Array) -> None:
         """Forget what was learned in some problems."""
 
@@ -50,25 +47,25 @@ class ManyDirections(Protocol):
         """Forget all problems but these."""
 
 
-class CompactInverses:
-    """L-BFGS inverse Hessians in compact form, with diagonals that learn the scale of each variable.
+class ManyDirections(Learner, Protocol):
+    """Models of the curvature of K problems, which give search directions."""
 
-    In the letters of ``directions.CompactInverse``,
+    def directions(self, grads: Array) -> Array:
+        """The directions -H grad, in new memory; the negative gradient where nothing has been learned."""
 
-        H grad = q + S' p,    u = R^-1 S grad,    q = D (grad - Y' u),    p = R^-T (E u - Y q)
 
-    which are its formulas, ordered so that Y D Y' is not needed: with D new in each iteration, it would be the most
-    expensive part. A history that is not full has rows of zeros, which change nothing.
+class Histories:
+    """The last pairs s, y of K problems, scaled to s'y = 1, and diagonals that learn the scale of each variable.
+
+    A history that is not full has rows of zeros.
 
     Args:
         like: the points, (K, n).
         history_size: pairs kept, >= 1.
         learns_from_all: whether diagonals learn from variables that stayed where they were, as on a bound.
-
-    Source: Byrd, Nocedal & Schnabel 1994, Theorem 2.2, https://doi.org/10.1007/BF01582063
     """
 
-    _ARRAYS: ClassVar = ("count", "steps", "changes", "diagonal", "r_inverse", "curvatures")
+    _ARRAYS: ClassVar[tuple[str, ...]] = ("count", "steps", "changes", "diagonal", "curvatures")
 
     def __init__(self, like: Array, history_size: int, learns_from_all: bool = True) -> None:
         count, numel = like.shape
@@ -78,42 +75,72 @@ class CompactInverses:
         self.steps = cast(full(like, (count, history_size, numel), 0.0), like)
         self.changes = cast(full(like, (count, history_size, numel), 0.0), like)
         self.diagonal = cast(full(like, (count, numel), 1.0), like)
-        self.r_inverse = full(like, (count, history_size, history_size), 0.0)
-        self.curvatures = full(like, (count, history_size), 1.0)  # the diagonal of E
+        self.curvatures = full(like, (count, history_size), 1.0)  # s'y, or a little more
 
     @property
     def is_steepest(self) -> Array:
+        """Where nothing has been learned, (K,)."""
         return self.count == 0
 
     def reset(self, rows: Array) -> None:
+        """Forget what was learned in some problems."""
         self.count[rows] = 0
         for array, number in (
             (self.steps, 0.0),
             (self.changes, 0.0),
             (self.diagonal, 1.0),
-            (self.r_inverse, 0.0),
             (self.curvatures, 1.0),
         ):
             array[rows] = number
 
     def keep(self, rows: Array) -> None:
+        """Forget all problems but these."""
         keep(self, self._ARRAYS, rows)
 
     def update(self, rows: Array, s: Array, y: Array) -> None:
+        """Learn in some problems that the gradient changed by y along s, where s'y > 0; rows of s and y are theirs."""
         slots = take(self.count, rows) % self.history_size
         scale = cast(row_products(s, y) ** -0.5, s)[:, None]
         s, y = scale * s, scale * y
         moved = y if self.learns_from_all else library(s).where(s != 0, y, 0.0)
-        self.diagonal[rows], curvature = learned_diagonals(take(self.diagonal, rows), s, moved)
+        self.diagonal[rows], self.curvatures[rows, slots] = learned_diagonals(take(self.diagonal, rows), s, moved)
         self.steps[rows, slots], self.changes[rows, slots] = s, y
-        self.curvatures[rows, slots] = curvature
+        self.count[rows] += 1
+
+
+class CompactInverses(Histories):
+    """L-BFGS inverse Hessians in compact form.
+
+    In the letters of ``directions.CompactInverse``, with the diagonals D of the histories, and E of their curvatures,
+
+        H grad = q + S' p,    u = R^-1 S grad,    q = D (grad - Y' u),    p = R^-T (E u - Y q)
+
+    which are its formulas, ordered so that Y D Y' is not needed: with D new in each iteration, it would be the most
+    expensive part. Rows of zeros change nothing.
+
+    Source: Byrd, Nocedal & Schnabel 1994, Theorem 2.2, https://doi.org/10.1007/BF01582063
+    """
+
+    _ARRAYS: ClassVar = (*Histories._ARRAYS, "r_inverse")
+
+    def __init__(self, like: Array, history_size: int, learns_from_all: bool = True) -> None:
+        super().__init__(like, history_size, learns_from_all)
+        self.r_inverse = full(like, (len(like), history_size, history_size), 0.0)
+
+    def reset(self, rows: Array) -> None:
+        super().reset(rows)
+        self.r_inverse[rows] = 0.0
+
+    def update(self, rows: Array, s: Array, y: Array) -> None:
+        slots = take(self.count, rows) % self.history_size
+        super().update(rows, s, y)
         # R^-1 loses a row and a column with the pair that is replaced, and gains a column.
-        column = doubles(multiply(take(self.steps, rows), y))
+        curvature = self.curvatures[rows, slots]
+        column = doubles(multiply(take(self.steps, rows), self.changes[rows, slots]))
         self.r_inverse[rows, slots] = 0.0
         self.r_inverse[rows, :, slots] = 0.0
         self.r_inverse[rows, :, slots] = multiply(take(self.r_inverse, rows), column) / -curvature[:, None]
         self.r_inverse[rows, slots, slots] = 1 / curvature
-        self.count[rows] += 1
 
     def directions(self, grads: Array) -> Array:
         u = multiply(self.r_inverse, doubles(multiply(self.steps, grads)))

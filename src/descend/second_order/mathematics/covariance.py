@@ -15,18 +15,16 @@ def covariance(values: Tensor, rows: Tensor, scale: Tensor, variance: Tensor | f
     any other. The others have theirs from the pseudo-inverse, which for them does not depend on the scale.
 
     Args:
-        values: singular values of J D^-1, shape (K,); zero beyond the rank.
-        rows: right singular vectors, shape (K, N).
-        scale: the diagonal of D, shape (N,).
-        variance: of one residual.
+        values: singular values of J D^-1, shape (..., K); zero beyond the rank. Leading dimensions count problems.
+        rows: right singular vectors, shape (..., K, N).
+        scale: the diagonal of D, shape (..., N).
+        variance: of one residual; a number, or of shape (..., 1, 1).
     Returns:
-        Shape (N, N).
+        Shape (..., N, N).
     """
-    basis = rows[values > 0]
-    roots = basis / values[values > 0].unsqueeze(1) / scale
-    matrix = variance * (roots.T @ roots)
-    is_free = 1 - basis.square().sum(0) > UNDETERMINED
-    matrix[is_free] = torch.nan
-    matrix[:, is_free] = torch.nan
-    matrix.diagonal()[is_free] = torch.inf
-    return matrix
+    is_part = (values > 0).unsqueeze(-1)
+    roots = torch.where(is_part, rows / values.unsqueeze(-1), 0.0) / scale.unsqueeze(-2)
+    is_free = 1 - torch.where(is_part, rows, 0.0).square().sum(-2) > UNDETERMINED
+    is_unknown = is_free.unsqueeze(-1) | is_free.unsqueeze(-2)
+    matrix = (variance * (roots.mT @ roots)).masked_fill(is_unknown, torch.nan)
+    return torch.where(torch.diag_embed(is_free), torch.inf, matrix)

@@ -4,17 +4,24 @@ from __future__ import annotations
 
 import math
 from functools import cached_property
-from typing import NamedTuple, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from descend.second_order.mathematics.boxed_least_squares import boxed_least_squares
+from descend.second_order.mathematics.spectrum import (
+    Spectrum,
+    curved_spectrum,
+    damped,
+    damping_for,
+    fall,
+    resolved,
+    spectrum_of,
+    triangle_of,
+)
 from descend.second_order.mathematics.trust_region import TrialStep
 
-MAX_SECULAR = 60  # Newton steps on the secular equation; ten usually do
-SECULAR_ROUNDING = 1e-14
-LEAST_EIGENVALUE = 1e-8  # of a Hessian with curvature, relative to that without
 WITHIN = 0.1  # relative error of the length of a step in a box, as in MINPACK
 MAX_REGION = 20  # dampings tried for a step in a box
 
@@ -55,67 +62,6 @@ class LinearModel(Protocol):
         """What multiple of ``other`` is nearest to ``step`` in the norm of the region."""
 
 
-def column_norms(jacobian: Tensor) -> Tensor:
-    """The 2-norms of the columns of matrices, without overflow or underflow."""
-    if not jacobian.shape[-2]:
-        return jacobian.new_zeros(jacobian.shape[:-2] + jacobian.shape[-1:])
-    largest = jacobian.abs().amax(-2)
-    safe = torch.where(largest > 0, largest, 1.0)
-    norms: Tensor = safe * torch.linalg.vector_norm(jacobian / safe.unsqueeze(-2), dim=-2)
-    return norms
-
-
-def damped(values: Tensor, parts: Tensor, damping: Tensor | float) -> Tensor:
-    """The minimizer of |S t + c|^2 + damping |t|^2 for a diagonal S = ``values`` >= 0; zero where S and damping are."""
-    bottom = values.square() + damping
-    return torch.where(bottom > 0, -values * parts / torch.where(bottom > 0, bottom, 1.0), 0.0)
-
-
-def damping_for(values: Tensor, parts: Tensor, radius: Tensor) -> Tensor:
-    """The least damping >= 0 with which ``damped`` is no longer than a radius.
-
-    Newton's method on 1 / |t(damping)| = 1 / radius, which is concave. From where no entry of t is longer than the
-    radius, a lower bound, it rises to the solution and never passes it.
-
-    Args:
-        values: singular values, shape (..., N).
-        parts: coefficients of the residuals, shape (..., N).
-        radius: > 0, shape (...).
-    Returns:
-        Shape (...).
-    Source: Moré 1978, section 5, https://doi.org/10.1007/BFb0067700
-    """
-    radius = radius.unsqueeze(-1)
-    if not values.shape[-1]:
-        return torch.zeros_like(radius).squeeze(-1)
-    damping = ((values * parts).abs() / radius - values.square()).amax(-1, keepdim=True).clamp(min=0.0)
-    for _ in range(MAX_SECULAR):
-        t = damped(values, parts, damping)
-        norm = torch.linalg.vector_norm(t, dim=-1, keepdim=True)
-        bottom = values.square() + damping
-        bend = (t.square() / torch.where(bottom > 0, bottom, 1.0)).sum(-1, keepdim=True)
-        rise = (norm / radius - 1) * norm.square() / torch.where(bend > 0, bend, 1.0)
-        higher = torch.where((norm > radius) & (bend > 0), damping + rise, damping)
-        if not bool((higher > damping * (1 + SECULAR_ROUNDING)).any()):
-            break
-        damping = torch.maximum(higher, damping)
-    return damping.squeeze(-1)
-
-
-class Spectrum(NamedTuple):
-    """A triangle A and a vector b by the singular value decomposition of A.
-
-    Attributes:
-        values: singular values, descending; those within rounding of zero are zero.
-        parts: coefficients of b in the left singular vectors.
-        rows: right singular vectors.
-    """
-
-    values: Tensor
-    parts: Tensor
-    rows: Tensor
-
-
 class DenseGaussNewton:
     """The model with a dense Jacobian, of any rank, and its exact minimizers.
 
@@ -154,11 +100,8 @@ class DenseGaussNewton:
         self.grad = jacobian.T.mv(residuals)
         self.scale = scale.double().cpu()
         self.damping = 0.0
-        largest = float(residuals.abs().amax()) if residuals.numel() else 0.0
-        self._unit = largest if largest > 0 else 1.0  # residuals in units of the largest: their squares may overflow
-        both = torch.cat([jacobian / scale, (residuals / self._unit).unsqueeze(1)], dim=1)
-        triangle = (torch.linalg.qr(both, mode="r")[1] if len(both) else both).double().cpu()
-        self._triangle, self._right = triangle[:, :-1], triangle[:, -1]
+        matrix, right, unit = triangle_of(jacobian, residuals, scale)
+        self._triangle, self._right, self._unit = matrix.cpu(), right.cpu(), float(unit)
         self._rounding = max(jacobian.shape) * torch.finfo(jacobian.dtype).eps
         self._curvature = curvature
         self._box: tuple[Tensor, Tensor] | None = None
@@ -168,24 +111,13 @@ class DenseGaussNewton:
     @cached_property
     def plain_spectrum(self) -> Spectrum:
         """That of the scaled Jacobian and the residuals in their unit, without curvature."""
-        left, values, rows = torch.linalg.svd(self._triangle, full_matrices=False)
-        return Spectrum(torch.where(values > self._rounding * values[:1], values, 0.0), left.T.mv(self._right), rows)
+        return spectrum_of(self._triangle, self._right, self._rounding)
 
     @cached_property
     def _spectrum(self) -> Spectrum:
         if self._curvature is None:
             return self.plain_spectrum
-        # V S V' in units of the singular values: H = V s (1 + E) s V', so that J'J is never formed.
-        values, parts, rows = self.plain_spectrum
-        values = torch.maximum(values, self._rounding * values[:1]) if float(values.sum()) > 0 else values + 1
-        scaled = rows / self.scale
-        relative = scaled @ self._curvature @ scaled.T / values.unsqueeze(1) / values
-        if not bool(relative.isfinite().all()):
-            return self.plain_spectrum
-        eigenvalues, vectors = torch.linalg.eigh(relative + torch.eye(len(values), dtype=torch.float64))
-        roots = eigenvalues.abs().clamp(min=LEAST_EIGENVALUE).sqrt()
-        left, values, rows = torch.linalg.svd(roots.unsqueeze(1) * (vectors.T * values) @ rows, full_matrices=False)
-        return Spectrum(values, left.T.mv(vectors.T.mv(parts) / roots), rows)
+        return curved_spectrum(self.plain_spectrum, self.scale, self._curvature, self._rounding)
 
     def length(self, step: Tensor) -> float:
         return float(torch.linalg.vector_norm(step.double().cpu() * self.scale))
@@ -226,15 +158,13 @@ class DenseGaussNewton:
     def correction(self, bend: Tensor) -> Tensor:
         values, _, rows = self._spectrum
         slope = rows.mv(self.jacobian.T.mv(bend).double().cpu() / self.scale)
-        bottom = values.square() + self.damping
-        t = rows.T.mv(torch.where(bottom > 0, -slope / torch.where(bottom > 0, bottom, 1.0), 0.0))
-        return (t / self.scale).to(self.jacobian)
+        return (rows.T.mv(resolved(values, slope, self.damping)) / self.scale).to(self.jacobian)
 
     def _trial(self, t: Tensor, *, on_boundary: bool) -> TrialStep:
         """A step from D s in units of the largest residual; the decrease is -(g's + s'Hs / 2)."""
         values, parts, rows = self._spectrum
         along = values * rows.mv(t)
-        decrease = -float(along.dot(parts + 0.5 * along)) * self._unit**2
+        decrease = float(fall(along, parts, self._unit))
         norm = float(torch.linalg.vector_norm(t)) * self._unit
         return TrialStep((t * self._unit / self.scale).to(self.jacobian), norm, decrease, on_boundary, False)
 

@@ -1,7 +1,11 @@
-"""The line search: how far to go along a direction, as a pure function of phi(step) -> (value, slope).
+"""The line search: how far to go along a direction, given phi(step) -> (value, slope).
 
 Once phi has been NaN or infinite at a step, every later trial is shorter. The search calls phi at most ``max_eval``
 times, never beyond ``max_step``, and says how it ended.
+
+A search is a row of numbers. ``begin`` fills it in, ``advance`` takes phi at the step that the row asks for. One search
+is a list, and these functions run in Python; those of many problems are rows of an array, and the same functions run
+compiled. What raises in Python only (division by zero, the logarithm of a negative number) is never computed.
 """
 
 from __future__ import annotations
@@ -9,7 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from enum import Enum
-from typing import NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 Phi = Callable[[float], tuple[float, float]]
 
@@ -19,6 +23,7 @@ NARROW = 1e-15  # relative width at which a bracket is one point
 TINY = 1e-25  # the same for a bracket that begins at 0, relative to the first trial
 NEAR_NONFINITE = 0.25  # a search that still falls stops when it is relatively this near to a non-finite trial
 MAX_FLAT = 4  # trials in a bracket with the value of the start, to within the noise, before the search gives up
+LARGEST = math.nextafter(math.inf, 0)
 
 
 class Outcome(str, Enum):
@@ -51,6 +56,19 @@ class Trial(NamedTuple):
     step: float
     value: float
     slope: float
+
+
+Row: TypeAlias = Any  # a list of WIDTH numbers, or an array of them
+# OUTCOME is a position in OUTCOMES, or one of the two below. NONFINITE is the smallest step where phi was not finite;
+# FIRST the first where it was; BRACKET and OLDER are the last two widths.
+STEP, OUTCOME, N_EVAL, N_FLAT, NONFINITE, FIRST, BRACKET, OLDER = range(8)
+MAX_STEP, MAX_EVAL, NOISE, C1, C2, GROWTH, VALUE0, SLOPE0 = range(8, 16)
+# Trials, three numbers each. LOWEST: of equals the earliest. An acceptable step lies between LOW, where phi still falls
+# and is not above the start, and HIGH, where it rises or is above the start; infinite while there is none.
+LOWEST, LOW, HIGH, WIDTH = range(16, 28, 3)
+OUTCOMES = list(Outcome)
+FOUND, AT_MAX_STEP, AT_MAX_EVAL, NO_BRACKET, PRECISION, NON_FINITE = map(float, range(6))
+RUNNING, NO_DESCENT = -1.0, -2.0  # the slope at the start is not finite and negative: there is nothing to search
 
 
 def hager_zhang(
@@ -97,92 +115,135 @@ def hager_zhang(
         raise ValueError(f"hager_zhang: c1 < 1/2 and 0 < c1 <= c2 < 1 are needed, got c1={c1} and c2={c2}.")
     if not 0 <= noise < math.inf:
         raise ValueError(f"hager_zhang: noise must be finite and >= 0, got {noise}; 0 means exact values.")
-    line = _Line(phi, Trial(0.0, value, slope), max_step, noise)
-    low = previous = line.start  # still falling, and not above the start
-    high: Trial | None = None  # rising, or above the start: an acceptable step lies between low and high
-    step = min(step, max_step)
-    while line.n_eval < max_eval and step > 0:  # NaN: there is no step left to try
-        trial = line.evaluate(step)
-        if trial is None:
-            high, step = None, line.back_off(low)
-            continue
-        sufficient = trial.value <= value + c1 * trial.step * slope
-        within = trial.value <= value + noise
-        if trial.slope >= c2 * slope and (sufficient or (within and trial.slope <= (2 * c1 - 1) * slope)):
-            return line.end(Outcome.found, trial)
-        # A decrease below the noise cannot be seen in the values: then the slope alone says where to go.
-        if trial.slope < c2 * slope and (sufficient or (within and -slope * trial.step <= 4 * noise)):
-            if trial.step >= max_step:
-                return line.end(Outcome.max_step, trial)
-            previous, low = low, trial
-        else:
-            high = trial
-        if high is None:
-            step = line.ahead(low, _beyond(previous, low, noise), 1.5 * low.step, growth * low.step)
-        else:
-            step = line.inside(low, high, trial, _within(low, high, noise))
-    return line.give_up(step, bracketed=high is not None)
+    search = [0.0] * WIDTH
+    begin(search, value, slope, step, max_step, max_eval, noise, c1, c2, growth)
+    while search[OUTCOME] == RUNNING:
+        step = search[STEP]
+        value, slope = phi(step)
+        advance(search, value, slope)
+    outcome = OUTCOMES[int(search[OUTCOME])]
+    if not (outcome is Outcome.found or outcome is Outcome.max_step):
+        step, value, slope = search[LOWEST : LOWEST + 3]
+    return Search(step, value, slope, int(search[N_EVAL]), outcome)
 
 
-class _Line:
-    """One line: its limits, the trials made on it, and how its bracket has shrunk."""
+def begin(
+    search: Row,
+    value: float,
+    slope: float,
+    step: float,
+    max_step: float,
+    max_eval: float,
+    noise: float,
+    c1: float = 1e-4,
+    c2: float = 0.7,
+    growth: float = 10.0,
+) -> None:
+    """Begin a search in a row, whatever it held; the arguments are those of ``hager_zhang``."""
+    search[STEP], search[N_EVAL], search[N_FLAT] = min(step, max_step), 0.0, 0.0
+    search[OUTCOME] = RUNNING if -math.inf < slope < 0 else NO_DESCENT
+    search[NONFINITE], search[FIRST], search[BRACKET], search[OLDER] = math.inf, math.nan, math.inf, math.inf
+    search[MAX_STEP], search[MAX_EVAL], search[NOISE] = max_step, max_eval, noise
+    search[C1], search[C2], search[GROWTH] = c1, c2, growth
+    search[VALUE0], search[SLOPE0] = value, slope
+    for at in (LOWEST, LOW):
+        search[at], search[at + 1], search[at + 2] = 0.0, value, slope
+    search[HIGH] = math.inf
 
-    def __init__(self, phi: Phi, start: Trial, max_step: float, noise: float) -> None:
-        self.phi, self.start, self.max_step, self.noise = phi, start, max_step, noise
-        self.trials = [start]
-        self.nonfinite = math.inf  # the smallest step at which phi was not finite
-        self.n_eval = self.n_flat = 0
-        self.width = self.older = math.inf
 
-    def evaluate(self, step: float) -> Trial | None:
-        """Call phi; None where it is not finite."""
-        self.n_eval += 1
-        value, slope = self.phi(step)
-        if not (math.isfinite(value) and math.isfinite(slope)):
-            self.nonfinite = step
-            return None
-        self.trials.append(Trial(step, value, slope))
-        return self.trials[-1]
+def advance(search: Row, value: float, slope: float) -> None:
+    """Take phi at the step that the search asks for. Then it asks for another one, or has ended."""
+    step, slope0, noise = search[STEP], search[SLOPE0], search[NOISE]
+    search[N_EVAL] += 1.0
+    if not (math.isfinite(value) and math.isfinite(slope)):
+        search[NONFINITE], search[HIGH] = step, math.inf
+        _go_on(search, _back_off(search))
+        return
+    if math.isnan(search[FIRST]):
+        search[FIRST] = step
+    if value < search[LOWEST + 1]:
+        search[LOWEST], search[LOWEST + 1], search[LOWEST + 2] = step, value, slope
+    sufficient = value <= search[VALUE0] + search[C1] * step * slope0
+    within = value <= search[VALUE0] + noise
+    is_flat = slope >= search[C2] * slope0
+    if is_flat and (sufficient or (within and slope <= (2 * search[C1] - 1) * slope0)):
+        search[OUTCOME] = FOUND
+        return
+    # A decrease below the noise cannot be seen in the values: then the slope alone says where to go.
+    falls = not is_flat and (sufficient or (within and -slope0 * step <= 4 * noise))
+    if falls and step >= search[MAX_STEP]:
+        search[OUTCOME] = AT_MAX_STEP
+        return
+    trial = Trial(step, value, slope)
+    previous = low = _trial(search, LOW)
+    if falls:
+        low, high = trial, _trial(search, HIGH)
+        _put(search, LOW, low)
+    else:
+        high = trial
+        _put(search, HIGH, high)
+    if high.step < math.inf:
+        step = _inside(search, low, high, trial, _within(low, high, noise))
+    else:
+        step = _ahead(search, low, _beyond(previous, low, noise))
+    _go_on(search, step)
 
-    def back_off(self, low: Trial) -> float:
-        """A tenth of the way from low to the step at which phi was not finite; NaN where there is no room."""
-        step = low.step + 0.1 * (self.nonfinite - low.step)
-        return step if step > low.step else math.nan
 
-    def ahead(self, low: Trial, guess: float, least: float, most: float) -> float:
-        """The next trial beyond low while there is no bracket; NaN where there is no room."""
-        if low.step >= (1 - NEAR_NONFINITE) * self.nonfinite:
-            return math.nan
-        most = min(most, low.step + 0.5 * (self.nonfinite - low.step), self.max_step, math.nextafter(math.inf, 0))
-        step = _clip(guess, min(least, most), most)
-        return step if step > low.step else math.nan
+def _go_on(search: Row, step: float) -> None:
+    """Ask for a trial at a step; end where no call is left, or no step to try (NaN)."""
+    search[STEP] = step
+    if step > 0 and search[N_EVAL] < search[MAX_EVAL]:
+        return
+    if search[HIGH] < math.inf:
+        search[OUTCOME] = AT_MAX_EVAL if step > 0 else PRECISION
+    else:
+        search[OUTCOME] = NO_BRACKET if search[NONFINITE] == math.inf else NON_FINITE
 
-    def inside(self, low: Trial, high: Trial, trial: Trial, guess: float) -> float:
-        """The next trial within a bracket, of which trial is the newest end; NaN where there is no room."""
-        if self.is_point(low, high, trial):
-            return math.nan
-        older, self.older, self.width = self.older, self.width, high.step - low.step
-        # The first good step may be many orders of magnitude below the first bad one.
-        least = low.step + (MARGIN if low.step else TINY) * self.width
-        step = _clip(math.nan if self.width > SHRINK * older else guess, least, high.step - MARGIN * self.width)
-        return step if low.step < step < high.step else math.nan
 
-    def is_point(self, low: Trial, high: Trial, trial: Trial) -> bool:
-        """Whether a bracket has shrunk to rounding, in its width or in its values."""
-        self.n_flat += abs(trial.value - self.start.value) <= self.noise
-        point = max(NARROW * high.step, TINY * self.trials[1].step)
-        return high.step - low.step <= point or self.n_flat >= MAX_FLAT
+def _back_off(search: Row) -> float:
+    """A tenth of the way from low to the step at which phi was not finite; NaN where there is no room."""
+    low = search[LOW]
+    step = low + 0.1 * (search[NONFINITE] - low)
+    return step if step > low else math.nan
 
-    def end(self, outcome: Outcome, trial: Trial | None = None) -> Search:
-        """The result: the given trial, else the lowest; among equals the earliest."""
-        step, value, slope = trial or min(self.trials, key=lambda trial: trial.value)
-        return Search(step, value, slope, self.n_eval, outcome)
 
-    def give_up(self, step: float, bracketed: bool) -> Search:
-        """The result where no call is left, or no step to try."""
-        if bracketed:
-            return self.end(Outcome.max_eval if step > 0 else Outcome.precision)
-        return self.end(Outcome.no_bracket if self.nonfinite == math.inf else Outcome.non_finite)
+def _ahead(search: Row, low: Trial, guess: float) -> float:
+    """The next trial beyond low while there is no bracket; NaN where there is no room."""
+    nonfinite = search[NONFINITE]
+    if low.step >= (1 - NEAR_NONFINITE) * nonfinite:
+        return math.nan
+    most = min(search[GROWTH] * low.step, low.step + 0.5 * (nonfinite - low.step), search[MAX_STEP], LARGEST)
+    step = _clip(guess, min(1.5 * low.step, most), most)
+    return step if step > low.step else math.nan
+
+
+def _inside(search: Row, low: Trial, high: Trial, trial: Trial, guess: float) -> float:
+    """The next trial within a bracket, of which trial is the newest end; NaN where there is no room."""
+    if _is_point(search, low, high, trial):
+        return math.nan
+    older, width = search[OLDER], high.step - low.step
+    search[OLDER], search[BRACKET] = search[BRACKET], width
+    # The first good step may be many orders of magnitude below the first bad one.
+    least = low.step + (MARGIN if low.step else TINY) * width
+    step = _clip(math.nan if width > SHRINK * older else guess, least, high.step - MARGIN * width)
+    return step if low.step < step < high.step else math.nan
+
+
+def _is_point(search: Row, low: Trial, high: Trial, trial: Trial) -> bool:
+    """Whether a bracket has shrunk to rounding, in its width or in its values."""
+    if abs(trial.value - search[VALUE0]) <= search[NOISE]:
+        search[N_FLAT] += 1.0
+    n_flat: float = search[N_FLAT]
+    point = max(NARROW * high.step, TINY * search[FIRST])
+    return high.step - low.step <= point or n_flat >= MAX_FLAT
+
+
+def _trial(search: Row, at: int) -> Trial:
+    return Trial(search[at], search[at + 1], search[at + 2])
+
+
+def _put(search: Row, at: int, trial: Trial) -> None:
+    search[at], search[at + 1], search[at + 2] = trial
 
 
 def _check(value: float, slope: float, step: float, max_step: float, max_eval: int, growth: float) -> None:

@@ -8,7 +8,6 @@ smaller radius without new work on H, so that a rejected step is cheap. Lengths 
 from __future__ import annotations
 
 import math
-import sys
 from collections.abc import Callable, Sequence
 from enum import Enum
 from functools import cached_property
@@ -19,10 +18,18 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from descend.second_order.mathematics.dense_steps import (
+    ROUNDING,
+    definite_minimizers,
+    on_spheres,
+    predicted,
+    rounding,
+    shortest_minimizers,
+    without_noise,
+)
 from descend.second_order.mathematics.space import Space
 
 _CHUNK = 1 << 17  # longer float32 dot products lose digits: on one thread 7e-6 relative at 1 M elements
-_ROUNDING = 8  # a few units in the last place are noise
 
 _Array: TypeAlias = NDArray[np.float64]
 _Scaled: TypeAlias = tuple[_Array, float, Tensor | None]  # a step and its decrease for H and g scaled, eigenvectors
@@ -68,7 +75,7 @@ class DenseModel:
             shapes = f"{tuple(hessian.shape)} and {tuple(grad.shape)}"
             raise ValueError(f"DenseModel: the Hessian must be (N, N) and the gradient (N,), got {shapes}.")
         self._hessian, self._grad = hessian.detach(), grad.detach()
-        self._noise = _ROUNDING * math.sqrt(grad.numel()) * torch.finfo(grad.dtype).eps
+        self._noise = rounding(grad.numel(), torch.finfo(grad.dtype).eps)
         largest = [0.0, 0.0]
         if grad.numel():
             both = (torch.linalg.vector_norm(tensor, math.inf) for tensor in (self._hessian, self._grad))
@@ -93,33 +100,25 @@ class DenseModel:
     @cached_property
     def _newton(self) -> _Scaled | None:
         """The minimizer in all space by Cholesky; None unless H is positive definite."""
-        hessian, grad = self._hessian * 2.0**-self._hessian_exponent, self._grad
-        factor, info = torch.linalg.cholesky_ex(hessian)
-        # What elimination leaves of the diagonal, relative to it: unlike the condition number, blind to bad scaling.
-        pivots = factor.diagonal().square() / hessian.diagonal()
-        half = torch.linalg.solve_triangular(factor, -grad[:, None], upper=False)
-        step = torch.linalg.solve_triangular(factor.mT, half, upper=True)
-        rows = torch.stack([pivots, half[:, 0], step[:, 0], info.to(grad).expand_as(grad)]).cpu().double().numpy()
-        decrease = float(rows[1] @ rows[1]) / 2
-        definite = not rows[3].any() and rows[0].min() > self._noise and math.isfinite(decrease)
-        return (rows[2], decrease, None) if definite else None
+        hessian = self._hessian * 2.0**-self._hessian_exponent
+        step, decrease, is_definite = definite_minimizers(hessian[None], self._grad[None], self._noise)
+        row = torch.cat([step[0], decrease, is_definite]).cpu().numpy()
+        return (row[:-2], float(row[-2]), None) if row[-1] else None
 
     @cached_property
     def _spectrum(self) -> tuple[_Array, _Array, Tensor]:
         """Eigenvalues, ascending, of the scaled H, coefficients of the scaled g, eigenvectors."""
         eigenvalues, vectors = torch.linalg.eigh(self._hessian * 2.0**-self._hessian_exponent)
         values, parts = torch.stack([eigenvalues, vectors.mT @ self._grad]).cpu().double().numpy()
-        flat = np.abs(values) <= self._noise * np.abs(values).max()
-        values[flat] = np.maximum(values[flat], 0.0)
-        parts[flat & (np.abs(parts) <= self._noise * np.linalg.norm(parts))] = 0.0
-        return values, parts, vectors
+        values, parts = without_noise(values[None], parts[None], self._noise)
+        return values[0], parts[0], vectors
 
     @cached_property
     def _shortest(self) -> _Scaled | None:
         """The shortest minimizer in all space by eigenvectors; None if H is indefinite."""
         values, parts, vectors = self._spectrum
-        step = np.divide(-parts, values, out=np.zeros_like(parts), where=parts != 0)
-        return (step, -float(parts @ step) / 2, vectors) if values[0] >= 0 else None
+        step, decrease = shortest_minimizers(values[None], parts[None])
+        return (step[0], float(decrease[0]), vectors) if values[0] >= 0 else None
 
     def _inside(self, minimizer: _Scaled | None, radius: float) -> TrialStep | None:
         if minimizer is None:
@@ -134,42 +133,13 @@ class DenseModel:
 
     def _on_boundary(self, radius: float) -> TrialStep:
         values, parts, vectors = self._spectrum
-        # In units of the radius H is 2**ratio times g; the larger of the two is not scaled.
-        mantissa, exponent = math.frexp(radius)
-        ratio = exponent + self._hessian_exponent - self._grad_exponent
-        larger = max(0, ratio)
-        unit, decrease = _on_unit_sphere(np.ldexp(mantissa * values, ratio - larger), np.ldexp(parts, -larger))
-        predicted = _predicted(mantissa * decrease, exponent + self._grad_exponent + larger, radius)
-        return TrialStep(self._on_device(radius * unit, vectors), radius, predicted, True, bool(values[0] < 0))
+        exponents = np.array([self._hessian_exponent]), np.array([self._grad_exponent])
+        (unit,), (decrease,) = on_spheres(values[None], parts[None], exponents, np.array([radius]))
+        return TrialStep(self._on_device(radius * unit, vectors), radius, float(decrease), True, bool(values[0] < 0))
 
     def _on_device(self, numbers: _Array, vectors: Tensor | None) -> Tensor:
         tensor = torch.from_numpy(numbers).to(self._grad.dtype).to(self._grad.device)
         return tensor if vectors is None else vectors @ tensor
-
-
-def _on_unit_sphere(eigenvalues: _Array, coefficients: _Array) -> tuple[_Array, float]:
-    """Minimizer t of c't + sum(d t^2) / 2 over |t| = 1 where none is inside, and the decrease; d ascends.
-
-    Moré & Sorensen 1983: t = -c / (d + mu), Newton's method on 1 / |t(mu)| = 1. The variable is nu = mu + d[0], the
-    distance from the pole, so that the hard case and its neighbours lose no digit.
-    """
-    gaps, present = eigenvalues - eigenvalues[0], coefficients != 0
-    gap, part = gaps[present], coefficients[present]
-    # No |c| / (gap + nu) exceeds 1 at the solution. From below Newton's method rises to it and never passes.
-    nu = np.max(np.abs(part) - gap, initial=max(0.0, eigenvalues[0]))
-    while True:
-        some = -part / (gap + nu)
-        norm = np.linalg.norm(some)
-        higher = nu + (norm - 1) * norm * norm / np.sum(some * some / (gap + nu))
-        if not higher > nu:
-            break
-        nu = higher
-    unit = np.zeros_like(gaps)
-    unit[present] = some
-    if nu == 0:  # the hard case: g has no part along the lowest eigenvector, which gives what is missing
-        unit[0] = math.sqrt(max(0.0, float((1 - norm) * (1 + norm))))
-    unit /= np.linalg.norm(unit)
-    return unit, float(np.sum((gaps + nu) * unit * unit) + max(0.0, nu - eigenvalues[0])) / 2
 
 
 class End(str, Enum):
@@ -356,7 +326,7 @@ def steihaug(
             return path._ended(End.non_finite)
         largest = max(largest, abs(curvature))
         if not path._follow(direction, turn, scale * slope, curvature):
-            negative = curvature < -_ROUNDING * torch.finfo(grad.dtype).eps * largest
+            negative = curvature < -ROUNDING * torch.finfo(grad.dtype).eps * largest
             return path._ended(End.negative_curvature if negative else End.boundary)
         residual = following
         if scale * math.sqrt(rr) <= tolerance:
@@ -399,5 +369,4 @@ def _check(who: str, least: float = math.ulp(0.0), **numbers: float) -> None:
 
 
 def _predicted(mantissa: float, exponent: int, norm: float) -> float:
-    """The decrease as a finite number, positive for a step that is not zero even where it underflows."""
-    return min(max(float(np.ldexp(mantissa, exponent)), math.ulp(0.0)), sys.float_info.max) if norm > 0 else 0.0
+    return float(predicted(np.float64(mantissa), exponent, norm))

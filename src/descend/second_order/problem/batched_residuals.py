@@ -18,6 +18,7 @@ from descend.second_order.problem.batched_structure import BatchedStructure
 from descend.second_order.problem.objective import free_memory
 
 COPIES = 8  # of all Jacobians: trials, current, best and final ones, and the workspace of their factorization
+SMALL = 2**16  # numbers in all Jacobians up to which one backward pass for all columns is faster
 
 
 class BatchedResiduals(BatchedObjective):
@@ -28,9 +29,10 @@ class BatchedResiduals(BatchedObjective):
         rho: the loss, of tensors of any shape; None for squares.
         loss_scale: size of a residual from which the loss grows more slowly than its square.
     Attributes:
+        needed_below: costs (K,), above all of which no Jacobians are needed; None if they always are.
         n_residuals: M, the real numbers among the residuals of one problem; None before the first evaluation.
-        fits: the last evaluation, (K, M, n + 2): Jacobians and residuals as the cost is modelled by squares, and the
-            residuals before the loss.
+        fits: the last evaluation, (K, n + 2, M): columns of the Jacobian, and residuals, as the cost is modelled by
+            squares, and residuals before the loss; with a loss (K, n + 3, M), with the factors of the rows.
     """
 
     name = "residuals"
@@ -51,27 +53,36 @@ class BatchedResiduals(BatchedObjective):
         self.result_spec: Any = None
         self.result_leaves: list[tuple[torch.Size, torch.dtype]] = []  # shape without the first dimension
         self.columns_work: bool | None = None  # not known yet
+        self.batches_work = True  # as far as is known
+        self.needed_below: Array | None = None
 
     def evaluate(self, x: Array) -> tuple[Array, Array, Array]:
-        """Costs in float64, gradients, and their largest (projected) absolute entries; (K,), (K, n) and (K,)."""
+        """Costs in float64, gradients, and their largest (projected) absolute entries; (K,), (K, n) and (K,).
+
+        Gradients are zero where no Jacobians are needed.
+        """
         point = tensor_of(x)
         with torch.enable_grad():
             leaf, version = point.detach().requires_grad_(), point._version
             flat, _ = self._values(leaf, self.leaves)
-            jacobians, residuals = self._jacobians(flat, leaf), flat.detach()
+            residuals, n = flat.detach(), leaf.shape[1]
+            value = cost(residuals, self.rho, self.loss_scale).double()
+            fits = point.new_empty(len(point), n + 2 + (self.rho is not None), residuals.shape[1])
+            if self.needed_below is None or bool((value <= tensor_of(self.needed_below)).any()):
+                self._set_jacobians(fits[:, :n], flat, leaf)
+            else:
+                fits[:, :n] = 0.0
         if point._version != version:
             raise RuntimeError(f"{self.who}: residuals changed their argument in place. Let them work on a copy.")
-        rows = residuals
+        fits[:, n] = fits[:, n + 1] = residuals
         if self.rho is not None:
-            rows, factors = scaled_rows(residuals, self.rho, self.loss_scale)
-            jacobians = jacobians * factors.unsqueeze(2)
-        grad = (rows.unsqueeze(1) @ jacobians).squeeze(1)
-        self.fits = array_of(torch.cat([jacobians, rows.unsqueeze(2), residuals.unsqueeze(2)], 2))
-        norm_of = slope = array_of(grad)
+            fits[:, n], fits[:, n + 2] = scaled_rows(residuals, self.rho, self.loss_scale)
+            fits[:, :n] *= fits[:, n + 2 :]
+        self.fits = array_of(fits)
+        norm_of = slope = array_of((fits[:, :n] @ fits[:, n].unsqueeze(2)).squeeze(2))
         if self.lower is not None:
             xp: Any = library(x)
             norm_of = xp.maximum(xp.minimum(slope, x - self.lower), x - self.upper)
-        value = cost(residuals, self.rho, self.loss_scale).double()
         return array_of(value), slope, largest_entries(norm_of)
 
     def tree_of(self, residuals: Tensor) -> Any:
@@ -132,17 +143,16 @@ class BatchedResiduals(BatchedObjective):
         flats = [part.reshape(count, part[:1].numel()).to(whole.device, whole.dtype) for part in parts]
         return torch.cat([torch.zeros(count, 0, dtype=whole.dtype, device=whole.device), *flats], 1)
 
-    def _jacobians(self, residuals: Tensor, leaf: Tensor) -> Tensor:
-        """(K, M, n): a backward pass of each residual's sum over the problems, or of each variable's, if fewer."""
+    def _set_jacobians(self, columns: Tensor, residuals: Tensor, leaf: Tensor) -> None:
+        """Set (K, n, M): a backward pass of each residual's sum over the problems, or of each variable's, if fewer."""
         n_rows, n_columns = residuals.shape[1], leaf.shape[1]
         if not n_rows or not n_columns:
-            return leaf.detach().new_zeros(len(leaf), n_rows, n_columns)
+            return
         self._check_fits(residuals, n_columns)
         depends = residuals.requires_grad
-        if n_columns < n_rows and depends and self.columns_work is not False:
-            columns = self._by_columns(residuals, leaf)
-            if columns is not None:
-                return columns
+        by_columns = n_columns < n_rows and depends and self.columns_work is not False
+        if by_columns and self._set_by_columns(columns, residuals, leaf):
+            return
         rows = [_grad(residuals[:, row].sum(), leaf) if depends else None for row in range(n_rows)]
         if all(row is None for row in rows):
             if bool(residuals.isfinite().any()):
@@ -150,8 +160,9 @@ class BatchedResiduals(BatchedObjective):
                     f"{self.who}: residuals do not depend on x0 as far as autograd can see: compute them with torch "
                     "operations, without detach(), item() or no_grad()."
                 )
-            return leaf.detach().new_full((len(leaf), n_rows, n_columns), math.nan)
-        return torch.stack([torch.zeros_like(leaf) if row is None else row for row in rows], 1).detach()
+            columns.fill_(math.nan)
+        else:
+            columns.copy_(torch.stack([torch.zeros_like(leaf) if row is None else row for row in rows], 2).detach())
 
     def _check_fits(self, residuals: Tensor, n_columns: int) -> None:
         needed = COPIES * residuals.numel() * (n_columns + 2) * residuals.element_size()
@@ -162,8 +173,8 @@ class BatchedResiduals(BatchedObjective):
                 "fewer problems at once, or minimize(batched=True) on the sums of squares."
             )
 
-    def _by_columns(self, residuals: Tensor, leaf: Tensor) -> Tensor | None:
-        """J by columns: J'u is linear in u, and the derivative of an entry by u is a column. None where that fails.
+    def _set_by_columns(self, columns: Tensor, residuals: Tensor, leaf: Tensor) -> bool:
+        """Set J by columns: J'u is linear in u, and the derivative of an entry by u is a column. Whether that works.
 
         Operations whose backward pass has no derivative raise an error, or cut the graph silently. The first Jacobians
         are therefore compared with a plain backward pass.
@@ -172,23 +183,45 @@ class BatchedResiduals(BatchedObjective):
         try:
             product = _grad((residuals * weights).sum(), leaf, create_graph=True)
             if product is None or not product.requires_grad:
-                return None
-            columns = [_grad(product[:, column].sum(), weights) for column in range(leaf.shape[1])]
+                return False
+            self._differentiate(columns, product, weights)
         except RuntimeError:
             if self.columns_work:
                 raise
             self.columns_work = False
-            return None
-        found = [torch.zeros_like(residuals) if column is None else column for column in columns]
-        jacobians = torch.stack(found, 2).detach()
+            return False
         if self.columns_work is None:
             n_rows = residuals.shape[1]
-            probe = torch.linspace(0.5, 1.5, n_rows, dtype=leaf.dtype, device=leaf.device).expand_as(residuals)
+            probe = torch.linspace(0.5, 1.5, n_rows, dtype=leaf.dtype, device=leaf.device)
             weighted = (residuals * probe).sum()  # torch imports a lot before it takes gradients of matrices
-            error = ((probe.unsqueeze(1) @ jacobians).squeeze(1) - _grad(weighted, leaf)).abs()
-            noise = math.sqrt(self.eps) * (probe.unsqueeze(1) @ jacobians.abs()).squeeze(1)
+            error = (columns @ probe - _grad(weighted, leaf)).abs()
+            noise = math.sqrt(self.eps) * (columns.abs() @ probe)
             self.columns_work = not bool((error > noise).any())  # NaN is no evidence
-        return jacobians if self.columns_work else None
+        return self.columns_work
+
+    def _differentiate(self, columns: Tensor, product: Tensor, weights: Tensor) -> None:
+        """Set columns to the derivatives of the entries of J'u by u."""
+        if columns.numel() <= SMALL and self.batches_work:
+            total = product.sum()
+
+            def derivative(unit: Tensor) -> Tensor:
+                # As grad_outputs=unit would, for which torch imports for a third of a second.
+                handle = product.register_hook(lambda grad: unit)  # type: ignore[no-untyped-call]
+                try:
+                    found = _grad(total, weights)
+                finally:
+                    handle.remove()
+                return torch.zeros_like(weights) if found is None else found
+
+            units = torch.eye(product.shape[1], dtype=product.dtype, device=product.device)
+            try:
+                columns.copy_(torch.vmap(derivative, out_dims=1)(units.unsqueeze(1).expand(-1, *product.shape)))
+                return
+            except RuntimeError:  # some operations cannot be batched
+                self.batches_work = False
+        for column in range(product.shape[1]):
+            found = _grad(product[:, column].sum(), weights)
+            columns[:, column] = 0.0 if found is None else found.detach()
 
 
 def _grad(output: Tensor, leaf: Tensor, create_graph: bool = False) -> Any:

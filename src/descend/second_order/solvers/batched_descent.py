@@ -6,11 +6,10 @@ from collections.abc import Callable
 
 import numpy as np
 
-from descend.second_order.mathematics.arrays import cast, full
-from descend.second_order.mathematics.batched_box import box_directions, clamp, max_feasible_steps
-from descend.second_order.mathematics.batched_directions import CompactInverses, ManyDirections
-from descend.second_order.mathematics.batched_line_search import clip_above
+from descend.second_order.mathematics.arrays import clip_above, full
+from descend.second_order.mathematics.batched_directions import Learner, ManyDirections
 from descend.second_order.mathematics.space import Array
+from descend.second_order.solvers.batched_box import BoxedModels
 from descend.second_order.solvers.batched_run import NONE
 from descend.second_order.solvers.batched_search import BatchedSearches, Searches, first_steps
 
@@ -32,31 +31,29 @@ def batched_descent(run: BatchedSearches, directions: ManyDirections) -> None:
     repeat_searches(run, directions, propose)
 
 
-def batched_bounded_descent(run: BatchedSearches, inverses: CompactInverses) -> None:
+def batched_bounded_descent(run: BatchedSearches, models: BoxedModels) -> None:
     """Minimize inside the bounds until every problem has a reason to stop.
 
     Args:
         run: started; its ends are the results.
-        inverses: gives the quadratic models; learns from every step.
+        models: learn from every step.
     """
 
     @np.errstate(all="ignore")
     def propose(where: Array) -> Searches:
-        choose, lower, upper = run.xp.where, run.objective.lower, run.objective.upper
-        low, high = lower - run.x, upper - run.x
-        is_steepest = inverses.is_steepest
-        is_boxed = run.xp.isfinite(low).all(1) & run.xp.isfinite(high).all(1)
-        lengths = choose(is_boxed & (run.failed == NONE), 1.0, first_steps(run.value, run.grad, run.norm))
-        steepest = clamp(-cast(lengths, run.x)[:, None] * run.grad, low, high)
-        directions = box_directions(inverses, run.grad, low, high, where & ~is_steepest)
-        directions = choose(is_steepest[:, None], steepest, directions)
-        steps = full(run.x, run.count, 1.0)
-        return Searches(directions, steps, clip_above(max_feasible_steps(directions, low, high), run.largest_step))
+        lower, upper, is_steepest = run.objective.lower, run.objective.upper, models.is_steepest
+        lengths = full(run.x, run.count, 1.0)
+        if bool(is_steepest.any()):
+            is_boxed = run.xp.isfinite(lower).all(1) & run.xp.isfinite(upper).all(1)
+            is_one = is_boxed & (run.failed == NONE)
+            lengths = run.xp.where(is_one, lengths, first_steps(run.value, run.grad, run.norm))
+        directions, longest = models.directions(where, run.x, run.grad, lower, upper, lengths)
+        return Searches(directions, full(run.x, run.count, 1.0), clip_above(longest, run.largest_step))
 
-    repeat_searches(run, inverses, propose)
+    repeat_searches(run, models, propose)
 
 
-def repeat_searches(run: BatchedSearches, learner: ManyDirections, propose: Callable[[Array], Searches]) -> None:
+def repeat_searches(run: BatchedSearches, learner: Learner, propose: Callable[[Array], Searches]) -> None:
     """Make round after round until every problem has a reason to stop.
 
     Args:

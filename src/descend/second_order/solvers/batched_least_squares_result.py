@@ -11,7 +11,9 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from descend.second_order.mathematics.gauss_newton import DenseGaussNewton, column_norms
+from descend.second_order.mathematics.covariance import covariance
+from descend.second_order.mathematics.gauss_newton import DenseGaussNewton
+from descend.second_order.mathematics.spectrum import Spectrum, column_norms, spectrum_of, triangle_of
 from descend.second_order.solvers.batched_result import BatchedResult, best_index
 from descend.second_order.solvers.least_squares_result import FIT_MESSAGES, LeastSquaresResult
 from descend.second_order.solvers.result import X
@@ -42,26 +44,42 @@ class BatchedLeastSquaresResult(BatchedResult[X]):
     @cached_property
     def rank(self) -> Tensor:
         """Of the Jacobians, scaled by the norms of their columns, int64, (B,); -1 where one is not finite."""
-        ranks = [-1 if one.rank is None else one.rank for one in self]
-        return torch.tensor(ranks, dtype=torch.int64, device=self.fun.device)
+        return torch.where(self._is_finite, (self._spectrum.values > 0).sum(1), -1)
 
     @cached_property
     def covariance(self) -> Tensor:
         """Those of single results, shape (B, n, n); NaN where a Jacobian is not finite."""
-        missing = self.jac.new_full((self.jac.shape[2],) * 2, torch.nan)
-        found = [missing if one.covariance is None else one.covariance for one in self]
-        return torch.stack([missing, *found])[1:]
+        left = self.jac.shape[1] - self.rank
+        variance = torch.where(self._is_finite & (left > 0), 2 * self.fun / left, torch.nan)
+        values, _, rows = self._spectrum
+        found = covariance(values, rows, self._scale.double(), variance[:, None, None])
+        return torch.where(self._is_finite[:, None, None], found, torch.nan).to(self.jac)
+
+    @cached_property
+    def _is_finite(self) -> Tensor:
+        return self.jac.isfinite().flatten(1).all(1) & self._rows.isfinite().all(1)
+
+    @cached_property
+    def _scale(self) -> Tensor:
+        norms = column_norms(self.jac)
+        return torch.where(norms > 0, norms, 1.0)
+
+    @cached_property
+    def _spectrum(self) -> Spectrum:
+        """Those of the scaled Jacobians; of zeros for Jacobians that are not finite."""
+        jacobians = torch.where(self._is_finite[:, None, None], self.jac / self._scale.unsqueeze(1), 0.0)
+        matrix, right, _ = triangle_of(jacobians, torch.zeros_like(self._rows), torch.ones_like(self._scale))
+        return spectrum_of(matrix, right, max(self.jac.shape[1:]) * torch.finfo(self.jac.dtype).eps)
 
     def __iter__(self) -> Iterator[LeastSquaresResult[X]]:
         return (self[i] for i in range(len(self)))
 
     def __getitem__(self, i: int) -> LeastSquaresResult[X]:
         """The result of one problem. ``time`` is that of all."""
-        given = vars(super().__getitem__(i)) | {"message": self.message[i]}
-        jacobian, norms = self.jac[i], column_norms(self.jac[i])
-        model = None
-        if bool(norms.isfinite().all()) and bool(self._rows[i].isfinite().all()):
-            model = DenseGaussNewton(jacobian, self._rows[i], torch.where(norms > 0, norms, 1.0))
+        given = vars(super().__getitem__(i)) | {"message": FIT_MESSAGES[self.status[i]]}
+        jacobian, model = self.jac[i], None
+        if bool(self._is_finite[i]):
+            model = DenseGaussNewton(jacobian, self._rows[i], self._scale[i])
         return LeastSquaresResult(
             **given,
             residuals=pytree.tree_map(lambda leaf: leaf[i], self.residuals),

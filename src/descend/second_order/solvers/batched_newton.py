@@ -7,22 +7,17 @@ import math
 import numpy as np
 import torch
 
+from descend.second_order.mathematics import newton_rules
 from descend.second_order.mathematics.arrays import cast, full, lengths, positions, row_products, take, tensor_of
-from descend.second_order.mathematics.batched_trust_region import DenseModels, TrialSteps, first_minima
+from descend.second_order.mathematics.batched_trust_region import DenseModels, TrialSteps
+from descend.second_order.mathematics.quartic import first_minima
 from descend.second_order.mathematics.space import Array
 from descend.second_order.solvers.batched_run import NONE, STATUS_CODES, BatchedRun, Trials
 from descend.second_order.solvers.newton_descent import (
-    ACCEPTED,
     BLIND,
     COARSE,
-    EXTENSION,
-    GOOD,
-    GROWTH,
     INITIAL_RADIUS,
-    MAX_EXTENSION,
-    POOR,
     REJECTIONS,
-    SHRINK,
     STALLED,
     STEEP,
     UNBOUNDED,
@@ -151,18 +146,16 @@ class BatchedNewton(BatchedRun):
 
         # Trials.
         judged = ~is_far & ~solves & trials.is_finite
-        is_blind = (self.decrease <= choose(fall == 0, coarse, noise)) & (abs(fall) <= noise)
-        # Slopes have more digits than differences of values.
-        ratio = choose(is_blind, -(self.before + slope) / 2, fall) / self.decrease
-        radius = choose(judged & (ratio < POOR), SHRINK * self.step_norm, self.radius)
-        radius = choose(judged & (ratio > GOOD) & self.on_boundary, GROWTH * self.step_norm, radius)
-        is_accepted = judged & (ratio > ACCEPTED)
-        times, whole_fall = first_minima(fall, self.before, -2 * (self.before + self.decrease), slope)
-        extends = is_accepted & (fall > noise) & (self.n_eval < self.max_eval)
-        extends = extends & (times > 1) & (whole_fall >= (1 + EXTENSION) * fall)
+        ratio, is_blind = newton_rules.judged(fall, self.decrease, self.before + slope, noise, coarse)
+        after = newton_rules.radius_after(self.radius, self.step_norm, ratio, self.on_boundary)
+        radius = choose(judged, after, self.radius)
+        is_accepted = judged & (ratio > newton_rules.ACCEPTED)
+        minimum, whole_fall = first_minima(fall, self.before, -2 * (self.before + self.decrease), slope)
+        times = newton_rules.extension(minimum, whole_fall, fall, noise)
+        extends = is_accepted & (times > 1) & (self.n_eval < self.max_eval)
         is_rejected = ~is_far & ~solves & ~is_accepted
-        shortening = choose(times != times, SHRINK, times.clip(0.1, 0.5))
-        radius = choose(is_rejected, self.step_norm * choose(judged, shortening, 0.1), radius)
+        factor = choose(judged, newton_rules.shortening(minimum), 0.1)
+        radius = choose(is_rejected, self.step_norm * factor, radius)
         self.seen = choose(judged, FINITE, choose(is_rejected & (self.seen == UNSEEN), OUTSIDE, self.seen))
         self.n_rejected, self.n_blind = self.n_rejected + is_rejected, self.n_blind + (is_rejected & judged & is_blind)
 
@@ -181,7 +174,7 @@ class BatchedNewton(BatchedRun):
         is_endless = moves & ~is_unbounded & (distance > self.longest)
         is_unbounded = is_unbounded | (is_endless & (end.norm >= STEEP * self.first_norm))
         self.radius = clip_above(self, radius)
-        self.times = choose(extends, choose(times > MAX_EXTENSION, MAX_EXTENSION, times), 1.0)
+        self.times = choose(extends, times, 1.0)
         moves = moves & ~is_endless & ~is_unbounded
         self.n_negative_curvature = self.n_negative_curvature + (moves & ~self.is_convex)
         self.advance(moves, end, distance)

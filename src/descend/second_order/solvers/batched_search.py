@@ -18,14 +18,23 @@ from descend.second_order.mathematics.arrays import (
     take,
     tensor_of,
 )
-from descend.second_order.mathematics.batched_directions import ManyDirections, modified_secant_factors
-from descend.second_order.mathematics.batched_line_search import CODES, RUNNING, SLOPE, STEP, VALUE, Lines
-from descend.second_order.mathematics.line_search import Outcome
+from descend.second_order.mathematics.batched_directions import Learner, modified_secant_factors
+from descend.second_order.mathematics.line_search import (
+    AT_MAX_STEP,
+    FOUND,
+    NO_BRACKET,
+    NO_DESCENT,
+    NON_FINITE,
+    RUNNING,
+)
 from descend.second_order.mathematics.space import Array
+from descend.second_order.solvers.batched_lines import Lines
 from descend.second_order.solvers.batched_run import NONE, STATUS_CODES, BatchedRun, Trials
 from descend.second_order.solvers.descent import MIN_CURVATURE, VISIBLE
 from descend.second_order.solvers.result import Status
 from descend.second_order.solvers.run import C1, MAX_NONFINITE, MAX_SEARCH, MAX_STEP
+
+STEP, VALUE, SLOPE = 0, 1, 2  # rows of a trial
 
 
 class Searches(NamedTuple):
@@ -82,16 +91,16 @@ class BatchedSearches(BatchedRun):
         return self.xp.minimum(self.xp.maximum(x, self.objective.lower), self.objective.upper)
 
     @np.errstate(all="ignore")
-    def take_trials(self, trials: Trials, learner: ManyDirections) -> Array:
+    def take_trials(self, trials: Trials, learner: Learner) -> Array:
         """Take an evaluation; finish iterations and problems; return where to search anew, (K,)."""
         choose, lines = self.xp.where, self.lines
         x, value, grad, norm, is_finite = trials
-        solves, slope0 = self.solves(trials), lines.start[SLOPE]
-        is_astray = (lines.n_eval == 0) & ~solves & ~((slope0 < 0) & (slope0 > -math.inf))
-        lines.advance(choose(is_finite, value, math.nan), row_products(grad, self.direction), solves)
-        has_ended = (lines.outcome != RUNNING) | is_astray
+        solves, slope0 = self.solves(trials), lines.slope0
+        lines.advance(choose(is_finite, value, math.nan), row_products(grad, self.direction))
+        outcome = choose(solves, FOUND, lines.outcome)  # whatever the conditions say
+        is_astray, has_ended = outcome == NO_DESCENT, outcome != RUNNING
 
-        is_newest = (lines.outcome == CODES[Outcome.found]) | (lines.outcome == CODES[Outcome.max_step])
+        is_newest = (outcome == FOUND) | (outcome == AT_MAX_STEP)
         self._keep_lowest(lines.is_lowest & ~is_newest, x, grad, norm)
         # Near a lower minimum, or without one: the lowest trial, if that is not the start.
         lowest, trial = lines.lowest, lines.trial
@@ -105,11 +114,11 @@ class BatchedSearches(BatchedRun):
             norm = choose(at_lowest, self.lowest_norm, norm)
         end = choose(at_lowest, lowest, trial)
 
-        is_enough = self._sufficient(exists & (end[VALUE] < self.value + C1 * end[STEP] * slope0))
+        is_enough = self._sufficient(outcome, exists & (end[VALUE] < self.value + C1 * end[STEP] * slope0))
         is_sufficient = exists & is_enough
         moves = exists & (is_sufficient | (end[VALUE] < self.value))
-        is_unbounded = has_ended & ~solves & self._are_unbounded(is_astray, moves, end[VALUE])
-        failure = self._failures(moves)
+        is_unbounded = has_ended & ~solves & self._are_unbounded(outcome, moves, end[VALUE])
+        failure = self._failures(outcome, moves)
         self._learn(learner, moves, x, grad, end, slope0)
         self.advance(moves, Trials(x, end[VALUE], grad, norm, is_finite), end[STEP])
 
@@ -128,12 +137,12 @@ class BatchedSearches(BatchedRun):
         return self._without(stop, has_ended, learner)
 
     @np.errstate(all="ignore")
-    def stop_at_start(self, learner: ManyDirections) -> Array:
+    def stop_at_start(self, learner: Learner) -> Array:
         """Finish problems that need no iteration; return where to search, (K,): everywhere else."""
         everywhere = full(self.x, self.count, True)
         return self._without(self.stop_statuses(everywhere, ~everywhere), everywhere, learner)
 
-    def _without(self, stop: Array, has_ended: Array, learner: ManyDirections) -> Array:
+    def _without(self, stop: Array, has_ended: Array, learner: Learner) -> Array:
         """Finish problems; return where the others have to search anew, (K,)."""
         left = self.finish(stop)
         if left is None:
@@ -147,39 +156,36 @@ class BatchedSearches(BatchedRun):
             self.lowest_x[rows], self.lowest_grad[rows] = take(x, rows), take(grad, rows)
             self.lowest_norm = self.xp.where(where, norm, self.lowest_norm)
 
-    def _sufficient(self, has_fallen: Array) -> Array:
+    def _sufficient(self, outcome: Array, has_fallen: Array) -> Array:
         """Whether searches succeeded, or lowered the value enough; not where the function seems unbounded below."""
-        choose, outcome = self.xp.where, self.lines.outcome
-        is_found = outcome == CODES[Outcome.found]
-        is_non_finite = outcome == CODES[Outcome.non_finite]
+        choose, is_found, is_non_finite = self.xp.where, outcome == FOUND, outcome == NON_FINITE
         looks = has_fallen & ~is_found
         self.n_nonfinite = choose(looks, choose(is_non_finite, self.n_nonfinite + 1, 0), self.n_nonfinite)
-        is_endless = (outcome == CODES[Outcome.no_bracket]) & (self.lines.n_eval > MAX_SEARCH)
+        is_endless = (outcome == NO_BRACKET) & (self.lines.n_eval > MAX_SEARCH)
         return is_found | (has_fallen & ~is_endless & (self.n_nonfinite < MAX_NONFINITE))
 
-    def _are_unbounded(self, is_astray: Array, moves: Array, value: Array) -> Array:
+    def _are_unbounded(self, outcome: Array, moves: Array, value: Array) -> Array:
         """Where the function falls without end, from what the searches have met; counts their steps."""
-        choose, lines, outcome = self.xp.where, self.lines, self.lines.outcome
-        is_wall = outcome == CODES[Outcome.non_finite]
-        is_last = (outcome == CODES[Outcome.max_step]) & (lines.trial[STEP] == self.largest_step)
+        choose, lines, is_wall = self.xp.where, self.lines, outcome == NON_FINITE
+        is_last = (outcome == AT_MAX_STEP) & (lines.trial[STEP] == self.largest_step)
         is_endless = (is_wall & (self.has_met_minus_infinity | self.is_deep(value))) | is_last
         is_unbounded = self.fall_without_end(moves, is_endless)
-        is_unbounded = is_unbounded | ((outcome == CODES[Outcome.no_bracket]) & self.is_deep(value))
+        is_unbounded = is_unbounded | ((outcome == NO_BRACKET) & self.is_deep(value))
         is_unbounded = choose(moves, is_unbounded, self.meets_infinity(is_wall))
-        is_steep = (lines.start[SLOPE] == -math.inf) & self.is_deep(self.value)
-        return choose(is_astray, is_steep, is_unbounded)
+        is_steep = (lines.slope0 == -math.inf) & self.is_deep(self.value)
+        return choose(outcome == NO_DESCENT, is_steep, is_unbounded)
 
-    def _failures(self, moves: Array) -> Array:
+    def _failures(self, outcome: Array, moves: Array) -> Array:
         """Why searches failed, where they did."""
         noise = self.xp.where(self.lines.noise > self.tiny, self.lines.noise, self.tiny)
-        is_rounding = (self.predicted <= VISIBLE * noise) & (self.lines.start[SLOPE] <= 0)
+        is_rounding = (self.predicted <= VISIBLE * noise) & (self.lines.slope0 <= 0)
         failure = self.xp.where(
             is_rounding, STATUS_CODES[Status.precision_limit], STATUS_CODES[Status.line_search_failed]
         )
-        is_outside = (self.lines.outcome == CODES[Outcome.non_finite]) & ~moves
+        is_outside = (outcome == NON_FINITE) & ~moves
         return self.xp.where(is_outside, STATUS_CODES[Status.non_finite], failure)
 
-    def _learn(self, learner: ManyDirections, moves: Array, x: Array, grad: Array, end: Array, slope0: Array) -> None:
+    def _learn(self, learner: Learner, moves: Array, x: Array, grad: Array, end: Array, slope0: Array) -> None:
         """Show steps to the learner, where the slope rose along them."""
         slope, step = end[SLOPE], end[STEP]
         rise = slope - slope0

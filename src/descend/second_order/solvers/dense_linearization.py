@@ -7,11 +7,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from descend.second_order.mathematics.gauss_newton import DenseGaussNewton, column_norms
+from descend.second_order.mathematics.fit_rules import uses_curvature
+from descend.second_order.mathematics.gauss_newton import DenseGaussNewton
 from descend.second_order.mathematics.secant_curvature import secant_update
+from descend.second_order.mathematics.spectrum import column_norms
 from descend.second_order.problem.residuals import ResidualObjective, ResidualPoint
-
-BETTER = 0.5  # error of a model, relative to the other's, that decides for it
 
 
 class _Last(NamedTuple):
@@ -83,11 +83,7 @@ class DenseLinearization:
         straight = -float(before.grad.dot(step) + 0.5 * along.dot(along))
         double = step.double().cpu()
         missing = 0.5 * float(double.dot(self._curvature.mv(double)))
-        errors = abs(fall - straight), abs(fall - (straight - missing))
-        if missing == 0 or errors[0] < BETTER * errors[1]:
-            self._is_curved = False
-        elif errors[1] < BETTER * errors[0]:
-            self._is_curved = True
+        self._is_curved = uses_curvature(self._is_curved, missing, straight, fall)
         change = grad - before.grad
         if self.objective.rho is None:
             structured = grad - before.jacobian.T.mv(residuals)

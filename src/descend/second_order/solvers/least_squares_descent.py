@@ -8,6 +8,7 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from descend.second_order.mathematics.fit_rules import LONGEST_CORRECTION, is_known, longest_retry
 from descend.second_order.mathematics.gauss_newton import LinearModel
 from descend.second_order.mathematics.trust_region import TrialStep
 from descend.second_order.problem.residuals import ResidualObjective, ResidualPoint
@@ -16,9 +17,6 @@ from descend.second_order.solvers.result import Status
 from descend.second_order.solvers.step_control import StepControl
 
 REJECTIONS = 60  # trial steps in one iteration
-LONGEST_CORRECTION = 0.5  # of a step, relative to it
-SHORTEST_RETRY = 0.2  # of a step, relative to it
-ALIGNED = 0.8  # cosine of two steps, the bend along one of which tells about the other
 
 
 class Linearization(Protocol):
@@ -116,12 +114,11 @@ def _step(
                     return Taken(new, new_model, trial.norm)
                 ratio = -math.inf
         is_finite = bool(is_finite) or ratio > -math.inf
-        if failed is None and ratio > -math.inf and (found := _from_trial(model, point, new)) is not None:
-            longest = LONGEST_CORRECTION * found[1] / max(model.length(found[0]), math.ulp(0.0))
-            if longest >= SHORTEST_RETRY:
-                failed = found
-                control.shorten(trial, min(1.0, longest))
-                continue
+        found = _from_trial(model, point, new) if failed is None and ratio > -math.inf else None
+        if found is not None and (retry := longest_retry(found[1], model.length(found[0]))):
+            failed = found
+            control.shorten(trial, retry)
+            continue
         control.reject(trial, ratio)
     return Status.non_finite if is_finite is False else run.stuck_status()
 
@@ -131,7 +128,7 @@ def _from_last(model: LinearModel, trial: TrialStep, last: Bend | None) -> Tenso
     if last is None:
         return None
     share = model.share(trial.step, last.step)
-    if abs(share) * model.length(last.step) < ALIGNED * trial.norm:
+    if not is_known(share, model.length(last.step), trial.norm):
         return None
     correction = model.correction(share**2 * last.residuals)
     return correction if model.length(correction) <= LONGEST_CORRECTION * trial.norm else None

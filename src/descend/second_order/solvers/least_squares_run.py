@@ -9,13 +9,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from descend.second_order.mathematics import fit_rules
 from descend.second_order.mathematics.gauss_newton import LinearModel
 from descend.second_order.problem.residuals import ResidualObjective, ResidualPoint
 from descend.second_order.solvers.budget import Budget
 from descend.second_order.solvers.result import Iteration, Status
 
-NOISE = 10.0  # units in the last place that the cost may be off by
-ROUNDING = 100.0  # units in the last place of x that a step may be too short to matter
 BLIND = 3  # iterations whose falls are within rounding, while the promised one does not become a quarter
 
 
@@ -69,12 +68,8 @@ class LeastSquaresRun(Budget):
         self.history: list[Iteration] = []
 
     def noise(self, point: ResidualPoint, model: LinearModel) -> float:
-        """Rounding error of the cost: of the sum, and of residuals that are small differences of large numbers.
-
-        How large is not known, but rounding x alone changes the residuals by eps |D x|.
-        """
-        size = math.sqrt(2 * abs(point.value))
-        return self.objective.eps * (NOISE * abs(point.value) + size * model.length(point.x))
+        """Rounding error of the cost."""
+        return float(fit_rules.noise(point.value, model.length(point.x), self.objective.eps))
 
     def start(self, point: ResidualPoint, model: LinearModel | None) -> None:
         """Record the first point."""
@@ -119,21 +114,18 @@ class LeastSquaresRun(Budget):
         return self.stuck_status() if self._is_stuck(point, model) else None
 
     def stuck_status(self) -> Status:
-        """Why to stop where no step lowers the cost by more than rounding.
-
-        Residuals are zero that are no larger than what rounding variables of the start's size would make of them.
-        """
+        """Why to stop where no step lowers the cost by more than rounding."""
         best, model = self.best, self.best.model
         if model is None or best.value <= 0:
             return Status.precision_limit
         size = max(model.change(self.first_x), model.change(best.x))
-        is_zero = math.sqrt(2 * best.value) <= NOISE * self.objective.eps * size
+        is_zero = fit_rules.is_rounding(best.value, size, self.objective.eps)
         return Status.converged if is_zero else Status.precision_limit
 
     def _is_stuck(self, point: ResidualPoint, model: LinearModel) -> bool:
         """Whether for ``BLIND`` iterations falls of the cost have been within rounding, and the promise as large."""
         promised = model.newton().decrease
-        if promised > self.noise(point, model) or promised < 0.25 * self.promised:
+        if fit_rules.is_progress(promised, self.noise(point, model), self.promised):
             self.promised, self.n_blind = promised, 0
         else:
             self.n_blind += 1
@@ -147,9 +139,8 @@ class LeastSquaresRun(Budget):
 def is_within(tol: float, model: LinearModel, point: ResidualPoint, eps: float) -> bool:
     """Whether the model's minimizer is within a tolerance; see ``LeastSquaresRun.stop_status``."""
     newton = model.newton()
-    if newton.decrease <= tol**2 * abs(point.value) and not has_underflowed(point):
-        return True
-    if newton.norm <= min(tol, ROUNDING * eps) * model.length(point.x):
+    decrease = math.inf if has_underflowed(point) else newton.decrease
+    if fit_rules.is_within(tol, eps, point.value, decrease, newton.norm, model.length(point.x)):
         return True
     return bool((newton.step.abs() <= tol * point.x.abs()).all())
 

@@ -10,7 +10,9 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from descend.second_order.mathematics.dense_steps import equilibrating
 from descend.second_order.mathematics.directions import CompactInverse
+from descend.second_order.mathematics.newton_rules import ACCEPTED, extension, judged, radius_after, shortening
 from descend.second_order.mathematics.quartic import first_minimum
 from descend.second_order.mathematics.space import Space
 from descend.second_order.mathematics.trust_region import CGPath, DenseModel, End, TrialStep, steihaug
@@ -18,11 +20,6 @@ from descend.second_order.problem.objective import Curved, Point
 from descend.second_order.solvers.result import Status
 from descend.second_order.solvers.run import PATIENCE, Run
 
-ACCEPTED = 1e-4  # ratio of actual to predicted decrease from which a step is accepted
-GOOD, POOR = 0.75, 0.25  # ratios above and below which the radius grows and shrinks
-GROWTH, SHRINK = 2.0, 0.25
-EXTENSION = 0.05  # further decrease predicted beyond a step, relative to its own, for which a longer one is tried
-MAX_EXTENSION = 10.0  # times the step
 INITIAL_RADIUS = 1e10  # before anything is known, relative to the point
 UNBOUNDED = 1e30  # step, relative to the start, at which a function that still falls has no minimum,
 STEEP = 0.1  # if its slope is this times that at the start or steeper; else it may fall towards a finite limit
@@ -36,7 +33,6 @@ PAIRS = 20  # directions of conjugate gradients, with their products, that preco
 KEPT = 20  # directions of a path stored for shorter steps
 PROBES = 20  # products with which negative curvature is looked for where the gradient is zero
 LEAST_CURVATURE = 1e-8  # relative, of a pair
-EQUILIBRATIONS = 5  # each takes the square root of the largest entries, so that they approach 1
 
 
 class Model(Protocol):
@@ -69,9 +65,6 @@ class DenseNewton:
     The region is an ellipsoid whose axes are those of the variables. Their lengths equilibrate the Hessian: its scaled
     rows have nearly equal largest entries, so that the units of the variables do not matter. The volume is that of the
     ball.
-
-    Source: the units: Ruiz 2001, A scaling algorithm to equilibrate both rows and columns norms in matrices,
-        RAL-TR-2001-034.
     """
 
     unit = 1.0
@@ -95,26 +88,12 @@ class _Rescaled:
     """The model in the units in which the Hessian is equilibrated."""
 
     def __init__(self, hessian: Tensor, grad: Tensor) -> None:
-        self.scale = _equilibrating(hessian)
+        (self.scale,) = equilibrating(hessian[None])
         self.inner = DenseModel(hessian / self.scale / self.scale[:, None], grad / self.scale)
 
     def step(self, radius: float) -> TrialStep:
         trial = self.inner.step(radius)
         return trial._replace(step=trial.step / self.scale)
-
-
-def _equilibrating(matrix: Tensor) -> Tensor:
-    """d, of geometric mean 1, such that nonzero rows of matrix / dd' have nearly equal largest entries."""
-    if not len(matrix):
-        return matrix.new_ones(0)
-    rest, logarithms = matrix.abs(), torch.zeros_like(matrix[0])
-    is_zero = rest.amax(1) == 0
-    for _ in range(EQUILIBRATIONS):
-        factor = torch.where(is_zero, 1.0, rest.amax(1).sqrt())
-        rest = rest / factor / factor[:, None]
-        logarithms += factor.log()
-    mean = torch.where(is_zero, torch.nan, logarithms).nanmean().nan_to_num()
-    return torch.where(is_zero, 0.0, logarithms - mean).exp()
 
 
 class NewtonCG:
@@ -328,19 +307,14 @@ def _step(
             return new, radius, trial
         if new.is_finite:
             is_finite, fall = True, point.value - new.value
-            if is_blind := trial.decrease <= (coarse if fall == 0 else noise) and abs(fall) <= noise:
-                fall = -(new.slope_before + new.slope) / 2  # slopes have more digits than differences of values
-            ratio = fall / trial.decrease
-            if ratio > GOOD and trial.on_boundary:
-                radius = GROWTH * trial.norm
-            elif ratio < POOR:
-                radius = SHRINK * trial.norm
+            ratio, is_blind = judged(fall, trial.decrease, new.slope_before + new.slope, noise, coarse)
+            radius = radius_after(radius, trial.norm, ratio, trial.on_boundary)
             if ratio > ACCEPTED:
                 return _extended(run, point, new, trial, radius)
             n_blind += is_blind
             if n_blind >= BLIND:
                 break
-            radius = trial.norm * _shortening(point, new, trial)
+            radius = trial.norm * shortening(_first_minimum(point, new, trial)[0])
         else:
             is_finite = bool(is_finite)
             radius = 0.1 * trial.norm
@@ -364,14 +338,11 @@ def _extended(
 
     Where the Hessian at the minimum is singular, Newton's steps are too short by a constant factor; this recovers it.
     """
-    fall = point.value - new.value
-    minimum = first_minimum(fall, new.slope_before, _curvature(new, trial), new.slope)
-    if minimum is None or fall <= run.noise(point) or run.evaluations_left < 1:
+    if run.evaluations_left < 1:
         return new, radius, trial
-    times, whole_fall = minimum
-    if times <= 1 or whole_fall < (1 + EXTENSION) * fall:
+    times = extension(*_first_minimum(point, new, trial), point.value - new.value, run.noise(point))
+    if times == 1:
         return new, radius, trial
-    times = min(times, MAX_EXTENSION)
     step = trial.step * times
     far = run.evaluate(point.x + step, step, point)
     if not (run.solves(far, point) or (far.is_finite and far.value < new.value)):
@@ -380,15 +351,11 @@ def _extended(
     return far, None if radius is None else max(radius, trial.norm), trial
 
 
-def _shortening(point: Point, new: Point, trial: TrialStep) -> float:
-    """Factor for a rejected step: to the minimum of the interpolating quartic, within limits."""
-    minimum = first_minimum(point.value - new.value, new.slope_before, _curvature(new, trial), new.slope)
-    return SHRINK if minimum is None else min(0.5, max(0.1, minimum[0]))
-
-
-def _curvature(new: Point, trial: TrialStep) -> float:
-    """The model's second derivative along a step, s'Hs, from the decrease -(g's + s'Hs / 2)."""
-    return -2 * (new.slope_before + trial.decrease)
+def _first_minimum(point: Point, new: Point, trial: TrialStep) -> tuple[float, float]:
+    """Where the quartic along a step has its first minimum, and how far it falls to there; NaN without one."""
+    # The model's second derivative along the step, s'Hs, from the decrease -(g's + s'Hs / 2).
+    curvature = -2 * (new.slope_before + trial.decrease)
+    return first_minimum(point.value - new.value, new.slope_before, curvature, new.slope) or (math.nan, math.nan)
 
 
 def _longest(point: Point) -> float:

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from typing import Protocol
 
 from torch import Tensor
 
+from descend.second_order.mathematics.fit_rules import radius_after, shortening
 from descend.second_order.mathematics.gauss_newton import LinearModel
 from descend.second_order.mathematics.trust_region import TrialStep
-
-POOR, GOOD = 0.25, 0.75  # ratios of the fall of the cost to the predicted one
 
 
 class StepControl(Protocol):
@@ -55,14 +53,10 @@ class TrustRegion:
         return model.step(self.radius)
 
     def accept(self, trial: TrialStep, ratio: float) -> None:
-        if ratio < POOR:
-            self.radius = 0.5 * trial.norm
-        elif ratio > GOOD or not trial.on_boundary:
-            self.radius = 2 * trial.norm
+        self.radius = radius_after(self.radius, trial.norm, ratio, trial.on_boundary)
 
     def reject(self, trial: TrialStep, ratio: float) -> None:
-        # To the minimum of the parabola through the slope and both values, within limits.
-        self.shorten(trial, 0.1 if ratio == -math.inf else min(0.5, max(0.1, 0.5 / (1 - ratio))))
+        self.shorten(trial, shortening(ratio))
 
     def shorten(self, trial: TrialStep, factor: float) -> None:
         self.radius = factor * trial.norm
