@@ -145,6 +145,7 @@ OF_ANOTHER_KIND = [
     (SGD, dict(momentum=[0.9]), "Invalid momentum value: [0.9]"),
     (SGD, dict(nesterov=torch.ones(2)), "nesterov must be True or False, got tensor([1., 1.])"),
     (Adam, dict(amsgrad=torch.ones(2)), "amsgrad must be True or False"),
+    (Adam, dict(maximize="no"), "maximize must be True or False, got 'no'"),
     *((kind, dict(betas=0.9), "betas must be 2 numbers, got 0.9") for kind in (NAdam, RAdam, Adamax, Lion)),
     *((kind, dict(betas=(0.9,)), "betas must be 2 numbers, got (0.9,)") for kind in (AdamWScheduleFree, SparseAdam)),
     (Rprop, dict(etas=(0.5, "2")), "etas must be 2 numbers, got (0.5, '2')"),

@@ -173,3 +173,40 @@ def test_jacobian_is_checked() -> None:
     wrong = {"type": "eq", "fun": lambda x: x.sum(), "jac": lambda x: np.ones(5)}
     with pytest.raises(ValueError, match=r"constraints\[0\]: the Jacobian must have shape \(1, 3\), got \(5,\)"):
         scipy_minimize(rosen, [0.5, 0, 0.2], constraints=wrong)
+
+
+@pytest.mark.parametrize(
+    ("constraint", "error", "text"),
+    [
+        (
+            {"type": "eq", "fun": lambda x: None},
+            TypeError,
+            "what fun returns must be an array of real numbers, got None",
+        ),
+        (
+            {"type": "eq", "fun": lambda x: x[: 1 + (x[0] != 0.5)]},
+            ValueError,
+            "as many values at each call, got 2 after 1",
+        ),
+        (
+            NonlinearConstraint(lambda x: x[:2], [0, 0, 0], 1),
+            ValueError,
+            "the lower limit must be one number, or one for",
+        ),
+    ],
+)
+def test_what_constraints_return_is_checked(constraint: Any, error: Any, text: str) -> None:
+    with pytest.raises(error, match=rf"^scipy_minimize: constraints\[0\]: .*{text}"):
+        scipy_minimize(rosen, [0.5, 0, 0.2], constraints=constraint)
+
+
+def test_one_further_argument_need_not_be_a_tuple() -> None:
+    def plane(x: np.ndarray, level: float) -> float:
+        return float(x.sum()) - level
+
+    results = [
+        scipy_minimize(rosen, [0.5, 0, 0.2], constraints={"type": "eq", "fun": plane, "args": args})
+        for args in (2, (2,))
+    ]
+    assert results[0].success
+    assert results[0].x.tolist() == results[1].x.tolist()

@@ -478,6 +478,8 @@ def test_repr_counts_statuses() -> None:
     assert result.message[1].startswith("The function or its gradient is NaN")
     with pytest.raises(IndexError, match="there are 3 problems, got index 3"):
         result[3]
+    with pytest.raises(TypeError, match="index must be an integer, got slice"):
+        result[:2]  # type: ignore[index]
 
 
 # Errors.
@@ -523,6 +525,7 @@ def test_functions_of_other_kinds_are_errors(fun: Any, error: type[Exception], m
         ([torch.zeros(2, 1), torch.zeros(3, 1)], {}, ValueError, r"got shapes \(2, 1\), \(3, 1\)"),
         (torch.zeros(2, 2), dict(method="gd"), ValueError, "batched needs a method of .* got 'gd'"),
         (torch.zeros(2, 2), dict(method="newton-cg"), ValueError, "batched needs a method of"),
+        (torch.zeros(2, 2), dict(method="newton", hvp=print), ValueError, "hvp is for single problems"),
         (torch.zeros(2, 2), dict(method="bfgs", bounds=(0, 1)), ValueError, "bounds is for method='l-bfgs'"),
         (torch.zeros(2, 2), dict(bounds=(torch.zeros(3), None)), ValueError, "broadcast to the shapes of x0"),
         (torch.zeros(2, 2), dict(args=[1]), TypeError, "args must be a tuple"),

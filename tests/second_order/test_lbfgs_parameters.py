@@ -217,6 +217,7 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     (dict(tolerance_change="x"), "tolerance_change must be a number, got 'x'"),
     (dict(line_search_fn="wolfe"), "line_search_fn must be one of .* got 'wolfe'"),
     (dict(weight_decay=-1), "weight_decay must be a number >= 0"),
+    (dict(maximize="no"), "maximize must be True or False, got 'no'"),
     (dict(bounds=(0, 1)), "bounds need line_search_fn='hager_zhang', got None"),
 ]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import pickle
 from typing import Any
 
 import numpy as np
@@ -363,3 +364,16 @@ def test_result_shows_itself() -> None:
     shown = repr(least_squares(decay, vector(1.0, 1.0)))
     for word in ("LeastSquaresResult", "converged", "rank=2", "n_jac="):
         assert word in shown
+
+
+@pytest.mark.parametrize("options", [{}, dict(batched=True), dict(batched="best")], ids=str)
+def test_result_can_be_saved_without_the_function(options: Any) -> None:
+    x0 = {"a": torch.tensor([[0.5, 0.5]]).double(), "b": torch.ones(1, 1).double()}
+    result = least_squares(lambda p: torch.cat([p["a"] ** 2 - 1, p["b"] * p["a"] - 2], 1), x0, **options)
+    loaded = pickle.loads(pickle.dumps(result))
+    if options.get("batched") is True:
+        result, loaded = result[0], loaded[0]
+    assert loaded.standard_errors.keys() == x0.keys()
+    torch.testing.assert_close(loaded.standard_errors, result.standard_errors, rtol=0.0, atol=0.0, equal_nan=True)
+    assert loaded != result  # compared by identity: tensors have no single truth value
+    assert len({result, loaded}) == 2

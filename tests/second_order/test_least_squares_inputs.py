@@ -191,6 +191,8 @@ def test_backward_that_cannot_be_differentiated_is_noticed(function: Any) -> Non
 
 # Refused before anything runs.
 
+OTHER = vector(2.0).requires_grad_()
+
 
 @pytest.mark.parametrize(
     ("options", "error", "words"),
@@ -229,6 +231,8 @@ def test_wrong_options_are_errors(options: dict[str, Any], error: type[Exception
         (lambda x: None, vector(1.0), TypeError, "residuals must return .*NoneType"),
         (lambda x: x > 0, vector(1.0), TypeError, "residuals must return .*bool"),
         (lambda x: x.detach(), vector(1.0), RuntimeError, "do not depend on x0.*autograd.*jac="),
+        (lambda x: x.detach() * OTHER, vector(1.0), RuntimeError, "do not depend on x0"),
+        (lambda x: (x.detach() * OTHER).repeat(3), vector(1.0), RuntimeError, "do not depend on x0"),
     ],
 )
 def test_wrong_functions_are_errors(residuals: Any, x0: Any, error: type[Exception], words: str) -> None:

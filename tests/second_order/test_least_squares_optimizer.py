@@ -279,7 +279,7 @@ def test_nan_at_the_start_is_said(way: dict[str, Any]) -> None:
     [
         (lambda: None, TypeError, "must return real or complex floating point tensors"),
         (lambda: torch.ones(2, dtype=torch.int64), TypeError, "got torch.int64"),
-        (lambda: torch.tensor([1.0]), RuntimeError, "residuals that do not depend on"),
+        (lambda: torch.tensor([1.0]), RuntimeError, "values that do not depend on"),
     ],
 )
 def test_wrong_closures_are_errors(closure: Any, error: type[Exception], words: str) -> None:
@@ -310,6 +310,7 @@ def test_other_shapes_than_before_are_an_error_in_one_step_only() -> None:
         (dict(max_iter=True), "max_iter must be an integer >= 0, got True"),
         (dict(max_eval=0), "max_eval must be an integer >= 1"),
         (dict(tol=math.inf), "tol must be a finite number >= 0"),
+        (dict(tol=10**400), "tol must be a finite number >= 0"),
         (dict(tol=float("nan")), "tol must be a finite number >= 0"),
         (dict(loss_scale=0.0), "loss_scale must be a finite number > 0"),
         (dict(loss_scale="big"), "loss_scale must be a number"),
@@ -320,6 +321,34 @@ def test_wrong_options_are_errors(options: dict[str, Any], words: str) -> None:
         make(vector(1.0), **options)
     with pytest.raises(ValueError, match=r"one problem|must be"):
         LeastSquares([{"params": [nn.Parameter(vector(1.0))]}, {"params": [nn.Parameter(vector(2.0))], **options}])
+
+
+def test_closure_that_is_no_function_is_an_error() -> None:
+    param, optimizer = make(vector(3.0, 4.0))
+    with pytest.raises(TypeError, match="LeastSquares: closure must be a function, got Tensor"):
+        optimizer.step(param - 1)
+
+
+@pytest.mark.parametrize("jac", ["dense", "products"])
+@pytest.mark.parametrize("count", [1, 3])
+def test_residuals_of_another_model_are_an_error(jac: str, count: int) -> None:
+    _, optimizer = make(vector(3.0, 4.0), jac=jac)
+    other = nn.Parameter(vector(1.0, 2.0))
+    with pytest.raises(RuntimeError, match=r"do not depend on the parameters.*those of the model"):
+        optimizer.step(lambda: other.repeat(count) - 1)
+
+
+@pytest.mark.parametrize("jac", ["dense", "products"])
+def test_closure_that_calls_backward_is_an_error(jac: str) -> None:
+    param, optimizer = make(vector(3.0, 4.0), jac=jac)
+
+    def closure() -> Tensor:
+        residuals = param**3 - 1
+        residuals.square().sum().backward()
+        return residuals
+
+    with pytest.raises(RuntimeError, match=r"graph is used up. Return them without calling backward"):
+        optimizer.step(closure)
 
 
 def test_dense_jacobian_that_does_not_fit_is_refused() -> None:

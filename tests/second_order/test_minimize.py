@@ -7,6 +7,7 @@ import math
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import numpy as np
 import pytest
 import scipy.optimize
 import torch
@@ -283,16 +284,17 @@ def test_minimum_is_scipys_or_a_known_one(problem: Problem, name: str) -> None:
         (dict(history_size=0), "history_size must be an integer >= 1, got 0"),
         (dict(method="gd", history_size=3), "history_size is for method='l-bfgs', got method='gd'"),
         (dict(method="newton", bounds=(0, 1)), "bounds is for method='l-bfgs', got method='newton'"),
-        (dict(bounds=0), r"bounds must be \(lower, upper\), got 0"),
-        (dict(bounds=(0, 1, 2)), r"bounds must be \(lower, upper\), got"),
+        (dict(bounds=0), r"bounds must be \(lower, upper\), each .* or None, got 0"),
+        (dict(bounds=(0, 1, 2)), r"bounds must be \(lower, upper\), each .*got \(0, 1, 2\)"),
         (dict(bounds=(1, 0)), "lower <= upper, .*got 1 and 0 at position 0"),
         (dict(bounds=(vector(0, 3), vector(1, 2))), "lower <= upper, .*got 3 and 2 at position 1"),
         (dict(bounds=(0, math.nan)), "without NaN, got 0 and nan"),
         (dict(bounds=(vector(0, math.inf), math.inf)), "got inf and inf at position 1"),
         (dict(bounds=(-math.inf, vector(0, -math.inf))), "got -inf and -inf at position 1"),
-        (dict(bounds=("0", None)), "the lower bound must be numbers or tensors .*got '0'"),
+        (dict(bounds=("0", None)), "the lower bound must be real numbers or tensors .*got '0'"),
         (dict(bounds=(None, vector(0, 0, 0))), r"the upper bound must .*broadcast .*\(2,\).*got"),
-        (dict(bounds=[(0, 1), (0, 1)]), "the lower bound must be one number or tensor .*got"),
+        (dict(bounds=[(0, 1), (0, 1)]), r"the lower bound must be one number or tensor .* x0, \(2,\); got \(0, 1\)"),
+        (dict(bounds=(torch.zeros(2) + 1j, None)), "the lower bound must be real .*got"),
     ],
     ids=lambda value: str(value)[:40],
 )
@@ -302,6 +304,28 @@ def test_wrong_arguments_are_errors(arguments: dict[str, Any], words: str) -> No
 
     with pytest.raises((ValueError, TypeError), match=rf"(?s)minimize: .*{words}"):
         minimize(never, vector(0.0, 0.0), **arguments)
+
+
+def test_fun_must_be_a_function() -> None:
+    with pytest.raises(TypeError, match="fun must be a function, got None"):
+        minimize(None, vector(0.0, 0.0))  # type: ignore[call-overload]
+
+
+def test_numpy_numbers_are_numbers() -> None:
+    limits: dict[str, Any] = dict(tol=np.float32(1e-3), max_iter=np.int64(2), max_eval=np.int32(9))
+    result = minimize(rosenbrock, torch.zeros(6).double(), **limits)
+    assert (result.n_iter, result.status) == (2, "max_iter")
+    assert result.x.equal(minimize(rosenbrock, torch.zeros(6).double(), max_iter=2).x)
+
+
+def test_callback_that_returns_several_truth_values_is_an_error() -> None:
+    with pytest.raises(TypeError, match=r"callback must return True to stop.*got tensor\("):
+        minimize(distance, vector(0.0, 0.0), callback=lambda progress: torch.ones(2))
+
+
+def test_complex_gradient_of_real_variables_is_an_error() -> None:
+    with pytest.raises(ValueError, match=r"the gradient from jac must be real where x0 is, got torch.complex64"):
+        minimize(distance, vector(0.0, 0.0), jac=lambda x: torch.zeros(2, dtype=torch.complex64))
 
 
 def test_complex_numbers_have_no_bounds() -> None:

@@ -59,3 +59,14 @@ def test_args_follow_a_module() -> None:
 def test_args_must_be_a_tuple(args: Any) -> None:
     with pytest.raises(TypeError, match=r"minimize: args must be a tuple .* got .* Write args=\(value,\)"):
         minimize(bowl, vector(0.0), args=args)
+
+
+@pytest.mark.parametrize("transform", [torch.vmap, torch.func.grad])
+@pytest.mark.parametrize("batched", [False, True])
+def test_transforms_of_functions_are_refused(transform: Any, batched: bool) -> None:
+    def solution(center: Tensor) -> Tensor:
+        x0 = torch.zeros(2, 1, dtype=torch.float64) if batched else vector(0.0)
+        return minimize(lambda x: (x - center).square().sum(-1), x0, batched=batched, differentiable=True).x.sum()
+
+    with pytest.raises(RuntimeError, match=r"minimize: torch\.func cannot transform a solver.*batched=True"):
+        transform(solution)(torch.tensor([1.0]) if transform is torch.vmap else torch.tensor(1.0))

@@ -23,7 +23,7 @@ def check_kind(method: object, options: Mapping[str, Any], name: str) -> None:
     kind: Any = type(method)
     default, value = _defaults(kind)[name], options[name]
     if isinstance(default, bool):
-        expected, is_right = "True or False", _converts(bool, value)
+        expected, is_right = "True or False", _converts(bool, value) and not isinstance(value, str | bytes)
     elif isinstance(default, tuple):
         expected = f"{len(default)} numbers"
         is_right = is_sequence(value, len(default)) and all(

@@ -122,7 +122,7 @@ class _Fit:
 
     Args:
         closure: returns the loss and its gradients at the parameters' present values.
-        parameters: what to optimize.
+        parameters: to be optimized, by name.
         bounds: by the parameters' names; others are ignored.
         settings: of ``OPTIONS``.
     """

@@ -13,6 +13,7 @@ from torch.autograd.function import once_differentiable
 
 from descend.second_order.constraints import Constraint
 from descend.second_order.mathematics.differences import SCHEMES, Vector, difference_jacobian, lengths
+from descend.second_order.problem.array_objective import real_vector
 
 
 class ArrayConstraint:
@@ -43,11 +44,25 @@ class ArrayConstraint:
         self.fun, self.jac, self.shape, self.bounds = fun, jac, shape, bounds
         self.lower, self.upper = np.asarray(lower, dtype=np.float64), np.asarray(upper, dtype=np.float64)
         self.relative_step, self.name = relative_step, name
+        self._size: int | None = None  # of the values, once they have been computed
         self._last: tuple[Any, Tensor] | None = None  # the last argument, and the values there
 
     def values(self, x: Vector) -> Vector:
         with torch.enable_grad():
-            return np.array(self.fun(x.reshape(self.shape).copy()), dtype=np.float64).reshape(-1)
+            values = real_vector(self.fun(x.reshape(self.shape).copy()), f"{self.name}: what fun returns")
+        if self._size is None:
+            self._size = values.size
+            for side, end in (("lower", self.lower), ("upper", self.upper)):
+                if end.size not in (1, values.size):
+                    raise ValueError(
+                        f"{self.name}: the {side} limit must be one number, or one for each of {values.size} values of "
+                        f"fun, got {end.size}."
+                    )
+        if values.size != self._size:
+            raise ValueError(
+                f"{self.name}: fun must return as many values at each call, got {values.size} after {self._size}."
+            )
+        return values
 
     def jacobian(self, x: Vector, values: Vector) -> NDArray[np.float64]:
         if isinstance(self.jac, str):
@@ -147,7 +162,8 @@ def _constraint(given: Any, name: str, options: dict[str, Any]) -> ArrayConstrai
         raise ValueError(f"{name} must have 'type' 'eq' or 'ineq' and a function 'fun', got {given!r}.")
     if not (callable(jac) or jac is None or jac in SCHEMES):
         raise TypeError(f"{name}: 'jac' must be a function, one of {SCHEMES} or None, got {jac!r}.")
-    args = tuple(given.get("args", ()))
+    args = given.get("args", ())
+    args = tuple(args) if np.iterable(args) else (args,)
     return ArrayConstraint(
         lambda x: fun(x, *args),
         (lambda x: jac(x, *args)) if callable(jac) else jac or SCHEMES[0],

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from descend.fit.scipy_constrained import constrained_result
 from descend.fit.scipy_constraints import array_constraints
-from descend.fit.scipy_options import LBFGSB, Method, Options, bounds_of_pairs, method_of, options_of
+from descend.fit.scipy_options import LBFGSB, Method, Options, bounds_of_pairs, method_of, options_of, steps_of
 from descend.fit.scipy_result import Reporter, result_of_run
 from descend.second_order.mathematics.dense_inverse import DenseInverse
 from descend.second_order.mathematics.differences import EVALUATIONS, SCHEMES
@@ -67,7 +67,7 @@ def scipy_minimize(
             ``"dogleg"`` (the dense Hessian); ``"SLSQP"``, ``"trust-constr"`` (an augmented Lagrangian). None is SLSQP
             with constraints, else L-BFGS-B with bounds, else BFGS. Default: None.
         jac: a function that returns the gradient; True if ``fun`` returns (value, gradient); ``"2-point"`` or None,
-            or ``"3-point"``, for finite differences, of which each evaluation counts. Newton's methods need a gradient.
+            or ``"3-point"``, for finite differences, whose evaluations all count. Newton's methods need a gradient.
         hess: a function that returns the Hessian, as an array, a sparse matrix or a ``LinearOperator``, for Newton's
             methods.
         hessp: a function of x, a vector and ``args`` that returns the Hessian's product with the vector. With neither,
@@ -79,8 +79,8 @@ def scipy_minimize(
             ``scipy.optimize.NonlinearConstraint`` or ``LinearConstraint``. ``fun`` may be evaluated where they do not
             hold. The gradient and the violations, each divided by the largest entry of its gradient at ``x0`` if that
             exceeds 1, are at most ``gtol`` at the end. Default: none.
-        tol: the tolerance of the gradient, unless ``gtol`` is given; and what ``ftol`` or ``xtol`` is below if rounding
-            ends the run. Default: those of the method.
+        tol: stands for ``gtol`` where that is not given, and for the ``ftol`` or ``xtol`` by which a run that rounding
+            ends is judged: see ``status`` below. Default: those of the method.
         callback: called as ``callback(x)`` after each iteration, or as ``callback(intermediate_result=...)`` if that is
             the name of its parameter; stops the solver by raising ``StopIteration``.
         options: those of SciPy: ``maxiter``, ``gtol``, ``disp``, ``return_all``; ``maxfun``, ``maxcor`` and ``ftol``
@@ -121,6 +121,7 @@ def scipy_minimize(
     array = _start(x0)
     with torch.inference_mode(False), torch.no_grad():
         x = torch.from_numpy(array.reshape(-1))
+        relative_step = steps_of("finite_diff_rel_step", settings.finite_diff_rel_step, len(x), WHO)
         objective = ArrayObjective(
             WHO,
             _with_args(fun, args),
@@ -129,10 +130,10 @@ def scipy_minimize(
             hess=_with_args(hess, args) if callable(hess) else None,
             hessp=None if hessp is None else _with_args(hessp, args),
             bounds=bounds_of_pairs(bounds, x, WHO),
-            absolute_step=settings.eps,
-            relative_step=settings.finite_diff_rel_step,
+            absolute_step=steps_of("eps", settings.eps, len(x), WHO),
+            relative_step=relative_step,
         )
-        conditions = array_constraints(constraints, array.shape, objective.box, settings.finite_diff_rel_step, WHO)
+        conditions = array_constraints(constraints, array.shape, objective.box, relative_step, WHO)
         objective.domain_errors = (np.linalg.LinAlgError, *walls)
         if objective.lower is not None:
             x = torch.clamp(x, objective.lower, objective.upper)
@@ -199,7 +200,7 @@ def _max_eval(method: Method, options: Options, objective: ArrayObjective) -> fl
 def _solve(
     method: Method, run: Run, objective: ArrayObjective, x: Tensor, history_size: int, reporter: Reporter
 ) -> tuple[Status, Any]:
-    """Run the solver; return why it stopped, and what it has learned of the curvature."""
+    """Run the solver; return why it stopped, and its model of the curvature."""
     if method.solver in ("newton", "bfgs"):
         instead = CG_INSTEAD if method.solver == "newton" else f"method='{LBFGSB}'"
         check_dense_fits(f"{WHO}: method='{method.name}'", x, instead, objective.space)

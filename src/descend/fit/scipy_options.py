@@ -1,14 +1,16 @@
-"""SciPy's names of methods, options and bounds, and what they mean here."""
+"""SciPy's methods, options and bounds, and their meaning here."""
 
 from __future__ import annotations
 
 import math
+import reprlib
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal, NamedTuple, TypeAlias
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from descend.core.caller import warn_caller
@@ -73,8 +75,8 @@ class Options:
         maxfun: calls of the function at most, those for differences included.
         gtol: converged when the gradient's norm is at most this.
         ftol: stop when an iteration lowers the value by less than this, relative to max(1, abs(value)).
-        flat: the same where rounding allows no more: a run that ends so, with L-BFGS-B, has succeeded.
-        xtol: the mean absolute entry of the last step of Newton-CG, likewise.
+        flat: a run of L-BFGS-B that rounding ends has succeeded if its last iteration lowered the value by less.
+        xtol: the same for the mean absolute entry of the last step of Newton-CG.
         norm: order of the gradient's norm.
         maxcor: steps from which L-BFGS approximates the Hessian.
         eps, finite_diff_rel_step: absolute and relative lengths of differences.
@@ -143,6 +145,8 @@ def options_of(method: Method, given: Mapping[str, Any] | None, tol: float | Non
     from scipy.optimize import OptimizeWarning
 
     known = (*COMMON, *method.options)
+    if given is not None and not isinstance(given, Mapping):
+        raise TypeError(f"{who}: options must be a dict or None, got {given!r:.80}.")
     given = dict(given or {})
     unknown = [name for name in given if name not in known]
     if unknown:
@@ -153,6 +157,7 @@ def options_of(method: Method, given: Mapping[str, Any] | None, tol: float | Non
         )
     chosen = {name: value for name, value in given.items() if name in known and value is not None}
     if tol is not None:
+        _check_tolerance("tol", tol, who)
         chosen = {"gtol": tol, "flat": tol, "xtol": tol, **chosen}
     if "ftol" in chosen:
         chosen["flat"] = chosen["ftol"]
@@ -169,12 +174,31 @@ def _check(options: Mapping[str, Any], who: str) -> None:
         if not is_whole or value < least or (name == "maxcor" and value == math.inf):
             raise ValueError(f"{who}: option {name} must be an integer >= {least}, got {value!r}.")
     for name in ("gtol", "ftol", "xtol"):
-        value = options.get(name, 0)
-        if not (isinstance(value, int | float | np.number) and 0 <= value < math.inf):
-            raise ValueError(f"{who}: {name} must be a finite number >= 0, got {value!r}.")
+        _check_tolerance(f"option {name}", options.get(name, 0), who)
     order = options.get("norm", 1)
     if not (isinstance(order, int | float | np.number) and order >= 1):
         raise ValueError(f"{who}: option norm must be a number >= 1 or infinity, got {order!r}.")
+
+
+def _check_tolerance(name: str, value: Any, who: str) -> None:
+    if not (isinstance(value, int | float | np.number) and 0 <= value < math.inf):
+        raise ValueError(f"{who}: {name} must be a finite number >= 0, got {value!r}.")
+
+
+def steps_of(name: str, given: Any, numel: int, who: str) -> NDArray[np.float64] | None:
+    """Lengths of finite differences, one for each variable, from an option; None if it is not given.
+
+    Raises:
+        ValueError: if it is neither a number nor as many numbers as there are variables.
+    """
+    if given is None:
+        return None
+    try:
+        return np.broadcast_to(np.asarray(given, dtype=np.float64).reshape(-1), (numel,))
+    except (TypeError, ValueError) as error:
+        raise ValueError(
+            f"{who}: option {name} must be a number, or one for each of {numel} variables, got {given!r:.80}."
+        ) from error
 
 
 def bounds_of_pairs(bounds: Any, x: Tensor, who: str) -> tuple[Tensor, Tensor] | None:
@@ -188,14 +212,19 @@ def bounds_of_pairs(bounds: Any, x: Tensor, who: str) -> tuple[Tensor, Tensor] |
     if hasattr(bounds, "lb") and hasattr(bounds, "ub"):
         sides = [torch.from_numpy(np.array(side, dtype=np.float64).reshape(-1)) for side in (bounds.lb, bounds.ub)]
     else:
-        pairs = [tuple(pair) for pair in bounds]
-        if len(pairs) != len(x) or any(len(pair) != 2 for pair in pairs):
+        ends = (-math.inf, math.inf)
+        try:
+            pairs = [
+                [default if end is None else float(end) for end, default in zip(pair, ends, strict=True)]
+                for pair in bounds
+            ]
+        except (TypeError, ValueError):
+            pairs = []
+        if len(pairs) != len(x):
             raise ValueError(
-                f"{who}: bounds must be {len(x)} pairs (lower, upper), one for each variable, got {bounds!r}."
+                f"{who}: bounds must be {len(x)} pairs (lower, upper) of numbers or None, one for each variable, got "
+                f"{reprlib.repr(bounds)}."
             )
-        sides = [
-            torch.tensor([default if pair[side] is None else float(pair[side]) for pair in pairs], dtype=x.dtype)
-            for side, default in enumerate((-math.inf, math.inf))
-        ]
+        sides = [torch.tensor([pair[side] for pair in pairs], dtype=x.dtype) for side in (0, 1)]
     lower, upper = bounds_of(tuple(sides), Structure(x, who), who)
     return (lower, upper) if bool((torch.isfinite(lower) | torch.isfinite(upper)).any()) else None

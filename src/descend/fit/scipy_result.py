@@ -1,4 +1,4 @@
-"""What SciPy's callers get during a run and at its end."""
+"""SciPy's callbacks during a run, and its result at the end."""
 
 from __future__ import annotations
 
@@ -149,7 +149,7 @@ def inverse_hessian(learner: DenseInverse | CompactInverse | CompactHessian) -> 
 
 
 def print_result(result: Any, disp: bool) -> None:
-    """Print what SciPy prints with ``disp``."""
+    """Print the summary that SciPy prints with ``disp``."""
     if disp:
         print(
             result.message,

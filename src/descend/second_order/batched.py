@@ -11,6 +11,7 @@ import torch
 from descend.second_order.mathematics.arrays import array_of, full, replaced, take, tensor_of
 from descend.second_order.mathematics.batched_directions import CompactInverses, DenseInverses
 from descend.second_order.mathematics.space import Array
+from descend.second_order.problem.arguments import check_args
 from descend.second_order.problem.batched_objective import BatchedObjective
 from descend.second_order.problem.batched_structure import BatchedStructure
 from descend.second_order.problem.bounds import bounds_of, differentiable_bounds
@@ -47,12 +48,13 @@ def minimize_batched(
 ) -> BatchedResult[X]:
     """``minimize(..., batched=True)``, with its arguments; ``tol`` maps the precision to the tolerance."""
     began, records_graph = time.perf_counter(), torch.is_grad_enabled()
-    if method not in METHODS or hvp is not None:
-        what = "no hvp" if hvp is not None else f"a method of {METHODS}"
-        got = "one" if hvp is not None else repr(method)
-        raise ValueError(f"{who}: batched needs {what}, got {got}. Minimize the problems one by one, or leave it out.")
-    if not isinstance(args, tuple):
-        raise TypeError(f"{who}: args must be a tuple of further arguments of fun, got {type(args).__name__}.")
+    if method not in METHODS:
+        raise ValueError(
+            f"{who}: batched needs a method of {METHODS}, got {method!r}. Or minimize the problems one by one."
+        )
+    if hvp is not None:
+        raise ValueError(f"{who}: hvp is for single problems. Leave it out: with batched, autograd gives the Hessians.")
+    check_args(who, args)
     with torch.inference_mode(False), torch.no_grad():
         structure = BatchedStructure(x0, who)
         if method != "l-bfgs":

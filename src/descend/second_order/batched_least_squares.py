@@ -12,6 +12,7 @@ from torch import Tensor
 from descend.second_order.batched import reporter
 from descend.second_order.mathematics.arrays import array_of, tensor_of
 from descend.second_order.mathematics.robust_losses import Rho
+from descend.second_order.problem.arguments import check_args
 from descend.second_order.problem.batched_residuals import BatchedResiduals
 from descend.second_order.problem.batched_structure import BatchedStructure
 from descend.second_order.problem.bounds import bounds_of
@@ -37,8 +38,7 @@ def least_squares_batched(
 ) -> BatchedLeastSquaresResult[X]:
     """``least_squares(..., batched=True)``, with its arguments; ``tol`` maps the precision to the tolerance."""
     began = time.perf_counter()
-    if not isinstance(args, tuple):
-        raise TypeError(f"{who}: args must be a tuple of further arguments of residuals, got {type(args).__name__}.")
+    check_args(who, args)
     with torch.inference_mode(False), torch.no_grad():
         structure = BatchedStructure(x0, who)
         flat, limits = structure.flatten(structure.whole.leaves), None

@@ -1,4 +1,4 @@
-"""The base of ``LBFGS``, ``Newton`` and ``LeastSquares``: what an optimizer needs that calls its closure many times."""
+"""The base of ``LBFGS``, ``Newton`` and ``LeastSquares``: of optimizers that call their closure many times."""
 
 from __future__ import annotations
 
@@ -54,12 +54,12 @@ class ClosureOptimizer(Optimizer, ABC):
         """Take up to ``max_iter`` iterations.
 
         Args:
-            closure: returns the loss at the present parameters; called many times, with gradients enabled. Without it
-                only the state is made.
+            closure: returns the loss (for ``LeastSquares`` the residuals) at the present parameters; called many times,
+                with gradients enabled. Without it only the state is made.
         Returns:
             The loss at the start; None without a closure.
         Raises:
-            TypeError, ValueError, RuntimeError: if the closure returns no real scalar, or gives no gradient. After an
+            TypeError, ValueError, RuntimeError: if the closure returns no such thing, or gives no gradient. After an
                 exception from the closure the parameters are at the last accepted point, and the next step continues
                 from there.
             RuntimeError: if ranks that share the parameters disagree about the optimizer.
@@ -75,6 +75,11 @@ class ClosureOptimizer(Optimizer, ABC):
 
     def _step(self, closure: Callable[[], Any] | None = None) -> Any:
         began = time.perf_counter()
+        if closure is not None and not callable(closure):
+            raise TypeError(
+                f"{type(self).__name__}: closure must be a function, got {type(closure).__name__}. Pass the function "
+                "itself, not what it returns."
+            )
         # Tensors made in inference mode could not be used outside of it later.
         with torch.inference_mode(False), torch.no_grad(), serial_in_forked_child():
             if not any(group["params"] for group in self.param_groups):
@@ -135,7 +140,7 @@ class ClosureOptimizer(Optimizer, ABC):
     def load_state_dict(
         self, state_dict: Mapping[str, Any], *, match: str = "auto", hyperparameters: str = "loaded"
     ) -> None:
-        """Load what ``state_dict`` returned; for ``LBFGS`` also torch's.
+        """Load a ``state_dict``; for ``LBFGS`` also one of torch's.
 
         Everything is copied; tensors keep their dtype if it is wider than this optimizer's own.
 

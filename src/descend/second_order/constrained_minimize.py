@@ -23,7 +23,7 @@ def constraint_functions(constraints: Any, who: str, **others: Any) -> list[Cons
     """The constraints as an objective takes them.
 
     Args:
-        constraints: what ``minimize`` got.
+        constraints: the argument of ``minimize``.
         who: the caller's name, for errors.
         others: arguments that are None unless they were given, and that do not go with constraints.
     Raises:
@@ -85,8 +85,8 @@ def minimize_constrained(
 
     Args:
         problem: the problem.
-        new_descent: makes what minimizes a function without constraints from a point.
-        limits: what ends the run.
+        new_descent: makes a descent, which minimizes a function without constraints from a point.
+        limits: those of the run.
         began: ``time.perf_counter()`` at the start.
     """
     objective = problem.objective

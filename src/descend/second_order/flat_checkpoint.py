@@ -27,7 +27,7 @@ _LEARNED = {
     "gram": "hh",
     "curvatures": "h",
 }
-_BOUNDED = {"steps", "changes", "diagonal"}  # what is learned with bounds
+_BOUNDED = {"steps", "changes", "diagonal"}  # the keys with bounds
 
 
 def check_order(who: str, groups: ParamGroups, saved_groups: ParamGroups, match: str) -> None:

@@ -27,8 +27,8 @@ class FlatProblem(ABC, Generic[X]):
         derivatives: names of the derivatives that the caller gives; they are functions of values. None if empty.
         domain_errors: exceptions that mean that a point is outside the domain of the objective.
     Attributes:
-        tree: what the caller's functions get, if it is set in place.
-        parameters: what is set in place; None for values.
+        tree: ``x0``, which the caller's functions get if it is set in place.
+        parameters: those that are set in place; None for values.
         start: flat, within the bounds.
     """
 
@@ -130,8 +130,14 @@ class FlatProblem(ABC, Generic[X]):
             )
             try:
                 with torch.enable_grad():
-                    return bool(callback(progress))
+                    answer = callback(progress)
             except StopIteration:
                 return True
+            try:
+                return bool(answer)
+            except (RuntimeError, ValueError) as error:
+                raise TypeError(
+                    f"{self.who}: callback must return True to stop, False or None to go on, got {answer!r:.80}."
+                ) from error
 
         return report

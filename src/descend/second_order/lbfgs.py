@@ -114,6 +114,7 @@ class LBFGS(ClosureOptimizer):
         bounds: Any = None,
     ) -> None:
         self.maximize, self.weight_decay = maximize, weight_decay
+        check_kind(self, {"maximize": maximize}, "maximize")
         check_at_least_zero(self, "weight_decay value", "weight_decay", weight_decay)
         check_at_least_zero(self, "max_iter value", "max_iter", max_iter)
         defaults = {

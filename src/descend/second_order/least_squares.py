@@ -18,7 +18,8 @@ from descend.second_order.problem.arguments import with_args
 from descend.second_order.problem.bounds import differentiable_bounds
 from descend.second_order.problem.custom_loss import custom_loss
 from descend.second_order.problem.residuals import FunctionResiduals, ParameterResiduals
-from descend.second_order.solvers.batched_least_squares_result import BatchedLeastSquaresResult, best_fit
+from descend.second_order.problem.transforms import check_not_transformed
+from descend.second_order.solvers.batched_least_squares_result import BatchedLeastSquaresResult, BestFit, best_fit
 from descend.second_order.solvers.implicit_function import differentiable_solution
 from descend.second_order.solvers.least_squares_descent import least_squares_descent
 from descend.second_order.solvers.least_squares_result import LeastSquaresResult, least_squares_result
@@ -29,7 +30,7 @@ from descend.second_order.solvers.step_control import Damping, TrustRegion
 
 LeastSquaresMethod: TypeAlias = Literal["trust-region", "lm"]
 METHODS = get_args(LeastSquaresMethod)
-LOOSEST = 0.01  # default of tol
+LOOSEST = 0.01  # default of tol, whatever the precision
 WHO = "least_squares"
 
 
@@ -69,7 +70,27 @@ def least_squares(
     jac: Callable[..., Any] | JacobianKind | None = ...,
     args: tuple[Any, ...] = ...,
     differentiable: bool = ...,
-    batched: Literal[False, "best"] = ...,
+    batched: Literal["best"],
+) -> BestFit[X]: ...
+
+
+@overload
+def least_squares(
+    residuals: Callable[..., Any],
+    x0: X,
+    bounds: Any = ...,
+    loss: str | Callable[[Tensor], Any] = ...,
+    method: LeastSquaresMethod = ...,
+    tol: float | None = ...,
+    max_iter: int | None = ...,
+    max_eval: int | None = ...,
+    callback: Callable[[Progress], Any] | None = ...,
+    *,
+    loss_scale: float = ...,
+    jac: Callable[..., Any] | JacobianKind | None = ...,
+    args: tuple[Any, ...] = ...,
+    differentiable: bool = ...,
+    batched: Literal[False] = ...,
 ) -> LeastSquaresResult[X]: ...
 
 
@@ -148,7 +169,7 @@ def least_squares(
         ``starts`` all.
     Raises:
         ValueError, TypeError: if an argument is not as above, or ``residuals`` or ``jac`` return something else.
-        RuntimeError: if the residuals do not depend on ``x0`` as far as autograd can see.
+        RuntimeError: if the residuals do not depend on ``x0`` as far as autograd can see; within ``torch.func``.
         MemoryError: if the Jacobian would not fit.
         Exception: whatever ``residuals`` raises; parameters are then set to the best point seen.
     Example:
@@ -168,6 +189,7 @@ def least_squares(
         Transtrum & Sethna 2012, https://arxiv.org/abs/1201.5885.
     """
     began = time.perf_counter()
+    check_not_transformed(WHO)
     _check_method(method, loss, loss_scale)
     check_limits(WHO, tol, max_iter, max_eval, differentiable)
     for name, function in (("residuals", residuals), ("jac", jac), ("callback", callback)):
@@ -194,7 +216,7 @@ def least_squares(
             bounds=bounds,
             rho=rho,
             loss_scale=loss_scale,
-            tol=default_tolerance if tol is None else lambda eps: tol,
+            tol=default_tolerance if tol is None else lambda eps: float(tol),
             max_iter=iterations,
             max_eval=evaluations,
             callback=callback,
@@ -208,7 +230,7 @@ def least_squares(
             problem.check_values()
         run = LeastSquaresRun(
             problem.objective,
-            tol=default_tolerance(problem.structure.eps) if tol is None else tol,
+            tol=default_tolerance(problem.structure.eps) if tol is None else float(tol),
             max_iter=iterations,
             max_eval=evaluations,
             callback=None if callback is None else problem.reporter(callback),
@@ -228,10 +250,11 @@ def least_squares(
                 ends = differentiable_bounds(bounds, problem.structure, WHO)
                 x = differentiable_solution(WHO, problem.objective.as_function(WHO), x, status, *ends)
             problem.objective.n_eval += 1
-    return least_squares_result(run, status, problem.tree_of(x), problem.split_tree, began=began)
+    return least_squares_result(run, status, problem.tree_of(x), problem.structure.unflatten, began=began)
 
 
 def default_tolerance(eps: float) -> float:
+    """The default of ``tol`` for a precision."""
     return min(math.sqrt(eps), LOOSEST)
 
 

@@ -5,13 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, TypeAlias, get_args
+from typing import Any, get_args
 
 from torch import Tensor
 
 from descend.core.checks import check_kind
 from descend.core.groups import ParamsT, named
 from descend.second_order.closure_optimizer import ClosureOptimizer
+from descend.second_order.least_squares import METHODS, LeastSquaresMethod, default_tolerance
 from descend.second_order.limits import check_limit, check_tol
 from descend.second_order.mathematics.robust_losses import LOSSES
 from descend.second_order.problem.parameter_bounds import flat_bounds
@@ -29,8 +30,7 @@ from descend.second_order.solvers.result import Solver, Status
 from descend.second_order.solvers.sized_linearization import LINEARIZATIONS, JacobianKind
 from descend.second_order.solvers.step_control import Damping, TrustRegion
 
-Region: TypeAlias = Literal["trust-region", "lm"]
-METHODS, JACOBIANS = get_args(Region), get_args(JacobianKind)
+JACOBIANS = get_args(JacobianKind)
 
 
 class LeastSquares(ClosureOptimizer):
@@ -39,8 +39,8 @@ class LeastSquares(ClosureOptimizer):
     For closures that return residuals and are deterministic functions: no dropout, the whole data set. They return one
     tensor or a structure of tensors with their graph, always of the same shapes, and call no ``backward``. ``.grad`` is
     not touched. If the closure raises, the parameters are set to the best point seen. What is minimized is half the sum
-    of the losses; that is also what ``step`` returns, at the parameters where it began. The region and the scale of the
-    variables are carried from step to step.
+    of the losses; ``step`` returns that cost at the parameters where it began. The region and the scale of the
+    variables are carried from step to step. There is no learning rate, so learning-rate schedulers cannot drive it.
 
     Args:
         params: parameters, ``(name, parameter)`` pairs, dicts that define groups, or a module; all are one problem.
@@ -49,10 +49,10 @@ class LeastSquares(ClosureOptimizer):
         max_eval: evaluations of the closure in a call of ``step``, never exceeded, >= 1. Default: ``2 * max_iter + 1``.
         tol: converged when the step to the minimizer of the model would lower the cost by at most ``tol**2`` of it, or
             change no parameter by more than ``tol`` of it, or all by no more than rounding; >= 0. Default: the square
-            root of the precision, 1.5e-8 for float64 and 3.5e-4 for float32.
+            root of the precision, 1.5e-8 for float64 and 3.5e-4 for float32, at most 0.01.
         method: ``"trust-region"``: MINPACK's radius; ``"lm"``: Nielsen's damping. Default: ``"trust-region"``.
         loss: ``"linear"`` (squares), ``"huber"``, ``"soft_l1"``, ``"cauchy"`` or ``"arctan"``. Default: ``"linear"``.
-        loss_scale: residual at which a robust loss turns from a square, > 0. Default: 1.
+        loss_scale: size of a residual from which a robust loss grows more slowly than its square, > 0. Default: 1.
         jac: ``"dense"``: the Jacobian as a matrix and exact steps, O(M N) memory for M residuals and N parameters;
             ``"products"``: products with the Jacobian only, and LSMR, O(M + N) memory; ``"auto"``: ``"dense"`` where
             that takes seconds at most and fits into memory. Default: ``"auto"``.
@@ -80,6 +80,7 @@ class LeastSquares(ClosureOptimizer):
     counters = ("func_evals", "n_iter", "n_jac", "n_hvp")
     per_group = ("bounds",)
     saved_attributes = ("result", "bounds")
+    result: LeastSquaresResult[list[Tensor]] | None = None
     bounds: Any = None
 
     def __init__(
@@ -88,7 +89,7 @@ class LeastSquares(ClosureOptimizer):
         max_iter: int = 20,
         max_eval: int | None = None,
         tol: float | None = None,
-        method: Region = "trust-region",
+        method: LeastSquaresMethod = "trust-region",
         loss: str = "linear",
         loss_scale: float = 1.0,
         jac: JacobianKind = "auto",
@@ -124,7 +125,7 @@ class LeastSquares(ClosureOptimizer):
             loss_scale=group["loss_scale"],
             bounds=bounds,
         )
-        tol = math.sqrt(point.structure.eps) if group["tol"] is None else group["tol"]
+        tol = default_tolerance(point.structure.eps) if group["tol"] is None else group["tol"]
         run = LeastSquaresRun(objective, tol=tol, max_iter=group["max_iter"], max_eval=max(1, group["max_eval"]))
         is_damped = group["method"] == "lm"
         region = Damping(state.get("damping")) if is_damped else TrustRegion(state.get("radius"))

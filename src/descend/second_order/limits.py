@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from numbers import Integral, Real
 
 MAX_ITER = 15_000
 
@@ -27,19 +28,23 @@ def check_limits(
 
 def check_tol(who: str, tol: object) -> None:
     """Raise ``ValueError`` unless ``tol`` is None or a finite number that is not negative."""
-    if tol is not None and not (isinstance(tol, int | float) and 0 <= tol < math.inf):
-        raise ValueError(f"{who}: tol must be a finite number >= 0, got {tol!r}.")
+    try:
+        is_valid = tol is None or (isinstance(tol, Real) and 0 <= float(tol) < math.inf)
+    except OverflowError:  # an integer beyond the floats
+        is_valid = False
+    if not is_valid:
+        raise ValueError(f"{who}: tol must be a finite number >= 0, got {tol!r:.40}.")
 
 
 def check_limit(who: str, name: str, value: object, least: int) -> None:
     """Raise ``ValueError`` unless the limit ``name`` is an integer that is at least ``least``."""
-    if not isinstance(value, int) or isinstance(value, bool) or value < least:
+    if not isinstance(value, Integral) or isinstance(value, bool) or int(value) < least:
         raise ValueError(f"{who}: {name} must be an integer >= {least}, got {value!r}.")
 
 
 def solver_limits(max_iter: int | None, max_eval: int | None, differentiable: bool) -> tuple[float, float]:
     """Iterations and evaluations that a solver may take: one evaluation is left for a derivative."""
     return (
-        MAX_ITER if max_iter is None else max_iter,
-        math.inf if max_eval is None else max_eval - differentiable,
+        MAX_ITER if max_iter is None else int(max_iter),
+        math.inf if max_eval is None else int(max_eval) - differentiable,
     )

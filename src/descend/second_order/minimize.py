@@ -17,6 +17,7 @@ from descend.second_order.problem.arguments import with_args
 from descend.second_order.problem.bounds import differentiable_bounds
 from descend.second_order.problem.domain import domain_errors_of
 from descend.second_order.problem.objective import FunctionObjective
+from descend.second_order.problem.transforms import check_not_transformed
 from descend.second_order.solvers.batched_result import BatchedResult, BestResult, best_of
 from descend.second_order.solvers.budget import Limits
 from descend.second_order.solvers.constrained_result import ConstrainedResult
@@ -190,10 +191,11 @@ def minimize(
             at the start, of half of the problems, checks all that. ``bounds`` broadcast to ``x0``, and ``tol`` and
             the limits hold for each problem. ``callback`` gets a ``Progress`` with a first dimension of B, after each
             call of ``fun`` that ends an iteration, and may return a bool tensor of the problems to stop. Where ``fun``
-            raises at a start, the problem ends as ``non_finite``. For ``"l-bfgs"``, ``"bfgs"`` and ``"newton"``, plain
-            tensors, and without ``hvp``. ``"best"``: the same from B starts, to return the best. Default: False.
+            raises one of ``domain_errors`` at a start, the problem ends as ``non_finite``. For ``"l-bfgs"``,
+            ``"bfgs"`` and ``"newton"``, plain tensors, and without ``hvp``. ``"best"``: the same from B starts, to
+            return the best. Default: False.
         constraints: a list of ``eq(g)`` and ``ineq(h)``, for g(x) == 0 and h(x) >= 0, where g and h map ``x`` alone to
-            real tensors of any shape. ``x0`` need not be feasible, and evaluated points are not, except for ``bounds``.
+            real tensors of any shape. ``x0`` and other points evaluated may violate them, but never ``bounds``.
             ``max_eval`` counts evaluations of ``fun`` and all constraints together. Not with ``jac``, ``hvp``,
             ``differentiable``, ``batched`` or DTensors. Default: none.
     Returns:
@@ -205,7 +207,7 @@ def minimize(
     Raises:
         ValueError, TypeError: if an argument is not as above, or ``fun`` returns no real scalar; for methods with
             O(n^2) memory if tensors are sharded.
-        RuntimeError: if the value does not depend on ``x0`` as far as autograd can see.
+        RuntimeError: if the value does not depend on ``x0`` as far as autograd can see; within ``torch.func``.
         MemoryError: if a dense matrix would not fit.
         Exception: whatever ``fun`` raises; parameters are then set to the best point seen.
     Example:
@@ -227,6 +229,7 @@ def minimize(
         Nocedal & Wright 2006, https://doi.org/10.1007/978-0-387-40065-5; each method's module names its own.
     """
     began = time.perf_counter()
+    check_not_transformed(WHO)
     _check_method(method, bounds, history_size)
     check_limits(WHO, tol, max_iter, max_eval, differentiable, history_size)
     _check_functions(method, fun=fun, jac=jac, hvp=hvp, callback=callback)
@@ -245,7 +248,7 @@ def minimize(
             args,
             method=method,
             bounds=bounds,
-            tol=default_tolerance if tol is None else lambda eps: tol,
+            tol=default_tolerance if tol is None else lambda eps: float(tol),
             max_iter=iterations,
             max_eval=evaluations,
             callback=callback,
@@ -270,7 +273,7 @@ def minimize(
             problem.check_values()
         check_method_fits(WHO, method, problem.objective, problem.start)
         limits = Limits(
-            tol=default_tolerance(problem.structure.eps) if tol is None else tol,
+            tol=default_tolerance(problem.structure.eps) if tol is None else float(tol),
             max_iter=iterations,
             max_eval=evaluations,
             callback=None if callback is None else problem.reporter(callback),
@@ -313,7 +316,8 @@ def _check_functions(method: str, **functions: Any) -> None:
     if functions["hvp"] is not None and not method.startswith("newton"):
         raise ValueError(f"{WHO}: hvp is for method='newton' or 'newton-cg', got method={method!r}. Leave it out.")
     for name, function in functions.items():
-        if not callable(function) and function is not None and not (name == "jac" and isinstance(function, bool)):
+        is_optional = name != "fun" and (function is None or (name == "jac" and isinstance(function, bool)))
+        if not callable(function) and not is_optional:
             also = {"fun": "", "jac": ", True or None"}.get(name, " or None")
             raise TypeError(f"{WHO}: {name} must be a function{also}, got {function!r}.")
 

@@ -33,9 +33,9 @@ class Newton(ClosureOptimizer):
     The Hessian may be indefinite or singular: a step minimizes the quadratic model within the region, so that it
     follows directions of negative curvature instead of converging to a saddle. A strictly convex quadratic takes one
     iteration. The closure returns the loss with its graph: it need not call ``backward``, and must not use the graph
-    up. ``.grad`` is not touched. If the closure raises, the parameters are set to the best point seen. Sharded
-    parameters are as in ``LBFGS``; where FSDP keeps autograd from them, a product with the Hessian is a difference of
-    two more gradients.
+    up. ``.grad`` is not touched. If the closure raises, the parameters are set to the best point seen. There is no
+    learning rate, so learning-rate schedulers cannot drive it. Sharded parameters are as in ``LBFGS``; where FSDP keeps
+    autograd from them, a product with the Hessian is a difference of two more gradients.
 
     Args:
         params: parameters, ``(name, parameter)`` pairs, dicts that define groups, or a module; all are one problem.

@@ -230,7 +230,7 @@ def test_broadcast_fills_the_structure(tree: Any, expected: list[float]) -> None
         (torch.zeros(2, 2), r"broadcast to the shapes of x0.*got"),
         ("1", r"numbers or tensors.*got '1'"),
         ([1.0, 2.0], r"one number or tensor for all of x0, or have its structure.*got"),
-        ({"a": 1.0}, r"structure.*got"),
+        ({"a": 1.0}, r"structure, \{'a': \(2,\), 'b': \(2, 2\)\}; got \{'a': 1.0\}"),
         ({"a": 1.0, "b": 1.0, "c": 1.0}, r"structure.*got"),
         ({"a": 1.0, "b": 1j}, r"numbers or tensors.*got 1j"),
     ],

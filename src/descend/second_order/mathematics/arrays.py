@@ -103,7 +103,7 @@ def combine(vectors: Array, matrices: Array) -> Array:
 
 
 def largest_entries(vectors: Array) -> Array:
-    """The largest absolute entry (K,) of each vector (K, n), in float64; NaN if one is, 0 if n is."""
+    """The largest absolute entry (K,) of each vector (K, n), in float64; NaN if an entry is, 0 if n is 0."""
     # Over a short last axis torch's reduction is three times as fast as NumPy's.
     tensor = tensor_of(vectors)
     if not tensor.shape[1]:

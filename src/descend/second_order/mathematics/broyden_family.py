@@ -49,7 +49,7 @@ class Member(NamedTuple):
     Attributes:
         theta: 0 for BFGS, 1 for DFP.
         sigma: 1 + a theta, by which the member changes the determinant of B+; > 0.
-        tau: factor on what is kept of B; > 0.
+        tau: factor of the kept part of B; > 0.
     """
 
     theta: float = 0.0

@@ -80,7 +80,7 @@ def learn_diagonal_(diagonal: Array, s: Array, y: Array, work: Array = None, pai
 
 
 def raised(curvature: Any, y_dy: Any, s_ds: Any) -> Any:
-    """s'y, or what it is at least where rounding has made it smaller; without a branch, which would wait for a GPU."""
+    """s'y, raised where rounding has made it too small; without a branch, which would wait for a GPU."""
     least = LEAST_COSINE * y_dy**0.5 * s_ds**0.5
     return curvature + (least - curvature) * (curvature < least)
 

@@ -128,7 +128,7 @@ class DenseGaussNewton:
         jacobian: J, shape (M, N), finite. Kept, not copied.
         residuals: r, shape (M,), finite.
         scale: the diagonal of D, shape (N,), > 0, at least about the norms of J's columns.
-        factors: what the rows of J have been multiplied by for a robust loss, shape (M,); None for 1.
+        factors: of a robust loss, by which the rows of J have been multiplied, shape (M,); None for 1.
         curvature: S, shape (N, N), float64 on the CPU; None for 0.
         low, high: bounds on the step, <= 0 and >= 0; both or none.
     Attributes:

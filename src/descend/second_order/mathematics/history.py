@@ -1,4 +1,4 @@
-"""The pairs of L-BFGS as rows of two matrices, and what takes time with them: passes over vectors of their length.
+"""The pairs of L-BFGS as rows of two matrices, and the passes over them, which take most of an iteration.
 
 s = x_new - x, y = grad_new - grad, D is a diagonal. The rows of S and Y are in no order. All sums are those of the
 entries held here, unless a ``Space`` has completed them.

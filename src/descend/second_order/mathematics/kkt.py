@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 RANK = 1e-10  # singular values below it, relative to the largest, count as zero
-FLAT = 1e-10  # and eigenvalues of the reduced Hessian
+FLAT = 1e-10  # eigenvalues of the reduced Hessian below it, relative to its largest entry, count as zero
 
 
 class KKTStep(NamedTuple):

@@ -18,7 +18,7 @@ SHORTENINGS = 20
 
 
 class _Vertex(NamedTuple):
-    """A point of the path: t, what the model adds to the residuals there, |t|, and how far the model has fallen."""
+    """A point of the path: t, the change J s of the residuals there, |t|, and how far the model has fallen."""
 
     t: Tensor
     change: Tensor

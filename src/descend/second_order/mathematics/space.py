@@ -1,4 +1,4 @@
-"""The space of flat vectors: which of their entries this process holds, and what holds of all of them."""
+"""The space of flat vectors: which of their entries this process holds, and sums over all of them."""
 
 from __future__ import annotations
 

@@ -149,7 +149,17 @@ class ArrayObjective(Curved):
         return float(array.item())
 
     def _vector(self, value: Any, what: str) -> Vector:
-        vector = np.array(value, dtype=np.float64).reshape(-1)
+        vector = real_vector(value, f"{self.who}: {what}")
         if vector.size != self.space.numel:
             raise ValueError(f"{self.who}: {what} must have {self.space.numel} entries, as x0, got {vector.size}.")
         return vector
+
+
+def real_vector(value: Any, who: str) -> Vector:
+    """What a caller's function returned, copied, as a vector; an error unless it is made of real numbers."""
+    try:
+        if value is None or np.iscomplexobj(value):
+            raise TypeError("no real numbers")
+        return np.array(value, dtype=np.float64).reshape(-1)
+    except (TypeError, ValueError) as error:
+        raise TypeError(f"{who} must be an array of real numbers, got {value!r:.80}.") from error

@@ -26,7 +26,7 @@ class BatchedResiduals(BatchedObjective):
     Args:
         who, fun, structure, args, bounds: as in ``BatchedObjective``; ``fun`` returns residuals (K, ...).
         rho: the loss, of tensors of any shape; None for squares.
-        loss_scale: residual at which the loss turns from a square.
+        loss_scale: size of a residual from which the loss grows more slowly than its square.
     Attributes:
         n_residuals: M, the real numbers among the residuals of one problem; None before the first evaluation.
         fits: the last evaluation, (K, M, n + 2): Jacobians and residuals as the cost is modelled by squares, and the

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import reprlib
 from typing import Any
 
 from torch import Tensor
@@ -22,7 +23,10 @@ def bounds_of(bounds: Any, structure: Structure, who: str) -> tuple[Tensor, Tens
         who: the caller's name, for errors.
     """
     if not (isinstance(bounds, tuple | list) and len(bounds) == 2):
-        raise ValueError(f"{who}: bounds must be (lower, upper), got {bounds!r}.")
+        raise ValueError(
+            f"{who}: bounds must be (lower, upper), each a number, a tensor, a structure like x0 or None, got "
+            f"{reprlib.repr(bounds)}. Write SciPy's pairs, one for each variable, as torch.tensor(pairs).T.unbind()."
+        )
     if any(dtype.is_complex for dtype in structure.dtypes):
         raise ValueError(f"{who}: complex numbers have no order, so x0 cannot have bounds if it is complex.")
     lower, upper = pytree.tree_map(lambda end: full_of(end) if isinstance(end, Tensor) else end, tuple(bounds))

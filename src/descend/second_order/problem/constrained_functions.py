@@ -33,7 +33,7 @@ class Values:
 
     Attributes:
         x: the point.
-        leaves: what the graph begins with.
+        leaves: of the graph.
         fun: a scalar.
         constraints: all entries of all constraints, a vector.
         value: of the function; NaN where nothing is defined.
@@ -58,7 +58,7 @@ class ConstrainedFunctions:
         constraints: at least one.
         structure: the argument's.
         parameters: None, or those that the argument is made of, which are set in place.
-        argument: what the functions get then.
+        argument: of the functions in this case.
     Attributes:
         shapes: of the constraints, once they have been called.
         keeps_graphs: whether all ``Values`` stay differentiable; else the newest ones alone. In-place changes of
@@ -174,7 +174,7 @@ class ConstrainedFunctions:
         return self._differentiate(values, *zip(*pairs, strict=True)) if pairs else torch.zeros_like(values.x)
 
     def hessian(self, values: Values, slope: Sequence[Tensor | None]) -> Tensor:
-        """The dense Hessian of what ``slope`` is the gradient of."""
+        """The dense Hessian of the function whose gradient is ``slope``."""
 
         def row(unit: Tensor) -> Tensor:
             return self.product(values, slope, unit)

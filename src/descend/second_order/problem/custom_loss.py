@@ -37,7 +37,8 @@ def custom_loss(function: Callable[[Tensor], Any], who: str) -> Rho:
                 f"got {got} for M = {len(z)}."
             )
         value, first, second = (part.detach() for part in parts)
-        if z.requires_grad:  # the Taylor polynomial has the derivatives by z, and parts[1] what else rho depends on
+        if z.requires_grad:
+            # The Taylor polynomial has the derivatives by z; parts[1] has the graph of rho's other inputs.
             step = z - z.detach()
             value = value + parts[1] * step + second / 2 * step.square()
         return value, first, second

@@ -8,7 +8,7 @@ import torch
 
 DomainErrors: TypeAlias = tuple[type[Exception], ...]
 
-# What says nothing about the point, even where a base class of it was named.
+# They say nothing about the point, even where a base class of theirs was given.
 NEVER: DomainErrors = (StopIteration, MemoryError, torch.OutOfMemoryError)
 
 

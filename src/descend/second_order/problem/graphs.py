@@ -1,4 +1,4 @@
-"""What the graph of a tensor tells."""
+"""The autograd graph of a tensor: its nodes, and whether ``torch.compile`` has made one."""
 
 from __future__ import annotations
 

@@ -35,8 +35,8 @@ class Point(NamedTuple):
         norm: largest absolute entry of the (projected) gradient; NaN or infinite if the gradient is.
         slope: inner product of the gradient and the direction that led here.
         slope_before: inner product of the gradient at the direction's origin and the direction.
-        graph: what second derivatives are computed from, if the objective needs them.
-        measured: of the pair from the direction's origin to here, what ``Objective.measure`` gives, over all ranks.
+        graph: for second derivatives, if the objective needs them.
+        measured: ``Objective.measure`` of the pair from the direction's origin to here, summed over all ranks.
     """
 
     x: Tensor
@@ -63,7 +63,7 @@ class Objective(ABC):
     Attributes:
         domain_errors: exceptions that mean, as NaN does, that a point is outside the function's domain; a failed
             factorization always does.
-        measure: what a learner wants to know, over all ranks, of a step and the change of the gradient along it.
+        measure: maps a step and the change of the gradient along it to the sums that a learner asks for.
     """
 
     domain_errors: DomainErrors = ()
@@ -250,11 +250,15 @@ class FunctionObjective(Curved):
 def scalar(value: Any, who: str) -> Tensor:
     """The value of a function as a 0-dimensional tensor; an error unless it is a real scalar tensor."""
     if not isinstance(value, Tensor):
-        raise TypeError(f"{who} must return a scalar tensor, got {type(value).__name__}.")
+        raise TypeError(
+            f"{who} must return a scalar tensor, got {type(value).__name__}. Compute it with torch operations."
+        )
     if value.numel() != 1 or not value.is_floating_point():
+        instead = "take its .real or .abs()" if value.is_complex() else "compute it with floating point numbers"
+        if value.numel() != 1:
+            instead = "reduce it, e.g. with .sum()"
         raise ValueError(
-            f"{who} must return a real scalar tensor, got shape {tuple(value.shape)} and {value.dtype}; "
-            "reduce it, e.g. with .sum()."
+            f"{who} must return a real scalar tensor, got shape {tuple(value.shape)} and {value.dtype}; {instead}."
         )
     return value.reshape(()) if value.dim() else value
 

@@ -91,7 +91,7 @@ class ParameterObjective(Curved):
         self.who, self.fun, self.point = who, fun, point
         self.needs_curvature, self.maximize = needs_curvature, maximize
         self.first_loss: Any = None
-        self._x: Tensor | None = None  # what the parameters were last set to
+        self._x: Tensor | None = None  # where the parameters were last set
         self._graph: list[Tensor | None] | None = None  # of the gradient there
         self._is_hooked = False  # whether FSDP keeps autograd from the parameters
 
@@ -133,7 +133,8 @@ class ParameterObjective(Curved):
                 return [torch.full_like(leaf, math.nan) for leaf in self._leaves]
             raise RuntimeError(
                 f"{self.who} returned a loss that does not depend on the parameters as far as autograd can see. "
-                "Compute it from them with torch operations, without detach(), item() or no_grad()."
+                "Compute it from them with torch operations, without detach(), item() or no_grad(). Do they "
+                "require gradients, and are they those of the model that is evaluated?"
             )
         return parts
 

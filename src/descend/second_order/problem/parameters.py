@@ -123,8 +123,8 @@ class Evaluation:
     """The result of one call of a closure.
 
     Attributes:
-        loss: what the closure returned.
-        value: what is minimized: the loss, negated for ``maximize``, plus the penalty of ``weight_decay``.
+        loss: as the closure returned it.
+        value: to be minimized: the loss, negated for ``maximize``, plus the penalty of ``weight_decay``.
         grad: flat gradient of ``value``, in memory of its own.
     """
 
@@ -189,8 +189,6 @@ class ClosureFunction:
         needs_gradient: bool = True,
         who: str,
     ) -> None:
-        if not callable(closure):
-            raise TypeError(f"{who}: closure must be a function that returns the loss, got {type(closure).__name__}.")
         self.closure, self.point, self.maximize, self.who = closure, point, maximize, who
         self.needs_gradient = needs_gradient
         self.decays = _decays(point, groups, weight_decay)
@@ -213,7 +211,7 @@ class ClosureFunction:
         return Evaluation(here.loss, value, here.grad, max(-low, high), *map(float, totals))
 
     def evaluate_here(self) -> Evaluation:
-        """Call the closure; where ranks share the parameters, their mean of ``value`` is what is minimized.
+        """Call the closure; where ranks share the parameters, their mean of ``value`` is minimized.
 
         Raises:
             TypeError: if it returns no real number.

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -22,7 +23,7 @@ DENSE_COPIES = 4  # the Jacobian, its scaled copy, and the workspace of the fact
 
 
 class Graph(NamedTuple):
-    """What derivatives are computed from: flat residuals that depend on leaves."""
+    """Flat residuals with their graph, and the leaves that it begins with."""
 
     residuals: Tensor
     leaves: Sequence[Tensor]
@@ -36,7 +37,7 @@ class ResidualPoint(NamedTuple):
         residuals: flat and real, before the loss.
         value: the cost, half the sum of the losses; may be NaN or infinite.
         tree: the residuals as the function returned them, detached.
-        graph: what derivatives are computed from.
+        graph: for derivatives.
     """
 
     x: Tensor
@@ -57,7 +58,7 @@ class ResidualObjective(ABC):
         who: the name of the function in errors.
         structure: of the variables.
         rho: the robust loss; None for squares.
-        loss_scale: residual at which the loss turns from a square.
+        loss_scale: size of a residual from which the loss grows more slowly than its square.
         bounds: flat lower and upper bounds.
     Attributes:
         eps: relative rounding error of the residuals.
@@ -65,6 +66,9 @@ class ResidualObjective(ABC):
         n_jac: Jacobians.
         n_hvp: products with the Jacobian or its transpose.
     """
+
+    variables: str  # the caller's name of the argument, for errors
+    remedy: str  # further advice where residuals do not depend on it
 
     def __init__(
         self,
@@ -166,22 +170,38 @@ class ResidualObjective(ABC):
         self._check_depends(graph)
         if not graph.residuals.requires_grad:
             return point.x.new_full((n_rows, n_columns), math.nan)
-        if n_columns < n_rows and self._columns_work is not False:
-            columns = self._by_columns(graph, point.x)
-            if columns is not None:
-                return columns
-        return self._by_rows(graph, point.x)
+        with self._used_up_graphs_explained():
+            if n_columns < n_rows and self._columns_work is not False:
+                columns = self._by_columns(graph, point.x)
+                if columns is not None:
+                    return columns
+            return self._by_rows(graph, point.x)
 
-    def _check_depends(self, graph: Graph) -> None:
-        if not graph.residuals.requires_grad and bool(graph.residuals.isfinite().all()):
+    @contextmanager
+    def _used_up_graphs_explained(self) -> Iterator[None]:
+        try:
+            yield
+        except RuntimeError as error:
+            if "a second time" not in str(error):
+                raise
             raise RuntimeError(
-                f"{self.who} returned residuals that do not depend on x0 as far as autograd can see: compute them with "
-                "torch operations, without detach(), item() or no_grad(), or give their Jacobian as jac=."
+                f"{self.who} returned residuals whose graph is used up. Return them without calling backward()."
+            ) from error
+
+    def _check_depends(self, graph: Graph, parts: Sequence[Tensor | None] | None = None) -> None:
+        """Raise an error if the residuals are constants, or if their derivatives by all leaves, ``parts``, are None."""
+        is_constant = not graph.residuals.requires_grad if parts is None else all(part is None for part in parts)
+        if is_constant and bool(graph.residuals.isfinite().all()):
+            raise RuntimeError(
+                f"{self.who} returned values that do not depend on {self.variables} as far as autograd can see: "
+                f"compute them with torch operations, without detach(), item() or no_grad(){self.remedy}"
             )
 
     def _by_rows(self, graph: Graph, x: Tensor) -> Tensor:
         def rows(units: Tensor, is_batched: bool) -> Tensor:
-            return self._joined(_grad([graph.residuals], graph.leaves, [units], is_batched), units)
+            parts = _grad([graph.residuals], graph.leaves, [units], is_batched)
+            self._check_depends(graph, parts)
+            return self._joined(parts, units)
 
         return _by_units(rows, x, len(graph.residuals))
 
@@ -211,6 +231,7 @@ class ResidualObjective(ABC):
         dummy = torch.zeros_like(graph.residuals, requires_grad=True)
         with torch.enable_grad():
             parts = torch.autograd.grad(graph.residuals, graph.leaves, dummy, create_graph=True, allow_unused=True)
+        self._check_depends(graph, parts)
         if any(part is not None and not part.requires_grad for part in parts):
             raise RuntimeError("a backward pass that autograd cannot see")
 
@@ -239,7 +260,8 @@ class ResidualObjective(ABC):
         """Functions that multiply by J and by J', as many vectors as wanted; each call counts as one product."""
         graph = self._graph_at(point)
         self._check_depends(graph)
-        forward = self._multiplier(graph)
+        with self._used_up_graphs_explained():
+            forward = self._multiplier(graph)
 
         def multiply(vector: Tensor) -> Tensor:
             self.n_hvp += 1
@@ -260,6 +282,8 @@ class FunctionResiduals(ResidualObjective):
         fun: maps the structure to the residuals.
         jac: None, or maps the structure to the Jacobian.
     """
+
+    variables, remedy = "x0", ", or give their Jacobian as jac=."
 
     def __init__(
         self,
@@ -349,6 +373,9 @@ class ParameterResiduals(ResidualObjective):
         point: the parameters.
     """
 
+    variables = "the parameters"
+    remedy = ". Do the parameters require gradients, and are they those of the model that is evaluated?"
+
     def __init__(
         self,
         who: str,
@@ -361,7 +388,7 @@ class ParameterResiduals(ResidualObjective):
     ) -> None:
         super().__init__(who, point.structure, rho, loss_scale, bounds)
         self.fun, self.point = fun, point
-        self._x: Tensor | None = None  # what the parameters were last set to
+        self._x: Tensor | None = None  # where the parameters were last set
 
     def move_to(self, x: Tensor) -> None:
         """Set the parameters to ``x``, unless they are there."""
@@ -402,6 +429,8 @@ class ParameterResiduals(ResidualObjective):
 
 
 def _grad(outputs: Sequence[Tensor], inputs: Sequence[Tensor], vectors: Any, is_batched: bool = False) -> list[Any]:
+    if not inputs:
+        return []
     return list(
         torch.autograd.grad(outputs, inputs, vectors, retain_graph=True, allow_unused=True, is_grads_batched=is_batched)
     )

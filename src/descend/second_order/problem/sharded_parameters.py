@@ -36,8 +36,8 @@ class Replicas(NamedTuple):
 class ShardedParameters(FlatParameters):
     """Parameters of which some are DTensors, as the flat vector of this rank's entries.
 
-    Each entry is held by one rank: of what several ranks have in common, each holds an equal part. So inner products
-    count every entry once, vectors take 1 / ranks of the memory, and what is computed for an entry is computed once:
+    Each entry is held by one rank: of entries that several ranks have in common, each holds an equal part. So inner
+    products count every entry once, vectors take 1 / ranks of the memory, and each new entry is computed once:
     ``scatter_`` gathers it for the others, and replicas stay equal to the last bit. A plain tensor beside DTensors is
     in common to all ranks, and so must be its gradient.
 

@@ -23,8 +23,8 @@ class SharedSpace(Space):
     """Vectors of which every rank of a mesh holds other entries.
 
     A method makes one collective: a sum in float64 over the mesh, or one for each of its dimensions unless it holds all
-    ranks there are. What is not a sum, such as a largest entry, has a place for each rank in what is summed. So every
-    rank computes with the same bits, and what it decides by them the others decide, too.
+    ranks there are. A number that is no sum, such as a largest entry, has a place for each rank in the summed vector.
+    So all ranks compute with the same bits, and decide alike.
 
     Args:
         numel: entries of a whole vector.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import reprlib
 from collections.abc import Sequence
 from typing import Any
 
@@ -26,10 +27,10 @@ class Structure:
     """
 
     def __init__(self, tree: Any, who: str) -> None:
-        self.module = tree if isinstance(tree, nn.Module) else None
         leaves, self.spec = pytree.tree_flatten(_content(tree))
         if not leaves:
-            raise ValueError(f"{who}: x0 must hold at least one tensor, got {type(tree).__name__} without any.")
+            what = "a parameter that requires gradients" if isinstance(tree, nn.Module) else "any"
+            raise ValueError(f"{who}: x0 must hold at least one tensor, got {type(tree).__name__} without {what}.")
         for leaf in leaves:
             if not isinstance(leaf, Tensor) or not (leaf.is_floating_point() or leaf.is_complex()):
                 got = str(leaf.dtype) if isinstance(leaf, Tensor) else type(leaf).__name__
@@ -57,6 +58,13 @@ class Structure:
         self._is_tensor = isinstance(tree, Tensor)
         self._is_one = len(leaves) == 1 and self.dtype == self.dtypes[0]
         self._shape = self.shapes[0]
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For results, which hold a structure: without the tensors, and with a tree instead of its specification."""
+        return {**vars(self), "leaves": [], "spec": pytree.tree_unflatten([0] * len(self.shapes), self.spec)}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state, spec=pytree.tree_flatten(state["spec"])[1])
 
     def flatten(self, tensors: Sequence[Tensor | None], keeps_graph: bool = False) -> Tensor:
         """The leaves as one flat vector; None becomes zeros. The vector may share memory with a single leaf."""
@@ -99,15 +107,21 @@ class Structure:
         """The leaves of another tree.
 
         Raises:
-            ValueError: if its structure or shapes differ.
+            ValueError: if its structure or shapes differ, or if it is complex where this structure is real.
         """
         if self._is_tensor and isinstance(tree, Tensor) and tree.shape == self._shape:
-            return [tree]
-        leaves = self._leaves_of(tree)
-        shapes = [leaf.shape if isinstance(leaf, Tensor) else None for leaf in leaves]
-        if shapes != self.shapes:
-            got = _described(shapes) if leaves else repr(tree)
-            raise ValueError(f"{who} must have the structure and shapes of x0, {self}; got {got}.")
+            leaves = [tree]
+        else:
+            leaves = self._leaves_of(tree)
+            shapes = [
+                leaf.shape if isinstance(leaf, Tensor) else f"no tensor but {type(leaf).__name__}" for leaf in leaves
+            ]
+            if shapes != self.shapes:
+                got = _described(shapes) if leaves else reprlib.repr(tree)
+                raise ValueError(f"{who} must have the structure and shapes of x0, {self}; got {got}.")
+        for leaf, dtype in zip(leaves, self.dtypes, strict=True):
+            if leaf.is_complex() and not dtype.is_complex:
+                raise ValueError(f"{who} must be real where x0 is, got {leaf.dtype}. Take its .real.")
         return leaves
 
     def bound(self, tree: Any, default: float, who: str) -> Tensor:
@@ -135,17 +149,20 @@ class Structure:
         is_one = not isinstance(tree, dict | list | tuple | nn.Module)
         leaves = [tree] * len(self.shapes) if is_one else self._leaves_of(tree)
         if not leaves:
-            raise ValueError(
-                f"{who} must be one number or tensor for all of x0, or have its structure, {self.spec}; got {tree!r}."
-            )
+            wanted = f"for all of x0, or have its structure, {self._outline()}"
+            if self._is_tensor:
+                wanted = f"that broadcasts to x0, {self}"
+            raise ValueError(f"{who} must be one number or tensor {wanted}; got {reprlib.repr(tree)}.")
         parts = []
         for leaf, shape in zip(leaves, self.shapes, strict=True):
             try:
+                if isinstance(leaf, Tensor) and leaf.is_complex():
+                    raise TypeError("complex numbers have no order")
                 part = torch.as_tensor(default if leaf is None else leaf, dtype=dtype or self.dtype, device=self.device)
                 parts.append((part if keeps_graph else part.detach()).expand(shape).reshape(-1))
             except (RuntimeError, TypeError, ValueError) as error:
                 raise ValueError(
-                    f"{who} must be numbers or tensors that broadcast to the shapes of x0, {self}; got {leaf!r}."
+                    f"{who} must be real numbers or tensors that broadcast to the shapes of x0, {self}; got {leaf!r}."
                 ) from error
         return torch.cat(parts)
 
@@ -156,6 +173,10 @@ class Structure:
         except ValueError:
             return []
         return [] if any(isinstance(leaf, dict | list | tuple) for leaf in leaves) else leaves
+
+    def _outline(self) -> str:
+        """The structure with shapes in place of the tensors, cut short."""
+        return reprlib.repr(pytree.tree_unflatten([tuple(shape) for shape in self.shapes], self.spec))
 
     def __str__(self) -> str:
         return _described(self.shapes)
@@ -173,7 +194,8 @@ def _real(tensor: Tensor) -> Tensor:
 
 
 def _described(shapes: Sequence[Any]) -> str:
-    return ", ".join(str(tuple(shape)) if shape is not None else "no tensor" for shape in shapes) or "nothing"
+    """Shapes, and what takes the place of one, in words."""
+    return ", ".join(shape if isinstance(shape, str) else str(tuple(shape)) for shape in shapes) or "nothing"
 
 
 def _next(numbers: Tensor, *, upwards: bool) -> Tensor:

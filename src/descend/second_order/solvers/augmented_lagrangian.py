@@ -66,9 +66,9 @@ class AugmentedLagrangian(Budget):
 
     Args:
         objective: f and the constraints.
-        new_descent: makes what minimizes a subproblem from a point. It goes on with what it has learned of the
-            curvature until the penalty changes.
-        limits: what ends it.
+        new_descent: makes a descent, which minimizes a subproblem from a point. The curvature that it has learned is
+            kept until the penalty changes.
+        limits: those of the whole run.
     Attributes:
         candidate: the best point.
         n_outer: subproblems.
@@ -158,7 +158,7 @@ class AugmentedLagrangian(Budget):
             tolerance = max(least, TIGHTENING * tolerance)
 
     def _finished(self, candidate: Candidate) -> Status | None:
-        """Whether a subproblem's solution, or what Newton's method makes of it, meets the tolerance."""
+        """Whether a subproblem's solution, or its refinement by Newton's method, meets the tolerance."""
         if residual(self.objective, candidate) <= self.limits.tol:
             self._end = candidate
         elif self.objective.is_small:

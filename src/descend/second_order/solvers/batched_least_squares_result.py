@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
@@ -17,7 +17,7 @@ from descend.second_order.solvers.least_squares_result import FIT_MESSAGES, Leas
 from descend.second_order.solvers.result import X
 
 
-@dataclass(frozen=True, repr=False, kw_only=True)
+@dataclass(frozen=True, repr=False, eq=False, kw_only=True)
 class BatchedLeastSquaresResult(BatchedResult[X]):
     """What ``least_squares(..., batched=True)`` returns. ``result[i]`` is the i-th ``LeastSquaresResult``.
 
@@ -31,8 +31,8 @@ class BatchedLeastSquaresResult(BatchedResult[X]):
 
     residuals: Any
     jac: Tensor
-    _rows: Tensor = field(compare=False)  # residuals multiplied for the loss
-    _unflatten: Callable[[Tensor], Any] = field(compare=False)
+    _rows: Tensor  # residuals multiplied for the loss
+    _unflatten: Callable[[Tensor], Any]
 
     @property
     def message(self) -> list[str]:
@@ -72,7 +72,7 @@ class BatchedLeastSquaresResult(BatchedResult[X]):
         )
 
 
-@dataclass(frozen=True, repr=False, kw_only=True)
+@dataclass(frozen=True, repr=False, eq=False, kw_only=True)
 class BestFit(LeastSquaresResult[X]):
     """What ``least_squares(..., batched="best")`` returns: the best ``LeastSquaresResult`` of several starts.
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import operator
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -22,7 +23,7 @@ FAILED = (Status.line_search_failed, Status.non_finite, Status.unbounded)
 EQUAL = 1e-12  # relative difference of values that are equal to rounding
 
 
-@dataclass(frozen=True, repr=False)
+@dataclass(frozen=True, repr=False, eq=False)
 class BatchedResult(Generic[X]):
     """What ``minimize(..., batched=True)`` returns: the results of B problems. ``result[i]`` is the i-th ``Result``.
 
@@ -38,7 +39,7 @@ class BatchedResult(Generic[X]):
         n_calls: calls of ``fun``.
         time: seconds.
         n_negative_curvature: iterations of Newton's method that followed a direction of negative curvature, (B,).
-        rounds: of what ``result[i].history`` is made.
+        rounds: the iterations of each round, from which ``result[i].history`` is made.
     """
 
     x: X
@@ -73,6 +74,12 @@ class BatchedResult(Generic[X]):
 
     def __getitem__(self, i: int) -> Result[X]:
         """The result of one problem. ``time`` is that of all."""
+        try:
+            i = operator.index(i)
+        except TypeError as error:
+            raise TypeError(
+                f"{type(self).__name__}: the index must be an integer, got {i!r}. Slice x, fun and the others instead."
+            ) from error
         if not -len(self) <= i < len(self):
             raise IndexError(f"BatchedResult: there are {len(self)} problems, got index {i}.")
         i %= len(self)
@@ -107,7 +114,7 @@ class BatchedResult(Generic[X]):
         return f"{name}({len(self)} problems: {counts or 'none'}; {calls})"
 
 
-@dataclass(frozen=True, repr=False)
+@dataclass(frozen=True, repr=False, eq=False, kw_only=True)
 class BestResult(Result[X]):
     """What ``minimize(..., batched="best")`` returns: the best ``Result`` of several starts.
 
@@ -115,7 +122,7 @@ class BestResult(Result[X]):
         starts: the results from all of them.
     """
 
-    starts: BatchedResult[X] | None = None
+    starts: BatchedResult[X]
 
 
 def best_of(starts: BatchedResult[X], who: str) -> BestResult[X]:

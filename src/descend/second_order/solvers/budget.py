@@ -1,4 +1,4 @@
-"""What a run may spend, and what it has spent."""
+"""The limits of a run, and its counts of evaluations."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from descend.second_order.solvers.result import Solver
 
 
 class Limits(NamedTuple):
-    """What ends a run; as in ``Run``."""
+    """The limits and the callback that end a run; as in ``Run``."""
 
     tol: float
     max_iter: float
@@ -29,7 +29,7 @@ class Budget:
     """Evaluations of an objective, counted from now on.
 
     Args:
-        objective: what is evaluated.
+        objective: the function.
         max_eval: evaluations at most.
     """
 

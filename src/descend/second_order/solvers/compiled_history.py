@@ -33,8 +33,8 @@ class CompiledHistory(LongHistory):
     def __init__(self, numel: int, history_size: int, dtype: torch.dtype, device: torch.device) -> None:
         super().__init__(numel, history_size, dtype, device)
         self.passes = self._new_passes()
-        self.newest: Pair | None = None  # what has been measured of the newest pair
-        self.stretched = 1.0  # by what the diagonal is still to be multiplied; the next pass that reads it does so
+        self.newest: Pair | None = None  # inner products and samples of the newest pair
+        self.stretched = 1.0  # factor by which the next pass that reads the diagonal multiplies it
 
     def load(self, state: Mapping[str, Any]) -> None:
         super().load(state)

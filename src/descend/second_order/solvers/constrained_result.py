@@ -22,7 +22,7 @@ CONVERGED = (
 )
 
 
-@dataclass(frozen=True, repr=False)
+@dataclass(frozen=True, repr=False, eq=False)
 class ConstrainedResult(Result[X]):
     """What ``minimize`` returns with ``constraints``.
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
@@ -24,7 +24,7 @@ FIT_MESSAGES = {
     ),
     Status.non_finite: (
         "The residuals or their Jacobian are NaN or infinite at the start or wherever a step could lead: start "
-        "elsewhere, bound the variables, or work with logarithms."
+        "elsewhere, bound the variables, work with logarithms, or look for NaN in the data."
     ),
     Status.precision_limit: (
         "No step lowers the cost by more than rounding, while the model of the residuals still promises more than tol: "
@@ -33,7 +33,7 @@ FIT_MESSAGES = {
 }
 
 
-@dataclass(frozen=True, repr=False, kw_only=True)
+@dataclass(frozen=True, repr=False, eq=False, kw_only=True)
 class LeastSquaresResult(Result[X]):
     """What ``least_squares`` returns: a ``Result``, and what the residuals tell about the solution.
 
@@ -51,8 +51,8 @@ class LeastSquaresResult(Result[X]):
     residuals: Any
     n_jac: int
     jac: Tensor | None
-    _model: DenseGaussNewton | None = field(compare=False)
-    _unflatten: Callable[[Tensor], Any] = field(compare=False)
+    _model: DenseGaussNewton | None
+    _unflatten: Callable[[Tensor], Any]
 
     @property
     def rank(self) -> int | None:

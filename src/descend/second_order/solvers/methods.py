@@ -30,7 +30,7 @@ def check_method_fits(who: str, method: str, objective: Curved, x: Tensor) -> No
 
 
 def descent_of(method: str, objective: Curved, x: Tensor, history_size: int) -> Descend:
-    """What minimizes from a point; what it learns of the curvature is used again if it is called again.
+    """The descent of a method, which minimizes from a point. Later calls go on with the curvature learned so far.
 
     Args:
         method: one of ``METHODS``.

@@ -29,7 +29,7 @@ class KeptLearner:
     def take(
         self, point: FlatParameters, history_size: int, has_bounds: bool, state: Mapping[str, Any] | None
     ) -> CompactInverse | CompactHessian:
-        """The learner in a ``state``: the kept one if that is its own, else a new one, empty if the state fits not."""
+        """The learner in a ``state``: the kept one if that is its own, else a new one; empty if none fits."""
         sizes = point.numel, history_size, point.dtype, point.device
         wanted = (*sizes, has_bounds, point.space.is_shared)
         if self._learner is not None and state is self._state and wanted == self._made_for and not wanted[-1]:

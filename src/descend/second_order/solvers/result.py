@@ -41,7 +41,7 @@ MESSAGES = {
     ),
     Status.non_finite: (
         "The function or its gradient is NaN or infinite at the start or wherever a step could lead: start elsewhere, "
-        "bound the variables, or work with logarithms."
+        "bound the variables, work with logarithms, or look for NaN in the data."
     ),
     Status.unbounded: (
         "The function falls without end: it reached -infinity, or fell so far that no minimum can be expected. Bound "
@@ -74,7 +74,7 @@ class Iteration(NamedTuple):
     n_hvp: int
 
 
-@dataclass(frozen=True, repr=False)
+@dataclass(frozen=True, repr=False, eq=False)
 class Result(Generic[X]):
     """What ``minimize`` returns and ``optimizer.result`` holds.
 

@@ -21,8 +21,8 @@ MAX_SEARCH = 40  # evaluations in one line search
 MAX_STEP = {dtype: torch.finfo(dtype).max for dtype in (torch.float32, torch.float64)}
 FLAT = {dtype: torch.finfo(dtype).tiny ** 0.5 for dtype in MAX_STEP}  # gradient at which the point may be infinite
 MAX_NONFINITE = 120  # searches in a row that may end at NaN or infinity
-MAX_ENDLESS = 3  # steps in a row by which a function falls to -infinity, or from the depth on, before it has no minimum
-DEPTH = 1e20  # negative values this many times the size of the start's are in the depth
+MAX_ENDLESS = 3  # steps in a row towards -infinity, or on below the depth, after which a function has no minimum
+DEPTH = 1e20  # how far below zero the depth begins, in multiples of the size of the value at the start
 PATIENCE = 100  # iterations without progress in value or gradient
 
 
@@ -50,7 +50,7 @@ class Run(Budget):
     """Counts, limits and the best point of one run.
 
     Args:
-        objective: what is minimized.
+        objective: the function to minimize.
         tol: converged when the largest entry of the (projected) gradient is at most ``tol * max(1, scale)``.
         max_iter: iterations at most.
         max_eval: evaluations at most.
@@ -163,7 +163,7 @@ class Run(Budget):
         return search.outcome is Outcome.max_step and search.step == MAX_STEP[end.x.dtype]
 
     def begin_step(self) -> None:
-        """Forget what the evaluations of the step before have met."""
+        """Forget the infinities of the step before."""
         self.has_met_minus_infinity = False
 
     def is_deep(self, point: Point) -> bool:
