@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import product
 from typing import Any, NamedTuple
@@ -50,6 +50,26 @@ DENSE_EVERYWHERE = (*DENSE_BACKENDS, ON_GPU)
 SHAPES = ((), (0,), (7, 5), (129,))
 
 MATRICES = ((7, 5), (0, 3), (3, 70, 2), (1, 9), (65, 150), (7, 5), (9, 1))
+
+
+def one_in(n: int, *axes: Iterable[Any]) -> list[Any]:
+    """Every ``n``-th combination of the axes' values, for ``parametrize``: all axes but one still occur in every way.
+
+    Combinations are taken whose positions on the axes add up to a multiple of ``n``, at most the length of any axis.
+    """
+
+    def name(value: Any) -> str:
+        return getattr(value, "__name__", None) or str(value)
+
+    taken = []
+    for combination in product(*(enumerate(axis) for axis in axes)):
+        if sum(place for place, _ in combination) % n == 0:
+            params = [value if hasattr(value, "marks") else pytest.param(value) for _, value in combination]
+            marks = [mark for param in params for mark in param.marks]
+            values = [param.values[0] for param in params]
+            names = [param.id or name(value) for param, value in zip(params, values, strict=True)]
+            taken.append(pytest.param(*values, marks=marks, id="-".join(names)))
+    return taken
 
 
 class Case(NamedTuple):

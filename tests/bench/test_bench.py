@@ -66,7 +66,8 @@ def test_table_and_files_show_the_same_numbers(capsys: pytest.CaptureFixture[str
     assert (case["optimizer"], case["shape"], case["dtype"]) == ("adamw", "2*3x5,7", "float32")
     assert (case["tensors"], case["numbers"], case["max_norm"], case["interleaved"]) == (3, 37, 0.5, True)
     assert [row["label"] for row in case["rows"]] == LABELS
-    assert results["machine"]["versions"]["torch"] == torch.__version__
+    found = results["machine"]["versions"]["torch"]  # of the package, whose version need not name the CUDA it is for
+    assert found.split("+")[0] == torch.__version__.split("+")[0]
     assert results["machine"]["threads"] == torch.get_num_threads()
 
     ours = case["rows"][0]["median_seconds"]

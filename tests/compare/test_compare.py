@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from compared import compare, read
+from compared import compare
 
 import descend
 from descend.command.cli import main
@@ -280,11 +280,8 @@ def test_extra_is_imported_only_when_needed() -> None:
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, check=True, text=True).stdout == "set()\n"
 
 
-def test_module_is_the_command(tmp_path: Path) -> None:
-    arguments = ["digits", "--optimizer", "torch.sgd", "--steps", "1", "--out", str(tmp_path / "out")]
-    done = subprocess.run([sys.executable, "-m", "descend", "compare", *arguments], capture_output=True, text=True)
-    assert (done.returncode, done.stderr) == (0, "")
-    _, [run] = read(tmp_path / "out")
+def test_first_step_is_measured_alone(tmp_path: Path) -> None:
+    _, [run] = compare(tmp_path / "out", "digits", "torch.sgd", steps=1)
     assert run["parts"] == {}  # the only step is the first
     assert run["first_step_seconds"] > 0
 

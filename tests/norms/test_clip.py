@@ -8,7 +8,19 @@ from typing import Any
 
 import pytest
 import torch
-from cases import CASES, DENSE_BACKENDS, DENSE_EVERYWHERE, SHAPES, Case, Twins, device, give_grads, leaves, params_of
+from cases import (
+    CASES,
+    DENSE_BACKENDS,
+    DENSE_EVERYWHERE,
+    SHAPES,
+    Case,
+    Twins,
+    device,
+    give_grads,
+    leaves,
+    one_in,
+    params_of,
+)
 from torch import Tensor
 from torch.nn import utils
 
@@ -18,9 +30,7 @@ from descend import SGD, AdamW
 ORDERS = (1, 2, 3, math.inf, 0.5)
 
 
-@pytest.mark.parametrize("max_norm", [0.5, 1e4])
-@pytest.mark.parametrize("backend", DENSE_EVERYWHERE)
-@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize(("case", "backend", "max_norm"), one_in(2, CASES, DENSE_EVERYWHERE, (0.5, 1e4)))
 def test_clipping_in_the_step_is_clip_grad_norm_before_it(case: Case, backend: str, max_norm: float) -> None:
     def groups() -> list[dict[str, Any]]:
         return [{"params": leaves()}, {"params": leaves([(5,), (2, 2)], seed=1), "lr": 0.03}]

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from cases import one_in
 from lbfgs_cases import (
     PROBLEMS,
     SEARCHES,
@@ -45,9 +46,7 @@ OPTIONS: list[dict[str, Any]] = [
 ]
 
 
-@pytest.mark.parametrize("options", OPTIONS, ids=str)
-@pytest.mark.parametrize("line_search_fn", SEARCHES)
-@pytest.mark.parametrize("problem", PROBLEMS)
+@pytest.mark.parametrize(("problem", "line_search_fn", "options"), one_in(2, PROBLEMS, SEARCHES, OPTIONS))
 def test_trajectory_is_torchs_bit_for_bit(
     problem: Problem, line_search_fn: str | None, options: dict[str, Any]
 ) -> None:

@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 import torch
-from minimize_cases import Recorder, assert_result_is_true, each_solver, one_thread, vector  # noqa: F401
+from cases import one_in
+from minimize_cases import SOLVERS, Recorder, assert_result_is_true, each_solver, one_thread, vector  # noqa: F401
 from torch import Tensor
 
 import descend
@@ -40,9 +41,10 @@ def without_bounds(options: dict[str, Any]) -> dict[str, Any]:
     return dict(bounds=NO_BOUNDS) if "bounds" in options else options
 
 
-@each_solver
-@pytest.mark.parametrize("dtype", FLOATS)
-@pytest.mark.parametrize("name", FALLING)
+@pytest.mark.parametrize(
+    ("name", "dtype", "options"),
+    one_in(2, FALLING, FLOATS, [pytest.param(options, id=name) for name, options in SOLVERS.items()]),
+)
 def test_a_function_that_falls_without_end_is_unbounded(name: str, dtype: torch.dtype, options: dict[str, Any]) -> None:
     fun = FALLING[name]
     for scale, unit in ((1.0, 1.0), (1e-8, 1.0), (1e8, 1.0)):

@@ -6,11 +6,13 @@ import copy
 import errno
 import gc
 import io
+import json
 import mmap
 import os
 import subprocess
 import sys
 import textwrap
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -27,40 +29,69 @@ has_pages = pytest.mark.skipif(
 )
 
 
-def measured(code: str) -> list[float]:
-    """Return the numbers that ``code`` prints in a process of its own.
+PRELUDE = """
+import contextlib, io, json, os, resource, sys, traceback
+import numpy as np, torch
+from descend.state import lazy_memory
+torch.set_num_threads(1)
+def resident():
+    with open("/proc/self/statm") as file:
+        return int(file.read().split()[1]) * os.sysconf("SC_PAGESIZE") / 1e6
+torch.zeros(1000).add_(1).sum().item(); torch.randperm(1000); lazy_memory.copied(torch.ones(2**19))
+last, faulted = resident(), 0
+def grown():
+    global last
+    before, last = last, resident()
+    return last - before
+def faults():
+    global faulted
+    before, faulted = faulted, resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    return faulted - before
+def answer(code):
+    module, printed = dict(vars(lazy_memory)), io.StringIO()
+    grown()
+    try:
+        with contextlib.redirect_stdout(printed):
+            exec(code, {**globals()})
+    except Exception:
+        return traceback.format_exc()
+    finally:
+        vars(lazy_memory).update(module)
+    return [float(line) for line in printed.getvalue().split()]
+for line in sys.stdin:
+    print(json.dumps(answer(json.loads(line))), flush=True)
+"""
+Measure = Callable[[str], list[float]]
+
+
+def new_process() -> subprocess.Popen[str]:
+    """A process that runs the code of each line, and answers with the numbers that it prints.
 
     There, ``grown()`` returns the MB that have become resident since its last call, and ``faults()`` the page faults.
     """
-    prelude = """
-        import os, resource, numpy as np, torch
-        from descend.state import lazy_memory
-        torch.set_num_threads(1)
-        def resident():
-            with open("/proc/self/statm") as file:
-                return int(file.read().split()[1]) * os.sysconf("SC_PAGESIZE") / 1e6
-        torch.zeros(1000).add_(1).sum().item(); torch.randperm(1000); lazy_memory.copied(torch.ones(2**19))
-        last = resident()
-        def grown():
-            global last
-            before, last = last, resident()
-            return last - before
-        faulted = 0
-        def faults():
-            global faulted
-            before, faulted = faulted, resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-            return faulted - before
-        """
-    source = textwrap.dedent(prelude) + textwrap.dedent(code)
     # Arenas of malloc would count as well.
     environment = {**os.environ, "MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_THRESHOLD_": "65536"}
-    done = subprocess.run([sys.executable, "-c", source], capture_output=True, text=True, env=environment, timeout=250)
-    assert done.returncode == 0, done.stderr
-    return [float(line) for line in done.stdout.split()]
+    command = [sys.executable, "-c", PRELUDE]
+    return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment)
+
+
+def measured_by(process: subprocess.Popen[str], code: str) -> list[float]:
+    process.stdin.write(json.dumps(textwrap.dedent(code)) + "\n")
+    process.stdin.flush()
+    answer = json.loads(process.stdout.readline())
+    assert isinstance(answer, list), answer
+    return answer
+
+
+@pytest.fixture(scope="module")
+def measured() -> Iterator[Measure]:
+    """Return the numbers that code prints in a process that does nothing else; nothing is left of earlier code."""
+    with new_process() as process:
+        yield lambda code: measured_by(process, code)
 
 
 @has_pages
-def test_only_written_pages_are_resident() -> None:
+def test_only_written_pages_are_resident(measured: Measure) -> None:
     total = 10_000_000 * 64 * 4 / 1e6  # MB
     unused, neighbours, scattered = measured("""
         table = lazy_memory.zeros((10_000_000, 64), torch.float32)
@@ -98,7 +129,9 @@ NEIGHBOURS = "np.arange(20_000)"  # 5.12 MB
         ("np.array([0, 200_000, 399_999])", "auto", 0.012288),
     ],
 )
-def test_rows_and_policy_decide_which_pages_are_committed(rows: str, pages: str, expected: float) -> None:
+def test_rows_and_policy_decide_which_pages_are_committed(
+    rows: str, pages: str, expected: float, measured: Measure
+) -> None:
     committed, again = measured(f"""
         {TABLE}
         rows = {rows}
@@ -114,7 +147,7 @@ def test_rows_and_policy_decide_which_pages_are_committed(rows: str, pages: str,
 
 
 @has_pages
-def test_rows_that_scatter_later_commit_the_table_then() -> None:
+def test_rows_that_scatter_later_commit_the_table_then(measured: Measure) -> None:
     neighbours, scattered = measured(f"""
         {TABLE}
         for rows in ({NEIGHBOURS}, {SCATTERED_ROWS}):
@@ -127,7 +160,7 @@ def test_rows_that_scatter_later_commit_the_table_then() -> None:
 
 
 @has_pages
-def test_stragglers_among_neighbours_do_not_commit_the_table() -> None:
+def test_stragglers_among_neighbours_do_not_commit_the_table(measured: Measure) -> None:
     """Each step reads most pages of the first fifth of the table; its new pages alone would look scattered."""
     (grown,) = measured(f"""
         {TABLE}
@@ -143,7 +176,7 @@ def test_stragglers_among_neighbours_do_not_commit_the_table() -> None:
 
 @has_pages
 @pytest.mark.parametrize(("available", "expected"), [(0, 4.096), (204, 4.096), (206, 102.4)])
-def test_scarce_memory_keeps_pages_uncommitted(available: int, expected: float) -> None:
+def test_scarce_memory_keeps_pages_uncommitted(available: int, expected: float, measured: Measure) -> None:
     (committed,) = measured(f"""
         {TABLE}
         lazy_memory.available_memory = lambda: {available}e6
@@ -155,7 +188,7 @@ def test_scarce_memory_keeps_pages_uncommitted(available: int, expected: float) 
 
 
 @has_pages
-def test_all_tables_share_the_memory_that_may_be_committed() -> None:
+def test_all_tables_share_the_memory_that_may_be_committed(measured: Measure) -> None:
     """Half of 650 MB are three tables; the memory of one that is freed counts again."""
     sizes = measured(f"""
         begin = resident()
@@ -174,7 +207,7 @@ def test_all_tables_share_the_memory_that_may_be_committed() -> None:
 
 @has_pages
 @pytest.mark.parametrize("length", [1, 25, 1024, 1500, 5000])
-def test_committed_rows_are_written_without_faults(length: int) -> None:
+def test_committed_rows_are_written_without_faults(length: int, measured: Measure) -> None:
     before, after = measured(f"""
         table = lazy_memory.zeros((2_000_000 // {length}, {length}), torch.float32)
         rows = np.arange(3, len(table), 5_000 // {length} + 2)
@@ -191,7 +224,7 @@ def test_committed_rows_are_written_without_faults(length: int) -> None:
 
 
 @has_pages
-def test_a_committed_table_is_written_without_faults() -> None:
+def test_a_committed_table_is_written_without_faults(measured: Measure) -> None:
     before, after = measured(f"""
         {TABLE}
         faults()
@@ -231,7 +264,7 @@ def test_committing_keeps_what_is_written(error: int | None, monkeypatch: pytest
 
 
 @has_pages
-def test_small_tensors_are_committed_at_once() -> None:
+def test_small_tensors_are_committed_at_once(measured: Measure) -> None:
     (after,) = measured("""
         tables = [lazy_memory.zeros((4_000, 64), torch.float32).numpy() for _ in range(20)]
         faults()
@@ -258,7 +291,7 @@ def test_the_mapping_of_a_freed_table_is_forgotten() -> None:
 
 
 @has_pages
-def test_copies_are_resident_where_the_source_is_not_zero() -> None:
+def test_copies_are_resident_where_the_source_is_not_zero(measured: Measure) -> None:
     same, wider, narrower, unused = measured("""
         table = lazy_memory.zeros((1_000_000, 64), torch.float32)
         table[500_000:600_000] = 1
@@ -280,7 +313,7 @@ def test_copies_are_resident_where_the_source_is_not_zero() -> None:
 
 
 @has_pages
-def test_memory_is_freed_with_the_last_view() -> None:
+def test_memory_is_freed_with_the_last_view(measured: Measure) -> None:
     filled, freed = measured("""
         table = lazy_memory.zeros(50_000_000, torch.float32)
         view = table[10:].fill_(1)
@@ -296,13 +329,17 @@ def test_memory_is_freed_with_the_last_view() -> None:
 @has_pages
 def test_copying_needs_little_memory_beside_the_copy() -> None:
     """The peak while a transposed source is converted."""
-    (peak,) = measured("""
-        source = lazy_memory.zeros((64, 1_000_000), torch.float32)
-        source[:, :100] = 1
-        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        kept = lazy_memory.copied(source.t(), torch.float64)
-        print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1e3)
-        """)
+    with new_process() as process:  # the peak is that of its whole life
+        (peak,) = measured_by(
+            process,
+            """
+            source = lazy_memory.zeros((64, 1_000_000), torch.float32)
+            source[:, :100] = 1
+            before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+            kept = lazy_memory.copied(source.t(), torch.float64)
+            print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1e3)
+            """,
+        )
     assert peak < 100  # of 512 MB
 
 

@@ -17,6 +17,7 @@ from cases import (
     assert_unmoved,
     device,
     leaves,
+    one_in,
     params_of,
     rounding,
     snapshot,
@@ -101,10 +102,7 @@ def assert_same_training(one: Training, other: Training) -> None:
     assert_same_state(*states, rtol=rounding(1e-5), atol=rounding(1e-5))
 
 
-@pytest.mark.parametrize("options", OPTIONS, ids=str)
-@pytest.mark.parametrize("unscale", [False, True])
-@pytest.mark.parametrize("amp", AMP)
-@pytest.mark.parametrize("trained", OPTIMIZERS, ids=str)
+@pytest.mark.parametrize(("trained", "amp", "unscale", "options"), one_in(2, OPTIMIZERS, AMP, (False, True), OPTIONS))
 def test_scaled_training_is_training_bit_for_bit(
     trained: Trained, amp: str | None, unscale: bool, options: dict[str, Any]
 ) -> None:
@@ -118,13 +116,13 @@ def test_scaled_training_is_training_bit_for_bit(
     assert_same_training(scaled, plain)
 
 
-@pytest.mark.parametrize(("bad", "unscale"), [(math.inf, False), (math.nan, True)])
-@pytest.mark.parametrize("nonfinite", ["step", "skip", "raise"])
-@pytest.mark.parametrize("amp", AMP)
-@pytest.mark.parametrize("trained", OPTIMIZERS, ids=str)
+@pytest.mark.parametrize(
+    ("trained", "amp", "nonfinite", "unscale"), one_in(2, OPTIMIZERS, AMP, ("step", "skip", "raise"), (False, True))
+)
 def test_overflow_moves_nothing_and_counts_nothing(
-    trained: Trained, amp: str | None, nonfinite: str, unscale: bool, bad: float
+    trained: Trained, amp: str | None, nonfinite: str, unscale: bool
 ) -> None:
+    bad = math.nan if unscale else math.inf
     scaled, plain = Training(trained, amp=amp, nonfinite=nonfinite), Training(trained, None)
     for seed in range(3):
         for training in (scaled, plain):

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 from backward_cases import assert_same_params_and_state, loss_of, network
-from cases import BACKENDS, CASES, INDEPENDENT, Case, params_of
+from cases import BACKENDS, CASES, INDEPENDENT, Case, one_in, params_of
 from torch import Tensor, nn
 from torch.optim import lr_scheduler
 
@@ -91,9 +91,7 @@ def groups_of(model: nn.Module) -> list[dict[str, Any]]:
     return [{"params": params[:1]}, {"params": params[1:], "lr": 0.03, "weight_decay": 0.2}]
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("case", [*INDEPENDENT, Case(Own, SGD, {})], ids=str)
+@pytest.mark.parametrize(("case", "dtype", "backend"), one_in(2, [*INDEPENDENT, Case(Own, SGD, {})], DTYPES, BACKENDS))
 def test_steps_are_the_ordinary_ones(case: Case, dtype: torch.dtype, backend: str) -> None:
     assert_ordinary(case, dtype, backend, ordinary_loop)
 

@@ -37,8 +37,8 @@ def set_grads(params: list[Tensor]) -> None:
 @pytest.mark.parametrize(
     ("kind", "options", "stride"),
     [
-        (AdamW, dict(max_norm=1.0), 3),
-        (SGD, dict(momentum=0.9), 3),
+        (AdamW, dict(max_norm=1.0), 5),
+        (SGD, dict(momentum=0.9), 7),
         (NAdam, {}, 11),
         (Rprop, {}, 11),
         (AdamWScheduleFree, {}, 11),

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from cases import CASES, Case
+from cases import CASES, Case, one_in
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -53,9 +53,7 @@ def new_params() -> list[Tensor]:
     return [torch.empty(shape, device=META, requires_grad=True) for shape in ((5, 3), (7,), ())]
 
 
-@pytest.mark.parametrize("options", OPTIONS, ids=str)
-@pytest.mark.parametrize("backend", ["eager", "foreach"])
-@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize(("case", "backend", "options"), one_in(2, CASES, ("eager", "foreach"), OPTIONS))
 def test_a_steady_step_does_not_wait(case: Case, backend: str, options: dict[str, Any]) -> None:
     if "capturable" in options and not case.takes("capturable"):
         pytest.skip("it has no such option")

@@ -66,19 +66,6 @@ def run_python(program: str, **environment: str) -> None:
     subprocess.run([sys.executable, "-c", program], check=True, env={**variables, **environment})
 
 
-def test_steps_on_cpus_import_no_triton() -> None:
-    program = """
-import sys, torch, descend
-param = torch.ones(3, requires_grad=True)
-param.grad = torch.ones(3)
-optimizer = descend.AdamW([param])
-optimizer.step()
-optimizer.backends()
-assert "triton" not in sys.modules
-"""
-    run_python(program)
-
-
 def test_environment_turns_the_interpreter_on() -> None:
     program = """
 import torch, descend
