@@ -69,7 +69,8 @@ def newton_end(
             return None
         multipliers = torch.where(objective.equal, step.multipliers, step.multipliers.clamp(min=0.0))
         grad = objective.lagrangian_gradient(point.graph, multipliers)
-        candidate = Candidate(point._replace(grad=grad), multipliers)
+        norm = largest(objective.projected(x, grad))
+        candidate = Candidate(point._replace(grad=grad, norm=norm), multipliers)
         report(candidate, objective.space.length(step.step))
         size = residual(objective, candidate)
         if not size <= DIVERGED * first:
