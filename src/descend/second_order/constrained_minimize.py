@@ -100,7 +100,6 @@ def minimize_constrained(
         records_graph: whether autograd recorded where ``minimize`` was called.
     """
     objective = problem.objective
-    objective.feasible = limits.tol
     run = AugmentedLagrangian(objective, new_descent, limits)
     try:
         status = run.run(problem.start)

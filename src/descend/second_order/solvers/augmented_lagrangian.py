@@ -71,6 +71,7 @@ class AugmentedLagrangian(Budget):
         limits: what ends it.
     Attributes:
         candidate: the best point.
+        least: tolerance of the subproblems, and of feasibility: that of the whole, if it is not below rounding.
         n_outer: subproblems.
     """
 
@@ -81,7 +82,9 @@ class AugmentedLagrangian(Budget):
         self.n_iter = self.n_outer = self.n_negative_curvature = 0
         self.history: list[Iteration] = []
         self.is_stopped = False
+        self.least = objective.feasible = max(limits.tol, objective.eps**ROUNDING)
         self._end: Candidate | None = None
+        self._nearest: tuple[float, Tensor] = math.inf, torch.zeros(0)
 
     @property
     def candidate(self) -> Candidate:
@@ -116,13 +119,15 @@ class AugmentedLagrangian(Budget):
             self.record(point, 0.0)
             return Status.non_finite
         objective.set_scales(point.graph)
-        return self._iterate(point.graph)
+        status = self._iterate(point.graph)
+        if self._end is None:
+            self._end = self._with_nearest_multipliers(self.candidate)
+        return status
 
     def _iterate(self, values: Values) -> Status:
-        objective, tol = self.objective, self.limits.tol
+        objective, least = self.objective, self.least
         squares = float(violations(objective.scaled(values), objective.equal).square().sum())
         penalty = first = first_penalty(objective.fun_scale * values.value, squares)
-        least = max(tol, objective.eps**ROUNDING)  # tolerance of a subproblem
         multipliers, tolerance = objective.multipliers, max(least, math.sqrt(least))
         progress, n_idle, n_far, n_restored = math.inf, 0, 0, 0
         while True:
@@ -132,7 +137,7 @@ class AugmentedLagrangian(Budget):
                 return status
             if status is Status.unbounded or _is_far(point, values):
                 n_far += 1
-                if n_far > MAX_FAR or point.graph.violation <= tol:
+                if n_far > MAX_FAR or point.graph.violation <= least:
                     return status
                 penalty = min(penalty * GROWTH**2, LARGEST_PENALTY)
                 continue
@@ -143,9 +148,9 @@ class AugmentedLagrangian(Budget):
                 return end
             is_last = n_idle >= IDLE or self.n_outer >= MAX_OUTER
             infeasible = largest(complementarity(objective.scaled(values), multipliers / penalty, objective.equal))
-            is_slow = infeasible > SUFFICIENT * progress and values.violation > tol
+            is_slow = infeasible > SUFFICIENT * progress and values.violation > least
             is_suspicious = is_slow and penalty > SUSPICIOUS * first and n_restored < MAX_RESTORED
-            if is_suspicious or (is_last and values.violation > tol):
+            if is_suspicious or (is_last and values.violation > least):
                 n_restored += 1
                 end, values = self._restore(values)
                 if end is not None:
@@ -159,15 +164,37 @@ class AugmentedLagrangian(Budget):
 
     def _finished(self, candidate: Candidate) -> Status | None:
         """Whether a subproblem's solution, or what Newton's method makes of it, meets the tolerance."""
-        if residual(self.objective, candidate) <= self.limits.tol:
+        size, tol = residual(self.objective, candidate), self.limits.tol
+        self._nearest = min(self._nearest, (size, candidate.multipliers), key=lambda pair: pair[0])
+        if size <= tol:
             self._end = candidate
         elif self.objective.is_small:
             self._end = newton_end(
-                self.objective, candidate, target=self.limits.tol, may_go_on=self._may_go_on, report=self._advance
+                self.objective,
+                candidate,
+                target=tol,
+                floor=self.least,
+                may_go_on=self._may_go_on,
+                report=self._advance,
             )
         if self._end is not None:
-            return Status.converged
+            return Status.converged if residual(self.objective, self._end) <= tol else Status.precision_limit
         return Status.stopped_by_callback if self.is_stopped else None
+
+    def _with_nearest_multipliers(self, candidate: Candidate) -> Candidate:
+        """A candidate with the multipliers with which the conditions were met best, if they meet them better there.
+
+        The best point may have been evaluated on the way, when multipliers were far off.
+        """
+        objective, (size, multipliers) = self.objective, self._nearest
+        may_differentiate = objective.functions.is_usable(candidate.values) or self.evaluations_left >= 1
+        if size >= residual(objective, candidate) or not may_differentiate:
+            return candidate
+        values, x = objective.usable(candidate.values), candidate.point.x
+        grad = objective.lagrangian_gradient(values, multipliers)
+        norm = largest(objective.projected(x, grad))
+        other = Candidate(candidate.point._replace(grad=grad, norm=norm, graph=values), multipliers)
+        return min(candidate, other, key=lambda one: residual(objective, one))
 
     def _may_go_on(self) -> bool:
         return not self.is_stopped and self.n_iter < self.limits.max_iter and self.evaluations_left >= 1
@@ -179,7 +206,7 @@ class AugmentedLagrangian(Budget):
 
     def _restore(self, values: Values) -> tuple[Status | None, Values]:
         """Minimize the violation alone; say if it has a local minimum that is not zero."""
-        objective, tol = self.objective, self.limits.tol
+        objective, tol = self.objective, self.least
         objective.set_multipliers(torch.zeros_like(objective.multipliers), 1.0, fun_weight=0.0)
         self.penalty_learned = math.nan
         try:

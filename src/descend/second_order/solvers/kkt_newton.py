@@ -33,6 +33,7 @@ def newton_end(
     candidate: Candidate,
     *,
     target: float,
+    floor: float,
     may_go_on: Callable[[], bool],
     report: Callable[[Candidate, float], None],
 ) -> Candidate | None:
@@ -42,13 +43,15 @@ def newton_end(
         objective: f and the constraints; its penalty weighs constraints against multipliers to tell active ones.
         candidate: where from.
         target: residual at which the conditions hold.
+        floor: residual that is rounding: there the best point is taken when steps make no more progress.
         may_go_on: whether another evaluation is allowed.
         report: is shown each new point, and the length of the step to it.
     Returns:
-        A point at which the conditions hold and the Hessian is that of a minimum; None if none was reached.
+        A point at which the conditions hold, to the target or to rounding, and the Hessian is that of a minimum; None
+        if none was reached.
     """
     first = best = size = residual(objective, candidate)
-    failures = 0
+    failures, rounded = 0, None
     while True:
         if not (objective.functions.is_usable(candidate.values) or may_go_on()):
             return None
@@ -58,8 +61,10 @@ def newton_end(
             return None
         if size <= target:
             return candidate if step.is_minimum else None
+        if size <= min(floor, best):
+            rounded = candidate if step.is_minimum else None
         if failures > PATIENCE or not may_go_on():
-            return None
+            return rounded
         origin = candidate.point
         x = origin.x + step.step
         if objective.lower is not None and objective.upper is not None:
