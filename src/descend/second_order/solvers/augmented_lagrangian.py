@@ -84,7 +84,6 @@ class AugmentedLagrangian(Budget):
         self.is_stopped = False
         self.least = objective.feasible = max(limits.tol, objective.eps**ROUNDING)
         self._end: Candidate | None = None
-        self._nearest: tuple[float, Tensor] = math.inf, torch.zeros(0)
 
     @property
     def candidate(self) -> Candidate:
@@ -119,10 +118,7 @@ class AugmentedLagrangian(Budget):
             self.record(point, 0.0)
             return Status.non_finite
         objective.set_scales(point.graph)
-        status = self._iterate(point.graph)
-        if self._end is None:
-            self._end = self._with_nearest_multipliers(self.candidate)
-        return status
+        return self._iterate(point.graph)
 
     def _iterate(self, values: Values) -> Status:
         objective, least = self.objective, self.least
@@ -164,9 +160,8 @@ class AugmentedLagrangian(Budget):
 
     def _finished(self, candidate: Candidate) -> Status | None:
         """Whether a subproblem's solution, or what Newton's method makes of it, meets the tolerance."""
-        size, tol = residual(self.objective, candidate), self.limits.tol
-        self._nearest = min(self._nearest, (size, candidate.multipliers), key=lambda pair: pair[0])
-        if size <= tol:
+        tol = self.limits.tol
+        if residual(self.objective, candidate) <= tol:
             self._end = candidate
         elif self.objective.is_small:
             self._end = newton_end(
@@ -180,21 +175,6 @@ class AugmentedLagrangian(Budget):
         if self._end is not None:
             return Status.converged if residual(self.objective, self._end) <= tol else Status.precision_limit
         return Status.stopped_by_callback if self.is_stopped else None
-
-    def _with_nearest_multipliers(self, candidate: Candidate) -> Candidate:
-        """A candidate with the multipliers with which the conditions were met best, if they meet them better there.
-
-        The best point may have been evaluated on the way, when multipliers were far off.
-        """
-        objective, (size, multipliers) = self.objective, self._nearest
-        may_differentiate = objective.functions.is_usable(candidate.values) or self.evaluations_left >= 1
-        if size >= residual(objective, candidate) or not may_differentiate:
-            return candidate
-        values, x = objective.usable(candidate.values), candidate.point.x
-        grad = objective.lagrangian_gradient(values, multipliers)
-        norm = largest(objective.projected(x, grad))
-        other = Candidate(candidate.point._replace(grad=grad, norm=norm, graph=values), multipliers)
-        return min(candidate, other, key=lambda one: residual(objective, one))
 
     def _may_go_on(self) -> bool:
         return not self.is_stopped and self.n_iter < self.limits.max_iter and self.evaluations_left >= 1
