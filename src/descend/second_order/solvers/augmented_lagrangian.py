@@ -29,6 +29,7 @@ SUFFICIENT = 0.5  # fall of the infeasibility below which the penalty grows
 GROWTH = 10.0  # of the penalty
 LARGEST_PENALTY = 1e16
 ROUNDING = 0.8  # power of the precision below which a gradient is mostly rounding
+EARLY = 0.5  # tolerance of the first subproblem where Newton's method may end it, as f is scaled to a gradient of 1
 TIGHTENING = 0.1  # of the subproblems' tolerance
 FAR = 1e10  # growth of the variables by which a subproblem has no minimum
 MAX_FAR = 8  # such subproblems
@@ -124,7 +125,7 @@ class AugmentedLagrangian(Budget):
         objective, least = self.objective, self.least
         squares = float(violations(objective.scaled(values), objective.equal).square().sum())
         penalty = first = first_penalty(objective.fun_scale * values.value, squares)
-        multipliers, tolerance = objective.multipliers, max(least, math.sqrt(least))
+        multipliers, tolerance = objective.multipliers, max(least, EARLY if objective.is_small else math.sqrt(least))
         progress, n_idle, n_far, n_restored = math.inf, 0, 0, 0
         while True:
             objective.set_multipliers(multipliers, penalty)
@@ -137,7 +138,7 @@ class AugmentedLagrangian(Budget):
                     return status
                 penalty = min(penalty * GROWTH**2, LARGEST_PENALTY)
                 continue
-            n_idle = n_idle + 1 if torch.equal(point.x, values.x) else 0
+            n_idle = n_idle + 1 if torch.equal(point.x, values.x) and tolerance <= least else 0
             values = point.graph
             candidate = Candidate(point, objective.first_order_multipliers(values))
             if (end := self._finished(candidate)) is not None:
@@ -156,7 +157,7 @@ class AugmentedLagrangian(Budget):
             penalty = min(penalty * GROWTH, LARGEST_PENALTY) if is_slow else penalty
             progress = infeasible
             multipliers = candidate.multipliers.clamp(-MOST_MULTIPLIER, MOST_MULTIPLIER)
-            tolerance = max(least, TIGHTENING * tolerance)
+            tolerance = max(least, TIGHTENING * min(tolerance, point.norm))
 
     def _finished(self, candidate: Candidate) -> Status | None:
         """Whether a subproblem's solution, or what Newton's method makes of it, meets the tolerance."""

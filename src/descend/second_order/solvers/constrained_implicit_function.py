@@ -261,10 +261,9 @@ class ConstrainedSolution:
         if self.reduced is None:
             return None
         gradient, leaf, _ = graph
-        change = -_slope(graph, rise)
         try:
             with torch.enable_grad():
-                change = change + _product(gradient, leaf, step)
+                change = _product(gradient, leaf, step) - _slope(graph, rise)
             hessian = self._hessian(change, leaf)
         except RuntimeError:  # an operation without third derivatives
             hessian = -self._constraint_hessian(graph, rise)
@@ -275,8 +274,7 @@ class ConstrainedSolution:
         change = _along(graph, step)
         rounding = NOISE * self.eps * (1.0 + largest(self.x))
         is_near = self.c + change <= DOUBT * change.abs() + rounding
-        rounding = NOISE * self.eps * (1.0 + largest(self.multipliers))
-        is_weak = self.multipliers + rise <= DOUBT * rise.abs() + rounding
+        is_weak = self.multipliers + rise <= DOUBT * rise.abs() + self._noise
         is_doubtful = ~self.equal & torch.where(self.active, is_weak, is_near)
         if not bool(is_doubtful.any()):
             return None
@@ -285,15 +283,20 @@ class ConstrainedSolution:
             "zero, and x has a kink, or the solution is not accurate enough to tell. Lower tol, or move the constraint."
         )
 
+    @property
+    def _noise(self) -> float:
+        """Rounding error of multipliers."""
+        return NOISE * self.eps * (1.0 + largest(self.multipliers))
+
     def _doubtful_bounds(self, graph: Any, step: Tensor, rise: Tensor) -> str | None:
         """Whether a bound may begin to hold a variable, or cease to."""
         if self.lower is None or self.upper is None:
             return None
         change = self._multiply(graph, step) - self.rows.rows.T @ rise[self.active]
         multiplier = (self.grad + change) * torch.where(self.at_upper, -1.0, 1.0)
-        is_weak = multiplier <= DOUBT * change.abs()
+        is_weak = multiplier <= DOUBT * change.abs() + self._noise
         room = torch.minimum(self.x + step - self.lower, self.upper - self.x - step)
-        is_near = room <= DOUBT * step.abs() + NOISE * self.eps * self.x.abs()
+        is_near = room <= DOUBT * step.abs() + NOISE * self.eps * largest(self.x)
         is_doubtful = torch.where(self.free, is_near, is_weak & (self.lower < self.upper))
         return kink(int(is_doubtful.long().argmax())) if bool(is_doubtful.any()) else None
 
