@@ -1,4 +1,4 @@
-"""The last digits of a constrained minimum: Newton's method on its conditions, for small dense problems.
+"""The end of a constrained minimization: Newton's method on its conditions, for small dense problems.
 
 Source: Birgin & Martínez 2008, Improving ultimate convergence of an augmented Lagrangian method,
     https://doi.org/10.1080/10556780701577730, with an active set renewed within each step as in Hintermüller,
