@@ -211,7 +211,6 @@ def test_errors_of_a_constraint_come_through(is_parameter: bool) -> None:
             ValueError,
             "hvp is for",
         ),
-        (dict(constraints=[EQUALITY], differentiable=True), ValueError, "differentiable is for"),
         (dict(constraints=[EQUALITY], batched="best"), ValueError, "batched is for"),
         (dict(constraints=[EQUALITY], method="bfgs", bounds=(0, 1)), ValueError, "bounds is for"),
         (dict(constraints=[EQUALITY, eq(lambda x: 1.0)]), TypeError, r"constraints\[1\] must return a tensor"),

@@ -16,6 +16,7 @@ from problems.hock_schittkowski import problems as hock_schittkowski
 from torch import Tensor, nn
 
 from descend import ConstrainedResult, Result, Status, eq, ineq, minimize
+from descend.second_order.problem import constrained_objective
 
 EQUALITY = eq(lambda x: x.sum() - 1)
 
@@ -294,6 +295,28 @@ def test_zero_tolerance_ends_at_the_precision_of_the_function() -> None:
     assert result.success or result.status is Status.precision_limit
     assert result.fun == pytest.approx(0.0082, abs=1e-3)
     assert result.n_eval < 1000
+
+
+@pytest.mark.parametrize("most_numbers", [300, 0], ids=["with Newton's end", "without"])
+@pytest.mark.parametrize("name", ["hs7", "hs31", "hs42", "hs66"])
+def test_zero_tolerance_gives_the_multipliers(name: str, most_numbers: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    problem = next(one for one in SMALL if one.name == name)
+    bounds = (problem.lower, problem.upper) if problem.has_bounds else None
+    make, function = (eq, problem.equalities) if problem.counts[0] else (ineq, problem.inequalities)
+    expected = minimize(problem.fun, problem.x0, bounds=bounds, constraints=make(function), tol=1e-9).multipliers[0]
+    monkeypatch.setattr(constrained_objective, "MOST_NUMBERS", most_numbers)
+    result = minimize(problem.fun, problem.x0, bounds=bounds, constraints=make(function), tol=0.0, max_eval=1000)
+    assert result.success or result.status in (Status.precision_limit, Status.max_eval)
+    assert result.infeasibility <= 1e-12
+    assert result.grad_norm <= 1e-4
+    assert result.multipliers[0].tolist() == pytest.approx(expected.tolist(), abs=1e-4)
+
+
+def test_history_shows_the_gradient_of_the_lagrangian() -> None:
+    circle = eq(lambda x: x.square().sum() - 1)
+    result = minimize(rosenbrock, vector(0.5, 0.5), constraints=[circle], bounds=(0.0, 0.75), tol=1e-10)
+    assert result.success
+    assert result.history[-1].grad_norm == result.grad_norm
 
 
 def test_result_is_deterministic() -> None:

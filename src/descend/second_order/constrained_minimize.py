@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from descend.second_order.constraints import Constraint
@@ -14,6 +15,7 @@ from descend.second_order.problem.constrained_objective import ConstrainedObject
 from descend.second_order.problem.domain import DomainErrors
 from descend.second_order.solvers.augmented_lagrangian import AugmentedLagrangian
 from descend.second_order.solvers.budget import Limits
+from descend.second_order.solvers.constrained_implicit_function import differentiable_constrained_solution
 from descend.second_order.solvers.constrained_result import ConstrainedResult, constrained_result
 from descend.second_order.solvers.result import X
 from descend.second_order.solvers.run import Descend
@@ -79,7 +81,13 @@ class ConstrainedProblem(FlatProblem[X]):
 
 
 def minimize_constrained(
-    problem: ConstrainedProblem[X], new_descent: Callable[[], Descend], limits: Limits, *, began: float
+    problem: ConstrainedProblem[X],
+    new_descent: Callable[[], Descend],
+    limits: Limits,
+    *,
+    began: float,
+    ends: Sequence[Tensor | None] | None = None,
+    records_graph: bool = False,
 ) -> ConstrainedResult[X]:
     """Minimize a problem that has constraints.
 
@@ -88,12 +96,17 @@ def minimize_constrained(
         new_descent: makes a descent, which minimizes a function without constraints from a point.
         limits: those of the run.
         began: ``time.perf_counter()`` at the start.
+        ends: for a result that can be differentiated, flat bounds with their graphs, or ().
+        records_graph: whether autograd recorded where ``minimize`` was called.
     """
     objective = problem.objective
-    objective.feasible = limits.tol
     run = AugmentedLagrangian(objective, new_descent, limits)
     try:
         status = run.run(problem.start)
     finally:
         problem.set_parameters(run)
-    return constrained_result(run, status, problem.tree_of(run.best.x), problem.split_tree, began=began)
+    x = run.best.x
+    with torch.set_grad_enabled(records_graph):
+        if ends is not None:
+            x = differentiable_constrained_solution(objective, run.candidate, status, *ends)
+        return constrained_result(run, status, problem.tree_of(x), problem.split_tree, began=began)

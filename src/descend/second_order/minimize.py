@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, Literal, overload
 
 import torch
+from torch import Tensor
 
 from descend.second_order.batched import minimize_batched
 from descend.second_order.constrained_minimize import ConstrainedProblem, constraint_functions, minimize_constrained
@@ -171,15 +172,17 @@ def minimize(
         args: a tuple of further arguments, of any kind: ``fun(x, *args)``, ``jac(x, *args)``, ``hvp(x, v, *args)``.
             Default: ().
         differentiable: whether ``result.x`` can be differentiated, backward or forward, with respect to any tensors
-            that require gradients and that ``fun`` takes as ``args`` or closes over, or that are ``bounds``. The
-            derivatives are those of the implicit function theorem: variables at a bound stay there; backward solves
-            one linear system with the Hessian of the others, by Cholesky's factorization for up to 200 variables, else
-            by conjugate gradients. Its relative error is about that of ``x``: lower ``tol`` if that is too much. It
-            takes one evaluation more (within ``max_eval``). Backward raises ``RuntimeError`` if the status is not
-            ``converged``, if the Hessian is singular or not positive definite, if a variable at a bound has a
-            multiplier of zero, and if a derivative is differentiated again; with ``batched`` only if a derivative of
-            that problem is asked for. With ``jac``, it must be computed from ``x`` and ``args`` with torch operations.
-            Not for parameters and DTensors. Default: False.
+            that require gradients and that ``fun`` takes as ``args`` or closes over, that are ``bounds``, or that
+            ``constraints`` close over. The derivatives are those of the implicit function theorem: variables at a bound
+            stay there, and active constraints stay active; backward solves one linear system with the Hessian (with
+            constraints, the Lagrangian's, along them), by Cholesky's factorization for up to 200 variables, else by
+            conjugate gradients. Its relative error is about that of ``x``: lower ``tol`` if that is too much. It takes
+            one evaluation more at most (within ``max_eval``). Backward raises ``RuntimeError`` if the status is not
+            ``converged``, if the Hessian is singular or not positive definite, if an active bound or inequality has a
+            multiplier of zero, if gradients of active constraints are linearly dependent, and if a derivative is
+            differentiated again; with ``batched`` only if a derivative of that problem is asked for. With ``jac``, it
+            must be computed from ``x`` and ``args`` with torch operations. Not for parameters and DTensors. Default:
+            False.
         domain_errors: an exception class, or a tuple of such: exceptions that ``fun`` and ``jac`` raise outside their
             domain, as ``math.log`` raises ``ValueError``. The point counts as evaluated, and a shorter step is tried.
             At ``x0`` and in second derivatives they propagate, and ``StopIteration`` and ``MemoryError`` always do.
@@ -197,7 +200,7 @@ def minimize(
         constraints: a list of ``eq(g)`` and ``ineq(h)``, for g(x) == 0 and h(x) >= 0, where g and h map ``x`` alone to
             real tensors of any shape. ``x0`` and other points evaluated may violate them, but never ``bounds``.
             ``max_eval`` counts evaluations of ``fun`` and all constraints together. Not with ``jac``, ``hvp``,
-            ``differentiable``, ``batched`` or DTensors. Default: none.
+            ``batched`` or DTensors. Default: none.
     Returns:
         A ``Result``: the best point seen, and why the solver stopped. ``x`` is never NaN unless ``x0`` is; ``fun`` is
         NaN only if it is at ``x0``. With ``constraints`` a ``ConstrainedResult``, which has multipliers. With
@@ -234,9 +237,7 @@ def minimize(
     check_limits(WHO, tol, max_iter, max_eval, differentiable, history_size)
     _check_functions(method, fun=fun, jac=jac, hvp=hvp, callback=callback)
     walls = domain_errors_of(domain_errors, WHO)
-    conditions = constraint_functions(
-        constraints, WHO, jac=jac, hvp=hvp, differentiable=differentiable or None, batched=batched or None
-    )
+    conditions = constraint_functions(constraints, WHO, jac=jac, hvp=hvp, batched=batched or None)
     if batched != "best" and not isinstance(batched, bool):
         raise ValueError(f"{WHO}: batched must be False, True or 'best', got {batched!r}.")
     iterations, evaluations = solver_limits(max_iter, max_eval, differentiable)
@@ -269,8 +270,11 @@ def minimize(
             problem = ConstrainedProblem(WHO, fun, x0, bounds, conditions, walls)
         else:
             problem = FunctionProblem(WHO, fun, x0, bounds, jac, hvp, needs_curvature, walls)
+        ends: list[Tensor | None] | None = None
         if differentiable:
             problem.check_values()
+            with torch.set_grad_enabled(records_graph):
+                ends = differentiable_bounds(bounds, problem.structure, WHO)
         check_method_fits(WHO, method, problem.objective, problem.start)
         limits = Limits(
             tol=default_tolerance(problem.structure.eps) if tol is None else float(tol),
@@ -283,13 +287,14 @@ def minimize(
             return descent_of(method, problem.objective, problem.start, history_size or HISTORY_SIZE)
 
         if isinstance(problem, ConstrainedProblem):
-            return minimize_constrained(problem, new_descent, limits, began=began)
+            return minimize_constrained(
+                problem, new_descent, limits, began=began, ends=ends, records_graph=records_graph
+            )
         run, status = _run(problem, new_descent(), limits)
         x = run.best.x
-        if differentiable:
+        if ends is not None:
             assert isinstance(problem.objective, FunctionObjective), "check_values has been called"
             with torch.set_grad_enabled(records_graph):
-                ends = differentiable_bounds(bounds, problem.structure, WHO)
                 x = differentiable_solution(WHO, problem.objective, x, status, *ends)
     return result_of(run, status, MESSAGES[status], problem.tree_of(x), problem.split_tree, began=began)
 

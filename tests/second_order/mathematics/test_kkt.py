@@ -42,6 +42,17 @@ def test_inactive_constraints_and_fixed_variables_take_no_part() -> None:
     assert torch.allclose(step.multipliers[active], inner.multipliers)
 
 
+def test_held_variables_take_the_others_with_them() -> None:
+    hessian, jacobian, grad, c = positive(5), random(2, 5, seed=2), random(5, seed=3), random(2, seed=4)
+    free, held = torch.tensor([True, True, False, True, True]), random(5, seed=5)
+    active = torch.ones(2).bool()
+    step = kkt_step(hessian, jacobian, grad, c, active, free, held)
+    assert step.step[2] == held[2]
+    assert torch.allclose(jacobian @ step.step, -c)
+    slope = grad + hessian @ step.step - jacobian.T @ step.multipliers
+    assert torch.allclose(slope[free], torch.zeros(4).double())
+
+
 def test_dependent_constraints_share_the_shortest_multipliers() -> None:
     hessian, row, grad = positive(4), random(1, 4, seed=2), random(4, seed=3)
     one = kkt_step(hessian, row, grad, random(1), torch.ones(1).bool(), torch.ones(4).bool())

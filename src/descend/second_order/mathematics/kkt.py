@@ -25,7 +25,15 @@ class KKTStep(NamedTuple):
     is_minimum: bool
 
 
-def kkt_step(hessian: Tensor, jacobian: Tensor, grad: Tensor, c: Tensor, active: Tensor, free: Tensor) -> KKTStep:
+def kkt_step(
+    hessian: Tensor,
+    jacobian: Tensor,
+    grad: Tensor,
+    c: Tensor,
+    active: Tensor,
+    free: Tensor,
+    held: Tensor | None = None,
+) -> KKTStep:
     """Solve Hs - A'm = -g and As = -c for the free variables and the active constraints.
 
     By a basis of the null space of A from its singular values, so that dependent constraints do no harm: they get the
@@ -38,8 +46,13 @@ def kkt_step(hessian: Tensor, jacobian: Tensor, grad: Tensor, c: Tensor, active:
         c: values of the constraints, shape (M,).
         active: which constraints are to be zero, shape (M,).
         free: which variables may move, shape (N,).
+        held: step of the others, shape (N,); None for zero.
     Source: Nocedal & Wright 2006, section 16.2, the null-space method.
     """
+    whole = torch.zeros_like(grad)
+    if held is not None:
+        whole = torch.where(free, 0.0, held)
+        grad, c = grad + hessian @ whole, c + jacobian @ whole
     rows = jacobian[active][:, free]
     left, sizes, right = torch.linalg.svd(rows, full_matrices=True)
     rank = int((sizes > RANK * sizes[:1]).sum())
@@ -55,6 +68,6 @@ def kkt_step(hessian: Tensor, jacobian: Tensor, grad: Tensor, c: Tensor, active:
     moves = torch.where(bent, -slopes / torch.where(bent, curvatures.abs(), 1.0), 0.0)
     step = step + along @ (axes @ moves)
     dual = left[:, :rank] @ (inverse * (across.T @ (grad[free] + inner @ step)))
-    whole, multipliers = torch.zeros_like(grad), torch.zeros_like(c)
+    multipliers = torch.zeros_like(c)
     whole[free], multipliers[active] = step, dual
     return KKTStep(whole, multipliers, bool((curvatures >= -1e-6 * max(size, 1e-300)).all()))

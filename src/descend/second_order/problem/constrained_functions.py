@@ -144,6 +144,14 @@ class ConstrainedFunctions:
                 f"{[tuple(shape) for shape in self.shapes]}."
             )
 
+    def name_of(self, place: int) -> str:
+        """The name of an entry of all constraints."""
+        for constraint, shape in zip(self.constraints, self.shapes, strict=True):
+            if place < shape.numel():
+                return constraint.name if shape.numel() == 1 else f"entry {place} of {constraint.name}"
+            place -= shape.numel()
+        raise IndexError(place)
+
     def gradient(self, values: Values, fun_weight: float, weights: Tensor | None = None) -> Tensor:
         """The gradient of fun_weight * fun + weights'constraints, flat."""
         outputs = [(values.fun, torch.full_like(values.fun, fun_weight))] if values.fun.requires_grad else []

@@ -183,6 +183,18 @@ class ConstrainedObjective(Curved):
         slope = self.functions.slope(values, lambda fun, constraints: self.fun_scale * fun - weights @ constraints)
         return self.functions.hessian(values, slope)
 
+    def conditions(self, values: Values, multipliers: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """With their graphs, the gradient of f - multipliers'c for fixed multipliers, the variables in it, and c."""
+        (leaf,) = values.leaves
+        weights = (multipliers * self.scales).detach()
+        with torch.enable_grad():
+            constraints = self.scales * values.constraints
+            lagrangian = self.fun_scale * values.fun - weights @ values.constraints
+            grad = None
+            if lagrangian.requires_grad:
+                (grad,) = torch.autograd.grad(lagrangian, leaf, create_graph=True, allow_unused=True)
+        return torch.zeros_like(values.x) if grad is None else grad, leaf, constraints
+
     def projected(self, x: Tensor, grad: Tensor) -> Tensor:
         """The gradient, projected on the bounds: x - clamp(x - grad)."""
         if self.lower is None or self.upper is None:

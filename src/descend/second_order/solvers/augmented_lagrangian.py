@@ -29,6 +29,7 @@ SUFFICIENT = 0.5  # fall of the infeasibility below which the penalty grows
 GROWTH = 10.0  # of the penalty
 LARGEST_PENALTY = 1e16
 ROUNDING = 0.8  # power of the precision below which a gradient is mostly rounding
+EARLY = 0.5  # tolerance of the first subproblem where Newton's method may end it, as f is scaled to a gradient of 1
 TIGHTENING = 0.1  # of the subproblems' tolerance
 FAR = 1e10  # growth of the variables by which a subproblem has no minimum
 MAX_FAR = 8  # such subproblems
@@ -71,6 +72,7 @@ class AugmentedLagrangian(Budget):
         limits: those of the whole run.
     Attributes:
         candidate: the best point.
+        least: tolerance of the subproblems, and of feasibility: that of the whole, if it is not below rounding.
         n_outer: subproblems.
     """
 
@@ -81,6 +83,7 @@ class AugmentedLagrangian(Budget):
         self.n_iter = self.n_outer = self.n_negative_curvature = 0
         self.history: list[Iteration] = []
         self.is_stopped = False
+        self.least = objective.feasible = max(limits.tol, objective.eps**ROUNDING)
         self._end: Candidate | None = None
 
     @property
@@ -119,11 +122,10 @@ class AugmentedLagrangian(Budget):
         return self._iterate(point.graph)
 
     def _iterate(self, values: Values) -> Status:
-        objective, tol = self.objective, self.limits.tol
+        objective, least = self.objective, self.least
         squares = float(violations(objective.scaled(values), objective.equal).square().sum())
         penalty = first = first_penalty(objective.fun_scale * values.value, squares)
-        least = max(tol, objective.eps**ROUNDING)  # tolerance of a subproblem
-        multipliers, tolerance = objective.multipliers, max(least, math.sqrt(least))
+        multipliers, tolerance = objective.multipliers, max(least, EARLY if objective.is_small else math.sqrt(least))
         progress, n_idle, n_far, n_restored = math.inf, 0, 0, 0
         while True:
             objective.set_multipliers(multipliers, penalty)
@@ -132,20 +134,20 @@ class AugmentedLagrangian(Budget):
                 return status
             if status is Status.unbounded or _is_far(point, values):
                 n_far += 1
-                if n_far > MAX_FAR or point.graph.violation <= tol:
+                if n_far > MAX_FAR or point.graph.violation <= least:
                     return status
                 penalty = min(penalty * GROWTH**2, LARGEST_PENALTY)
                 continue
-            n_idle = n_idle + 1 if torch.equal(point.x, values.x) else 0
+            n_idle = n_idle + 1 if torch.equal(point.x, values.x) and tolerance <= least else 0
             values = point.graph
             candidate = Candidate(point, objective.first_order_multipliers(values))
             if (end := self._finished(candidate)) is not None:
                 return end
             is_last = n_idle >= IDLE or self.n_outer >= MAX_OUTER
             infeasible = largest(complementarity(objective.scaled(values), multipliers / penalty, objective.equal))
-            is_slow = infeasible > SUFFICIENT * progress and values.violation > tol
+            is_slow = infeasible > SUFFICIENT * progress and values.violation > least
             is_suspicious = is_slow and penalty > SUSPICIOUS * first and n_restored < MAX_RESTORED
-            if is_suspicious or (is_last and values.violation > tol):
+            if is_suspicious or (is_last and values.violation > least):
                 n_restored += 1
                 end, values = self._restore(values)
                 if end is not None:
@@ -155,18 +157,24 @@ class AugmentedLagrangian(Budget):
             penalty = min(penalty * GROWTH, LARGEST_PENALTY) if is_slow else penalty
             progress = infeasible
             multipliers = candidate.multipliers.clamp(-MOST_MULTIPLIER, MOST_MULTIPLIER)
-            tolerance = max(least, TIGHTENING * tolerance)
+            tolerance = max(least, TIGHTENING * min(tolerance, point.norm))
 
     def _finished(self, candidate: Candidate) -> Status | None:
         """Whether a subproblem's solution, or its refinement by Newton's method, meets the tolerance."""
-        if residual(self.objective, candidate) <= self.limits.tol:
+        tol = self.limits.tol
+        if residual(self.objective, candidate) <= tol:
             self._end = candidate
         elif self.objective.is_small:
             self._end = newton_end(
-                self.objective, candidate, target=self.limits.tol, may_go_on=self._may_go_on, report=self._advance
+                self.objective,
+                candidate,
+                target=tol,
+                floor=self.least,
+                may_go_on=self._may_go_on,
+                report=self._advance,
             )
         if self._end is not None:
-            return Status.converged
+            return Status.converged if residual(self.objective, self._end) <= tol else Status.precision_limit
         return Status.stopped_by_callback if self.is_stopped else None
 
     def _may_go_on(self) -> bool:
@@ -179,7 +187,7 @@ class AugmentedLagrangian(Budget):
 
     def _restore(self, values: Values) -> tuple[Status | None, Values]:
         """Minimize the violation alone; say if it has a local minimum that is not zero."""
-        objective, tol = self.objective, self.limits.tol
+        objective, tol = self.objective, self.least
         objective.set_multipliers(torch.zeros_like(objective.multipliers), 1.0, fun_weight=0.0)
         self.penalty_learned = math.nan
         try:

@@ -61,4 +61,4 @@ def differentiable_solutions(
         bounds = tensor_of(objective.lower), tensor_of(objective.upper)
     graph = objective.graphs[-1]
     solution = Solution(who, _ManyProblems(who), x, grad, bounds, statuses, objective.eps)
-    return with_graph(solution, graph.grad, graph.leaf, lower, upper)
+    return with_graph(solution, (graph.grad, graph.leaf), lower, upper)

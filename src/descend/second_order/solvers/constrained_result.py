@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from descend.second_order.mathematics.augmented_lagrangian import largest, violations
-from descend.second_order.problem.constrained_functions import ConstrainedFunctions, Values
+from descend.second_order.problem.constrained_functions import Values
 from descend.second_order.problem.constrained_objective import ConstrainedObjective
 from descend.second_order.solvers.augmented_lagrangian import AugmentedLagrangian
 from descend.second_order.solvers.result import MESSAGES, Result, Status, X
@@ -92,14 +92,5 @@ def _message(objective: ConstrainedObjective, status: Status, values: Values) ->
     sizes = violations(objective.scaled(values), objective.equal).abs()
     place = int(sizes.argmax())
     size = float(sizes[place] / objective.scales[place])
-    where = _place_of(objective.functions, place)
+    where = objective.functions.name_of(place)
     return f"{message} No evaluated point is feasible: {where} is violated by {size:.3g}."
-
-
-def _place_of(functions: ConstrainedFunctions, place: int) -> str:
-    """The name of an entry of all constraints."""
-    for constraint, shape in zip(functions.constraints, functions.shapes, strict=True):
-        if place < shape.numel():
-            return constraint.name if shape.numel() == 1 else f"entry {place} of {constraint.name}"
-        place -= shape.numel()
-    raise IndexError(place)

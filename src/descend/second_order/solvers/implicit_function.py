@@ -4,7 +4,8 @@ Where the gradient g(x, theta) of a function is zero and its Hessian H regular, 
 dx = -H^-1 (dg/dtheta) dtheta. Variables at a bound stay there; the rest obey this formula with their part of H.
 
 What theta is need not be known: autograd has recorded how g depends on whatever tensors ``fun`` read. x becomes the
-result of an operation whose input is g. Its backward multiplies by -H^-1, and autograd goes on from g.
+result of an operation whose input is g. Its backward multiplies by -H^-1, and autograd goes on from g. Other conditions
+that hold at x, such as active constraints, are further inputs.
 """
 
 from __future__ import annotations
@@ -36,6 +37,28 @@ class Curvature(Protocol):
 
     def hessians(self, graph: Any) -> Tensor:
         """The Hessians, (B, n, n)."""
+
+
+class Implicit(Protocol):
+    """Solutions x of equations, and their derivatives.
+
+    ``graph``: with their graphs, the gradient, the variables in it, and what else the equations set to zero.
+
+    Attributes:
+        x: the solutions, in the number of entries of the gradient.
+        is_compiled: whether the graph comes from a compiled function; set from outside.
+    """
+
+    x: Tensor
+    is_compiled: bool
+
+    def backward(self, graph: Any, vector: Tensor, needs_lower: bool, needs_upper: bool) -> tuple[Tensor | None, ...]:
+        """What a derivative by x is as derivatives by the bounds, if needed, by the gradient, and by what else."""
+
+    def forward(
+        self, graph: Any, lower: Tensor | None, upper: Tensor | None, gradient: Tensor | None, *others: Tensor | None
+    ) -> Tensor:
+        """The change of x due to changes of the same; None for none."""
 
 
 class _OneProblem:
@@ -78,58 +101,62 @@ def differentiable_solution(
     if objective.lower is not None and objective.upper is not None:
         bounds = objective.lower[None], objective.upper[None]
     solution = Solution(who, curvature, x[None], point.grad[None], bounds, [status], objective.eps)
-    return with_graph(solution, gradient, leaf, lower, upper)
+    return with_graph(solution, (gradient, leaf), lower, upper)
 
 
 def with_graph(
-    solution: Solution, gradient: Tensor, leaf: Tensor, lower: Tensor | None, upper: Tensor | None
+    solution: Implicit, graph: tuple[Tensor, ...], lower: Tensor | None = None, upper: Tensor | None = None
 ) -> Tensor:
-    """A copy of a solution, in the shape of ``gradient``, as a function of what that and the bounds depend on.
+    """A copy of a solution, in the shape of the gradient, as a function of what that and the bounds depend on.
 
     Args:
         solution: the solution.
-        gradient, leaf: the gradient with its graph, and the variables in it.
+        graph: with their graphs, the gradient, the variables in it, and what else is zero.
         lower, upper: bounds with their graphs, in the same shape; None for those without.
     """
-    nodes = nodes_of(gradient)
-    has_parameters = has_tangent(gradient) or any(getattr(node, "variable", leaf) is not leaf for node in nodes)
+    gradient, leaf, *others = graph
+    nodes = set().union(*(nodes_of(tensor) for tensor in (gradient, *others)))
+    has_parameters = any(has_tangent(tensor) for tensor in (gradient, *others)) or any(
+        getattr(node, "variable", leaf) is not leaf for node in nodes
+    )
     if not has_parameters and lower is None and upper is None:
         return solution.x.reshape(gradient.shape).clone()
     solution.is_compiled = is_compiled(nodes)
-    x: Tensor = _ImplicitFunction.apply(solution, gradient, leaf, lower, upper)  # type: ignore[no-untyped-call]
+    x: Tensor = _ImplicitFunction.apply(solution, lower, upper, *graph)  # type: ignore[no-untyped-call]
     return x
 
 
 class _ImplicitFunction(torch.autograd.Function):
-    """(gradient, lower, upper) -> x, for solutions that have been found."""
+    """(lower, upper, gradient, variables, what else is zero) -> x, for solutions that have been found."""
 
     @staticmethod
     def forward(
-        ctx: Any, solution: Solution, gradient: Tensor, leaf: Tensor, lower: Tensor | None, upper: Tensor | None
+        ctx: Any, solution: Implicit, lower: Tensor | None, upper: Tensor | None, gradient: Tensor, *others: Tensor
     ) -> Tensor:
         ctx.solution = solution
-        ctx.save_for_backward(gradient, leaf)
-        ctx.save_for_forward(gradient, leaf)
+        ctx.save_for_backward(gradient, *others)
+        ctx.save_for_forward(gradient, *others)
         return solution.x.reshape(gradient.shape).clone()
 
     @staticmethod
     def backward(ctx: Any, vector: Tensor) -> tuple[Tensor | None, ...]:
         graph = ctx.saved_tensors
         with torch.no_grad():
-            parts = ctx.solution.backward(graph, vector, *ctx.needs_input_grad[3:])
+            parts = ctx.solution.backward(graph, vector, *ctx.needs_input_grad[1:3])
         if torch.is_grad_enabled():
-            parts = [None if part is None else _once(part, graph[0], vector) for part in parts]
-        to_gradient, to_lower, to_upper = parts
-        return None, to_gradient, None, to_lower, to_upper
+            parts = [None if part is None else _once(part, *graph, vector) for part in parts]
+        to_lower, to_upper, to_gradient, *to_others = parts
+        return None, to_lower, to_upper, to_gradient, None, *to_others
 
     @staticmethod
     def jvp(ctx: Any, *changes: Any) -> Tensor:
-        _, of_gradient, _, of_lower, of_upper = changes
+        _, of_lower, of_upper, of_gradient, _, *of_others = changes
+        known = of_lower, of_upper, of_gradient, *of_others
         with torch.no_grad():
-            change: Tensor = ctx.solution.forward(ctx.saved_tensors, of_gradient, of_lower, of_upper)
-        tensors = [tensor for tensor in (of_gradient, of_lower, of_upper) if tensor is not None]
+            change: Tensor = ctx.solution.forward(ctx.saved_tensors, *known)
+        tensors = [tensor for tensor in known if tensor is not None]
         if torch.is_grad_enabled():
-            change = _once(change, ctx.saved_tensors[0], *tensors)
+            change = _once(change, *ctx.saved_tensors, *tensors)
         return change
 
 
@@ -196,8 +223,8 @@ class Solution:
 
     def backward(
         self, graph: Any, vector: Tensor, needs_lower: bool, needs_upper: bool
-    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """What a derivative by x is as a derivative by the gradient, and by the bounds if needed."""
+    ) -> tuple[Tensor | None, Tensor | None, Tensor]:
+        """What a derivative by x is as derivatives by the bounds, if needed, and by the gradient."""
         wanted = vector.reshape(self.x.shape)
         self._check(graph, wanted)
         solution = self._solve(graph, wanted)
@@ -207,10 +234,12 @@ class Solution:
             rest = wanted - self._multiply(graph, solution)
             to_lower = torch.where(self.at_lower, rest, 0.0).reshape(vector.shape) if needs_lower else None
             to_upper = torch.where(self.at_upper, rest, 0.0).reshape(vector.shape) if needs_upper else None
-        return -solution.reshape(vector.shape), to_lower, to_upper
+        return to_lower, to_upper, -solution.reshape(vector.shape)
 
-    def forward(self, graph: Any, gradient: Tensor | None, lower: Tensor | None, upper: Tensor | None) -> Tensor:
-        """The change of x due to changes of the gradient and of the bounds; None for none."""
+    def forward(
+        self, graph: Any, lower: Tensor | None, upper: Tensor | None, gradient: Tensor | None, *others: Tensor | None
+    ) -> Tensor:
+        """The change of x due to changes of the bounds and of the gradient; None for none."""
         self._check(graph, torch.ones_like(self.x))
         zeros = torch.zeros_like(self.x)
         residual, by_lower, by_upper = (
@@ -260,7 +289,7 @@ class Solution:
 
     def _find_reasons(self, graph: Any) -> None:
         self._leave_out(
-            {i: _unfinished(status) for i, status in enumerate(self.statuses) if status is not Status.converged}
+            {i: unfinished(status) for i, status in enumerate(self.statuses) if status is not Status.converged}
         )
         if self.is_compiled:
             self._leave_out(dict.fromkeys(range(len(self.x)), COMPILED))
@@ -303,7 +332,7 @@ class Solution:
         is_near = room <= DOUBT * step.abs() + NOISE * self.eps * x.abs()
         is_doubtful = (self.free & is_near) | (is_held & is_weak & (lower < upper))
         places = is_doubtful.long().argmax(1).tolist()
-        return {i: _kink(places[i]) for i in is_doubtful.any(1).nonzero()[:, 0].tolist()}
+        return {i: kink(places[i]) for i in is_doubtful.any(1).nonzero()[:, 0].tolist()}
 
 
 UNSOLVED = "the solution cannot be differentiated:"
@@ -313,14 +342,16 @@ COMPILED = (
 )
 
 
-def _unfinished(status: Status) -> str:
+def unfinished(status: Status) -> str:
+    """Why a solution with another status than ``converged`` has no derivative."""
     return (
         f"the solver stopped with status {str(status)!r}, not at a minimum. Look at result.success before "
         "differentiating; result.message says what to do."
     )
 
 
-def _kink(place: int) -> str:
+def kink(place: int) -> str:
+    """Why there is no derivative where a bound begins to hold a variable."""
     return (
         f"the variable at position {place} of the flattened x0 is where a bound begins to hold it: there x has a kink, "
         "or the solution is not accurate enough to tell. Lower tol, or move the bound."
