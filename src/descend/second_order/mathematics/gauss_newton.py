@@ -17,6 +17,7 @@ SECULAR_ROUNDING = 1e-14
 LEAST_EIGENVALUE = 1e-8  # of a Hessian with curvature, relative to that without
 WITHIN = 0.1  # relative error of the length of a step in a box, as in MINPACK
 MAX_REGION = 20  # dampings tried for a step in a box
+MAX_LIFT = 1e12  # of an entry of D over the norm of its column
 
 
 class LinearModel(Protocol):
@@ -35,6 +36,9 @@ class LinearModel(Protocol):
 
     def change(self, step: Tensor) -> float:
         """|J s|."""
+
+    def rounding(self, x: Tensor) -> float:
+        """What independent relative changes of all variables change the residuals by, relative to them."""
 
     def newton(self) -> TrialStep:
         """The shortest minimizer of the model inside the bounds."""
@@ -63,6 +67,24 @@ def column_norms(jacobian: Tensor) -> Tensor:
     safe = torch.where(largest > 0, largest, 1.0)
     norms: Tensor = safe * torch.linalg.vector_norm(jacobian / safe.unsqueeze(-2), dim=-2)
     return norms
+
+
+def first_scale(norms: Tensor, x: Tensor) -> Tensor:
+    """The diagonal of D at a start: |D x| of every single variable as large as the largest |J x| of one.
+
+    So a region limits all variables alike relative to the start. With the norms of columns alone, a variable on which
+    the residuals hardly depend at the start may go so far that they no longer depend on it at all. A variable that
+    starts at zero has the norm of its column: nothing is known of its size.
+
+    Args:
+        norms: of the columns of J, shape (..., N).
+        x: the start, shape (..., N).
+    """
+    if not x.shape[-1]:
+        return norms
+    least = (norms * x.abs()).amax(-1, keepdim=True) / x.abs()
+    highest = torch.where(norms > 0, MAX_LIFT * norms, torch.inf)
+    return torch.where(least.isfinite(), torch.maximum(norms, torch.minimum(least, highest)), norms)
 
 
 def damped(values: Tensor, parts: Tensor, damping: Tensor | float) -> Tensor:
@@ -192,6 +214,10 @@ class DenseGaussNewton:
 
     def change(self, step: Tensor) -> float:
         return float(torch.linalg.vector_norm(self.jacobian.mv(step)))
+
+    def rounding(self, x: Tensor) -> float:
+        norms = torch.linalg.vector_norm(self._triangle, dim=0)  # of the columns of J, divided by D
+        return float(torch.linalg.vector_norm(x.double().cpu() * self.scale * norms))
 
     def share(self, step: Tensor, other: Tensor) -> float:
         step, other = step.double().cpu() * self.scale, other.double().cpu() * self.scale

@@ -71,10 +71,11 @@ class LeastSquaresRun(Budget):
     def noise(self, point: ResidualPoint, model: LinearModel) -> float:
         """Rounding error of the cost: of the sum, and of residuals that are small differences of large numbers.
 
-        How large is not known, but rounding x alone changes the residuals by eps |D x|.
+        How large is not known, but rounding x alone changes the residuals. D does not tell by how much: it remembers
+        columns of the Jacobian at a far start.
         """
         size = math.sqrt(2 * abs(point.value))
-        return self.objective.eps * (NOISE * abs(point.value) + size * model.length(point.x))
+        return self.objective.eps * (NOISE * abs(point.value) + size * model.rounding(point.x))
 
     def start(self, point: ResidualPoint, model: LinearModel | None) -> None:
         """Record the first point."""
