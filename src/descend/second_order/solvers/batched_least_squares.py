@@ -10,14 +10,14 @@ import torch
 
 from descend.second_order.mathematics.arrays import array_of, cast, doubles, full, positions, replaced, take, tensor_of
 from descend.second_order.mathematics.batched_gauss_newton import BatchedGaussNewton
-from descend.second_order.mathematics.gauss_newton import column_norms
+from descend.second_order.mathematics.gauss_newton import column_norms, first_scale
 from descend.second_order.mathematics.space import Array
 from descend.second_order.problem.batched_residuals import BatchedResiduals
 from descend.second_order.solvers.batched_run import NONE, STATUS_CODES, BatchedRun, Trials
 from descend.second_order.solvers.least_squares_descent import REJECTIONS
 from descend.second_order.solvers.least_squares_run import BLIND, NOISE, ROUNDING
 from descend.second_order.solvers.result import Status
-from descend.second_order.solvers.step_control import GOOD, POOR
+from descend.second_order.solvers.step_control import FIRST, GOOD, POOR
 
 SHORTENINGS = 20  # of a step in a box that its bounds turn into one uphill
 
@@ -27,7 +27,7 @@ class BatchedFits(BatchedRun):
 
     Attributes:
         radius: of the trust region in the norm |D s|.
-        norms: the largest that each column of the Jacobian has had; D.
+        norms: D: ``first_scale``, then the largest that each column of the Jacobian has had.
         fits, best_fits: Jacobians and residuals at ``x`` and ``best_x``, as in ``BatchedResiduals``.
         end_fits: those of the results, (B, M, n + 2).
         trial_x, trial_norm, trial_decrease, on_boundary: the trial.
@@ -94,8 +94,16 @@ class BatchedFits(BatchedRun):
     def _linearize(self, rows: Array) -> None:
         x, fits = tensor_of(take(self.x, rows)), tensor_of(take(self.fits, rows))
         jacobians, residuals = fits[:, :, : x.shape[1]], fits[:, :, -2]
-        norms = torch.maximum(tensor_of(take(self.norms, rows)), column_norms(jacobians))
+        columns = column_norms(jacobians)
+        is_first = tensor_of(self.xp.isnan(take(self.radius, rows))).unsqueeze(1)
+        norms = torch.where(is_first, first_scale(columns, x), tensor_of(take(self.norms, rows)))
+        norms = torch.maximum(norms, columns)
         self.norms = replaced(self.norms, array_of(norms), rows)
+        # As in LeastSquaresRun.noise: rounding x alone changes the residuals.
+        value = abs(take(self.value, rows))
+        rounding = array_of(torch.linalg.vector_norm(columns.double() * x.double(), dim=1))
+        noise = self.objective.eps * (NOISE * value + (2 * value) ** 0.5 * rounding)
+        self.noise_here = replaced(self.noise_here, noise, rows)
         if self.objective.lower is not None:
             lower, upper = (tensor_of(take(end, rows)) for end in (self.objective.lower, self.objective.upper))
             grad = tensor_of(take(self.grad, rows))
@@ -103,10 +111,7 @@ class BatchedFits(BatchedRun):
             jacobians = jacobians.masked_fill(is_held.unsqueeze(1), 0.0)
         models = self.models
         models.renew(tensor_of(rows), jacobians, residuals, torch.where(norms > 0, norms, 1.0))
-        size, choose = array_of(models.lengths(tensor_of(self.x))), self.xp.where
-        # As in LeastSquaresRun.noise: rounding x alone changes the residuals by eps |D x|.
-        value = abs(self.value)
-        self.noise_here = self.objective.eps * (NOISE * value + (2 * value) ** 0.5 * size)
+        size, choose = FIRST * array_of(models.lengths(tensor_of(self.x))), self.xp.where
         newton = array_of(models.newton_norm)
         first = choose(size > 0, size, choose(newton > 0, newton, 1.0))
         self.radius = choose(self.xp.isnan(self.radius), first, self.radius)
