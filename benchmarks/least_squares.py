@@ -53,12 +53,13 @@ class FitContest(NamedTuple):
     fits: Callable[[], list[Fit]]
 
 
-NIST, FREE, BOUNDS, OTHER, USER = "nist", "free", "bounds", "other", "user"
+NIST, FREE, BOUNDS, OTHER, FAR, USER = "nist", "free", "bounds", "other", "far", "user"
 CONTESTS = (
     FitContest(NIST, "NIST's nonlinear regressions from both starts, to six digits", fits.certified),
     FitContest(FREE, "Moré, Garbow & Hillstrom from 1, 10 and 100 times the start, and bundles", fits.unconstrained),
     FitContest(BOUNDS, "With bounds", fits.bounded),
     FitContest(OTHER, "NIST's and Moré's from other starts, never tuned on", fits.validation),
+    FitContest(FAR, "Moré's from 3 and 30 times the start, and other families, never tuned on", fits.far),
 )
 
 

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from problems import bundle, curve_fits, more_fits, nist
+from problems import bundle, curve_fits, far_fits, more_fits, nist
 from problems.fit import Fit
 
-__all__ = ["Fit", "bounded", "certified", "unconstrained", "validation"]
+__all__ = ["Fit", "bounded", "certified", "far", "unconstrained", "validation"]
 
 
 def certified() -> list[Fit]:
@@ -26,3 +26,8 @@ def bounded() -> list[Fit]:
 def validation() -> list[Fit]:
     """Other starts, not to be tuned on."""
     return [*nist.moved_fits(), *more_fits.moved_fits()]
+
+
+def far() -> list[Fit]:
+    """Moré, Garbow & Hillstrom's and other families from far starts, not to be tuned on."""
+    return [*far_fits.far_more(), *far_fits.far_fits()]

@@ -15,7 +15,7 @@ from descend.second_order.mathematics.covariance import covariance
 from descend.second_order.mathematics.gauss_newton import DenseGaussNewton
 from descend.second_order.mathematics.robust_losses import LOSSES, cost, scaled_rows
 from descend.second_order.mathematics.secant_curvature import secant_update
-from descend.second_order.mathematics.spectrum import column_norms, damped, damping_for, first_scale
+from descend.second_order.mathematics.spectrum import LIFT, column_norms, damped, damping_for, first_scale
 
 
 def normal(*shape: int, seed: int = 0) -> Tensor:
@@ -180,11 +180,13 @@ def test_covariance_of_full_rank_is_the_inverse() -> None:
 
 
 def test_first_scale_relates_steps_to_the_start() -> None:
-    norms, x = torch.tensor([2.0, 1e-3, 3.0, 0.0]).double(), torch.tensor([-10.0, 50.0, 0.0, 4.0]).double()
+    norms, x, units = torch.tensor(
+        [[2.0, 1e-3, 3.0, 0.0], [-10.0, 50.0, 0.0, 4.0], [1e3, 1e-5, 7.0, 1e8]], dtype=torch.float64
+    )
     scale = first_scale(norms, x)
-    assert scale.tolist() == [2.0, 20 / 50, 3.0, 20 / 4]  # nothing is known of a variable that starts at zero
-    units = torch.tensor([1e3, 1e-5, 7.0, 1e8]).double()
-    torch.testing.assert_close(first_scale(norms / units, x * units), scale / units, rtol=1e-14, atol=0.0)
+    wanted = [2.0, 1e-3 * (20 / 50 / 1e-3) ** LIFT, 3.0, 20 / 4]  # the third starts at zero
+    assert scale.tolist() == pytest.approx(wanted, rel=1e-12)
+    torch.testing.assert_close(first_scale(norms / units, x * units), scale / units, rtol=1e-12, atol=0.0)
     torch.testing.assert_close(first_scale(torch.stack([norms, norms]), torch.stack([x, 0 * x]))[1], norms)
 
 

@@ -14,7 +14,8 @@ from torch import Tensor
 MAX_SECULAR = 60  # Newton steps on the secular equation; ten usually do
 SECULAR_ROUNDING = 1e-14
 LEAST_EIGENVALUE = 1e-8  # of a Hessian with curvature, relative to that without
-MAX_LIFT = 1e12  # of an entry of D over the norm of its column
+LIFT = 0.7  # of an entry of D, as a power: 0 for the norm of its column, 1 for steps relative to the start
+MAX_LIFT = 1e17  # before the power
 
 
 class Triangle(NamedTuple):
@@ -56,11 +57,11 @@ def column_norms(jacobian: Tensor) -> Tensor:
 
 
 def first_scale(norms: Tensor, x: Tensor) -> Tensor:
-    """The diagonal of D at a start: |D x| of every single variable as large as the largest |J x| of one.
+    """The diagonal of D at a start: norms of the columns of J, lifted towards steps relative to the start.
 
-    So a region limits all variables alike relative to the start. With the norms of columns alone, a variable on which
-    the residuals hardly depend at the start may go so far that they no longer depend on it at all. A variable that
-    starts at zero has the norm of its column: nothing is known of its size.
+    With the norms alone, a variable on which the residuals hardly depend at a far start may go so far that they no
+    longer depend on it at all. With |D x| the same for all variables, one that starts close to zero would hardly move.
+    ``LIFT`` is between the two. A variable that starts at zero has the norm of its column: its size is not known.
 
     Args:
         norms: of the columns of J, shape (..., N).
@@ -68,9 +69,9 @@ def first_scale(norms: Tensor, x: Tensor) -> Tensor:
     """
     if not x.shape[-1]:
         return norms
-    least = (norms * x.abs()).amax(-1, keepdim=True) / x.abs()
-    highest = torch.where(norms > 0, MAX_LIFT * norms, torch.inf)
-    return torch.where(least.isfinite(), torch.maximum(norms, torch.minimum(least, highest)), norms)
+    alike = (norms * x.abs()).amax(-1, keepdim=True) / x.abs()
+    lifted = torch.where(norms > 0, norms * (alike / norms).clamp(max=MAX_LIFT) ** LIFT, alike)
+    return torch.where(alike.isfinite(), torch.maximum(norms, lifted), norms)
 
 
 def triangle_of(jacobian: Tensor, residuals: Tensor, scale: Tensor, held: Tensor | None = None) -> Triangle:
