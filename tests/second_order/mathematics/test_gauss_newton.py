@@ -15,7 +15,7 @@ from descend.second_order.mathematics.covariance import covariance
 from descend.second_order.mathematics.gauss_newton import DenseGaussNewton
 from descend.second_order.mathematics.robust_losses import LOSSES, cost, scaled_rows
 from descend.second_order.mathematics.secant_curvature import secant_update
-from descend.second_order.mathematics.spectrum import column_norms, damped, damping_for
+from descend.second_order.mathematics.spectrum import column_norms, damped, damping_for, first_scale
 
 
 def normal(*shape: int, seed: int = 0) -> Tensor:
@@ -177,3 +177,19 @@ def test_covariance_of_full_rank_is_the_inverse() -> None:
     scale = column_norms(jacobian)
     _, values, rows = torch.linalg.svd(jacobian / scale, full_matrices=False)
     torch.testing.assert_close(covariance(values, rows, scale, 0.5), 0.5 * torch.linalg.inv(jacobian.T @ jacobian))
+
+
+def test_first_scale_relates_steps_to_the_start() -> None:
+    norms, x = torch.tensor([2.0, 1e-3, 3.0, 0.0]).double(), torch.tensor([-10.0, 50.0, 0.0, 4.0]).double()
+    scale = first_scale(norms, x)
+    assert scale.tolist() == [2.0, 20 / 50, 3.0, 20 / 4]  # nothing is known of a variable that starts at zero
+    units = torch.tensor([1e3, 1e-5, 7.0, 1e8]).double()
+    torch.testing.assert_close(first_scale(norms / units, x * units), scale / units, rtol=1e-14, atol=0.0)
+    torch.testing.assert_close(first_scale(torch.stack([norms, norms]), torch.stack([x, 0 * x]))[1], norms)
+
+
+def test_rounding_is_that_of_the_present_jacobian() -> None:
+    jacobian = torch.tensor([[1.0, -2.0], [0.5, 1e3], [4.0, 0.0]]).double()
+    x, residuals = torch.tensor([3.0, -0.1]).double(), torch.tensor([1.0, -2.0, 0.3]).double()
+    model = DenseGaussNewton(jacobian, residuals, 1e6 * column_norms(jacobian))
+    assert model.rounding(x) == pytest.approx(float((jacobian * x).norm()), rel=1e-12)

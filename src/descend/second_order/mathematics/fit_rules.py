@@ -13,6 +13,7 @@ from descend.second_order.mathematics.arrays import choose
 Numbers: TypeAlias = Any  # a float, or an array of one for each problem
 Mask: TypeAlias = Any
 
+FIRST_RADIUS = 0.5  # relative to the length of the start
 POOR, GOOD = 0.25, 0.75  # ratios of the fall of the cost to the predicted one
 NOISE = 10.0  # units in the last place that the cost may be off by
 ROUNDING = 100.0  # units in the last place of x that a step may be too short to matter
@@ -23,17 +24,18 @@ SHORTEST_RETRY = 0.2  # of a step, relative to it
 ALIGNED = 0.8  # cosine of two steps, the bend along one of which tells about the other
 
 
-def noise(value: Numbers, length: Numbers, eps: float) -> Numbers:
+def noise(value: Numbers, change: Numbers, eps: float) -> Numbers:
     """Rounding error of a cost: of the sum, and of residuals that are small differences of large numbers.
 
-    How large is not known, but rounding x alone changes the residuals by eps |D x|.
+    How large is not known, but rounding x alone changes the residuals. D does not tell by how much: it remembers
+    columns of the Jacobian at a far start.
 
     Args:
         value: the cost.
-        length: |D x|.
+        change: of the residuals where all variables change independently, relative to the variables' change.
         eps: the precision.
     """
-    return eps * (NOISE * abs(value) + (2 * abs(value)) ** 0.5 * length)
+    return eps * (NOISE * abs(value) + (2 * abs(value)) ** 0.5 * change)
 
 
 def is_within(tol: float, eps: float, value: Numbers, decrease: Numbers, norm: Numbers, length: Numbers) -> Mask:

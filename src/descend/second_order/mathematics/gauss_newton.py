@@ -43,6 +43,9 @@ class LinearModel(Protocol):
     def change(self, step: Tensor) -> float:
         """|J s|."""
 
+    def rounding(self, x: Tensor) -> float:
+        """What independent relative changes of all variables change the residuals by, relative to them."""
+
     def newton(self) -> TrialStep:
         """The shortest minimizer of the model inside the bounds."""
 
@@ -124,6 +127,10 @@ class DenseGaussNewton:
 
     def change(self, step: Tensor) -> float:
         return float(torch.linalg.vector_norm(self.jacobian.mv(step)))
+
+    def rounding(self, x: Tensor) -> float:
+        norms = torch.linalg.vector_norm(self._triangle, dim=0)  # of the columns of J, divided by D
+        return float(torch.linalg.vector_norm(x.double().cpu() * self.scale * norms))
 
     def share(self, step: Tensor, other: Tensor) -> float:
         step, other = step.double().cpu() * self.scale, other.double().cpu() * self.scale

@@ -80,6 +80,9 @@ class ProductGaussNewton:
     def length(self, step: Tensor) -> float:
         return _norm(step * self._scale)
 
+    def rounding(self, x: Tensor) -> float:
+        return self.length(x)  # D is an estimate of the columns' norms
+
     def newton(self) -> TrialStep:
         return self._trial(self._vertices[-1], on_boundary=False)
 

@@ -15,6 +15,7 @@ MAX_SECULAR = 60  # Newton steps on the secular equation; ten usually do
 SECULAR_ROUNDING = 1e-14
 LEAST_EIGENVALUE = 1e-8  # of a Hessian with curvature, relative to that without
 LARGEST_INDEFINITE = 1e3  # eigenvalue, by its absolute value, of one that is indefinite
+MAX_LIFT = 1e12  # of an entry of D over the norm of its column
 
 
 class Triangle(NamedTuple):
@@ -53,6 +54,24 @@ def column_norms(jacobian: Tensor) -> Tensor:
     safe = torch.where(largest > 0, largest, 1.0)
     norms: Tensor = safe * torch.linalg.vector_norm(jacobian / safe.unsqueeze(-2), dim=-2)
     return norms
+
+
+def first_scale(norms: Tensor, x: Tensor) -> Tensor:
+    """The diagonal of D at a start: |D x| of every single variable as large as the largest |J x| of one.
+
+    So a region limits all variables alike relative to the start. With the norms of columns alone, a variable on which
+    the residuals hardly depend at the start may go so far that they no longer depend on it at all. A variable that
+    starts at zero has the norm of its column: nothing is known of its size.
+
+    Args:
+        norms: of the columns of J, shape (..., N).
+        x: the start, shape (..., N).
+    """
+    if not x.shape[-1]:
+        return norms
+    least = (norms * x.abs()).amax(-1, keepdim=True) / x.abs()
+    highest = torch.where(norms > 0, MAX_LIFT * norms, torch.inf)
+    return torch.where(least.isfinite(), torch.maximum(norms, torch.minimum(least, highest)), norms)
 
 
 def triangle_of(jacobian: Tensor, residuals: Tensor, scale: Tensor, held: Tensor | None = None) -> Triangle:

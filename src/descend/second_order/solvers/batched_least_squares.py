@@ -27,7 +27,7 @@ from descend.second_order.mathematics.arrays import (
 from descend.second_order.mathematics.batched_gauss_newton import BatchedGaussNewton
 from descend.second_order.mathematics.secant_curvature import secant_update
 from descend.second_order.mathematics.space import Array
-from descend.second_order.mathematics.spectrum import column_norms
+from descend.second_order.mathematics.spectrum import column_norms, first_scale
 from descend.second_order.problem.batched_residuals import BatchedResiduals
 from descend.second_order.solvers.batched_run import NONE, STATUS_CODES, BatchedRun, Trials
 from descend.second_order.solvers.least_squares_descent import REJECTIONS
@@ -42,7 +42,7 @@ class BatchedFits(BatchedRun):
 
     Attributes:
         radius: of the trust region in the norm |D s|.
-        norms: the largest that each column of the Jacobian has had; D.
+        norms: D: ``first_scale``, then the largest that each column of the Jacobian has had.
         fits: Jacobians and residuals at ``x``, as in ``BatchedResiduals``.
         end_fits: those of the results, (B, n + 2, M); of problems that have not finished, of the best point where
             ``is_best_here`` is False.
@@ -125,8 +125,14 @@ class BatchedFits(BatchedRun):
         x = tensor_of(take(self.x, rows))
         n = x.shape[1]
         jacobians = fits[:, :n].mT
-        norms = torch.maximum(tensor_of(take(self.norms, rows)), column_norms(jacobians))
+        columns = column_norms(jacobians)
+        is_first = tensor_of(self.xp.isnan(take(self.radius, rows))).unsqueeze(1)
+        norms = torch.where(is_first, first_scale(columns, x), tensor_of(take(self.norms, rows)))
+        norms = torch.maximum(norms, columns)
         self.norms = replaced(self.norms, array_of(norms), rows)
+        change = array_of(torch.linalg.vector_norm(columns.double() * x.double(), dim=1))
+        noise = fit_rules.noise(take(self.value, rows), change, self.objective.eps)
+        self.noise_here = replaced(self.noise_here, noise, rows)
         held = None
         if self.objective.lower is not None:
             lower, upper = (tensor_of(take(end, rows)) for end in (self.objective.lower, self.objective.upper))
@@ -136,8 +142,7 @@ class BatchedFits(BatchedRun):
         curvature, is_curved = (tensor_of(take(array, rows)) for array in (self.curvature, self.is_curved))
         scale = torch.where(norms > 0, norms, 1.0)
         models.renew(tensor_of(rows), jacobians, fits[:, n], scale, curvature, is_curved, held)
-        size, choose = array_of(models.lengths(tensor_of(self.x))), self.xp.where
-        self.noise_here = fit_rules.noise(self.value, size, self.objective.eps)
+        size, choose = fit_rules.FIRST_RADIUS * array_of(models.lengths(tensor_of(self.x))), self.xp.where
         newton = array_of(models.newton_norm)
         first = choose(size > 0, size, choose(newton > 0, newton, 1.0))
         self.radius = choose(self.xp.isnan(self.radius), first, self.radius)

@@ -10,7 +10,7 @@ from torch import Tensor
 from descend.second_order.mathematics.fit_rules import uses_curvature
 from descend.second_order.mathematics.gauss_newton import DenseGaussNewton
 from descend.second_order.mathematics.secant_curvature import secant_update
-from descend.second_order.mathematics.spectrum import column_norms
+from descend.second_order.mathematics.spectrum import column_norms, first_scale
 from descend.second_order.problem.residuals import ResidualObjective, ResidualPoint
 
 
@@ -24,17 +24,17 @@ class _Last(NamedTuple):
 class DenseLinearization:
     """Models with dense Jacobians, a scale of the variables that only grows, and learned curvature.
 
-    D holds the largest norm that each column of the Jacobian has had: Moré 1978, section 6. So steps do not depend on
-    the units of the variables.
+    D begins as ``first_scale``, then holds the largest norm that each column of the Jacobian has had: Moré 1978,
+    section 6. So steps do not depend on the units of the variables.
 
     Where residuals stay large, Gauss-Newton is slow: it leaves out the sum of each residual times its Hessian. That
     sum, S, is learned from the gradients, and used while it predicts the cost better: Dennis, Gay & Welsch 1981.
 
     Args:
         objective: gives the Jacobians.
-        norms: the largest of a run before; None without one.
+        norms: D of a run before; None without one.
     Attributes:
-        norms: the largest of each column so far; None before the first model.
+        norms: D, zero for columns that have always been zero; None before the first model.
     """
 
     def __init__(self, objective: ResidualObjective, norms: Tensor | None = None) -> None:
@@ -53,7 +53,7 @@ class DenseLinearization:
         norms = column_norms(jacobian)
         if not bool(norms.isfinite().all()):
             return None
-        self.norms = norms if self.norms is None else torch.maximum(self.norms, norms)
+        self.norms = first_scale(norms, point.x) if self.norms is None else torch.maximum(self.norms, norms)
         self._learn(point, jacobian, residuals)
         low = None if objective.lower is None else objective.lower - point.x
         high = None if objective.upper is None else objective.upper - point.x

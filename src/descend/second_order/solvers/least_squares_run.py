@@ -69,7 +69,7 @@ class LeastSquaresRun(Budget):
 
     def noise(self, point: ResidualPoint, model: LinearModel) -> float:
         """Rounding error of the cost."""
-        return float(fit_rules.noise(point.value, model.length(point.x), self.objective.eps))
+        return float(fit_rules.noise(point.value, model.rounding(point.x), self.objective.eps))
 
     def start(self, point: ResidualPoint, model: LinearModel | None) -> None:
         """Record the first point."""

@@ -6,7 +6,7 @@ from typing import Protocol
 
 from torch import Tensor
 
-from descend.second_order.mathematics.fit_rules import radius_after, shortening
+from descend.second_order.mathematics.fit_rules import FIRST_RADIUS, radius_after, shortening
 from descend.second_order.mathematics.gauss_newton import LinearModel
 from descend.second_order.mathematics.trust_region import TrialStep
 
@@ -33,8 +33,8 @@ class StepControl(Protocol):
 class TrustRegion:
     """A radius in the norm |D s|, changed as in MINPACK.
 
-    The first is the length of the start, or of the Gauss-Newton step from zero. MINPACK's, 100 times that, often leads
-    to where a model has faded to a constant.
+    The first is half the length of the start, or all of the Gauss-Newton step from zero. MINPACK's, 100 times the
+    start, often leads to where a model has faded to a constant.
 
     Args:
         radius: the last one of a run before; None without one.
@@ -46,7 +46,7 @@ class TrustRegion:
 
     def begin(self, model: LinearModel, x: Tensor) -> None:
         if self.radius is None:
-            self.radius = model.length(x) or model.newton().norm or 1.0
+            self.radius = FIRST_RADIUS * model.length(x) or model.newton().norm or 1.0
 
     def step(self, model: LinearModel) -> TrialStep:
         assert self.radius is not None
