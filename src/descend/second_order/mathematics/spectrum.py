@@ -103,8 +103,8 @@ def spectrum_of(matrix: Tensor, right: Tensor, rounding: float) -> Spectrum:
 def curved_spectrum(plain: Spectrum, scale: Tensor, curvature: Tensor, rounding: float) -> Spectrum:
     """That of a model whose Hessian is J'J + S, its eigenvalues, relative to J'J, replaced by their absolute values.
 
-    Where J'J is nearly singular and J'J + S is indefinite, absolute values would make the model stiff in directions that
-    J knows well, so that it promises nothing far from a minimum. There S is left out.
+    Where J'J is nearly singular and J'J + S is indefinite, absolute values would make the model stiff in directions
+    that J knows well, so that it promises nothing far from a minimum. There S is left out.
 
     Args:
         plain: without S.
@@ -138,7 +138,12 @@ def curved_spectrum(plain: Spectrum, scale: Tensor, curvature: Tensor, rounding:
 
 
 def definite_root(hessian: Tensor, parts: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """R with R'R = H, the solution c of R'c = ``parts``, and whether H is definite; shapes (..., N, N), (..., N), (...)."""
+    """R with R'R = H, the solution c of R'c = ``parts``, and whether H is definite; the identity where it is not.
+
+    Args:
+        hessian: H, shape (..., N, N).
+        parts: shape (..., N).
+    """
     factor, info = torch.linalg.cholesky_ex(hessian)
     unit = torch.eye(hessian.shape[-1], dtype=hessian.dtype).to(hessian).expand_as(hessian)
     inverse = torch.linalg.solve_triangular(factor, unit, upper=False)
