@@ -287,6 +287,18 @@ def test_hostile_problems_leave_the_others_alone() -> None:
     assert math.isfinite(many.fun[3])
 
 
+def test_infinite_jacobians_at_bounds_are_not_finite_and_leave_the_others_alone() -> None:
+    def roots(x: Tensor) -> Tensor:
+        return x[..., :1].sqrt() - 1
+
+    starts = torch.tensor([[4.0], [0.0]], dtype=torch.float64)
+    found = least_squares(roots, starts, (0.0, 5.0), batched=True)
+    single = least_squares(roots, starts[1], (0.0, 5.0))
+    assert found.status[1] == single.status == Status.non_finite
+    assert found[1].x.tolist() == [0.0]
+    assert found[0].x.tolist() == pytest.approx([1.0])
+
+
 @pytest.mark.parametrize("limit", [1, 2, 4])
 def test_limits_are_exact(limit: int) -> None:
     family, counts = FAMILIES["peaks"], torch.zeros(9, dtype=torch.int64)

@@ -156,10 +156,9 @@ def least_squares(
             returns tensors with a first dimension of B, of each problem from its own rows alone. All else is as for
             ``minimize``: problems that have finished leave, tensors in ``args`` whose first dimension is B are cut to
             the same rows, ``bounds`` broadcast to ``x0``, limits hold for each problem. Steps are those of
-            ``"trust-region"`` without learning what Gauss-Newton leaves out: iterates differ from those of single
-            runs, minima do not, and where residuals stay large it takes more iterations. Bounds are kept by projected
-            steps. Each evaluation computes Jacobians, dense, as many backward passes for all problems together as one
-            has residuals or variables, whichever are fewer. Not with ``jac`` functions, ``"products"``, ``"lm"`` or
+            ``"trust-region"``, but bounds are kept by projected steps, so that iterates differ from those of single
+            runs there. Each evaluation computes Jacobians, dense, as many backward passes for all problems together as
+            one has residuals or variables, whichever are fewer. Not with ``jac`` functions, ``"products"``, ``"lm"`` or
             ``differentiable``. ``"best"``: the same from B starts, to return the best. Default: False.
     Returns:
         A ``LeastSquaresResult``: the best point seen, its residuals, the covariance of the variables, and why the

@@ -88,6 +88,23 @@ def test_curvature_is_added_with_absolute_eigenvalues(sign: float) -> None:
     assert float(indefinite.step @ (jacobian.T @ residuals)) < 0
 
 
+def test_indefinite_curvature_of_a_singular_model_leaves_its_promise() -> None:
+    jacobian = torch.tensor([[1.0, 0.0], [0.0, 0.0]], dtype=torch.float64)
+    residuals, scale = torch.tensor([3.0, 1.0], dtype=torch.float64), torch.ones(2, dtype=torch.float64)
+    coupled = torch.tensor([[0.0, 1.0], [1.0, 0.0]], dtype=torch.float64)
+    newton = DenseGaussNewton(jacobian, residuals, scale, curvature=coupled).newton()
+    assert newton.decrease == pytest.approx(4.5)
+    assert newton.step.tolist() == pytest.approx([-3.0, 0.0])
+
+
+def test_definite_curvature_of_a_nearly_singular_model_is_accurate() -> None:
+    jacobian = torch.tensor([[1.0, 0.0], [0.0, 1e-12]], dtype=torch.float64)
+    residuals, scale = torch.tensor([3.0, 0.0], dtype=torch.float64), torch.ones(2, dtype=torch.float64)
+    curvature = torch.tensor([[0.0, 1.0], [1.0, 4.0]], dtype=torch.float64)
+    newton = DenseGaussNewton(jacobian, residuals, scale, curvature=curvature).newton()
+    assert newton.step.tolist() == pytest.approx([-4.0, 1.0])  # -[[1, 1], [1, 4]]^-1 [3, 0]
+
+
 def test_correction_solves_with_the_damping_of_the_last_step() -> None:
     jacobian, residuals, bend = normal(6, 3), normal(6, seed=1), normal(6, seed=2)
     scale = column_norms(jacobian)

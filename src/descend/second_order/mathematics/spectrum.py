@@ -14,6 +14,7 @@ from torch import Tensor
 MAX_SECULAR = 60  # Newton steps on the secular equation; ten usually do
 SECULAR_ROUNDING = 1e-14
 LEAST_EIGENVALUE = 1e-8  # of a Hessian with curvature, relative to that without
+LARGEST_INDEFINITE = 1e3  # eigenvalue, by its absolute value, of one that is indefinite
 LIFT = 0.7  # of an entry of D, as a power: 0 for the norm of its column, 1 for steps relative to the start
 MAX_LIFT = 1e17  # before the power
 
@@ -103,6 +104,9 @@ def spectrum_of(matrix: Tensor, right: Tensor, rounding: float) -> Spectrum:
 def curved_spectrum(plain: Spectrum, scale: Tensor, curvature: Tensor, rounding: float) -> Spectrum:
     """That of a model whose Hessian is J'J + S, its eigenvalues, relative to J'J, replaced by their absolute values.
 
+    Where J'J is nearly singular and J'J + S is indefinite, absolute values would make the model stiff in directions
+    that J knows well, so that it promises nothing far from a minimum. There S is left out.
+
     Args:
         plain: without S.
         scale: the diagonal of D, shape (..., N), > 0.
@@ -117,15 +121,39 @@ def curved_spectrum(plain: Spectrum, scale: Tensor, curvature: Tensor, rounding:
     relative = scaled @ curvature @ scaled.mT / values.unsqueeze(-1) / values.unsqueeze(-2)
     is_finite = relative.isfinite().all(-1).all(-1)
     relative = torch.where(is_finite[..., None, None], relative, 0.0)
-    eigenvalues, vectors = torch.linalg.eigh(relative + torch.eye(values.shape[-1], dtype=values.dtype).to(values))
+    hessian = relative + torch.eye(values.shape[-1], dtype=values.dtype).to(values)
+    # Entries may differ by many orders of magnitude, which Cholesky bears and eigenvalues do not.
+    matrix, right, is_definite = definite_root(hessian, parts)
+    eigenvalues, vectors = torch.linalg.eigh(hessian)
     roots = eigenvalues.abs().clamp(min=LEAST_EIGENVALUE).sqrt()
-    matrix = roots.unsqueeze(-1) * (vectors.mT * values.unsqueeze(-2)) @ rows
-    curved = spectrum_of(matrix, times(vectors.mT, parts) / roots, 0.0)
+    is_used = is_finite & (is_definite | (eigenvalues.abs() <= LARGEST_INDEFINITE).all(-1))
+    matrix = torch.where(is_definite[..., None, None], matrix, roots.unsqueeze(-1) * vectors.mT)
+    right = torch.where(is_definite.unsqueeze(-1), right, times(vectors.mT, parts) / roots)
+    curved = spectrum_of(matrix * values.unsqueeze(-2) @ rows, right, 0.0)
     return Spectrum(
         *(
-            torch.where(is_finite.reshape(is_finite.shape + (1,) * (new.dim() - is_finite.dim())), new, old)
+            torch.where(is_used.reshape(is_used.shape + (1,) * (new.dim() - is_used.dim())), new, old)
             for new, old in zip(curved, plain, strict=True)
         )
+    )
+
+
+def definite_root(hessian: Tensor, parts: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """R with R'R = H, the solution c of R'c = ``parts``, and whether H is definite; the identity where it is not.
+
+    Args:
+        hessian: H, shape (..., N, N).
+        parts: shape (..., N).
+    """
+    factor, info = torch.linalg.cholesky_ex(hessian)
+    unit = torch.eye(hessian.shape[-1], dtype=hessian.dtype).to(hessian).expand_as(hessian)
+    inverse = torch.linalg.solve_triangular(factor, unit, upper=False)
+    is_definite = (info == 0) & (inverse.square().sum((-2, -1)) < 1 / LEAST_EIGENVALUE)
+    root, right = factor.mT, times(inverse, parts)
+    return (
+        torch.where(is_definite[..., None, None], root, unit),
+        torch.where(is_definite.unsqueeze(-1), right, parts),
+        is_definite,
     )
 
 

@@ -83,6 +83,7 @@ class BatchedResiduals(BatchedObjective):
         if self.lower is not None:
             xp: Any = library(x)
             norm_of = xp.maximum(xp.minimum(slope, x - self.lower), x - self.upper)
+            norm_of = xp.where(xp.isfinite(slope), norm_of, slope)  # there is no model of an infinite Jacobian
         return array_of(value), slope, largest_entries(norm_of)
 
     def tree_of(self, residuals: Tensor) -> Any:
