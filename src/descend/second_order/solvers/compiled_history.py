@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple
@@ -16,6 +17,7 @@ from descend.second_order.mathematics.directions import CompactInverse, is_large
 from descend.second_order.mathematics.history import LongHistory, Place
 from descend.second_order.mathematics.space import Array, Space, distance_of_samples
 
+LEAST = 1e-37  # entry of the diagonal, with room for the squares that float32 has to hold, and 1 / LEAST is the largest
 COMPILED_FROM = 2**15  # numbers in a history for which it pays to compile, seconds once on a machine
 
 
@@ -81,6 +83,8 @@ class CompiledHistory(LongHistory):
         y_dy, s_ds, curvature = map(np.float64, pair[:3])
         curvature = raised(curvature, y_dy, s_ds)
         limits = limits_after(pair, curvature)
+        if not (y_dy < math.inf and s_ds < math.inf and limits[0] > LEAST and limits[1] < 1 / LEAST):
+            return math.nan
         self.passes.learn(slot, self.learned, (1 / y_dy, 1 / s_ds, curvature / y_dy), limits)
         return curvature
 
