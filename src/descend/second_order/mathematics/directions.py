@@ -7,7 +7,6 @@ operation costs a third of what it costs for tensors. The formulas are the same.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar, Protocol
 
@@ -242,7 +241,7 @@ class CompactInverse:
         """Learn from the pair in a row; False if it has to be kept again, in a history that now can hold it."""
         slot = count % self.history_size
         curvature = self.history.learn(slot, pair)
-        if self._may_widen and not math.isfinite(curvature):
+        if curvature is None:
             self._widen()
             return False
         self.curvatures[slot] = curvature

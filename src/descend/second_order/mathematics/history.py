@@ -66,7 +66,7 @@ class History(Protocol):
         """Store the pair of two places, the change of the gradient multiplied by a factor, of which s'y is known."""
 
     def learn(self, slot: int, pair: Pair | None = None) -> Any:
-        """Learn a diagonal from the pair in a row; return s'y, or NaN if rounded numbers cannot hold it.
+        """Learn a diagonal from the pair in a row; return s'y, or None if only the vectors' own dtype can hold it.
 
         ``pair``: where ranks share the vectors.
         """
