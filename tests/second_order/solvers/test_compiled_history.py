@@ -219,3 +219,30 @@ def test_ranks_choose_the_same_kind_of_history(numel: int, kind: type, monkeypat
         history = compact_inverse(held, 3, torch.float64, CPU, SharedSpace(numel)).history
         assert type(history) is kind
         assert not getattr(history, "renews_always", False)
+
+
+def in_units(x: Tensor, unit: float) -> Tensor:
+    """A loss whose curvatures are near 1 / unit**2, least where x is 1 unit."""
+    return (torch.linspace(1, 50, NUMEL, dtype=x.dtype) * (x / unit - 1) ** 2).sum()
+
+
+@pytest.mark.parametrize("unit", [1e-22, 1e-19, 1e-18])
+def test_curvatures_outside_of_float32(unit: float) -> None:
+    start = torch.zeros(NUMEL, dtype=torch.float64)
+    result = descend.minimize(in_units, start, args=(unit,), method="l-bfgs", tol=0, max_eval=80)
+    assert (result.x / unit - 1).abs().max() < 1e-6
+
+
+def test_pairs_outside_of_float32_are_saved() -> None:
+    def losses(*, reloads: bool) -> list[Tensor]:
+        param, found = torch.nn.Parameter(torch.zeros(NUMEL, dtype=torch.float64)), []
+        optimizer = descend.LBFGS([param], max_iter=3, line_search_fn="hager_zhang")
+        for _ in range(5):
+            found.append(optimizer.step(lambda: in_units(param, 1e-22)).detach())
+            if reloads:
+                state = optimizer.state_dict()
+                optimizer = descend.LBFGS([param], max_iter=3, line_search_fn="hager_zhang")
+                optimizer.load_state_dict(state)
+        return found
+
+    assert losses(reloads=True) == losses(reloads=False)

@@ -119,7 +119,7 @@ class CompactInverse:
         make: Callable[[int, int, torch.dtype, torch.device], History] | None = None,
     ) -> None:
         self.space = space or Space(numel)
-        self.history_size = history_size
+        self.history_size, self.dtype = history_size, dtype
         whole = history_size * self.space.numel
         self.history: History
         if make is not None:
@@ -169,6 +169,8 @@ class CompactInverse:
     def load(self, state: Mapping[str, Any]) -> None:
         """Continue from a ``state``; its tensors are taken over."""
         self.count, self.is_new = int(state["count"]), bool(state["is_new"])
+        if self._may_widen and not all(map(_is_float32, (state["learned"], *state["steps"]))):
+            self._widen()
         self.history.load(state)
         for name in self._SMALL:
             like = torch.as_tensor(getattr(self, name))
@@ -216,7 +218,8 @@ class CompactInverse:
                 pair = Pair(*self.space.total(*history.measure_row(slot, self.space)))
         else:
             history.keep(slot, s, y)
-        self._learn(count, pair)
+        if not self._learn(count, pair):
+            self.update(s, y)
 
     @np.errstate(all="ignore")
     def update_between(self, old: Place, new: Place, factor: float, curvature: float) -> None:
@@ -231,12 +234,34 @@ class CompactInverse:
             self._take_in(None)
         count = self._take_apart()
         self.history.keep_between(count % self.history_size, old, new, factor, np.float64(curvature))
-        self._learn(count)
+        if not self._learn(count):
+            self.update_between(old, new, factor, curvature)
 
-    def _learn(self, count: int, pair: Pair | None = None) -> None:
+    def _learn(self, count: int, pair: Pair | None = None) -> bool:
+        """Learn from the pair in a row; False if it has to be kept again, in a history that now can hold it."""
         slot = count % self.history_size
-        self.curvatures[slot] = self.history.learn(slot, pair)
+        curvature = self.history.learn(slot, pair)
+        if curvature is None:
+            self._widen()
+            return False
+        self.curvatures[slot] = curvature
         self.count, self.is_new = count + 1, True
+        return True
+
+    @property
+    def _may_widen(self) -> bool:
+        """Whether rounded pairs may move to a wider dtype. Not on a device, which every question would keep waiting."""
+        return (
+            self.history.is_rounded
+            and self.history.is_numpy
+            and self.dtype == torch.float64
+            and not self.space.is_shared
+        )
+
+    def _widen(self) -> None:
+        """Go on with an empty history in the vectors' own dtype."""
+        steps = self.history.arrays()["steps"]
+        self.history = ShortHistory(steps.shape[1], self.history_size, self.dtype, steps.device, is_numpy=True)
 
     def _take_apart(self) -> int:
         """The number of pairs, which is 0 until it is set again: an interrupt meanwhile forgets all, not a part."""
@@ -275,6 +300,10 @@ class CompactInverse:
         inverse[slot, slot] = 1 / curvature
         self.count = count
         return along_steps, along_changes
+
+
+def _is_float32(vector: Tensor) -> bool:
+    return torch.equal(vector.float().to(vector.dtype), vector)
 
 
 def is_large(numbers: int) -> bool:

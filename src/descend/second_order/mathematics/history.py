@@ -66,7 +66,10 @@ class History(Protocol):
         """Store the pair of two places, the change of the gradient multiplied by a factor, of which s'y is known."""
 
     def learn(self, slot: int, pair: Pair | None = None) -> Any:
-        """Learn a diagonal from the pair in a row; return s'y. ``pair``: where ranks share the vectors."""
+        """Learn a diagonal from the pair in a row; return s'y, or None if only the vectors' own dtype can hold it.
+
+        ``pair``: where ranks share the vectors.
+        """
 
     def take(self, grad: Tensor, largest: float | None, space: Space) -> Any:
         """A gradient as the methods below want it. ``largest``: its largest absolute entry, if known."""

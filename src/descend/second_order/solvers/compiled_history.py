@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple
@@ -16,6 +17,7 @@ from descend.second_order.mathematics.directions import CompactInverse, is_large
 from descend.second_order.mathematics.history import LongHistory, Place
 from descend.second_order.mathematics.space import Array, Space, distance_of_samples
 
+LEAST = 1e-37  # entry of the diagonal, with room for the squares that float32 has to hold, and 1 / LEAST is the largest
 COMPILED_FROM = 2**15  # numbers in a history for which it pays to compile, seconds once on a machine
 
 
@@ -43,6 +45,7 @@ class CompiledHistory(LongHistory):
         self.renews_always = renews_always
         self.passes = self._new_passes()
         self.newest: Pair | None = None  # inner products and samples of the newest pair
+        self.is_in_range = False  # whether float64 holds the newest pair, if float32 does not
         self.stretched = 1.0  # factor of the diagonal that is not in it yet
 
     def arrays(self) -> dict[str, Tensor]:
@@ -74,13 +77,17 @@ class CompiledHistory(LongHistory):
         pair, before = ([vector.contiguous() for vector in vectors] for vectors in (pair, before))
         sums, samples = self.passes.keep(slot, pair, before, factors, self.learned)
         self.newest = Pair(*sums, *samples)
+        self.is_in_range = self.result.dtype == torch.float64 and 0 < factors[0] < math.inf
 
     def learn(self, slot: int, pair: Pair | None = None) -> Any:
+        may_go = pair is None and self.is_in_range
         pair = pair or self.newest
         assert pair is not None
         y_dy, s_ds, curvature = map(np.float64, pair[:3])
         curvature = raised(curvature, y_dy, s_ds)
         limits = limits_after(pair, curvature)
+        if may_go and not (y_dy < math.inf and s_ds < math.inf and limits[0] > LEAST and limits[1] < 1 / LEAST):
+            return None
         self.passes.learn(slot, self.learned, (1 / y_dy, 1 / s_ds, curvature / y_dy), limits)
         return curvature
 
