@@ -38,7 +38,7 @@ def equilibrating(matrices: Tensor) -> Tensor:
     Source: Ruiz 2001, A scaling algorithm to equilibrate both rows and columns norms in matrices, RAL-TR-2001-034.
     """
     rest = matrices.abs()
-    logarithms = torch.zeros_like(rest[:, 0])
+    logarithms = matrices.new_zeros(matrices.shape[:2])
     if not rest.shape[1]:
         return logarithms
     is_zero = rest.amax(2) == 0
